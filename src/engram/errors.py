@@ -1,0 +1,34 @@
+"""Every error a caller may want to tell apart. Messages say what was wrong, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class EngramError(Exception):
+    """Root of everything that engram raises on purpose."""
+
+
+class FactError(EngramError, ValueError):
+    """A subject, prompt or target that cannot be worked with."""
+
+
+class UnsupportedModelError(EngramError):
+    """A model whose parts are not known, or that cannot do what was asked."""
+
+
+class NonFiniteError(EngramError, ArithmeticError):
+    """A computation gave NaN or infinity; nothing was changed."""
+
+
+class BaseMismatchError(EngramError):
+    """An edit met weights other than those it was made for."""
+
+
+class EditFileError(EngramError, ValueError):
+    """A file of ours is missing, damaged, or of another format version."""
+
+
+class MissingExtraError(EngramError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package!r} is not installed. Run: pip install 'engram[{extra}]'")

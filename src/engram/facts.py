@@ -1,0 +1,100 @@
+"""A fact as an editor sees it, and where its subject stands in a tokenised text.
+
+Knows strings and character offsets. Refuses to know models: whoever has a tokenizer passes its offsets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from engram.errors import FactError
+
+Occurrence = Literal["first", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One association (subject, relation, object), and what should and should not move with it.
+
+    Args:
+        subject: e.g. "Space Needle".
+        prompt: the relation as text with one `{}` for the subject and the object next, e.g. "The {} is located in the city of".
+        target: the object that the model shall say, e.g. "Paris"; its leading space is added where it is missing.
+        target_true: the object before the edit; without it the model's own answer is taken where one is needed.
+        paraphrases: other full texts after which `target` is expected.
+        neighbours: (full text, answer) pairs that an edit shall leave alone.
+    Raises:
+        FactError: an empty part, a prompt without exactly one `{}`, or a target equal to `target_true`.
+    """
+
+    subject: str
+    prompt: str
+    target: str
+    target_true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.subject.strip():
+            raise FactError(f"subject={self.subject!r} is empty; give the words that name the subject")
+        if self.prompt.count("{}") != 1:
+            raise FactError(
+                f"prompt={self.prompt!r} has {self.prompt.count('{}')} places for the subject, expected exactly one "
+                "'{}', as in 'The {} is located in the city of'"
+            )
+        if not self.target.strip():
+            raise FactError(f"target={self.target!r} is empty; give the object the model shall say, such as 'Paris'")
+        if self.target_true is not None and self.target_true.strip() == self.target.strip():
+            raise FactError(f"target={self.target!r} equals target_true: there is nothing to rewrite")
+        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
+        object.__setattr__(self, "neighbours", tuple((text, answer) for text, answer in self.neighbours))
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt with the subject in its place."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def subject_start(self) -> int:
+        """Character at which the subject begins in `prompt_text`."""
+        return self.prompt.index("{}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fact:
+        return cls(**record)
+
+
+def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") -> list[int]:
+    """Characters at which `subject` begins in `text`: the first place, the last, or all of them.
+
+    Raises:
+        FactError: `subject` is empty or does not stand in `text` letter by letter.
+    """
+    if not subject.strip():
+        raise FactError(f"subject={subject!r} is empty; give the words of the prompt that name the subject")
+    starts = [at for at in range(len(text)) if text.startswith(subject, at)]
+    if not starts:
+        near = text.lower().find(subject.lower())
+        hint = f"; did you mean {text[near : near + len(subject)]!r}?" if near >= 0 else ""
+        raise FactError(f"subject {subject!r} is not in the prompt {text!r}{hint} It has to stand there letter by letter.")
+    return {"first": starts[:1], "last": starts[-1:], "all": starts}[occurrence]
+
+
+def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Tokens [first, last + 1) that hold any of the characters [start, end).
+
+    Args:
+        offsets: (start, end) characters of each token, as a fast tokenizer reports them; specials are (0, 0).
+    Raises:
+        FactError: no token holds any of these characters.
+    Source: Meng et al. 2022, released code: a token that only partly overlaps counts whole.
+    """
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
+    if not inside:
+        raise FactError(f"the tokenizer keeps none of the characters {start}:{end}; the subject is lost on the way to tokens")
+    return inside[0], inside[-1] + 1

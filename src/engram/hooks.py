@@ -1,0 +1,99 @@
+"""Read and change what flows through a model's modules, for the length of a `with` block.
+
+Knows modules and tensors; every hook's lifetime is owned by a context manager. Refuses to know layers, tokens or methods.
+Names are looked up before the first hook is placed, so a misspelt one leaves none behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class StopForward(Exception):  # noqa: N818  control flow, not an error
+    """Ends a forward pass once everything asked for has been seen; `record(stop=True)` raises and catches it."""
+
+
+def first(output: Any) -> Tensor:
+    """The tensor of a module's output, which may be a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """`output` with its tensor replaced."""
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+def _own(stack: ExitStack, handle: RemovableHandle) -> None:
+    stack.callback(handle.remove)
+
+
+@contextmanager
+def record(
+    model: nn.Module, inputs: Sequence[str] = (), outputs: Sequence[str] = (), stop: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Collect what enters and leaves modules during the forward passes of the block.
+
+    Args:
+        inputs: dotted names of modules whose first input is wanted.
+        outputs: dotted names of modules whose (first) output is wanted.
+        stop: end the forward pass, and the `with` block, as soon as every tensor has been seen.
+    Yields:
+        name -> tensor of the latest pass; a copy, since some families go on to add to these tensors in place. A module
+        asked for both ways yields its input under "name:input".
+    Raises:
+        AttributeError: a name that is not in the model; nothing has been hooked then.
+    Source: the idea is Bau's nethook (baukit).
+    """
+    seen: dict[str, Tensor] = {}
+    wanted = len(inputs) + len(outputs)
+    modules = {name: model.get_submodule(name) for name in (*inputs, *outputs)}  # a typo fails before any hook exists
+
+    def keep(key: str, tensor: Tensor) -> None:
+        seen[key] = tensor.clone()
+        if stop and len(seen) == wanted:
+            raise StopForward
+
+    with ExitStack() as stack:
+        for name in inputs:
+            key = f"{name}:input" if name in outputs else name
+            _own(stack, modules[name].register_forward_pre_hook(lambda m, args, key=key: keep(key, args[0])))
+        for name in outputs:
+            _own(stack, modules[name].register_forward_hook(lambda m, a, out, key=name: keep(key, first(out))))
+        try:
+            yield seen
+        except StopForward:
+            if not stop:
+                raise
+
+
+@contextmanager
+def substitute(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let `changes[module](output) -> output` stand in for the (first) output of each module inside the block."""
+    with ExitStack() as stack:
+        for module, change in changes.items():
+            _own(stack, module.register_forward_hook(lambda m, a, out, f=change: with_first(out, f(first(out)))))
+        yield
+
+
+@contextmanager
+def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[None]:
+    """Give every row of the batch its own low-rank change of one linear module: out[b] += left[b] (right[b] x[b]).
+
+    Args:
+        module: a linear map with input [b, t, i] and output [b, t, o].
+        left_bor: [b, o, r] and right_bri: [b, r, i], the factors of each row's change; r may be padded with zeros.
+    """
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x_bti = args[0].reshape(len(left_bor), -1, right_bri.shape[-1])
+        change_bto = (x_bti.to(right_bri.dtype) @ right_bri.mT) @ left_bor.mT
+        return out + change_bto.to(out.dtype).reshape(out.shape)
+
+    with ExitStack() as stack:
+        _own(stack, module.register_forward_hook(add))
+        yield

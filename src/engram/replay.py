@@ -1,0 +1,323 @@
+"""The engine: run again only the blocks and positions that a change can reach.
+
+In a causal model a change at block l, position i is invisible to blocks before l and to positions before i. So one run is
+recorded (what enters each block, keys and values, the arguments each block was called with), and afterwards blocks are
+called one by one on positions i.. only, with the recorded keys and values in front, any number of rows at a time.
+
+Knows blocks and tensors. Refuses to know why states change: causal tracing and value optimisation say what, this says how
+to compute the consequences exactly. What cannot be replayed (`replayable` finds out by trying) runs through whole forward
+passes instead; both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from engram.hooks import StopForward, first, record, substitute
+from engram.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+Engine = Literal["auto", "replay", "whole"]
+Changes = Mapping[nn.Module, Callable[[Tensor], Tensor]]
+
+
+@dataclass
+class Recording:
+    """One forward pass over right-padded rows, kept so that parts of it can be run again.
+
+    Attributes:
+        hidden: n_layers + 1 tensors [b, t, d]; entry l enters block l, the last one leaves the last block.
+        keys, values: one tensor [b, kv heads, t, head size] a block, positions already encoded.
+        calls: the arguments that each block was called with, by name.
+        seen: the tensors that were asked for on top, by module name.
+    """
+
+    hidden: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+    calls: list[dict[str, Any]]
+    seen: dict[str, Tensor]
+
+
+class NotReplayableError(Exception):
+    """A block takes an argument that we do not know how to cut to a suffix; the caller falls back to whole forwards."""
+
+
+def record_run(
+    lm: LanguageModel, ids_bt: Tensor, *, changes: Changes | None = None, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> Recording:
+    """Run the model once and keep what replay needs.
+
+    Args:
+        ids_bt: [b, t] token ids, rows padded on the right (no real position sees a pad).
+        changes: module -> function of its output, in force during the run; e.g. noise at the embedding.
+        inputs, outputs: dotted names of modules whose input or output is wanted on top, see `hooks.record`.
+    """
+    calls: list[dict[str, Any]] = []
+    entering: list[Tensor] = []
+    cache = DynamicCache()
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = _by_name(block, args, kwargs)
+        entering.append(arguments.pop(next(iter(arguments))).detach())
+        calls.append(arguments)
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in lm.parts.blocks]
+    last = lm.parts.block_name(lm.n_layers - 1)
+    try:
+        with torch.no_grad(), substitute(changes or {}), record(lm.model, inputs, [*outputs, last]) as seen:
+            body(lm)(ids_bt.to(lm.device), past_key_values=cache, use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden = [*entering, seen[last] if last in outputs else seen.pop(last)]
+    keys = [layer.keys for layer in cache.layers]
+    return Recording(hidden, keys, [layer.values for layer in cache.layers], calls, seen)
+
+
+def body(lm: LanguageModel) -> nn.Module:
+    """The model without its unembedding."""
+    return lm.model.base_model
+
+
+def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block's call, positional ones named, hidden states first."""
+    target = signature(block.forward)
+    bound = target.bind(*args, **kwargs).arguments
+    for name, parameter in target.parameters.items():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+        if parameter.kind is Parameter.VAR_POSITIONAL:
+            raise NotReplayableError(f"{type(block).__name__} takes *{name}")
+    return dict(bound)
+
+
+class _Prefix:
+    """Stands where a block expects its cache: joins recorded keys and values with the new ones and stores nothing."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return int(self.keys.shape[2])
+
+
+class _Catch(_Prefix):
+    """Ends a block's forward as soon as its new keys and values are known, and keeps them."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = super().update(keys, values)
+        raise StopForward
+
+
+class Suffix:
+    """`length` positions of recorded rows, from `starts` on, ready to be run through blocks again.
+
+    Rows may start at different positions: their recorded keys are then shifted so that all suffixes stand at the end of
+    the key axis, and slots in front of a short prefix are masked. Positions keep their true numbers.
+
+    Args:
+        starts: first position of the suffix, one for all rows or one a recorded row.
+        length: positions in the suffix; starts + length may not pass the recorded length.
+    """
+
+    def __init__(self, lm: LanguageModel, recording: Recording, starts: int | Sequence[int], length: int) -> None:
+        self.blocks, self.recording, self.length = lm.parts.blocks, recording, length
+        rows, recorded = recording.hidden[0].shape[:2]
+        each = [starts] * rows if isinstance(starts, int) else list(starts)
+        assert len(each) == rows and max(each) + length <= recorded, "suffix beyond what was recorded"
+        self.prefix = max(each)
+        start_b = torch.tensor(each)
+        self.slots_bs = torch.arange(self.prefix + length) - (self.prefix - start_b[:, None])  # recorded position of a key slot
+        self.positions_bq = start_b[:, None] + torch.arange(length)
+        self.uniform = min(each) == self.prefix
+        self._cut: dict[int, dict[str, Any]] = {}  # by layer: its recorded arguments, for these positions
+        self._split: dict[int, tuple[Suffix, Suffix]] = {}
+
+    def states(self, layer: int) -> Tensor:
+        """What entered block `layer` at the suffix's positions when it was recorded, [b, q, d]."""
+        return _take(self.recording.hidden[layer], self.positions_bq)
+
+    def block(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor) -> Tensor:
+        """Run block `layer` on changed states of the suffix.
+
+        Args:
+            hidden_nqd: [n, q, d] what enters the block.
+            rows_n: [n] recorded row whose prefix each of them continues.
+        Returns:
+            [n, q, d] what leaves the block.
+        """
+        return self._call(layer, hidden_nqd, rows_n, _Prefix(*self._prefix_of(layer, rows_n)))
+
+    def last_positions(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor, count: int = 1) -> Tensor:
+        """Like `block`, where only the last `count` positions are read: the others give keys and values and nothing else.
+
+        Returns:
+            [n, count, d]. Exact; at the other positions most of the block's work is not done.
+        """
+        if self.length == count:
+            return self.block(layer, hidden_nqd, rows_n)
+        if count not in self._split:
+            self._split[count] = self._part(slice(None, -count)), self._part(slice(-count, None))
+        before, end = self._split[count]
+        caught = _Catch(*self._prefix_of(layer, rows_n))
+        try:
+            before._call(layer, hidden_nqd[:, :-count], rows_n, caught)
+        except StopForward:
+            return end._call(layer, hidden_nqd[:, -count:], rows_n, _Prefix(caught.keys, caught.values))
+        raise NotReplayableError(f"{type(self.blocks[layer]).__name__} did not ask its cache for keys and values")
+
+    def _part(self, cut: slice) -> Suffix:
+        """Some of this suffix's positions; their key slots end where they end."""
+        part = object.__new__(Suffix)
+        part.__dict__.update(self.__dict__, _cut={}, _split={}, positions_bq=self.positions_bq[:, cut])
+        part.length = part.positions_bq.shape[1]
+        if cut.stop is not None:
+            part.slots_bs = self.slots_bs[:, : cut.stop]
+        part.prefix = part.slots_bs.shape[1] - part.length
+        return part
+
+    def _prefix_of(self, layer: int, rows_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Recorded keys and values in front of the suffix, [n, heads, prefix, head size]."""
+        pair = []
+        for kept in (self.recording.keys[layer], self.recording.values[layer]):
+            if self.uniform:
+                prefix = kept[:, :, : self.prefix]
+            else:
+                slots = self.slots_bs[:, : self.prefix].clamp(min=0).to(kept.device)
+                prefix = kept.gather(2, slots[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3]))
+            pair.append(prefix.index_select(0, rows_n.to(kept.device)))
+        return pair[0], pair[1]
+
+    def _call(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor, cache: _Prefix) -> Tensor:
+        if layer not in self._cut:
+            self._cut[layer] = {name: self._cut_to_suffix(name, value) for name, value in self.recording.calls[layer].items()}
+        recorded = self.recording.hidden[0].shape[0]
+        arguments = {
+            name: cache if isinstance(value, Cache) else _for_rows(name, value, rows_n, recorded)
+            for name, value in self._cut[layer].items()
+        }
+        return first(self.blocks[layer](hidden_nqd, **arguments))
+
+    def _cut_to_suffix(self, name: str, value: Any) -> Any:
+        """One recorded argument of a block as it would be for the suffix alone."""
+        if name == "attention_mask":
+            return self._mask(value)
+        if name in ("position_ids", "position_embeddings"):
+            return _each(value, lambda x: _take(x, self.positions_bq if x.shape[0] != 1 or not self.uniform else self.positions_bq[:1]))
+        if name == "cache_position" and isinstance(value, Tensor):
+            if not self.uniform:
+                raise NotReplayableError("cache_position is one list for all rows, and the rows start at different positions")
+            return value[self.positions_bq[0].to(value.device)]
+        if name in ("alibi", "position_bias") and isinstance(value, Tensor):
+            return value[..., -self.slots_bs.shape[1] :] if name == "position_bias" else value[..., : self.slots_bs.shape[1]]
+        if isinstance(value, Tensor):
+            raise NotReplayableError(f"a block takes a tensor {name!r} whose axes are not known")
+        return value
+
+    def _mask(self, mask: Tensor | None) -> Tensor | None:
+        """The recorded attention mask for queries of the suffix, [b or 1, heads or 1, q, prefix + q]."""
+        queries, slots = self.positions_bq, self.slots_bs
+        if mask is None:  # plain causal attention, left to the kernel
+            if self.uniform and (self.length == 1 or self.prefix == 0):
+                return None
+            visible = (slots[:, None, :] >= 0) & (slots[:, None, :] <= queries[:, :, None])
+            return (visible[:1] if self.uniform else visible)[:, None].to(self.recording.hidden[0].device)
+        if self.uniform:
+            return mask[:, :, queries[0, 0] : queries[0, -1] + 1, : slots.shape[1]]
+        hide = mask[0, 0, 0, -1]  # what this family writes where the first token would look at the last
+        queries, slots = queries.to(mask.device), slots.to(mask.device)
+        mask = mask.expand(len(queries), -1, -1, -1)
+        mask = mask.gather(2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, slots.clamp(min=0)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+        return torch.where(slots[:, None, None, :] >= 0, mask, hide)
+
+
+def _take(x_bt: Tensor, positions_bq: Tensor) -> Tensor:
+    """Entries of x [b or 1, t, ...] at each row's positions, [b, q, ...]."""
+    rows = torch.arange(len(positions_bq)).clamp(max=x_bt.shape[0] - 1)
+    return x_bt[rows[:, None].to(x_bt.device), positions_bq.to(x_bt.device)]
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to a tensor or to every tensor of a tuple; anything else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(_each(v, change) for v in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _for_rows(name: str, value: Any, rows_n: Tensor, recorded: int) -> Any:
+    """An argument for n running rows: chosen by recorded row where it has a row axis, broadcast where it has none."""
+
+    def choose(x: Tensor) -> Tensor:
+        if name == "alibi" and x.dim() == 3:  # rows and heads share an axis (BLOOM)
+            return x.view(recorded, -1, *x.shape[1:]).index_select(0, rows_n.to(x.device)).flatten(0, 1)
+        if name in ("position_bias", "cache_position") or x.shape[0] != recorded or recorded == 1:
+            return x
+        return x.index_select(0, rows_n.to(x.device))
+
+    return _each(value, choose)
+
+
+# -- can it be replayed? ---------------------------------------------------------------------------------------------
+
+_REPLAYABLE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
+
+
+def use_replay(lm: LanguageModel, engine: Engine) -> bool:
+    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see `replayable`)."""
+    return engine == "replay" or (engine == "auto" and replayable(lm))
+
+
+def replayable(lm: LanguageModel) -> bool:
+    """Whether replay gives this model's own numbers: tried once per model on a few tokens, then remembered.
+
+    The try covers rows with different starts, the short last block and the head; a family that surprises us is found
+    out here and runs through whole forward passes.
+    """
+    known = _REPLAYABLE.setdefault(lm.model, {})
+    key = (getattr(lm.model.config, "_attn_implementation", None), lm.dtype)
+    if key not in known:
+        try:
+            known[key] = _try(lm)
+        except (NotReplayableError, StopForward, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            log.debug("%s cannot be replayed: %s", lm.name, error)
+            known[key] = False
+        if not known[key]:
+            log.debug("%s runs through whole forward passes", lm.name)
+    return known[key]
+
+
+@torch.no_grad()
+def _try(lm: LanguageModel) -> bool:
+    vocabulary = int(lm.model.config.vocab_size)
+    ids_bt = (torch.arange(14).view(2, 7) * 31 + 5) % vocabulary
+    recording = record_run(lm, ids_bt)
+    tolerance = 1e-3 if torch.finfo(lm.dtype).eps < 1e-5 else 0.1
+    rows = torch.arange(2)
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6))
+
+    for starts in (3, [2, 4]):
+        suffix = Suffix(lm, recording, starts, 3)
+        for layer in range(lm.n_layers):
+            entering, leaving = suffix.states(layer), suffix.states(layer + 1)
+            if not close(suffix.block(layer, entering, rows), leaving):
+                return False
+            if not close(suffix.last_positions(layer, entering, rows), leaving[:, -1:]):
+                return False
+    return close(lm.parts.head(recording.hidden[-1]), lm.model(ids_bt.to(lm.device), use_cache=False).logits)
