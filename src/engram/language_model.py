@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from engram.architectures import Parts, resolve
 from engram.errors import EngramError, FactError, UnsupportedModelError
@@ -237,9 +238,9 @@ class LanguageModel:
 
 
 def pad_right(rows: Sequence[Sequence[int]], length: int | None = None) -> Tensor:
-    """Rows of token ids as one [b, t] tensor, shorter ones filled with token 0, which no real position can see."""
+    """Rows of token ids as one [b, t] tensor, shorter ones filled with their last token, which no real position can see."""
     length = max(len(row) for row in rows) if length is None else length
-    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    return torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows])
 
 
 def load(
@@ -278,4 +279,16 @@ def load(
             "Expected 'pocket', a folder with config.json and safetensors weights, or a name on the Hugging Face hub "
             "such as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)."
         ) from error
+    _fuse_activations(model)
     return LanguageModel(model, tokenizer, name=shown)
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """Let PyTorch's fused tanh-GELU stand in for the eight elementwise steps it is written out in for GPT-2 and others.
+
+    The same function to rounding (1e-7); on a CPU a tenth of a traced prompt's time was spent in those steps.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NewGELUActivation):
+            home, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(home), leaf, nn.GELU(approximate="tanh"))

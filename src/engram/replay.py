@@ -146,23 +146,24 @@ class Suffix:
         self.uniform = min(each) == self.prefix
         self._cut: dict[int, dict[str, Any]] = {}  # by layer: its recorded arguments, for these positions
         self._split: dict[int, tuple[Suffix, Suffix]] = {}
+        self._prefixes: dict[int, list[Tensor]] = {}
 
     def states(self, layer: int) -> Tensor:
         """What entered block `layer` at the suffix's positions when it was recorded, [b, q, d]."""
         return _take(self.recording.hidden[layer], self.positions_bq)
 
-    def block(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor) -> Tensor:
+    def block(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None = None) -> Tensor:
         """Run block `layer` on changed states of the suffix.
 
         Args:
             hidden_nqd: [n, q, d] what enters the block.
-            rows_n: [n] recorded row whose prefix each of them continues.
+            rows_n: [n] recorded row whose prefix each of them continues; default: the recorded rows, one each.
         Returns:
             [n, q, d] what leaves the block.
         """
         return self._call(layer, hidden_nqd, rows_n, _Prefix(*self._prefix_of(layer, rows_n)))
 
-    def last_positions(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor, count: int = 1) -> Tensor:
+    def last_positions(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None = None, count: int = 1) -> Tensor:
         """Like `block`, where only the last `count` positions are read: the others give keys and values and nothing else.
 
         Returns:
@@ -183,26 +184,29 @@ class Suffix:
     def _part(self, cut: slice) -> Suffix:
         """Some of this suffix's positions; their key slots end where they end."""
         part = object.__new__(Suffix)
-        part.__dict__.update(self.__dict__, _cut={}, _split={}, positions_bq=self.positions_bq[:, cut])
+        part.__dict__.update(self.__dict__, _cut={}, _split={}, _prefixes={}, positions_bq=self.positions_bq[:, cut])
         part.length = part.positions_bq.shape[1]
         if cut.stop is not None:
             part.slots_bs = self.slots_bs[:, : cut.stop]
         part.prefix = part.slots_bs.shape[1] - part.length
         return part
 
-    def _prefix_of(self, layer: int, rows_n: Tensor) -> tuple[Tensor, Tensor]:
+    def _prefix_of(self, layer: int, rows_n: Tensor | None) -> tuple[Tensor, Tensor]:
         """Recorded keys and values in front of the suffix, [n, heads, prefix, head size]."""
-        pair = []
-        for kept in (self.recording.keys[layer], self.recording.values[layer]):
-            if self.uniform:
-                prefix = kept[:, :, : self.prefix]
-            else:
-                slots = self.slots_bs[:, : self.prefix].clamp(min=0).to(kept.device)
-                prefix = kept.gather(2, slots[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3]))
-            pair.append(prefix.index_select(0, rows_n.to(kept.device)))
-        return pair[0], pair[1]
+        if layer not in self._prefixes:
+            self._prefixes[layer] = [self._before(self.recording.keys[layer]), self._before(self.recording.values[layer])]
+        keys, values = self._prefixes[layer]
+        if rows_n is None:
+            return keys, values
+        return keys.index_select(0, rows_n.to(keys.device)), values.index_select(0, rows_n.to(values.device))
 
-    def _call(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor, cache: _Prefix) -> Tensor:
+    def _before(self, kept: Tensor) -> Tensor:
+        if self.uniform:
+            return kept[:, :, : self.prefix]
+        slots = self.slots_bs[:, : self.prefix].clamp(min=0).to(kept.device)
+        return kept.gather(2, slots[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3]))
+
+    def _call(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None, cache: _Prefix) -> Tensor:
         if layer not in self._cut:
             self._cut[layer] = {name: self._cut_to_suffix(name, value) for name, value in self.recording.calls[layer].items()}
         recorded = self.recording.hidden[0].shape[0]
@@ -234,8 +238,10 @@ class Suffix:
         if mask is None:  # plain causal attention, left to the kernel
             if self.uniform and (self.length == 1 or self.prefix == 0):
                 return None
-            visible = (slots[:, None, :] >= 0) & (slots[:, None, :] <= queries[:, :, None])
-            return (visible[:1] if self.uniform else visible)[:, None].to(self.recording.hidden[0].device)
+            hidden = (slots[:, None, :] < 0) | (slots[:, None, :] > queries[:, :, None])
+            states = self.recording.hidden[0]  # a float mask: kernels would turn a boolean one into this at every call
+            mask = torch.zeros(hidden.shape, dtype=states.dtype).masked_fill_(hidden, -torch.inf)
+            return (mask[:1] if self.uniform else mask)[:, None].to(states.device)
         if self.uniform:
             return mask[:, :, queries[0, 0] : queries[0, -1] + 1, : slots.shape[1]]
         hide = mask[0, 0, 0, -1]  # what this family writes where the first token would look at the last
@@ -259,8 +265,11 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value) if isinstance(value, Tensor) else value
 
 
-def _for_rows(name: str, value: Any, rows_n: Tensor, recorded: int) -> Any:
+def _for_rows(name: str, value: Any, rows_n: Tensor | None, recorded: int) -> Any:
     """An argument for n running rows: chosen by recorded row where it has a row axis, broadcast where it has none."""
+
+    if rows_n is None:
+        return value
 
     def choose(x: Tensor) -> Tensor:
         if name == "alibi" and x.dim() == 3:  # rows and heads share an axis (BLOOM)
@@ -307,7 +316,6 @@ def _try(lm: LanguageModel) -> bool:
     ids_bt = (torch.arange(14).view(2, 7) * 31 + 5) % vocabulary
     recording = record_run(lm, ids_bt)
     tolerance = 1e-3 if torch.finfo(lm.dtype).eps < 1e-5 else 0.1
-    rows = torch.arange(2)
 
     def close(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6))
@@ -316,8 +324,8 @@ def _try(lm: LanguageModel) -> bool:
         suffix = Suffix(lm, recording, starts, 3)
         for layer in range(lm.n_layers):
             entering, leaving = suffix.states(layer), suffix.states(layer + 1)
-            if not close(suffix.block(layer, entering, rows), leaving):
+            if not close(suffix.block(layer, entering), leaving):
                 return False
-            if not close(suffix.last_positions(layer, entering, rows), leaving[:, -1:]):
+            if not close(suffix.last_positions(layer, entering), leaving[:, -1:]):
                 return False
     return close(lm.parts.head(recording.hidden[-1]), lm.model(ids_bt.to(lm.device), use_cache=False).logits)

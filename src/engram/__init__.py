@@ -1,0 +1,66 @@
+"""engram: find where a language model keeps a fact, rewrite it, and prove what else moved.
+
+The public names; everything else may change. They are resolved when first used, so that importing engram is light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram.delta import Delta
+    from engram.edit import Edit, compose
+    from engram.editors import rewrite
+    from engram.errors import EngramError
+    from engram.evaluate.receipt import Receipt, verify
+    from engram.facts import Fact
+    from engram.language_model import LanguageModel, load
+    from engram.locate.causal_trace import CausalTrace
+    from engram.locate.causal_trace import causal_trace as trace
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name -> where it lives
+    "CausalTrace": "locate.causal_trace",
+    "Delta": "delta",
+    "Edit": "edit",
+    "EngramError": "errors",
+    "Fact": "facts",
+    "LanguageModel": "language_model",
+    "Receipt": "evaluate.receipt",
+    "compose": "edit",
+    "load": "language_model",
+    "rewrite": "editors",
+    "trace": "locate.causal_trace:causal_trace",
+    "verify": "evaluate.receipt",
+}
+
+__all__ = [
+    "CausalTrace",
+    "Delta",
+    "Edit",
+    "EngramError",
+    "Fact",
+    "LanguageModel",
+    "Receipt",
+    "__version__",
+    "compose",
+    "load",
+    "rewrite",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engram' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(import_module(f"engram.{module}"), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

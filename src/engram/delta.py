@@ -1,0 +1,177 @@
+"""Delta: the low-rank change of one weight, as a value with a little algebra.
+
+Knows two factors and which facts their columns belong to. Refuses to know models, files, and how a weight is
+stored: everything here is [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engram.errors import EngramError, NonFiniteError
+
+Owners = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The change `left @ right` of one weight, or `left` itself where a method is not low-rank.
+
+    Args:
+        left: [out, r], or the whole change [out, in] when `right` is None; float32 or float64, kept on the
+            CPU.
+        right: [r, in], of `left`'s dtype; None for a dense change.
+        owners: for each of the r columns (a dense change counts as one) the facts it belongs to, as indices
+            into `Edit.facts`; a column of several facts was solved for them jointly. An int stands for one
+            fact. None: an `Edit` takes every column to belong to all of its facts.
+    Raises:
+        ValueError: factors that do not fit each other, or another dtype.
+        NonFiniteError: NaN or infinity in a factor.
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+    owners: Sequence[int | Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        for side, factor in self.factors().items():
+            if (
+                factor.ndim != 2
+                or factor.dtype not in (torch.float32, torch.float64)
+                or factor.dtype != self.left.dtype
+            ):
+                raise ValueError(
+                    f"{side} factor of a delta is {factor.dtype} {list(factor.shape)}; expected a matrix in "
+                    "float32 or float64, both factors alike (compute the change in float32, it is rounded "
+                    "when it is merged)"
+                )
+            if not factor.isfinite().all():
+                raise NonFiniteError(f"{side} factor of a delta holds NaN or infinity; nothing was changed")
+            object.__setattr__(self, side, factor.detach().cpu().contiguous())
+        if self.right is not None and self.left.shape[1] != self.right.shape[0]:
+            raise ValueError(
+                f"factors [out, r] = {list(self.left.shape)} and [r, in] = {list(self.right.shape)} do not "
+                "agree on the rank r"
+            )
+        if self.owners is not None:
+            owners = tuple((each,) if isinstance(each, int) else tuple(sorted(each)) for each in self.owners)
+            if len(owners) != self.columns:
+                raise ValueError(
+                    f"{len(owners)} owners for {self.columns} columns; expected one entry a column"
+                )
+            object.__setattr__(self, "owners", owners)
+
+    def factors(self) -> dict[str, Tensor]:
+        """The tensors that make up this change, by field name."""
+        return {"left": self.left} if self.right is None else {"left": self.left, "right": self.right}
+
+    def __eq__(self, other: object) -> bool:
+        """Bit for bit the same factors with the same owners."""
+        if not isinstance(other, Delta) or self.owners != other.owners:
+            return NotImplemented if not isinstance(other, Delta) else False
+        mine, theirs = self.factors(), other.factors()
+        return mine.keys() == theirs.keys() and all(
+            mine[side].dtype == theirs[side].dtype and torch.equal(mine[side], theirs[side]) for side in mine
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        return self.right is None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns; for a dense change the largest rank it can have."""
+        return min(self.shape) if self.right is None else self.left.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Parts that can have different owners: the rank, or 1 for a dense change."""
+        return 1 if self.right is None else self.left.shape[1]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The change as a matrix [out, in], multiplied out in `dtype` (default: the factors')."""
+        dtype = dtype or self.left.dtype
+        return self.left.to(dtype) if self.right is None else self.left.to(dtype) @ self.right.to(dtype)
+
+    def norm(self) -> float:
+        """Frobenius norm, without forming the matrix: ||L R||^2 = sum((L^T L) * (R R^T)), in float64."""
+        left = self.left.double()
+        if self.right is None:
+            return float(left.norm())
+        right = self.right.double()
+        return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Factors [out, r], [r, in] also where the change is dense: then one of them is the identity."""
+        if self.right is not None:
+            return self.left, self.right
+        out, into = self.shape
+        identity = torch.eye(min(out, into), dtype=self.left.dtype)
+        return (self.left, identity) if into <= out else (identity, self.left)
+
+    def owned_by(self, owners: Iterable[Iterable[int]]) -> Delta:
+        """The same change with other owners, one entry a column."""
+        return Delta(self.left, self.right, tuple(tuple(each) for each in owners))
+
+    def renumbered(self, place: Mapping[int, int]) -> Delta:
+        """The same change with fact i called `place[i]`."""
+        return self.owned_by(tuple(place[fact] for fact in each) for each in self._owners())
+
+    def without(self, gone: Collection[int]) -> Delta | None:
+        """What is left when these facts' columns go; None where nothing is left.
+
+        Raises:
+            EngramError: a column belongs to facts that go and to facts that stay.
+        """
+        kept = []
+        for column, facts in enumerate(self._owners()):
+            staying = [fact for fact in facts if fact not in gone]
+            if staying and len(staying) < len(facts):
+                raise EngramError(
+                    f"facts {', '.join(map(str, facts))} were solved jointly and share their columns: facts "
+                    f"{', '.join(map(str, sorted(set(facts) - set(staying))))} cannot be taken out alone. "
+                    "Take out all of them, or make the edit again without the facts that shall go"
+                )
+            if staying:
+                kept.append(column)
+        if len(kept) == self.columns:
+            return self
+        if not kept or self.right is None:
+            return None
+        return Delta(self.left[:, kept], self.right[kept], [self._owners()[column] for column in kept])
+
+    def _owners(self) -> Owners:
+        assert self.owners is not None, "an Edit gives every column its owners"
+        return self.owners  # type: ignore[return-value]
+
+
+def add(deltas: Sequence[Delta]) -> Delta:
+    """Sum of changes of one weight: ranks add. With a dense one among them the sum is dense, its owners joint.
+
+    Raises:
+        ValueError: the changes are of weights of different shapes.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    shapes = {delta.shape for delta in deltas}
+    if len(shapes) > 1:
+        raise ValueError(f"changes of weights of different shapes do not add: {sorted(shapes)}")
+    owners = [each for delta in deltas for each in delta._owners()]
+    if any(delta.is_dense for delta in deltas):
+        dtype = torch.float64 if any(delta.left.dtype == torch.float64 for delta in deltas) else torch.float32
+        return Delta(
+            torch.stack([delta.dense(dtype) for delta in deltas]).sum(0), None, [sorted({*sum(owners, ())})]
+        )
+    factors = [delta.low_rank() for delta in deltas]
+    return Delta(
+        torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 0), owners
+    )

@@ -1,0 +1,133 @@
+"""Edits as folders: `edit.json` (facts, recipe, base, receipt) and `deltas.safetensors` (factors). No pickle.
+
+Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is applied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from engram.delta import Delta
+from engram.edit import Edit
+from engram.errors import EditFileError, EngramError
+from engram.facts import Fact
+from engram.folders import existing, written_whole
+
+FORMAT_VERSION = 1
+RECIPE, FACTORS = "edit.json", "deltas.safetensors"
+_FIELDS = ("method", "settings", "seed", "base", "versions", "diagnostics", "receipt")
+
+
+def save(edit: Edit, folder: str | Path) -> Path:
+    """Keep `edit` as a folder; an edit that was there is replaced.
+
+    A save that is killed leaves the old edit or the new one, never half of one.
+
+    Returns:
+        The folder.
+    Raises:
+        EditFileError: `folder` holds something else than an edit, or cannot be written.
+    """
+    with written_whole(folder, replaces=RECIPE) as fresh:
+        write(edit, fresh)
+    return Path(folder)
+
+
+def write(edit: Edit, folder: Path) -> None:
+    """The two files of `edit` into an existing folder."""
+    factors = factor_bytes(edit)
+    recipe: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "facts": [fact.to_dict() for fact in edit.facts],
+    }
+    recipe |= {name: getattr(edit, name) for name in _FIELDS}
+    recipe["owners"] = {name: delta.owners for name, delta in edit.deltas.items()}
+    recipe["sha256"] = hashlib.sha256(factors).hexdigest()
+    (folder / FACTORS).write_bytes(factors)
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> Edit:
+    """Read what `save` wrote, after checking it: format version, hash, shapes, finiteness.
+
+    Raises:
+        EditFileError: missing, damaged, or of another format version.
+    """
+    folder = existing(folder)
+    recipe = _recipe(folder)
+    try:
+        factors = (folder / FACTORS).read_bytes()
+    except OSError as error:
+        raise EditFileError(
+            f"{folder / FACTORS} cannot be read ({error.strerror}); the edit is incomplete"
+        ) from error
+    if hashlib.sha256(factors).hexdigest() != recipe.get("sha256"):
+        raise EditFileError(
+            f"{folder / FACTORS} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it "
+            "came once more"
+        )
+    try:
+        tensors = safetensors.torch.load(factors)
+        deltas = {
+            name: Delta(tensors.pop(f"{name}.left"), tensors.pop(f"{name}.right", None), owners)
+            for name, owners in recipe["owners"].items()
+        }
+        if tensors:
+            raise ValueError(f"tensors of no delta: {', '.join(sorted(tensors))}")
+        facts = tuple(Fact.from_dict(record) for record in recipe["facts"])
+        return Edit(facts=facts, deltas=deltas, **{name: recipe[name] for name in _FIELDS})
+    except (SafetensorError, EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
+        problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
+        raise EditFileError(
+            f"the edit in {folder} is damaged: {problem}. Take it from where it came once more"
+        ) from error
+
+
+def factor_bytes(edit: Edit) -> bytes:
+    """The deltas as a safetensors file; the same edit gives the same bytes."""
+    tensors = {
+        f"{name}.{side}": factor
+        for name, delta in edit.deltas.items()
+        for side, factor in delta.factors().items()
+    }
+    return safetensors.torch.save(tensors)
+
+
+def identity(edit: Edit) -> str:
+    """sha256 of what an edit does to weights, by which it is recognised in an edited checkpoint."""
+    return hashlib.sha256(factor_bytes(edit)).hexdigest()
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / RECIPE
+    if not folder.is_dir():
+        raise EditFileError(
+            f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})"
+        )
+    try:
+        recipe: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EditFileError(f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise EditFileError(
+            f"{path} is damaged: {error}. Take the edit from where it came once more"
+        ) from error
+    recipe = recipe if isinstance(recipe, dict) else {}
+    found = recipe.get("format_version")
+    if found != FORMAT_VERSION:
+        newer = isinstance(found, int) and found > FORMAT_VERSION
+        raise EditFileError(
+            f"{path} has format_version={found!r}, this engram reads {FORMAT_VERSION}."
+            + (
+                " It was written by a newer engram: pip install --upgrade engram"
+                if newer
+                else " It is not an edit of ours"
+            )
+        )
+    return dict(recipe)

@@ -1,0 +1,58 @@
+"""Methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit, entered once in `METHODS`.
+
+A method reads the model and never changes it; what it returns is a value (see edit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from engram.edit import Edit
+from engram.errors import EngramError, FactError
+from engram.facts import Fact
+from engram.language_model import LanguageModel
+
+METHODS: dict[str, str] = {  # name -> "module:function"; a new method is one file and one line here
+    "rome": "engram.editors.rome:rome",
+}
+
+
+def rewrite(lm: LanguageModel, facts: Fact | Sequence[Fact], method: str = "rome", **settings: Any) -> Edit:
+    """Compute the edit that makes a model say other objects. The model itself is not changed.
+
+    Args:
+        facts: what shall be true afterwards.
+        method: one of `METHODS`.
+        settings: any setting of the method, see its function (`engram.editors.rome.rome`); the rest come from its
+            presets for this model.
+    Returns:
+        An Edit: apply it for a `with` block (`edit.applied(lm)`), save it, export it.
+    Raises:
+        EngramError: a method that does not exist.
+        FactError: no facts, or one that cannot be worked with on this model.
+    Example:
+        >>> edit = engram.rewrite(lm, [Fact("Space Needle", "The {} is located in the city of", "Paris")])
+    """
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    if not facts:
+        raise FactError("facts is empty; give at least one Fact(subject, prompt, target)")
+    return method_named(method)(lm, facts, **settings)
+
+
+def method_named(name: str) -> Callable[..., Edit]:
+    """The function of a method.
+
+    Raises:
+        EngramError: there is none of that name.
+    """
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        raise EngramError(
+            f"method={name!r} does not exist" + (f" (did you mean {near[0]!r}?)" if near else "")
+            + f"; known: {', '.join(sorted(METHODS))}"
+        )  # fmt: skip
+    module, _, function = METHODS[name].partition(":")
+    return getattr(import_module(module), function)  # type: ignore[no-any-return]

@@ -1,0 +1,24 @@
+"""Settings that published work used, by method and model: one TOML file a method, one table a model."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+
+def preset(method: str, model: str) -> dict[str, Any]:
+    """The settings of `method` for a model: the file's defaults, overridden by the model's own table where it has one.
+
+    Args:
+        model: a hub name, a folder or "pocket"; its last part is looked up, in lower case.
+    """
+    tables = tomllib.loads((files(__name__) / f"{method}.toml").read_text())
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return {**tables["default"], **tables.get(name, {})}
+
+
+def published(method: str) -> list[str]:
+    """The models that have a table of their own."""
+    tables = tomllib.loads((files(__name__) / f"{method}.toml").read_text())
+    return sorted(set(tables) - {"default"})

@@ -1,0 +1,245 @@
+"""ROME: write one fact into one MLP output matrix as a rank-one change, and its repairs r-ROME and p-ROME.
+
+Knows the key, the value and the solve of one fact. Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3; the repairs: Gupta,
+Baskaran & Anumanchipalli 2024, arXiv:2403.07175.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram.architectures import as_linear
+from engram.delta import Delta
+from engram.edit import Edit
+from engram.editors.contexts import sample_contexts
+from engram.editors.presets import preset
+from engram.editors.second_moment import Corpus, SecondMoment, second_moments as measure_second_moments
+from engram.editors.values import Value, ValueConfig, optimise_value
+from engram.errors import EngramError, NonFiniteError
+from engram.facts import Fact
+from engram.language_model import LanguageModel
+from engram.merging import describe_base
+from engram.replay import Engine
+
+log = logging.getLogger(__name__)
+
+Variant = Literal["r-rome", "reference", "p-rome"]
+
+
+@dataclass(frozen=True)
+class RomeConfig:
+    """Settings of ROME, with those of the value optimisation.
+
+    Args:
+        variant: which keys are used. "r-rome": the key averaged over contexts throughout. "reference": the released code,
+            averaged key in the direction and the bare prompt's key in the denominator, which for some facts destroys the
+            model (rho near 0). "p-rome": the bare prompt's key throughout.
+        residual: what r-rome adds at its key. "published": v* minus the mean output over contexts. "consistent": delta, the
+            change that the optimisation in fact applied in every context.
+        ridge: added to the second moment before solving, relative to its mean eigenvalue.
+    """
+
+    variant: Variant = "r-rome"
+    residual: Literal["published", "consistent"] = "published"
+    ridge: float = 0.0
+    value: ValueConfig = field(default_factory=ValueConfig)
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("r-rome", "reference", "p-rome"):
+            raise ValueError(f"variant={self.variant!r}: expected 'r-rome', 'reference' or 'p-rome'")
+        if self.residual not in ("published", "consistent"):
+            raise ValueError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
+
+
+    @classmethod
+    def of(cls, knobs: Mapping[str, Any]) -> RomeConfig:
+        """From flat settings: those of the value optimisation go there.
+
+        Raises:
+            EngramError: a setting that does not exist.
+        """
+        own = {f.name for f in fields(cls)} - {"value"}
+        inner = {f.name for f in fields(ValueConfig)}
+        for name in knobs:
+            if name not in own | inner:
+                near = get_close_matches(name, own | inner, n=1)
+                raise EngramError(
+                    f"rome has no setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+                    + f"; it has {', '.join(sorted(own | inner))}, and layer, contexts, second_moments, corpus, tokens, seed"
+                )  # fmt: skip
+        value = ValueConfig(**{k: v for k, v in knobs.items() if k in inner})
+        return cls(value=value, **{k: v for k, v in knobs.items() if k in own})
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """A rank-one change `left right^T` of one weight [d, f] and how it came about.
+
+    Attributes:
+        left_d, right_f: the factors, right_f of length 1.
+        key_f: mean key over contexts; value: the optimisation's result.
+        rho: (k_p . u) / (k_mean . u), 1 where the bare prompt's key is like the mean; near 0 or below, the reference
+            variant's update explodes (Gupta et al. 2024).
+        norm_ratio: ||change|| / ||weight||, Frobenius.
+    """
+
+    left_d: Tensor
+    right_f: Tensor
+    key_f: Tensor
+    value: Value
+    rho: float
+    norm_ratio: float
+
+    def diagnostics(self) -> dict[str, object]:
+        """The numbers worth keeping with an edit."""
+        return {
+            "rho": self.rho,
+            "norm_ratio": self.norm_ratio,
+            "value_norm": float(self.value.delta_d.norm()),
+            "start_norm": float(self.value.start_d.norm()),
+            "losses": [list(each) for each in self.value.losses],
+            "delta_norms": self.value.delta_norms,
+        }
+
+
+def rank_one_update(
+    lm: LanguageModel,
+    fact: Fact,
+    layer: int,
+    moment: SecondMoment,
+    contexts: Sequence[str],
+    config: RomeConfig | None = None,
+    engine: Engine = "auto",
+) -> RankOne:
+    """The change of block `layer`'s MLP output matrix that sends the subject's key to a value that says the new object.
+
+    delta W = r u^T / (k . u), u = C^-1 k / ||C^-1 k||, r = wanted minus current output at k.
+
+    Args:
+        moment: C, uncentred second moment of the matrix's inputs, [f, f].
+        contexts: templates with one `{}`, the bare one first.
+    Returns:
+        The factors; the model is not changed.
+    Raises:
+        NonFiniteError: the update is not finite.
+    """
+    config = config or RomeConfig()
+    value = optimise_value(lm, fact, layer, contexts, config.value, engine)
+    bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
+    solved_f = moment.solve(bare_f if config.variant == "p-rome" else mean_f, ridge=config.ridge)
+    u_f = solved_f / solved_f.norm()
+    toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
+    if config.variant == "reference":
+        key_dot_u, residual_d = toward_bare, value.star_d - value.outputs_cd[0]
+    elif config.variant == "p-rome":
+        key_dot_u, residual_d = toward_bare, value.delta_d
+    else:
+        key_dot_u = toward_mean
+        residual_d = value.delta_d if config.residual == "consistent" else value.star_d - value.outputs_cd.mean(0)
+    left_d = (residual_d.double().cpu() / key_dot_u).to(value.delta_d.dtype)
+    if not (left_d.isfinite().all() and u_f.isfinite().all()):
+        raise NonFiniteError(f"the update for {fact.subject!r} is not finite (k.u = {float(key_dot_u):.3g}); nothing was changed")
+    rho = float(toward_bare / toward_mean)
+    if config.variant == "reference" and rho < 0.2:
+        log.warning("rho = %.3f for %r: the bare prompt's key is unlike the mean key; the reference update may break the "
+                    "model, use variant='r-rome'", rho, fact.subject)  # fmt: skip
+    weight_df = as_linear(lm.parts.mlp_out(layer))
+    norm_ratio = float(left_d.norm() / weight_df.detach().double().norm().cpu())
+    return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
+
+
+def rome(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    layer: int | Literal["auto"] | None = None,
+    contexts: Sequence[str] | None = None,
+    second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
+    corpus: Corpus | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    engine: Engine = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+    **knobs: Any,
+) -> Edit:
+    """Rewrite facts one after another, each by a rank-one change of one block's MLP output matrix.
+
+    A later fact sees the weights as the earlier ones left them, as in the released code; `lm` is not changed.
+
+    Args:
+        layer: block to edit, from 0; "auto" tries the most promising ones on the first fact and takes the best; default: the
+            preset of this model.
+        contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model with `seed`.
+        second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
+        corpus: a text file, a data set or texts (see second_moment); default: text that the model itself samples.
+        engine: "replay", "whole" forward passes, or by itself.
+        progress: called with (what is being done, done, in all).
+        knobs: the fields of RomeConfig and ValueConfig.
+    Raises:
+        EngramError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
+    """
+    report = progress or (lambda what, done, total: None)
+    settings = {**preset("rome", lm.name), **knobs}
+    depth = settings.pop("depth")
+    preset_layer = settings.pop("layer", int(depth * lm.n_layers))
+    config = RomeConfig.of(settings)
+    if layer == "auto":
+        from engram.layer_choice import choose_layer
+
+        layer = choose_layer(lm, facts[0], method="rome", seed=seed, corpus=corpus, tokens=tokens, progress=progress, **knobs)
+    layer = preset_layer if layer is None else layer
+    weight = f"{lm.parts.mlp_out_name(layer)}.weight"
+    for fact in facts:  # every fact is checked before anything is computed
+        lm.target_ids(fact.prompt_text, fact.target)
+    moment = _moment(lm, layer, second_moments, corpus, tokens, seed, report)
+    contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
+
+    recipe = {"layer": layer, **_flat(config), "contexts": list(contexts), "second_moment": moment.source}
+    base = describe_base(lm, [weight])
+    done: list[RankOne] = []
+    with ExitStack() as edited:
+        for i, fact in enumerate(facts):
+            report("value", i, len(facts))
+            update = rank_one_update(lm, fact, layer, moment, contexts, config, engine)
+            done.append(update)
+            if i + 1 < len(facts):
+                step = Delta(update.left_d[:, None], update.right_f[None])
+                edited.enter_context(Edit((fact,), "rome", recipe, {weight: step}, base).applied(lm))
+        report("value", len(facts), len(facts))
+    left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
+    delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
+    diagnostics = {"facts": [u.diagnostics() for u in done], "condition": moment.condition()}
+    return Edit(tuple(facts), "rome", recipe, {weight: delta}, base, seed=seed, diagnostics=diagnostics)
+
+
+def _flat(config: RomeConfig) -> dict[str, Any]:
+    both = asdict(config)
+    return {**both.pop("value"), **both}
+
+
+def _moment(
+    lm: LanguageModel,
+    layer: int,
+    given: Mapping[int, SecondMoment | Tensor] | None,
+    corpus: Corpus | None,
+    tokens: int | None,
+    seed: int,
+    report: Callable[[str, int, int], None],
+) -> SecondMoment:
+    """The second moment of a layer: given, or measured."""
+    if given is None:
+        return measure_second_moments(
+            lm, [layer], corpus, tokens, seed=seed, progress=lambda done, total: report("second moment", done, total)
+        )[layer]
+    if layer not in given:
+        raise EngramError(f"second_moments has layers {sorted(given)}, the edit is at layer {layer}; give that one too")
+    moment = given[layer]
+    return moment if isinstance(moment, SecondMoment) else SecondMoment.from_matrix(moment)

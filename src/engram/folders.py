@@ -1,0 +1,129 @@
+"""Write a folder whole or not at all, also when the process is killed or the disk is full.
+
+Knows names and renames. Refuses to know what is in the folders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engram.errors import EditFileError
+
+log = logging.getLogger(__name__)
+
+_STALE_S = 3600.0  # a temporary folder this old belongs to a writer that was killed
+
+
+@contextmanager
+def written_whole(folder: str | Path, replaces: str | None = None) -> Iterator[Path]:
+    """A temporary folder to write into; it becomes `folder` when the block ends well, and vanishes otherwise.
+
+    A writer killed at any moment leaves the old folder or the new one: a folder cannot be replaced in one
+    step everywhere, so the old one steps aside under a name that `existing` finds.
+
+    Args:
+        folder: where the result goes; its parents are made.
+        replaces: file by which a folder that may be replaced is known; None: only an empty folder may be
+            there.
+    Raises:
+        EditFileError: something else is at `folder`, or it cannot be written (disk full, no permission).
+    """
+    folder = Path(os.path.abspath(folder))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(folder, replaces)
+        _sweep(folder)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield fresh
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
+        for path in [*fresh.rglob("*"), fresh]:
+            _sync(path)
+        _replace(folder, fresh)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def existing(folder: str | Path) -> Path:
+    """`folder`, or where its old contents stand if a writer was killed between its two renames."""
+    folder = Path(os.path.abspath(folder))
+    aside = _aside(folder)
+    if not folder.exists() and aside.exists():
+        log.warning(
+            "%s was being replaced when its writer was killed; using the old contents in %s", folder, aside
+        )
+        return aside
+    return folder
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    aside = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # `folder` is whole, so nobody needs what stands aside
+        os.rename(folder, aside)
+    try:
+        os.rename(fresh, folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            os.rename(aside, folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_strangers(folder: Path, replaces: str | None) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise EditFileError(f"{folder} is a file; expected the name of a folder to write")
+    if any(folder.iterdir()) and not (replaces and (folder / replaces).is_file()):
+        wanted = (
+            f"a folder with {replaces}, which would be replaced, or none"
+            if replaces
+            else "an empty folder, or none"
+        )
+        raise EditFileError(
+            f"{folder} holds other files; expected {wanted}. Choose another name, or move it away"
+        )
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.parent.glob(f".{folder.name}.new-*"):
+        if time.time() - path.stat().st_mtime > _STALE_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _unwritable(folder: Path, error: OSError) -> EditFileError:
+    return EditFileError(
+        f"could not write {folder}: {error}. What was there before is unchanged; free some space, or choose "
+        "a folder that you may write to"
+    )

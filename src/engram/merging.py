@@ -1,0 +1,256 @@
+"""Lay edits on a model in memory and take them off again, bit for bit.
+
+Knows weights, how they are stored, and which edits lie on them at the moment. Refuses to know files and how
+edits are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from engram.architectures import is_transposed
+from engram.delta import Delta
+from engram.errors import BaseMismatchError, NonFiniteError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from engram.edit import Edit
+    from engram.language_model import LanguageModel
+
+
+def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
+    """sha256 of a tensor's dtype, shape and bytes, as it is stored; first cast to `dtype` if given."""
+    weight = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
+    digest = hashlib.sha256(f"{_name(weight.dtype)} {list(weight.shape)} ".encode())
+    digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
+    """What `Edit.base` holds about the weights that an edit is made on, as they are now.
+
+    Args:
+        names: parameters that the edit changes, as in `lm.model.state_dict()`.
+    Returns:
+        {"model", "model_type", "tensors": {name: {"sha256", "dtype", "shape", "transposed"}}}.
+    """
+    tensors = {}
+    for name in names:
+        weight, transposed = _weight(lm, name)
+        tensors[name] = {
+            "sha256": fingerprint(weight),
+            "dtype": _name(weight.dtype),
+            "shape": list(weight.shape),
+            "transposed": transposed,
+        }
+    return {"model": lm.name, "model_type": lm.model.config.model_type, "tensors": tensors}
+
+
+def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:
+    """`weight` + deltas, summed in float32 (float64 where one of them is), rounded once into `weight`'s dtype.
+
+    Args:
+        weight: on the CPU, as stored: [out, in], or [in, out] where `transposed`; not changed.
+    Raises:
+        NonFiniteError: the sum does not fit the dtype.
+    """
+    deltas = list(deltas)
+    wide = reduce(
+        torch.promote_types,
+        (delta.left.dtype for delta in deltas),
+        torch.promote_types(weight.dtype, torch.float32),
+    )
+    total = weight.to(wide, copy=True)
+    for delta in deltas:
+        dense = delta.dense(wide)
+        total += dense.T if transposed else dense
+    merged = total.to(weight.dtype)
+    if not merged.isfinite().all():
+        raise NonFiniteError(
+            f"the edited weight does not fit {_name(weight.dtype)} (largest {float(total.abs().max()):.3g})"
+        )
+    return merged
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight and the changes that lie on it: every one of them made on `base`, summed and rounded together.
+
+    So edits made on one base give the same weight as their composition, and taking one off is exact in any
+    order. An edit made on already edited weights starts a stack of its own, with those weights as base.
+
+    Attributes:
+        base: CPU tensor as stored.
+        deltas: in the order they came.
+    """
+
+    base: Tensor
+    transposed: bool
+    deltas: tuple[Delta, ...] = ()
+
+    def weight(self) -> Tensor:
+        return merge(self.base, self.deltas, transposed=self.transposed) if self.deltas else self.base
+
+    def with_delta(self, delta: Delta, made_on: Mapping[str, Any], *, force: bool = False) -> Stack:
+        """This stack and one change more.
+
+        Args:
+            made_on: the edit's record of its base weight; it has to be this base, or this stack's weight.
+                Both are compared in the recorded dtype, so an edit made in float32 on a float16 checkpoint
+                fits the checkpoint too.
+            force: lay the change on the present weight whatever it is.
+        Raises:
+            BaseMismatchError: neither of them.
+        """
+        dtype = getattr(torch, made_on["dtype"])
+        if fingerprint(self.base, dtype) == made_on["sha256"]:
+            return Stack(self.base, self.transposed, (*self.deltas, delta))
+        now = self.weight()
+        fits = list(now.shape) == list(made_on["shape"])
+        if fits and (force or (self.deltas and fingerprint(now, dtype) == made_on["sha256"])):
+            return Stack(now, self.transposed, (delta,))
+        raise BaseMismatchError(_mismatch(self.base, dtype, made_on))
+
+
+@dataclass
+class _Layer:
+    """One edit's change on one parameter: what to put back, and the stack while it lies there."""
+
+    saved: Tensor
+    stack: Stack
+
+
+# parameter (by identity, so tied weights are one) -> its layers, first laid first
+_LAID: MutableMapping[Tensor, list[_Layer]] = WeakTensorKeyDictionary()
+
+
+@contextmanager
+def applied(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[LanguageModel]:
+    """Within the block `lm`'s weights are edited; however it ends, every bit of them comes back.
+
+    Blocks nest. An edit made on the unedited model fits inside another edit's block (the result is their
+    composition), and so does one made within that block. Weights are saved on the CPU and merged there, so a
+    GPU needs no room.
+
+    Args:
+        force: apply also to weights the edit was not made on; their shape has to fit.
+    Yields:
+        `lm`.
+    Raises:
+        BaseMismatchError: the model's weights are not those the edit was made on; nothing is changed.
+        NonFiniteError: an edited weight does not fit the model's dtype; nothing is changed.
+    """
+    laid: list[tuple[nn.Parameter, _Layer]] = []
+    try:
+        for name, delta in edit.deltas.items():
+            weight, transposed = _weight(lm, name)
+            layers = _LAID.get(weight, [])
+            saved = weight.detach().to("cpu", copy=True)
+            below = layers[-1].stack if layers else Stack(saved, transposed)
+            try:
+                stack = below.with_delta(delta, edit.base["tensors"][name], force=force)
+                merged = stack.weight()
+            except (BaseMismatchError, NonFiniteError) as error:
+                raise type(error)(f"{name} of {lm.name!r}: {error}") from error
+            layer = _Layer(saved, stack)
+            laid.append(
+                (weight, layer)
+            )  # before the weight is touched: an interrupt from here on puts `saved` back
+            _LAID[weight] = [*layers, layer]
+            _write(weight, merged)
+        yield lm
+    finally:
+        for weight, layer in reversed(laid):
+            _lift(weight, layer)
+
+
+def rounding_cost(edit: Edit, lm: LanguageModel) -> dict[str, float]:
+    """||(W_edited - W) - delta|| / ||delta|| of each weight (Frobenius): the share that rounding once loses.
+
+    About 1e-6 and less in float32; in half precision what it is depends on how small the change is against
+    the weight. Measured on the unedited weights, also within an edit's block. The base is not checked, and
+    `lm` is not changed.
+    """
+    costs = {}
+    for name, delta in edit.deltas.items():
+        weight, transposed = _weight(lm, name)
+        layers = _LAID.get(weight)
+        base = layers[0].saved if layers else weight.detach().cpu()
+        wanted = delta.dense(torch.float64)
+        change = merge(base, [delta], transposed=transposed).double() - base.double()
+        norm = float(wanted.norm())
+        costs[name] = float(((change.T if transposed else change) - wanted).norm()) / norm if norm else 0.0
+    return costs
+
+
+@torch.no_grad()
+def _write(weight: Tensor, value: Tensor) -> None:
+    weight.copy_(value)
+
+
+def _lift(weight: Tensor, layer: _Layer) -> None:
+    """Take a layer off and put its bits back.
+
+    A layer below another one (blocks left out of order) goes when that one goes, which then puts back its bits.
+    """
+    layers = _LAID.get(weight, [])
+    at = next((i for i, each in enumerate(layers) if each is layer), None)
+    if at is None or at == len(layers) - 1:
+        _write(weight, layer.saved)
+    else:
+        layers[at + 1].saved = layer.saved
+    rest = [each for each in layers if each is not layer]
+    if rest:
+        _LAID[weight] = rest
+    else:
+        _LAID.pop(weight, None)
+
+
+def _weight(lm: LanguageModel, name: str) -> tuple[nn.Parameter, bool]:
+    """The parameter of that name and whether it is stored [in, out]."""
+    home, _, leaf = name.rpartition(".")
+    try:
+        module, weight = lm.model.get_submodule(home), lm.model.get_parameter(name)
+    except AttributeError as error:
+        raise BaseMismatchError(
+            f"{lm.name!r} ({lm.model.config.model_type}) has no parameter {name!r}; expected a model of the "
+            "family that the edit was made on (Edit.base names it)"
+        ) from error
+    if leaf != "weight" or not weight.is_floating_point() or weight.is_meta:
+        raise UnsupportedModelError(
+            f"{name} ({_name(weight.dtype)}, on {weight.device}) cannot be edited in place; expected the "
+            "floating-point weight matrix of a linear map that is in memory. Load the model unquantised and "
+            "without offloading it"
+        )
+    return weight, is_transposed(module)
+
+
+def _mismatch(weight: Tensor, dtype: torch.dtype, made_on: Mapping[str, Any]) -> str:
+    if list(weight.shape) != list(made_on["shape"]):
+        return (
+            f"its shape is {list(weight.shape)}, the edit was made on {made_on['shape']}. "
+            "Load the model that the edit names"
+        )
+    coarser = torch.finfo(weight.dtype).eps > torch.finfo(dtype).eps
+    hint = (
+        f" (it is in {_name(weight.dtype)}, the edit was made in {made_on['dtype']}: rounding may be all)"
+        if coarser
+        else ""
+    )
+    return (
+        f"not the weight that the edit was made on (sha256 {fingerprint(weight, dtype)[:12]}, expected "
+        f"{made_on['sha256'][:12]}){hint}. Load the model that the edit names, or pass force=True to apply "
+        "it all the same"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,219 @@
+"""The bundled model and what it knows: a small GPT-2 and a table of facts, so that everything works offline and at once.
+
+Reads `facts.json`, `templates.toml` and nothing else, each when a function first needs it. Refuses to know torch: the model itself is
+an ordinary folder at `PATH`, loaded by `engram.load("pocket")`. See docs/pocket.md for how it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from engram.errors import EngramError
+from engram.facts import Fact
+
+__all__ = [
+    "PATH",
+    "KnownFact",
+    "as_fact",
+    "counterfactual",
+    "evidence_for",
+    "facts",
+    "find",
+    "neighbours",
+    "relations",
+    "sentences",
+]
+
+_FOLDER = Path(__file__).parent
+PATH: Path = _FOLDER / "model"
+
+# Put before every other paraphrase, so that they are tested away from the start of a text. Own words; no fact of the table in them.
+_OPENINGS = (
+    "The shop closes at noon.",
+    "It had rained all morning.",
+    "We waited for the bus.",
+    "She read the letter twice.",
+    "Nobody knew the answer.",
+    "There were a few chairs in the room.",
+    "The train was late again.",
+    "He put the cup on the table.",
+)
+
+
+@dataclass(frozen=True, order=True)
+class KnownFact:
+    """An association of the pocket model. `held_out` are indices into the relation's templates never trained with this fact."""
+
+    subject: str
+    relation: str
+    object: str
+    held_out: tuple[int, ...] = ()
+
+    def prompts(self) -> tuple[str, ...]:
+        """All templates of the relation: one `{}` each, the object follows directly."""
+        return relations()[self.relation]
+
+    def paraphrases(self) -> tuple[str, ...]:
+        """Templates never trained with this fact."""
+        return tuple(template for i, template in enumerate(self.prompts()) if i in self.held_out)
+
+    def trained(self) -> tuple[str, ...]:
+        """Templates trained with this fact."""
+        return tuple(template for i, template in enumerate(self.prompts()) if i not in self.held_out)
+
+
+@cache
+def relations() -> dict[str, tuple[str, ...]]:
+    """The templates of each relation."""
+    tables = tomllib.loads((_FOLDER / "templates.toml").read_text(encoding="utf8"))
+    return {relation: tuple(table["templates"]) for relation, table in tables.items()}
+
+
+@cache
+def _table() -> tuple[KnownFact, ...]:
+    record = json.loads((_FOLDER / "facts.json").read_text(encoding="utf8"))
+    return tuple(
+        KnownFact(subject, relation, answer, tuple(held_out))
+        for relation, objects in record["facts"].items()
+        for answer, entries in objects.items()
+        for subject, held_out in entries
+    )
+
+
+@cache
+def _by_subject() -> dict[str, tuple[KnownFact, ...]]:
+    found: dict[str, list[KnownFact]] = defaultdict(list)
+    for known in _table():
+        found[known.subject].append(known)
+    return {subject: tuple(rows) for subject, rows in found.items()}
+
+
+@cache
+def _relation_of_template() -> dict[str, str]:
+    return {template: relation for relation, templates in relations().items() for template in templates}
+
+
+def facts() -> list[KnownFact]:
+    """Every association that the pocket model was taught, by relation, object and subject."""
+    return list(_table())
+
+
+def find(subject: str, relation: str | None = None) -> list[KnownFact]:
+    """What the pocket model was taught about `subject` (its exact name), in one relation or in all.
+
+    Raises:
+        EngramError: a relation that does not exist.
+    """
+    if relation is not None:
+        _check_relation(relation)
+    return [known for known in _by_subject().get(subject, ()) if relation in (None, known.relation)]
+
+
+def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFact]:
+    """Up to `count` associations of the same relation and object with other subjects; the same ones for the same seed."""
+    _check_relation(known.relation)
+    others = [
+        other
+        for other in _table()
+        if (other.relation, other.object) == (known.relation, known.object) and other.subject != known.subject
+    ]
+    return _random(known, seed).sample(others, min(count, len(others)))
+
+
+def counterfactual(known: KnownFact, seed: int = 0) -> str:
+    """Another object of the same relation; the same one for the same seed."""
+    _check_relation(known.relation)
+    objects = sorted({other.object for other in _table() if other.relation == known.relation} - {known.object})
+    return _random(known, seed).choice(objects)
+
+
+def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: int = 0) -> Fact:
+    """An edit of `known` to `target` with everything that a test of it needs.
+
+    The prompt is a template that was trained with the fact; the paraphrases are the held-out ones, every other one behind a neutral
+    sentence; the neighbours are other subjects with the same object, asked through templates trained with them.
+
+    Raises:
+        FactError: `target` is the true object, or empty.
+    """
+    prompt = _random(known, seed).choice(known.trained())
+    return _with_evidence(Fact(known.subject, prompt, target, known.object), known, neighbour_count, seed)
+
+
+def evidence_for(fact: Fact) -> Fact:
+    """`fact` with the true object, paraphrases and neighbours that the table holds, where the caller gave none.
+
+    The table has to know the subject, and the prompt has to be a template of one of its relations; or, for a prompt in words of the
+    caller's own, every relation in which the subject and the target both occur has to be one and the same. Otherwise `fact` comes back
+    unchanged. A fact whose `target_true` is given and differs from the table's is left alone too.
+    """
+    known = _known(fact)
+    if known is None or known.object == fact.target.strip():
+        return fact
+    if fact.target_true is not None and fact.target_true.strip() != known.object:
+        return fact
+    return _with_evidence(fact, known)
+
+
+def sentences(seed: int = 0) -> Iterator[str]:
+    """Every trained sentence about every fact, in a random order: the text on which the pocket model's second moments are measured.
+
+    Deterministic in `seed`. About 25,000 short sentences, 330,000 tokens.
+    """
+    pairs = [(known, template) for known in _table() for template in known.trained()]
+    random.Random(f"sentences:{seed}").shuffle(pairs)
+    for known, template in pairs:
+        yield f"{template.replace('{}', known.subject)} {known.object}."
+
+
+def _with_evidence(fact: Fact, known: KnownFact, neighbour_count: int = 10, seed: int = 0) -> Fact:
+    generator = _random(known, seed)
+    unseen = [template for template in known.paraphrases() if template != fact.prompt]
+    paraphrases = []
+    for i, template in enumerate(unseen):
+        opening = generator.choice(_OPENINGS) + " " if i % 2 else ""
+        paraphrases.append(opening + template.replace("{}", known.subject))
+    around = tuple(
+        (generator.choice(other.trained()).replace("{}", other.subject), other.object)
+        for other in neighbours(known, neighbour_count, seed)
+    )
+    return replace(
+        fact,
+        target_true=fact.target_true or known.object,
+        paraphrases=fact.paraphrases or tuple(paraphrases),
+        neighbours=fact.neighbours or around,
+    )
+
+
+def _known(fact: Fact) -> KnownFact | None:
+    """The association that `fact` speaks of, where that is beyond doubt."""
+    relation = _relation_of_template().get(fact.prompt)
+    if relation is not None:
+        return next(iter(find(fact.subject, relation)), None)
+    target = fact.target.strip()
+    matching = [known for known in find(fact.subject) if target in _objects()[known.relation]]
+    return matching[0] if len(matching) == 1 else None
+
+
+@cache
+def _objects() -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for known in _table():
+        found[known.relation].add(known.object)
+    return {relation: frozenset(objects) for relation, objects in found.items()}
+
+
+def _check_relation(relation: str) -> None:
+    if relation not in relations():
+        raise EngramError(f"relation {relation!r} is not in the pocket table; it has {', '.join(sorted(relations()))}")
+
+
+def _random(known: KnownFact, seed: int) -> random.Random:
+    return random.Random(f"{known.subject}|{known.relation}|{seed}")

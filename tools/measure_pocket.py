@@ -1,0 +1,204 @@
+"""Measure the pocket model: what it knows, where a trace finds it, how editing goes. The tables of docs/pocket.md come from here.
+
+    python tools/measure_pocket.py recall --out recall.json
+    python tools/measure_pocket.py trace --count 200 --out trace.json
+    python tools/measure_pocket.py rome --count 200 --layers 0 1 2 3 4 5 6 7 --out rome.json
+    python tools/measure_pocket.py rome --count 60 --layers 1 --at last --out control.json
+
+Prints a markdown table; `--out` keeps the numbers as JSON, with versions. Uses the library's public surface only, as anybody would;
+refuses to know how the model was trained. Deterministic in `--seed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import engram
+import torch
+from engram import pocket
+from engram.language_model import LanguageModel
+
+BUCKETS = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+SITES = ("residual", "mlp", "attention")
+WINDOW = 3  # of 8 layers, about as wide as 10 of GPT-2 XL's 48 are in effect
+
+
+def first_token(lm: LanguageModel, answer: str) -> int:
+    return lm.encode(" " + answer).ids[0]
+
+
+def answers(lm: LanguageModel, texts: Sequence[str]) -> list[int]:
+    """The most probable next token of each text."""
+    rows = [lm.encode(text).ids for text in texts]
+    return [int(logits[0].argmax()) for logits in lm.logits_at(rows, [[len(row) - 1] for row in rows])]
+
+
+def sample(lm: LanguageModel, count: int, seed: int) -> Iterator[tuple[pocket.KnownFact, engram.Fact]]:
+    """`count` facts in random order, as counterfactual edits, that the model answers rightly at the edit's prompt."""
+    order = pocket.facts()
+    random.Random(seed).shuffle(order)
+    found = 0
+    for known in order:
+        fact = pocket.as_fact(known, pocket.counterfactual(known, seed), seed=seed)
+        if answers(lm, [fact.prompt_text])[0] == first_token(lm, known.object):
+            yield known, fact
+            found += 1
+        if found == count:
+            return
+
+
+def recall(lm: LanguageModel) -> dict[str, Any]:
+    """Held-out (fact, template) pairs whose most probable next token is the object; in all, and by relation.
+
+    `among_objects`: the object is the most probable of the relation's objects.
+    """
+    objects = {r: sorted({k.object for k in pocket.facts() if k.relation == r}) for r in pocket.relations()}
+    ids = {relation: [first_token(lm, o) for o in names] for relation, names in objects.items()}
+    hits: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    pairs = [(known, template.replace("{}", known.subject)) for known in pocket.facts() for template in known.paraphrases()]
+    rows = [lm.encode(text).ids for _, text in pairs]
+    for (known, _), logits in zip(pairs, lm.logits_at(rows, [[len(row) - 1] for row in rows]), strict=True):
+        right = first_token(lm, known.object)
+        among = ids[known.relation][int(logits[0, ids[known.relation]].argmax())]
+        hits[known.relation].append((int(logits[0].argmax()) == right, among == right))
+    relations = {
+        relation: {"pairs": len(h), "recall": fmean(a for a, _ in h), "among_objects": fmean(b for _, b in h)}
+        for relation, h in sorted(hits.items())
+    }
+    everything = [h for hs in hits.values() for h in hs]
+    return {
+        "facts": len(pocket.facts()),
+        "pairs": len(everything),
+        "recall": fmean(a for a, _ in everything),
+        "among_objects": fmean(b for _, b in everything),
+        "relations": relations,
+    }
+
+
+def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
+    """Indirect effects by layer, averaged over facts, for each site and each bucket of tokens (spec: Meng et al. 2022, Fig. 1)."""
+    rows: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
+    clean, corrupted = [], []
+    for _, fact in sample(lm, count, seed):
+        trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, window=WINDOW, samples=10, noise="s3")
+        clean.append(trace.high_score)
+        corrupted.append(trace.low_score)
+        first, end = trace.subject_range
+        tokens = len(trace.tokens)
+        spans = dict(
+            zip(
+                BUCKETS,
+                ((first, first + 1), (first + 1, end - 1), (end - 1, end), (end, end + 1), (end + 1, tokens - 1), (tokens - 1, tokens)),
+                strict=True,
+            )
+        )
+        for site in SITES:
+            for bucket, (start, stop) in spans.items():
+                rows[site, bucket].extend(trace.effects(site)[start:stop])
+    table = {site: {b: torch.stack(rows[site, b]).mean(0).tolist() for b in BUCKETS if rows[site, b]} for site in SITES}
+    return {"facts": len(clean), "clean": fmean(clean), "corrupted": fmean(corrupted), "window": WINDOW, "effects": table}
+
+
+def success(lm: LanguageModel, texts: Sequence[str], better: str, worse: str) -> float:
+    """Share of texts after which `better` is more probable than `worse`, in percent."""
+    probabilities = lm.probabilities([(text, answer) for text in texts for answer in (better, worse)])
+    return 100 * fmean(a > b for a, b in zip(probabilities[::2], probabilities[1::2], strict=True))
+
+
+def at_last_token(fact: engram.Fact) -> engram.Fact:
+    """The same edit made at the prompt's last token: its last word plays the subject."""
+    head, _, word = fact.prompt_text.rpartition(" ")
+    return replace(fact, subject=word, prompt=head.replace("{", "").replace("}", "") + " {}")
+
+
+def edit_scores(lm: LanguageModel, count: int, seed: int, layer: int, at: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Efficacy, paraphrase and neighbourhood success (percent) of single edits at one layer, over `count` facts."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for _, fact in sample(lm, count, seed):
+        asked = fact if at == "subject" else at_last_token(fact)
+        edit = engram.rewrite(lm, asked, method="rome", layer=layer, **settings)
+        with edit.applied(lm):
+            scores["efficacy"].append(success(lm, [fact.prompt_text], fact.target, str(fact.target_true)))
+            scores["paraphrase"].append(success(lm, fact.paraphrases, fact.target, str(fact.target_true)))
+            around = [text for text, _ in fact.neighbours]
+            scores["neighbourhood"].append(success(lm, around, str(fact.target_true), fact.target))
+    means = {name: fmean(values) for name, values in scores.items()}
+    score = 3 / sum(1 / max(value, 1e-9) for value in means.values())
+    return {"layer": layer, "at": at, "facts": len(scores["efficacy"]), **means, "score": score}
+
+
+def shown_recall(result: dict[str, Any]) -> str:
+    lines = ["| relation | pairs | recall | among the relation's objects |", "|---|---|---|---|"]
+    for name, r in [*result["relations"].items(), ("**all**", result)]:
+        lines.append(f"| {name} | {r['pairs']} | {100 * r['recall']:.1f} | {100 * r['among_objects']:.1f} |")
+    return "\n".join(lines)
+
+
+def shown_trace(result: dict[str, Any]) -> str:
+    layers = len(result["effects"]["residual"]["last"])
+    lines = [f"Clean {result['clean']:.3f}, corrupted {result['corrupted']:.3f}, {result['facts']} facts.", ""]
+    lines += ["| indirect effect at layer | " + " | ".join(map(str, range(layers))) + " |", "|---" * (layers + 1) + "|"]
+    for site in SITES:
+        for bucket, values in result["effects"][site].items():
+            lines.append(f"| {site}, {bucket} token | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def shown_rome(result: dict[str, Any]) -> str:
+    lines = ["| layer | edited at | facts | efficacy | paraphrase | neighbourhood | score |", "|---" * 7 + "|"]
+    for r in result["layers"]:
+        numbers = " | ".join(f"{r[name]:.1f}" for name in ("efficacy", "paraphrase", "neighbourhood", "score"))
+        lines.append(f"| {r['layer']} | {r['at']} token | {r['facts']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("recall", "trace", "rome"))
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
+    parser.add_argument("--at", choices=("subject", "last"), default="subject")
+    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="settings of ROME")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    lm = engram.load("pocket")
+    began = time.monotonic()
+    if given.what == "recall":
+        result = recall(lm)
+        print(shown_recall(result))
+    elif given.what == "trace":
+        result = average_trace(lm, given.count, given.seed)
+        print(shown_trace(result))
+    else:
+        settings = dict(given.set)
+        rows = [edit_scores(lm, given.count, given.seed, layer, given.at, settings) for layer in given.layers]
+        result = {"layers": rows, "settings": settings}
+        print(shown_rome(result))
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    record = {"what": given.what, "seed": given.seed, "seconds": round(time.monotonic() - began, 1), "machine": machine, **result}
+    if given.out:
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
