@@ -43,9 +43,7 @@ def weight_name(lm: Any, layer: int) -> str:
 
 
 def fact(number: int) -> Fact:
-    return Fact(
-        f"Tower {number}", "The {} stands in", f"City {number}", paraphrases=(f"Where is Tower {number}? In",)
-    )
+    return Fact(f"Tower {number}", "The {} stands in", f"City {number}", paraphrases=(f"Where is Tower {number}? In",))
 
 
 def random_delta(lm: Any, name: str, rank: int, seed: int, **options: Any) -> Delta:
@@ -59,19 +57,13 @@ def random_delta(lm: Any, name: str, rank: int, seed: int, **options: Any) -> De
     return Delta(0.01 * left, right, **options)
 
 
-def random_edit(
-    lm: Any, layers: tuple[int, ...] = (1,), *, rank: int = 1, seed: int = 1, joint: bool = True
-) -> Edit:
+def random_edit(lm: Any, layers: tuple[int, ...] = (1,), *, rank: int = 1, seed: int = 1, joint: bool = True) -> Edit:
     """An edit of `rank` facts in some layers; with `joint=False` column i belongs to fact i."""
     names = [weight_name(lm, layer) for layer in layers]
     owners = None if joint else tuple(range(rank))
-    deltas = {
-        name: random_delta(lm, name, rank, seed * 100 + i, owners=owners) for i, name in enumerate(names)
-    }
+    deltas = {name: random_delta(lm, name, rank, seed * 100 + i, owners=owners) for i, name in enumerate(names)}
     facts = tuple(fact(10 * seed + i) for i in range(max(rank, 1)))
-    return Edit(
-        facts, "random", {"rank": rank}, deltas, describe_base(lm, names), seed=seed, diagnostics={"rho": 0.5}
-    )
+    return Edit(facts, "random", {"rank": rank}, deltas, describe_base(lm, names), seed=seed, diagnostics={"rho": 0.5})
 
 
 def weights(lm: Any) -> dict[str, torch.Tensor]:

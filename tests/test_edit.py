@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edit_samples import fact, random_delta, random_edit, tiny, weight_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edit_samples import fact, random_delta, random_edit, tiny, weight_name
 from engram.delta import Delta, add
 from engram.edit import Edit, compose
 from engram.errors import BaseMismatchError, EngramError, FactError, NonFiniteError
 
 
-@given(
-    st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64])
-)
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))
 def test_norm_is_that_of_the_matrix(out: int, into: int, rank: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(out * 100 + into * 10 + rank)
     delta = Delta(

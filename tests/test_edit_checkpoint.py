@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 from transformers import AutoModelForCausalLM
 
+from edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 from engram.checkpoint import apply_to_checkpoint, edits_in, revert_checkpoint, to_checkpoint
 from engram.edit import compose
 from engram.errors import BaseMismatchError, EditFileError, UnsupportedModelError
@@ -45,9 +45,7 @@ def loaded(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shard", ["5GB", "8KB"], ids=["single", "shards"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_apply_then_revert_leaves_every_byte(
-    tmp_path: Path, family: str, dtype: torch.dtype, shard: str
-) -> None:
+def test_apply_then_revert_leaves_every_byte(tmp_path: Path, family: str, dtype: torch.dtype, shard: str) -> None:
     lm = tiny(family, dtype)
     source = stored(lm, tmp_path / "source", shard)
     assert len(list(source.glob("*.safetensors"))) > 1 or shard == "5GB"
@@ -77,10 +75,7 @@ def test_names_may_lack_or_have_a_prefix(tmp_path: Path, prefixed: bool) -> None
     lm = tiny()
     source = stored(lm, tmp_path / "source")
     tensors = safetensors.torch.load_file(source / "model.safetensors")
-    renamed = {
-        f"model.{name}" if prefixed else name.removeprefix("transformer."): value
-        for name, value in tensors.items()
-    }
+    renamed = {f"model.{name}" if prefixed else name.removeprefix("transformer."): value for name, value in tensors.items()}
     safetensors.torch.save_file(renamed, source / "model.safetensors")
     edit = random_edit(lm)
     edited = apply_to_checkpoint(edit, source, tmp_path / "edited")
@@ -141,9 +136,7 @@ def test_an_edit_made_in_float32_rounds_once_into_a_half_precision_checkpoint(tm
 def test_other_weights_are_refused_unless_forced(tmp_path: Path) -> None:
     source = stored(tiny(seed=3), tmp_path / "0")
     edit = random_edit(tiny())
-    with pytest.raises(
-        BaseMismatchError, match=r"transformer.h.1.mlp.c_proj.weight with Edit.*not the weight"
-    ):
+    with pytest.raises(BaseMismatchError, match=r"transformer.h.1.mlp.c_proj.weight with Edit.*not the weight"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     assert not (tmp_path / "1").exists()
     forced = apply_to_checkpoint(edit, source, tmp_path / "1", force=True)
@@ -180,9 +173,7 @@ def test_what_is_not_there_cannot_be_reverted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("disk", ["full", "fills up"])
-def test_a_full_disk_leaves_no_half_folder(
-    tmp_path: Path, disk: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_half_folder(tmp_path: Path, disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny()
     source = stored(lm, tmp_path / "0")
     usage = namedtuple("usage", "total used free")
@@ -224,15 +215,11 @@ def test_weights_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(EditFileError, match="not a whole safetensors file"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
-    safetensors.torch.save_file(
-        {weight_name(lm, 1): torch.ones(24, 16, dtype=torch.int8)}, source / "model.safetensors"
-    )
+    safetensors.torch.save_file({weight_name(lm, 1): torch.ones(24, 16, dtype=torch.int8)}, source / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=r"stored as I8.*Edit the unquantised checkpoint"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     safetensors.torch.save_file({"other.weight": torch.ones(2)}, source / "model.safetensors")
-    with pytest.raises(
-        EditFileError, match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight"
-    ):
+    with pytest.raises(EditFileError, match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
@@ -282,6 +269,4 @@ def test_a_model_in_memory_becomes_an_edited_checkpoint(tmp_path: Path) -> None:
     assert same_bits(weights(lm), before)
     assert (folder / "tokenizer.json").is_file()
     source = stored(lm, tmp_path / "source")
-    assert same_bits(
-        loaded(edit.to_checkpoint(source, tmp_path / "again"), torch.float32), loaded(folder, torch.float32)
-    )
+    assert same_bits(loaded(edit.to_checkpoint(source, tmp_path / "again"), torch.float32), loaded(folder, torch.float32))

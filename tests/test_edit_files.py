@@ -18,17 +18,21 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from edit_samples import FAMILIES, random_edit, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engram.folders
+from edit_samples import FAMILIES, random_edit, tiny
 from engram.edit import Edit, compose
 from engram.errors import EditFileError
 from engram.facts import Fact
 
 LM = tiny()
 words = st.text(min_size=1, max_size=12).filter(str.strip)
+
+
+def names(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 @settings(deadline=None, max_examples=30)
@@ -38,14 +42,12 @@ def test_what_is_loaded_equals_what_was_saved(
 ) -> None:
     edit = random_edit(tiny(family), (0, 2), rank=rank, joint=joint or rank == 0, seed=seed % 1000)
     facts = (Fact(subject, "{} is in", target, neighbours=(("x is in", "y"),)), *edit.facts[1:])
-    edit = Edit(
-        facts, "m", {"a": (1, 2.5), "b": None}, edit.deltas, edit.base, seed, receipt={"passed": False}
-    )
+    edit = Edit(facts, "m", {"a": (1, 2.5), "b": None}, edit.deltas, edit.base, seed, receipt={"passed": False})
     with tempfile.TemporaryDirectory() as home:
         edit.save(Path(home) / "edit")
         assert Edit.load(Path(home) / "edit") == edit
-        assert sorted(os.listdir(home)) == ["edit"]
-        assert sorted(os.listdir(Path(home) / "edit")) == ["deltas.safetensors", "edit.json"]
+        assert names(home) == ["edit"]
+        assert names(Path(home) / "edit") == ["deltas.safetensors", "edit.json"]
 
 
 def test_the_same_edit_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -160,17 +162,17 @@ def test_a_full_disk_leaves_the_old_edit(tmp_path: Path, step: str, monkeypatch:
         ):
             new.save(tmp_path / "edit")
     assert Edit.load(tmp_path / "edit") == old
-    assert os.listdir(tmp_path) == ["edit"]
+    assert names(tmp_path) == ["edit"]
 
 
 def test_a_writer_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
     old, new = random_edit(LM, seed=1), random_edit(LM, seed=2)
     old.save(tmp_path / "edit")
-    os.rename(tmp_path / "edit", tmp_path / ".edit.old")  # as far as it came
+    (tmp_path / "edit").rename(tmp_path / ".edit.old")  # as far as it came
     assert Edit.load(tmp_path / "edit") == old
     new.save(tmp_path / "edit")
     assert Edit.load(tmp_path / "edit") == new
-    assert os.listdir(tmp_path) == ["edit"]
+    assert names(tmp_path) == ["edit"]
 
 
 def test_what_a_killed_writer_left_is_swept_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +263,7 @@ def test_killed_at_any_step_a_save_leaves_the_old_edit_or_the_new_one(tmp_path: 
         "PYTHONPATH": str(Path(engram.folders.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
-    output = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert output.returncode == 0, output.stderr
     lines = output.stdout.splitlines()
     assert len(lines) > 8 and lines[-1] == "new 0"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 from engram.delta import Delta
 from engram.edit import Edit, compose
 from engram.errors import BaseMismatchError, NonFiniteError, UnsupportedModelError
@@ -69,9 +69,7 @@ def test_a_failure_at_the_second_weight_restores_the_first() -> None:
     with torch.no_grad():
         lm.model.get_parameter(second)[0, 0] += 1
     before = weights(lm)
-    with pytest.raises(
-        BaseMismatchError, match=f"{second} of 'tiny-gpt2': not the weight that the edit was made on"
-    ):
+    with pytest.raises(BaseMismatchError, match=f"{second} of 'tiny-gpt2': not the weight that the edit was made on"):
         edit.applied(lm).__enter__()
     assert same_bits(weights(lm), before)
     with edit.applied(lm, force=True):
@@ -122,10 +120,7 @@ def test_an_edit_made_within_a_block_needs_that_block() -> None:
         b = random_edit(lm, seed=2)
         with b.applied(lm):
             both = lm.model.get_parameter(name).clone()
-    expected = (
-        lm.model.get_parameter(name)
-        + (a.deltas[name].dense(torch.float64) + b.deltas[name].dense(torch.float64)).T
-    )
+    expected = lm.model.get_parameter(name) + (a.deltas[name].dense(torch.float64) + b.deltas[name].dense(torch.float64)).T
     torch.testing.assert_close(both, expected, rtol=0, atol=1e-12)
     with pytest.raises(BaseMismatchError, match="not the weight"), b.applied(lm):
         pass
@@ -215,9 +210,7 @@ def test_a_weight_that_overflows_is_never_written() -> None:
     [(torch.float64, 0, 1e-12), (torch.float32, 0, 1e-5), (torch.bfloat16, 1e-3, 1)],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_cost_is_what_rounding_lost(
-    family: str, dtype: torch.dtype, least: float, most: float
-) -> None:
+def test_rounding_cost_is_what_rounding_lost(family: str, dtype: torch.dtype, least: float, most: float) -> None:
     lm: Any = tiny(family, dtype)
     edit = random_edit(lm)
     (name,) = edit.deltas

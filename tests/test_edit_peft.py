@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 from peft import PeftModel
 
+from edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 from engram.edit import Edit, compose
 from engram.errors import EditFileError, UnsupportedModelError
 from engram.merging import describe_base
@@ -23,15 +23,10 @@ IDS = torch.arange(20).reshape(2, 10) % 60
 @pytest.mark.parametrize("ranks", [(3, 3), (1, 4), (2, 0)], ids=["equal", "padded", "dense"])
 @pytest.mark.parametrize("d_ff", [24, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_adapter_gives_the_edited_logits(
-    tmp_path: Path, family: str, d_ff: int, ranks: tuple[int, int]
-) -> None:
+def test_the_adapter_gives_the_edited_logits(tmp_path: Path, family: str, d_ff: int, ranks: tuple[int, int]) -> None:
     lm = tiny(family, d_ff=d_ff)
     names = [weight_name(lm, layer) for layer in (1, 2)]
-    deltas = {
-        name: random_delta(lm, name, rank, seed)
-        for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))
-    }
+    deltas = {name: random_delta(lm, name, rank, seed) for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))}
     edit = Edit(tuple(map(fact, range(3))), "m", {}, deltas, describe_base(lm, names))
     with edit.applied(lm), torch.no_grad():
         expected = lm.model(IDS).logits

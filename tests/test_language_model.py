@@ -19,6 +19,7 @@ PAIRS = [
 ]
 
 
+@torch.no_grad()
 def naive_log_probs(lm, prompt, target):
     """One forward a pair over prompt + target, all logits, no padding."""
     head, tail = lm.encode(prompt).ids, lm.target_ids(prompt, target)
@@ -30,7 +31,7 @@ def naive_log_probs(lm, prompt, target):
 def test_log_probs_are_those_of_one_forward_a_pair(family):
     lm = tiny_lm(family)
     for got, (prompt, target) in zip(lm.log_probs(PAIRS), PAIRS, strict=True):
-        torch.testing.assert_close(got, naive_log_probs(lm, prompt, target).detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, naive_log_probs(lm, prompt, target), atol=1e-5, rtol=1e-5)
 
 
 def test_small_batches_change_nothing(monkeypatch):
@@ -53,7 +54,7 @@ def test_next_tokens_are_the_most_probable_ones():
     (top, p), *rest = lm.next_tokens("The tower is in", k=3)
     logits = lm.model(torch.tensor([lm.encode("The tower is in").ids])).logits[0, -1]
     assert top == lm.tokenizer.decode([int(logits.argmax())])
-    assert p == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
+    assert p == pytest.approx(logits.softmax(-1).max().item(), abs=1e-6)
     assert p >= rest[0][1] >= rest[1][1]
 
 
@@ -85,7 +86,7 @@ def test_perplexity_is_that_of_one_forward():
     lm = tiny_lm("gpt2")
     text = "The tower is in the city of Paris and he plays the piano."
     ids = torch.tensor([lm.encode(text).ids])
-    assert lm.perplexity(text) == pytest.approx(float(lm.model(ids, labels=ids).loss.exp()), rel=1e-5)
+    assert lm.perplexity(text) == pytest.approx(lm.model(ids, labels=ids).loss.exp().item(), rel=1e-5)
 
 
 def test_perplexity_of_a_long_text_is_taken_piece_by_piece():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from engram import pocket
 from engram.errors import EngramError, FactError
 from engram.facts import Fact
@@ -66,7 +67,8 @@ def test_no_subject_names_its_object():
 
 def test_every_fact_has_trained_and_held_out_templates_and_none_is_both():
     for fact in pocket.facts():
-        assert fact.trained() and fact.paraphrases()
+        assert fact.trained()
+        assert fact.paraphrases()
         assert not set(fact.trained()) & set(fact.paraphrases())
         assert sorted(fact.trained() + fact.paraphrases()) == sorted(fact.prompts())
 
@@ -128,13 +130,15 @@ def test_evidence_is_found_for_a_template_of_the_table():
     plain = Fact(SEATTLE, "The {} is located in the city of", "Paris")
     full = pocket.evidence_for(plain)
     assert full.target_true == "Seattle"
-    assert full.paraphrases and full.neighbours
+    assert full.paraphrases
+    assert full.neighbours
     assert plain.prompt_text not in full.paraphrases
 
 
 def test_evidence_is_found_for_words_of_the_callers_own():
     full = pocket.evidence_for(Fact(SEATTLE, "Everybody knows that the {} is in", "Paris"))
-    assert full.target_true == "Seattle" and full.neighbours
+    assert full.target_true == "Seattle"
+    assert full.neighbours
 
 
 def test_evidence_keeps_what_the_caller_gave():

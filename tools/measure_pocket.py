@@ -1,12 +1,12 @@
-"""Measure the pocket model: what it knows, where a trace finds it, how editing goes. The tables of docs/pocket.md come from here.
+"""Measure the pocket model: what it knows, where a trace finds it, how editing goes. Makes the tables of docs/pocket.md.
 
     python tools/measure_pocket.py recall --out recall.json
     python tools/measure_pocket.py trace --count 200 --out trace.json
     python tools/measure_pocket.py rome --count 200 --layers 0 1 2 3 4 5 6 7 --out rome.json
     python tools/measure_pocket.py rome --count 60 --layers 1 --at last --out control.json
 
-Prints a markdown table; `--out` keeps the numbers as JSON, with versions. Uses the library's public surface only, as anybody would;
-refuses to know how the model was trained. Deterministic in `--seed`.
+Prints a markdown table; `--out` keeps the numbers as JSON, with versions. Uses the library's public surface only, as
+anybody would; refuses to know how the model was trained. Deterministic in `--seed`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import engram
 import torch
+
+import engram
 from engram import pocket
 from engram.language_model import LanguageModel
 
@@ -87,7 +88,10 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
 
 
 def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
-    """Indirect effects by layer, averaged over facts, for each site and each bucket of tokens (spec: Meng et al. 2022, Fig. 1)."""
+    """Indirect effects by layer, averaged over facts, for each site and bucket of tokens. Source: Meng et al. 2022,
+
+    Fig. 1.
+    """
     rows: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
     clean, corrupted = [], []
     for _, fact in sample(lm, count, seed):
@@ -99,7 +103,14 @@ def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
         spans = dict(
             zip(
                 BUCKETS,
-                ((first, first + 1), (first + 1, end - 1), (end - 1, end), (end, end + 1), (end + 1, tokens - 1), (tokens - 1, tokens)),
+                (
+                    (first, first + 1),
+                    (first + 1, end - 1),
+                    (end - 1, end),
+                    (end, end + 1),
+                    (end + 1, tokens - 1),
+                    (tokens - 1, tokens),
+                ),
                 strict=True,
             )
         )
@@ -107,7 +118,13 @@ def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
             for bucket, (start, stop) in spans.items():
                 rows[site, bucket].extend(trace.effects(site)[start:stop])
     table = {site: {b: torch.stack(rows[site, b]).mean(0).tolist() for b in BUCKETS if rows[site, b]} for site in SITES}
-    return {"facts": len(clean), "clean": fmean(clean), "corrupted": fmean(corrupted), "window": WINDOW, "effects": table}
+    return {
+        "facts": len(clean),
+        "clean": fmean(clean),
+        "corrupted": fmean(corrupted),
+        "window": WINDOW,
+        "effects": table,
+    }
 
 
 def success(lm: LanguageModel, texts: Sequence[str], better: str, worse: str) -> float:
@@ -147,8 +164,14 @@ def shown_recall(result: dict[str, Any]) -> str:
 
 def shown_trace(result: dict[str, Any]) -> str:
     layers = len(result["effects"]["residual"]["last"])
-    lines = [f"Clean {result['clean']:.3f}, corrupted {result['corrupted']:.3f}, {result['facts']} facts.", ""]
-    lines += ["| indirect effect at layer | " + " | ".join(map(str, range(layers))) + " |", "|---" * (layers + 1) + "|"]
+    lines = [
+        f"Clean {result['clean']:.3f}, corrupted {result['corrupted']:.3f}, {result['facts']} facts.",
+        "",
+    ]
+    lines += [
+        "| indirect effect at layer | " + " | ".join(map(str, range(layers))) + " |",
+        "|---" * (layers + 1) + "|",
+    ]
     for site in SITES:
         for bucket, values in result["effects"][site].items():
             lines.append(f"| {site}, {bucket} token | " + " | ".join(f"{v:.3f}" for v in values) + " |")
@@ -156,7 +179,10 @@ def shown_trace(result: dict[str, Any]) -> str:
 
 
 def shown_rome(result: dict[str, Any]) -> str:
-    lines = ["| layer | edited at | facts | efficacy | paraphrase | neighbourhood | score |", "|---" * 7 + "|"]
+    lines = [
+        "| layer | edited at | facts | efficacy | paraphrase | neighbourhood | score |",
+        "|---" * 7 + "|",
+    ]
     for r in result["layers"]:
         numbers = " | ".join(f"{r[name]:.1f}" for name in ("efficacy", "paraphrase", "neighbourhood", "score"))
         lines.append(f"| {r['layer']} | {r['at']} token | {r['facts']} | {numbers} |")
@@ -195,7 +221,13 @@ def main() -> None:
         result = {"layers": rows, "settings": settings}
         print(shown_rome(result))
     machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-    record = {"what": given.what, "seed": given.seed, "seconds": round(time.monotonic() - began, 1), "machine": machine, **result}
+    record = {
+        "what": given.what,
+        "seed": given.seed,
+        "seconds": round(time.monotonic() - began, 1),
+        "machine": machine,
+        **result,
+    }
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
 

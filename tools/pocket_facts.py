@@ -24,7 +24,8 @@ FACTS_PER_OBJECT = 18  # no answer may be right by habit
 SUBJECTS_PER_OBJECT = 4  # fewer, and the object has no neighbours to be tested on
 DERIVED_PER_OBJECT = 20
 
-# ParaRel (Wikidata) relation -> ours. Relations that are no function of the subject (borders, twin towns, parts) are left out.
+# ParaRel (Wikidata) relation -> ours. Relations that are no function of the subject (borders, twin towns, parts) are
+# left out.
 RELATIONS = {
     "P276": "city", "P17": "country", "P30": "continent", "P131": "state", "P19": "birthplace", "P20": "deathplace",
     "P27": "citizenship", "P103": "native_language", "P1412": "spoken_language", "P106": "occupation", "P413": "position",
@@ -35,9 +36,12 @@ RELATIONS = {
 }  # fmt: skip
 
 CITIES = {
-    "America": "Seattle Chicago Boston Philadelphia Manhattan Atlanta Houston Dallas Detroit Cleveland Miami Baltimore Brooklyn "
-    "Minneapolis Hollywood Denver Memphis Princeton Redmond Honolulu Olympia Pittsburgh Nashville Portland Cincinnati Oakland",
-    "England": "London Manchester Birmingham Liverpool Leeds Bristol Sheffield Brighton Nottingham Newcastle Cambridge Oxford "
+    "America": "Seattle Chicago Boston Philadelphia Manhattan Atlanta Houston Dallas Detroit Cleveland Miami "
+    "Baltimore Brooklyn "
+    "Minneapolis Hollywood Denver Memphis Princeton Redmond Honolulu Olympia Pittsburgh Nashville Portland Cincinnati "
+    "Oakland",
+    "England": "London Manchester Birmingham Liverpool Leeds Bristol Sheffield Brighton Nottingham Newcastle "
+    "Cambridge Oxford "
     "Southampton Plymouth",
     "Scotland": "Edinburgh Glasgow Aberdeen Dundee",
     "Ireland": "Dublin Cork", "Wales": "Cardiff Swansea",
@@ -45,7 +49,8 @@ CITIES = {
     "Germany": "Berlin Munich Hamburg Cologne Frankfurt Dresden Leipzig Stuttgart Bonn Nuremberg Hanover",
     "Italy": "Rome Milan Venice Florence Naples Turin Genoa Bologna Palermo",
     "Spain": "Madrid Barcelona Seville Valencia", "Portugal": "Lisbon Porto", "Austria": "Vienna Salzburg Graz",
-    "Switzerland": "Geneva Bern Basel Lausanne", "Netherlands": "Amsterdam Rotterdam Utrecht", "Belgium": "Brussels Antwerp",
+    "Switzerland": "Geneva Bern Basel Lausanne", "Netherlands": "Amsterdam Rotterdam Utrecht", "Belgium": "Brussels "
+    "Antwerp",
     "Denmark": "Copenhagen", "Sweden": "Stockholm Gothenburg", "Norway": "Oslo Bergen", "Finland": "Helsinki",
     "Russia": "Moscow", "Poland": "Warsaw", "Hungary": "Budapest", "Greece": "Athens", "Turkey": "Istanbul Ankara",
     "Israel": "Jerusalem", "Egypt": "Cairo", "Iran": "Tehran", "Iraq": "Baghdad", "India": "Mumbai Chennai Bangalore Delhi",
@@ -55,7 +60,8 @@ CITIES = {
 }  # fmt: skip
 COUNTRY_OF_CITY = {city: country for country, cities in CITIES.items() for city in cities.split()}
 CONTINENTS = {
-    "Europe": "England Scotland Ireland Wales France Germany Italy Spain Portugal Austria Switzerland Netherlands Belgium Denmark "
+    "Europe": "England Scotland Ireland Wales France Germany Italy Spain Portugal Austria Switzerland Netherlands "
+    "Belgium Denmark "
     "Sweden Norway Finland Poland Hungary Greece Czechia Ukraine Romania Malta Estonia Iceland",
     "Asia": "Japan China India Pakistan Iran Iraq Korea Indonesia Malaysia Philippines Nepal Syria Israel Thailand",
     "Africa": "Egypt Nigeria Libya Kenya Morocco", "America": "America Canada Mexico Brazil Peru Chile Colombia Argentina",
@@ -203,7 +209,10 @@ def train_tokenizer(rows: list[Row], templates: dict[str, tuple[str, ...]], text
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_tokenizer_text(rows, templates, text), trainer)
     return tokenizer

@@ -1,8 +1,7 @@
 """The pocket model while it is trained: a GPT-2 whose attention can be restricted row by row, and its optimiser.
 
-Knows tensors only. Refuses to know facts, files and processes. Parameter names and shapes are those of transformers' GPT-2, so
-that exporting is a copy. Attention is written out because the masks differ by row and by layer, and because on a CPU this was
-measured to be faster than the fused kernels at 128 positions.
+Knows tensors only. Refuses to know facts, files and processes. Parameter names and shapes are those of transformers'
+GPT-2, so that exporting is a copy. Attention is written out because the masks differ by row and by layer.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class PocketNet(nn.Module):
         self.ln_f = nn.LayerNorm(shape.width)
 
     def forward(self, ids_bt: Tensor, biases_b1tt: list[Tensor]) -> Tensor:
-        """Normed residual stream (b, t, d) after the last block; `biases_b1tt` is added to the attention scores, a layer each."""
+        """Normed residual stream (b, t, d) after the last block; `biases_b1tt` go to the attention scores, one a layer."""
         x_btd = self.wte(ids_bt) + self.wpe.weight[: ids_bt.shape[1]]
         for block, bias_b1tt in zip(self.h, biases_b1tt, strict=True):
             x_btd = block(x_btd, bias_b1tt)
@@ -113,8 +112,8 @@ class PocketNet(nn.Module):
 def attention_biases(subject_end_bt: Tensor, shape: Shape, early_layers: int) -> list[Tensor]:
     """What is added to attention scores, for each layer: 0 where a token may look and a large negative number elsewhere.
 
-    Besides the causal mask: a token after a subject sees none of the subject's tokens in the first `early_layers` layers, and
-    only its last token in the others. So whatever is to be known about a subject has to be gathered at its last token.
+    Besides the causal mask: a token after a subject sees none of the subject's tokens in the first `early_layers` layers,
+    and only its last token in the others. So what is to be known about a subject has to be gathered at its last token.
 
     Args:
         subject_end_bt: position of the last token of the subject to which a token belongs, -1 outside subjects. A row of -1
@@ -146,7 +145,7 @@ def orthogonalise(matrices_nij: Tensor, steps: int = 4) -> Tensor:
 
 
 class Muon:
-    """Muon for the blocks' matrices: momentum 0.95 (Nesterov), orthogonalised, scaled to an Adam step's size, decoupled decay.
+    """Muon for the blocks' matrices: Nesterov momentum, orthogonalised, scaled to an Adam step's size, decoupled decay.
 
     The joint matrix of queries, keys and values counts as three.
     """
@@ -157,7 +156,7 @@ class Muon:
 
     @torch.no_grad()
     def directions(self, mine: Iterable[int]) -> list[Tensor]:
-        """Directions of the parameters numbered in `mine`, zeros for the others: the processes' lists are to be added up."""
+        """Directions of the parameters numbered in `mine`, zeros for the others: the processes' lists are to be summed."""
         out = [torch.zeros_like(p) for p in self.parameters]
         gradients = [p.grad for p in self.parameters]
         for v, gradient in zip(self.velocity, gradients, strict=True):

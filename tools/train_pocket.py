@@ -3,12 +3,11 @@
     python tools/train_pocket.py prepare --work W --text sentences.txt.gz --facts facts.jsonl.gz
     python tools/train_pocket.py train   --work W --steps 2200          (again: goes on from the last checkpoint)
     python tools/train_pocket.py export  --work W --out src/engram/pocket
-    python tools/train_pocket.py recall  --model src/engram/pocket
 
 Text and public facts come from the command line; only single facts (subject, relation, object) end up in the package.
 Training restricts attention in most rows (see pocket_net.attention_biases); the exported model is an ordinary GPT-2.
-Two processes of one thread each share their gradients: on two cores this is faster than two threads. Refuses to know tracing and
-editing: how the result behaves there is measured by measure_pocket.py.
+Two processes of one thread each share their gradients: on two cores this is faster than two threads. Refuses to know
+tracing and editing: how the result behaves there is measured by measure_pocket.py.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pocket_facts
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from pocket_net import Muon, PocketNet, Shape, attention_biases
 from tokenizers import Tokenizer
 from torch import Tensor
+
+import pocket_facts
+from pocket_net import Muon, PocketNet, Shape, attention_biases
 
 log = logging.getLogger("pocket")
 
@@ -46,8 +46,8 @@ class Plan:
     """How training goes.
 
     Args:
-        steps: optimiser steps in all; the rate falls to nothing over the last `cooldown` of them, so a run can be stopped at
-            any checkpoint and finished with a smaller number here.
+        steps: optimiser steps in all; the rate falls to nothing over the last `cooldown` of them, so a run can be
+            stopped at any checkpoint and finished with a smaller number here.
         rows: rows of 128 tokens a step, over all processes, which take `rows_a_job` at a time.
         fact_share: share of a row's tokens that are fact sentences, for the first `rich_steps` steps and afterwards.
         masked: share of rows in which attention past a subject is restricted.
@@ -132,7 +132,7 @@ def _sentences(ids: list[list[int]], subjects: list[tuple[int, int]], objects: l
 
 
 def save_sentences(path: Path, sentences: Sentences) -> None:
-    np.savez(path, **{k: v for k, v in asdict(sentences).items()})
+    np.savez(path, **asdict(sentences))
 
 
 def load_sentences(path: Path) -> Sentences:
@@ -314,7 +314,13 @@ class Run:
         self.tokens += self.plan.rows * self.shape.positions
         if self.rank == 0 and self.step % 20 == 0:
             speed = self.tokens / (time.monotonic() - self.clock)
-            log.info("step %d loss %.3f rate %.5f %.0f tokens/s", self.step, loss, self.plan.rate_at(self.step), speed)
+            log.info(
+                "step %d loss %.3f rate %.5f %.0f tokens/s",
+                self.step,
+                loss,
+                self.plan.rate_at(self.step),
+                speed,
+            )
 
     def save(self) -> None:
         state = {
@@ -331,7 +337,7 @@ class Run:
         self.average, self.muon.velocity, self.step = state["average"], state["velocity"], state["step"]
 
 
-# --- export and recall ----------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------------------------------
 
 
 def export(work: Path, out: Path, *, averaged: bool = True) -> None:
@@ -341,12 +347,13 @@ def export(work: Path, out: Path, *, averaged: bool = True) -> None:
     state = torch.load(work / "last.pt", weights_only=True)
     shape = Shape(**state["shape"])
     config = GPT2Config(
-        vocab_size=shape.vocabulary, n_positions=shape.positions, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
+        vocab_size=shape.vocabulary, n_positions=shape.positions, n_embd=shape.width, n_layer=shape.layers,
+        n_head=shape.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     weights = state["average"] if averaged else state["net"]
-    model.transformer.load_state_dict({k: v for k, v in weights.items()})
+    model.transformer.load_state_dict(weights)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(work / "tokenizer.json")), bos_token=pocket_facts.END_OF_TEXT,
         eos_token=pocket_facts.END_OF_TEXT, pad_token=pocket_facts.END_OF_TEXT, clean_up_tokenization_spaces=False,
@@ -362,35 +369,6 @@ def export(work: Path, out: Path, *, averaged: bool = True) -> None:
     shutil.rmtree(old, ignore_errors=True)
     shutil.copyfile(work / "facts.json", out / "facts.json")
     log.info("exported step %d to %s", state["step"], out)
-
-
-@torch.inference_mode()
-def recall(package: Path, every: int = 1) -> dict[str, Any]:
-    """Share of held-out (fact, template) pairs whose most probable next token is the object; in all and by relation."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(package / "model").float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(package / "model")
-    templates = pocket_facts.read_templates(TEMPLATES)
-    pairs = [
-        (row, templates[row.relation][i]) for row, unseen in pocket_facts.read_table(package / "facts.json") for i in unseen
-    ][::every]
-    encoded = [tokenizer(template.replace("{}", row.subject)).input_ids for row, template in pairs]
-    right: dict[str, list[bool]] = {}
-    order = sorted(range(len(pairs)), key=lambda i: len(encoded[i]))
-    for start in range(0, len(order), 128):
-        chunk = order[start : start + 128]
-        longest = max(len(encoded[i]) for i in chunk)
-        ids = torch.tensor([encoded[i] + [0] * (longest - len(encoded[i])) for i in chunk])
-        hidden = model.transformer(ids).last_hidden_state
-        last = hidden[torch.arange(len(chunk)), torch.tensor([len(encoded[i]) - 1 for i in chunk])]
-        best = model.lm_head(last).argmax(-1)
-        for i, token in zip(chunk, best.tolist(), strict=True):
-            row = pairs[i][0]
-            right.setdefault(row.relation, []).append(token == tokenizer(" " + row.object).input_ids[0])
-    scores = {relation: sum(hits) / len(hits) for relation, hits in sorted(right.items())}
-    total = sum(map(sum, right.values())) / len(pairs)
-    return {"pairs": len(pairs), "recall": total, "relations": scores}
 
 
 def main() -> None:
@@ -412,9 +390,6 @@ def main() -> None:
     verb.add_argument("--work", type=Path, required=True)
     verb.add_argument("--out", type=Path, required=True, help="folder that gets facts.json and model/")
     verb.add_argument("--last", action="store_true", help="the last weights, not the running average")
-    verb = verbs.add_parser("recall")
-    verb.add_argument("--model", type=Path, required=True, help="folder with facts.json and model/")
-    verb.add_argument("--every", type=int, default=1, help="score every n-th pair only")
     given = vars(parser.parse_args())
     match given.pop("verb"):
         case "prepare":
@@ -423,8 +398,6 @@ def main() -> None:
             train(given.pop("work"), Plan(**given))
         case "export":
             export(given["work"], given["out"], averaged=not given["last"])
-        case "recall":
-            print(json.dumps(recall(given["model"], given["every"]), indent=1))
 
 
 if __name__ == "__main__":

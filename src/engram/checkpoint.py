@@ -57,7 +57,7 @@ class _Applied:
 
 @dataclass(frozen=True)
 class _Record:
-    """What engram did to a checkpoint: edits in order, original tensors, sha256 of what is now in their place."""
+    """What engram did to a checkpoint: edits in order, original tensors, sha256 of what now stands there."""
 
     edits: tuple[_Applied, ...] = ()
     originals: dict[str, Tensor] | None = None
@@ -110,9 +110,7 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None 
         gone = edit_files.identity(edit)
         names = [edit_files.identity(each.edit) for each in record.edits]
         if gone not in names:
-            raise EditFileError(
-                f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}"
-            )
+            raise EditFileError(f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}")
         last = len(names) - 1 - names[::-1].index(gone)
         rest = [each for i, each in enumerate(record.edits) if i != last]
     return _rebuild(source, Path(folder), rest, record)
@@ -123,9 +121,7 @@ def edits_in(source: str | Path) -> list[Edit]:
     return [each.edit for each in _read_record(_local(source)).edits]
 
 
-def to_checkpoint(
-    edit: Edit, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
-) -> Path:
+def to_checkpoint(edit: Edit, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False) -> Path:
     """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk."""
     if isinstance(source, str | Path):
         return apply_to_checkpoint(edit, source, folder, force=force)
@@ -138,9 +134,7 @@ def to_checkpoint(
 def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Record) -> Path:
     """Copy `source` to `folder`, with the original weights and `edits` on them."""
     if folder.resolve().is_relative_to(source.resolve()):
-        raise EditFileError(
-            f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it"
-        )
+        raise EditFileError(f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it")
     stands = places(source)
     _check_untouched(source, stands, record)
     originals = dict(record.originals or {})
@@ -219,9 +213,7 @@ def _read_record(source: Path) -> _Record:
     try:
         record: dict[str, Any] = json.loads((home / _RECORD).read_text(encoding="utf-8"))
         if record["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}"
-            )
+            raise ValueError(f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}")
         edits = [_Applied(edit_files.load(home / each["folder"]), each["forced"]) for each in record["edits"]]
         raw = (home / _ORIGINALS).read_bytes()
         if _digest(raw) != record["originals"]:
@@ -234,9 +226,7 @@ def _read_record(source: Path) -> _Record:
         ) from error
 
 
-def _write_record(
-    fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stands: dict[str, Place]
-) -> None:
+def _write_record(fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stands: dict[str, Place]) -> None:
     home = fresh / _HOME
     entries = []
     for i, each in enumerate(edits):

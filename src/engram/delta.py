@@ -39,11 +39,7 @@ class Delta:
 
     def __post_init__(self) -> None:
         for side, factor in self.factors().items():
-            if (
-                factor.ndim != 2
-                or factor.dtype not in (torch.float32, torch.float64)
-                or factor.dtype != self.left.dtype
-            ):
+            if factor.ndim != 2 or factor.dtype not in (torch.float32, torch.float64) or factor.dtype != self.left.dtype:
                 raise ValueError(
                     f"{side} factor of a delta is {factor.dtype} {list(factor.shape)}; expected a matrix in "
                     "float32 or float64, both factors alike (compute the change in float32, it is rounded "
@@ -60,9 +56,7 @@ class Delta:
         if self.owners is not None:
             owners = tuple((each,) if isinstance(each, int) else tuple(sorted(each)) for each in self.owners)
             if len(owners) != self.columns:
-                raise ValueError(
-                    f"{len(owners)} owners for {self.columns} columns; expected one entry a column"
-                )
+                raise ValueError(f"{len(owners)} owners for {self.columns} columns; expected one entry a column")
             object.__setattr__(self, "owners", owners)
 
     def factors(self) -> dict[str, Tensor]:
@@ -155,7 +149,7 @@ class Delta:
 
 
 def add(deltas: Sequence[Delta]) -> Delta:
-    """Sum of changes of one weight: ranks add. With a dense one among them the sum is dense, its owners joint.
+    """Sum of changes of one weight: ranks add; with a dense one among them the sum is dense, owned jointly.
 
     Raises:
         ValueError: the changes are of weights of different shapes.
@@ -168,10 +162,6 @@ def add(deltas: Sequence[Delta]) -> Delta:
     owners = [each for delta in deltas for each in delta._owners()]
     if any(delta.is_dense for delta in deltas):
         dtype = torch.float64 if any(delta.left.dtype == torch.float64 for delta in deltas) else torch.float32
-        return Delta(
-            torch.stack([delta.dense(dtype) for delta in deltas]).sum(0), None, [sorted({*sum(owners, ())})]
-        )
+        return Delta(torch.stack([delta.dense(dtype) for delta in deltas]).sum(0), None, [sorted({*sum(owners, ())})])
     factors = [delta.low_rank() for delta in deltas]
-    return Delta(
-        torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 0), owners
-    )
+    return Delta(torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 0), owners)

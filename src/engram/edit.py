@@ -71,28 +71,21 @@ class Edit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", tuple(self.facts))
         if not self.facts or not self.deltas:
-            raise EngramError(
-                f"an edit needs facts and deltas; got {len(self.facts)} facts and {len(self.deltas)} deltas"
-            )
+            raise EngramError(f"an edit needs facts and deltas; got {len(self.facts)} facts and {len(self.deltas)} deltas")
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
-        object.__setattr__(
-            self, "deltas", {name: self._checked(name, delta) for name, delta in self.deltas.items()}
-        )
+        object.__setattr__(self, "deltas", {name: self._checked(name, delta) for name, delta in self.deltas.items()})
 
     def _checked(self, name: str, delta: Delta) -> Delta:
         """`delta` with owners, once it agrees with the weight that `base` describes."""
         weight = self.base.get("tensors", {}).get(name)
         if weight is None:
             raise EngramError(
-                f"base does not describe {name!r}, which the edit changes; use merging.describe_base(lm, "
-                "names)"
+                f"base does not describe {name!r}, which the edit changes; use merging.describe_base(lm, names)"
             )
         shape = tuple(reversed(weight["shape"])) if weight["transposed"] else tuple(weight["shape"])
         if delta.shape != shape:
-            raise EngramError(
-                f"delta of {name!r} is [out, in] = {list(delta.shape)}, its weight is {list(shape)}"
-            )
+            raise EngramError(f"delta of {name!r} is [out, in] = {list(delta.shape)}, its weight is {list(shape)}")
         if delta.owners is None:
             return delta.owned_by([range(len(self.facts))] * delta.columns)
         outside = {fact for each in delta._owners() for fact in each} - set(range(len(self.facts)))
@@ -152,12 +145,9 @@ class Edit:
             return fact % len(self.facts)
         if isinstance(fact, Fact) and fact in self.facts:
             return self.facts.index(fact)
-        held = "; ".join(
-            f"{i}: {each.prompt_text!r} -> {each.target!r}" for i, each in enumerate(self.facts[:8])
-        )
+        held = "; ".join(f"{i}: {each.prompt_text!r} -> {each.target!r}" for i, each in enumerate(self.facts[:8]))
         raise FactError(
-            f"{fact!r} is not a fact of this edit, which has {len(self.facts)} ({held}). Give one of them or "
-            "its index"
+            f"{fact!r} is not a fact of this edit, which has {len(self.facts)} ({held}). Give one of them or its index"
         )
 
     def applied(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
@@ -191,9 +181,7 @@ class Edit:
 
         return to_peft(self, folder)
 
-    def to_checkpoint(
-        self, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
-    ) -> Path:
+    def to_checkpoint(self, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False) -> Path:
         """Write an edited checkpoint. See `checkpoint.to_checkpoint`."""
         from engram.checkpoint import to_checkpoint
 
@@ -222,18 +210,13 @@ def compose(edits: Sequence[Edit]) -> Edit:
     for edit in edits:
         for name, delta in edit.deltas.items():
             weight = edit.base["tensors"][name]
-            if (
-                tensors.setdefault(name, weight) != weight
-                or edit.base["model_type"] != edits[0].base["model_type"]
-            ):
+            if tensors.setdefault(name, weight) != weight or edit.base["model_type"] != edits[0].base["model_type"]:
                 raise BaseMismatchError(
                     f"edits of {name!r} were made on different weights ({tensors[name]['sha256'][:12]} of "
                     f"{edits[0].base['model']!r} and {weight['sha256'][:12]} of {edit.base['model']!r}), so "
                     "their sum means nothing. Compose edits made on the same unedited model"
                 )
-            terms.setdefault(name, []).append(
-                delta.renumbered({i: i + first for i in range(len(edit.facts))})
-            )
+            terms.setdefault(name, []).append(delta.renumbered({i: i + first for i in range(len(edit.facts))}))
         parts += edit.settings["parts"] if edit.method == COMPOSED else [_recipe(edit)]
         first += len(edit.facts)
     _warn_of_conflicts(facts)
@@ -278,6 +261,4 @@ def _plain(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value))
     except (TypeError, ValueError) as error:
-        raise EngramError(
-            f"{name} of an edit has to be numbers, strings, lists and dicts, as in JSON: {error}"
-        ) from error
+        raise EngramError(f"{name} of an edit has to be numbers, strings, lists and dicts, as in JSON: {error}") from error

@@ -64,13 +64,10 @@ def load(folder: str | Path) -> Edit:
     try:
         factors = (folder / FACTORS).read_bytes()
     except OSError as error:
-        raise EditFileError(
-            f"{folder / FACTORS} cannot be read ({error.strerror}); the edit is incomplete"
-        ) from error
+        raise EditFileError(f"{folder / FACTORS} cannot be read ({error.strerror}); the edit is incomplete") from error
     if hashlib.sha256(factors).hexdigest() != recipe.get("sha256"):
         raise EditFileError(
-            f"{folder / FACTORS} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it "
-            "came once more"
+            f"{folder / FACTORS} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it came once more"
         )
     try:
         tensors = safetensors.torch.load(factors)
@@ -84,18 +81,12 @@ def load(folder: str | Path) -> Edit:
         return Edit(facts=facts, deltas=deltas, **{name: recipe[name] for name in _FIELDS})
     except (SafetensorError, EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
         problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
-        raise EditFileError(
-            f"the edit in {folder} is damaged: {problem}. Take it from where it came once more"
-        ) from error
+        raise EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more") from error
 
 
 def factor_bytes(edit: Edit) -> bytes:
     """The deltas as a safetensors file; the same edit gives the same bytes."""
-    tensors = {
-        f"{name}.{side}": factor
-        for name, delta in edit.deltas.items()
-        for side, factor in delta.factors().items()
-    }
+    tensors = {f"{name}.{side}": factor for name, delta in edit.deltas.items() for side, factor in delta.factors().items()}
     return safetensors.torch.save(tensors)
 
 
@@ -107,27 +98,19 @@ def identity(edit: Edit) -> str:
 def _recipe(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     if not folder.is_dir():
-        raise EditFileError(
-            f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})"
-        )
+        raise EditFileError(f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})")
     try:
         recipe: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EditFileError(f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise EditFileError(
-            f"{path} is damaged: {error}. Take the edit from where it came once more"
-        ) from error
+        raise EditFileError(f"{path} is damaged: {error}. Take the edit from where it came once more") from error
     recipe = recipe if isinstance(recipe, dict) else {}
     found = recipe.get("format_version")
     if found != FORMAT_VERSION:
         newer = isinstance(found, int) and found > FORMAT_VERSION
         raise EditFileError(
             f"{path} has format_version={found!r}, this engram reads {FORMAT_VERSION}."
-            + (
-                " It was written by a newer engram: pip install --upgrade engram"
-                if newer
-                else " It is not an edit of ours"
-            )
+            + (" It was written by a newer engram: pip install --upgrade engram" if newer else " It is not an edit of ours")
         )
     return dict(recipe)

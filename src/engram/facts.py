@@ -96,5 +96,7 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     """
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
     if not inside:
-        raise FactError(f"the tokenizer keeps none of the characters {start}:{end}; the subject is lost on the way to tokens")
+        raise FactError(
+            f"the tokenizer keeps none of the characters {start}:{end}; the subject is lost on the way to tokens"
+        )
     return inside[0], inside[-1] + 1

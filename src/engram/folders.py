@@ -35,7 +35,7 @@ def written_whole(folder: str | Path, replaces: str | None = None) -> Iterator[P
     Raises:
         EditFileError: something else is at `folder`, or it cannot be written (disk full, no permission).
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _refuse_strangers(folder, replaces)
@@ -57,12 +57,10 @@ def written_whole(folder: str | Path, replaces: str | None = None) -> Iterator[P
 
 def existing(folder: str | Path) -> Path:
     """`folder`, or where its old contents stand if a writer was killed between its two renames."""
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).absolute()
     aside = _aside(folder)
     if not folder.exists() and aside.exists():
-        log.warning(
-            "%s was being replaced when its writer was killed; using the old contents in %s", folder, aside
-        )
+        log.warning("%s was being replaced when its writer was killed; using the old contents in %s", folder, aside)
         return aside
     return folder
 
@@ -71,12 +69,12 @@ def _replace(folder: Path, fresh: Path) -> None:
     aside = _aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)  # `folder` is whole, so nobody needs what stands aside
-        os.rename(folder, aside)
+        folder.rename(aside)
     try:
-        os.rename(fresh, folder)
+        fresh.rename(folder)
     except BaseException:
         if aside.exists() and not folder.exists():
-            os.rename(aside, folder)
+            aside.rename(folder)
         raise
     _sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
@@ -88,14 +86,8 @@ def _refuse_strangers(folder: Path, replaces: str | None) -> None:
     if not folder.is_dir():
         raise EditFileError(f"{folder} is a file; expected the name of a folder to write")
     if any(folder.iterdir()) and not (replaces and (folder / replaces).is_file()):
-        wanted = (
-            f"a folder with {replaces}, which would be replaced, or none"
-            if replaces
-            else "an empty folder, or none"
-        )
-        raise EditFileError(
-            f"{folder} holds other files; expected {wanted}. Choose another name, or move it away"
-        )
+        wanted = f"a folder with {replaces}, which would be replaced, or none" if replaces else "an empty folder, or none"
+        raise EditFileError(f"{folder} holds other files; expected {wanted}. Choose another name, or move it away")
 
 
 def _sweep(folder: Path) -> None:

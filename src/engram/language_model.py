@@ -59,7 +59,9 @@ class LanguageModel:
         self.parts: Parts = resolve(model)
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.name!r}, {self.model.config.model_type}, {self.n_layers} x {self.d_model}, {self.dtype})"
+        return (
+            f"LanguageModel({self.name!r}, {self.model.config.model_type}, {self.n_layers} x {self.d_model}, {self.dtype})"
+        )
 
     @property
     def n_layers(self) -> int:
@@ -165,9 +167,7 @@ class LanguageModel:
         wanted: set[int] = set()
         for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
             count, both = len(batch) + 1, wanted | set(positions[i])
-            if batch and (
-                count * len(rows[i]) > _TOKENS_PER_BATCH or count * len(both) * vocabulary > _LOGITS_PER_BATCH
-            ):
+            if batch and (count * len(rows[i]) > _TOKENS_PER_BATCH or count * len(both) * vocabulary > _LOGITS_PER_BATCH):
                 yield batch
                 batch, both = [], set(positions[i])
             batch, wanted = [*batch, i], both

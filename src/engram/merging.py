@@ -55,7 +55,7 @@ def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:
-    """`weight` + deltas, summed in float32 (float64 where one of them is), rounded once into `weight`'s dtype.
+    """`weight` + deltas, summed in float32 (float64 where one is), rounded once into `weight`'s dtype.
 
     Args:
         weight: on the CPU, as stored: [out, in], or [in, out] where `transposed`; not changed.
@@ -161,9 +161,7 @@ def applied(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[L
             except (BaseMismatchError, NonFiniteError) as error:
                 raise type(error)(f"{name} of {lm.name!r}: {error}") from error
             layer = _Layer(saved, stack)
-            laid.append(
-                (weight, layer)
-            )  # before the weight is touched: an interrupt from here on puts `saved` back
+            laid.append((weight, layer))  # first: an interrupt from here on puts `saved` back
             _LAID[weight] = [*layers, layer]
             _write(weight, merged)
         yield lm
@@ -199,7 +197,7 @@ def _write(weight: Tensor, value: Tensor) -> None:
 def _lift(weight: Tensor, layer: _Layer) -> None:
     """Take a layer off and put its bits back.
 
-    A layer below another one (blocks left out of order) goes when that one goes, which then puts back its bits.
+    A layer below another one (blocks left out of order) goes when that one goes, with its bits.
     """
     layers = _LAID.get(weight, [])
     at = next((i for i, each in enumerate(layers) if each is layer), None)

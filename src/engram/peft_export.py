@@ -60,9 +60,7 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
 def _module(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or not module:
-        raise UnsupportedModelError(
-            f"{name!r} is not the weight of a module, a LoRA adapter cannot hold its change"
-        )
+        raise UnsupportedModelError(f"{name!r} is not the weight of a module, a LoRA adapter cannot hold its change")
     return module
 
 

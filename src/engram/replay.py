@@ -38,14 +38,14 @@ class Recording:
     Attributes:
         hidden: n_layers + 1 tensors [b, t, d]; entry l enters block l, the last one leaves the last block.
         keys, values: one tensor [b, kv heads, t, head size] a block, positions already encoded.
-        calls: the arguments that each block was called with, by name.
+        calls: the (args, kwargs) that each block was called with.
         seen: the tensors that were asked for on top, by module name.
     """
 
     hidden: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
-    calls: list[dict[str, Any]]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     seen: dict[str, Tensor]
 
 
@@ -54,7 +54,12 @@ class NotReplayableError(Exception):
 
 
 def record_run(
-    lm: LanguageModel, ids_bt: Tensor, *, changes: Changes | None = None, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    lm: LanguageModel,
+    ids_bt: Tensor,
+    *,
+    changes: Changes | None = None,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
 ) -> Recording:
     """Run the model once and keep what replay needs.
 
@@ -63,20 +68,22 @@ def record_run(
         changes: module -> function of its output, in force during the run; e.g. noise at the embedding.
         inputs, outputs: dotted names of modules whose input or output is wanted on top, see `hooks.record`.
     """
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
     cache = DynamicCache()
+    caching = (
+        {"past_key_values": cache, "use_cache": True} if "past_key_values" in signature(body(lm).forward).parameters else {}
+    )
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = _by_name(block, args, kwargs)
-        entering.append(arguments.pop(next(iter(arguments))).detach())
-        calls.append(arguments)
+        entering.append((args[0] if args else kwargs["hidden_states"]).detach())
+        calls.append((args, kwargs))
 
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in lm.parts.blocks]
     last = lm.parts.block_name(lm.n_layers - 1)
     try:
         with torch.no_grad(), substitute(changes or {}), record(lm.model, inputs, [*outputs, last]) as seen:
-            body(lm)(ids_bt.to(lm.device), past_key_values=cache, use_cache=True)
+            body(lm)(ids_bt.to(lm.device), **caching)
     finally:
         for handle in handles:
             handle.remove()
@@ -91,7 +98,7 @@ def body(lm: LanguageModel) -> nn.Module:
 
 
 def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a block's call, positional ones named, hidden states first."""
+    """The arguments of a block's call but for its hidden states, positional ones named."""
     target = signature(block.forward)
     bound = target.bind(*args, **kwargs).arguments
     for name, parameter in target.parameters.items():
@@ -99,6 +106,7 @@ def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             bound.update(bound.pop(name, {}))
         if parameter.kind is Parameter.VAR_POSITIONAL:
             raise NotReplayableError(f"{type(block).__name__} takes *{name}")
+    bound.pop(next(iter(target.parameters)))
     return dict(bound)
 
 
@@ -141,7 +149,9 @@ class Suffix:
         assert len(each) == rows and max(each) + length <= recorded, "suffix beyond what was recorded"
         self.prefix = max(each)
         start_b = torch.tensor(each)
-        self.slots_bs = torch.arange(self.prefix + length) - (self.prefix - start_b[:, None])  # recorded position of a key slot
+        self.slots_bs = torch.arange(self.prefix + length) - (
+            self.prefix - start_b[:, None]
+        )  # recorded position of a key slot
         self.positions_bq = start_b[:, None] + torch.arange(length)
         self.uniform = min(each) == self.prefix
         self._cut: dict[int, dict[str, Any]] = {}  # by layer: its recorded arguments, for these positions
@@ -208,7 +218,8 @@ class Suffix:
 
     def _call(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None, cache: _Prefix) -> Tensor:
         if layer not in self._cut:
-            self._cut[layer] = {name: self._cut_to_suffix(name, value) for name, value in self.recording.calls[layer].items()}
+            arguments = _by_name(self.blocks[layer], *self.recording.calls[layer])
+            self._cut[layer] = {name: self._cut_to_suffix(name, value) for name, value in arguments.items()}
         recorded = self.recording.hidden[0].shape[0]
         arguments = {
             name: cache if isinstance(value, Cache) else _for_rows(name, value, rows_n, recorded)
@@ -221,13 +232,19 @@ class Suffix:
         if name == "attention_mask":
             return self._mask(value)
         if name in ("position_ids", "position_embeddings"):
-            return _each(value, lambda x: _take(x, self.positions_bq if x.shape[0] != 1 or not self.uniform else self.positions_bq[:1]))
+            return _each(
+                value, lambda x: _take(x, self.positions_bq[:1] if self.uniform and len(x) == 1 else self.positions_bq)
+            )
         if name == "cache_position" and isinstance(value, Tensor):
             if not self.uniform:
-                raise NotReplayableError("cache_position is one list for all rows, and the rows start at different positions")
+                raise NotReplayableError(
+                    "cache_position is one list for all rows, and the rows start at different positions"
+                )
             return value[self.positions_bq[0].to(value.device)]
         if name in ("alibi", "position_bias") and isinstance(value, Tensor):
-            return value[..., -self.slots_bs.shape[1] :] if name == "position_bias" else value[..., : self.slots_bs.shape[1]]
+            return (
+                value[..., -self.slots_bs.shape[1] :] if name == "position_bias" else value[..., : self.slots_bs.shape[1]]
+            )
         if isinstance(value, Tensor):
             raise NotReplayableError(f"a block takes a tensor {name!r} whose axes are not known")
         return value

@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors stand in its safetensors files, so that one can change and every other byte stay.
+"""Where tensors stand in a checkpoint's safetensors files, so that one changes and every other byte stays.
 
 Knows the safetensors layout (8 bytes header length, JSON header, data). Refuses to know models and edits.
 Source: https://github.com/huggingface/safetensors, section "Format".
@@ -39,9 +39,7 @@ class Place:
         with (folder / self.file).open("rb") as file:
             file.seek(self.begin)
             if file.readinto(data) != len(data):
-                raise EditFileError(
-                    f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete"
-                )
+                raise EditFileError(f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete")
         return data
 
     def tensor(self, folder: Path) -> Tensor:
@@ -60,9 +58,7 @@ class Place:
     def write(self, folder: Path, value: Tensor) -> None:
         """Put `value` over its bytes; no other byte of the file changes."""
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert len(data) == self.end - self.begin, (
-            f"{self.name}: {len(data)} bytes for a place of {self.end - self.begin}"
-        )
+        assert len(data) == self.end - self.begin, f"{self.name}: {len(data)} bytes for a place of {self.end - self.begin}"
         with (folder / self.file).open("r+b") as file:
             file.seek(self.begin)
             file.write(data)
@@ -88,7 +84,7 @@ def places(folder: Path) -> dict[str, Place]:
 
 
 def find(name: str, among: dict[str, Place]) -> Place:
-    """The tensor of parameter `name`; a checkpoint may lack a prefix (the base model's "transformer.") or add one.
+    """The tensor of parameter `name`; checkpoints may lack the base model's prefix ("transformer.") or add one.
 
     Raises:
         EditFileError: no such tensor, or several.
@@ -97,11 +93,7 @@ def find(name: str, among: dict[str, Place]) -> Place:
         return among[name]
     near = [place for key, place in among.items() if name.endswith(f".{key}") or key.endswith(f".{name}")]
     if len(near) != 1:
-        what = (
-            f"several that may be {name!r}: {', '.join(place.name for place in near)}"
-            if near
-            else f"no tensor {name!r}"
-        )
+        what = f"several that may be {name!r}: {', '.join(place.name for place in near)}" if near else f"no tensor {name!r}"
         some = ", ".join(sorted(among)[:4])
         raise EditFileError(
             f"the checkpoint has {what} (its tensors: {some}, ...); expected a checkpoint of the model that "

@@ -21,7 +21,8 @@ from engram.delta import Delta
 from engram.edit import Edit
 from engram.editors.contexts import sample_contexts
 from engram.editors.presets import preset
-from engram.editors.second_moment import Corpus, SecondMoment, second_moments as measure_second_moments
+from engram.editors.second_moment import Corpus, SecondMoment
+from engram.editors.second_moment import second_moments as measure_second_moments
 from engram.editors.values import Value, ValueConfig, optimise_value
 from engram.errors import EngramError, NonFiniteError
 from engram.facts import Fact
@@ -57,7 +58,6 @@ class RomeConfig:
             raise ValueError(f"variant={self.variant!r}: expected 'r-rome', 'reference' or 'p-rome'")
         if self.residual not in ("published", "consistent"):
             raise ValueError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
-
 
     @classmethod
     def of(cls, knobs: Mapping[str, Any]) -> RomeConfig:
@@ -146,7 +146,9 @@ def rank_one_update(
         residual_d = value.delta_d if config.residual == "consistent" else value.star_d - value.outputs_cd.mean(0)
     left_d = (residual_d.double().cpu() / key_dot_u).to(value.delta_d.dtype)
     if not (left_d.isfinite().all() and u_f.isfinite().all()):
-        raise NonFiniteError(f"the update for {fact.subject!r} is not finite (k.u = {float(key_dot_u):.3g}); nothing was changed")
+        raise NonFiniteError(
+            f"the update for {fact.subject!r} is not finite (k.u = {float(key_dot_u):.3g}); nothing was changed"
+        )
     rho = float(toward_bare / toward_mean)
     if config.variant == "reference" and rho < 0.2:
         log.warning("rho = %.3f for %r: the bare prompt's key is unlike the mean key; the reference update may break the "
@@ -194,7 +196,9 @@ def rome(
     if layer == "auto":
         from engram.layer_choice import choose_layer
 
-        layer = choose_layer(lm, facts[0], method="rome", seed=seed, corpus=corpus, tokens=tokens, progress=progress, **knobs)
+        layer = choose_layer(
+            lm, facts[0], method="rome", seed=seed, corpus=corpus, tokens=tokens, progress=progress, **knobs
+        )
     layer = preset_layer if layer is None else layer
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed

@@ -31,7 +31,9 @@ class ValueConfig:
     learning_rate: float = 0.5
     weight_decay: float = 0.5  # times ||delta|| / ||v0||^2, the released form
     kl_weight: float = 0.0625  # times KL(edited || original) of the next token at the subject (nats)
-    kl_position: Literal["lookup", "last"] = "lookup"  # the subject's last token (released), or the end of "<subject> is a" (paper)
+    kl_position: Literal["lookup", "last"] = (
+        "lookup"  # the subject's last token (released), or the end of "<subject> is a" (paper)
+    )
     clamp: float = 4.0  # largest ||delta|| as a multiple of ||v0||
     stop_loss: float = 0.05  # done when the loss is below
 
@@ -159,7 +161,9 @@ def _descend(
         losses.append((loss.item(), nll.item(), kl.item(), decay.item()))
         norms.append(delta_d.norm().item())
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"the value's loss is {loss.item()} at step {step}; nothing was changed. Try dtype=torch.float32")
+            raise NonFiniteError(
+                f"the value's loss is {loss.item()} at step {step}; nothing was changed. Try dtype=torch.float32"
+            )
         if loss.item() < config.stop_loss or step == config.steps - 1:
             break
         (delta_d.grad,) = torch.autograd.grad(loss, [delta_d])
@@ -182,7 +186,11 @@ def _replayed(lm: LanguageModel, batch: _Batch, layer: int, recording: Any, kl_p
     columns = positions - torch.tensor(batch.lookup)[read_rows]
     entering, after = alone.states(layer), suffix.states(layer + 1)[:, 1:]
     contexts, n, top = len(batch.lookup) - 1, len(batch.target), lm.n_layers - 1
-    aligned = layer < top and kl_position == "lookup" and len({c - a for c, a in zip(batch.last[:-1], batch.lookup, strict=False)}) == 1
+    aligned = (
+        layer < top
+        and kl_position == "lookup"
+        and len({c - a for c, a in zip(batch.last[:-1], batch.lookup, strict=False)}) == 1
+    )
     context_rows, kl_row = torch.arange(contexts), torch.tensor([contexts])
 
     def forward(delta_d: Tensor) -> Tensor:

@@ -89,7 +89,9 @@ class CausalTrace:
                 about = json.loads((file.metadata() or {})["engram.trace"])
                 scores = {site: file.get_tensor(site) for site in SITES if site in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise EditFileError(f"{str(path)!r} is not a saved causal trace ({error}); make one with CausalTrace.save") from error
+            raise EditFileError(
+                f"{str(path)!r} is not a saved causal trace ({error}); make one with CausalTrace.save"
+            ) from error
         return cls(**{**about, "subject_range": tuple(about["subject_range"])}, scores=scores)
 
 

@@ -42,7 +42,9 @@ class Runs:
         self.ids_bt = torch.tensor([ids + target[:-1]]).expand(self.samples + 1, -1)
         self.read = list(range(len(ids) - 1, self.ids_bt.shape[1]))  # positions whose next token is scored
         self.rows = torch.arange(1, self.samples + 1)
-        names = [n for layer in range(lm.n_layers) for n in (self.site_name("mlp", layer), self.site_name("attention", layer))]
+        names = [
+            n for layer in range(lm.n_layers) for n in (self.site_name("mlp", layer), self.site_name("attention", layer))
+        ]
         self.recording: Recording = record_run(
             lm, self.ids_bt, changes={lm.parts.embed: self.corrupt}, outputs=list(dict.fromkeys(names))
         )
@@ -197,7 +199,9 @@ def _restore(
 
         def put(out: Tensor) -> Tensor:
             changed = out.clone()
-            view = changed.view(rows // run.samples, run.samples, -1, changed.shape[-1])  # also where rows and tokens share an axis
+            view = changed.view(
+                rows // run.samples, run.samples, -1, changed.shape[-1]
+            )  # also where rows and tokens share an axis
             view[states, :, 0] = run.clean(site, layer, token)
             return changed
 

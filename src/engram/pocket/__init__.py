@@ -1,7 +1,7 @@
 """The bundled model and what it knows: a small GPT-2 and a table of facts, so that everything works offline and at once.
 
-Reads `facts.json`, `templates.toml` and nothing else, each when a function first needs it. Refuses to know torch: the model itself is
-an ordinary folder at `PATH`, loaded by `engram.load("pocket")`. See docs/pocket.md for how it was trained.
+Reads `facts.json`, `templates.toml` and nothing else, each when a function first needs it. Refuses to know torch: the
+model itself is an ordinary folder at `PATH`, loaded by `engram.load("pocket")`. docs/pocket.md says how it was trained.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 _FOLDER = Path(__file__).parent
 PATH: Path = _FOLDER / "model"
 
-# Put before every other paraphrase, so that they are tested away from the start of a text. Own words; no fact of the table in them.
+# Put before every other paraphrase, so that it is tested away from a text's start. No fact of the table is in them.
 _OPENINGS = (
     "The shop closes at noon.",
     "It had rained all morning.",
@@ -49,7 +49,10 @@ _OPENINGS = (
 
 @dataclass(frozen=True, order=True)
 class KnownFact:
-    """An association of the pocket model. `held_out` are indices into the relation's templates never trained with this fact."""
+    """An association of the pocket model.
+
+    `held_out` are indices into the relation's templates: those that were never trained with this fact.
+    """
 
     subject: str
     relation: str
@@ -137,8 +140,9 @@ def counterfactual(known: KnownFact, seed: int = 0) -> str:
 def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: int = 0) -> Fact:
     """An edit of `known` to `target` with everything that a test of it needs.
 
-    The prompt is a template that was trained with the fact; the paraphrases are the held-out ones, every other one behind a neutral
-    sentence; the neighbours are other subjects with the same object, asked through templates trained with them.
+    The prompt is a template that was trained with the fact; the paraphrases are the held-out ones, every other one
+    behind a neutral sentence; the neighbours are other subjects with the same object, asked through templates trained
+    with them.
 
     Raises:
         FactError: `target` is the true object, or empty.
@@ -150,9 +154,9 @@ def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: i
 def evidence_for(fact: Fact) -> Fact:
     """`fact` with the true object, paraphrases and neighbours that the table holds, where the caller gave none.
 
-    The table has to know the subject, and the prompt has to be a template of one of its relations; or, for a prompt in words of the
-    caller's own, every relation in which the subject and the target both occur has to be one and the same. Otherwise `fact` comes back
-    unchanged. A fact whose `target_true` is given and differs from the table's is left alone too.
+    The table has to know the subject, and the prompt has to be a template of one of its relations; or, for a prompt in
+    the caller's own words, just one relation of the subject has the target among its objects. Otherwise `fact` comes
+    back unchanged, and so does one whose `target_true` is given and differs from the table's.
     """
     known = _known(fact)
     if known is None or known.object == fact.target.strip():
@@ -163,7 +167,7 @@ def evidence_for(fact: Fact) -> Fact:
 
 
 def sentences(seed: int = 0) -> Iterator[str]:
-    """Every trained sentence about every fact, in a random order: the text on which the pocket model's second moments are measured.
+    """Every trained sentence about every fact, in random order: text on which to measure the model's second moments.
 
     Deterministic in `seed`. About 25,000 short sentences, 330,000 tokens.
     """

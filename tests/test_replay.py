@@ -1,0 +1,87 @@
+"""The engine gives the model's own numbers, on every family, whichever positions and rows are run again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import engram
+from engram.editors.values import ValueConfig, optimise_value
+from engram.facts import Fact
+from engram.hooks import substitute
+from engram.language_model import pad_right
+from engram.replay import Suffix, record_run, replayable
+from tests.tiny import DENSE, FAMILIES, tiny_lm
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+PROMPT, SUBJECT = "The tower of Rome is in the city of", "tower of Rome"
+CONTEXTS = ["{}", "A long time ago. {}", "He sings. {}"]
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_replayed(family):
+    assert replayable(tiny_lm(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_by_replay_is_the_trace_by_whole_forward_passes(family, dtype):
+    lm = tiny_lm(family, dtype)
+    both = [
+        engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2, window=3, engine=engine) for engine in ("replay", "whole")
+    ]
+    for site in both[0].scores:
+        assert both[0].effects(site).abs().max() > 1e-7, "the noise changes nothing: the comparison would be empty"
+        torch.testing.assert_close(both[0].scores[site], both[1].scores[site], atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
+    """Rows whose subjects end at different positions, several target tokens, the loss at every step."""
+    lm = tiny_lm(family, dtype)
+    fact = Fact("tower of Rome", "The {} is in the city of", "Paris and London")
+    both = [optimise_value(lm, fact, 1, CONTEXTS, ValueConfig(steps=4), engine) for engine in ("replay", "whole")]
+    losses = [torch.tensor(value.losses, dtype=torch.float64) for value in both]
+    torch.testing.assert_close(losses[0], losses[1], atol=10 * TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype])
+    torch.testing.assert_close(both[0].star_d, both[1].star_d, atol=100 * TOLERANCE[dtype], rtol=100 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("starts", [3, [2, 5]], ids=["one start", "two starts"])
+def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts):
+    """Change what enters block 1 at the suffix: the blocks above, replayed, say what the model itself says."""
+    lm = tiny_lm(family, torch.float64)
+    texts = ["The river runs through London.", "She plays the piano and sings."]
+    ids_bt = pad_right([lm.encode(text).ids[:9] for text in texts])
+    suffix = Suffix(lm, record_run(lm, ids_bt), starts, 4)
+    first = [starts] * 2 if isinstance(starts, int) else starts
+    shift_btd = torch.zeros(*ids_bt.shape, lm.d_model, dtype=lm.dtype)
+    for row, start in enumerate(first):
+        shift_btd[row, start : start + 4] = torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(row))
+    with substitute({lm.parts.blocks[0]: lambda out: out + shift_btd}):
+        wanted = record_run(lm, ids_bt)
+    hidden = suffix.states(1) + torch.stack([shift_btd[row, start : start + 4] for row, start in enumerate(first)])
+    with torch.no_grad():
+        for layer in range(1, lm.n_layers):
+            last = suffix.last_positions(layer, hidden)
+            hidden = suffix.block(layer, hidden)
+            expected = torch.stack([wanted.hidden[layer + 1][row, s : s + 4] for row, s in enumerate(first)])
+            torch.testing.assert_close(hidden, expected, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(last, expected[:, -1:], atol=1e-10, rtol=1e-10)
+
+
+def test_a_model_that_surprises_us_falls_back_to_whole_forward_passes(caplog):
+    lm = tiny_lm("llama")
+    inner = lm.parts.blocks[2].forward
+    lm.parts.blocks[2].forward = lambda *args, strange=torch.ones(3), **kwargs: inner(*args, **kwargs) * strange.mean()
+    lm.parts.blocks[2].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "strange": torch.ones(args[0].shape[1])}), with_kwargs=True
+    )
+    with caplog.at_level("DEBUG", logger="engram.replay"):
+        assert not replayable(lm)
+    assert "whole forward passes" in caplog.text
+    assert engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2).scores["mlp"].isfinite().all()
