@@ -64,7 +64,9 @@ def test_special_tokens_are_nobody():
         token_span([(0, 0)], 0, 4)
 
 
-words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zs", "Zl", "Zp", "Cn")), min_size=1, max_size=12)
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zs", "Zl", "Zp", "Cn")), min_size=1, max_size=12
+)
 
 
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS))

@@ -32,7 +32,8 @@ def test_every_family_can_be_replayed(family):
 def test_a_trace_by_replay_is_the_trace_by_whole_forward_passes(family, dtype):
     lm = tiny_lm(family, dtype)
     both = [
-        engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2, window=3, engine=engine) for engine in ("replay", "whole")
+        engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2, window=3, engine=engine)
+        for engine in ("replay", "whole")
     ]
     for site in both[0].scores:
         assert both[0].effects(site).abs().max() > 1e-7, "the noise changes nothing: the comparison would be empty"
@@ -77,7 +78,7 @@ def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts
 def test_a_model_that_surprises_us_falls_back_to_whole_forward_passes(caplog):
     lm = tiny_lm("llama")
     inner = lm.parts.blocks[2].forward
-    lm.parts.blocks[2].forward = lambda *args, strange=torch.ones(3), **kwargs: inner(*args, **kwargs) * strange.mean()
+    lm.parts.blocks[2].forward = lambda *args, strange=None, **kwargs: inner(*args, **kwargs) * strange.mean()
     lm.parts.blocks[2].register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "strange": torch.ones(args[0].shape[1])}), with_kwargs=True
     )

@@ -71,7 +71,9 @@ def _weights(family: str, seed: int) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         is_scale = parameter.dim() == 1 and name.endswith("weight")
-        weights[name] = 1 + 0.2 * noise if is_scale else noise * (0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+        weights[name] = (
+            1 + 0.2 * noise if is_scale else noise * (0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+        )
     return weights
 
 
@@ -112,7 +114,11 @@ def _train(tokenizer: Tokenizer, alphabet: list[str], pieces: list[str] | None =
 
 def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<|end|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -123,7 +129,9 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 
 
-def tiny_lm(family: str = "gpt2", dtype: torch.dtype = torch.float32, tokenizer: str = "byte-level", seed: int = 0) -> LanguageModel:
+def tiny_lm(
+    family: str = "gpt2", dtype: torch.dtype = torch.float32, tokenizer: str = "byte-level", seed: int = 0
+) -> LanguageModel:
     """A tiny language model of a family, with its tokenizer."""
     return LanguageModel(make_model(family, dtype, seed), TOKENIZERS[tokenizer](), name=f"tiny-{family}")
 

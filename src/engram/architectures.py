@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +103,13 @@ class Parts:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.layout = layout
-        self.blocks = list(model.get_submodule(layout.blocks))  # type: ignore[arg-type]
+        self.blocks = list(model.get_submodule(layout.blocks).children())
         self.embed = model.get_submodule(layout.embed)
         self._attention = [block.get_submodule(layout.attention) for block in self.blocks]
         self._mlp = [block.get_submodule(layout.mlp) for block in self.blocks]
         self._head = [m for name in (layout.norm, layout.project_out) if (m := _submodule(model, name)) is not None]
         self._head.append(model.get_output_embeddings())  # type: ignore[operator]
-        self._config = model.config
+        self._config: Any = model.config
 
     def block_name(self, layer: int) -> str:
         return f"{self.layout.blocks}.{layer}"
@@ -165,7 +166,7 @@ def resolve(model: nn.Module) -> Parts:
     Raises:
         UnsupportedModelError: the family has no row and its parts are ambiguous; the message shows the row to add.
     """
-    family = model.config.model_type
+    family = str(model.config.model_type)  # type: ignore[union-attr]
     layout = LAYOUTS.get(family) or _discover(model)
     if family not in LAYOUTS:
         log.warning("no row for model_type=%r; found in its module tree: %s", family, layout)
@@ -218,7 +219,7 @@ def _discover(model: nn.Module) -> Layout:
             found["mlp_out"] = list(_matrices_to(block.get_submodule(found["mlp"][0]), found["mlp"][0], width))
         found["mlp"] = [] if _has_output_norms(block) else found["mlp"]
     if any(len(names) != 1 for names in found.values()):
-        raise UnsupportedModelError(_row_to_add(model.config.model_type, found))
+        raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found))  # type: ignore[union-attr]
     return Layout(**{role: names[0] for role, names in found.items()})
 
 

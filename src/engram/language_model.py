@@ -138,7 +138,7 @@ class LanguageModel:
         positions that some row of the batch reads.
 
         Returns:
-            One float32 tensor [len(positions[i]), v] a row, on the CPU for rows of any batch, in the caller's order.
+            One tensor [len(positions[i]), v] a row in the caller's order, float32 (float64 for a float64 model), on the model's device.
         """
         out: list[Tensor | None] = [None] * len(rows)
         for batch in self._batches(rows, positions):
@@ -146,7 +146,7 @@ class LanguageModel:
             logits = self._forward(pad_right([rows[i] for i in batch]).to(self.device), wanted)
             column = {p: at for at, p in enumerate(wanted)}
             for row, i in enumerate(batch):
-                out[i] = logits[row, [column[p] for p in positions[i]]].float()
+                out[i] = logits[row, [column[p] for p in positions[i]]].to(torch.promote_types(logits.dtype, torch.float32))
         return cast("list[Tensor]", out)
 
     def _forward(self, ids_bt: Tensor, positions: list[int]) -> Tensor:

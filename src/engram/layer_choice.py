@@ -72,7 +72,13 @@ def try_layers(
             progress("tracing", i, len(traced))
         target = each.target_true if each is fact else each.target
         trace = causal_trace(
-            lm, each.prompt_text, subject=each.subject, target=target, sites=["mlp"], window=window, positions="subject_last"
+            lm,
+            each.prompt_text,
+            subject=each.subject,
+            target=target,
+            sites=["mlp"],
+            window=window,
+            positions="subject_last",
         )
         effects_l += trace.effects("mlp")[0] / len(traced)
     best = effects_l[:-1].topk(min(candidates, lm.n_layers - 1)).indices.tolist()

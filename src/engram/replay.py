@@ -88,8 +88,8 @@ def record_run(
         for handle in handles:
             handle.remove()
     hidden = [*entering, seen[last] if last in outputs else seen.pop(last)]
-    keys = [layer.keys for layer in cache.layers]
-    return Recording(hidden, keys, [layer.values for layer in cache.layers], calls, seen)
+    layers: list[Any] = list(cache.layers)
+    return Recording(hidden, [layer.keys for layer in layers], [layer.values for layer in layers], calls, seen)
 
 
 def body(lm: LanguageModel) -> nn.Module:

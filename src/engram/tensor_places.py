@@ -79,8 +79,7 @@ def places(folder: Path) -> dict[str, Place]:
             raise EditFileError(f"{folder / _INDEX} is damaged: {error!r}") from error
     else:
         raise EditFileError(_no_weights(folder))
-    found = {place.name: place for file in sorted(files) for place in _header(folder, file)}
-    return found
+    return {place.name: place for file in sorted(files) for place in _header(folder, file)}
 
 
 def find(name: str, among: dict[str, Place]) -> Place:

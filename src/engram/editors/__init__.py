@@ -55,4 +55,4 @@ def method_named(name: str) -> Callable[..., Edit]:
             + f"; known: {', '.join(sorted(METHODS))}"
         )  # fmt: skip
     module, _, function = METHODS[name].partition(":")
-    return getattr(import_module(module), function)  # type: ignore[no-any-return]
+    return getattr(import_module(module), function)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,9 @@ from engram.architectures import as_linear
 from engram.delta import Delta
 from engram.edit import Edit
 from engram.editors.contexts import sample_contexts
+from engram.editors.corpora import Corpus
 from engram.editors.presets import preset
-from engram.editors.second_moment import Corpus, SecondMoment
+from engram.editors.second_moment import SecondMoment
 from engram.editors.second_moment import second_moments as measure_second_moments
 from engram.editors.values import Value, ValueConfig, optimise_value
 from engram.errors import EngramError, NonFiniteError
@@ -165,7 +167,7 @@ def rome(
     layer: int | Literal["auto"] | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
-    corpus: Corpus | None = None,
+    corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
     engine: Engine = "auto",
@@ -181,7 +183,7 @@ def rome(
             preset of this model.
         contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
-        corpus: a text file, a data set or texts (see second_moment); default: text that the model itself samples.
+        corpus: a text file, a data set or texts (see corpora); default: text that the model itself samples.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is being done, done, in all).
         knobs: the fields of RomeConfig and ValueConfig.
@@ -233,7 +235,7 @@ def _moment(
     lm: LanguageModel,
     layer: int,
     given: Mapping[int, SecondMoment | Tensor] | None,
-    corpus: Corpus | None,
+    corpus: Corpus | str | Path | Sequence[str] | None,
     tokens: int | None,
     seed: int,
     report: Callable[[str, int, int], None],

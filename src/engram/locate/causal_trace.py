@@ -50,23 +50,23 @@ class CausalTrace:
     answer: str
     tokens: list[str]
     subject_range: tuple[int, int]
-    scores: dict[str, Tensor]
+    scores: dict[Site, Tensor]
     low_score: float
     high_score: float
     window: int
     samples: int
     model: str
 
-    def effects(self, site: str) -> Tensor:
+    def effects(self, site: Site) -> Tensor:
         """Indirect effects [tokens, layers]: restored minus corrupted probability."""
         return self.scores[site] - self.low_score
 
-    def best(self, site: str) -> tuple[int, int]:
+    def best(self, site: Site) -> tuple[int, int]:
         """(token, layer) of the largest effect."""
         at = int(self.scores[site].argmax())
         return divmod(at, self.scores[site].shape[1])
 
-    def plot(self, site: str | None = None) -> Figure:
+    def plot(self, site: Site | None = None) -> Figure:
         """The paper's heat maps: all sites side by side, or one of them."""
         from engram.plots import plot_trace
 

@@ -141,7 +141,9 @@ def sweep(run: Runs, cells: list[Cell]) -> list[float]:
             source = [open_states.index((s, a, min(e, layer))) for s, a, e in going]
             if source != list(range(len(open_states))):
                 hidden_nqd = hidden_nqd.unflatten(0, (len(open_states), -1))[source].flatten(0, 1)
-            restored = [(s, i) for i, (s, _, e) in enumerate(going) if e > layer and s != "residual"]
+            restored: list[tuple[Site, int]] = [
+                (s, i) for i, (s, _, e) in enumerate(going) if e > layer and s != "residual"
+            ]
             hidden_nqd = _through(run, suffix, layer, hidden_nqd, restored)
         opening = [state for state in wanted if state[1] == layer]
         if opening:
@@ -179,7 +181,7 @@ def _open(run: Runs, suffix: Suffix, alone: Suffix, layer: int, opening: list[St
     states = out.unflatten(0, (len(opening), -1))
     if modules:  # the block's own arithmetic at that token, with one module's output put back
         before_nd = alone.states(layer)[1:].repeat(len(modules), 1, 1)
-        restored = [(site, at) for at, (_, site) in enumerate(modules)]
+        restored: list[tuple[Site, int]] = [(site, at) for at, (_, site) in enumerate(modules)]
         with substitute(_restore(run, layer, token, restored, len(before_nd))):
             token_n1d = alone.block(layer, before_nd, run.rows.repeat(len(modules)))
         states[[i for i, _ in modules], :, 0] = token_n1d[:, 0].unflatten(0, (len(modules), -1))

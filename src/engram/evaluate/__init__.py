@@ -1,0 +1,1 @@
+"""Did an edit work, and did nothing else move: receipts of single edits."""
