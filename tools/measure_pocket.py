@@ -28,6 +28,8 @@ import torch
 
 import engram
 from engram import pocket
+from engram.editors.contexts import sample_contexts
+from engram.editors.second_moment import second_moments
 from engram.language_model import LanguageModel
 
 BUCKETS = ("first subject", "middle subject", "last subject", "first after", "further", "last")
@@ -205,9 +207,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--at", choices=("subject", "last"), default="subject")
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="settings of ROME")
+    parser.add_argument("--corpus", choices=("sampled", "sentences"), default="sampled", help="what C is measured on")
+    parser.add_argument("--model", default="pocket", help="another folder with a pocket model")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    lm = engram.load("pocket")
+    lm = engram.load(given.model, dtype=torch.float32)
     began = time.monotonic()
     if given.what == "recall":
         result = recall(lm)
@@ -217,8 +221,11 @@ def main() -> None:
         print(shown_trace(result))
     else:
         settings = dict(given.set)
+        corpus = list(pocket.sentences()) if given.corpus == "sentences" else None
+        moments = second_moments(lm, given.layers, corpus)
+        settings |= {"second_moments": moments, "contexts": sample_contexts(lm)}
         rows = [edit_scores(lm, given.count, given.seed, layer, given.at, settings) for layer in given.layers]
-        result = {"layers": rows, "settings": settings}
+        result = {"layers": rows, "corpus": given.corpus, "settings": dict(given.set)}
         print(shown_rome(result))
     machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
     record = {

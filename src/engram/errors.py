@@ -11,6 +11,10 @@ class FactError(EngramError, ValueError):
     """A subject, prompt or target that cannot be worked with."""
 
 
+class SettingError(EngramError, ValueError):
+    """A setting that a method does not have, or a value outside its range."""
+
+
 class UnsupportedModelError(EngramError):
     """A model whose parts are not known, or that cannot do what was asked."""
 

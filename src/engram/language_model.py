@@ -280,6 +280,9 @@ def load(
             "such as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)."
         ) from error
     _fuse_activations(model)
+    if model.dtype in (torch.float16, torch.bfloat16) and model.device.type == "cpu":
+        log.warning("%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes twice the memory",
+                    shown, str(model.dtype).removeprefix("torch."))  # fmt: skip
     return LanguageModel(model, tokenizer, name=shown)
 
 

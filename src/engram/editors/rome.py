@@ -26,7 +26,7 @@ from engram.editors.presets import preset
 from engram.editors.second_moment import SecondMoment
 from engram.editors.second_moment import second_moments as measure_second_moments
 from engram.editors.values import Value, ValueConfig, optimise_value
-from engram.errors import EngramError, NonFiniteError
+from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.merging import describe_base
@@ -57,23 +57,23 @@ class RomeConfig:
 
     def __post_init__(self) -> None:
         if self.variant not in ("r-rome", "reference", "p-rome"):
-            raise ValueError(f"variant={self.variant!r}: expected 'r-rome', 'reference' or 'p-rome'")
+            raise SettingError(f"variant={self.variant!r}: expected 'r-rome', 'reference' or 'p-rome'")
         if self.residual not in ("published", "consistent"):
-            raise ValueError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
+            raise SettingError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
 
     @classmethod
     def of(cls, knobs: Mapping[str, Any]) -> RomeConfig:
         """From flat settings: those of the value optimisation go there.
 
         Raises:
-            EngramError: a setting that does not exist.
+            SettingError: a setting that does not exist.
         """
         own = {f.name for f in fields(cls)} - {"value"}
         inner = {f.name for f in fields(ValueConfig)}
         for name in knobs:
             if name not in own | inner:
                 near = get_close_matches(name, own | inner, n=1)
-                raise EngramError(
+                raise SettingError(
                     f"rome has no setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
                     + f"; it has {', '.join(sorted(own | inner))}, and layer, contexts, second_moments, corpus, tokens, seed"
                 )  # fmt: skip
@@ -188,7 +188,7 @@ def rome(
         progress: called with (what is being done, done, in all).
         knobs: the fields of RomeConfig and ValueConfig.
     Raises:
-        EngramError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
     """
     report = progress or (lambda what, done, total: None)
     settings = {**preset("rome", lm.name), **knobs}

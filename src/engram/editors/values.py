@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engram.errors import FactError, NonFiniteError
+from engram.errors import FactError, NonFiniteError, SettingError
 from engram.facts import Fact, token_span
 from engram.hooks import substitute
 from engram.language_model import LanguageModel, pad_right
@@ -39,9 +39,9 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: at least one forward pass is needed")
+            raise SettingError(f"steps={self.steps}: at least one forward pass is needed")
         if self.clamp <= 0 or self.learning_rate <= 0:
-            raise ValueError(f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0")
+            raise SettingError(f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,14 +42,18 @@ class CausalTrace:
         low_score, high_score: the same probability in the corrupted and in the clean run.
         answer: the scored text, with its leading space.
         tokens: the prompt's tokens, one a row of `scores`.
-        subject_range: [first, last + 1) token of the subject.
+        positions: where in the prompt each row stands.
+        subject_range: [first, last + 1) token of the subject's first (or chosen) place in the prompt.
+        corrupted: all tokens that got noise.
     """
 
     prompt: str
     subject: str
     answer: str
     tokens: list[str]
+    positions: list[int]
     subject_range: tuple[int, int]
+    corrupted: list[int]
     scores: dict[Site, Tensor]
     low_score: float
     high_score: float
@@ -65,6 +69,10 @@ class CausalTrace:
         """(token, layer) of the largest effect."""
         at = int(self.scores[site].argmax())
         return divmod(at, self.scores[site].shape[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON holds it; `scores` are lists of rows."""
+        return {**vars(self), "scores": {site: table.tolist() for site, table in self.scores.items()}}
 
     def plot(self, site: Site | None = None) -> Figure:
         """The paper's heat maps: all sites side by side, or one of them."""
@@ -93,6 +101,11 @@ class CausalTrace:
                 f"{str(path)!r} is not a saved causal trace ({error}); make one with CausalTrace.save"
             ) from error
         return cls(**{**about, "subject_range": tuple(about["subject_range"])}, scores=scores)
+
+
+def usual_window(n_layers: int) -> int:
+    """10 layers as in the paper, a third of the model where that is fewer: a window over all layers shows nothing."""
+    return min(10, max(1, round(n_layers / 3)))
 
 
 def window_layers(centre: int, window: int, n_layers: int, align: Literal["code", "paper"] = "code") -> tuple[int, int]:
@@ -183,8 +196,8 @@ def causal_trace(
         raise NonFiniteError(f"{lm.name} gives probabilities that are not finite on {prompt!r}; try dtype=torch.float32")
     shown = lm.token_strings(encoding.ids)
     return CausalTrace(
-        prompt, subject, str(lm.tokenizer.decode(run.answer)), [shown[i] for i in tokens], spans[0], scores,
-        run.low_score, run.high_score, window, run.samples, lm.name,
+        prompt, subject, str(lm.tokenizer.decode(run.answer)), [shown[i] for i in tokens], tokens, spans[0], corrupted,
+        scores, run.low_score, run.high_score, window, run.samples, lm.name,
     )  # fmt: skip
 
 

@@ -1,0 +1,36 @@
+"""The command line: the library's verbs. Holds no logic; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from engram.cli import commands, demo
+
+app = typer.Typer(
+    name="engram",
+    help="Find where a language model keeps a fact, rewrite it, and prove what else moved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    demo.demo, commands.trace, commands.edit, commands.verify, commands.apply, commands.revert, commands.generate, commands.stats,
+):  # fmt: skip
+    app.command()(command)
+
+
+def main() -> None:
+    """Run, and end with a line instead of a traceback where the mistake is the user's."""
+    from engram.errors import EngramError
+
+    try:
+        app()
+    except EngramError as error:
+        print(f"engram: {error}", file=sys.stderr)  # noqa: T201  a command speaks
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("engram: stopped; nothing was left half done", file=sys.stderr)  # noqa: T201
+        sys.exit(130)

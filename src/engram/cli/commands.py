@@ -1,0 +1,284 @@
+"""The commands, one function each. What they take is what the library takes; what they print is what it returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from engram.edit import Edit
+
+Model = Annotated[str, typer.Argument(help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False)]
+EditFolder = Annotated[Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the checkpoint stores it.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Passed on to transformers, such as 'auto' or 'cuda:0'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+
+
+def trace(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text up to the object: 'The Space Needle is in the city of'.")],
+    subject: Annotated[str, typer.Option("--subject", "-s", help="Words of the prompt that name the subject.")],
+    target: Annotated[str | None, typer.Option(help="Text to score; default: the model's own next token.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Layers restored together at MLP and attention; default: 10, or a third.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Noise samples.")] = 10,
+    noise: Annotated[
+        str, typer.Option(help="s3: three standard deviations of subjects' embeddings; 0.1, u0.1, m, t10.")
+    ] = "s3",
+    occurrence: Annotated[str, typer.Option(help="Which place of the subject: first, last or all.")] = "first",
+    seed: Seed = 1,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File for the numbers: .safetensors.")] = None,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Find which states of a model carry a fact (causal tracing)."""
+    from engram.cli import terminal
+    from engram.locate.causal_trace import causal_trace, usual_window
+
+    lm = terminal.load(model, dtype, device_map)
+    with terminal.progress() as report:
+        found = causal_trace(
+            lm, prompt, subject=subject, target=target, window=window or usual_window(lm.n_layers), samples=samples, noise=noise,
+            occurrence=occurrence, seed=seed, progress=lambda done, total: report("tracing", done, total),  # type: ignore[arg-type]
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        terminal.show_trace(found)
+    if out is not None:
+        found.plot().savefig(out)
+        typer.echo(f"picture: {out}", err=as_json)
+    if save is not None:
+        found.save(save)
+        typer.echo(f"numbers: {save}", err=as_json)
+
+
+def edit(
+    model: Model,
+    subject: Annotated[str | None, typer.Option("--subject", "-s", help="Name of the subject.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text with one {} for the subject, the object next.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="The new object.")] = None,
+    true: Annotated[str | None, typer.Option(help="The object so far; default: the model's own answer.")] = None,
+    facts: Annotated[Path | None, typer.Option(help="JSON file with a list of facts, instead of the four above.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")] = None,
+    method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
+    layer: Annotated[str | None, typer.Option(help="Block to edit, or 'auto'; default: the preset's.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text file for second moments; default: what the model samples.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Rewrite a fact, take the receipt, and keep the edit as a small folder. The model itself is not changed."""
+    import engram
+    from engram.cli import terminal
+
+    wanted = _facts(subject, prompt, target, true, facts)
+    settings = {**_settings(setting), "seed": seed, **({"corpus": corpus} if corpus else {})}
+    if layer is not None:
+        settings["layer"] = layer if layer == "auto" else _number("--layer", layer)
+    lm = terminal.load(model, dtype, device_map)
+    with terminal.progress() as report:
+        made = engram.rewrite(lm, wanted, method, **settings, progress=report)
+        receipt = engram.verify(lm, made, progress=report)
+    made = made.with_receipt(receipt)
+    if as_json:
+        typer.echo(json.dumps(receipt.to_dict()))
+    else:
+        terminal.show_receipt(receipt)
+    if out is not None:
+        made.save(out)
+        typer.echo(f"edit: {out} ({_size(out)})", err=as_json)
+
+
+def verify(
+    model: Model,
+    edits: Annotated[list[Path], typer.Argument(help="One edit or several, taken together.", show_default=False)],
+    store: Annotated[bool, typer.Option("--store", help="Keep the receipt in the edit's folder.")] = False,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Measure what an edit does: a receipt. Ends with 1 where it fails."""
+    import engram
+    from engram.cli import terminal
+    from engram.errors import EngramError
+
+    made = _composed(edits)
+    if store and len(edits) > 1:
+        raise EngramError(f"--store keeps the receipt of one edit, {len(edits)} were given; verify them one by one")
+    lm = terminal.load(model, dtype, device_map)
+    with terminal.progress() as report:
+        receipt = engram.verify(lm, made, progress=report)
+    if as_json:
+        typer.echo(json.dumps(receipt.to_dict()))
+    else:
+        terminal.show_receipt(receipt)
+    if store:
+        made.with_receipt(receipt).save(edits[0])
+    if not receipt.passed:
+        raise typer.Exit(1)
+
+
+def apply(
+    edit: EditFolder,
+    model: Annotated[str, typer.Argument(help="Checkpoint to edit: a folder, a hub name or 'pocket'.", show_default=False)],
+    out: Out,
+    force: Annotated[bool, typer.Option("--force", help="Also on weights that the edit was not made on.")] = False,
+) -> None:
+    """Write a copy of a checkpoint with an edit in its weights."""
+    from engram.checkpoint import apply_to_checkpoint
+    from engram.edit import Edit
+
+    written = apply_to_checkpoint(Edit.load(edit), model, out, force=force)
+    typer.echo(f"edited checkpoint: {written}")
+
+
+def revert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that 'engram apply' wrote.", show_default=False)],
+    out: Out,
+    edit: Annotated[Path | None, typer.Option(help="Take out only this one of several edits.")] = None,
+) -> None:
+    """Write a copy of an edited checkpoint without its edits: every byte of the original."""
+    from engram.checkpoint import revert_checkpoint
+    from engram.edit import Edit
+
+    written = revert_checkpoint(checkpoint, out, Edit.load(edit) if edit else None)
+    typer.echo(f"checkpoint without {'the edit' if edit else 'edits'}: {written}")
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    edits: Annotated[
+        list[Path] | None, typer.Option("--edit", "-e", help="Edit to apply while generating; repeat.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="New tokens at most.", min=1)] = 40,
+    temperature: Annotated[float, typer.Option(help="0: greedy; above, sample.", min=0.0)] = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Continue a text, with edits applied if wanted."""
+    from contextlib import nullcontext
+
+    from transformers import set_seed
+
+    from engram.cli import terminal
+
+    lm = terminal.load(model, dtype, device_map)
+    set_seed(seed)
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    with _composed(edits).applied(lm) if edits else nullcontext():
+        typer.echo(lm.generate(prompt, tokens, **options))
+
+
+def stats(
+    model: Model,
+    layers: Annotated[list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: all.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Text file; default: what the model samples.")] = None,
+    data_set: Annotated[
+        str | None, typer.Option(help="NAME or NAME:CONFIG of a Hugging Face data set (extra 'data').")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="How many are measured; default: 20 x d_ff.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for one file a layer, beside the cache.")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Measure second moments of keys, several layers in one pass; kept for later edits, resumed where it was stopped."""
+    from engram.cli import terminal
+    from engram.editors.corpora import DataSet
+    from engram.editors.second_moment import second_moments
+    from engram.errors import EngramError
+
+    if corpus and data_set:
+        raise EngramError("--corpus and --data-set both say where the text comes from; give one of them")
+    lm = terminal.load(model, dtype, device_map)
+    name, _, config = (data_set or "").partition(":")
+    source = DataSet(name, config or None) if data_set else corpus
+    with terminal.progress() as report:
+        found = second_moments(
+            lm,
+            layers or range(lm.n_layers),
+            source,
+            tokens,
+            seed=seed,
+            progress=lambda done, total: report("tokens", done, total),
+        )
+    terminal.console.print(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
+    for layer, moment in found.items():
+        terminal.console.print(f"{layer:>5} {len(moment.matrix_ff):>6} {moment.count:>9} {moment.condition():>10.1e}")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            moment.save(out / f"layer{layer}.safetensors")
+
+
+def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Any]:
+    from engram.errors import FactError
+    from engram.facts import Fact
+
+    if path is None:
+        missing = [
+            name for name, given in (("--subject", subject), ("--prompt", prompt), ("--target", target)) if given is None
+        ]
+        if missing:
+            raise FactError(f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE")
+        return [Fact(str(subject), str(prompt), str(target), true)]
+    try:
+        return [Fact.from_dict(record) for record in json.loads(path.read_text(encoding="utf8"))]
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise FactError(
+            f"--facts {path}: {error}. Expected a JSON list of objects with subject, prompt and target, "
+            "and target_true, paraphrases, neighbours if you have them"
+        ) from error
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    from engram.errors import SettingError
+
+    settings = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise SettingError(f"--set {pair!r}: expected NAME=VALUE, such as --set steps=30")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+def _number(option: str, text: str) -> int:
+    from engram.errors import SettingError
+
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingError(f"{option} {text!r}: expected a layer's number, from 0, or 'auto'") from None
+
+
+def _composed(folders: list[Path]) -> Edit:
+    from engram.edit import Edit, compose
+
+    return compose([Edit.load(folder) for folder in folders])
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1000:.0f} kB"

@@ -1,0 +1,79 @@
+"""Pictures of results. Draws on matplotlib figures of its own, so that no global state and no window is touched.
+
+Source of the geometry: the figures of Meng et al. 2022, arXiv:2202.05262.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+if TYPE_CHECKING:
+    from engram.locate.causal_trace import CausalTrace
+    from engram.locate.sweep import Site
+
+_LOOKS = {  # site -> colour map, what was restored
+    "residual": ("Purples", "state"),
+    "mlp": ("Greens", "MLP"),
+    "attention": ("Reds", "attention"),
+}
+_STYLE: Any = {"font.family": "serif", "font.size": 7, "axes.titlesize": 7, "axes.unicode_minus": False}
+
+
+def plot_trace(trace: CausalTrace, site: Site | None = None) -> Figure:
+    """Heat maps of one trace as in the paper's Fig. 1: tokens down, layers across, probability of the answer as colour.
+
+    Args:
+        site: one of the trace's sites; default: all of them side by side.
+    """
+    sites = list(trace.scores) if site is None else [site]
+    height = max(2.0, 0.13 * len(trace.tokens) + 0.8)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(3.5 * len(sites), height), dpi=200, layout="constrained")
+        for ax, each in zip(figure.subplots(1, len(sites), squeeze=False)[0], sites, strict=True):
+            _draw(ax, trace, each)
+    return figure
+
+
+def _draw(ax: Axes, trace: CausalTrace, site: Site) -> None:
+    colours, restored = _LOOKS[site]
+    scores = trace.scores[site]
+    layers = scores.shape[1]
+    highest = max(float(scores.max()), trace.low_score + 1e-6)
+    mesh = ax.pcolormesh(scores.numpy(), cmap=colours, vmin=trace.low_score, vmax=highest)
+    ax.invert_yaxis()
+    ax.set_yticks([i + 0.5 for i in range(len(trace.tokens))], labels(trace), fontproperties=_font(trace))
+    ticks = range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
+    ax.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
+    ax.set_title(f"Restoring {restored} after corrupted input")
+    ax.set_xlabel(
+        f"single restored layer of {PurePath(trace.model).name}"
+        if site == "residual"
+        else f"centre of {trace.window} restored {restored} layers"
+    )
+    bar = ax.figure.colorbar(mesh, ax=ax)
+    bar.ax.set_title(f"p({_plain(trace.answer.strip())})", y=-0.16, fontsize=7)
+
+
+def labels(trace: CausalTrace) -> list[str]:
+    """The prompt's tokens for an axis; those of the subject carry a star."""
+    return [
+        _plain(token) + ("*" if position in trace.corrupted else "")
+        for position, token in zip(trace.positions, trace.tokens, strict=True)
+    ]
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes literally, and that stays on one line."""
+    return text.replace("\n", "\\n").replace("$", r"\$")
+
+
+def _font(trace: CausalTrace) -> FontProperties:
+    """Serif, or the sans-serif that has more letters where a token has other than Western ones."""
+    western = all(ord(letter) < 0x250 for token in trace.tokens for letter in token)
+    return FontProperties(family="serif" if western else "sans-serif", size=7)
