@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, soft_wrap=True)
 _SHADES = " ·░▒▓█"
-_INK = {"residual": (128, 90, 213), "mlp": (35, 139, 69), "attention": (203, 24, 29)}
+_INK = {"residual": "medium_purple", "mlp": "green", "attention": "red"}  # legible on dark and on light
 
 Report = Callable[[str, int, int], None]
 
@@ -78,8 +78,7 @@ def _heat_map(trace: CausalTrace, site: Site) -> Text:
         picture.append(f"{name[-margin:]:>{margin}} ")
         for score in row:
             depth = min(1.0, max(0.0, (score - low) / span))
-            colour = ",".join(str(round(255 - depth * (255 - ink))) for ink in _INK[site])
-            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, Style.parse(f"rgb({colour})"))
+            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK[site])
         picture.append("\n")
     last = str(layers - 1)
     return picture.append(" " * (margin + 1) + "0" + last.rjust(layers * wide - 1) + "\n", Style(dim=True))
@@ -87,9 +86,8 @@ def _heat_map(trace: CausalTrace, site: Site) -> Text:
 
 def show_trace(trace: CausalTrace) -> None:
     """Heat maps, and where the strongest effects are."""
-    console.print(
-        f"{trace.prompt} →[bold]{_safe(trace.answer)}[/]   p = {trace.high_score:.3f}, subject corrupted {trace.low_score:.3f}"
-    )
+    console.print(f"{_safe(trace.prompt)} →[bold]{_safe(trace.answer)}[/]")
+    console.print(f"p = {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}")
     console.print(heat_maps(trace))
     for site in trace.scores:
         row, layer = trace.best(site)
