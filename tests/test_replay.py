@@ -11,9 +11,22 @@ from engram.facts import Fact
 from engram.hooks import substitute
 from engram.language_model import pad_right
 from engram.replay import Suffix, record_run, replayable
-from tests.tiny import DENSE, FAMILIES, tiny_lm
+from tests.tiny import DENSE, EXPERTS, FAMILIES, tiny_lm
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# Families whose own code computes a part in float32, whatever the model's dtype: there 1e-10 is beyond reach.
+PARTLY_FLOAT32 = {
+    **dict.fromkeys(("bloom", "bloom-postnorm", "codegen", "gemma2", "gemma2-short-window", "gptj", "mpt"), "softmax"),
+    **dict.fromkeys(("gpt_neo", "gpt_neo-short-window"), "queries, keys and softmax"),
+    **dict.fromkeys(EXPERTS, "router"),
+}
+
+
+def tolerance(family: str, dtype: torch.dtype) -> float:
+    if dtype == torch.float32:
+        return 1e-5
+    return 1e-6 if family in PARTLY_FLOAT32 else 1e-10
+
+
 PROMPT, SUBJECT = "The tower of Rome is in the city of", "tower of Rome"
 CONTEXTS = ["{}", "A long time ago. {}", "He sings. {}"]
 
@@ -37,25 +50,26 @@ def test_a_trace_by_replay_is_the_trace_by_whole_forward_passes(family, dtype):
     ]
     for site in both[0].scores:
         assert both[0].effects(site).abs().max() > 1e-7, "the noise changes nothing: the comparison would be empty"
-        torch.testing.assert_close(both[0].scores[site], both[1].scores[site], atol=TOLERANCE[dtype], rtol=0)
+        torch.testing.assert_close(both[0].scores[site], both[1].scores[site], atol=tolerance(family, dtype), rtol=0)
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
     """Rows whose subjects end at different positions, several target tokens, the loss at every step."""
-    lm = tiny_lm(family, dtype)
-    fact = Fact("tower of Rome", "The {} is in the city of", "Paris and London")
+    lm, limit = tiny_lm(family, dtype), tolerance(family, dtype)
+    fact = Fact("tower of Rome", "The {} is in", "Paris and London")  # near enough for the shortest window
     both = [optimise_value(lm, fact, 1, CONTEXTS, ValueConfig(steps=4), engine) for engine in ("replay", "whole")]
     losses = [torch.tensor(value.losses, dtype=torch.float64) for value in both]
-    torch.testing.assert_close(losses[0], losses[1], atol=10 * TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype])
-    torch.testing.assert_close(both[0].star_d, both[1].star_d, atol=100 * TOLERANCE[dtype], rtol=100 * TOLERANCE[dtype])
+    assert losses[0][:, 1].std() > 1e-6, "the value changes nothing: the comparison would be empty"
+    torch.testing.assert_close(losses[0], losses[1], atol=10 * limit, rtol=10 * limit)
+    torch.testing.assert_close(both[0].star_d, both[1].star_d, atol=100 * limit, rtol=100 * limit)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("starts", [3, [2, 5]], ids=["one start", "two starts"])
 def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts):
     """Change what enters block 1 at the suffix: the blocks above, replayed, say what the model itself says."""
-    lm = tiny_lm(family, torch.float64)
+    lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
     texts = ["The river runs through London.", "She plays the piano and sings."]
     ids_bt = pad_right([lm.encode(text).ids[:9] for text in texts])
     suffix = Suffix(lm, record_run(lm, ids_bt), starts, 4)
@@ -71,8 +85,8 @@ def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts
             last = suffix.last_positions(layer, hidden)
             hidden = suffix.block(layer, hidden)
             expected = torch.stack([wanted.hidden[layer + 1][row, s : s + 4] for row, s in enumerate(first)])
-            torch.testing.assert_close(hidden, expected, atol=1e-10, rtol=1e-10)
-            torch.testing.assert_close(last, expected[:, -1:], atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(hidden, expected, atol=limit, rtol=limit)
+            torch.testing.assert_close(last, expected[:, -1:], atol=limit, rtol=limit)
 
 
 def test_a_model_that_surprises_us_falls_back_to_whole_forward_passes(caplog):

@@ -80,6 +80,7 @@ def _weights(family: str, seed: int) -> dict[str, torch.Tensor]:
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model whose every parameter is random, biases and norms too; the same one for the same seed, in any dtype."""
     model = AutoModelForCausalLM.from_config(make_config(family), dtype=dtype).eval()
+    model.config._experts_implementation = "eager"  # the grouped one knows no float64
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_weights(family, seed)[name])
