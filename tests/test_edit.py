@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_samples import fact, random_delta, random_edit, tiny, weight_name
 from engram.delta import Delta, add
 from engram.edit import Edit, compose
 from engram.errors import BaseMismatchError, EngramError, FactError, NonFiniteError
+from tests.edit_samples import fact, random_delta, random_edit, tiny, weight_name
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 from engram.checkpoint import apply_to_checkpoint, edits_in, revert_checkpoint, to_checkpoint
 from engram.edit import compose
 from engram.errors import BaseMismatchError, EditFileError, UnsupportedModelError
+from tests.edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engram.folders
-from edit_samples import FAMILIES, random_edit, tiny
 from engram.edit import Edit, compose
 from engram.errors import EditFileError
 from engram.facts import Fact
+from tests.edit_samples import FAMILIES, random_edit, tiny
 
 LM = tiny()
 words = st.text(min_size=1, max_size=12).filter(str.strip)

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 from engram.delta import Delta
 from engram.edit import Edit, compose
 from engram.errors import BaseMismatchError, NonFiniteError, UnsupportedModelError
 from engram.merging import describe_base
+from tests.edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 from engram.edit import Edit, compose
 from engram.errors import EditFileError, UnsupportedModelError
 from engram.merging import describe_base
 from engram.peft_export import _module
+from tests.edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 
 # peft asks transformers 5 for a property by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -115,7 +115,7 @@ def test_load_takes_a_dtype(tmp_path):
 
 
 def test_an_unknown_model_gets_a_clear_error(tmp_path):
-    with pytest.raises(EngramError, match=r"no causal language model found as .*Expected 'pocket', a folder"):
+    with pytest.raises(EngramError, match=r"(?s)no causal language model found as .*Expected 'pocket', a folder"):
         engram.load(tmp_path / "nothing")
 
 

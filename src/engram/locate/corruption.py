@@ -60,7 +60,7 @@ def draw_noise(
     left, scale, _ = torch.linalg.svd(covariance)
     noise = normal @ (left * scale.sqrt()).T
     if kind == "t":
-        chi = np.random.RandomState(2).chisquare(number, size=1000)[: shape[0] * shape[1]]
+        chi = np.random.RandomState(2).chisquare(number, size=shape[0] * shape[1])
         noise = noise * torch.from_numpy(np.sqrt((number - 2) / chi)).view(*shape, 1)
     return noise + mean
 

@@ -46,7 +46,10 @@ class Runs:
             n for layer in range(lm.n_layers) for n in (self.site_name("mlp", layer), self.site_name("attention", layer))
         ]
         self.recording: Recording = record_run(
-            lm, self.ids_bt, changes={lm.parts.embed: self.corrupt}, outputs=list(dict.fromkeys(names))
+            lm,
+            self.ids_bt,
+            changes={lm.parts.embed: lambda out: self.corrupt(out, clean=1)},
+            outputs=list(dict.fromkeys(names)),
         )
         with torch.no_grad():
             last_bnd = self.recording.hidden[-1][:, self.read]
@@ -61,11 +64,10 @@ class Runs:
     def module(self, site: Site, layer: int) -> nn.Module:
         return self.lm.model.get_submodule(self.site_name(site, layer))
 
-    def corrupt(self, embedded_btd: Tensor) -> Tensor:
-        """Embeddings with noise on the subject, in all rows but those of the clean run; rows are whole sets of samples."""
+    def corrupt(self, embedded_btd: Tensor, clean: int = 0) -> Tensor:
+        """Embeddings with noise on the subject, in all rows but the first `clean`; the others are whole sets of samples."""
         at = torch.tensor(self.corrupted, device=embedded_btd.device)
         out, noise = embedded_btd.clone(), self.noise.to(embedded_btd.device)
-        clean = len(out) % self.samples  # the recorded forward has one clean row in front, a forward of cells none
         rows = out[clean:]
         noise = noise.repeat(len(rows) // self.samples, 1, 1)
         rows[:, at] = (noise if self.replace else rows[:, at].double() + noise).to(out.dtype)

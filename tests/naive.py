@@ -1,0 +1,74 @@
+"""Causal tracing the slow way, as the published code does it: one whole forward pass of 1 + samples rows a cell, logits at
+all positions. What the sweep is held against, in tests and in benchmarks. Independent of engram's hooks and engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def changed(modules: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the outputs of modules."""
+
+    def hook(module, args, output, change):
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    handles = [m.register_forward_hook(lambda m, a, out, f=f: hook(m, a, out, f)) for m, f in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    embed: nn.Module,
+    ids: Sequence[int],
+    span: tuple[int, int],
+    noise_snd: Tensor,
+    restored: Sequence[nn.Module],
+    token: int,
+) -> Tensor:
+    """Logits [1 + samples, t, v]: row 0 is clean; in the others the subject is corrupted and `token` is put back in `restored`."""
+
+    def corrupt(out: Tensor) -> Tensor:
+        out = out.clone()
+        out[1:, span[0] : span[1]] = (out[1:, span[0] : span[1]].double() + noise_snd).to(out.dtype)
+        return out
+
+    def restore(out: Tensor) -> Tensor:
+        rows = out.view(1 + len(noise_snd), -1, out.shape[-1]).clone()
+        rows[1:, token] = rows[0, token]
+        return rows.view(out.shape)
+
+    with changed({embed: corrupt, **dict.fromkeys(restored, restore)}):
+        return model(torch.tensor([list(ids)] * (1 + len(noise_snd)))).logits
+
+
+def probability(logits: Tensor, answer: Sequence[int]) -> Tensor:
+    """[rows] probability of the answer, whose last tokens but one are the last tokens of the text."""
+    end = logits[:, -len(answer) :].double().softmax(-1)
+    return end[:, range(len(answer)), list(answer)].prod(-1)
+
+
+def trace(
+    model: nn.Module, embed: nn.Module, sites: Sequence[nn.Module], ids: Sequence[int], prompt_tokens: int,
+    span: tuple[int, int], noise_snd: Tensor, answer: Sequence[int], window: int,
+) -> Tensor:  # fmt: skip
+    """[prompt tokens, layers] mean probability of `answer` with `window` layers of a site restored around each layer."""
+    table = torch.zeros(prompt_tokens, len(sites))
+    for token in range(prompt_tokens):
+        for layer in range(len(sites)):
+            around = sites[max(0, layer - window // 2) : min(len(sites), layer + (window + 1) // 2)]
+            logits = run(model, embed, ids, span, noise_snd, around, token)
+            table[token, layer] = probability(logits[1:], answer).mean()
+    return table
