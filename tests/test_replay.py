@@ -53,6 +53,17 @@ def test_a_trace_by_replay_is_the_trace_by_whole_forward_passes(family, dtype):
         torch.testing.assert_close(both[0].scores[site], both[1].scores[site], atol=tolerance(family, dtype), rtol=0)
 
 
+@pytest.mark.parametrize("prompt", ["The {} is in", "The {}"])
+@pytest.mark.parametrize("kl_position", ["lookup", "last"])
+@pytest.mark.parametrize("contexts", [["{}"], CONTEXTS, ["{}", "A {}"]], ids=["bare", "several", "two"])
+def test_every_shape_of_batch_gives_the_same_value(prompt, kl_position, contexts):
+    """Prompts shorter and longer than the penalty's own, subjects at the end, one context and several."""
+    lm = tiny_lm("llama", torch.float64)
+    fact, config = Fact("tower of Rome", prompt, "in Paris"), ValueConfig(steps=4, kl_position=kl_position)
+    both = [optimise_value(lm, fact, 1, contexts, config, engine) for engine in ("replay", "whole")]
+    torch.testing.assert_close(torch.tensor(both[0].losses), torch.tensor(both[1].losses), atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("family", DENSE)
 def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
     """Rows whose subjects end at different positions, several target tokens, the loss at every step."""

@@ -77,7 +77,7 @@ class _Batch:
     suffix: int  # positions from the subject's last token to the end of the longest row
 
     @classmethod
-    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Batch:
+    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str], kl_position: str) -> _Batch:
         target = lm.target_ids(fact.prompt_text, fact.target)
         rows, lookup, last = [], [], []
         for template, prompt in [*((c, fact.prompt) for c in contexts), ("{}", KL_PROMPT)]:
@@ -89,15 +89,18 @@ class _Batch:
             lookup.append(token_span(encoding.offsets, start, start + len(fact.subject))[1] - 1)
             last.append(len(encoding.ids) - 1)
         rows[:-1] = [row + target[:-1] for row in rows[:-1]]
+        if kl_position == "lookup":  # what follows the subject there is seen by nothing
+            rows[-1] = rows[-1][: lookup[-1] + 1]
+            last[-1] = lookup[-1]
         suffix = max(len(row) - at for row, at in zip(rows, lookup, strict=True))
         return cls(pad_right(rows, max(lookup) + suffix), lookup, last, target, suffix)
 
-    def read(self, kl_position: str) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, positions, labels) of the logits the loss needs; the KL row's one comes last and has label 0."""
         contexts, n = len(self.lookup) - 1, len(self.target)
         rows = [j for j in range(contexts) for _ in range(n)] + [contexts]
         positions = [self.last[j] + t for j in range(contexts) for t in range(n)]
-        positions.append(self.lookup[-1] if kl_position == "lookup" else self.last[-1])
+        positions.append(self.last[-1])
         return torch.tensor(rows), torch.tensor(positions), torch.tensor(self.target * contexts + [0])
 
 
@@ -119,7 +122,7 @@ def optimise_value(
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each")
-    batch = _Batch.of(lm, fact, contexts)
+    batch = _Batch.of(lm, fact, contexts, config.kl_position)
     name = lm.parts.mlp_out_name(layer)
     recording = record_run(lm, batch.ids_bt, inputs=[name], outputs=[name])
     precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
@@ -131,7 +134,7 @@ def optimise_value(
     keys_bf, outputs_bd = at_subject(recording.seen[f"{name}:input"]), at_subject(recording.seen[name])
     start_d = outputs_bd[0]
     run = _replayed if use_replay(lm, engine) else _whole
-    forward = run(lm, batch, layer, recording, config.kl_position)
+    forward = run(lm, batch, layer, recording)
     with _frozen(lm.model):
         delta_d, losses, norms = _descend(forward, batch, start_d, config)
     return Value(start_d, delta_d, keys_bf[:-1], outputs_bd[:-1], losses, norms)
@@ -145,7 +148,7 @@ def _descend(
 ) -> tuple[Tensor, list[tuple[float, float, float, float]], list[float]]:
     """Adam on delta, as released: stop before the update, clamp after it and leave Adam's moments alone."""
     contexts, n = len(batch.lookup) - 1, len(batch.target)
-    labels = batch.read(config.kl_position)[2].to(start_d.device)
+    labels = batch.read()[2].to(start_d.device)
     delta_d = torch.zeros_like(start_d, requires_grad=True)
     optimiser = torch.optim.Adam([delta_d], lr=config.learning_rate)
     limit, original_v = config.clamp * start_d.norm(), None
@@ -174,7 +177,7 @@ def _descend(
     return delta_d.detach(), losses, norms
 
 
-def _replayed(lm: LanguageModel, batch: _Batch, layer: int, recording: Any, kl_position: str) -> Forward:
+def _replayed(lm: LanguageModel, batch: _Batch, layer: int, recording: Any) -> Forward:
     """Blocks from `layer` on, from the subject's last token on; at `layer` itself that one token is all that changes.
 
     Where all contexts end together, the last block computes what is read and nothing else: the target's positions of the
@@ -182,13 +185,13 @@ def _replayed(lm: LanguageModel, batch: _Batch, layer: int, recording: Any, kl_p
     """
     alone = Suffix(lm, recording, batch.lookup, 1)
     suffix = Suffix(lm, recording, batch.lookup, batch.suffix)
-    read_rows, positions, _ = batch.read(kl_position)
+    read_rows, positions, _ = batch.read()
     columns = positions - torch.tensor(batch.lookup)[read_rows]
     entering, after = alone.states(layer), suffix.states(layer + 1)[:, 1:]
     contexts, n, top = len(batch.lookup) - 1, len(batch.target), lm.n_layers - 1
     aligned = (
         layer < top
-        and kl_position == "lookup"
+        and batch.last[-1] == batch.lookup[-1]
         and len({c - a for c, a in zip(batch.last[:-1], batch.lookup, strict=False)}) == 1
     )
     context_rows, kl_row = torch.arange(contexts), torch.tensor([contexts])
@@ -208,9 +211,9 @@ def _replayed(lm: LanguageModel, batch: _Batch, layer: int, recording: Any, kl_p
     return forward
 
 
-def _whole(lm: LanguageModel, batch: _Batch, layer: int, recording: Any, kl_position: str) -> Forward:
+def _whole(lm: LanguageModel, batch: _Batch, layer: int, recording: Any) -> Forward:
     """The same through whole forward passes, for models that cannot be replayed."""
-    rows, (read_rows, positions, _) = torch.arange(len(batch.lookup)), batch.read(kl_position)
+    rows, (read_rows, positions, _) = torch.arange(len(batch.lookup)), batch.read()
     seen: dict[str, Tensor] = {}
 
     def forward(delta_d: Tensor) -> Tensor:
