@@ -38,7 +38,7 @@ WINDOW = 3  # of 8 layers, about as wide as 10 of GPT-2 XL's 48 are in effect
 
 
 def first_token(lm: LanguageModel, answer: str) -> int:
-    return lm.encode(" " + answer).ids[0]
+    return int(lm.tokenizer(" " + answer, add_special_tokens=False)["input_ids"][0])
 
 
 def answers(lm: LanguageModel, texts: Sequence[str]) -> list[int]:

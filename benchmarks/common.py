@@ -1,0 +1,143 @@
+"""What the benchmarks share: a GPT-2 with random weights, variants run one by one in processes of their own, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the naive loop lives with the tests
+
+from engram.language_model import LanguageModel, _fuse_activations
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {  # layers, width, heads
+    "small": (12, 768, 12),
+    "xl": (48, 1600, 25),
+}
+WORDS = 50257
+
+
+def make_model(shape: str, device: str) -> GPT2LMHeadModel:
+    """GPT-2 of that shape, random, as transformers makes it."""
+    layers, width, heads = SHAPES[shape]
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=WORDS)
+    with torch.device(device):
+        return GPT2LMHeadModel(config).eval()
+
+
+def make_lm(shape: str, device: str) -> LanguageModel:
+    """The same as `engram.load` would give it, with a tokenizer of one token a word: w0, w1, ..."""
+    model = make_model(shape, device)
+    _fuse_activations(model)
+    return LanguageModel(model, make_tokenizer(), name=f"gpt2-{shape}-shape")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0")
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{n}" for n in numbers)
+
+
+def timed(work: Callable[[], Any], device: str, repeats: int = 1) -> tuple[float, Any]:
+    """Median seconds, and what the last run gave."""
+    seconds = []
+    for _ in range(repeats):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds), result
+
+
+def peak_mib(device: str) -> float:
+    """Largest memory so far, MiB: of the process, or of the accelerator."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def matmul_rate(device: str) -> float:
+    """Floating-point operations a second that a large float32 product reaches."""
+    a = torch.randn(2048, 2048, device=device)
+    seconds, _ = timed(lambda: a @ a, device, repeats=7)
+    return 2 * 2048**3 / seconds
+
+
+def arguments(doc: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="of our own variants; the slow ones run once")
+    parser.add_argument("--variant", help="run this one alone and print JSON; what the benchmark does to itself")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/NAME-SHAPE-DEVICE.json")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def run_all(variants: Sequence[str], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Each variant in a process of its own, one after another: name -> what it printed."""
+    results = {}
+    for name in variants:
+        command = [sys.executable, sys.argv[0], "--variant", name, "--shape", given.shape, "--device", given.device]
+        command += ["--threads", str(given.threads), "--repeats", str(given.repeats)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+            results[name] = {"not_run": reason}
+        else:
+            results[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{name}: {results[name].get('not_run') or _shown(results[name])}", flush=True)
+    return results
+
+
+def _shown(result: dict[str, Any]) -> str:
+    return f"{result['seconds']:.2f} s, peak {result['peak_mib']:.0f} MiB (model alone {result['model_mib']:.0f})"
+
+
+def save(name: str, given: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Write the record with machine and versions."""
+    machine = {
+        "processor": _processor(), "cpus": os.cpu_count(), "threads": given.threads, "system": platform.platform(terse=True),
+        "python": platform.python_version(), **{p: version(p) for p in ("engram", "torch", "transformers")},
+    }  # fmt: skip
+    if given.device != "cpu":
+        machine["accelerator"] = torch.cuda.get_device_name()
+    RESULTS.mkdir(exist_ok=True)
+    path = given.out or RESULTS / f"{name}-{given.shape}-{given.device}.json"
+    path.write_text(json.dumps({"benchmark": name, "shape": given.shape, "machine": machine, **record}, indent=1) + "\n")
+    print(f"results: {path}")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()

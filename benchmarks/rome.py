@@ -1,0 +1,141 @@
+"""One ROME edit: value optimisation by replay against 20 full forward passes over all rows, with logits everywhere.
+
+    python benchmarks/rome.py                              GPT-2 small shape, layer 5, CPU, 2 threads
+    python benchmarks/rome.py --shape xl --device cuda     GPT-2 XL shape, layer 17, on a GPU
+
+21 contexts (10 of 4 sampled tokens and 10 of 9, as released) and the penalty's row; a subject of 3 tokens, one token before it
+and 3 behind, CounterFact's median ("a typical prompt"), or 7 ("a long prompt"). The slow variant is what the published code
+does with the same arithmetic, written out here. Each runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import torch
+
+from common import arguments, make_lm, make_model, matmul_rate, peak_mib, run_all, save, timed, words
+
+LAYERS = {"small": 5, "xl": 17}
+LENGTHS = {"typical": 3, "long": 7}  # tokens behind the subject
+STEPS = 20
+
+
+def request(behind: int) -> tuple[list[list[int]], list[int], list[int], list[int]]:
+    """Contexts, subject, words behind it, target; numbers of words."""
+    draw = random.Random(behind)
+    sample = lambda count: [draw.randrange(1000, 50000) for _ in range(count)]  # noqa: E731
+    contexts = [[], *(sample(4) for _ in range(10)), *(sample(9) for _ in range(10))]
+    return contexts, sample(3), sample(behind), sample(1)
+
+
+def ours(behind: int, shape: str, device: str, repeats: int) -> dict[str, Any]:
+    from engram import Fact
+    from engram.editors.rome import rank_one_update
+    from engram.editors.second_moment import SecondMoment
+    from engram.editors.values import ValueConfig, optimise_value
+    from engram.replay import replayable
+
+    lm = make_lm(shape, device)
+    replayable(lm)  # the model is probed once: not part of an edit
+    model_mib = peak_mib(device)
+    contexts, subject, after, target = request(behind)
+    fact = Fact(words(*subject), f"w7 {{}} {words(*after)}", words(*target))
+    templates = ["{}", *(f"{words(*context, 13)} {{}}" for context in contexts[1:])]
+    layer = LAYERS[shape]
+    config = ValueConfig(stop_loss=0.0)
+    seconds, value = timed(lambda: optimise_value(lm, fact, layer, templates, config), device, repeats)
+    width = 4 * lm.d_model
+    moment = SecondMoment.from_matrix(torch.eye(width))
+    moment.solve(torch.ones(width))  # one factorisation a model and layer
+    whole, _ = timed(lambda: rank_one_update(lm, fact, layer, moment, templates), device)
+    return {
+        "seconds": seconds, "edit_seconds": whole, "model_mib": model_mib, "peak_mib": peak_mib(device),
+        "losses": [loss[0] for loss in value.losses],
+    }  # fmt: skip
+
+
+def full(behind: int, shape: str, device: str) -> dict[str, Any]:
+    model = make_model(shape, device).requires_grad_(False)
+    model_mib = peak_mib(device)
+    contexts, subject, after, target = request(behind)
+    prompts = [[*context, *([13] if context else []), 7, *subject, *after] for context in contexts]
+    rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
+    lookup = [len(row) - len(after) - 1 for row in prompts] + [len(subject) - 1]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    at, number = torch.tensor(lookup, device=device), torch.arange(len(rows), device=device)
+    ends = torch.tensor([len(row) - 1 for row in prompts], device=device)
+
+    def optimise() -> list[float]:
+        delta = torch.zeros(model.config.n_embd, device=device, requires_grad=True)
+        optimiser = torch.optim.Adam([delta], lr=0.5)
+        start: list[torch.Tensor] = []
+        original: list[torch.Tensor] = []
+        losses = []
+
+        def add(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+            if not start:
+                start.append(out[0, lookup[0]].detach().clone())
+            out = out.clone()
+            out[number, at] += delta
+            return out
+
+        hook = model.transformer.h[LAYERS[shape]].mlp.register_forward_hook(add)
+        for step in range(STEPS):
+            optimiser.zero_grad()
+            log_p = model(ids, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
+            nll = -log_p[number[:-1], ends, target[0]].mean()
+            here = log_p[-1, lookup[-1]]
+            original = original or [here.detach()]
+            kl = 0.0625 * (here.exp() * (here - original[0])).sum()
+            loss = nll + kl + 0.5 * delta.norm() / start[0].norm() ** 2
+            losses.append(loss.item())
+            if step == STEPS - 1:
+                break
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                limit = 4 * start[0].norm()
+                if delta.norm() > limit:
+                    delta.mul_(limit / delta.norm())
+        hook.remove()
+        return losses
+
+    seconds, losses = timed(optimise, device)
+    return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "losses": losses}
+
+
+def main() -> None:
+    given = arguments(__doc__ or "")
+    if given.variant:
+        kind, _, length = given.variant.partition(" ")
+        behind = LENGTHS[length]
+        ours_or_full = kind == "replay"
+        print(
+            json.dumps(
+                ours(behind, given.shape, given.device, given.repeats)
+                if ours_or_full
+                else full(behind, given.shape, given.device)
+            )
+        )
+        return
+    rate = matmul_rate(given.device)
+    results = run_all([f"{kind} {length}" for length in LENGTHS for kind in ("replay", "full")], given)
+    ratios, gaps = {}, {}
+    for length in LENGTHS:
+        fast, slow = results[f"replay {length}"], results[f"full {length}"]
+        ratios[f"{length} prompt: full / replay"] = slow["seconds"] / fast["seconds"]
+        pairs = zip(fast.pop("losses"), slow.pop("losses"), strict=True)
+        gaps[f"{length} prompt"] = max(abs(a - b) / abs(b) for a, b in pairs)
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.1f}, largest relative difference of a step's loss {gaps[name.partition(':')[0]]:.1e}")
+    record = {"variants": results, "ratios": ratios, "largest_loss_differences": gaps, "float32_matmul_flops": rate}
+    save("rome", given, record)
+
+
+if __name__ == "__main__":
+    main()
