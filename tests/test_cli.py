@@ -1,0 +1,200 @@
+"""The command line says what it found, writes what it says, and explains mistakes in a line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import engram
+from engram import cli, pocket
+from engram.edit import Edit
+from engram.locate.causal_trace import CausalTrace
+from tests.tiny import TEXT, tiny_folder
+
+PROMPT = "The tower of Rome is in the city of"
+FACT = ["--subject", "tower of Rome", "--prompt", "The {} is in the city of", "--target", "Paris"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_folder(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text((TEXT + "\n") * 40, encoding="utf8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def edited(model, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edits") / "edit"
+    result = run("edit", model, *FACT, "--layer", "1", "--corpus", corpus, "-o", str(folder))
+    assert "efficacy" in result.output and f"edit: {folder}" in result.output
+    return str(folder)
+
+
+def run(*args: str, ends: int = 0):
+    result = CliRunner().invoke(cli.app, list(args), catch_exceptions=True)
+    if ends == 0 and result.exception is not None:
+        raise result.exception
+    assert result.exit_code == ends, result.output
+    return result
+
+
+def failing(monkeypatch, capsys, *args: str) -> str:
+    """What a user sees whose command is wrong."""
+    monkeypatch.setattr(sys, "argv", ["engram", *args])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
+
+
+def test_help_names_every_verb():
+    told = run("--help").output
+    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats"):
+        assert re.search(rf"\b{verb}\b", told)
+        assert run(verb, "--help").output
+
+
+def test_trace_shows_heat_maps_and_writes_picture_and_numbers(model, tmp_path):
+    told = run(
+        "trace",
+        model,
+        PROMPT,
+        "-s",
+        "tower of Rome",
+        "--samples",
+        "2",
+        "-o",
+        str(tmp_path / "t.png"),
+        "--save",
+        str(tmp_path / "t.st"),
+    )
+    for shown in ("residual, highest", "mlp, highest", "attention, highest", "strongest at token", "picture: "):
+        assert shown in told.output
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    saved = CausalTrace.load(tmp_path / "t.st")
+    wanted = engram.trace(engram.load(model), PROMPT, subject="tower of Rome", samples=2, window=1)
+    assert torch.equal(saved.scores["mlp"], wanted.scores["mlp"])
+
+
+def test_trace_prints_json_and_nothing_else(model):
+    found = json.loads(
+        run("trace", model, PROMPT, "-s", "tower of Rome", "--target", "Paris", "--samples", "2", "--json").stdout
+    )
+    assert found["answer"] == " Paris"
+    assert len(found["scores"]["residual"]) == len(found["tokens"])
+
+
+def test_edit_keeps_an_edit_with_its_receipt(edited):
+    edit = Edit.load(edited)
+    assert edit.facts[0].target == "Paris" and edit.settings["layer"] == 1
+    assert edit.receipt["answers"] and edit.settings["second_moment"]["corpus"].startswith("file ")
+
+
+def test_settings_and_facts_come_from_options_and_files(model, corpus, tmp_path):
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([
+        {"subject": "tower", "prompt": "The {} is in", "target": "Rome"},
+        {"subject": "bridge", "prompt": "The {} is in", "target": "Paris", "neighbours": [["The river runs through", "London"]]},
+    ]))  # fmt: skip
+    settings = ["--set", "steps=3", "--set", "variant=p-rome", "--layer", "1", "--corpus", corpus]
+    run("edit", model, "--facts", str(facts), *settings, "-o", str(tmp_path / "e"))
+    edit = Edit.load(tmp_path / "e")
+    assert len(edit.facts) == 2 and edit.rank == 2
+    assert (edit.settings["steps"], edit.settings["variant"]) == (3, "p-rome")
+
+
+def test_apply_and_revert_give_every_byte_back(model, edited, tmp_path):
+    run("apply", edited, model, "-o", str(tmp_path / "edited"))
+    run("revert", str(tmp_path / "edited"), "-o", str(tmp_path / "back"))
+    from pathlib import Path
+
+    original = {p.name: p.read_bytes() for p in Path(model).iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == original
+    changed = (tmp_path / "edited" / "model.safetensors").read_bytes()
+    assert changed != original["model.safetensors"]
+
+
+def test_generate_uses_edits_and_seeds(model, edited):
+    plain, again = (run("generate", model, PROMPT, "-n", "5").output for _ in range(2))
+    assert plain == again and plain.startswith(PROMPT)
+    with Edit.load(edited).applied(lm := engram.load(model)):
+        assert run("generate", model, PROMPT, "-n", "5", "--edit", edited).output == lm.generate(PROMPT, 5) + "\n"
+    sampled = [
+        run("generate", model, PROMPT, "-n", "8", "--temperature", "1.5", "--seed", seed).output for seed in ("1", "1", "2")
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_verify_ends_with_one_where_an_edit_fails(model, edited):
+    record = Edit.load(edited).receipt
+    told = run("verify", model, edited, "--json", ends=0 if record["passed"] else 1)
+    assert json.loads(told.stdout)["answers"] == record["answers"]
+
+
+def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
+    told = run(
+        "stats", model, "-l", "0", "-l", "2", "--corpus", corpus, "--tokens", "300", "-o", str(tmp_path / "c")
+    ).output
+    assert [line.split()[0] for line in told.splitlines()[1:]] == ["0", "2"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["layer0.safetensors", "layer2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trace", "MODEL", PROMPT, "-s", "Paris"], "subject 'Paris' is not in the prompt"),
+        (["trace", "MODEL", PROMPT, "-s", "Rome", "--noise", "loud"], "noise='loud' is not a rule"),
+        (["trace", "no/such/model", PROMPT, "-s", "Rome"], "no causal language model found as 'no/such/model'"),
+        (["edit", "MODEL", "-s", "Rome"], "--prompt, --target missing"),
+        (["edit", "MODEL", "-s", "Rome", "-p", "{} is in", "-t", " "], "target=' ' is empty"),
+        (["edit", "MODEL", "-s", "Rome", "-p", "It is in", "-t", "Paris"], "0 places for the subject"),
+        (["edit", "MODEL", *FACT, "--layer", "one"], "--layer 'one': expected a layer's number"),
+        (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),
+        (["edit", "MODEL", *FACT, "--set", "stps=3"], "did you mean 'steps'"),
+        (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme' does not exist"),
+        (["edit", "MODEL", "--facts", "/no/such/file"], "Expected a JSON list"),
+        (["verify", "MODEL", "/no/such/edit"], "/no/such/edit"),
+        (["stats", "MODEL", "--corpus", "/no/such/text"], "cannot be read as a text file"),
+        (["stats", "MODEL", "--corpus", "a", "--data-set", "b"], "give one of them"),
+        (["demo", "-s", "Spaec Needle"], "knows nothing of 'Spaec Needle'; it knows Space Needle"),
+        (["demo", "-t", " "], "--target is empty"),
+        (["demo", "-t", "trumpet"], "'trumpet' cannot replace what the model knows"),
+    ],
+)
+def test_mistakes_end_with_a_line(model, args, message, monkeypatch, capsys):
+    assert message in failing(monkeypatch, capsys, *(model if arg == "MODEL" else arg for arg in args))
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
+def test_the_demo_shows_everything(tmp_path):
+    told = run("demo", "-o", str(tmp_path / "demo")).output
+    assert "The Space Needle" in told and "Seattle" in told and "every bit is as it was" in told
+    assert re.search(r"^PASSED$", told, re.MULTILINE), told
+    assert (tmp_path / "demo/trace.png").exists()
+    assert sum(p.stat().st_size for p in (tmp_path / "demo/edit").iterdir()) < 100_000
+    Edit.load(tmp_path / "demo/edit")
+
+
+def test_the_command_is_installed():
+    command = [sys.executable, "-c", "from engram.cli import main; main()", "--help"]
+    assert "Usage: " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
