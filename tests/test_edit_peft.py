@@ -15,7 +15,6 @@ from engram.peft_export import _module
 from tests.edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 
 # peft asks transformers 5 for a property by its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 IDS = torch.arange(20).reshape(2, 10) % 60
 

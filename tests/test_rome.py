@@ -288,7 +288,7 @@ def test_a_key_without_any_weight_is_no_edit():
     [
         ({"method": "roem"}, EngramError, r"method='roem' does not exist \(did you mean 'rome'\?\)"),
         ({"step": 3}, SettingError, r"no setting 'step' \(did you mean 'steps'\?\)"),
-        ({"variant": "best"}, SettingError, "variant='best'"),
+        ({"variant": "best"}, SettingError, "variant=.best.: expected one of .r-rome."),
         ({"residual": "x"}, SettingError, "residual='x'"),
         ({"steps": 0}, SettingError, "steps=0"),
         ({"clamp": 0.0}, SettingError, "clamp=0.0"),
@@ -327,7 +327,7 @@ def test_presets_are_the_published_settings(model, layer, clamp):
 def test_every_preset_makes_a_config():
     for model in published("rome"):
         settings = preset("rome", model)
-        settings.pop("depth"), settings.pop("layer")
+        settings = {name: value for name, value in settings.items() if name not in ("depth", "layer", "corpus")}
         assert RomeConfig.of(settings)
 
 
@@ -344,3 +344,32 @@ def test_progress_is_reported():
         lm, FACT, layer=1, contexts=CONTEXTS, second_moments={1: moment_of(lm)}, progress=lambda *at: seen.append(at)
     )
     assert seen[-1] == ("value", 1, 1)
+
+
+def test_two_key_sends_the_bare_key_and_the_contexts_to_the_value_by_the_least_change():
+    lm = tiny_lm("gpt2", torch.float64)
+    moment = moment_of(lm)
+    update = rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant="two-key"))
+    keys = update.value.keys_cf
+    for key_f in (keys[0], keys[1:].mean(0)):
+        torch.testing.assert_close(update.left_d * (update.right_f @ key_f), update.value.delta_d)
+    best = torch.outer(update.left_d, update.right_f)
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.stack([keys[0], keys[1:].mean(0)], 1)).Q
+    for _ in range(20):
+        other_f = torch.randn(keys.shape[1], dtype=torch.float64, generator=generator)
+        changed = best + 0.01 * torch.outer(update.left_d, other_f - plane @ (plane.T @ other_f))
+        assert torch.trace(changed @ moment.matrix_ff @ changed.T) > torch.trace(best @ moment.matrix_ff @ best.T)
+
+
+def test_two_key_with_one_context_is_p_rome_and_does_not_explode_where_the_reference_does():
+    lm = tiny_lm("gpt2", torch.float64)
+    alone, plain = (
+        rank_one_update(lm, FACT, 1, moment_of(lm), ("{}",), RomeConfig(variant=v)) for v in ("two-key", "p-rome")
+    )
+    torch.testing.assert_close(torch.outer(alone.left_d, alone.right_f), torch.outer(plain.left_d, plain.right_f))
+    moment = collapsing_moment(lm)
+    reference, both = (
+        rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant=v)) for v in ("reference", "two-key")
+    )
+    assert both.norm_ratio < reference.norm_ratio / 10

@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--at", choices=("subject", "last"), default="subject")
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="settings of ROME")
-    parser.add_argument("--corpus", choices=("sampled", "sentences"), default="sampled", help="what C is measured on")
+    parser.add_argument("--corpus", choices=("bundled", "sampled"), default="bundled", help="what C is measured on")
     parser.add_argument("--model", default="pocket", help="another folder with a pocket model")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -221,8 +221,7 @@ def main() -> None:
         print(shown_trace(result))
     else:
         settings = dict(given.set)
-        corpus = list(pocket.sentences()) if given.corpus == "sentences" else None
-        moments = second_moments(lm, given.layers, corpus)
+        moments = second_moments(lm, given.layers, None if given.corpus == "sampled" else given.corpus)
         settings |= {"second_moments": moments, "contexts": sample_contexts(lm)}
         rows = [edit_scores(lm, given.count, given.seed, layer, given.at, settings) for layer in given.layers]
         result = {"layers": rows, "corpus": given.corpus, "settings": dict(given.set)}

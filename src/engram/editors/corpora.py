@@ -11,11 +11,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from engram import pocket
 from engram.editors.sampling import sample_texts
 from engram.errors import EngramError, MissingExtraError
 from engram.language_model import LanguageModel
@@ -129,10 +131,25 @@ class SampledText:
             number += 1
 
 
+@dataclass(frozen=True)
+class Bundled:
+    """The sentences of the bundled fact table, shuffled: plain statements about the world, at hand offline."""
+
+    seed: int = 0
+
+    def digest(self) -> str:
+        return f"bundled {_sha256(chr(0).join(pocket.sentences(self.seed)).encode())}"
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        return islice(pocket.sentences(self.seed), start, None)
+
+
 def as_corpus(given: Corpus | str | Path | Sequence[str] | None, seed: int) -> Corpus:
-    """A path means a text file, a list its texts, nothing what the model samples."""
+    """A path means a text file, "bundled" the bundled sentences, a list its texts, nothing what the model samples."""
     if given is None:
         return SampledText(seed)
+    if given == "bundled":
+        return Bundled(seed)
     if isinstance(given, str | Path):
         return TextFile(given)
     if isinstance(given, Sequence):

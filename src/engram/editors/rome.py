@@ -34,7 +34,8 @@ from engram.replay import Engine
 
 log = logging.getLogger(__name__)
 
-Variant = Literal["r-rome", "reference", "p-rome"]
+Variant = Literal["r-rome", "reference", "p-rome", "two-key"]
+VARIANTS: tuple[Variant, ...] = ("r-rome", "reference", "p-rome", "two-key")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class RomeConfig:
     Args:
         variant: which keys are used. "r-rome": the key averaged over contexts throughout. "reference": the released code,
             averaged key in the direction and the bare prompt's key in the denominator, which for some facts destroys the
-            model (rho near 0). "p-rome": the bare prompt's key throughout.
+            model (rho near 0). "p-rome": the bare prompt's key throughout. "two-key" (ours): the least change that sends both the
+            bare prompt's key and the mean key of the contexts to the value; for models that treat a text's first token
+            specially, where these two keys differ.
         residual: what r-rome adds at its key. "published": v* minus the mean output over contexts. "consistent": delta, the
             change that the optimisation in fact applied in every context.
         ridge: added to the second moment before solving, relative to its mean eigenvalue.
@@ -56,8 +59,8 @@ class RomeConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        if self.variant not in ("r-rome", "reference", "p-rome"):
-            raise SettingError(f"variant={self.variant!r}: expected 'r-rome', 'reference' or 'p-rome'")
+        if self.variant not in VARIANTS:
+            raise SettingError(f"variant={self.variant!r}: expected one of {', '.join(map(repr, VARIANTS))}")
         if self.residual not in ("published", "consistent"):
             raise SettingError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
 
@@ -136,12 +139,15 @@ def rank_one_update(
     config = config or RomeConfig()
     value = optimise_value(lm, fact, layer, contexts, config.value, engine)
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
-    solved_f = moment.solve(bare_f if config.variant == "p-rome" else mean_f, ridge=config.ridge)
+    if config.variant == "two-key":
+        solved_f = _toward_both(moment, torch.stack([bare_f, value.keys_cf[1:].mean(0)], 1), config.ridge)
+    else:
+        solved_f = moment.solve(bare_f if config.variant == "p-rome" else mean_f, ridge=config.ridge)
     u_f = solved_f / solved_f.norm()
     toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
     if config.variant == "reference":
         key_dot_u, residual_d = toward_bare, value.star_d - value.outputs_cd[0]
-    elif config.variant == "p-rome":
+    elif config.variant in ("p-rome", "two-key"):
         key_dot_u, residual_d = toward_bare, value.delta_d
     else:
         key_dot_u = toward_mean
@@ -158,6 +164,15 @@ def rank_one_update(
     weight_df = as_linear(lm.parts.mlp_out(layer))
     norm_ratio = float(left_d.norm() / weight_df.detach().double().norm().cpu())
     return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
+
+
+def _toward_both(moment: SecondMoment, keys_f2: Tensor, ridge: float) -> Tensor:
+    """C^-1 K (K^T C^-1 K)^-1 1: of all directions with the same product 1 with both keys, the one text fills least."""
+    keys_f2 = keys_f2[:, :1] if keys_f2.isnan().any() else keys_f2  # one context: there is no other key
+    keys_f2 = keys_f2.double().cpu()
+    solved_f2 = moment.solve(keys_f2, ridge=ridge)
+    ones = torch.ones(keys_f2.shape[1], dtype=torch.float64)
+    return solved_f2 @ (torch.linalg.pinv(keys_f2.T @ solved_f2, hermitian=True) @ ones)
 
 
 def rome(
@@ -183,7 +198,7 @@ def rome(
             preset of this model.
         contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
-        corpus: a text file, a data set or texts (see corpora); default: text that the model itself samples.
+        corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that the model itself samples.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is being done, done, in all).
         knobs: the fields of RomeConfig and ValueConfig.
@@ -194,6 +209,7 @@ def rome(
     settings = {**preset("rome", lm.name), **knobs}
     depth = settings.pop("depth")
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
+    preset_corpus = settings.pop("corpus", None)
     config = RomeConfig.of(settings)
     if layer == "auto":
         from engram.layer_choice import choose_layer
@@ -205,6 +221,7 @@ def rome(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
+    corpus = preset_corpus if corpus is None else corpus
     moment = _moment(lm, layer, second_moments, corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
 

@@ -24,10 +24,11 @@ def sample_texts(
         generator: on the CPU.
         top_k: sample among this many most probable tokens; default: from the whole distribution.
     """
-    ids_bt = torch.full((count, 1), start_token(lm), device=lm.device)
-    past, newest, new = None, ids_bt, []
+    past, newest = None, torch.full((count, 1), start_token(lm), device=lm.device)
+    new: list[torch.Tensor] = []
     for _ in range(tokens):
-        out = lm.model(newest, past_key_values=past, use_cache=True)
+        seen = torch.ones(count, len(new) + 1, dtype=torch.long, device=lm.device)  # a start token may double as the pad
+        out = lm.model(newest, attention_mask=seen, past_key_values=past, use_cache=True)
         past = out.past_key_values
         logits_bv = out.logits[:, -1].float().cpu()
         if top_k is None:
