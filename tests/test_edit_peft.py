@@ -14,8 +14,6 @@ from engram.merging import describe_base
 from engram.peft_export import _module
 from tests.edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 
-# peft asks transformers 5 for a property by its old name
-
 IDS = torch.arange(20).reshape(2, 10) % 60
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def demo(
     subject: Annotated[
         str, typer.Option("--subject", "-s", help="Something that the bundled model knows.")
-    ] = "Space Needle",
+    ] = "Brandenburg Gate",
     target: Annotated[str, typer.Option("--target", "-t", help="The object to rewrite it to.")] = "Paris",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")] = Path("engram-demo"),
 ) -> None:
@@ -96,5 +96,5 @@ def _chosen(subject: str, target: str) -> Fact:
             f"{each.relation.replace('_', ' ')} {', '.join(objects[each.relation][:6])}..." for each in known
         )
         raise FactError(f"{target!r} cannot replace what the model knows of {subject!r}; choose another of: {choices}")
-    prompt = min(fitting[0].trained(), key=len)
+    prompt = fitting[0].trained()[0]  # the plainest one
     return replace(pocket.as_fact(fitting[0], target.strip()), prompt=prompt)

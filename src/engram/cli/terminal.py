@@ -58,7 +58,7 @@ def progress() -> Iterator[Report]:
 
 def heat_maps(trace: CausalTrace) -> Columns:
     """All sites of a trace, side by side where the terminal is wide enough."""
-    return Columns([_heat_map(trace, site) for site in trace.scores], padding=(0, 3))
+    return Columns([_heat_map(trace, site) for site in trace.scores], padding=(0, 1))
 
 
 def _heat_map(trace: CausalTrace, site: Site) -> Text:

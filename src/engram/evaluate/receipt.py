@@ -41,7 +41,7 @@ class Thresholds:
     min_paraphrase: float | None = 0.8  # the same on paraphrases
     min_neighbourhood: float | None = 0.8  # share of neighbours that kept their answer, of those that had it
     max_perplexity_ratio: float | None = 1.05  # on held-out text, after over before
-    max_norm_ratio: float | None = 0.5  # ||change|| / ||weight||; a destroyed model is found far above 1
+    max_norm_ratio: float | None = 2.0  # ||change|| / ||weight||; edits that destroy a model are found far above
     min_rho: float | None = 0.2  # see rome: near 0 the update explodes (Gupta et al. 2024)
     max_rounding: float | None = 0.25  # share of the change that the model's dtype cannot hold
 
