@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 
 from engram import pocket
 from engram.editors import rewrite
+from engram.editors.corpora import Corpus
+from engram.editors.second_moment import second_moments
 from engram.errors import EngramError
 from engram.evaluate.receipt import Receipt, verify
 from engram.facts import Fact
 from engram.language_model import LanguageModel
-from engram.locate.causal_trace import causal_trace
+from engram.locate.causal_trace import causal_trace, usual_window
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,9 @@ def try_layers(
     method: str = "rome",
     candidates: int = 3,
     known: Sequence[Fact] | None = None,
+    corpus: Corpus | str | Path | Sequence[str] | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> list[LayerTrial]:
@@ -59,13 +65,14 @@ def try_layers(
     Args:
         candidates: how many layers are tried, those with the largest mean effect of MLP windows at the subject's last token.
         known: facts to trace beside the given one; default: a few of the bundled table's that this model knows.
-        settings: the method's settings, without `layer`.
+        corpus, tokens, seed: of the second moments, see `second_moments`.
+        settings: the method's other settings.
     Returns:
         One trial a layer, in the order of their effect.
     """
     known = known_facts(lm, _KNOWN) if known is None else known
     traced = [fact, *known]
-    window = max(1, lm.n_layers // 5)
+    window = usual_window(lm.n_layers)
     effects_l = torch.zeros(lm.n_layers)
     for i, each in enumerate(traced):
         if progress is not None:
@@ -82,12 +89,13 @@ def try_layers(
         )
         effects_l += trace.effects("mlp")[0] / len(traced)
     best = effects_l[:-1].topk(min(candidates, lm.n_layers - 1)).indices.tolist()
+    moments = second_moments(lm, best, corpus, tokens, seed=seed)  # of all candidates in one pass
     fact = pocket.evidence_for(fact)
     trials = []
     for i, layer in enumerate(best):
         if progress is not None:
             progress("trying layers", i, len(best))
-        receipt = verify(lm, rewrite(lm, [fact], method, layer=layer, **settings))
+        receipt = verify(lm, rewrite(lm, [fact], method, layer=layer, second_moments=moments, seed=seed, **settings))
         trials.append(LayerTrial(layer, float(effects_l[layer]), receipt_score(receipt), receipt))
         log.info("layer %d: effect %.3f, receipt %.3f", layer, effects_l[layer], trials[-1].score)
     return trials

@@ -210,18 +210,26 @@ def rome(
     depth = settings.pop("depth")
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
     preset_corpus = settings.pop("corpus", None)
+    corpus = preset_corpus if corpus is None else corpus
     config = RomeConfig.of(settings)
     if layer == "auto":
         from engram.layer_choice import choose_layer
 
         layer = choose_layer(
-            lm, facts[0], method="rome", seed=seed, corpus=corpus, tokens=tokens, progress=progress, **knobs
+            lm,
+            facts[0],
+            method="rome",
+            contexts=contexts,
+            seed=seed,
+            corpus=corpus,
+            tokens=tokens,
+            progress=progress,
+            **knobs,
         )
     layer = preset_layer if layer is None else layer
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    corpus = preset_corpus if corpus is None else corpus
     moment = _moment(lm, layer, second_moments, corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
 

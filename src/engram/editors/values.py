@@ -31,9 +31,8 @@ class ValueConfig:
     learning_rate: float = 0.5
     weight_decay: float = 0.5  # times ||delta|| / ||v0||^2, the released form
     kl_weight: float = 0.0625  # times KL(edited || original) of the next token at the subject (nats)
-    kl_position: Literal["lookup", "last"] = (
-        "lookup"  # the subject's last token (released), or the end of "<subject> is a" (paper)
-    )
+    # where the KL is read: the subject's last token (released), or the end of "<subject> is a" (paper)
+    kl_position: Literal["lookup", "last"] = "lookup"
     clamp: float = 4.0  # largest ||delta|| as a multiple of ||v0||
     stop_loss: float = 0.05  # done when the loss is below
 
