@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def demo(
     subject: Annotated[
         str, typer.Option("--subject", "-s", help="Something that the bundled model knows.")
-    ] = "Brandenburg Gate",
-    target: Annotated[str, typer.Option("--target", "-t", help="The object to rewrite it to.")] = "Paris",
+    ] = "Eiffel Tower",
+    target: Annotated[str, typer.Option("--target", "-t", help="The object to rewrite it to.")] = "Rome",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")] = Path("engram-demo"),
 ) -> None:
     """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, revert. No network."""
