@@ -47,7 +47,11 @@ def _draw(ax: Axes, trace: CausalTrace, site: Site) -> None:
     highest = max(float(scores.max()), trace.low_score + 1e-6)
     mesh = ax.pcolormesh(scores.numpy(), cmap=colours, vmin=trace.low_score, vmax=highest)
     ax.invert_yaxis()
-    ax.set_yticks([i + 0.5 for i in range(len(trace.tokens))], labels(trace), fontproperties=_font(trace))
+    ax.set_yticks(
+        [i + 0.5 for i in range(len(trace.tokens))],
+        [_plain(label) for label in trace.labels()],
+        fontproperties=_font(trace),
+    )
     ticks = range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
     ax.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
     ax.set_title(f"Restoring {restored} after corrupted input")
@@ -58,14 +62,6 @@ def _draw(ax: Axes, trace: CausalTrace, site: Site) -> None:
     )
     bar = ax.figure.colorbar(mesh, ax=ax)
     bar.ax.set_title(f"p({_plain(trace.answer.strip())})", y=-0.16, fontsize=7)
-
-
-def labels(trace: CausalTrace) -> list[str]:
-    """The prompt's tokens for an axis; those of the subject carry a star."""
-    return [
-        _plain(token) + ("*" if position in trace.corrupted else "")
-        for position, token in zip(trace.positions, trace.tokens, strict=True)
-    ]
 
 
 def _plain(text: str) -> str:

@@ -149,9 +149,8 @@ class Suffix:
         assert len(each) == rows and max(each) + length <= recorded, "suffix beyond what was recorded"
         self.prefix = max(each)
         start_b = torch.tensor(each)
-        self.slots_bs = torch.arange(self.prefix + length) - (
-            self.prefix - start_b[:, None]
-        )  # recorded position of a key slot
+        # recorded position of each key slot
+        self.slots_bs = torch.arange(self.prefix + length) - (self.prefix - start_b[:, None])
         self.positions_bq = start_b[:, None] + torch.arange(length)
         self.uniform = min(each) == self.prefix
         self._cut: dict[int, dict[str, Any]] = {}  # by layer: its recorded arguments, for these positions

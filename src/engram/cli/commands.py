@@ -104,7 +104,7 @@ def edit(
         terminal.show_receipt(receipt)
     if out is not None:
         made.save(out)
-        typer.echo(f"edit: {out} ({_size(out)})", err=as_json)
+        typer.echo(f"edit: {out} ({terminal.size(out)})", err=as_json)
 
 
 def verify(
@@ -278,7 +278,3 @@ def _composed(folders: list[Path]) -> Edit:
     from engram.edit import Edit, compose
 
     return compose([Edit.load(folder) for folder in folders])
-
-
-def _size(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1000:.0f} kB"

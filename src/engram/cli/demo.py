@@ -52,10 +52,9 @@ def demo(
     terminal.show_receipt(receipt)
 
     folder = edit.with_receipt(receipt).save(out / "edit")
-    size = sum(path.stat().st_size for path in folder.iterdir())
     say(f"\n[bold]4. Keep it[/]  {edit!r}")
     say(
-        f"   {folder}: {size / 1000:.0f} kB; the model has {sum(p.numel() for p in lm.model.parameters()) / 1e6:.1f} million weights"
+        f"   {folder}: {terminal.size(folder)}; the model has {sum(p.numel() for p in lm.model.parameters()) / 1e6:.1f} million weights"
     )
     with engram.Edit.load(folder).applied(lm):
         changed = [name for name, tensor in lm.model.state_dict().items() if fingerprint(tensor) != before[name]]

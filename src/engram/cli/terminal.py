@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.columns import Columns
@@ -67,10 +68,7 @@ def _heat_map(trace: CausalTrace, site: Site) -> Text:
     layers = scores.shape[1]
     wide = 2 if layers <= 16 else 1
     low, span = trace.low_score, max(float(scores.max()) - trace.low_score, 1e-9)
-    names = [
-        token.replace("\n", "⏎") + ("*" if at in trace.corrupted else "")
-        for at, token in zip(trace.positions, trace.tokens, strict=True)
-    ]
+    names = [label.replace("\n", "⏎") for label in trace.labels()]
     margin = min(16, max(map(len, names)))
     picture = Text()
     picture.append(f"{site}, highest {float(scores.max()):.2f}\n", Style(bold=True))
@@ -105,6 +103,11 @@ def show_receipt(receipt: Receipt) -> None:
     for line in str(receipt).splitlines():
         style = "green" if line.endswith("ok") or line == "PASSED" else "red" if line.endswith("FAILED") else ""
         console.print(Text(line, style))
+
+
+def size(folder: Path) -> str:
+    """What a folder of ours takes on disk."""
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1000:.0f} kB"
 
 
 def _line(text: str) -> str:

@@ -140,7 +140,7 @@ def rank_one_update(
     value = optimise_value(lm, fact, layer, contexts, config.value, engine)
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
     if config.variant == "two-key":
-        solved_f = _toward_both(moment, torch.stack([bare_f, value.keys_cf[1:].mean(0)], 1), config.ridge)
+        solved_f = _toward_both(moment, value.keys_cf, config.ridge)
     else:
         solved_f = moment.solve(bare_f if config.variant == "p-rome" else mean_f, ridge=config.ridge)
     u_f = solved_f / solved_f.norm()
@@ -166,10 +166,10 @@ def rank_one_update(
     return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
 
 
-def _toward_both(moment: SecondMoment, keys_f2: Tensor, ridge: float) -> Tensor:
+def _toward_both(moment: SecondMoment, keys_cf: Tensor, ridge: float) -> Tensor:
     """C^-1 K (K^T C^-1 K)^-1 1: of all directions with the same product 1 with both keys, the one text fills least."""
-    keys_f2 = keys_f2[:, :1] if keys_f2.isnan().any() else keys_f2  # one context: there is no other key
-    keys_f2 = keys_f2.double().cpu()
+    others = [keys_cf[1:].mean(0)] if len(keys_cf) > 1 else []  # with the bare prompt alone there is one key only
+    keys_f2 = torch.stack([keys_cf[0], *others], 1).double().cpu()
     solved_f2 = moment.solve(keys_f2, ridge=ridge)
     ones = torch.ones(keys_f2.shape[1], dtype=torch.float64)
     return solved_f2 @ (torch.linalg.pinv(keys_f2.T @ solved_f2, hermitian=True) @ ones)

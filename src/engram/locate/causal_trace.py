@@ -70,6 +70,10 @@ class CausalTrace:
         at = int(self.scores[site].argmax())
         return divmod(at, self.scores[site].shape[1])
 
+    def labels(self) -> list[str]:
+        """The tokens as shown: a star behind those that got noise."""
+        return [t + "*" * (at in self.corrupted) for at, t in zip(self.positions, self.tokens, strict=True)]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it; `scores` are lists of rows."""
         return {**vars(self), "scores": {site: table.tolist() for site, table in self.scores.items()}}

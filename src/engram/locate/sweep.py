@@ -203,9 +203,8 @@ def _restore(
 
         def put(out: Tensor) -> Tensor:
             changed = out.clone()
-            view = changed.view(
-                rows // run.samples, run.samples, -1, changed.shape[-1]
-            )  # also where rows and tokens share an axis
+            # rows and tokens may share an axis
+            view = changed.view(rows // run.samples, run.samples, -1, changed.shape[-1])
             view[states, :, 0] = run.clean(site, layer, token)
             return changed
 
