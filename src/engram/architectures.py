@@ -35,21 +35,22 @@ class Layout:
     attention: str  # module whose (first) output is the attention's contribution to the residual stream
     mlp: str  # module whose output is the MLP's contribution
     mlp_out: str | None  # matrix that gets edited: d_ff -> d_model; None where a block has many of them
+    heads_out: str | None = None  # matrix that mixes the heads' outputs: its input is all heads side by side
     project_out: str | None = None  # map from the last norm to a smaller unembedding
 
 
-_LLAMA = Layout("model.layers", "model.embed_tokens", "model.norm", "self_attn", "mlp", "mlp.down_proj")
-_GPT2 = Layout("transformer.h", "transformer.wte", "transformer.ln_f", "attn", "mlp", "mlp.c_proj")
+_LLAMA = Layout("model.layers", "model.embed_tokens", "model.norm", "self_attn", "mlp", "mlp.down_proj", "self_attn.o_proj")
+_GPT2 = Layout("transformer.h", "transformer.wte", "transformer.ln_f", "attn", "mlp", "mlp.c_proj", "attn.c_proj")
 _BLOOM = Layout(  # attention and MLP modules add the residual themselves, their last matrices do not
     "transformer.h", "transformer.word_embeddings", "transformer.ln_f",
-    "self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h",
+    "self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h", "self_attention.dense",
 )  # fmt: skip
 _SANDWICH = replace(_LLAMA, attention="post_attention_layernorm", mlp="post_feedforward_layernorm")
 _MOE = replace(_LLAMA, mlp_out=None)
 
 LAYOUTS: dict[str, Layout] = {  # key: model.config.model_type, never a checkpoint's name
     "bloom": _BLOOM,
-    "codegen": replace(_GPT2, mlp_out="mlp.fc_out"),
+    "codegen": replace(_GPT2, mlp_out="mlp.fc_out", heads_out="attn.out_proj"),
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
     "falcon": replace(_BLOOM, attention="self_attention", mlp="mlp"),
@@ -59,17 +60,19 @@ LAYOUTS: dict[str, Layout] = {  # key: model.config.model_type, never a checkpoi
     "glm": _LLAMA,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
-    "gpt_neo": _GPT2,
+    "gpt_neo": replace(_GPT2, heads_out="attn.attention.out_proj"),
     "gpt_neox": Layout(
-        "gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "attention", "mlp", "mlp.dense_4h_to_h"
+        "gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm",
+        "attention", "mlp", "mlp.dense_4h_to_h", "attention.dense",
     ),
-    "gptj": replace(_GPT2, mlp_out="mlp.fc_out"),
+    "gptj": replace(_GPT2, mlp_out="mlp.fc_out", heads_out="attn.out_proj"),
     "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _MOE,
     "mpt": Layout(
-        "transformer.blocks", "transformer.wte", "transformer.norm_f", "attn", "ffn.down_proj", "ffn.down_proj"
+        "transformer.blocks", "transformer.wte", "transformer.norm_f",
+        "attn", "ffn.down_proj", "ffn.down_proj", "attn.out_proj",
     ),
     "nemotron": _LLAMA,
     "olmo": _LLAMA,
@@ -78,9 +81,9 @@ LAYOUTS: dict[str, Layout] = {  # key: model.config.model_type, never a checkpoi
     "olmoe": _MOE,
     "opt": Layout(
         "model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.final_layer_norm",
-        "self_attn", "fc2", "fc2", project_out="model.decoder.project_out",
+        "self_attn", "fc2", "fc2", "self_attn.out_proj", project_out="model.decoder.project_out",
     ),
-    "phi": replace(_LLAMA, norm="model.final_layernorm", mlp_out="mlp.fc2"),
+    "phi": replace(_LLAMA, norm="model.final_layernorm", mlp_out="mlp.fc2", heads_out="self_attn.dense"),
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen2_moe": _MOE,
@@ -142,6 +145,23 @@ class Parts:
         """The matrix that gets edited, d_ff -> d_model: an `nn.Linear` or a `Conv1D`."""
         self.mlp_out_name(layer)
         return self.blocks[layer].get_submodule(self.layout.mlp_out or "")
+
+    def heads_out_name(self, layer: int) -> str:
+        """Dotted name of the matrix that mixes the heads: its input is [b, t, heads x head size], head after head.
+
+        Raises:
+            UnsupportedModelError: the family's row does not name one.
+        """
+        if self.layout.heads_out is None:
+            raise UnsupportedModelError(
+                f"model_type={self._config.model_type!r} has no heads that can be told apart: its row in "
+                "engram.architectures.LAYOUTS names no heads_out, the matrix whose input is all heads side by side"
+            )
+        return f"{self.block_name(layer)}.{self.layout.heads_out}"
+
+    @property
+    def n_heads(self) -> int:
+        return int(self._config.num_attention_heads)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of block outputs [..., d] -> [..., v]: last norm, unembedding, the family's scaling and soft cap."""

@@ -1,4 +1,4 @@
-"""Pictures of results. Draws on matplotlib figures of its own, so that no global state and no window is touched.
+"""Heat maps of causal traces.
 
 Source of the geometry: the figures of Meng et al. 2022, arXiv:2202.05262.
 """
@@ -6,12 +6,13 @@ Source of the geometry: the figures of Meng et al. 2022, arXiv:2202.05262.
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+
+from engram.plots.style import STYLE, font, layer_ticks, plain
 
 if TYPE_CHECKING:
     from engram.locate.causal_trace import CausalTrace
@@ -22,7 +23,6 @@ _LOOKS = {  # site -> colour map, what was restored
     "mlp": ("Greens", "MLP"),
     "attention": ("Reds", "attention"),
 }
-_STYLE: Any = {"font.family": "serif", "font.size": 7, "axes.titlesize": 7, "axes.unicode_minus": False}
 
 
 def plot_trace(trace: CausalTrace, site: Site | None = None) -> Figure:
@@ -33,7 +33,7 @@ def plot_trace(trace: CausalTrace, site: Site | None = None) -> Figure:
     """
     sites = list(trace.scores) if site is None else [site]
     height = max(2.0, 0.13 * len(trace.tokens) + 0.8)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(sites), height), dpi=200, layout="constrained")
         for ax, each in zip(figure.subplots(1, len(sites), squeeze=False)[0], sites, strict=True):
             _draw(ax, trace, each)
@@ -49,10 +49,10 @@ def _draw(ax: Axes, trace: CausalTrace, site: Site) -> None:
     ax.invert_yaxis()
     ax.set_yticks(
         [i + 0.5 for i in range(len(trace.tokens))],
-        [_plain(label) for label in trace.labels()],
-        fontproperties=_font(trace),
+        [plain(label) for label in trace.labels()],
+        fontproperties=font(trace.tokens),
     )
-    ticks = range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
+    ticks = layer_ticks(layers)
     ax.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
     ax.set_title(f"Restoring {restored} after corrupted input")
     ax.set_xlabel(
@@ -61,15 +61,4 @@ def _draw(ax: Axes, trace: CausalTrace, site: Site) -> None:
         else f"centre of {trace.window} restored {restored} layers"
     )
     bar = ax.figure.colorbar(mesh, ax=ax)
-    bar.ax.set_title(f"p({_plain(trace.answer.strip())})", y=-0.16, fontsize=7)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib takes literally, and that stays on one line."""
-    return text.replace("\n", "\\n").replace("$", r"\$")
-
-
-def _font(trace: CausalTrace) -> FontProperties:
-    """Serif, or the sans-serif that has more letters where a token has other than Western ones."""
-    western = all(ord(letter) < 0x250 for token in trace.tokens for letter in token)
-    return FontProperties(family="serif" if western else "sans-serif", size=7)
+    bar.ax.set_title(f"p({plain(trace.answer.strip())})", y=-0.16, fontsize=7)
