@@ -72,3 +72,56 @@ def trace(
             logits = run(model, embed, ids, span, noise_snd, around, token)
             table[token, layer] = probability(logits[1:], answer).mean()
     return table
+
+
+# -- causal mediation in general: one forward pass a cell and a sample, nothing shared ---------------------------------
+
+
+@torch.no_grad()
+def states(model: nn.Module, ids: Sequence[int], modules: Sequence[nn.Module], inputs: bool, embed: dict) -> list[Tensor]:
+    """[t, c] outputs (or inputs) of modules in one run; `embed` holds a hook for the embedding, or nothing."""
+    seen: dict[nn.Module, Tensor] = {}
+    handles = []
+    for module in modules:
+        if inputs:
+            hook = module.register_forward_pre_hook(lambda m, a: seen.__setitem__(m, a[0].clone()))
+        else:
+            hook = module.register_forward_hook(
+                lambda m, a, out: seen.__setitem__(m, (out[0] if isinstance(out, tuple) else out).clone())
+            )
+        handles.append(hook)
+    try:
+        with changed(embed):
+            model(torch.tensor([list(ids)]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[module].reshape(len(ids), -1) for module in modules]
+
+
+@torch.no_grad()
+def patched(
+    model: nn.Module, ids: Sequence[int], embed: dict, modules: Sequence[nn.Module], values: Sequence[Tensor], token: int,
+    part: slice, inputs: bool, frozen: Sequence[tuple[nn.Module, Tensor]] = (),
+) -> Tensor:  # fmt: skip
+    """Logits [t, v] of a run in which `token` of each module's output (or input) is the value's, and frozen outputs are too."""
+
+    def put(tensor: Tensor, value: Tensor, cut: slice = slice(None)) -> Tensor:
+        flat = tensor.clone().reshape(len(ids), -1)
+        flat[token, cut] = value[token, cut]
+        return flat.view(tensor.shape)
+
+    outputs = {m: (lambda out, v=v: put(out, v)) for m, v in frozen}
+    handles = []
+    for module, value in zip(modules, values, strict=True):
+        if inputs:
+            hook = module.register_forward_pre_hook(lambda m, a, v=value: (put(a[0], v, part), *a[1:]))
+            handles.append(hook)
+        else:
+            outputs[module] = lambda out, v=value: put(out, v, part)
+    try:
+        with changed({**embed, **outputs}):
+            return model(torch.tensor([list(ids)])).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()

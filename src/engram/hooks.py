@@ -34,7 +34,11 @@ def _own(stack: ExitStack, handle: RemovableHandle) -> None:
 
 @contextmanager
 def record(
-    model: nn.Module, inputs: Sequence[str] = (), outputs: Sequence[str] = (), stop: bool = False
+    model: nn.Module,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    stop: bool = False,
+    keep: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Iterator[dict[str, Tensor]]:
     """Collect what enters and leaves modules during the forward passes of the block.
 
@@ -42,9 +46,9 @@ def record(
         inputs: dotted names of modules whose first input is wanted.
         outputs: dotted names of modules whose (first) output is wanted.
         stop: end the forward pass, and the `with` block, as soon as every tensor has been seen.
+        keep: what is kept of each tensor; a copy by default, since some families go on to add to these tensors in place.
     Yields:
-        name -> tensor of the latest pass; a copy, since some families go on to add to these tensors in place. A module
-        asked for both ways yields its input under "name:input".
+        name -> tensor of the latest pass. A module asked for both ways yields its input under "name:input".
     Raises:
         AttributeError: a name that is not in the model; nothing has been hooked then.
     Source: the idea is Bau's nethook (baukit).
@@ -53,17 +57,17 @@ def record(
     wanted = len(inputs) + len(outputs)
     modules = {name: model.get_submodule(name) for name in (*inputs, *outputs)}  # a typo fails before any hook exists
 
-    def keep(key: str, tensor: Tensor) -> None:
-        seen[key] = tensor.clone()
+    def note(key: str, tensor: Tensor) -> None:
+        seen[key] = keep(tensor)
         if stop and len(seen) == wanted:
             raise StopForward
 
     with ExitStack() as stack:
         for name in inputs:
             key = f"{name}:input" if name in outputs else name
-            _own(stack, modules[name].register_forward_pre_hook(lambda m, args, key=key: keep(key, args[0])))
+            _own(stack, modules[name].register_forward_pre_hook(lambda m, args, key=key: note(key, args[0])))
         for name in outputs:
-            _own(stack, modules[name].register_forward_hook(lambda m, a, out, key=name: keep(key, first(out))))
+            _own(stack, modules[name].register_forward_hook(lambda m, a, out, key=name: note(key, first(out))))
         try:
             yield seen
         except StopForward:
@@ -71,11 +75,16 @@ def record(
                 raise
 
 
+Changes = Mapping[nn.Module, Callable[[Tensor], Tensor]]
+
+
 @contextmanager
-def substitute(changes: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Let `changes[module](output) -> output` stand in for the (first) output of each module inside the block."""
+def substitute(outputs: Changes, inputs: Changes | None = None) -> Iterator[None]:
+    """Let `outputs[module](output)` stand in for the (first) output of each module inside the block, `inputs` for first inputs."""
     with ExitStack() as stack:
-        for module, change in changes.items():
+        for module, change in (inputs or {}).items():
+            _own(stack, module.register_forward_pre_hook(lambda m, args, f=change: (f(args[0]), *args[1:])))
+        for module, change in outputs.items():
             _own(stack, module.register_forward_hook(lambda m, a, out, f=change: with_first(out, f(first(out)))))
         yield
 

@@ -12,7 +12,7 @@ passes instead; both give the same numbers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Literal
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from engram.hooks import StopForward, first, record, substitute
+from engram.hooks import Changes, StopForward, first, record, substitute
 from engram.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
 Engine = Literal["auto", "replay", "whole"]
-Changes = Mapping[nn.Module, Callable[[Tensor], Tensor]]
 
 
 @dataclass
@@ -60,13 +59,15 @@ def record_run(
     changes: Changes | None = None,
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
+    keep: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Recording:
     """Run the model once and keep what replay needs.
 
     Args:
         ids_bt: [b, t] token ids, rows padded on the right (no real position sees a pad).
         changes: module -> function of its output, in force during the run; e.g. noise at the embedding.
-        inputs, outputs: dotted names of modules whose input or output is wanted on top, see `hooks.record`.
+        inputs, outputs, keep: dotted names of modules whose input or output is wanted on top, and what is kept of them,
+            see `hooks.record`.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
@@ -82,12 +83,17 @@ def record_run(
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in lm.parts.blocks]
     last = lm.parts.block_name(lm.n_layers - 1)
     try:
-        with torch.no_grad(), substitute(changes or {}), record(lm.model, inputs, [*outputs, last]) as seen:
+        with (
+            torch.no_grad(),
+            substitute(changes or {}),
+            record(lm.model, inputs, outputs, keep=keep) as seen,
+            record(lm.model, outputs=[last]) as end,
+        ):
             body(lm)(ids_bt.to(lm.device), **caching)
     finally:
         for handle in handles:
             handle.remove()
-    hidden = [*entering, seen[last] if last in outputs else seen.pop(last)]
+    hidden = [*entering, end[last]]
     layers: list[Any] = list(cache.layers)
     return Recording(hidden, [layer.keys for layer in layers], [layer.values for layer in layers], calls, seen)
 

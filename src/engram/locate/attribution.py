@@ -1,0 +1,132 @@
+"""Attribution patching: a first-order estimate of every cell from one forward and one backward pass.
+
+effect of replacing a state ~ gradient of the metric at the run that is patched . (state put in - state there). A window's
+estimate is the sum over its layers. Knows gradients; refuses to compute any cell exactly.
+Source: Nanda 2023, "Attribution patching"; the query-key correction: Kramár et al. 2024 (AtP*), arXiv:2403.00745, Sec. 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from engram.hooks import substitute
+from engram.locate.attention_watch import Attention, watched
+from engram.locate.config import PARTS, Table
+from engram.locate.runs import Runs
+from engram.replay import body
+
+
+def estimate(runs: Runs, plan: Sequence[Table]) -> list[Tensor]:
+    """Estimated change of the metric by each patch at each row of each prompt.
+
+    Returns:
+        One tensor [rows, patches] a prompt, patches in the plan's order, mean over samples.
+    Raises:
+        UnsupportedModelError: the correction was asked for and the model's attention cannot be watched.
+    """
+    patches = [patch for table in plan for patch in table.patches]
+    flow = _Flow(runs, list(dict.fromkeys(patch.site for patch in patches)))
+    by_state: dict[tuple[str, int, tuple[int, int] | None], Tensor] = {}
+
+    def single(site: str, layer: int, part: tuple[int, int] | None) -> Tensor:
+        """[f, t] effect of one state at every position."""
+        key = (site, layer, part)
+        if key not in by_state:
+            by_state[key] = flow.effect(site, layer, part)
+        return by_state[key]
+
+    columns = [torch.stack([single(p.site, layer, p.part) for layer in range(p.first, p.end)]).sum(0) for p in patches]
+    table_ftp = torch.stack(columns, -1).cpu()
+    return [table_ftp[f, question.rows] for f, question in enumerate(runs.questions)]
+
+
+class _Flow:
+    """Gradients of the metric in the run that is patched, with respect to every state at some sites."""
+
+    def __init__(self, runs: Runs, sites: Sequence[str]) -> None:
+        self.runs = runs
+        facts = range(len(runs.questions))
+        self.source = runs.rows(facts, "source")
+        self.rows, self.base = runs.rows(facts, "base").unique(return_inverse=True)  # the clean run serves all samples
+        self.nodes: dict[tuple[str, int], Tensor] = {}
+        self.attention: list[Attention] = []
+        corrects = runs.config.correction == "query-key" and "residual" in sites
+        with torch.enable_grad(), ExitStack() as stack:
+            if corrects:
+                self.attention = stack.enter_context(watched(runs.lm))
+            self._forward(stack, sites)
+            score = runs.metric(self._logits(), self.rows // runs.per_fact).sum()
+            wanted = [*self.nodes.values(), *(seen.output_bthk for seen in self.attention)]
+            gradients = torch.autograd.grad(score, wanted, allow_unused=True)
+        self.source_attention = self._watch_source() if corrects else []
+        found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
+        self.gradients = dict(zip(self.nodes, found, strict=False))
+        self.attention_gradients = found[len(self.nodes) :]
+
+    def _forward(self, stack: ExitStack, sites: Sequence[str]) -> None:
+        """Hooks that note every state in the graph; hands on a copy, since some families add to outputs in place."""
+        notes: dict[str, dict[torch.nn.Module, list[tuple[str, int]]]] = {"outputs": {}, "inputs": {}}
+        lm = self.runs.lm
+        for site in dict.fromkeys([*sites, "residual"]):
+            for layer in range(lm.n_layers):
+                ways = notes["inputs" if site in PARTS else "outputs"]
+                ways.setdefault(self.runs.module(site, layer), []).append((site, layer))
+
+        def note(keys: list[tuple[str, int]], tensor: Tensor) -> Tensor:
+            self.nodes.update(dict.fromkeys(keys, tensor))
+            return tensor.clone()
+
+        hooks = {
+            way: {module: (lambda x, k=keys: note(k, x)) for module, keys in modules.items()}
+            for way, modules in notes.items()
+        }
+        stack.enter_context(substitute({lm.parts.embed: self._embed}))
+        stack.enter_context(substitute(**hooks))
+
+    def _embed(self, embedded_btd: Tensor) -> Tensor:
+        out = embedded_btd.detach().clone()
+        if not self.runs.config.inserts_corrupted:
+            for f, question in enumerate(self.runs.questions):
+                mine = out[f * self.runs.samples : (f + 1) * self.runs.samples]
+                self.runs.corrupt_rows(mine, question, question.noise)
+        return out.requires_grad_()
+
+    def _logits(self) -> Tensor:
+        runs, lm = self.runs, self.runs.lm
+        ids_bt = runs.ids_bt[self.rows]
+        if lm.kind != "causal":
+            return runs.logits(ids_bt, None if runs.decoder_bt is None else runs.decoder_bt[self.rows])
+        body(lm)(ids_bt.to(lm.device), use_cache=False)
+        last_btd = self.nodes["residual", lm.n_layers - 1]
+        at = runs.read[self.rows // runs.per_fact].to(last_btd.device)
+        return lm.parts.head(last_btd.gather(1, at[..., None].expand(-1, -1, last_btd.shape[-1])))
+
+    def effect(self, site: str, layer: int, part: tuple[int, int] | None) -> Tensor:
+        """[f, t] gradient . (source - base), summed over channels, mean over samples."""
+        cut = slice(None) if part is None else slice(*part)
+        shape = (len(self.rows), self.runs.ids_bt.shape[1], -1)
+        gradient = self.gradients[site, layer].view(shape)[..., cut]
+        there = self.nodes[site, layer].detach().view(shape)[..., cut]
+        change = self.runs.states_of_rows(site, layer, self.source)[..., cut] - there[self.base]
+        effect_nt = (gradient[self.base] * change).sum(-1)
+        if site == "residual" and self.attention and layer + 1 < self.runs.lm.n_layers:
+            effect_nt = effect_nt + self._correction(layer + 1)
+        return effect_nt.unflatten(0, (len(self.runs.questions), -1)).mean(1)
+
+    def _correction(self, layer: int) -> Tensor:
+        """[n, t] what the softmax of block `layer` makes of new queries and keys, beyond first order."""
+        seen, gradient = self.attention[layer], self.attention_gradients[layer]
+        put_in = self.source_attention[layer].rows(self.source)
+        return seen.rows(self.base).beyond_first_order(gradient[self.base], put_in.query_bhtk, put_in.key_bhtk)
+
+    @torch.no_grad()
+    def _watch_source(self) -> list[Attention]:
+        """Queries and keys of all recorded rows: block l + 1 makes them of the state behind block l alone."""
+        lm = self.runs.lm
+        with watched(lm) as seen, substitute({lm.parts.embed: self.runs.corrupt}):
+            body(lm)(self.runs.ids_bt.to(lm.device), use_cache=False)
+        return seen

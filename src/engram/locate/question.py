@@ -1,0 +1,133 @@
+"""One prompt made ready to be traced: its tokens, where its subject stands, what is corrupted and what is read.
+
+Knows text and token positions. Refuses to run the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engram.errors import FactError, SettingError
+from engram.facts import subject_starts, token_span
+from engram.language_model import LanguageModel
+from engram.locate.config import TraceConfig
+from engram.locate.corruption import Corruptor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is traced. `subject` stands in `text`; `target` is scored (default: the model's own next token) against `foil`;
+    `other_subject` takes the subject's place in the corrupted run of corruption="subject"."""
+
+    text: str
+    subject: str
+    target: str | None = None
+    foil: str | None = None
+    other_subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt in tokens.
+
+    Attributes:
+        ids, decoder_ids: what the model reads; the answer's tokens but the last are at the end.
+        read: positions whose next-token distributions are scored.
+        answer: ids of the target, empty where the model's own answer is wanted; foil: first id of the foil.
+        rows: positions at which states are replaced.
+        span: [first, last + 1) token of the subject's first place; corrupted: all tokens that are changed.
+        noise: [samples, corrupted, d] float64 for their embeddings; None where `other_ids` are read instead.
+    """
+
+    prompt: Prompt
+    ids: list[int]
+    decoder_ids: list[int] | None
+    read: list[int]
+    answer: list[int]
+    foil: int | None
+    rows: list[int]
+    span: tuple[int, int]
+    corrupted: list[int]
+    noise: Tensor | None
+    other_ids: list[int] | None
+
+
+def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corruptor) -> Question:
+    """`prompt` in tokens.
+
+    Raises:
+        FactError: subject not in the prompt or lost by the tokenizer, empty target, noise of a wrong shape, a foil that
+            starts as the answer does, another subject of another length.
+        SettingError: foil or other subject missing where the settings need one, or given where they do not.
+    """
+    _check_company(prompt, config)
+    cloze = lm.cloze(prompt.text, prompt.target)
+    starts = subject_starts(prompt.text, prompt.subject, config.occurrence)
+    spans = [token_span(cloze.offsets, at, at + len(prompt.subject)) for at in starts]
+    corrupted = sorted({i for b, e in spans for i in range(b, min(e + config.extra_tokens, cloze.tokens))})
+    other = None
+    if prompt.other_subject is not None:
+        other = _other_ids(lm, prompt, starts, cloze.ids, spans)
+        corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other, strict=True)) if a != b]
+    foil = None
+    if prompt.foil is not None:
+        foil = lm.cloze(prompt.text, prompt.foil).answer[0]
+        if cloze.answer and cloze.answer[0] == foil:
+            raise FactError(
+                f"foil={prompt.foil!r} begins with the same token as the answer {prompt.target!r}, so their logits do not "
+                "differ; choose answers with different first tokens"
+            )
+    return Question(
+        prompt, cloze.ids, cloze.decoder_ids, cloze.read, cloze.answer, foil,
+        _rows(config, cloze.tokens, spans[0], cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]),
+        spans[0], corrupted, corruptor(len(corrupted)) if other is None else None, other,
+    )  # fmt: skip
+
+
+def _check_company(prompt: Prompt, config: TraceConfig) -> None:
+    if (prompt.foil is not None) != (config.metric == "logit_difference"):
+        raise SettingError(
+            f"metric={config.metric!r} with foil={prompt.foil!r}: 'logit_difference' is between the answer and a foil, and no "
+            "other metric has one"
+        )
+    if (prompt.other_subject is not None) != (config.corruption == "subject"):
+        raise SettingError(
+            f"corruption={config.corruption!r} with other_subject={prompt.other_subject!r}: 'subject' puts another subject into "
+            "the prompt, and no other corruption does"
+        )
+
+
+def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[int]) -> list[int]:
+    if config.positions == "all":
+        return list(range(tokens))
+    if config.positions == "subject_last":
+        return [span[1] - 1]
+    if config.positions == "last":
+        return read[:1]
+    rows = [int(at) for at in config.positions]
+    if not rows or any(not 0 <= at < tokens for at in rows):
+        raise SettingError(f"positions={rows}: the prompt has tokens 0 to {tokens - 1}")
+    return rows
+
+
+def _other_ids(
+    lm: LanguageModel, prompt: Prompt, starts: list[int], ids: list[int], spans: list[tuple[int, int]]
+) -> list[int]:
+    """The same prompt about another subject, token by token in the same places."""
+    assert prompt.other_subject is not None
+    text, end = prompt.text, len(prompt.subject)
+    for at in reversed(starts):
+        text = text[:at] + prompt.other_subject + text[at + end :]
+    other = lm.cloze(text, prompt.target).ids
+    inside = {i for b, e in spans for i in range(b - 1, e)}  # a space in front may belong to either token
+    if len(other) != len(ids) or any(a != b for i, (a, b) in enumerate(zip(ids, other, strict=True)) if i not in inside):
+        raise FactError(
+            f"other_subject={prompt.other_subject!r} does not take the place of {prompt.subject!r} token by token "
+            f"({len(other)} tokens in all instead of {len(ids)}); states are exchanged between equal positions, so choose a "
+            "subject of as many tokens"
+        )
+    if other == ids:
+        raise FactError(f"other_subject={prompt.other_subject!r} is the subject: nothing would be corrupted")
+    return other

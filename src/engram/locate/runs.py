@@ -1,0 +1,222 @@
+"""The clean and the corrupted runs of a batch of prompts, recorded once: where every patch takes its states from.
+
+Knows rows: each prompt has a clean one, then one per noise sample (then one per sample of `frozen_noise`). Refuses to know
+how patched runs are computed: see sweep and whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from engram.hooks import record, substitute
+from engram.language_model import LanguageModel, pad_right
+from engram.locate.config import PARTS, Table, TraceConfig
+from engram.locate.question import Question
+from engram.replay import Recording, record_run
+
+
+class Runs:
+    """The recorded runs of `questions`, and what each of them scores.
+
+    Attributes:
+        samples: patched runs of each prompt, averaged over.
+        answers: [f, a] ids of each prompt's answer.
+        clean, corrupted: [f] metric of the clean run, and of the corrupted runs (mean over samples).
+        recording: what replay needs; None where whole forward passes are run.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, questions: Sequence[Question], config: TraceConfig, tables: Sequence[Table], replay: bool
+    ) -> None:
+        self.lm, self.questions, self.config = lm, list(questions), config
+        noise = questions[0].noise
+        self.samples = 1 if noise is None else len(noise)
+        self.frozen_samples = self.samples if config.frozen_noise is not None else 0
+        self.per_fact = 1 + self.samples + self.frozen_samples
+        self.ids_bt = pad_right([ids for q in questions for ids in self._ids(q)])
+        self.read = torch.tensor([q.read for q in questions])
+        decoders = [q.decoder_ids for q in questions for _ in range(self.per_fact)]
+        self.decoder_bt = None if decoders[0] is None else torch.tensor(decoders)
+        sites = dict.fromkeys([p.site for t in tables for p in t.patches] + [p.severed for t in tables for p in t.patches])
+        self._sites = [site for site in sites if site is not None and (site != "residual" or not replay)]
+        self._severs = bool(config.severed)
+        self.seen: dict[str, Tensor] = {}
+        self.recording: Recording | None = None
+        self._kept = self._rows_to_keep()
+        with torch.no_grad():
+            logits = self._record_for_replay() if replay else self._record_whole()
+            self.answers = torch.tensor(
+                [q.answer or [int(logits[f * self.per_fact, 0].argmax())] for f, q in enumerate(self.questions)]
+            )
+            scores = self.metric(logits, torch.arange(len(self.questions)).repeat_interleave(self.per_fact))
+        scores = scores.view(len(self.questions), self.per_fact)
+        self.clean, self.corrupted = scores[:, 0], scores[:, 1 : 1 + self.samples].mean(1)
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def rows(self, facts: Sequence[int], kind: str) -> Tensor:
+        """[len(facts) * samples] recorded rows: the run that is patched ("base"), where states come from ("source"), or
+        where severed modules are frozen to ("frozen")."""
+        first = torch.tensor(list(facts))[:, None] * self.per_fact
+        sample = torch.arange(self.samples)[None]
+        clean = first.expand(-1, self.samples)
+        corrupted = first + 1 + sample
+        if kind == "frozen" and self.frozen_samples:
+            return (corrupted + self.samples).flatten()
+        wants_corrupted = self.config.inserts_corrupted if kind == "source" else not self.config.inserts_corrupted
+        return (corrupted if wants_corrupted else clean).flatten().contiguous()
+
+    def baseline(self) -> Tensor:
+        """[f] the metric that effects are differences to."""
+        return self.clean if self.config.direction == "noise" else self.corrupted
+
+    def unpatched(self) -> Tensor:
+        """[f] the metric of the run that is patched, as it is."""
+        return self.clean if self.config.inserts_corrupted else self.corrupted
+
+    def _rows_to_keep(self) -> Tensor:
+        """Rows whose module outputs are kept: states are taken from them."""
+        facts = range(len(self.questions))
+        kinds = ("source", "frozen") if self._severs else ("source",)
+        return torch.cat([self.rows(facts, kind) for kind in kinds]).unique()
+
+    def _ids(self, question: Question) -> list[list[int]]:
+        other = question.ids if question.other_ids is None else question.other_ids
+        return [question.ids] + [other] * (self.per_fact - 1)
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def name(self, site: str, layer: int) -> str:
+        """Dotted name of the module whose output (or, for parts, whose input) holds a site."""
+        parts = self.lm.parts
+        if site == "head":
+            return parts.heads_out_name(layer)
+        return parts.mlp_out_name(layer) if site == "neuron" else parts.site_module_name(site, layer)
+
+    def module(self, site: str, layer: int) -> nn.Module:
+        return self.lm.model.get_submodule(self.name(site, layer))
+
+    # -- recording -------------------------------------------------------------------------------------------------
+
+    def corrupt(self, embedded_btd: Tensor) -> Tensor:
+        """Embeddings of the recorded rows, with noise on the subjects of all but the clean ones."""
+        out = embedded_btd.clone()
+        for f, question in enumerate(self.questions):
+            row = f * self.per_fact + 1
+            self.corrupt_rows(out[row : row + self.samples], question, question.noise)
+            if self.frozen_samples:
+                self.corrupt_rows(out[row + self.samples : row + 2 * self.samples], question, self.config.frozen_noise)
+        return out
+
+    def corrupt_rows(self, rows_btd: Tensor, question: Question, noise_snd: Tensor | None) -> None:
+        """Corrupt whole sets of samples of one prompt in place."""
+        if noise_snd is None:
+            return
+        replaces = self.config.replace or self.config.corruption in ("zeros", "mean")
+        at = torch.tensor(question.corrupted, device=rows_btd.device)
+        noise = noise_snd.to(rows_btd.device).repeat(len(rows_btd) // len(noise_snd), 1, 1)
+        rows_btd[:, at] = (noise if replaces else rows_btd[:, at].double() + noise).to(rows_btd.dtype)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """[kept rows, t, c] of a module's output; rows and tokens may share an axis there."""
+        return tensor.view(*self.ids_bt.shape, -1)[self._kept.to(tensor.device)]
+
+    def _wanted(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {"inputs": [], "outputs": []}
+        for site in self._sites:
+            names["inputs" if site in PARTS else "outputs"] += [self.name(site, i) for i in range(self.lm.n_layers)]
+        return {way: list(dict.fromkeys(each)) for way, each in names.items()}
+
+    def _record_for_replay(self) -> Tensor:
+        self.recording = record_run(
+            self.lm, self.ids_bt, changes={self.lm.parts.embed: self.corrupt}, keep=self._keep, **self._wanted()
+        )
+        self.seen = self.recording.seen
+        last_btd = self.recording.hidden[-1]
+        at = self.read.repeat_interleave(self.per_fact, 0).to(last_btd.device)
+        return self.lm.parts.head(last_btd.gather(1, at[..., None].expand(-1, -1, last_btd.shape[-1])))
+
+    def _record_whole(self) -> Tensor:
+        with (
+            substitute({self.lm.parts.embed: self.corrupt}),
+            record(self.lm.model, keep=self._keep, **self._wanted()) as seen,
+        ):
+            logits = self.logits(self.ids_bt, self.decoder_bt)
+        self.seen = seen
+        return logits
+
+    def logits(self, ids_bt: Tensor, decoder_bt: Tensor | None) -> Tensor:
+        """[b, a, v] by a whole forward pass, at the first prompt's read positions (all prompts have the same there)."""
+        decoder = None if decoder_bt is None else decoder_bt.to(self.lm.device)
+        return self.lm.cloze_logits(ids_bt.to(self.lm.device), self.read[0].tolist(), decoder)
+
+    # -- states and scores -----------------------------------------------------------------------------------------
+
+    def states(self, site: str, layer: int, rows_n: Tensor, tokens_n: Tensor) -> Tensor:
+        """[n, c] recorded states at one token of each of some rows that are kept."""
+        held, rows = self._held(site, layer, rows_n)
+        return held[rows, tokens_n.to(held.device)]
+
+    def states_of_rows(self, site: str, layer: int, rows_n: Tensor) -> Tensor:
+        """[n, t, c] recorded states of some rows that are kept, at every token."""
+        held, rows = self._held(site, layer, rows_n)
+        return held[rows]
+
+    def _held(self, site: str, layer: int, rows_n: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor [rows, t, c] in which a site's states are kept, and where in it these rows are."""
+        if site == "residual" and self.recording is not None:
+            held = self.recording.hidden[layer + 1]
+            return held, rows_n.to(held.device)
+        name = self.name(site, layer)
+        held = self.seen[f"{name}:input"] if site in PARTS and f"{name}:input" in self.seen else self.seen[name]
+        return held, torch.searchsorted(self._kept, rows_n).to(held.device)
+
+    def metric(self, logits_nav: Tensor, facts_n: Tensor) -> Tensor:
+        """[n] what is measured, from logits at the read positions of rows that belong to these prompts; float32 or better."""
+        logits = logits_nav if logits_nav.dtype == torch.float64 else logits_nav.float()
+        answers = self.answers.to(logits.device)[facts_n.to(logits.device)]
+        chosen = logits.gather(-1, answers[..., None])[..., 0]
+        if self.config.metric == "logit_difference":
+            foils = torch.tensor([q.foil for q in self.questions], device=logits.device)[facts_n.to(logits.device)]
+            return chosen[:, 0] - logits[:, 0].gather(-1, foils[:, None])[:, 0]
+        log_p = (chosen - logits.logsumexp(-1)).sum(-1)
+        return log_p.exp() if self.config.metric == "probability" else log_p
+
+
+Change = Callable[[Tensor], Tensor]
+_Job = tuple[list[int], int, tuple[int, int] | None, Tensor]
+
+
+class Changes:
+    """What is put where during one forward of rows that come in `states` equal groups, and the hooks that do it."""
+
+    def __init__(self, runs: Runs, states: int) -> None:
+        self.runs, self.states = runs, states
+        self._jobs: dict[tuple[str, str], list[_Job]] = {}
+
+    def put(
+        self, site: str, layer: int, states: list[int], token: int, value_rc: Tensor, part: tuple[int, int] | None = None
+    ) -> None:
+        """Let `value_rc` [rows of a state, c] stand at position `token` of some states' rows, or `part` of its channels."""
+        way = "inputs" if site in PARTS else "outputs"
+        self._jobs.setdefault((way, self.runs.name(site, layer)), []).append((states, token, part, value_rc))
+
+    def hooks(self) -> dict[str, dict[nn.Module, Change]]:
+        """The arguments of `hooks.substitute`."""
+        found: dict[str, dict[nn.Module, Change]] = {"outputs": {}, "inputs": {}}
+        for (way, name), jobs in self._jobs.items():
+            found[way][self.runs.lm.model.get_submodule(name)] = partial(self._change, jobs)
+        return found
+
+    def _change(self, jobs: list[_Job], tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        rows = len(jobs[0][3])
+        view = changed.view(self.states, rows, -1, changed.shape[-1])  # rows and tokens may share an axis
+        for states, token, part, value in jobs:
+            cut = slice(None) if part is None else slice(*part)
+            view[states, :, token, cut] = value[:, cut].to(changed.device)
+        return changed
