@@ -255,13 +255,6 @@ class Parts:
         """d_ff: neurons of a block's MLP, the input of `mlp_out`."""
         return as_linear(self.mlp_out(layer)).shape[1]
 
-    def site_names(self) -> tuple[str, ...]:
-        return ("residual", "mlp", "attention")
-
-    def site_module_name(self, site: str, layer: int) -> str:
-        block = self.block_name(layer)
-        return block if site == "residual" else f"{block}.{self.layout.mlp if site == 'mlp' else self.layout.attention}"
-
     @property
     def n_heads(self) -> int:
         return int(self._config.num_attention_heads)

@@ -84,27 +84,6 @@ class LanguageModel:
             f"LanguageModel({self.name!r}, {self.model.config.model_type}, {self.n_layers} x {self.d_model}, {self.dtype})"
         )
 
-    kind = "causal"
-
-    def cloze(self, prompt, target=None):  # temporary
-        from types import SimpleNamespace
-
-        e = self.encode(prompt)
-        t = self.target_ids(prompt, target) if target is not None else []
-        ids = e.ids + t[:-1]
-        return SimpleNamespace(
-            ids=ids,
-            offsets=e.offsets,
-            text=prompt,
-            read=list(range(len(e.ids) - 1, len(ids))),
-            answer=t,
-            decoder_ids=None,
-            tokens=len(e.ids),
-        )
-
-    def cloze_logits(self, ids_bt, read, decoder_bt=None):
-        return self._forward(ids_bt, read)
-
     @property
     def n_layers(self) -> int:
         """Blocks of the stack that reads the prompt: of an encoder-decoder model, the encoder's."""

@@ -48,7 +48,7 @@ def trace(
     with terminal.progress() as report:
         found = causal_trace(
             lm, prompt, subject=subject, target=target, window=window or usual_window(lm.n_layers), samples=samples, noise=noise,
-            occurrence=occurrence, seed=seed, progress=lambda done, total: report("tracing", done, total),  # type: ignore[arg-type]
+            occurrence=occurrence, seed=seed, progress=lambda done, total: report("tracing", done, total),
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from engram.evaluate.receipt import Receipt
     from engram.language_model import LanguageModel
     from engram.locate.causal_trace import CausalTrace
-    from engram.locate.sweep import Site
 
 console = Console(highlight=False, soft_wrap=True)
 _SHADES = " ·░▒▓█"
@@ -62,7 +61,7 @@ def heat_maps(trace: CausalTrace) -> Columns:
     return Columns([_heat_map(trace, site) for site in trace.scores], padding=(0, 1))
 
 
-def _heat_map(trace: CausalTrace, site: Site) -> Text:
+def _heat_map(trace: CausalTrace, site: str) -> Text:
     """One character or two a layer, darker for a higher probability of the answer, with a terminal's colours if it has any."""
     scores = trace.scores[site]
     layers = scores.shape[1]

@@ -125,25 +125,26 @@ class Runs:
         """[kept rows, t, c] of a module's output; rows and tokens may share an axis there."""
         return tensor.view(*self.ids_bt.shape, -1)[self._kept.to(tensor.device)]
 
-    def _wanted(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {"inputs": [], "outputs": []}
-        for site in self._sites:
-            names["inputs" if site in PARTS else "outputs"] += [self.name(site, i) for i in range(self.lm.n_layers)]
-        return {way: list(dict.fromkeys(each)) for way, each in names.items()}
+    def _names(self, parts: bool) -> list[str]:
+        """Modules whose inputs (parts) or outputs are recorded."""
+        sites = [site for site in self._sites if (site in PARTS) == parts]
+        return list(dict.fromkeys(self.name(site, layer) for site in sites for layer in range(self.lm.n_layers)))
 
     def _record_for_replay(self) -> Tensor:
         self.recording = record_run(
-            self.lm, self.ids_bt, changes={self.lm.parts.embed: self.corrupt}, keep=self._keep, **self._wanted()
-        )
+            self.lm, self.ids_bt, changes={self.lm.parts.embed: self.corrupt},
+            inputs=self._names(parts=True), outputs=self._names(parts=False), keep=self._keep,
+        )  # fmt: skip
         self.seen = self.recording.seen
         last_btd = self.recording.hidden[-1]
         at = self.read.repeat_interleave(self.per_fact, 0).to(last_btd.device)
         return self.lm.parts.head(last_btd.gather(1, at[..., None].expand(-1, -1, last_btd.shape[-1])))
 
     def _record_whole(self) -> Tensor:
+        inputs, outputs = self._names(parts=True), self._names(parts=False)
         with (
             substitute({self.lm.parts.embed: self.corrupt}),
-            record(self.lm.model, keep=self._keep, **self._wanted()) as seen,
+            record(self.lm.model, inputs, outputs, keep=self._keep) as seen,
         ):
             logits = self.logits(self.ids_bt, self.decoder_bt)
         self.seen = seen

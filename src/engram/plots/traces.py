@@ -16,7 +16,6 @@ from engram.plots.style import STYLE, font, layer_ticks, plain
 
 if TYPE_CHECKING:
     from engram.locate.causal_trace import CausalTrace
-    from engram.locate.sweep import Site
 
 _LOOKS = {  # site -> colour map, what was restored
     "residual": ("Purples", "state"),
@@ -25,7 +24,7 @@ _LOOKS = {  # site -> colour map, what was restored
 }
 
 
-def plot_trace(trace: CausalTrace, site: Site | None = None) -> Figure:
+def plot_trace(trace: CausalTrace, site: str | None = None) -> Figure:
     """Heat maps of one trace as in the paper's Fig. 1: tokens down, layers across, probability of the answer as colour.
 
     Args:
@@ -40,7 +39,7 @@ def plot_trace(trace: CausalTrace, site: Site | None = None) -> Figure:
     return figure
 
 
-def _draw(ax: Axes, trace: CausalTrace, site: Site) -> None:
+def _draw(ax: Axes, trace: CausalTrace, site: str) -> None:
     colours, restored = _LOOKS[site]
     scores = trace.scores[site]
     layers = scores.shape[1]
