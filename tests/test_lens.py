@@ -122,16 +122,18 @@ def test_a_target_is_scored_at_every_position():
     torch.testing.assert_close(read.probability[-1], wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [1, 3 * 320])
-def test_positions_are_read_in_chunks_and_distributions_are_never_kept(limit, monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_positions_are_read_in_chunks_and_distributions_are_never_kept(at_once, monkeypatch):
     lm = tiny_lm("gpt2", torch.float64)
     whole = engram.lens(lm, TEXT)
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", limit)
-    seen, own = [], lm.parts.head
-    monkeypatch.setattr(lm.parts, "head", lambda states, **options: seen.append(len(states)) or own(states, **options))
+    rows, tokens = whole.rank.shape
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", rows * 320 * at_once)
+    shapes, own = [], lm.parts.head
+    monkeypatch.setattr(lm.parts, "head", lambda states, **how: shapes.append(states.shape[:-1]) or own(states, **how))
     chunked = engram.lens(lm, TEXT)
-    chunk = max(1, limit // 320)
-    assert set(seen[1:]) <= set(range(1, chunk + 1)), "the first call reads the last position alone"
+    assert shapes[0] == (), "the last position, for the model's own answer"
+    assert {shape[0] for shape in shapes[1:]} == {rows} and max(shape[1] for shape in shapes[1:]) == at_once
+    assert sum(shape[1] for shape in shapes[1:]) == tokens
     for name, value in vars(whole).items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(getattr(chunked, name), value)

@@ -8,7 +8,7 @@ Source: nostalgebraist, "interpreting GPT: the logit lens", LessWrong 2020.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from engram.plots.lenses import Shade
 
-_LOGITS_AT_ONCE = 1 << 24  # of one layer, over a chunk of positions: 64 MB in float32, some five times that at the peak
+_LOGITS_AT_ONCE = 1 << 24  # over all layers and a chunk of positions: 64 MB in float32, some five times that at the peak
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class LogitLens:
 
     def top(self, row: int, position: int = -1) -> list[tuple[str, float]]:
         """The k most probable tokens of one state with their probabilities."""
+        position = checked(position, len(self.tokens))
         ids, probabilities = self.top_ids[row, position].tolist(), self.top_probabilities[row, position].tolist()
         return [(self.top_tokens[i], p) for i, p in zip(ids, probabilities, strict=True)]
 
@@ -105,11 +106,11 @@ class LogitLens:
             plain.pop(name)
         return {**plain, "rows": self.labels(), "top": top}
 
-    def plot(self, shade: Shade = "probability") -> Figure:
-        """Heat map: tokens across, layers up, each state's most probable token in its cell. See `plots.lenses`."""
+    def plot(self, shade: Shade = "probability", positions: Sequence[int] | None = None) -> Figure:
+        """Heat map: tokens across, layers up, each state's most probable token in its cell. See `plots.plot_lens`."""
         from engram.plots.lenses import plot_lens
 
-        return plot_lens(self, shade)
+        return plot_lens(self, shade, positions)
 
 
 @torch.no_grad()
@@ -124,8 +125,8 @@ def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None 
             really comes next in the text, and behind its end the model's own choice.
         k: how many of the most probable tokens are kept.
     Returns:
-        Tables [n_layers + 1, tokens]. Distributions over the vocabulary are made for a chunk of positions and one layer
-        at a time and never kept; what is kept is n_layers + 1 states a token.
+        Tables [n_layers + 1, tokens]. Distributions over the vocabulary are made for a few positions at a time and never
+        kept; what is kept is n_layers + 1 states a token.
     Raises:
         SettingError: k is not between 1 and the size of the vocabulary.
         FactError: an empty text or target.
@@ -137,9 +138,12 @@ def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None 
     if not 1 <= k <= vocabulary:
         raise SettingError(f"k={k}: how many tokens to keep, from 1 to the vocabulary's {vocabulary}")
     ids = lm.encode(text).ids
-    states = residual_stream(lm, ids)
-    answer_ids = answers_at(lm, text, ids, states[-1][-1], target)
-    parts = [_read_rows(lm, states, answer_ids, part, norm, k) for part in chunks_of_positions(len(ids), vocabulary)]
+    states_ltd = residual_stream(lm, ids)
+    answer_ids = answers_at(lm, text, ids, states_ltd[-1, -1], target)
+    parts = [
+        _read(lm, states_ltd[:, part], answer_ids[part], norm, k)
+        for part in chunks_of_positions(len(ids), len(states_ltd) * vocabulary)
+    ]
     tables = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     if not all(table.isfinite().all() for table in tables.values()):
         raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
@@ -150,22 +154,21 @@ def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None 
     )  # fmt: skip
 
 
-def _read_rows(
-    lm: LanguageModel, states: list[Tensor], answer_ids: Tensor, part: slice, norm: bool, k: int
-) -> dict[str, Tensor]:
-    """The tables [rows, positions of `part`] of a `LogitLens`."""
-    final_tv = log_probs(lm, states[-1][part])
-    final_p_tv, rows = final_tv.exp(), []
-    for state_td in states:
-        log_tv = log_probs(lm, state_td[part], norm=norm).to(final_tv.device)
-        p_tv = log_tv.exp()
-        best = log_tv.topk(k, -1)
-        probability, rank = score(log_tv, answer_ids[part])
-        rows.append({
-            "top_ids": best.indices, "top_probabilities": best.values.exp(), "probability": probability, "rank": rank,
-            "entropy": -(p_tv * log_tv).sum(-1), "kl": (final_p_tv * (final_tv - log_tv)).sum(-1),
-        })  # fmt: skip
-    return {name: torch.stack([row[name].cpu() for row in rows]) for name in rows[0]}
+def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool, k: int) -> dict[str, Tensor]:
+    """The tables [rows, t] of a `LogitLens`, on the CPU."""
+    log_ltv = log_probs(lm, states_ltd, norm=norm)
+    final_tv = log_ltv[-1] if norm else log_probs(lm, states_ltd[-1])
+    best = log_ltv.topk(k, -1)
+    probability, rank = score(log_ltv, answer_ids)
+    tables = {
+        "top_ids": best.indices,
+        "top_probabilities": best.values.exp(),
+        "probability": probability,
+        "rank": rank,
+        "entropy": -(log_ltv.exp() * log_ltv).sum(-1),
+        "kl": (final_tv.exp() * (final_tv - log_ltv)).sum(-1),
+    }
+    return {name: table.cpu() for name, table in tables.items()}
 
 
 # -- what the readings in this folder share ---------------------------------------------------------------------------
@@ -181,12 +184,24 @@ def require_causal(lm: LanguageModel, what: str) -> None:
         )
 
 
-def residual_stream(lm: LanguageModel, ids: list[int]) -> list[Tensor]:
-    """The states of a text: what enters block 0, then what leaves each block; n_layers + 1 tensors [t, d]."""
+def checked(position: int, tokens: int) -> int:
+    """A position counted from the text's start, where it may be given from its end.
+
+    Raises:
+        SettingError: the text does not have it.
+    """
+    if not -tokens <= position < tokens:
+        raise SettingError(f"position={position}: the text has {tokens} tokens, numbered 0 to {tokens - 1} or from -1 down")
+    return position % tokens
+
+
+def residual_stream(lm: LanguageModel, ids: list[int]) -> Tensor:
+    """The states of a text: what enters block 0, then what leaves each block; [n_layers + 1, t, d]."""
     names = [lm.parts.block_name(layer) for layer in range(lm.n_layers)]
     with record(lm.model, names[:1], names) as seen, torch.no_grad():
         body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
-    return [seen[f"{names[0]}:input"][0], *(seen[name][0] for name in names)]
+    states = [seen[f"{names[0]}:input"][0], *(seen[name][0] for name in names)]
+    return torch.stack([state.to(states[-1].device) for state in states])
 
 
 def answers_at(lm: LanguageModel, text: str, ids: list[int], last_state_d: Tensor, target: str | None) -> Tensor:
@@ -196,9 +211,9 @@ def answers_at(lm: LanguageModel, text: str, ids: list[int], last_state_d: Tenso
     return torch.tensor([*ids[1:], int(lm.parts.head(last_state_d).argmax())])
 
 
-def chunks_of_positions(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Consecutive positions, as many at once as keep one layer's logits small."""
-    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+def chunks_of_positions(tokens: int, logits: int) -> Iterator[slice]:
+    """Consecutive positions, as many at once as keep their logits small, of which each has so many."""
+    step = max(1, _LOGITS_AT_ONCE // logits)
     for at in range(0, tokens, step):
         yield slice(at, at + step)
 
@@ -210,9 +225,10 @@ def log_probs(lm: LanguageModel, states: Tensor, *, norm: bool = True) -> Tensor
 
 
 def score(log_tv: Tensor, answer_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and rank (1 + how many tokens are more probable) of one token a position, both [t]."""
-    answer_t1 = log_tv.gather(-1, answer_ids.to(log_tv.device)[:, None])
-    return answer_t1[:, 0].exp(), 1 + (log_tv > answer_t1).sum(-1)
+    """Probability and rank (1 + how many tokens are more probable) of one token a position: [..., t, v] -> [..., t] twice."""
+    ids_t1 = answer_ids.to(log_tv.device)[:, None].expand(*log_tv.shape[:-1], 1)
+    answer_t1 = log_tv.gather(-1, ids_t1)
+    return answer_t1[..., 0].exp(), 1 + (log_tv > answer_t1).sum(-1)
 
 
 def settled(top_lt: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from engram.architectures import as_linear
 from engram.errors import NonFiniteError, SettingError
 from engram.hooks import record
 from engram.language_model import LanguageModel
-from engram.locate.lens import require_causal
+from engram.locate.lens import checked, require_causal
 from engram.replay import body
 
 if TYPE_CHECKING:
@@ -143,15 +143,12 @@ def memories(
     require_causal(lm, "a memory's reading")
     name, weight_df = lm.parts.mlp_out_name(layer), as_linear(lm.parts.mlp_out(layer))
     ids = lm.encode(text).ids
-    if not -len(ids) <= position < len(ids):
-        raise SettingError(
-            f"position={position}: the text has {len(ids)} tokens, numbered 0 to {len(ids) - 1} or from -1 down"
-        )
+    at = checked(position, len(ids))
     if not 1 <= neurons <= weight_df.shape[1]:
         raise SettingError(f"neurons={neurons}: how many to show, from 1 to the layer's {weight_df.shape[1]}")
     with record(lm.model, inputs=[name], stop=True) as seen:
         body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
-    coefficient_f = seen[name].reshape(len(ids), -1)[position]
+    coefficient_f = seen[name].reshape(len(ids), -1)[at]
     if not coefficient_f.isfinite().all():
         raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
     strength_f = coefficient_f.double().abs() * weight_df.double().norm(dim=0).to(coefficient_f.device)
@@ -160,7 +157,6 @@ def memories(
         Memory(float(coefficient_f[value.neuron]), strength, strength / float(strength_f.sum().clamp(min=1e-30)), value)
         for strength, value in zip(best.values.tolist(), _values(lm, layer, best.indices.tolist(), k, norm), strict=True)
     ]
-    at = position % len(ids)
     inside = any(module is lm.parts.mlp_out(layer) for module in lm.parts.mlp(layer).modules())
     return Memories(text, lm.name, layer, at, lm.token_strings(ids[at : at + 1])[0], not inside, tuple(firing))
 

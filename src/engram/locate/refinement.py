@@ -17,7 +17,7 @@ from torch import Tensor
 from engram.errors import NonFiniteError, UnsupportedModelError
 from engram.hooks import record
 from engram.language_model import LanguageModel
-from engram.locate.lens import answers_at, chunks_of_positions, log_probs, require_causal, score
+from engram.locate.lens import answers_at, checked, chunks_of_positions, log_probs, require_causal, score
 from engram.replay import body
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Refinement:
 
     def top(self, point: str, layer: int, position: int = -1) -> str:
         """The most probable token at one point."""
-        return self.top_tokens[int(self.top_ids[point][layer, position])]
+        return self.top_tokens[int(self.top_ids[point][layer, checked(position, len(self.tokens))])]
 
     def table(self, position: int = -1) -> str:
         """One position, block by block: what is said at each point, and the answer's probability when the block is left."""
@@ -110,8 +110,13 @@ class Refinement:
         return "\n".join(lines)
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, position: int = -1) -> str:
+        """`table` of one position, then `summary` over all."""
+        position = checked(position, len(self.tokens))
         return (
-            f"at the last token, {self.tokens[-1]!r}; answer {self.answers[-1]!r}\n{self.table()}\n\n"
+            f"at token {self.tokens[position]!r}; answer {self.answers[position]!r}\n{self.table(position)}\n\n"
             f"over all {len(self.tokens)} positions\n{self.summary()}"
         )
 
@@ -127,10 +132,10 @@ class Refinement:
         return {**plain, "shares": self.shares()}
 
     def plot(self, position: int = -1) -> Figure:
-        """Probability and rank of the answer along the stream, and who changed the prediction. See `plots.lenses`."""
+        """Probability and rank of the answer along the stream, and who changed the prediction. See `plots.plot_refinement`."""
         from engram.plots.lenses import plot_refinement
 
-        return plot_refinement(self, position)
+        return plot_refinement(self, checked(position, len(self.tokens)))
 
 
 @torch.no_grad()
@@ -147,13 +152,12 @@ def refinement(lm: LanguageModel, text: str, *, norm: bool = True, target: str |
     """
     require_causal(lm, "a reading of the blocks")
     ids = lm.encode(text).ids
-    blocks = _states(lm, ids)
-    answer_ids = answers_at(lm, text, ids, blocks[-1]["leaving"][-1], target)
+    stream_ltd, middle_ltd, mlp_ltd = _states(lm, ids)
+    answer_ids = answers_at(lm, text, ids, stream_ltd[-1, -1], target)
     tables: dict[str, dict[str, Tensor]] = {"top_ids": {}, "probability": {}, "rank": {}}
-    for point in POINTS:
-        rows = [_read(lm, states[point], answer_ids, norm) for states in blocks]
-        for name, columns in zip(tables, zip(*rows, strict=True), strict=True):
-            tables[name][point] = torch.stack(columns)
+    read = [_read(lm, states, answer_ids, norm) for states in (stream_ltd, middle_ltd, mlp_ltd)]
+    for name, stream, middle, mlp in zip(tables, *read, strict=True):  # what leaves a block enters the next
+        tables[name] = {"entering": stream[:-1], "middle": middle, "mlp": mlp, "leaving": stream[1:]}
     if not all(table.isfinite().all() for table in tables["probability"].values()):
         raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
     seen = torch.stack([*tables["top_ids"].values()]).unique().tolist()
@@ -163,37 +167,37 @@ def refinement(lm: LanguageModel, text: str, *, norm: bool = True, target: str |
     )  # fmt: skip
 
 
-def _read(lm: LanguageModel, states_td: Tensor, answer_ids: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Most probable token, probability and rank of the answer at each position, [t] on the CPU."""
+def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Most probable token, probability and rank of the answer, [l, t] on the CPU."""
     found = []
-    for part in chunks_of_positions(len(states_td), int(lm.model.config.vocab_size)):
-        log_tv = log_probs(lm, states_td[part], norm=norm)
-        found.append((log_tv.argmax(-1), *score(log_tv, answer_ids[part])))
-    top, probability, rank = (torch.cat(columns).cpu() for columns in zip(*found, strict=True))
+    for part in chunks_of_positions(len(answer_ids), len(states_ltd) * int(lm.model.config.vocab_size)):
+        log_ltv = log_probs(lm, states_ltd[:, part], norm=norm)
+        found.append((log_ltv.argmax(-1), *score(log_ltv, answer_ids[part])))
+    top, probability, rank = (torch.cat(columns, 1).cpu() for columns in zip(*found, strict=True))
     return top, probability, rank
 
 
-def _states(lm: LanguageModel, ids: list[int]) -> list[dict[str, Tensor]]:
-    """For each block what is read at each point, [t, d]."""
+def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual stream [l + 1, t, d], and for each block its middle and its MLP's contribution, [l, t, d]."""
     parts, layout = lm.parts, lm.parts.layout
     names = [parts.block_name(layer) for layer in range(lm.n_layers)]
     outputs = [f"{name}.{part}" for name in names for part in (layout.attention, layout.mlp)]
-    with record(lm.model, names, [*names, *outputs]) as seen:
+    with record(lm.model, names[:1], [*names, *outputs]) as seen:
         body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
+    home = seen[names[-1]].device
+    stream = torch.stack([seen[name][0].to(home) for name in (f"{names[0]}:input", *names)])
     scale = float(getattr(lm.model.config, "residual_multiplier", 1.0))  # Granite scales both branches
-    found = []
-    for layer, name in enumerate(names):
-        leaving = seen[name][0]
-        entering = seen[f"{name}:input"][0].to(leaving.device)
-        attention, mlp = (scale * seen[f"{name}.{part}"].view_as(leaving) for part in (layout.attention, layout.mlp))
-        middle = leaving - mlp
-        if not _close(entering + attention, middle):
-            raise UnsupportedModelError(
-                f"block {layer} of {lm.name} does more than add its attention and its MLP to the residual stream (it norms the "
-                "stream in between), so the state between the two cannot be told; engram.lens works"
-            )
-        found.append({"entering": entering, "middle": middle, "mlp": mlp, "leaving": leaving})
-    return found
+    attention, mlp = (
+        scale * torch.stack([seen[f"{name}.{part}"].view_as(seen[name])[0].to(home) for name in names])
+        for part in (layout.attention, layout.mlp)
+    )
+    middle = stream[1:] - mlp
+    if not _close(stream[:-1] + attention, middle):
+        raise UnsupportedModelError(
+            f"the blocks of {lm.name} do more than add their attention and their MLP to the residual stream (they norm the "
+            "stream in between), so the state between the two cannot be told; engram.lens works"
+        )
+    return stream, middle, mlp
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
