@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,13 @@ def test_a_block_that_norms_its_stream_is_refused(family):
     with pytest.raises(UnsupportedModelError, match=r"norm the stream in between.*engram.lens works"):
         engram.refinement(tiny_lm(family), TEXT)
     assert engram.lens(tiny_lm(family), TEXT)
+
+
+def test_blocks_of_one_part_are_refused():
+    lm = tiny_lm()
+    lm.parts.layout = replace(lm.parts.layout, attention="mlp")
+    with pytest.raises(UnsupportedModelError, match=r"tiny-gpt2 \(gpt2\) have no attention and MLP to tell apart"):
+        engram.refinement(lm, TEXT)
 
 
 def test_models_and_numbers_that_cannot_be_read():

@@ -101,8 +101,6 @@ class Parts:
     Attributes:
         blocks: the transformer blocks, first to last.
         embed: token embedding; its output is where causal tracing adds noise.
-        norm, project_out: what stands between the last block and the unembedding; None where a checkpoint does without.
-        unembedding: the matrix that turns states into logits.
         layout: the names behind the roles.
     """
 
@@ -112,10 +110,12 @@ class Parts:
         self.embed = model.get_submodule(layout.embed)
         self._attention = [block.get_submodule(layout.attention) for block in self.blocks]
         self._mlp = [block.get_submodule(layout.mlp) for block in self.blocks]
-        self.norm = _submodule(model, layout.norm)
-        self.project_out = _submodule(model, layout.project_out)
-        self.unembedding: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._head = [m for name in (layout.norm, layout.project_out) if (m := _submodule(model, name)) is not None]
+        self._head.append(model.get_output_embeddings())  # type: ignore[operator]
         self._config: Any = model.config
+        # between the last block and the logits; None where a checkpoint does without
+        self.norm, self.project_out = _submodule(model, layout.norm), _submodule(model, layout.project_out)
+        self.unembedding: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
 
     def block_name(self, layer: int) -> str:
         return f"{self.layout.blocks}.{layer}"
@@ -167,13 +167,9 @@ class Parts:
         return int(self._config.num_attention_heads)
 
     def head(self, hidden: Tensor, *, norm: bool = True) -> Tensor:
-        """Logits of block outputs [..., d] -> [..., v]: last norm, unembedding, the family's scaling and soft cap.
-
-        Args:
-            norm: apply the last norm; without it, states go into the unembedding as they are.
-        """
-        for module in (self.norm if norm else None, self.project_out, self.unembedding):
-            if module is not None:
+        """Logits of block outputs [..., d] -> [..., v]: last norm (or not), unembedding, the family's scaling and soft cap."""
+        for module in self._head:
+            if norm or module is not self.norm:
                 hidden = module(hidden)
         for name, scale in _LOGIT_SCALES.items():
             if (value := getattr(self._config, name, None)) is not None:

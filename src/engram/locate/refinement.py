@@ -180,6 +180,10 @@ def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool)
 def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The residual stream [l + 1, t, d], and for each block its middle and its MLP's contribution, [l, t, d]."""
     parts, layout = lm.parts, lm.parts.layout
+    if not (layout.attention and layout.mlp) or layout.attention == layout.mlp:
+        raise UnsupportedModelError(
+            f"the blocks of {lm.name} ({lm.model.config.model_type}) have no attention and MLP to tell apart; engram.lens works"
+        )
     names = [parts.block_name(layer) for layer in range(lm.n_layers)]
     outputs = [f"{name}.{part}" for name in names for part in (layout.attention, layout.mlp)]
     with record(lm.model, names[:1], [*names, *outputs]) as seen:
