@@ -133,7 +133,7 @@ def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None 
         UnsupportedModelError: the model is no causal one.
         NonFiniteError: the model's states are not finite.
     """
-    require_causal(lm, "a lens")
+    require_causal(lm, "engram.lens")
     vocabulary = int(lm.model.config.vocab_size)
     if not 1 <= k <= vocabulary:
         raise SettingError(f"k={k}: how many tokens to keep, from 1 to the vocabulary's {vocabulary}")

@@ -140,7 +140,7 @@ def memories(
         UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is not causal.
         NonFiniteError: the model's states are not finite.
     """
-    require_causal(lm, "a memory's reading")
+    require_causal(lm, "engram.memories")
     name, weight_df = lm.parts.mlp_out_name(layer), as_linear(lm.parts.mlp_out(layer))
     ids = lm.encode(text).ids
     at = checked(position, len(ids))
@@ -180,7 +180,7 @@ def promotes(lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: b
         SettingError: k or the neuron out of range.
         UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is not causal.
     """
-    require_causal(lm, "a memory's reading")
+    require_causal(lm, "engram.promotes")
     width = as_linear(lm.parts.mlp_out(layer)).shape[1]
     if not 0 <= neuron < width:
         raise SettingError(f"neuron={neuron} does not exist; layer {layer} has neurons 0 to {width - 1}")

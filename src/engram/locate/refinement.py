@@ -150,7 +150,7 @@ def refinement(lm: LanguageModel, text: str, *, norm: bool = True, target: str |
             or a model that is not causal.
         NonFiniteError: the model's states are not finite.
     """
-    require_causal(lm, "a reading of the blocks")
+    require_causal(lm, "engram.refinement")
     ids = lm.encode(text).ids
     stream_ltd, middle_ltd, mlp_ltd = _states(lm, ids)
     answer_ids = answers_at(lm, text, ids, stream_ltd[-1, -1], target)
