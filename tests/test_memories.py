@@ -149,7 +149,7 @@ def test_mistakes_are_explained():
     with pytest.raises(SettingError, match=r"neuron=-1 does not exist; layer 2 has neurons 0 to \d+"):
         engram.promotes(lm, LAYER, -1)
     lm.kind = "encoder-decoder"
-    with pytest.raises(UnsupportedModelError, match="tiny-gpt2 is of kind encoder-decoder: engram.memories"):
+    with pytest.raises(UnsupportedModelError, match=r"tiny-gpt2 is of kind encoder-decoder: engram\.memories"):
         engram.memories(lm, TEXT, LAYER)
 
 

@@ -134,5 +134,5 @@ def test_models_and_numbers_that_cannot_be_read():
     with pytest.raises(NonFiniteError, match="not finite"):
         engram.refinement(lm, TEXT)
     lm.kind = "masked"
-    with pytest.raises(UnsupportedModelError, match="of kind masked: engram.refinement"):
+    with pytest.raises(UnsupportedModelError, match=r"of kind masked: engram\.refinement"):
         engram.refinement(lm, TEXT)
