@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from engram.language_model import LanguageModel, load
     from engram.locate.causal_trace import CausalTrace
     from engram.locate.causal_trace import causal_trace as trace
+    from engram.locate.lens import LogitLens, lens
+    from engram.locate.memories import Memories, memories, promotes
+    from engram.locate.refinement import Refinement, refinement
 
 __version__ = "0.1.0"
 
@@ -28,9 +31,16 @@ _HOMES = {  # public name -> where it lives
     "EngramError": "errors",
     "Fact": "facts",
     "LanguageModel": "language_model",
+    "LogitLens": "locate.lens",
+    "Memories": "locate.memories",
     "Receipt": "evaluate.receipt",
+    "Refinement": "locate.refinement",
     "compose": "edit",
+    "lens": "locate.lens",
     "load": "language_model",
+    "memories": "locate.memories",
+    "promotes": "locate.memories",
+    "refinement": "locate.refinement",
     "rewrite": "editors",
     "trace": "locate.causal_trace:causal_trace",
     "verify": "evaluate.receipt",
@@ -43,10 +53,17 @@ __all__ = [
     "EngramError",
     "Fact",
     "LanguageModel",
+    "LogitLens",
+    "Memories",
     "Receipt",
+    "Refinement",
     "__version__",
     "compose",
+    "lens",
     "load",
+    "memories",
+    "promotes",
+    "refinement",
     "rewrite",
     "trace",
     "verify",

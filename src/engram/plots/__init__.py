@@ -1,5 +1,6 @@
 """Pictures of results, one file a kind. Each function returns a matplotlib figure of its own; nothing global is touched."""
 
+from engram.plots.lenses import plot_lens, plot_memories, plot_refinement
 from engram.plots.traces import plot_trace
 
-__all__ = ["plot_trace"]
+__all__ = ["plot_lens", "plot_memories", "plot_refinement", "plot_trace"]

@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 
 STYLE: Any = {"font.family": "serif", "font.size": 7, "axes.titlesize": 7, "axes.unicode_minus": False}
 
+_MANY_LETTERS = (  # asked for what matplotlib's own fonts lack, where one of them is installed
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS", "Hiragino Sans", "PingFang SC",
+    "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei",
+)  # fmt: skip
+
 
 def plain(text: str) -> str:
-    """Text that matplotlib takes literally, and that stays on one line."""
-    return text.replace("\n", "\\n").replace("$", r"\$")
+    """Text that matplotlib takes literally, and that stays on one line.
+
+    A character that no font at hand can draw is written as its escape, such as \\u4e2d.
+    """
+    escaped = (letter if ord(letter) in _drawable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(escaped).replace("$", r"\$")
 
 
-def font(texts: Iterable[str]) -> FontProperties:
+def font(texts: Iterable[str], size: float = 7, weight: str = "normal") -> FontProperties:
     """Serif, or the sans-serif that has more letters where a text has other than Western ones."""
     western = all(ord(letter) < 0x250 for text in texts for letter in text)
-    return FontProperties(family="serif" if western else "sans-serif", size=7)
+    return FontProperties(family="serif" if western else _families(), size=size, weight=weight)
 
 
 def layer_ticks(layers: int) -> range:
     """Layers that get a number: all of a small model's, every fifth of a large one's as in the paper."""
     return range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
+
+
+@cache
+def _families() -> list[str]:
+    installed = {entry.name for entry in fontManager.ttflist}
+    return ["sans-serif", *(name for name in _MANY_LETTERS if name in installed)]
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """Code points that `font` has a picture of; control characters have none."""
+    faces = [FT2Font(findfont(FontProperties(family=[name]))) for name in _families()]
+    return frozenset(code for face in faces for code in face.get_charmap() if chr(code).isprintable())
