@@ -147,7 +147,8 @@ class AverageTrace:
         """Average total effect (ATE): mean over facts of clean minus corrupted, and its bootstrap interval."""
         totals = torch.tensor([t.total_effect for t in self.traces], dtype=torch.float64)
         means = self._resampled(resamples) @ totals / len(totals)
-        return float(totals.mean()), *(float(_quantile(means, q)) for q in ((1 - level) / 2, (1 + level) / 2))
+        low, high = (float(_quantile(means, q)) for q in ((1 - level) / 2, (1 + level) / 2))
+        return float(totals.mean()), low, high
 
     @cached_property
     def clean(self) -> float:

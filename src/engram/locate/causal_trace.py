@@ -103,6 +103,12 @@ class CausalTrace:
 
         return plot_trace(self, site)
 
+    def plot_severed(self) -> Figure:
+        """Bars a layer: the effect at the subject's last token as it is, and with attention or MLP severed."""
+        from engram.locate.averages import AverageTrace
+
+        return AverageTrace([self]).plot_severed()
+
     def to_bytes(self) -> bytes:
         """The contents of a safetensors file: tables are tensors, everything else is in its header."""
         about = {k: v for k, v in vars(self).items() if k not in ("scores", "exact")}

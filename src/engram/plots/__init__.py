@@ -1,6 +1,7 @@
 """Pictures of results, one file a kind. Each function returns a matplotlib figure of its own; nothing global is touched."""
 
+from engram.plots.averages import plot_average, plot_lines, plot_severed
 from engram.plots.lenses import plot_lens, plot_memories, plot_refinement
 from engram.plots.traces import plot_trace
 
-__all__ = ["plot_lens", "plot_memories", "plot_refinement", "plot_trace"]
+__all__ = ["plot_average", "plot_lens", "plot_lines", "plot_memories", "plot_refinement", "plot_severed", "plot_trace"]

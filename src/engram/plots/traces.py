@@ -6,58 +6,123 @@ Source of the geometry: the figures of Meng et al. 2022, arXiv:2202.05262.
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from engram.plots.style import STYLE, font, layer_ticks, plain
 
 if TYPE_CHECKING:
     from engram.locate.causal_trace import CausalTrace
 
-_LOOKS = {  # site -> colour map, what was restored
+LOOKS = {  # site -> colour map, what is replaced
     "residual": ("Purples", "state"),
     "mlp": ("Greens", "MLP"),
     "attention": ("Reds", "attention"),
+    "head": ("Oranges", "head"),
+    "neuron": ("Blues", "neuron"),
 }
+
+
+def look(table: str) -> tuple[str, str]:
+    """Colour map and name of a table; a site of a family's own, or a severed one, is called by its own name."""
+    site, _, severed = table.partition(", ")
+    colours, name = LOOKS.get(site, ("Greys", site))
+    return colours, f"{name}, {severed}" if severed else name
 
 
 def plot_trace(trace: CausalTrace, site: str | None = None) -> Figure:
     """Heat maps of one trace as in the paper's Fig. 1: tokens down, layers across, probability of the answer as colour.
 
+    Heads are shown at the token where one of them does most, layers down and heads across.
+
     Args:
-        site: one of the trace's sites; default: all of them side by side.
+        site: one of the trace's tables; default: all of them side by side.
     """
     sites = list(trace.scores) if site is None else [site]
     height = max(2.0, 0.13 * len(trace.tokens) + 0.8)
     with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(sites), height), dpi=200, layout="constrained")
         for ax, each in zip(figure.subplots(1, len(sites), squeeze=False)[0], sites, strict=True):
-            _draw(ax, trace, each)
+            if trace.scores[each].dim() == 3:
+                _draw_heads(ax, trace, each)
+            else:
+                _draw(ax, trace, each)
     return figure
 
 
-def _draw(ax: Axes, trace: CausalTrace, site: str) -> None:
-    colours, restored = _LOOKS[site]
-    scores = trace.scores[site]
-    layers = scores.shape[1]
-    highest = max(float(scores.max()), trace.low_score + 1e-6)
-    mesh = ax.pcolormesh(scores.numpy(), cmap=colours, vmin=trace.low_score, vmax=highest)
+def label_layers(ax: Axes, layers: int, where: str = "x") -> None:
+    """Number the layers along an axis whose cells are one wide."""
+    ticks = layer_ticks(layers)
+    set_ticks = ax.set_xticks if where == "x" else ax.set_yticks
+    set_ticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
+
+
+def layer_label(site: str, window: int, model: str) -> str:
+    """What a layer of a site's table is."""
+    name = look(site)[1]
+    if site.partition(",")[0] in ("mlp", "attention"):
+        return f"centre of {window} restored {name} layers"
+    return f"single restored layer of {PurePath(model).name}"
+
+
+def _mesh(ax: Axes, trace: CausalTrace, table: Tensor, colours: str) -> None:
+    insertion = trace.settings.get("direction") == "noise"
+    if insertion:  # what is inserted lowers the score: the lowest is the darkest
+        low, high, colours = min(float(table.min()), trace.baseline - 1e-6), trace.baseline, f"{colours}_r"
+    else:
+        low, high = trace.baseline, max(float(table.max()), trace.baseline + 1e-6)
+    mesh = ax.pcolormesh(table.numpy(), cmap=colours, vmin=low, vmax=high)
     ax.invert_yaxis()
+    bar = ax.figure.colorbar(mesh, ax=ax)
+    bar.ax.set_title(score_label(trace), y=-0.16, fontsize=7)
+
+
+def score_label(trace: CausalTrace) -> str:
+    answer = plain(trace.answer.strip())
+    metric = trace.settings.get("metric", "probability")
+    if metric == "logit_difference":
+        return f"logit {answer} - {plain(str(trace.settings.get('foil')).strip())}"
+    return f"p({answer})" if metric == "probability" else f"log p({answer})"
+
+
+def _title(trace: CausalTrace, site: str) -> str:
+    about: dict[str, Any] = trace.settings
+    verb, into = ("Inserting corrupted", "clean") if about.get("direction") == "noise" else ("Restoring", "corrupted")
+    if about.get("effect") == "direct":
+        verb, into = "All but", "the other"
+    estimate = {"attribution": " (estimate)", "screened": " (partly estimated)"}.get(trace.method, "")
+    return f"{verb} {look(site)[1]} {'after' if into == 'corrupted' else 'in'} {into} input{estimate}"
+
+
+def _draw(ax: Axes, trace: CausalTrace, site: str) -> None:
+    table = trace.scores[site]
+    _mesh(ax, trace, table, look(site)[0])
     ax.set_yticks(
         [i + 0.5 for i in range(len(trace.tokens))],
         [plain(label) for label in trace.labels()],
         fontproperties=font(trace.tokens),
     )
-    ticks = layer_ticks(layers)
-    ax.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
-    ax.set_title(f"Restoring {restored} after corrupted input")
-    ax.set_xlabel(
-        f"single restored layer of {PurePath(trace.model).name}"
-        if site == "residual"
-        else f"centre of {trace.window} restored {restored} layers"
-    )
-    bar = ax.figure.colorbar(mesh, ax=ax)
-    bar.ax.set_title(f"p({plain(trace.answer.strip())})", y=-0.16, fontsize=7)
+    if site == "neuron":
+        pairs = trace.settings["neurons"]
+        ax.set_xticks([i + 0.5 for i in range(len(pairs))], [f"{layer}.{n}" for layer, n in pairs], rotation=90)
+        ax.set_xlabel(f"layer.neuron of {PurePath(trace.model).name}")
+    else:
+        label_layers(ax, table.shape[1])
+        ax.set_xlabel(layer_label(site, trace.window, trace.model))
+    ax.set_title(_title(trace, site))
+
+
+def _draw_heads(ax: Axes, trace: CausalTrace, site: str) -> None:
+    row = trace.best(site)[0]
+    table = trace.scores[site][row]
+    _mesh(ax, trace, table, look(site)[0])
+    label_layers(ax, table.shape[0], "y")
+    heads = layer_ticks(table.shape[1])
+    ax.set_xticks([h + 0.5 for h in heads], [str(h) for h in heads])
+    ax.set_ylabel("layer")
+    ax.set_xlabel(f"head of {PurePath(trace.model).name}")
+    ax.set_title(f"{_title(trace, site)}, at {plain(trace.labels()[row].strip())}")
