@@ -62,7 +62,7 @@ def failing(monkeypatch, capsys, *args: str) -> str:
 
 def test_help_names_every_verb():
     told = run("--help").output
-    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats"):
+    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows"):
         assert re.search(rf"\b{verb}\b", told)
         assert run(verb, "--help").output
 
@@ -165,7 +165,7 @@ def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
         (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),
         (["edit", "MODEL", *FACT, "--set", "stps=3"], "did you mean 'steps'"),
         (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme' does not exist"),
-        (["edit", "MODEL", "--facts", "/no/such/file"], "Expected a JSON list"),
+        (["edit", "MODEL", "--facts", "/no/such/file"], "Expected 'pocket', or a file: a JSON list"),
         (["verify", "MODEL", "/no/such/edit"], "/no/such/edit"),
         (["stats", "MODEL", "--corpus", "/no/such/text"], "cannot be read as a text file"),
         (["stats", "MODEL", "--corpus", "a", "--data-set", "b"], "give one of them"),

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from engram.edit import Edit, compose
     from engram.editors import rewrite
     from engram.errors import EngramError
+    from engram.evaluate.knowledge import Knowledge
+    from engram.evaluate.knows import knows
     from engram.evaluate.receipt import Receipt, verify
+    from engram.fact_files import read_facts
     from engram.facts import Fact
     from engram.language_model import LanguageModel, load
     from engram.locate.causal_trace import CausalTrace
@@ -27,10 +30,13 @@ _HOMES = {  # public name -> where it lives
     "Edit": "edit",
     "EngramError": "errors",
     "Fact": "facts",
+    "Knowledge": "evaluate.knowledge",
     "LanguageModel": "language_model",
     "Receipt": "evaluate.receipt",
     "compose": "edit",
+    "knows": "evaluate.knows",
     "load": "language_model",
+    "read_facts": "fact_files",
     "rewrite": "editors",
     "trace": "locate.causal_trace:causal_trace",
     "verify": "evaluate.receipt",
@@ -42,11 +48,14 @@ __all__ = [
     "Edit",
     "EngramError",
     "Fact",
+    "Knowledge",
     "LanguageModel",
     "Receipt",
     "__version__",
     "compose",
+    "knows",
     "load",
+    "read_facts",
     "rewrite",
     "trace",
     "verify",

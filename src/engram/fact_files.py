@@ -80,7 +80,9 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
             try:
                 yield json.loads(line), where
             except json.JSONDecodeError as error:
-                raise FactError(f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line") from error
+                raise FactError(
+                    f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"
+                ) from error
 
 
 def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
@@ -160,7 +162,9 @@ def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A record of the published file as one of ours: the template, grown by what the prompt says behind it."""
     for name in _KNOWN_FACTS:
         if not isinstance(record.get(name), str):
-            raise FactError(f"{where}: field {name!r} is {_shown(record.get(name))}; expected text, as in a known-facts file")
+            raise FactError(
+                f"{where}: field {name!r} is {_shown(record.get(name))}; expected text, as in a known-facts file"
+            )
     subject, template, prompt = record["subject"], record["template"], record["prompt"]
     filled = template.replace("{}", subject)
     if not prompt.startswith(filled):

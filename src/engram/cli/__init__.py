@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from engram.cli import commands, demo
+from engram.cli import commands, demo, knows
 
 app = typer.Typer(
     name="engram",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 for command in (
     demo.demo, commands.trace, commands.edit, commands.verify, commands.apply, commands.revert, commands.generate, commands.stats,
+    knows.knows,
 ):  # fmt: skip
     app.command()(command)
 

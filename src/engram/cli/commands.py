@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from engram.edit import Edit
+    from engram.facts import Fact
 
 Model = Annotated[str, typer.Argument(help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False)]
 EditFolder = Annotated[Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)]
@@ -70,7 +71,9 @@ def edit(
     ] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="The new object.")] = None,
     true: Annotated[str | None, typer.Option(help="The object so far; default: the model's own answer.")] = None,
-    facts: Annotated[Path | None, typer.Option(help="JSON file with a list of facts, instead of the four above.")] = None,
+    facts: Annotated[
+        Path | None, typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")] = None,
     method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
     layer: Annotated[str | None, typer.Option(help="Block to edit, or 'auto'; default: the preset's.")] = None,
@@ -230,8 +233,9 @@ def stats(
             moment.save(out / f"layer{layer}.safetensors")
 
 
-def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Any]:
+def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Fact]:
     from engram.errors import FactError
+    from engram.fact_files import read_facts
     from engram.facts import Fact
 
     if path is None:
@@ -241,13 +245,7 @@ def _facts(subject: str | None, prompt: str | None, target: str | None, true: st
         if missing:
             raise FactError(f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE")
         return [Fact(str(subject), str(prompt), str(target), true)]
-    try:
-        return [Fact.from_dict(record) for record in json.loads(path.read_text(encoding="utf8"))]
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise FactError(
-            f"--facts {path}: {error}. Expected a JSON list of objects with subject, prompt and target, "
-            "and target_true, paraphrases, neighbours if you have them"
-        ) from error
+    return read_facts(path)
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.style import Style
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from engram.evaluate.knowledge import Knowledge
     from engram.evaluate.receipt import Receipt
     from engram.language_model import LanguageModel
     from engram.locate.causal_trace import CausalTrace
@@ -102,6 +103,13 @@ def show_receipt(receipt: Receipt) -> None:
     console.print()
     for line in str(receipt).splitlines():
         style = "green" if line.endswith("ok") or line == "PASSED" else "red" if line.endswith("FAILED") else ""
+        console.print(Text(line, style))
+
+
+def show_knowledge(found: Knowledge, seed: int) -> None:
+    """The table by relation."""
+    for i, line in enumerate(found.table(seed=seed).splitlines()):
+        style = "bold" if i == 0 or line.startswith(("relation ", "all facts")) else "dim" if line.startswith("  ") else ""
         console.print(Text(line, style))
 
 

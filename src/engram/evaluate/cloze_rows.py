@@ -1,0 +1,123 @@
+"""The fewest rows of tokens in which a model shows how probable answers are after a prompt.
+
+Knows tokens, positions and batches. Refuses to know facts and ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engram.errors import FactError, NonFiniteError
+from engram.language_model import LanguageModel
+
+_LOGITS = 1 << 25  # logits held at once: 128 MB in float32
+_LAST_WORD = re.compile(r"\S*\s*$")
+
+Ids = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """One forward: token ids, and the positions whose next tokens are read."""
+
+    ids: Ids
+    read: Ids
+
+
+class ClozeRows:
+    """Rows for one model. Remembers how answers are cut into tokens, as far as that can depend on a prompt: its last word."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self._known: dict[tuple[str, str], Ids] = {}
+
+    def tokens(self, prompt: str, answer: str) -> Ids:
+        """Tokens by which `answer` follows `prompt`."""
+        key = (_LAST_WORD.search(prompt)[0], answer)  # type: ignore[index]  # it always matches
+        if key not in self._known:
+            self._known[key] = tuple(self.lm.target_ids(prompt, answer))
+        return self._known[key]
+
+    def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[Row], list[int]]:
+        """Rows that show every token of every answer, and for each answer the number of its row, where it is read from the front.
+
+        One-token answers share the prompt's own row, or any row that goes on from it; two answers share theirs where all
+        but their last tokens agree, or where one begins as the other does.
+        """
+        head = tuple(self.lm.encode(prompt).ids)
+        prefixes = sorted({ids[:-1] for ids in answers})
+        longest = [
+            prefix
+            for prefix, after in zip(prefixes, [*prefixes[1:], None], strict=True)
+            if after is None or after[: len(prefix)] != prefix
+        ]
+        rows = [Row(head + prefix, tuple(range(len(head) - 1, len(head) + len(prefix)))) for prefix in longest]
+        for row in rows:
+            if len(row.ids) > self.lm.max_tokens:
+                raise FactError(
+                    f"prompt and answer have {len(row.ids)} tokens, the model takes at most {self.lm.max_tokens}: {prompt[:60]!r}..."
+                )
+        return rows, [bisect_left(longest, ids[:-1]) for ids in answers]
+
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """[positions, v]: logits at all positions that the rows read, in the rows' order; equal rows are computed once."""
+        distinct = dict.fromkeys(rows)
+        got = dict(
+            zip(distinct, self.lm.logits_at([row.ids for row in distinct], [row.read for row in distinct]), strict=True)
+        )
+        return torch.cat([got[row] for row in rows])
+
+    def log_probs(self, rows: Sequence[Row], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Tensor:
+        """Sums of log-probabilities, with no more than a batch's logits in memory.
+
+        Args:
+            wanted: for each row (which of its reads, token, slot): the token's log-probability is added to the slot.
+            size: number of slots.
+        Returns:
+            [size] on the CPU.
+        Raises:
+            NonFiniteError: the model gave NaN.
+        """
+        total = torch.zeros(size, dtype=torch.float64)
+        for batch in self._batches(rows):
+            log_probs_pv = self.logits([rows[i] for i in batch]).log_softmax(-1)
+            at, start = [], 0
+            for i in batch:
+                at += [(start + read, token, slot) for read, token, slot in wanted[i]]
+                start += len(rows[i].read)
+            position, token, slot = torch.tensor(at).unbind(1)
+            device = log_probs_pv.device
+            total.index_add_(0, slot, log_probs_pv[position.to(device), token.to(device)].cpu().double())
+        check_not_nan(total)
+        return total
+
+    def spoken(self, answer: Ids, best: Ids) -> str:
+        """What the model says instead of `answer`: its best tokens up to the first that differs."""
+        same = next((i for i, (a, b) in enumerate(zip(answer, best, strict=True)) if a != b), len(answer) - 1)
+        text = str(self.lm.tokenizer.decode(list(best[: same + 1])))
+        return text.strip() or text
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        most = max(1, _LOGITS // int(self.lm.model.config.get_text_config().vocab_size))
+        batch: list[int] = []
+        held = 0
+        for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), rows[i])):
+            if batch and held + len(rows[i].read) > most:
+                yield batch
+                batch, held = [], 0
+            batch.append(i)
+            held += len(rows[i].read)
+        if batch:
+            yield batch
+
+
+def check_not_nan(values: Tensor) -> None:
+    if values.isnan().any():
+        raise NonFiniteError(
+            "the model's logits are NaN, so nothing can be said about what it knows; try dtype=torch.float32"
+        )
