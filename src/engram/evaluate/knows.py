@@ -201,51 +201,47 @@ def _in_vocabulary(
     cloze: ClozeRows, asked: Sequence[_Question], length: Length, averaged: bool
 ) -> Iterator[tuple[list[Judged], Judged | None]]:
     """For each question what is judged of each prompt, and of the average over its prompts if that is wanted."""
-    answers = [[cloze.tokens(prompt, question.target) for prompt in question.prompts] for question in asked]
-    rows, token, group, barred = (
-        [],
-        [],
-        [],
-        [],
-    )  # of each position that is read: the answer's token, and whose average it is in
-    for question, each in zip(asked, answers, strict=True):
-        first = group[-1] + 1 if group else 0
-        singles = [ids[0] for text in question.also_right if len(ids := cloze.tokens(question.prompts[0], text)) == 1]
-        for prompt, ids in zip(question.prompts, each, strict=True):
-            if averaged and ids != each[0]:
-                raise FactError(
-                    f"{question.target!r} is cut into other tokens after {prompt!r} than after {question.prompts[0]!r}, so "
-                    "their log-probabilities cannot be averaged; choose another aggregate, or candidates"
-                )
-            barred += [(len(token), single) for single in singles if single != ids[0]]
+    rows: list[Row] = []
+    tokens: list[int] = []  # at each position that is read, the answer's
+    barred: list[tuple[int, int]] = []  # (position, token that is right as well)
+    answers: list[
+        list[tuple[Ids, int]]
+    ] = []  # of each question and prompt: the answer, and the first position that is its own
+    for question in asked:
+        others = [cloze.tokens(question.prompts[0], text) for text in question.also_right]
+        answers.append([])
+        for prompt in question.prompts:
+            ids = cloze.tokens(prompt, question.target)
+            barred += [(len(tokens), other[0]) for other in others if len(other) == 1 and other[0] != ids[0]]
+            answers[-1].append((ids, len(tokens)))
             rows += cloze.rows(prompt, [ids])[0]
-            group += range(first, first + len(ids))
-            token += ids
+            tokens += ids
     log_probs_pv = cloze.logits(rows).log_softmax(-1)
-    for position, single in barred:
-        log_probs_pv[position, single] = -torch.inf
-    judged = _judged(log_probs_pv, token)
-    if averaged:
-        group_p = torch.tensor(group, device=log_probs_pv.device)
-        sums_gv = log_probs_pv.new_zeros(group[-1] + 1, log_probs_pv.shape[1]).index_add_(0, group_p, log_probs_pv)
-        of_group = dict(zip(group, token, strict=True))
-        overall = _judged(sums_gv / group_p.bincount()[:, None], [of_group[g] for g in range(len(of_group))])
+    for position, token in barred:
+        log_probs_pv[position, token] = -torch.inf
+    judged = _judged(log_probs_pv, tokens)
+    for question, mine in zip(asked, answers, strict=True):
+        replies = [_whole(cloze, question, ids, judged[at : at + len(ids)], length) for ids, at in mine]
+        if not averaged:
+            yield replies, None
+            continue
+        ids = mine[0][0]
+        if any(others != ids for others, _ in mine):
+            raise FactError(
+                f"{question.target!r} is cut into other tokens after one prompt than after another ({question.prompts}), so "
+                "their log-probabilities cannot be averaged; choose another aggregate, or candidates"
+            )
+        means_pv = torch.stack([log_probs_pv[at : at + len(ids)] for _, at in mine]).mean(0)
+        yield replies, _whole(cloze, question, ids, _judged(means_pv, ids), length)
 
-    def whole(question: _Question, ids: Ids, positions: list[tuple[int, int, float]]) -> Judged:
-        """One answer's tokens taken together."""
-        best, ranks, each = zip(*positions, strict=True)
-        answer = question.target if max(ranks) == 1 else cloze.spoken(ids, best)
-        return answer, max(ranks), sum(each) / (len(each) if length == "mean" else 1)
 
-    at = done = 0
-    for question, each in zip(asked, answers, strict=True):
-        replies = []
-        for ids in each:
-            replies.append(whole(question, ids, judged[at : at + len(ids)]))
-            at += len(ids)
-        size = max(map(len, each))
-        yield replies, whole(question, each[0], overall[done : done + size]) if averaged else None
-        done += size
+def _whole(
+    cloze: ClozeRows, question: _Question, ids: Ids, positions: Sequence[tuple[int, int, float]], length: Length
+) -> Judged:
+    """What was judged of an answer's tokens, taken together: the worst rank decides."""
+    best, ranks, log_probs = zip(*positions, strict=True)
+    answer = question.target if max(ranks) == 1 else cloze.spoken(ids, best)
+    return answer, max(ranks), sum(log_probs) / (len(ids) if length == "mean" else 1)
 
 
 def _judged(scores_pv: Tensor, token: Sequence[int]) -> list[tuple[int, int, float]]:
@@ -289,7 +285,9 @@ def _among_candidates(
         at += scores_qc.numel()
         others = [c for c, text in enumerate(question.candidates) if text in question.also_right]
         scores_qc[:, others] = -torch.inf
-        own = [question.candidates.index(question.target)] * len(question.prompts)
-        replies = [(question.candidates[best], *rest) for best, *rest in _judged(scores_qc, own)]
-        overall = [(question.candidates[best], *rest) for best, *rest in _judged(scores_qc.mean(0, keepdim=True), own[:1])]
-        yield replies, overall[0] if averaged else None
+        own = question.candidates.index(question.target)
+
+        def named(scores_qc: Tensor, own: int = own, names: Sequence[str] = question.candidates) -> list[Judged]:
+            return [(names[best], rank, score) for best, rank, score in _judged(scores_qc, [own] * len(scores_qc))]
+
+        yield named(scores_qc), named(scores_qc.mean(0, keepdim=True))[0] if averaged else None
