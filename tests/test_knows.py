@@ -15,7 +15,8 @@ from engram import Fact, Knowledge, knows, pocket, read_facts
 from engram.errors import EditFileError, FactError, NonFiniteError, SettingError
 from engram.evaluate.cloze_rows import ClozeRows
 from engram.evaluate.knowledge import Record, Reply
-from tests.tiny import tiny_lm
+from engram.evaluate.shared_prompts import shared_logits
+from tests.tiny import FAMILIES, tiny_lm
 
 FACTS = [
     Fact(
@@ -186,6 +187,28 @@ def test_answers_share_their_beginnings():
     for ids, row in zip(answers, where, strict=True):
         assert rows[row].ids[len(head) : len(head) + len(ids) - 1] == ids[:-1]
         assert rows[row].read[: len(ids)] == tuple(range(len(head) - 1, len(head) - 1 + len(ids)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_computed_once_gives_what_whole_rows_give(family, monkeypatch):
+    lm = tiny_lm(family, torch.float64)
+    cloze = ClozeRows(lm)
+    answers = [(5,), (6, 7), (8, 9, 10), (6, 11), (12, 13)]
+    rows = [
+        row
+        for prompt in ("The tower is in", "The river runs through the city of", "She plays in")
+        for row in cloze.rows(prompt, answers)[0]
+    ]
+    calls: list[int] = []
+    monkeypatch.setattr("engram.evaluate.cloze_rows.shared_logits", lambda *args: calls.append(1) or shared_logits(*args))
+    shared = cloze.logits(rows)
+    assert calls and len(rows) == 9
+    monkeypatch.setattr("engram.evaluate.cloze_rows.can_share", lambda lm: False)
+    whole = ClozeRows(lm).logits(rows)
+    assert len(calls) == 1
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)  # some families turn to float32 on the way
+    monkeypatch.setattr("engram.evaluate.shared_prompts._CACHED_TOKENS", 12)
+    torch.testing.assert_close(cloze.logits(rows), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_facts_come_back_in_their_order_from_many_blocks(monkeypatch):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from engram.errors import FactError, NonFiniteError
+from engram.evaluate.shared_prompts import Ids, can_share, shared_logits
 from engram.language_model import LanguageModel
 
 _LOGITS = 1 << 25  # logits held at once: 128 MB in float32
+_WORTHWHILE = 2  # rows a prompt from which on it is computed apart
 _LAST_WORD = re.compile(r"\S*\s*$")
-
-Ids = tuple[int, ...]
 
 
 class Row(NamedTuple):
@@ -35,6 +35,7 @@ class ClozeRows:
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self._known: dict[tuple[str, str], Ids] = {}
+        self._shares = can_share(lm)
 
     def tokens(self, prompt: str, answer: str) -> Ids:
         """Tokens by which `answer` follows `prompt`."""
@@ -66,11 +67,21 @@ class ClozeRows:
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """[positions, v]: logits at all positions that the rows read, in the rows' order; equal rows are computed once."""
-        distinct = dict.fromkeys(rows)
-        got = dict(
-            zip(distinct, self.lm.logits_at([row.ids for row in distinct], [row.read for row in distinct]), strict=True)
+        distinct = list(dict.fromkeys(rows))
+        logits = self._of_shared_prompts(distinct) or self.lm.logits_at(
+            [row.ids for row in distinct], [row.read for row in distinct]
         )
+        got = dict(zip(distinct, logits, strict=True))
         return torch.cat([got[row] for row in rows])
+
+    def _of_shared_prompts(self, rows: Sequence[Row]) -> list[Tensor] | None:
+        """The same through keys and values of each prompt, where many rows go on from few prompts; else None."""
+        continued = [(row.ids[: row.read[0] + 1], row.ids[row.read[0] + 1 :]) for row in rows]
+        if not self._shares or len(rows) < _WORTHWHILE * len({head for head, _ in continued}):
+            return None
+        logits = shared_logits(self.lm, continued)
+        self._shares = logits is not None
+        return logits
 
     def log_probs(self, rows: Sequence[Row], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Tensor:
         """Sums of log-probabilities, with no more than a batch's logits in memory.
@@ -106,7 +117,7 @@ class ClozeRows:
         most = max(1, _LOGITS // int(self.lm.model.config.get_text_config().vocab_size))
         batch: list[int] = []
         held = 0
-        for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), rows[i])):
+        for i in sorted(range(len(rows)), key=lambda i: (rows[i].read[0], rows[i])):  # of a prompt together
             if batch and held + len(rows[i].read) > most:
                 yield batch
                 batch, held = [], 0

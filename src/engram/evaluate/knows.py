@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from engram.errors import FactError, SettingError
-from engram.evaluate.cloze_rows import ClozeRows, Ids, Row, check_not_nan
+from engram.evaluate.cloze_rows import ClozeRows, Row, check_not_nan
 from engram.evaluate.knowledge import Aggregate, Knowledge, Length, Record, Reply
+from engram.evaluate.shared_prompts import Ids
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 
