@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.utils.generic import ModelOutput
 
 
 class StopForward(Exception):  # noqa: N818  control flow, not an error
@@ -19,12 +20,14 @@ class StopForward(Exception):  # noqa: N818  control flow, not an error
 
 
 def first(output: Any) -> Tensor:
-    """The tensor of a module's output, which may be a tuple that starts with it."""
-    return output[0] if isinstance(output, tuple) else output
+    """The tensor of a module's output, which may be a tuple (or the library's record of outputs) that starts with it."""
+    return output[0] if isinstance(output, tuple | ModelOutput) else output
 
 
 def with_first(output: Any, tensor: Tensor) -> Any:
     """`output` with its tensor replaced."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{**output, next(iter(output)): tensor})
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 

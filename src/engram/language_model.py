@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer: load, tokenise, score, generate.
+"""A language model (causal, masked or encoder-decoder) and its tokenizer: load, tokenise, score, generate.
 
 Knows text and probabilities. Refuses to know what anybody does to the model's inside: see hooks, replay and edit.
 """
@@ -15,14 +15,29 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 
-from engram.architectures import Parts, resolve
+from engram.architectures import Kind, Parts, kind_of, resolve
+from engram.cloze import Cloze, Templates, check_decoder_template, check_prompt_template, make_cloze, usual_templates
 from engram.errors import EngramError, FactError, UnsupportedModelError
+from engram.hooks import substitute
 
 log = logging.getLogger(__name__)
 
+_AUTO_CLASSES: dict[Kind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
 _TOKENS_PER_BATCH = 4096  # tokens in one scoring forward
 _LOGITS_PER_BATCH = 1 << 27  # float32 logits held at once: half a gigabyte
 
@@ -37,14 +52,18 @@ class Encoding:
 
 
 class LanguageModel:
-    """A causal language model of the transformers library with its tokenizer.
+    """A language model of the transformers library with its tokenizer.
 
     Args:
-        model: e.g. from `AutoModelForCausalLM`; put into eval mode, its weights are never changed here.
+        model: from `AutoModelForCausalLM`, `AutoModelForMaskedLM` or `AutoModelForSeq2SeqLM`; put into eval mode, its weights
+            are never changed here.
         tokenizer: a fast one (offset mappings are how subjects are found).
         name: what messages and files call it.
+    Attributes:
+        kind: "causal", "masked" or "encoder-decoder"; read off the model's class and config.
     Raises:
-        UnsupportedModelError: a family whose parts cannot be found, or a tokenizer without offsets.
+        UnsupportedModelError: a family whose parts cannot be found, a tokenizer without offsets, or one without a mask token
+            for a masked model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
@@ -57,6 +76,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.parts: Parts = resolve(model)
+        self.kind: Kind = self.parts.kind
+        self._templates: Templates = usual_templates(self.kind, tokenizer)
 
     def __repr__(self) -> str:
         return (
@@ -65,11 +86,12 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
+        """Blocks of the stack that reads the prompt: of an encoder-decoder model, the encoder's."""
         return len(self.parts.blocks)
 
     @property
     def d_model(self) -> int:
-        return int(self.model.config.hidden_size)
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,8 +104,44 @@ class LanguageModel:
 
     @cached_property
     def max_tokens(self) -> int:
-        """Longest sequence that the model takes."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 2048)
+        """Longest sequence that the model takes; 2048 where it has no positions to run out of (Mamba, T5)."""
+        limit = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+        for name, table in self.model.named_modules():  # RoBERTa's first positions stand for padding
+            if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+                return min(limit, table.num_embeddings - table.padding_idx - 1)
+        return limit
+
+    @property
+    def cloze_template(self) -> str:
+        """How a prompt, at {}, is put to the model: "{}" to a causal one, "{} [MASK]." to BERT, "{} <extra_id_0>." to T5.
+
+        Can be set, e.g. to "{}" for a T5 that was fine-tuned to answer (flan); `cloze_decoder` is then to be set to "".
+
+        Raises:
+            SettingError: when set to one that a model of this kind cannot be asked with.
+        """
+        return self._templates.prompt
+
+    @cloze_template.setter
+    def cloze_template(self, template: str) -> None:
+        prompt = check_prompt_template(template, self.kind, self.tokenizer)
+        self._templates = Templates(prompt, self._templates.decoder)
+
+    @property
+    def cloze_decoder(self) -> str:
+        """What an encoder-decoder model's decoder is made to begin with, {} being the prompt; the answer comes next.
+
+        "<extra_id_0>" for T5, whose decoder says which blank it fills; "{}" for BART, whose decoder was trained to write the
+        whole text anew; "" for models fine-tuned to answer, and for other kinds, where nothing else can be set.
+
+        Raises:
+            SettingError: when set for a model of another kind.
+        """
+        return self._templates.decoder
+
+    @cloze_decoder.setter
+    def cloze_decoder(self, template: str) -> None:
+        self._templates = Templates(self._templates.prompt, check_decoder_template(template, self.kind))
 
     # -- text -> tokens ------------------------------------------------------------------------------------------
 
@@ -124,6 +182,21 @@ class LanguageModel:
             raise FactError(f"target={target!r} gives no tokens")
         return alone
 
+    def cloze(self, prompt: str, target: str | None = None) -> Cloze:
+        """The prompt made ready for this model to fill in what comes next, worded as `cloze_template` says.
+
+        A causal model continues the prompt. A masked one gets a mask for each token of the target, so that each of them is
+        predicted without knowing the others. An encoder-decoder model's decoder says the target.
+
+        Args:
+            prompt: text up to, not including, the object.
+            target: the object; one leading space is added where it has none. None: ask for one token, whichever.
+        Raises:
+            FactError: the target gives no token, or the text more than the model takes.
+            UnsupportedModelError: an encoder-decoder model that does not say how its decoder starts.
+        """
+        return make_cloze(self, prompt, target)
+
     def token_strings(self, ids: Iterable[int]) -> list[str]:
         """Each token decoded alone, for display."""
         return [str(self.tokenizer.decode([i])) for i in ids]
@@ -131,42 +204,70 @@ class LanguageModel:
     # -- tokens -> probabilities -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logits_at(self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Tensor]:
+    def logits_at(
+        self,
+        rows: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        decoder_rows: Sequence[Sequence[int]] | None = None,
+    ) -> list[Tensor]:
         """Logits of each row of token ids at the positions asked for.
 
-        Rows are padded on the right: no real position can see a pad, so none is masked. Logits are made only at
-        positions that some row of the batch reads.
+        Rows of a causal model are padded on the right: no real position can see a pad, so none is masked. Rows of the
+        other kinds are computed together where they are of one length. Logits are made only at positions that some row of the
+        batch reads.
 
+        Args:
+            rows, positions: the clozes' `ids` and `read`.
+            decoder_rows: the clozes' `decoder_ids`, for an encoder-decoder model; there, positions are places in them.
         Returns:
             One tensor [len(positions[i]), v] a row in the caller's order, float32 (float64 for a float64 model), on the model's device.
         """
         out: list[Tensor | None] = [None] * len(rows)
         for batch in self._batches(rows, positions):
             wanted = sorted({p for i in batch for p in positions[i]})
-            logits = self._forward(pad_right([rows[i] for i in batch]).to(self.device), wanted)
+            decoder_bt = None if decoder_rows is None else pad_right([decoder_rows[i] for i in batch]).to(self.device)
+            logits = self.cloze_logits(pad_right([rows[i] for i in batch]).to(self.device), wanted, decoder_bt)
             column = {p: at for at, p in enumerate(wanted)}
             for row, i in enumerate(batch):
                 out[i] = logits[row, [column[p] for p in positions[i]]].to(torch.promote_types(logits.dtype, torch.float32))
         return cast("list[Tensor]", out)
 
-    def _forward(self, ids_bt: Tensor, positions: list[int]) -> Tensor:
-        """Logits [b, len(positions), v] through the model's own head."""
-        if self._keeps_logits:
+    def cloze_logits(self, ids_bt: Tensor, read: Sequence[int], decoder_bt: Tensor | None = None) -> Tensor:
+        """Logits [b, len(read), v] of one forward pass through the model's own head, made at those positions only where it can.
+
+        Args:
+            ids_bt: [b, t] token ids, e.g. copies of `Cloze.ids`; every token counts, so rows of a masked or an
+                encoder-decoder model have to be of one length.
+            read: positions, the same of every row: of `ids_bt`, or of `decoder_bt` where it is given.
+            decoder_bt: [b, t'] `Cloze.decoder_ids`, for an encoder-decoder model only; its shorter rows may be padded on the right.
+        """
+        positions = list(read)
+        if self.kind == "causal" and self._keeps_logits:
             keep = torch.tensor(positions, device=ids_bt.device)
             return self.model(ids_bt, use_cache=False, logits_to_keep=keep).logits
-        return self.model(ids_bt, use_cache=False).logits[:, positions]
+        if self.kind == "causal":
+            return self.model(ids_bt, use_cache=False).logits[:, positions]
+        if self.kind == "encoder-decoder":
+            return self.model(ids_bt, decoder_input_ids=decoder_bt, use_cache=False).logits[:, positions]
+        with substitute(
+            {self.model.base_model: lambda hidden_btd: hidden_btd[:, positions]}
+        ):  # the head is a fifth of BERT's work
+            return self.model(ids_bt).logits
 
     @cached_property
     def _keeps_logits(self) -> bool:
         return "logits_to_keep" in signature(self.model.forward).parameters
 
     def _batches(self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Row numbers in batches of similar length, each bounded in tokens and in logits."""
-        vocabulary = int(self.model.config.vocab_size)
+        """Row numbers in batches of similar length (for kinds that see to the right, the same), bounded in tokens and in logits."""
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
         batch: list[int] = []
         wanted: set[int] = set()
         for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
             count, both = len(batch) + 1, wanted | set(positions[i])
+            if batch and self.kind != "causal" and len(rows[i]) != len(rows[batch[0]]):
+                yield batch
+                batch, count, both = [], 1, set(positions[i])
             if batch and (count * len(rows[i]) > _TOKENS_PER_BATCH or count * len(both) * vocabulary > _LOGITS_PER_BATCH):
                 yield batch
                 batch, both = [], set(positions[i])
@@ -177,30 +278,34 @@ class LanguageModel:
     def log_probs(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """Log-probability (nats) of every token of each target, after its prompt and the target's earlier tokens.
 
+        A masked model is asked for all tokens of a target at once: each is predicted with all of them masked.
+
         Args:
-            pairs: (prompt, target) texts.
+            pairs: (prompt, target) texts; see `cloze` for how they are put to the model.
         Returns:
             One float32 tensor [target tokens] a pair; the sum is the log-probability of the whole target.
         """
-        rows, positions, targets = [], [], []
-        for prompt, target in pairs:
-            head, tail = self.encode(prompt).ids, self.target_ids(prompt, target)
-            rows.append(head + tail[:-1])
-            positions.append(list(range(len(head) - 1, len(head) + len(tail) - 1)))
-            targets.append(tail)
+        clozes = [self.cloze(prompt, target) for prompt, target in pairs]
         return [
-            logits.log_softmax(-1).gather(-1, torch.tensor(tail, device=logits.device)[:, None])[:, 0]
-            for logits, tail in zip(self.logits_at(rows, positions), targets, strict=True)
+            logits.log_softmax(-1).gather(-1, torch.tensor(cloze.answer, device=logits.device)[:, None])[:, 0]
+            for logits, cloze in zip(self._ask(clozes), clozes, strict=True)
         ]
+
+    def _ask(self, clozes: Sequence[Cloze]) -> list[Tensor]:
+        """Logits [len(read), v] of each; what is asked twice is computed once (a masked model's prompt with two objects)."""
+        asked = [(tuple(each.ids), tuple(each.read), tuple(each.decoder_ids or ())) for each in clozes]
+        once = {question: number for number, question in enumerate(dict.fromkeys(asked))}
+        rows, read, decoder_rows = zip(*once, strict=True) if once else ((), (), ())
+        logits = self.logits_at(rows, read, decoder_rows if self.kind == "encoder-decoder" else None)
+        return [logits[once[question]] for question in asked]
 
     def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Probability of each whole target after its prompt; see `log_probs`."""
         return [float(each.sum().exp()) for each in self.log_probs(pairs)]
 
     def next_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
-        """The k most probable next tokens after `prompt`, as (decoded token, probability)."""
-        ids = self.encode(prompt).ids
-        (logits,) = self.logits_at([ids], [[len(ids) - 1]])
+        """The k most probable next tokens after `prompt`, or in its blank, as (decoded token, probability)."""
+        (logits,) = self._ask([self.cloze(prompt)])
         top = logits[0].softmax(-1).topk(k)
         return list(zip(self.token_strings(top.indices.tolist()), top.values.tolist(), strict=True))
 
@@ -208,7 +313,16 @@ class LanguageModel:
         """exp of the mean negative log-probability per token of `text`, its first token not counted.
 
         A text longer than the model takes is cut into pieces that are scored one by one.
+
+        Raises:
+            FactError: a text of fewer than two tokens.
+            UnsupportedModelError: a model that is not causal.
         """
+        if self.kind != "causal":
+            raise UnsupportedModelError(
+                f"{self.name} is a{'n' * (self.kind[0] in 'aeiou')} {self.kind} model, and perplexity is that of reading a text "
+                "from left to right: only causal models have one. Use log_probs, which asks with a blank"
+            )
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         pieces = [ids[at : at + self.max_tokens] for at in range(0, len(ids), self.max_tokens)]
         pieces = [piece for piece in pieces if len(piece) > 1]
@@ -223,12 +337,19 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 20, **options: Any) -> str:
-        """`prompt` and its continuation, greedy unless `options` say otherwise.
+        """`prompt` and its continuation, greedy unless `options` say otherwise; of an encoder-decoder model, its answer alone.
 
         Args:
             options: passed on to transformers' `generate`, e.g. `do_sample=True, top_p=0.9`.
+        Raises:
+            UnsupportedModelError: a masked model.
         """
-        ids_bt = torch.tensor([self.encode(prompt).ids], device=self.device)
+        if self.kind == "masked":
+            raise UnsupportedModelError(
+                f"{self.name} is a masked model: it fills blanks and does not write on. Use next_tokens, which asks it for one"
+            )
+        ids = self.encode(prompt).ids if self.kind == "causal" else list(self.tokenizer(prompt)["input_ids"])
+        ids_bt = torch.tensor([ids], device=self.device)
         options.setdefault("do_sample", False)
         options.setdefault("pad_token_id", self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
         out = cast("Any", self.model).generate(
@@ -254,13 +375,14 @@ def load(
     """A language model by name.
 
     Args:
-        name: "pocket" (the bundled model), a local folder, or a causal model of the Hugging Face hub.
+        name: "pocket" (the bundled model), a local folder, or a causal, masked or encoder-decoder model of the Hugging Face
+            hub; which of them it is, its config says.
         dtype: e.g. torch.bfloat16 or "bfloat16"; default: as the checkpoint stores it (pocket: float32).
         device_map: passed on to transformers, e.g. "auto" or "cuda:0"; default: the CPU.
         trust_remote_code: whether the checkpoint may bring Python code that is then executed.
-        options: passed on to `AutoModelForCausalLM.from_pretrained`.
+        options: passed on to `from_pretrained` of the model's class.
     Raises:
-        EngramError: nothing was found under that name, or it is not a causal language model.
+        EngramError: nothing was found under that name, or it is not a language model.
     """
     where, shown = str(name), str(name)
     if shown == "pocket":
@@ -269,13 +391,14 @@ def load(
         where, dtype = str(pocket.PATH), dtype or torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        model = _AUTO_CLASSES[kind_of(config)].from_pretrained(
             where, dtype=dtype or "auto", device_map=device_map, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EngramError(
-            f"no causal language model found as {shown!r}: {reason}\n"
+            f"no causal language model found as {shown!r}, nor a masked or encoder-decoder one: {reason}\n"
             "Expected 'pocket', a folder with config.json and safetensors weights, or a name on the Hugging Face hub "
             "such as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)."
         ) from error
