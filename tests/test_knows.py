@@ -16,7 +16,7 @@ from engram.errors import EditFileError, FactError, NonFiniteError, SettingError
 from engram.evaluate.cloze_rows import ClozeRows
 from engram.evaluate.knowledge import Record, Reply
 from engram.evaluate.shared_prompts import shared_logits
-from tests.tiny import FAMILIES, tiny_lm
+from tests.tiny import ENCODER_DECODER, FAMILIES, MASKED, STATE_SPACE, tiny_lm
 
 FACTS = [
     Fact(
@@ -160,6 +160,60 @@ def test_nothing_is_known_behind_the_first_miss():
     assert cloze.spoken((70, 71, 72), (70, 71, 75)) == decode([70, 71, 75])
     assert cloze.spoken((70, 71, 72), (70, 75, 72)) == decode([70, 75])
     assert cloze.spoken((70, 71, 72), (75, 71, 72)) == decode([75])
+
+
+# -- masked and encoder-decoder models -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def filled_log_probs(lm, prompt: str, text: str) -> tuple[torch.Tensor, list[int]]:
+    """The same as `naive_log_probs`, from the cloze of this one answer."""
+    cloze = lm.cloze(prompt, text)
+    ids = torch.tensor([cloze.ids])
+    rest = {} if cloze.decoder_ids is None else {"decoder_input_ids": torch.tensor([cloze.decoder_ids])}
+    return lm.model(ids, **rest).logits[0, cloze.read].log_softmax(-1), cloze.answer
+
+
+@pytest.mark.parametrize("family", [*MASKED, *ENCODER_DECODER, *STATE_SPACE])
+def test_every_kind_of_model_is_asked(family):
+    lm = tiny_lm(family, torch.float64)
+    sizes = set()
+    free, among = knows(lm, FACTS), knows(lm, FACTS, candidates="relation", length="mean")
+    for fact, one, other in zip(FACTS, free.records, among.records, strict=True):
+        texts = objects(fact.relation)
+        for reply, of_objects in zip(one.replies, other.replies, strict=True):
+            log_probs, tokens = filled_log_probs(lm, reply.prompt, fact.target)
+            sizes.add(len(tokens))
+            own = [float(row[token]) for row, token in zip(log_probs, tokens, strict=True)]
+            assert reply.rank == max(naive_rank(row.tolist(), t) for row, t in zip(log_probs, tokens, strict=True))
+            assert reply.log_prob == pytest.approx(sum(own), abs=1e-5)
+            scores = []
+            for text in texts:
+                log_probs, tokens = filled_log_probs(lm, reply.prompt, text)
+                scores.append(sum(float(row[t]) for row, t in zip(log_probs, tokens, strict=True)) / len(tokens))
+            assert of_objects.rank == naive_rank(scores, texts.index(fact.target))
+            assert of_objects.log_prob == pytest.approx(scores[texts.index(fact.target)], abs=1e-5)
+    assert len(sizes) > 1, "objects of one length show little"
+
+
+def test_rows_are_the_clozes_own():
+    for family in ("gpt2", *MASKED, *ENCODER_DECODER):
+        lm = tiny_lm(family)
+        cloze = ClozeRows(lm)
+        for fact in FACTS:
+            wanted = lm.cloze(fact.prompt_text, fact.target)
+            (row,), _ = cloze.rows(fact.prompt_text, [cloze.tokens(fact.prompt_text, fact.target)])
+            assert (row.ids, row.read, row.decoder) == (
+                tuple(wanted.ids),
+                tuple(wanted.read),
+                tuple(wanted.decoder_ids or ()),
+            )
+
+
+def test_a_masked_model_says_all_its_masks():
+    cloze = ClozeRows(tiny_lm("bert"))
+    decode = cloze.lm.tokenizer.decode
+    assert cloze.spoken((70, 71, 72), (75, 76, 77)) == decode([75, 76, 77]).strip()
 
 
 # -- what is shared, what is left out ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +23,11 @@ _LAST_WORD = re.compile(r"\S*\s*$")
 
 
 class Row(NamedTuple):
-    """One forward: token ids, and the positions whose next tokens are read."""
+    """One forward: token ids, the positions whose logits are read, and what an encoder-decoder model's decoder is fed."""
 
     ids: Ids
     read: Ids
+    decoder: Ids = ()
 
 
 class ClozeRows:
@@ -38,39 +39,51 @@ class ClozeRows:
         self._shares = can_share(lm)
 
     def tokens(self, prompt: str, answer: str) -> Ids:
-        """Tokens by which `answer` follows `prompt`."""
+        """Tokens by which `answer` follows `prompt`, or fills its blank."""
         key = (_LAST_WORD.search(prompt)[0], answer)  # type: ignore[index]  # it always matches
         if key not in self._known:
-            self._known[key] = tuple(self.lm.target_ids(prompt, answer))
+            self._known[key] = tuple(self.lm.cloze(prompt, answer).answer)
         return self._known[key]
 
     def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[Row], list[int]]:
         """Rows that show every token of every answer, and for each answer the number of its row, where it is read from the front.
 
-        One-token answers share the prompt's own row, or any row that goes on from it; two answers share theirs where all
-        but their last tokens agree, or where one begins as the other does.
+        Causal and encoder-decoder models: one-token answers share the prompt's own row, or any row that goes on from it; two
+        answers share theirs where all but their last tokens agree, or where one begins as the other does. Masked models:
+        answers of as many tokens share a row with as many masks.
+
+        Raises:
+            FactError: the model does not take as many tokens.
         """
-        head = tuple(self.lm.encode(prompt).ids)
-        prefixes = sorted({ids[:-1] for ids in answers})
-        longest = [
-            prefix
-            for prefix, after in zip(prefixes, [*prefixes[1:], None], strict=True)
-            if after is None or after[: len(prefix)] != prefix
-        ]
-        rows = [Row(head + prefix, tuple(range(len(head) - 1, len(head) + len(prefix)))) for prefix in longest]
-        for row in rows:
-            if len(row.ids) > self.lm.max_tokens:
-                raise FactError(
-                    f"prompt and answer have {len(row.ids)} tokens, the model takes at most {self.lm.max_tokens}: {prompt[:60]!r}..."
-                )
-        return rows, [bisect_left(longest, ids[:-1]) for ids in answers]
+        blank = self.lm.cloze(prompt)
+        ids, at = tuple(blank.ids), blank.read[0]
+        if self.lm.kind == "masked":
+            sizes = sorted({len(answer) for answer in answers})
+            rows = [Row(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n))) for n in sizes]
+            where = [sizes.index(len(answer)) for answer in answers]
+        else:
+            prefixes = _longest({answer[:-1] for answer in answers})
+            reads = [tuple(range(at, at + len(prefix) + 1)) for prefix in prefixes]
+            each = zip(prefixes, reads, strict=True)
+            if blank.decoder_ids is None:
+                rows = [Row(ids + prefix, read) for prefix, read in each]
+            else:
+                rows = [Row(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in each]
+            where = [bisect_left(prefixes, answer[:-1]) for answer in answers]
+        longest = max(max(len(row.ids), len(row.decoder)) for row in rows)
+        if longest > self.lm.max_tokens:
+            raise FactError(
+                f"prompt and answer have {longest} tokens, the model takes at most {self.lm.max_tokens}: {prompt[:60]!r}..."
+            )
+        return rows, where
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """[positions, v]: logits at all positions that the rows read, in the rows' order; equal rows are computed once."""
         distinct = list(dict.fromkeys(rows))
-        logits = self._of_shared_prompts(distinct) or self.lm.logits_at(
-            [row.ids for row in distinct], [row.read for row in distinct]
-        )
+        logits = self._of_shared_prompts(distinct)
+        if logits is None:
+            decoder = [row.decoder for row in distinct] if self.lm.kind == "encoder-decoder" else None
+            logits = self.lm.logits_at([row.ids for row in distinct], [row.read for row in distinct], decoder)
         got = dict(zip(distinct, logits, strict=True))
         return torch.cat([got[row] for row in rows])
 
@@ -108,9 +121,13 @@ class ClozeRows:
         return total
 
     def spoken(self, answer: Ids, best: Ids) -> str:
-        """What the model says instead of `answer`: its best tokens up to the first that differs."""
+        """What the model says instead of `answer`: its best tokens up to the first that differs.
+
+        Those behind were read with the answer's tokens in front, which the model would not have said. A masked model's are
+        independent of each other and taken whole.
+        """
         same = next((i for i, (a, b) in enumerate(zip(answer, best, strict=True)) if a != b), len(answer) - 1)
-        text = str(self.lm.tokenizer.decode(list(best[: same + 1])))
+        text = str(self.lm.tokenizer.decode(list(best if self.lm.kind == "masked" else best[: same + 1])))
         return text.strip() or text
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
@@ -125,6 +142,12 @@ class ClozeRows:
             held += len(rows[i].read)
         if batch:
             yield batch
+
+
+def _longest(prefixes: Iterable[Ids]) -> list[Ids]:
+    """Those that no other one begins with, in order; so the first one not before a given prefix begins with it."""
+    ordered = sorted(prefixes)
+    return [a for a, b in zip(ordered, [*ordered[1:], None], strict=True) if b is None or b[: len(a)] != a]
 
 
 def check_not_nan(values: Tensor) -> None:

@@ -42,15 +42,17 @@ def knows(
     table: Sequence[Fact] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Knowledge:
-    """Ask a model for the object of each fact, by its prompt and by its paraphrases.
+    """Ask a model of any kind for the object of each fact, by its prompt and by its paraphrases; see `LanguageModel.cloze`.
 
-    One forward a prompt; with candidates of several tokens, one a prompt and distinct beginning of a candidate.
+    One forward a prompt. Candidates of several tokens share one where they begin alike (masked models: where they are of as
+    many tokens), and their prompt's keys and values.
 
     Args:
         facts: `target` is the object that is asked for.
         candidates: what the object is ranked among.
             "vocabulary": every token. An object of several tokens has the worst rank of its tokens, each read behind the
-            ones before (masked models: at its own mask, all at once), so that rank 1 means: greedy decoding says all of it.
+            ones before, so that rank 1 means: greedy decoding says all of it. Masked models: each at its own mask, all masks
+            at once; rank 1 means that each token is its mask's best.
             "relation": the objects that `table` has in the fact's relation; or these texts, each fact's object among them.
             Candidates are compared by the log-probability of the whole text, and are not renormalised.
         aggregate: which number of several prompts counts.

@@ -21,7 +21,8 @@ Ids = tuple[int, ...]
 
 
 def can_share(lm: LanguageModel) -> bool:
-    return "past_key_values" in signature(lm.model.forward).parameters
+    """Whether it is worth trying: the model reads from left to right and takes a cache."""
+    return lm.kind == "causal" and "past_key_values" in signature(lm.model.forward).parameters
 
 
 @torch.no_grad()
