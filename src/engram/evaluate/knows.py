@@ -25,7 +25,7 @@ from engram.language_model import LanguageModel
 
 _LOGITS = 1 << 24  # log-probabilities held at once: 64 MB in float32
 _IN_CACHE = 1 << 19  # of them compared at once: 2 MB
-_SCORES = 1 << 20  # scores of candidates held at once
+_SCORES = 1 << 18  # scores of candidates held at once
 
 Judged = tuple[str, int, float]  # top answer, rank of the object, its log-probability
 
