@@ -62,7 +62,7 @@ def failing(monkeypatch, capsys, *args: str) -> str:
 
 def test_help_names_every_verb():
     told = run("--help").output
-    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats"):
+    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows"):
         assert re.search(rf"\b{verb}\b", told)
         assert run(verb, "--help").output
 
@@ -152,6 +152,23 @@ def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["layer0.safetensors", "layer2.safetensors"]
 
 
+def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
+    facts = tmp_path / "facts.csv"
+    facts.write_text(
+        "subject,prompt,target,relation,paraphrases\ntower,The {} is in,Rome,city,See the tower in\n"
+        "bridge,The {} is in,Paris,city,\nShe,{} plays the,piano,instrument,\n"
+    )
+    told = run("knows", model, "--facts", str(facts), "--candidates", "relation", "-k", "2", "-o", str(tmp_path / "k.json"))
+    wanted = engram.knows(engram.load(model), engram.read_facts(facts), candidates="relation", k=2)
+    assert told.output.startswith(wanted.table()) and f"answers: {tmp_path / 'k.json'}" in told.output
+    assert engram.Knowledge.load(tmp_path / "k.json") == wanted
+
+    options = ["--facts", str(facts), "--limit", "2", "--paraphrases", "none", "--json"]
+    ones, same, others = (json.loads(run("knows", model, *options, "--seed", seed).stdout) for seed in ("1", "1", "4"))
+    assert ones == same and len(ones["records"]) == 2 and all(len(record["replies"]) == 1 for record in ones["records"])
+    assert [record["fact"] for record in ones["records"]] != [record["fact"] for record in others["records"]]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -165,10 +182,13 @@ def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
         (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),
         (["edit", "MODEL", *FACT, "--set", "stps=3"], "did you mean 'steps'"),
         (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme' does not exist"),
-        (["edit", "MODEL", "--facts", "/no/such/file"], "Expected a JSON list"),
+        (["edit", "MODEL", "--facts", "/no/such/file"], "Expected 'pocket', or a file: a JSON list"),
         (["verify", "MODEL", "/no/such/edit"], "/no/such/edit"),
         (["stats", "MODEL", "--corpus", "/no/such/text"], "cannot be read as a text file"),
         (["stats", "MODEL", "--corpus", "a", "--data-set", "b"], "give one of them"),
+        (["knows", "MODEL", "--facts", "/no/such/file"], "no facts could be read from '/no/such/file'"),
+        (["knows", "MODEL", "--candidates", "relations"], "did you mean 'relation'?"),
+        (["knows", "MODEL", "--paraphrases", "bst"], "did you mean 'best'?"),
         (["demo", "-s", "Spaec Needle"], "knows nothing of 'Spaec Needle'; it knows Space Needle"),
         (["demo", "-t", " "], "--target is empty"),
         (["demo", "-t", "trumpet"], "'trumpet' cannot replace what the model knows"),

@@ -37,16 +37,6 @@ SITES = ("residual", "mlp", "attention")
 WINDOW = 3  # of 8 layers, about as wide as 10 of GPT-2 XL's 48 are in effect
 
 
-def first_token(lm: LanguageModel, answer: str) -> int:
-    return int(lm.tokenizer(" " + answer, add_special_tokens=False)["input_ids"][0])
-
-
-def answers(lm: LanguageModel, texts: Sequence[str]) -> list[int]:
-    """The most probable next token of each text."""
-    rows = [lm.encode(text).ids for text in texts]
-    return [int(logits[0].argmax()) for logits in lm.logits_at(rows, [[len(row) - 1] for row in rows])]
-
-
 def sample(lm: LanguageModel, count: int, seed: int) -> Iterator[tuple[pocket.KnownFact, engram.Fact]]:
     """`count` facts in random order, as counterfactual edits, that the model answers rightly at the edit's prompt."""
     order = pocket.facts()
@@ -54,7 +44,7 @@ def sample(lm: LanguageModel, count: int, seed: int) -> Iterator[tuple[pocket.Kn
     found = 0
     for known in order:
         fact = pocket.as_fact(known, pocket.counterfactual(known, seed), seed=seed)
-        if answers(lm, [fact.prompt_text])[0] == first_token(lm, known.object):
+        if engram.knows(lm, engram.Fact(known.subject, fact.prompt, known.object)).known():
             yield known, fact
             found += 1
         if found == count:
@@ -66,18 +56,32 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
 
     `among_objects`: the object is the most probable of the relation's objects.
     """
-    objects = {r: sorted({k.object for k in pocket.facts() if k.relation == r}) for r in pocket.relations()}
-    ids = {relation: [first_token(lm, o) for o in names] for relation, names in objects.items()}
-    hits: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    pairs = [(known, template.replace("{}", known.subject)) for known in pocket.facts() for template in known.paraphrases()]
-    rows = [lm.encode(text).ids for _, text in pairs]
-    for (known, _), logits in zip(pairs, lm.logits_at(rows, [[len(row) - 1] for row in rows]), strict=True):
-        right = first_token(lm, known.object)
-        among = ids[known.relation][int(logits[0, ids[known.relation]].argmax())]
-        hits[known.relation].append((int(logits[0].argmax()) == right, among == right))
+    facts = [
+        engram.Fact(
+            known.subject,
+            known.paraphrases()[0],
+            known.object,
+            paraphrases=tuple(template.replace("{}", known.subject) for template in known.paraphrases()),
+            relation=known.relation,
+        )
+        for known in pocket.facts()
+        if known.held_out
+    ]
+    table = engram.read_facts("pocket")
+    free, among = (
+        engram.knows(lm, facts, candidates=each, table=table).by_relation() for each in ("vocabulary", "relation")
+    )
+    hits = {
+        relation: [
+            (reply.right, of_objects.right)
+            for record, restricted in zip(records, among[relation], strict=True)
+            for reply, of_objects in zip(record.replies, restricted.replies, strict=True)
+        ]
+        for relation, records in free.items()
+    }
     relations = {
         relation: {"pairs": len(h), "recall": fmean(a for a, _ in h), "among_objects": fmean(b for _, b in h)}
-        for relation, h in sorted(hits.items())
+        for relation, h in hits.items()
     }
     everything = [h for hs in hits.values() for h in hs]
     return {

@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from engram.edit import Edit, compose
     from engram.editors import rewrite
     from engram.errors import EngramError
+    from engram.evaluate.knowledge import Knowledge
+    from engram.evaluate.knows import knows
     from engram.evaluate.receipt import Receipt, verify
+    from engram.fact_files import read_facts
     from engram.facts import Fact
     from engram.language_model import LanguageModel, load
+    from engram.locate.averages import AverageTrace
     from engram.locate.causal_trace import CausalTrace
     from engram.locate.causal_trace import causal_trace as trace
+    from engram.locate.experiment import average_trace
     from engram.locate.lens import LogitLens, lens
     from engram.locate.memories import Memories, memories, promotes
     from engram.locate.refinement import Refinement, refinement
@@ -25,21 +30,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> where it lives
+    "AverageTrace": "locate.averages",
     "CausalTrace": "locate.causal_trace",
     "Delta": "delta",
     "Edit": "edit",
     "EngramError": "errors",
     "Fact": "facts",
+    "Knowledge": "evaluate.knowledge",
     "LanguageModel": "language_model",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
     "Receipt": "evaluate.receipt",
     "Refinement": "locate.refinement",
+    "average_trace": "locate.experiment",
     "compose": "edit",
+    "knows": "evaluate.knows",
     "lens": "locate.lens",
     "load": "language_model",
     "memories": "locate.memories",
     "promotes": "locate.memories",
+    "read_facts": "fact_files",
     "refinement": "locate.refinement",
     "rewrite": "editors",
     "trace": "locate.causal_trace:causal_trace",
@@ -47,22 +57,27 @@ _HOMES = {  # public name -> where it lives
 }
 
 __all__ = [
+    "AverageTrace",
     "CausalTrace",
     "Delta",
     "Edit",
     "EngramError",
     "Fact",
+    "Knowledge",
     "LanguageModel",
     "LogitLens",
     "Memories",
     "Receipt",
     "Refinement",
     "__version__",
+    "average_trace",
     "compose",
+    "knows",
     "lens",
     "load",
     "memories",
     "promotes",
+    "read_facts",
     "refinement",
     "rewrite",
     "trace",

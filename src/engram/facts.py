@@ -25,6 +25,7 @@ class Fact:
         target_true: the object before the edit; without it the model's own answer is taken where one is needed.
         paraphrases: other full texts after which `target` is expected.
         neighbours: (full text, answer) pairs that an edit shall leave alone.
+        relation: a name shared by facts that have the same objects to choose from, e.g. "city" or "P159".
     Raises:
         FactError: an empty part, a prompt without exactly one `{}`, or a target equal to `target_true`.
     """
@@ -35,6 +36,7 @@ class Fact:
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[tuple[str, str], ...] = ()
+    relation: str | None = None
 
     def __post_init__(self) -> None:
         if not self.subject.strip():

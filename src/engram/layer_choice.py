@@ -21,7 +21,9 @@ from engram.editors import rewrite
 from engram.editors.corpora import Corpus
 from engram.editors.second_moment import second_moments
 from engram.errors import EngramError
+from engram.evaluate.knows import knows
 from engram.evaluate.receipt import Receipt, verify
+from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.locate.causal_trace import causal_trace, usual_window
@@ -115,9 +117,4 @@ def receipt_score(receipt: Receipt) -> float:
 
 def known_facts(lm: LanguageModel, count: int, asked: int = 64) -> list[Fact]:
     """Facts of the bundled table whose object is this model's own next token: at most `count` of `asked` that are tried."""
-    entries = random.Random(0).sample(pocket.facts(), asked)
-    facts = [Fact(entry.subject, entry.prompts()[0], entry.object) for entry in entries]
-    rows = [lm.encode(fact.prompt_text).ids for fact in facts]
-    answers = [int(logits.argmax()) for logits in lm.logits_at(rows, [[len(row) - 1] for row in rows])]
-    known = [f for f, answer in zip(facts, answers, strict=True) if answer == lm.target_ids(f.prompt_text, f.target)[0]]
-    return known[:count]
+    return knows(lm, random.Random(0).sample(read_facts("pocket"), asked), paraphrases=False).known()[:count]

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from engram.edit import Edit
+    from engram.facts import Fact
 
 Model = Annotated[str, typer.Argument(help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False)]
 EditFolder = Annotated[Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)]
@@ -20,48 +21,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 
 
-def trace(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text up to the object: 'The Space Needle is in the city of'.")],
-    subject: Annotated[str, typer.Option("--subject", "-s", help="Words of the prompt that name the subject.")],
-    target: Annotated[str | None, typer.Option(help="Text to score; default: the model's own next token.")] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Layers restored together at MLP and attention; default: 10, or a third.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Noise samples.")] = 10,
-    noise: Annotated[
-        str, typer.Option(help="s3: three standard deviations of subjects' embeddings; 0.1, u0.1, m, t10.")
-    ] = "s3",
-    occurrence: Annotated[str, typer.Option(help="Which place of the subject: first, last or all.")] = "first",
-    seed: Seed = 1,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")] = None,
-    save: Annotated[Path | None, typer.Option(help="File for the numbers: .safetensors.")] = None,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-) -> None:
-    """Find which states of a model carry a fact (causal tracing)."""
-    from engram.cli import terminal
-    from engram.locate.causal_trace import causal_trace, usual_window
-
-    lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as report:
-        found = causal_trace(
-            lm, prompt, subject=subject, target=target, window=window or usual_window(lm.n_layers), samples=samples, noise=noise,
-            occurrence=occurrence, seed=seed, progress=lambda done, total: report("tracing", done, total),
-        )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        terminal.show_trace(found)
-    if out is not None:
-        found.plot().savefig(out)
-        typer.echo(f"picture: {out}", err=as_json)
-    if save is not None:
-        found.save(save)
-        typer.echo(f"numbers: {save}", err=as_json)
-
-
 def edit(
     model: Model,
     subject: Annotated[str | None, typer.Option("--subject", "-s", help="Name of the subject.")] = None,
@@ -70,7 +29,9 @@ def edit(
     ] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="The new object.")] = None,
     true: Annotated[str | None, typer.Option(help="The object so far; default: the model's own answer.")] = None,
-    facts: Annotated[Path | None, typer.Option(help="JSON file with a list of facts, instead of the four above.")] = None,
+    facts: Annotated[
+        Path | None, typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")] = None,
     method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
     layer: Annotated[str | None, typer.Option(help="Block to edit, or 'auto'; default: the preset's.")] = None,
@@ -90,7 +51,7 @@ def edit(
     from engram.cli import terminal
 
     wanted = _facts(subject, prompt, target, true, facts)
-    settings = {**_settings(setting), "seed": seed, **({"corpus": corpus} if corpus else {})}
+    settings = {**settings_of(setting), "seed": seed, **({"corpus": corpus} if corpus else {})}
     if layer is not None:
         settings["layer"] = layer if layer == "auto" else _number("--layer", layer)
     lm = terminal.load(model, dtype, device_map)
@@ -230,8 +191,9 @@ def stats(
             moment.save(out / f"layer{layer}.safetensors")
 
 
-def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Any]:
+def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Fact]:
     from engram.errors import FactError
+    from engram.fact_files import read_facts
     from engram.facts import Fact
 
     if path is None:
@@ -241,16 +203,11 @@ def _facts(subject: str | None, prompt: str | None, target: str | None, true: st
         if missing:
             raise FactError(f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE")
         return [Fact(str(subject), str(prompt), str(target), true)]
-    try:
-        return [Fact.from_dict(record) for record in json.loads(path.read_text(encoding="utf8"))]
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise FactError(
-            f"--facts {path}: {error}. Expected a JSON list of objects with subject, prompt and target, "
-            "and target_true, paraphrases, neighbours if you have them"
-        ) from error
+    return read_facts(path)
 
 
-def _settings(pairs: list[str] | None) -> dict[str, Any]:
+def settings_of(pairs: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs as settings: a value is read as JSON where it is some."""
     from engram.errors import SettingError
 
     settings = {}

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 from rich.columns import Columns
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engram.evaluate.knowledge import Knowledge
     from engram.evaluate.receipt import Receipt
     from engram.language_model import LanguageModel
+    from engram.locate.averages import AverageTrace
     from engram.locate.causal_trace import CausalTrace
 
 console = Console(highlight=False, soft_wrap=True)
@@ -44,7 +48,13 @@ def load(name: str, dtype: str | None = None, device_map: str | None = None) -> 
 @contextmanager
 def progress() -> Iterator[Report]:
     """A callback (what, done, in all) that draws a bar; nothing where the output is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 
@@ -57,25 +67,26 @@ def progress() -> Iterator[Report]:
 
 
 def heat_maps(trace: CausalTrace) -> Columns:
-    """All sites of a trace, side by side where the terminal is wide enough."""
-    return Columns([_heat_map(trace, site) for site in trace.scores], padding=(0, 1))
-
-
-def _heat_map(trace: CausalTrace, site: str) -> Text:
-    """One character or two a layer, darker for a higher probability of the answer, with a terminal's colours if it has any."""
-    scores = trace.scores[site]
-    layers = scores.shape[1]
-    wide = 2 if layers <= 16 else 1
-    low, span = trace.low_score, max(float(scores.max()) - trace.low_score, 1e-9)
+    """All tables of a trace that have one value a layer, side by side where the terminal is wide enough."""
     names = [label.replace("\n", "⏎") for label in trace.labels()]
-    margin = min(16, max(map(len, names)))
+    tables = {site: table for site, table in trace.scores.items() if table.dim() == 2 and site != "neuron"}
+    maps = [_heat_map(site, table - trace.baseline, names) for site, table in tables.items()]
+    return Columns(maps, padding=(0, 1))
+
+
+def _heat_map(site: str, effects: Tensor, names: list[str]) -> Text:
+    """One character or two a layer, darker for a larger effect, with a terminal's colours if it has any."""
+    layers = effects.shape[1]
+    wide = 2 if layers <= 16 else 1
+    peak = effects.flatten()[effects.nan_to_num().abs().argmax()]
+    margin = min(22, max(map(len, names)))
     picture = Text()
-    picture.append(f"{site}, highest {float(scores.max()):.2f}\n", Style(bold=True))
-    for name, row in zip(names, scores.tolist(), strict=True):
+    picture.append(f"{site}, strongest {float(peak):+.2f}\n", Style(bold=True))
+    for name, row in zip(names, effects.nan_to_num().tolist(), strict=True):
         picture.append(f"{name[-margin:]:>{margin}} ")
-        for score in row:
-            depth = min(1.0, max(0.0, (score - low) / span))
-            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK[site])
+        for effect in row:
+            depth = min(1.0, max(0.0, effect / (float(peak) or 1.0)))
+            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK.get(site.partition(",")[0], "cyan"))
         picture.append("\n")
     last = str(layers - 1)
     return picture.append(" " * (margin + 1) + "0" + last.rjust(layers * wide - 1) + "\n", Style(dim=True))
@@ -83,13 +94,54 @@ def _heat_map(trace: CausalTrace, site: str) -> Text:
 
 def show_trace(trace: CausalTrace) -> None:
     """Heat maps, and where the strongest effects are."""
+    metric = trace.settings.get("metric", "probability").replace("_", " ")
     console.print(f"{_safe(trace.prompt)} →[bold]{_safe(trace.answer)}[/]")
-    console.print(f"p = {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}")
+    console.print(f"{metric} {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}")
+    if trace.method != "exact":
+        console.print("[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else ""))
     console.print(heat_maps(trace))
     for site in trace.scores:
-        row, layer = trace.best(site)
-        effect = float(trace.effects(site)[row, layer])
-        console.print(f"  {site:<10} strongest at token {_safe(repr(trace.tokens[row]))}, layer {layer}: +{effect:.3f}")
+        at = trace.best(site)
+        effect = float(trace.effects(site)[at])
+        console.print(
+            f"  {site:<10} strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at)}: {effect:+.3f}"
+        )
+
+
+def _place(trace: CausalTrace, site: str, at: tuple[int, ...]) -> str:
+    if site == "neuron":
+        layer, neuron = trace.settings["neurons"][at[1]]
+        return f"layer {layer}, neuron {neuron}"
+    return f"layer {at[1]}" + (f", head {at[2]}" if len(at) > 2 else "")
+
+
+def _exact(trace: CausalTrace) -> str:
+    cells = sum(int(table.sum()) for table in trace.exact.values())
+    return f"{cells} of {sum(table.numel() for table in trace.exact.values())} cells are exact"
+
+
+def show_average(average: AverageTrace) -> None:
+    """Average effects by place of the token, and the total effect with its interval."""
+    from engram.locate.averages import PLACES
+
+    ate, low, high = average.total_effect()
+    left_out = f", {len(average.skipped)} left out" if average.skipped else ""
+    console.print(f"[bold]{len(average.traces)} facts[/]{left_out}")
+    console.print(
+        f"clean {average.clean:.3f}, corrupted {average.corrupted:.3f}: total effect {ate:.3f} (95 %: {low:.3f} to {high:.3f})"
+    )
+    console.print(Columns([_heat_map(s, average.effects(s).mean, list(PLACES)) for s in average.layered], padding=(0, 1)))
+    for site, about in average.summary()["sites"].items():
+        peaks = [
+            f"{place} token {about[place]['effect']:+.3f} at {_indices(about[place]['at'])}"
+            for place in PLACES
+            if place in about
+        ]
+        console.print(f"  {site:<10} {'; '.join(peaks)}")
+
+
+def _indices(at: list[int]) -> str:
+    return f"layer {at[0]}" + (f", head {at[1]}" if len(at) > 1 else "")
 
 
 def show_receipt(receipt: Receipt) -> None:
@@ -101,6 +153,13 @@ def show_receipt(receipt: Receipt) -> None:
     console.print()
     for line in str(receipt).splitlines():
         style = "green" if line.endswith("ok") or line == "PASSED" else "red" if line.endswith("FAILED") else ""
+        console.print(Text(line, style))
+
+
+def show_knowledge(found: Knowledge, seed: int) -> None:
+    """The table by relation."""
+    for i, line in enumerate(found.table(seed=seed).splitlines()):
+        style = "bold" if i == 0 or line.startswith(("relation ", "all facts")) else "dim" if line.startswith("  ") else ""
         console.print(Text(line, style))
 
 

@@ -88,6 +88,17 @@ class AverageTrace:
     def n_layers(self) -> int:
         return next(iter(self.traces[0].scores.values())).shape[1]
 
+    @property
+    def layered(self) -> list[str]:
+        """Tables of one value a layer: all but heads and neurons."""
+        first = self.traces[0].scores
+        return [site for site in first if first[site].dim() == 2 and first[site].shape[1] == self.n_layers]
+
+    @property
+    def severed(self) -> list[str]:
+        """Tables with severed modules."""
+        return [site for site in self.sites if site.endswith(" severed")]
+
     def effects(self, site: str, interval: Interval = "bootstrap", level: float = 0.95, resamples: int = 2000) -> Curves:
         """Average indirect effects (AIE), [places, layers, ...], with an interval.
 

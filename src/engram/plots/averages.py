@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from engram.errors import SettingError
 from engram.plots.style import STYLE, layer_ticks
@@ -82,11 +81,11 @@ def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
     from engram.locate.averages import check_place
 
     at = check_place(place)
-    site = next((site for site in average.sites if any(f"{site}{end}" in average.sites for end, *_ in _SEVERED[1:])), None)
-    if site is None:
+    if not average.severed:
         raise SettingError(
             "these traces have no severed tables; trace with sites=['residual'], severed=['mlp', 'attention']"
         )
+    site = average.severed[0].partition(",")[0]
     with rc_context(STYLE):
         figure = Figure(figsize=(6.5, 2.5), dpi=200, layout="constrained")
         ax = figure.subplots()
@@ -109,14 +108,12 @@ def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
 
 def _flat(average: AverageTrace, sites: list[str] | None) -> list[str]:
     """Tables of layers; heads and neurons have no line a layer."""
-    chosen = [site for site in (sites or average.sites) if _is_flat(average.traces[0].scores[site], average.n_layers)]
+    chosen = [site for site in (sites or average.layered) if site in average.layered]
     if not chosen:
-        raise SettingError(f"none of {average.sites} has one value a layer; heads and neurons are in AverageTrace.effects")
+        raise SettingError(
+            f"none of {sites or average.sites} has one value a layer; see AverageTrace.effects for heads and neurons"
+        )
     return chosen
-
-
-def _is_flat(table: Tensor, layers: int) -> bool:
-    return table.dim() == 2 and table.shape[1] == layers
 
 
 def _title(average: AverageTrace) -> str:

@@ -1,0 +1,330 @@
+"""What a model knew when it was asked: one record a fact, and the shares that papers report of them.
+
+Plain numbers, with nothing of the model left in them. Refuses to know how they were measured: see knows.
+
+Sources: P@k, MRR and averages over relations: Petroni et al. 2019 (LAMA), arXiv:1909.01066. Several prompts a fact: Jiang et
+al. 2020 (LPAQA), arXiv:1911.12543. Consistency: Elazar et al. 2021 (ParaRel), arXiv:2102.01017.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram.errors import EditFileError, SettingError
+from engram.facts import Fact
+
+Aggregate = Literal["first", "best", "mean"]
+Length = Literal["sum", "mean"]
+
+_FORMAT = 1
+_NAN = float("nan")
+_BATCH = 1 << 22  # fact counts of resamples held at once
+_COUNTED_BY = {
+    "first": "the first prompt of each fact counts",
+    "best": "the best prompt of each fact counts, chosen by the answer (an oracle: it flatters)",
+    "mean": "log-probabilities are averaged over each fact's prompts",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model says to one prompt.
+
+    Attributes:
+        answer: its top answer.
+        rank: of the fact's object, from 1; `rank == 1` says that `answer` is the object.
+        log_prob: of the whole object, in nats; a token's mean with `length="mean"`.
+    """
+
+    prompt: str
+    answer: str
+    rank: int
+    log_prob: float
+
+    @property
+    def right(self) -> bool:
+        return self.rank == 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One fact: the reply to each of its prompts, and the one that counts (`aggregate` says how it comes about)."""
+
+    fact: Fact
+    replies: tuple[Reply, ...]
+    answer: str
+    rank: int
+    log_prob: float
+
+    @property
+    def right(self) -> bool:
+        return self.rank == 1
+
+    @property
+    def consistency(self) -> float | None:
+        """Share of pairs of prompts with the same top answer; None with a single prompt. Source: Elazar et al. 2021, Sec. 3."""
+        pairs = list(combinations((reply.answer for reply in self.replies), 2))
+        return fmean(a == b for a, b in pairs) if pairs else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over facts. The last three are over the facts that were asked in more than one way, and None without any.
+
+    Attributes:
+        p_at_1, p_at_k: share of facts whose object is the top answer; is among the k best.
+        mrr: mean of 1 / rank.
+        log_prob: mean log-probability of the object, nats.
+        consistency: share of pairs of a fact's prompts that have the same top answer, right or wrong.
+        accuracy: share of facts whose first prompt is answered rightly.
+        both: share of facts of which every prompt is answered rightly: consistent and accurate.
+    """
+
+    p_at_1: float
+    p_at_k: float
+    mrr: float
+    log_prob: float
+    consistency: float | None
+    accuracy: float | None
+    both: float | None
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What `knows` found.
+
+    Attributes:
+        records: one a fact, in the order in which the facts were given.
+        candidates: what objects were ranked among: "vocabulary", "relation", or the candidates themselves.
+        aggregate, length, k: as given to `knows`.
+        model: what was asked.
+    """
+
+    records: tuple[Record, ...]
+    candidates: str | tuple[str, ...]
+    aggregate: Aggregate
+    length: Length
+    k: int
+    model: str
+
+    def known(self) -> list[Fact]:
+        """The facts whose object is the model's top answer."""
+        return [record.fact for record in self.records if record.right]
+
+    def by_relation(self) -> dict[str | None, list[Record]]:
+        """Records by their fact's relation, sorted by name; those of facts that name none under None, last."""
+        names = {record.fact.relation for record in self.records}
+        ordered = sorted(names, key=lambda name: (name is None, name or ""))
+        return {name: [record for record in self.records if record.fact.relation == name] for name in ordered}
+
+    def scores(self, relation: str | None = None) -> Scores:
+        """Means over all facts (micro), or over those of one relation.
+
+        Raises:
+            SettingError: no fact has that relation.
+        """
+        rows = self.records if relation is None else self.by_relation().get(relation)
+        if not rows:
+            names = ", ".join(str(name) for name in self.by_relation())
+            raise SettingError(f"relation={relation!r} is none of the facts'; they have {names}")
+        return _scores(_mean(self._values(rows)))
+
+    def macro(self) -> Scores:
+        """Means over relations of each relation's mean, as LAMA reports them: a relation with few facts counts as much as any."""
+        return _scores(torch.stack([_mean(self._values(rows)) for rows in self.by_relation().values()]).nanmean(0))
+
+    def intervals(
+        self, seed: int | torch.Generator = 0, *, samples: int = 1000, level: float = 0.95
+    ) -> dict[Literal["micro", "macro"], tuple[Scores, Scores]]:
+        """Percentile bootstrap over facts: (low, high) of every mean.
+
+        Args:
+            seed: or a generator on the CPU; the same one gives the same intervals.
+            samples: times that as many facts are drawn, with replacement.
+            level: share of the resampled means that lie between low and high.
+        Raises:
+            SettingError: `samples` below 1, `level` outside (0, 1).
+        """
+        if samples < 1 or not 0 < level < 1:
+            raise SettingError(f"samples={samples}, level={level}: need at least one sample and a level between 0 and 1")
+        generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+        values_nm = self._values(self.records)
+        relations = list(self.by_relation())
+        relation_n = torch.tensor([relations.index(record.fact.relation) for record in self.records])
+        micro, macro = [], []
+        n, done = len(self.records), 0
+        while done < samples:
+            size = min(samples - done, max(1, _BATCH // n))
+            draws_bn = torch.randint(n, (size, n), generator=generator)
+            counts_bn = torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, draws_bn, torch.ones(size, n).double())
+            micro.append(_weighted(counts_bn, values_nm))
+            groups = [relation_n == i for i in range(len(relations))]
+            macro.append(torch.stack([_weighted(counts_bn[:, g], values_nm[g]) for g in groups]).nanmean(0))
+            done += size
+        tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+        limits = {"micro": torch.cat(micro), "macro": torch.cat(macro)}
+        found = {name: _quantiles(means, tails) for name, means in limits.items()}
+        return {"micro": found["micro"], "macro": found["macro"]}
+
+    # -- as text and as a file ---------------------------------------------------------------------------------------
+
+    def table(self, *, seed: int | torch.Generator = 0, samples: int = 1000, level: float = 0.95) -> str:
+        """A row a relation, then all facts with the bootstrap's interval, then the mean of the relations."""
+        return "\n".join(self._lines(seed, samples, level))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _lines(self, seed: int | torch.Generator, samples: int, level: float) -> Iterator[str]:
+        relations = self.by_relation()
+        yield f"{self.model}: {_many(len(self.records), 'fact')} of {_many(len(relations), 'relation')}"
+        yield f"ranks {self._among()}; {_COUNTED_BY[self.aggregate]}"
+        yield ""
+        wide = max(16, *(len(str(name or "no relation")) for name in relations))
+        heads = ("P@1", f"P@{self.k}", "MRR", "log p", "consistent", "both")
+        yield f"{'relation':<{wide}} {'facts':>6} {'prompts':>7}" + "".join(
+            f" {head:>{_WIDTHS[i]}}" for i, head in enumerate(heads)
+        )
+
+        def row(name: str, rows: Sequence[Record], scores: Scores) -> str:
+            prompts = sum(len(record.replies) for record in rows)
+            return f"{name:<{wide}} {len(rows):>6} {prompts:>7}" + _cells(scores)
+
+        if len(relations) > 1:
+            for name, rows in relations.items():
+                yield row(str(name or "no relation"), rows, _scores(_mean(self._values(rows))))
+            yield ""
+        yield row("all facts", self.records, self.scores())
+        intervals = self.intervals(seed, samples=samples, level=level)
+        for end, scores in zip(("from", "to"), intervals["micro"], strict=True):
+            yield f"{f'  {level:.0%} {end}':<{wide}} {'':>6} {'':>7}" + _cells(scores)
+        if len(relations) > 1:
+            yield f"{'mean of relations':<{wide + 15}}" + _cells(self.macro())
+
+    def _among(self) -> str:
+        if self.candidates == "vocabulary":
+            return "among the whole vocabulary"
+        if self.candidates == "relation":
+            return "among the objects of each relation"
+        return f"among {len(self.candidates)} candidates"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it, with the means."""
+        return {
+            "format": _FORMAT,
+            "model": self.model,
+            "candidates": self.candidates if isinstance(self.candidates, str) else list(self.candidates),
+            "aggregate": self.aggregate,
+            "length": self.length,
+            "k": self.k,
+            "micro": asdict(self.scores()),
+            "macro": asdict(self.macro()),
+            "relations": {
+                str(name or ""): asdict(_scores(_mean(self._values(rows)))) for name, rows in self.by_relation().items()
+            },
+            "records": [asdict(record) for record in self.records],
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Knowledge:
+        """What `to_dict` gave; the means are taken from the records."""
+        records = tuple(
+            Record(
+                **{
+                    **each,
+                    "fact": Fact.from_dict(each["fact"]),
+                    "replies": tuple(Reply(**reply) for reply in each["replies"]),
+                }
+            )
+            for each in record["records"]
+        )
+        given = {name: record[name] for name in ("candidates", "aggregate", "length", "k", "model")}
+        if not isinstance(given["candidates"], str):
+            given["candidates"] = tuple(given["candidates"])
+        return cls(records=records, **given)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, whole or not at all."""
+        path = Path(path)
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf8")
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Knowledge:
+        """What `save` wrote.
+
+        Raises:
+            EditFileError: no such file, not one of ours, or damaged.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf8"))
+            if record["format"] != _FORMAT:
+                raise EditFileError(
+                    f"{path} has format {record['format']!r}, expected {_FORMAT}; measure again with 'engram knows'"
+                )
+            return cls.from_dict(record)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, EditFileError):
+                raise
+            raise EditFileError(f"{path} is no file that Knowledge.save wrote: {type(error).__name__}: {error}") from error
+
+    def _values(self, rows: Sequence[Record]) -> Tensor:
+        """[n, metrics] in the order of `Scores`; NaN where a fact says nothing about a metric."""
+        return torch.tensor([_fact_values(record, self.k) for record in rows], dtype=torch.float64)
+
+
+_WIDTHS = (6, 6, 6, 7, 10, 6)
+
+
+def _fact_values(record: Record, k: int) -> list[float]:
+    several = record.consistency is not None
+    return [
+        float(record.right),
+        float(record.rank <= k),
+        1 / record.rank,
+        record.log_prob,
+        record.consistency if record.consistency is not None else _NAN,
+        float(record.replies[0].right) if several else _NAN,
+        float(all(reply.right for reply in record.replies)) if several else _NAN,
+    ]
+
+
+def _mean(values_nm: Tensor) -> Tensor:
+    return values_nm.nanmean(0)
+
+
+def _weighted(counts_bn: Tensor, values_nm: Tensor) -> Tensor:
+    """[b, metrics]: mean of the values there are, each fact as often as it was drawn; NaN where none was."""
+    there_nm = ~values_nm.isnan()
+    return counts_bn @ values_nm.nan_to_num() / (counts_bn @ there_nm.double())
+
+
+def _quantiles(means_bm: Tensor, tails: Tensor) -> tuple[Scores, Scores]:
+    low, high = means_bm.nanquantile(tails, dim=0)
+    return _scores(low), _scores(high)
+
+
+def _scores(means_m: Tensor) -> Scores:
+    always, several = means_m[:4].tolist(), means_m[4:].tolist()
+    return Scores(*always, *(None if math.isnan(value) else value for value in several))
+
+
+def _cells(scores: Scores) -> str:
+    shares = [scores.p_at_1, scores.p_at_k, scores.mrr, scores.log_prob, scores.consistency, scores.both]
+    texts = ["—" if each is None else f"{each:.2f}" if i == 3 else f"{each:.3f}" for i, each in enumerate(shares)]
+    return "".join(f" {text:>{_WIDTHS[i]}}" for i, text in enumerate(texts))
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"

@@ -1,0 +1,205 @@
+"""Facts from files: JSON, JSON lines, CSV, the published known-facts file of causal tracing, and the bundled table.
+
+Knows what a record looks like and where it stands, so that a mistake is told with file, line and field. Refuses to know
+models and what the facts are for. The known-facts file is that of Meng et al. 2022 (1,209 facts that GPT-2 XL knows).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from engram import pocket
+from engram.errors import FactError
+from engram.facts import Fact
+
+_EXPECTED: dict[str, str] = {  # field -> what stands there
+    "subject": "the subject's name as text",
+    "prompt": "text with one {} for the subject and the object next",
+    "target": "the object as text",
+    "target_true": "the object before an edit as text, or null",
+    "paraphrases": "a list of texts after which the object is expected",
+    "neighbours": "a list of [text, answer] pairs",
+    "relation": "the relation's name as text, or null",
+}
+_NEEDED = ("subject", "prompt", "target")
+_KNOWN_FACTS = ("subject", "attribute", "template", "prompt", "relation_id")  # what we read of the published file
+_CSV = tuple(name for name in _EXPECTED if name != "neighbours")
+
+
+def read_facts(source: str | Path) -> list[Fact]:
+    """Facts by file or by name, in the file's order.
+
+    Args:
+        source: "pocket" for the bundled table: the first template that was trained with a fact is its prompt, all the others
+            are its paraphrases. Or a file:
+            - JSON: a list of objects with subject, prompt, target and, where there are any, target_true, paraphrases,
+              neighbours, relation, as `Fact.to_dict` gives them.
+            - JSON lines: one such object a line.
+            - the published known-facts JSON: objects with known_id, subject, attribute, template, prompt, relation_id. The
+              prompt is the filled template and whatever the model said before the object.
+            - CSV (by its name, .csv): a header with subject, prompt, target, and any of target_true, relation, paraphrases
+              (one cell, texts separated by `|`). An empty cell is one that is not given.
+    Raises:
+        FactError: no such file, no facts in it, or a record that is none; with file, line and field.
+    """
+    if source == "pocket":
+        return [_pocket_fact(known) for known in pocket.facts()]
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        raise FactError(
+            f"no facts could be read from {str(path)!r}: {error}. Expected 'pocket', or a file: a JSON list, JSON lines, or CSV"
+        ) from error
+    records = _csv if path.suffix.lower() == ".csv" else _json_list if text.lstrip().startswith("[") else _json_lines
+    facts = [_fact(record, where) for record, where in records(text, str(path))]
+    if not facts:
+        raise FactError(f"{path} holds no facts; expected one object with {', '.join(_NEEDED)} a fact")
+    return facts
+
+
+def _pocket_fact(known: pocket.KnownFact) -> Fact:
+    prompt, *_ = known.trained()
+    others = tuple(each.replace("{}", known.subject) for each in known.prompts() if each != prompt)
+    return Fact(known.subject, prompt, known.object, paraphrases=others, relation=known.relation)
+
+
+# -- files -> records and where they stand -----------------------------------------------------------------------------
+
+
+def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield json.loads(line), where
+            except json.JSONDecodeError as error:
+                raise FactError(
+                    f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"
+                ) from error
+
+
+def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    """The list's elements one by one, since the JSON module does not say where each of them began."""
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    line, counted = 1, 0  # newlines before `counted` are in `line`
+    try:
+        while True:
+            at = _skip_space(text, at)
+            if text[at : at + 1] == "]":
+                break
+            record, end = decoder.raw_decode(text, at)
+            line, counted = line + text.count("\n", counted, at), at
+            yield record, f"{path}, line {line}"
+            at = _skip_space(text, end)
+            if text[at : at + 1] == ",":
+                at += 1
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("expected ',' or ']'", text, at)
+        rest = _skip_space(text, at + 1)
+        if rest < len(text):
+            raise json.JSONDecodeError("text behind the list's end", text, rest)
+    except json.JSONDecodeError as error:
+        raise FactError(f"{path}, line {error.lineno}: no JSON list, {error.msg} at column {error.colno}") from error
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
+
+
+def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _check_fields(dict.fromkeys(header), f"{path}, line 1", _CSV)
+        if len(set(header)) < len(header):
+            raise FactError(f"{path}, line 1: a column's name stands twice in the header: {', '.join(header)}")
+        before = reader.line_num
+        for row in reader:
+            where, before = f"{path}, line {before + 1}", reader.line_num
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise FactError(
+                    f"{where}: {len(row)} cells, expected {len(header)} as in the header ({', '.join(header)}); "
+                    'a text with a comma has to stand in "..."'
+                )
+            record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell or name in _NEEDED}
+            if "paraphrases" in record:
+                record["paraphrases"] = [each.strip() for each in record["paraphrases"].split("|")]
+            yield record, where
+    except csv.Error as error:
+        raise FactError(f"{path}, line {reader.line_num}: no CSV, {error}") from error
+
+
+# -- records -> facts --------------------------------------------------------------------------------------------------
+
+
+def _fact(record: Any, where: str) -> Fact:
+    if not isinstance(record, dict):
+        raise FactError(f"{where}: {_shown(record)} is no object; expected one with {', '.join(_NEEDED)}")
+    if "attribute" in record:
+        record = _known_fact(record, where)
+    _check_fields(record, where, tuple(_EXPECTED))
+    for name, value in record.items():
+        if not _fits(name, value):
+            raise FactError(f"{where}: field {name!r} is {_shown(value)}; expected {_EXPECTED[name]}")
+    try:
+        return Fact.from_dict(record)
+    except FactError as error:
+        raise FactError(f"{where}: {error}") from error
+
+
+def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A record of the published file as one of ours: the template, grown by what the prompt says behind it."""
+    for name in _KNOWN_FACTS:
+        if not isinstance(record.get(name), str):
+            raise FactError(
+                f"{where}: field {name!r} is {_shown(record.get(name))}; expected text, as in a known-facts file"
+            )
+    subject, template, prompt = record["subject"], record["template"], record["prompt"]
+    filled = template.replace("{}", subject)
+    if not prompt.startswith(filled):
+        raise FactError(f"{where}: field 'prompt' is {prompt!r}; expected it to begin with the filled template, {filled!r}")
+    return {
+        "subject": subject,
+        "prompt": template + prompt[len(filled) :],
+        "target": record["attribute"],
+        "relation": record["relation_id"],
+    }
+
+
+def _check_fields(record: Mapping[str, Any], where: str, allowed: tuple[str, ...]) -> None:
+    for name in record:
+        if name not in allowed:
+            near = get_close_matches(name, allowed, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise FactError(f"{where}: field {name!r} is not one of a fact{hint}; expected {', '.join(allowed)}")
+    missing = [name for name in _NEEDED if name not in record]
+    if missing:
+        wanted = "; ".join(f"{name!r}: {_EXPECTED[name]}" for name in missing)
+        raise FactError(f"{where}: field {' and '.join(map(repr, missing))} missing; expected {wanted}")
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "paraphrases":
+        return isinstance(value, list) and all(isinstance(each, str) and each.strip() for each in value)
+    if name == "neighbours":
+        return isinstance(value, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) and each.strip() for each in pair)
+            for pair in value
+        )
+    return isinstance(value, str) or (value is None and name not in _NEEDED)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
