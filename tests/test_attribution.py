@@ -16,6 +16,7 @@ from engram.locate.question import Prompt
 from tests.tiny import EXPERTS, FAMILIES, tiny_lm
 
 PROMPT, SUBJECT = "The tower is in the", "tower"
+UNWATCHED = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")  # do not call transformers' attention interface
 EVERY = ("residual", "mlp", "attention", "head", "neuron")
 GIVEN = {"subject": SUBJECT, "target": "the", "metric": "log_probability", "neurons": [(0, 3), (1, 30)], "window": 1}
 
@@ -60,14 +61,12 @@ def test_every_family_is_estimated_and_left_as_it_was(family):
     trace = engram.trace(lm, PROMPT, sites=sites, noise=noise(lm, 1.0), method="attribution", **given)
     for site in sites:
         assert trace.scores[site].isfinite().all() and trace.effects(site).abs().max() > 1e-6
-    try:
-        corrected = engram.trace(
-            lm, PROMPT, sites=["residual"], noise=noise(lm, 1.0), method="attribution", correction="query-key",
-            **{**given, "neurons": ()},
-        )  # fmt: skip
-    except UnsupportedModelError as error:
-        assert "keeps its attention to itself" in str(error)
+    given = {**given, "neurons": (), "sites": ["residual"], "method": "attribution", "correction": "query-key"}
+    if family.split("-")[0] in UNWATCHED:
+        with pytest.raises(UnsupportedModelError, match="keeps its attention to itself"):
+            engram.trace(lm, PROMPT, noise=noise(lm, 1.0), **given)
     else:
+        corrected = engram.trace(lm, PROMPT, noise=noise(lm, 1.0), **given)
         assert corrected.scores["residual"].isfinite().all()
         assert not torch.equal(corrected.scores["residual"], trace.scores["residual"])
     assert lm.model.config._attn_implementation == implementation
@@ -148,7 +147,12 @@ def test_screening_every_cell_is_the_exact_trace():
 @pytest.mark.parametrize("settings", [{}, {"correction": "query-key"}, {"direction": "noise"}, {"screen": 5}])
 def test_prompts_estimated_together_are_those_estimated_alone(settings):
     lm = tiny_lm("gpt2", torch.float64)
-    texts = [(PROMPT, SUBJECT), ("Paris is the city of", "Paris"), ("The river is", "river"), ("The guitar is in the", "guitar")]
+    texts = [
+        (PROMPT, SUBJECT),
+        ("Paris is the city of", "Paris"),
+        ("The river is", "river"),
+        ("The guitar is in the", "guitar"),
+    ]
     prompts = [Prompt(text, subject, "the") for text, subject in texts]
     method = "exact" if "screen" in settings else "attribution"
     config = TraceConfig(noise=1.0, samples=2, method=method, metric="log_probability", **settings)

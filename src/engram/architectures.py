@@ -252,6 +252,7 @@ class Parts:
 
     def head_width(self, layer: int) -> int:
         """Channels of one head in the input of `heads_out_name`."""
+        self.heads_out_name(layer)
         return as_linear(self.blocks[layer].get_submodule(self.layout.heads_out or "")).shape[1] // self.n_heads
 
     def mlp_width(self, layer: int) -> int:

@@ -84,16 +84,11 @@ class _Flow:
             way: {module: (lambda x, k=keys: note(k, x)) for module, keys in modules.items()}
             for way, modules in notes.items()
         }
-        stack.enter_context(substitute({lm.parts.embed: self._embed}))
+        stack.enter_context(substitute(self.runs.embeddings("base")))
+        stack.enter_context(
+            substitute({lm.parts.embed: lambda out: out.detach().requires_grad_()})
+        )  # frozen weights do too
         stack.enter_context(substitute(**hooks))
-
-    def _embed(self, embedded_btd: Tensor) -> Tensor:
-        out = embedded_btd.detach().clone()
-        if not self.runs.config.inserts_corrupted:
-            for f, question in enumerate(self.runs.questions):
-                mine = out[f * self.runs.samples : (f + 1) * self.runs.samples]
-                self.runs.corrupt_rows(mine, question, question.noise)
-        return out.requires_grad_()
 
     def _logits(self) -> Tensor:
         runs, lm = self.runs, self.runs.lm
@@ -127,6 +122,6 @@ class _Flow:
     def _watch_source(self) -> list[Attention]:
         """Queries and keys of all recorded rows: block l + 1 makes them of the state behind block l alone."""
         lm = self.runs.lm
-        with watched(lm) as seen, substitute({lm.parts.embed: self.runs.corrupt}):
+        with watched(lm) as seen, substitute(self.runs.embeddings("recorded")):
             body(lm)(self.runs.ids_bt.to(lm.device), use_cache=False)
         return seen

@@ -5,10 +5,11 @@ Knows text and token positions. Refuses to run the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from engram.cloze import Cloze
 from engram.errors import FactError, SettingError
 from engram.facts import subject_starts, token_span
 from engram.language_model import LanguageModel
@@ -39,6 +40,8 @@ class Question:
         rows: positions at which states are replaced.
         span: [first, last + 1) token of the subject's first place; corrupted: all tokens that are changed.
         noise: [samples, corrupted, d] float64 for their embeddings; None where `other_ids` are read instead.
+        decoder_corrupted, decoder_noise, other_decoder_ids: the same where a decoder is made to begin with the prompt (BART):
+            it would read the answer off the subject there.
     """
 
     prompt: Prompt
@@ -52,6 +55,9 @@ class Question:
     corrupted: list[int]
     noise: Tensor | None
     other_ids: list[int] | None
+    decoder_corrupted: list[int] = field(default_factory=list)
+    decoder_noise: Tensor | None = None
+    other_decoder_ids: list[int] | None = None
 
 
 def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corruptor) -> Question:
@@ -69,8 +75,8 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     corrupted = sorted({i for b, e in spans for i in range(b, min(e + config.extra_tokens, cloze.tokens))})
     other = None
     if prompt.other_subject is not None:
-        other = _other_ids(lm, prompt, starts, cloze.ids, spans)
-        corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other, strict=True)) if a != b]
+        other = _other(lm, prompt, starts, cloze, spans)
+        corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other.ids, strict=True)) if a != b]
     foil = None
     if prompt.foil is not None:
         foil = lm.cloze(prompt.text, prompt.foil).answer[0]
@@ -82,7 +88,9 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     return Question(
         prompt, cloze.ids, cloze.decoder_ids, cloze.read, cloze.answer, foil,
         _rows(config, cloze.tokens, spans[0], cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]),
-        spans[0], corrupted, corruptor(len(corrupted)) if other is None else None, other,
+        spans[0], corrupted, corruptor(len(corrupted)) if other is None else None, None if other is None else other.ids,
+        again := _in_decoder(lm, prompt, starts, cloze), corruptor(len(again)) if again and other is None else None,
+        None if other is None else other.decoder_ids,
     )  # fmt: skip
 
 
@@ -112,22 +120,32 @@ def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[in
     return rows
 
 
-def _other_ids(
-    lm: LanguageModel, prompt: Prompt, starts: list[int], ids: list[int], spans: list[tuple[int, int]]
-) -> list[int]:
+def _in_decoder(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze) -> list[int]:
+    """Positions of the subject in what the decoder is made to begin with; none where that is not the prompt."""
+    if lm.kind != "encoder-decoder" or "{}" not in lm.cloze_decoder:
+        return []
+    begun, front = lm.cloze_decoder.replace("{}", prompt.text), lm.cloze_decoder.index("{}")
+    offsets = lm.tokenizer(begun, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    lead = cloze.read[0] + 1 - len(offsets)  # start tokens
+    spans = [token_span(offsets, front + at, front + at + len(prompt.subject)) for at in starts]
+    return sorted({lead + i for b, e in spans for i in range(b, e)})
+
+
+def _other(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze, spans: list[tuple[int, int]]) -> Cloze:
     """The same prompt about another subject, token by token in the same places."""
     assert prompt.other_subject is not None
     text, end = prompt.text, len(prompt.subject)
     for at in reversed(starts):
         text = text[:at] + prompt.other_subject + text[at + end :]
-    other = lm.cloze(text, prompt.target).ids
+    other = lm.cloze(text, prompt.target)
     inside = {i for b, e in spans for i in range(b - 1, e)}  # a space in front may belong to either token
-    if len(other) != len(ids) or any(a != b for i, (a, b) in enumerate(zip(ids, other, strict=True)) if i not in inside):
+    outside = [i for i in range(len(cloze.ids)) if i not in inside]
+    if len(other.ids) != len(cloze.ids) or any(cloze.ids[i] != other.ids[i] for i in outside):
         raise FactError(
             f"other_subject={prompt.other_subject!r} does not take the place of {prompt.subject!r} token by token "
-            f"({len(other)} tokens in all instead of {len(ids)}); states are exchanged between equal positions, so choose a "
-            "subject of as many tokens"
+            f"({len(other.ids)} tokens in all instead of {len(cloze.ids)}); states are exchanged between equal positions, so "
+            "choose a subject of as many tokens"
         )
-    if other == ids:
+    if other.ids == cloze.ids:
         raise FactError(f"other_subject={prompt.other_subject!r} is the subject: nothing would be corrupted")
     return other

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from engram.language_model import LanguageModel, pad_right
 from engram.locate.config import PARTS, Table, TraceConfig
 from engram.locate.question import Question
 from engram.replay import Recording, record_run
+
+Change = Callable[[Tensor], Tensor]
 
 
 class Runs:
@@ -37,10 +40,13 @@ class Runs:
         self.samples = 1 if noise is None else len(noise)
         self.frozen_samples = self.samples if config.frozen_noise is not None else 0
         self.per_fact = 1 + self.samples + self.frozen_samples
-        self.ids_bt = pad_right([ids for q in questions for ids in self._ids(q)])
+        self.ids_bt = pad_right([ids for q in questions for ids in self._rows_of(q.ids, q.other_ids)])
         self.read = torch.tensor([q.read for q in questions])
-        decoders = [q.decoder_ids for q in questions for _ in range(self.per_fact)]
-        self.decoder_bt = None if decoders[0] is None else torch.tensor(decoders)
+        self.decoder_bt = None
+        if questions[0].decoder_ids is not None:
+            self.decoder_bt = pad_right(
+                [ids for q in questions for ids in self._rows_of(q.decoder_ids, q.other_decoder_ids)]
+            )
         sites = dict.fromkeys([p.site for t in tables for p in t.patches] + [p.severed for t in tables for p in t.patches])
         self._sites = [site for site in sites if site is not None and (site != "residual" or not replay)]
         self._severs = bool(config.severed)
@@ -84,9 +90,10 @@ class Runs:
         kinds = ("source", "frozen") if self._severs else ("source",)
         return torch.cat([self.rows(facts, kind) for kind in kinds]).unique()
 
-    def _ids(self, question: Question) -> list[list[int]]:
-        other = question.ids if question.other_ids is None else question.other_ids
-        return [question.ids] + [other] * (self.per_fact - 1)
+    def _rows_of(self, ids: list[int] | None, other: list[int] | None) -> list[list[int]]:
+        """The token ids of one prompt's recorded rows."""
+        assert ids is not None
+        return [ids] + [ids if other is None else other] * (self.per_fact - 1)
 
     # -- names -----------------------------------------------------------------------------------------------------
 
@@ -102,23 +109,42 @@ class Runs:
 
     # -- recording -------------------------------------------------------------------------------------------------
 
-    def corrupt(self, embedded_btd: Tensor) -> Tensor:
-        """Embeddings of the recorded rows, with noise on the subjects of all but the clean ones."""
-        out = embedded_btd.clone()
+    def embeddings(self, rows: Literal["recorded", "base"]) -> dict[nn.Module, Change]:
+        """Hooks that corrupt the embeddings of the recorded rows, or of rows that are all the run that is patched: sets of
+        samples, prompt after prompt."""
+        if rows == "base" and self.config.inserts_corrupted:
+            return {}
+        corrupt = self._corrupt_recorded if rows == "recorded" else self._corrupt_base
+        found: dict[nn.Module, Change] = {self.lm.parts.embed: partial(corrupt, False)}
+        if any(q.decoder_corrupted for q in self.questions):
+            found[cast("Any", self.lm.model).get_decoder().get_input_embeddings()] = partial(corrupt, True)
+        return found
+
+    def _corrupt_recorded(self, decoder: bool, embedded_btd: Tensor) -> Tensor:
+        out = embedded_btd.detach().clone()
         for f, question in enumerate(self.questions):
             row = f * self.per_fact + 1
-            self.corrupt_rows(out[row : row + self.samples], question, question.noise)
+            self._corrupt(out[row : row + self.samples], question, decoder)
             if self.frozen_samples:
-                self.corrupt_rows(out[row + self.samples : row + 2 * self.samples], question, self.config.frozen_noise)
+                frozen = out[row + self.samples : row + 2 * self.samples]
+                self._corrupt(frozen, question, decoder, self.config.frozen_noise)
         return out
 
-    def corrupt_rows(self, rows_btd: Tensor, question: Question, noise_snd: Tensor | None) -> None:
+    def _corrupt_base(self, decoder: bool, embedded_btd: Tensor) -> Tensor:
+        out = embedded_btd.detach().clone()
+        for rows, question in zip(out.chunk(len(self.questions)), self.questions, strict=True):
+            self._corrupt(rows, question, decoder)
+        return out
+
+    def _corrupt(self, rows_btd: Tensor, question: Question, decoder: bool, noise: Tensor | None = None) -> None:
         """Corrupt whole sets of samples of one prompt in place."""
-        if noise_snd is None:
+        if noise is None:
+            noise = question.decoder_noise if decoder else question.noise
+        if noise is None:
             return
         replaces = self.config.replace or self.config.corruption in ("zeros", "mean")
-        at = torch.tensor(question.corrupted, device=rows_btd.device)
-        noise = noise_snd.to(rows_btd.device).repeat(len(rows_btd) // len(noise_snd), 1, 1)
+        at = torch.tensor(question.decoder_corrupted if decoder else question.corrupted, device=rows_btd.device)
+        noise = noise.to(rows_btd.device).repeat(len(rows_btd) // len(noise), 1, 1)
         rows_btd[:, at] = (noise if replaces else rows_btd[:, at].double() + noise).to(rows_btd.dtype)
 
     def _keep(self, tensor: Tensor) -> Tensor:
@@ -132,7 +158,7 @@ class Runs:
 
     def _record_for_replay(self) -> Tensor:
         self.recording = record_run(
-            self.lm, self.ids_bt, changes={self.lm.parts.embed: self.corrupt},
+            self.lm, self.ids_bt, changes=self.embeddings("recorded"),
             inputs=self._names(parts=True), outputs=self._names(parts=False), keep=self._keep,
         )  # fmt: skip
         self.seen = self.recording.seen
@@ -143,7 +169,7 @@ class Runs:
     def _record_whole(self) -> Tensor:
         inputs, outputs = self._names(parts=True), self._names(parts=False)
         with (
-            substitute({self.lm.parts.embed: self.corrupt}),
+            substitute(self.embeddings("recorded")),
             record(self.lm.model, inputs, outputs, keep=self._keep) as seen,
         ):
             logits = self.logits(self.ids_bt, self.decoder_bt)
@@ -188,7 +214,6 @@ class Runs:
         return log_p.exp() if self.config.metric == "probability" else log_p
 
 
-Change = Callable[[Tensor], Tensor]
 _Job = tuple[list[int], int, tuple[int, int] | None, Tensor]
 
 

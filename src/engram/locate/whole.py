@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from engram.hooks import substitute
-from engram.locate.config import Patch
+from engram.locate.config import PARTS, SITES, Patch
 from engram.locate.runs import Changes, Runs
 
 
 def can_matter(runs: Runs, fact: int, token: int, patch: Patch) -> bool:
     """False where replacing cannot change the score: a causal model's states in front of the first corrupted token are equal
-    in both runs, and the last block's output is read at some positions only."""
+    in both runs, and what leaves the last block, or is added to it, is read at some positions only. (A family's own sites may
+    lie before tokens are mixed, as Mamba's projections do.)"""
     question = runs.questions[fact]
     if runs.lm.kind == "encoder-decoder":
         return True
     if runs.lm.kind == "causal" and token < min(question.corrupted):
         return False
-    return patch.first < runs.lm.n_layers - 1 or token in question.read
+    mixes_later = patch.first < runs.lm.n_layers - 1 or patch.site not in (*SITES, *PARTS)
+    return mixes_later or token in question.read
 
 
 @torch.no_grad()
@@ -39,17 +41,10 @@ def whole(runs: Runs, token: int, patches: tuple[Patch, ...]) -> Tensor:
             if patch.severed:
                 changes.put(patch.severed, layer, [i], token, runs.states(patch.severed, layer, rows["frozen"], at))
     hooks = changes.hooks()
-    if not runs.config.inserts_corrupted:
-        hooks["outputs"][lm.parts.embed] = lambda out: _corrupted(runs, out)
+    hooks["outputs"] |= runs.embeddings("base")
     ids_bt = runs.ids_bt[rows["base"]].repeat(len(patches), 1)
     decoder_bt = None if runs.decoder_bt is None else runs.decoder_bt[rows["base"]].repeat(len(patches), 1)
     with substitute(**hooks):
         logits = runs.logits(ids_bt, decoder_bt)
     scores = runs.metric(logits, torch.zeros(len(ids_bt), dtype=torch.long))
     return scores.view(len(patches), samples).mean(1).cpu()
-
-
-def _corrupted(runs: Runs, embedded_btd: Tensor) -> Tensor:
-    out = embedded_btd.clone()
-    runs.corrupt_rows(out, runs.questions[0], runs.questions[0].noise)
-    return out
