@@ -1,4 +1,4 @@
-"""Pages of the site that are made, not written: the command line's reference. An mkdocs hook, named in mkdocs.yml."""
+"""The page of the site that is made, not written: the command line's reference. An mkdocs hook, named in mkdocs.yml."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import subprocess
 import sys
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 CLI_PAGE = "reference/cli.md"
 
 
-def on_files(files: Files, *, config: Any) -> Files:
-    files.append(File.generated(config, CLI_PAGE, content=command_line()))
-    return files
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    return command_line() if page.file.src_uri == CLI_PAGE else markdown
 
 
 def command_line() -> str:
