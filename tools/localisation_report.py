@@ -119,28 +119,34 @@ def gain_by_chance(effects_nl: Array, scores_nl: Array, seed: int = 0) -> float:
     return float(np.percentile([explained(dealt, scores_nl)["gain"] for dealt in deals], 95))
 
 
-def choices(effects_nl: Array, scores_nl: Array) -> dict[str, float]:
+def chosen_layers(effects_nl: Array, scores_nl: Array) -> dict[str, NDArray[np.int64]]:
+    """Each fact's layer [n] by three rules: its own largest effect; the best mean score over the other half of the facts (leaving
+    out one fact only would tip a near tie against just that fact); its own best score, known afterwards.
+    """
+    halves = np.stack([scores_nl[1::2].mean(0).argmax(), scores_nl[::2].mean(0).argmax()])
+    return {"traced": effects_nl.argmax(1), "fixed": halves[np.arange(len(scores_nl)) % 2], "best": scores_nl.argmax(1)}
+
+
+def choices(effects_nl: Array, scores_nl: Array) -> dict[str, Any]:
     """Editing each fact where its trace is strongest, against other ways to choose a layer.
 
     Returns:
-        hits, hits_fixed, hits_chance: how often the fact's best layer is met by its trace, by the layer that is best on
-            average over the other half of the facts, and by traces dealt to facts at random; score_*: mean score of the
-            layers so chosen, with `score_best` each fact's best and `score_random` the mean over layers.
+        hits_*: how often a rule of `chosen_layers` meets the fact's best layer, `hits_chance` traces dealt to facts at random;
+        score_*: mean score of the layers so chosen, `score_random` the mean over layers; lost: by how much the trace's
+        choices score less than the fixed ones, and its interval.
     """
     facts, layers = scores_nl.shape
-    rows = np.arange(facts)
-    best, traced = scores_nl.argmax(1), effects_nl.argmax(1)
-    # by halves: leaving out one fact alone would tip a near tie against just that fact
-    fixed = np.stack([scores_nl[1::2].mean(0).argmax(), scores_nl[::2].mean(0).argmax()])[rows % 2]
-    shares = [np.bincount(chosen, minlength=layers) / facts for chosen in (traced, best)]
+    by = chosen_layers(effects_nl, scores_nl)
+    scores = {rule: scores_nl[np.arange(facts), chosen] for rule, chosen in by.items()}
+    shares = {rule: np.bincount(chosen, minlength=layers) / facts for rule, chosen in by.items()}
+    lost = scores["fixed"] - scores["traced"]
     return {
-        "hits": float((traced == best).mean()),
-        "hits_fixed": float((fixed == best).mean()),
-        "hits_chance": float(shares[0] @ shares[1]),
-        "score_traced": float(scores_nl[rows, traced].mean()),
-        "score_fixed": float(scores_nl[rows, fixed].mean()),
-        "score_best": float(scores_nl.max(1).mean()),
+        **{f"hits_{rule}": float((chosen == by["best"]).mean()) for rule, chosen in by.items()},
+        "hits_chance": float(shares["traced"] @ shares["best"]),
+        **{f"score_{rule}": float(values.mean()) for rule, values in scores.items()},
         "score_random": float(scores_nl.mean()),
+        "lost": float(lost.mean()),
+        "lost interval": interval(lambda values: float(values.mean()), lost),
     }
 
 
@@ -231,7 +237,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         for name, r in found.items()
     ]
     chosen: list[list[Any]] = [
-        [f"its own trace: {name}", c["hits"], c["score_traced"], c["hits_chance"]] for name, c in result["choices"].items()
+        [f"its own trace: {name}", c["hits_traced"], c["score_traced"], percent(c["hits_chance"]), lost(c)]
+        for name, c in result["choices"].items()
     ]
     any_of = next(iter(result["choices"].values()))
     chosen += [
@@ -246,10 +253,14 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             ["effect", "over", "effect alone", "layer alone", "both", "gain", "95 % interval", "by chance"], shares
         ),
         "choices": table(
-            ["layer chosen by", "mean score", "is the fact's best", "by chance"],
-            ([who, number(score, 3), percent(hits), *map(percent, chance)] for who, hits, score, *chance in chosen),
+            ["layer chosen by", "mean score", "is the fact's best", "by chance", "scores less than the best on average by"],
+            ([who, number(score, 3), percent(hits), *more] for who, hits, score, *more in chosen),
         ),
     }
+
+
+def lost(choice: dict[str, Any]) -> str:
+    return f"{number(choice['lost'], 3)} ({span(choice['lost interval'])})"
 
 
 def span(ends: Sequence[float] | None) -> str:
@@ -289,10 +300,10 @@ def picture(study: Study, result: dict[str, Any]) -> Figure:
 
 
 def save_small(figure: Figure, path: Path) -> None:
-    """As PNG of 64 colours, a third of the size."""
+    """As PNG of 128 colours, half the size."""
     raw = BytesIO()
     figure.savefig(raw, format="png")
-    Image.open(raw).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(raw).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def _lines(ax: Axes, bands: dict[str, dict[str, list[float]]], colours: Sequence[str]) -> None:

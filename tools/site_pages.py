@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 CLI_PAGE = "reference/cli.md"
@@ -19,8 +20,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def command_line() -> str:
     """What `engram --help` and its commands' help say, as markdown."""
     command = [sys.executable, "-m", "typer", "engram.cli", "utils", "docs", "--name", "engram", "--title", "Command line"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}).stdout
-    return as_page(shown)
+    source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src"), "COLUMNS": "200"}
+    return as_page(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | source).stdout)
 
 
 def as_page(shown: str) -> str:
