@@ -33,6 +33,7 @@ check: lint types test
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/trace.py
+	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/rome.py
 
 docs: $(DOCS_STAMP)

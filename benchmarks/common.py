@@ -25,18 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the naive loop l
 from engram.language_model import LanguageModel, _fuse_activations
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = {  # layers, width, heads
-    "small": (12, 768, 12),
-    "xl": (48, 1600, 25),
-}
 WORDS = 50257
+SHAPES = {  # layers, width, heads, vocabulary
+    "pocket": (8, 256, 8, 8192),
+    "small": (12, 768, 12, WORDS),
+    "xl": (48, 1600, 25, WORDS),
+}
 
 
 def make_model(shape: str, device: str) -> GPT2LMHeadModel:
     """GPT-2 of that shape, random, as transformers makes it."""
-    layers, width, heads = SHAPES[shape]
+    layers, width, heads, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=WORDS)
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary)
     with torch.device(device):
         return GPT2LMHeadModel(config).eval()
 
@@ -45,11 +46,11 @@ def make_lm(shape: str, device: str) -> LanguageModel:
     """The same as `engram.load` would give it, with a tokenizer of one token a word: w0, w1, ..."""
     model = make_model(shape, device)
     _fuse_activations(model)
-    return LanguageModel(model, make_tokenizer(), name=f"gpt2-{shape}-shape")
+    return LanguageModel(model, make_tokenizer(SHAPES[shape][3]), name=f"gpt2-{shape}-shape")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+def make_tokenizer(vocabulary: int = WORDS) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0")
 
@@ -86,7 +87,8 @@ def matmul_rate(device: str) -> float:
     return 2 * 2048**3 / seconds
 
 
-def arguments(doc: str) -> argparse.Namespace:
+def arguments(doc: str, **more: dict[str, Any]) -> argparse.Namespace:
+    """The options of every benchmark; `more` adds --NAME with these arguments of `add_argument`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
@@ -94,7 +96,10 @@ def arguments(doc: str) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="of our own variants; the slow ones run once")
     parser.add_argument("--variant", help="run this one alone and print JSON; what the benchmark does to itself")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/NAME-SHAPE-DEVICE.json")
+    for name, about in more.items():
+        parser.add_argument(f"--{name}", **about)
     given = parser.parse_args()
+    given.more = [word for name in more for word in (f"--{name}", str(getattr(given, name)))]
     torch.set_num_threads(given.threads)
     return given
 
@@ -104,7 +109,7 @@ def run_all(variants: Sequence[str], given: argparse.Namespace) -> dict[str, dic
     results = {}
     for name in variants:
         command = [sys.executable, sys.argv[0], "--variant", name, "--shape", given.shape, "--device", given.device]
-        command += ["--threads", str(given.threads), "--repeats", str(given.repeats)]
+        command += ["--threads", str(given.threads), "--repeats", str(given.repeats), *given.more]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
