@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,3 +78,19 @@ def test_the_subjects_last_token_alone():
         positions="subject_last",
     )
     torch.testing.assert_close(trace.scores["residual"], recorded["0/none_subject_last/scores"].float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("severed", ["mlp", "attention"])
+@pytest.mark.parametrize("i", range(5))
+def test_severed_paths(i, severed):
+    """The released code freezes to the states of one draw of noise while the run has the next one of the same stream."""
+    recorded, prompt = golden.numbers("trace_tiny-gpt2"), golden.inputs()["trace_prompts"][i]
+    stream, level = np.random.RandomState(1), float(recorded["noise_level"])
+    shape = recorded[f"{i}/noise_raw"].shape
+    first, second = (torch.from_numpy(stream.randn(*shape)) * level for _ in range(2))
+    trace = engram.trace(
+        golden.model(), prompt["prompt"], subject=prompt["subject"], sites=["residual"], severed=severed,
+        noise=second, frozen_noise=first, positions="subject_last",
+    )  # fmt: skip
+    wanted = recorded[f"{i}/severed_{'mlp' if severed == 'mlp' else 'attn'}"].float()
+    torch.testing.assert_close(trace.scores[f"residual, {severed} severed"][0], wanted, atol=1e-5, rtol=0)

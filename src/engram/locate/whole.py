@@ -16,9 +16,9 @@ from engram.locate.runs import Changes, Runs
 def can_matter(runs: Runs, fact: int, token: int, patch: Patch) -> bool:
     """False where replacing cannot change the score: a causal model's states in front of the first corrupted token are equal
     in both runs, and what leaves the last block, or is added to it, is read at some positions only. (A family's own sites may
-    lie before tokens are mixed, as Mamba's projections do.)"""
+    lie before tokens are mixed, as Mamba's projections do; and freezing to another run's outputs matters by itself.)"""
     question = runs.questions[fact]
-    if runs.lm.kind == "encoder-decoder":
+    if runs.lm.kind == "encoder-decoder" or runs.config.frozen_noise is not None:
         return True
     if runs.lm.kind == "causal" and token < min(question.corrupted):
         return False
