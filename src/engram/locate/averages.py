@@ -144,7 +144,7 @@ class AverageTrace:
     def _by_fact(self, site: str) -> Tensor:
         rows = []
         for trace in self.traces:
-            effects = trace.effects(site).double()
+            effects = trace.scores[site].double() - trace.baseline
             empty = torch.full_like(effects[0], torch.nan)
             rows.append(torch.stack([effects[at].mean(0) if at else empty for at in place_rows(trace).values()]))
         return torch.stack(rows)
