@@ -17,17 +17,20 @@ from tests.tiny import tiny_lm
 LAYERS = 5
 
 
-def made(tokens=7, span=(1, 4), positions=None, seed=0, low=0.1, high=0.9, last=None, settings=None, shapes=None, **changes):
+def made(
+    tokens=7, span=(1, 4), positions=None, seed=0, low=0.1, high=0.9, last=None, settings=None, shapes=None, **changes
+):
     """A trace of random scores."""
     positions = list(range(tokens)) if positions is None else positions
     generator = torch.Generator().manual_seed(seed)
     shapes = {"residual": (LAYERS,), "mlp": (LAYERS,)} if shapes is None else shapes
     scores = {site: torch.rand(len(positions), *shape, generator=generator) for site, shape in shapes.items()}
-    about = dict(
-        prompt=f"prompt {seed}", subject="subject", answer=" answer", tokens=[f"t{i}" for i in positions], positions=positions,
-        subject_range=span, corrupted=list(range(*span)), scores=scores, low_score=low, high_score=high, window=2, samples=3,
-        model="hand", last=tokens - 1 if last is None else last, settings=settings or {},
-    )  # fmt: skip
+    about = {
+        "prompt": f"prompt {seed}", "subject": "subject", "answer": " answer", "tokens": [f"t{i}" for i in positions],
+        "positions": positions, "subject_range": span, "corrupted": list(range(*span)), "scores": scores, "low_score": low,
+        "high_score": high, "window": 2, "samples": 3, "model": "hand", "last": tokens - 1 if last is None else last,
+        "settings": settings or {},
+    }  # fmt: skip
     return CausalTrace(**{**about, **changes})
 
 
@@ -38,7 +41,9 @@ def many(count=40, seed=0, **given):
     for i in range(count):
         start, length, after = draw.randint(0, 2), draw.randint(1, 4), draw.randint(0, 4)
         low, high = sorted(draw.rand(2))
-        found.append(made(start + length + after, (start, start + length), seed=i, low=float(low), high=float(high), **given))
+        found.append(
+            made(start + length + after, (start, start + length), seed=i, low=float(low), high=float(high), **given)
+        )
     return found
 
 
@@ -48,7 +53,9 @@ def many(count=40, seed=0, **given):
 @pytest.mark.parametrize(
     ("about", "rows"),
     [
-        pytest.param({"tokens": 8, "span": (1, 4)}, [[1], [2], [3], [4], [5, 6], [7]], id="every place, one token in front"),
+        pytest.param(
+            {"tokens": 8, "span": (1, 4)}, [[1], [2], [3], [4], [5, 6], [7]], id="every place, one token in front"
+        ),
         pytest.param({"tokens": 8, "span": (0, 4)}, [[0], [1, 2], [3], [4], [5, 6], [7]], id="subject first"),
         pytest.param({"tokens": 6, "span": (1, 2)}, [[1], [], [1], [2], [3, 4], [5]], id="a subject of one token is both"),
         pytest.param({"tokens": 6, "span": (1, 3)}, [[1], [], [2], [3], [4], [5]], id="no middle"),
@@ -56,8 +63,12 @@ def many(count=40, seed=0, **given):
         pytest.param({"tokens": 6, "span": (1, 4)}, [[1], [2], [3], [4], [], [5]], id="nothing further"),
         pytest.param({"tokens": 4, "span": (1, 4)}, [[1], [2], [3], [], [], [3]], id="the subject ends the prompt"),
         pytest.param({"tokens": 1, "span": (0, 1)}, [[0], [], [0], [], [], [0]], id="nothing but the subject"),
-        pytest.param({"tokens": 9, "span": (2, 4), "last": 6}, [[2], [], [3], [4], [5], [6]], id="text behind what is read"),
-        pytest.param({"tokens": 6, "span": (3, 5), "last": 1}, [[3], [], [4], [], [], [1]], id="read in front of the subject"),
+        pytest.param(
+            {"tokens": 9, "span": (2, 4), "last": 6}, [[2], [], [3], [4], [5], [6]], id="text behind what is read"
+        ),
+        pytest.param(
+            {"tokens": 6, "span": (3, 5), "last": 1}, [[3], [], [4], [], [], [1]], id="read in front of the subject"
+        ),
         pytest.param({"positions": [3]}, [[], [], [0], [], [], []], id="subject_last"),
         pytest.param({"positions": [6]}, [[], [], [], [], [], [0]], id="last"),
         pytest.param({"positions": [5, 2, 0, 1]}, [[3], [1], [], [], [0], []], id="rows in another order"),
@@ -101,7 +112,8 @@ def test_the_reference_pools_rows_and_takes_the_baseline_off_afterwards():
     low = np.mean([trace.low_score for trace in traces])
     for p, place in enumerate(PLACES):
         pooled = np.array(
-            [trace.scores["residual"][row].tolist() for trace in traces for row in place_rows(trace)[place]], dtype=np.float64
+            [trace.scores["residual"][row].tolist() for trace in traces for row in place_rows(trace)[place]],
+            dtype=np.float64,
         )
         assert curves.counts[p] == len(pooled)
         half = 1.96 * pooled.std(axis=0, ddof=0) / math.sqrt(len(pooled))
@@ -135,7 +147,9 @@ def test_heads_are_averaged_with_their_axis():
 
 
 def test_neurons_are_no_layers_even_if_there_are_as_many():
-    traces = many(5, shapes={"neuron": (LAYERS,), "residual": (LAYERS,), "head": (LAYERS, 2), "residual, mlp severed": (LAYERS,)})
+    traces = many(
+        5, shapes={"neuron": (LAYERS,), "residual": (LAYERS,), "head": (LAYERS, 2), "residual, mlp severed": (LAYERS,)}
+    )
     average = AverageTrace(traces)
     assert average.layered == ["residual", "residual, mlp severed"] and average.severed == ["residual, mlp severed"]
     assert average.effects("neuron").mean.shape == (6, LAYERS)

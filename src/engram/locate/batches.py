@@ -54,8 +54,6 @@ def batched(
     lm: LanguageModel, questions: Sequence[Question], config: TraceConfig, facts_per_batch: int | None = None
 ) -> Iterator[list[Question]]:
     """Questions by their number of answer tokens and their length, so many at a time."""
-    if facts_per_batch is not None and facts_per_batch < 1:
-        raise SettingError(f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time")
     together = _together(lm, config)
     batch: list[Question] = []
     for question in sorted(questions, key=lambda q: (len(q.read), len(q.ids))):

@@ -74,6 +74,8 @@ def average_trace(
     for name, value, kind in (("keep", keep, Keep), ("answer", answer, Answer)):
         if value not in get_args(kind):
             raise SettingError(f"{name}={value!r} does not exist; expected {' or '.join(map(repr, get_args(kind)))}")
+    if facts_per_batch is not None and facts_per_batch < 1:
+        raise SettingError(f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time")
     config = TraceConfig.of(**settings)
     if config.metric == "logit_difference" and config.corruption != "subject":
         raise SettingError(
@@ -88,13 +90,14 @@ def average_trace(
     run = _Run(lm, config, keep, answer, facts)  # a mistake in the settings is told before there is a file
     with TraceStore.writing(out, _about(run, keys)) as store:
         finished = store.keys()
-        done, todo = 0, [job for job in plan if job[0] not in finished]
-        for at in range(0, len(todo), _FACTS_AT_ONCE):
-            for rows in _traced(run, todo[at : at + _FACTS_AT_ONCE], facts_per_batch):
+        done = len(finished.intersection(keys))
+        for at in range(0, len(plan), _FACTS_AT_ONCE):  # in a resumed run as in the first: the same batches, the same bytes
+            todo = [job for job in plan[at : at + _FACTS_AT_ONCE] if job[0] not in finished]
+            for rows in _traced(run, todo, facts_per_batch):
                 store.add(rows)
                 done += len(rows)
                 if progress is not None:
-                    progress(len(plan) - len(todo) + done, len(plan))
+                    progress(done, len(plan))
         skipped = store.skipped(keys)
         for reason, count in Counter(reason for _, reason in skipped).items():
             log.info("%d facts left out: %s", count, reason)
@@ -191,7 +194,7 @@ def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
     lm, config = run.lm, run.config
     weights = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
     subjects = json.dumps(list(config.noise_subjects or ()), ensure_ascii=False)
-    measured = (isinstance(config.noise, str) and config.noise[:1] in "smt") or config.corruption == "mean"
+    draws = config.corruption == "noise" and isinstance(config.noise, str) and config.noise[:1] in "smt"
     return {
         "model": lm.name,
         "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
@@ -203,7 +206,7 @@ def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
         "method": config.method,
         "keep": run.keep,
         "answer": run.answer,
-        "noise_subjects": hashlib.sha256(subjects.encode()).hexdigest() if measured else None,
+        "noise_subjects": hashlib.sha256(subjects.encode()).hexdigest() if draws or config.corruption == "mean" else None,
         "pairs": hashlib.sha256(json.dumps(keys).encode()).hexdigest() if config.corruption == "subject" else None,
         **described(config),
     }

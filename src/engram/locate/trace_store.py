@@ -68,7 +68,8 @@ class TraceStore:
         if not path.is_file():
             raise EditFileError(f"{path} is no file of a run; make one with engram.average_trace(..., out={path.name!r})")
         try:
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
             try:
                 store = cls(connection, path)
                 version = store.about().get("format_version")
