@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
 from rich.console import Console
@@ -67,26 +67,33 @@ def progress() -> Iterator[Report]:
 
 
 def heat_maps(trace: CausalTrace) -> Columns:
-    """All tables of a trace that have one value a layer, side by side where the terminal is wide enough."""
+    """The tables of a trace, side by side where the terminal is wide enough: tokens down and layers across; of heads, layers
+    down and heads across, at the token where one of them does most. Neurons have none."""
     names = [label.replace("\n", "⏎") for label in trace.labels()]
-    tables = {site: table for site, table in trace.scores.items() if table.dim() == 2 and site != "neuron"}
-    maps = [_heat_map(site, table - trace.baseline, names) for site, table in tables.items()]
+    maps = []
+    for site in trace.scores:
+        effects, at = trace.effects(site), trace.best(site)
+        peak, look = float(effects[at]), site.partition(",")[0]
+        if look == "head":
+            layers = [f"layer {layer}" for layer in range(effects.shape[1])]
+            maps.append(_heat_map(f"{site} at {names[at[0]].strip()}", effects[at[0]], layers, peak))
+        elif look != "neuron":
+            maps.append(_heat_map(site, effects, names, peak))
     return Columns(maps, padding=(0, 1))
 
 
-def _heat_map(site: str, effects: Tensor, names: list[str]) -> Text:
-    """One character or two a layer, darker for a larger effect, with a terminal's colours if it has any."""
+def _heat_map(title: str, effects: Tensor, names: list[str], peak: float) -> Text:
+    """One character or two a column, darker the nearer an effect is to the peak, with a terminal's colours if it has any."""
     layers = effects.shape[1]
     wide = 2 if layers <= 16 else 1
-    peak = effects.flatten()[effects.nan_to_num().abs().argmax()]
     margin = min(22, max(map(len, names)))
     picture = Text()
-    picture.append(f"{site}, strongest {float(peak):+.2f}\n", Style(bold=True))
+    picture.append(f"{title}, strongest {peak:+.2f}\n", Style(bold=True))
     for name, row in zip(names, effects.nan_to_num().tolist(), strict=True):
         picture.append(f"{name[-margin:]:>{margin}} ")
         for effect in row:
-            depth = min(1.0, max(0.0, effect / (float(peak) or 1.0)))
-            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK.get(site.partition(",")[0], "cyan"))
+            depth = min(1.0, max(0.0, effect / (peak or 1.0)))
+            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK.get(title.partition(",")[0], "cyan"))
         picture.append("\n")
     last = str(layers - 1)
     return picture.append(" " * (margin + 1) + "0" + last.rjust(layers * wide - 1) + "\n", Style(dim=True))
@@ -100,16 +107,17 @@ def show_trace(trace: CausalTrace) -> None:
     if trace.method != "exact":
         console.print("[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else ""))
     console.print(heat_maps(trace))
+    margin = max(map(len, trace.scores))
     for site in trace.scores:
         at = trace.best(site)
         effect = float(trace.effects(site)[at])
         console.print(
-            f"  {site:<10} strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at)}: {effect:+.3f}"
+            f"  {site:<{margin}}  strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at)}: {effect:+.3f}"
         )
 
 
 def _place(trace: CausalTrace, site: str, at: tuple[int, ...]) -> str:
-    if site == "neuron":
+    if site.partition(",")[0] == "neuron":
         layer, neuron = trace.settings["neurons"][at[1]]
         return f"layer {layer}, neuron {neuron}"
     return f"layer {at[1]}" + (f", head {at[2]}" if len(at) > 2 else "")
@@ -130,18 +138,25 @@ def show_average(average: AverageTrace) -> None:
     console.print(
         f"clean {average.clean:.3f}, corrupted {average.corrupted:.3f}: total effect {ate:.3f} (95 %: {low:.3f} to {high:.3f})"
     )
-    console.print(Columns([_heat_map(s, average.effects(s).mean, list(PLACES)) for s in average.layered], padding=(0, 1)))
+    if average.traces[0].method != "exact":
+        console.print(
+            "[yellow]estimates[/], to first order" + (", but for the best cells" if average.traces[0].exact else "")
+        )
+    maps = []
+    for site in average.layered:
+        means = average.effects(site).mean
+        worth = (-means if average.direction == "noise" else means).nan_to_num(-float("inf"))
+        maps.append(_heat_map(site, means, list(PLACES), float(means.flatten()[worth.argmax()])))
+    console.print(Columns(maps, padding=(0, 1)))
+    margin = max(map(len, average.sites))
+    console.print(f"  {'strongest':<{margin}}  {'at the last subject token':<25}  at the last token")
     for site, about in average.summary()["sites"].items():
-        peaks = [
-            f"{place} token {about[place]['effect']:+.3f} at {_indices(about[place]['at'])}"
-            for place in PLACES
-            if place in about
-        ]
-        console.print(f"  {site:<10} {'; '.join(peaks)}")
+        peaks = [_peak(average, site, about[place]) if place in about else "" for place in ("last subject", "last")]
+        console.print(f"  {site:<{margin}}  {peaks[0]:<25}  {peaks[1]}".rstrip())
 
 
-def _indices(at: list[int]) -> str:
-    return f"layer {at[0]}" + (f", head {at[1]}" if len(at) > 1 else "")
+def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
+    return f"{about['effect']:+.3f} {_place(average.traces[0], site, (0, *about['at']))}"
 
 
 def show_receipt(receipt: Receipt) -> None:
