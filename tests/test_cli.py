@@ -9,11 +9,14 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import engram
 from engram import cli, pocket
 from engram.edit import Edit
+from engram.locate import experiment
+from engram.locate.averages import AverageTrace
 from engram.locate.causal_trace import CausalTrace
 from tests.tiny import TEXT, tiny_folder
 
@@ -81,7 +84,7 @@ def test_trace_shows_heat_maps_and_writes_picture_and_numbers(model, tmp_path):
         "--save",
         str(tmp_path / "t.st"),
     )
-    for shown in ("residual, highest", "mlp, highest", "attention, highest", "strongest at token", "picture: "):
+    for shown in ("residual, strongest", "mlp, strongest", "attention, strongest", "strongest at token", "picture: "):
         assert shown in told.output
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     saved = CausalTrace.load(tmp_path / "t.st")
@@ -95,6 +98,130 @@ def test_trace_prints_json_and_nothing_else(model):
     )
     assert found["answer"] == " Paris"
     assert len(found["scores"]["residual"]) == len(found["tokens"])
+
+
+FACTS = [
+    engram.Fact("tower", "The {} is in the city of", "Paris"),
+    engram.Fact("river", "The {} is in", "Rome"),
+    engram.Fact("mother tongue", "Their {} is", "French"),
+]
+
+
+@pytest.fixture(scope="module")
+def fact_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("facts") / "facts.json"
+    path.write_text(json.dumps([fact.to_dict() for fact in FACTS]))
+    return str(path)
+
+
+def test_an_average_makes_a_folder_and_a_second_start_traces_nothing(model, fact_file, tmp_path, monkeypatch):
+    args = ["trace", model, "--facts", fact_file, "--keep", "all", "--samples", "2", "-o", str(tmp_path / "run")]
+    told = run(*args).output
+    assert f"{tmp_path / 'run'}: traces.sqlite, summary.json, heatmaps.png, lines.png" in told
+    for shown in ("3 facts\n", "total effect ", "residual, strongest ", "last subject ", "at the last token"):
+        assert shown in told
+    wanted = engram.average_trace(engram.load(model), FACTS, keep="all", samples=2)
+    saved = AverageTrace.load(tmp_path / "run" / "traces.sqlite")
+    for one, two in zip(saved.traces, wanted.traces, strict=True):
+        for site in wanted.sites:
+            torch.testing.assert_close(one.scores[site], two.scores[site], atol=1e-6, rtol=0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == saved.summary()
+    for picture in ("heatmaps.png", "lines.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "run" / picture).unlink()
+
+    def refuse(*_):
+        raise AssertionError("traced a second time")
+
+    monkeypatch.setattr(experiment, "trace_batch", refuse)
+    again = run(*args, "--json")
+    assert json.loads(again.stdout) == saved.summary(), "and nothing else on standard output"
+    assert (tmp_path / "run" / "heatmaps.png").exists()
+
+
+def test_an_average_of_some_facts_by_chance(model, fact_file):
+    args = [
+        "trace",
+        model,
+        "--facts",
+        fact_file,
+        "--keep",
+        "all",
+        "--samples",
+        "1",
+        "--limit",
+        "2",
+        "--noise",
+        "1",
+        "--json",
+    ]
+    one, same, other = (json.loads(run(*args, "--seed", seed).stdout) for seed in ("1", "1", "2"))
+    assert one == same != other and one["facts"] == 2
+
+
+def test_severed_paths_get_their_bars(model, fact_file, tmp_path):
+    args = ["--keep", "all", "--samples", "1", "--site", "residual", "--severed", "mlp", "--severed", "attention"]
+    told = run("trace", model, "--facts", fact_file, *args, "-o", str(tmp_path / "run")).output
+    assert "heatmaps.png, lines.png, severed.png" in told and "residual, attention severed  " in told
+    assert (tmp_path / "run" / "severed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heads_alone_have_numbers_and_no_lines(model, fact_file, tmp_path):
+    args = ["--keep", "all", "--samples", "1", "--site", "head", "-o", str(tmp_path / "run")]
+    told = run("trace", model, "--facts", fact_file, *args).output
+    assert re.search(r"^  head {7}[+-]\d\.\d{3} layer \d, head \d", told, re.MULTILINE), told
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["summary.json", "traces.sqlite"]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "shown"),
+    [
+        (["--site", "head"], {"sites": ["head"]}, [r"head at \S+, strongest", r"layer \d, head \d: [+-]"]),
+        (
+            ["--site", "neuron", "--set", "neurons=[[1, 3]]"],
+            {"sites": ["neuron"], "neurons": [(1, 3)]},
+            ["layer 1, neuron 3: "],
+        ),
+        (["--method", "attribution"], {"method": "attribution"}, ["^estimates, to first order$"]),
+        (["--screen", "5"], {"screen": 5}, [r"^estimates, to first order; \d+ of \d+ cells are exact$"]),
+        (
+            ["--site", "residual", "--severed", "mlp"],
+            {"sites": ["residual"], "severed": ["mlp"]},
+            ["residual, mlp severed, strongest", "^  residual {15}strongest at token"],
+        ),
+        (["--noise", "0.1"], {"noise": 0.1}, []),
+        (["--noise", "u0.5"], {"noise": "u0.5"}, []),
+        (["--corruption", "subject", "--other-subject", "river"], {"corruption": "subject", "other_subject": "river"}, []),
+        (
+            ["--direction", "noise", "--metric", "logit_difference", "--foil", "city"],
+            {"direction": "noise", "metric": "logit_difference", "foil": "city"},
+            ["^logit difference -?", r"residual, strongest -"],
+        ),
+        (["--set", "positions=last", "--window", "2"], {"positions": "last", "window": 2}, []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_traces_options_are_its_settings(model, options, settings, shown):
+    args = ["trace", model, "The tower is in the city of", "-s", "tower", "--samples", "2"]
+    found = json.loads(run(*args, *options, "--json").stdout)
+    wanted = engram.trace(engram.load(model), "The tower is in the city of", subject="tower", samples=2, **settings)
+    assert found["scores"] == {site: table.tolist() for site, table in wanted.scores.items()}
+    assert found["low_score"] == wanted.low_score and found["method"] == wanted.method
+    told = run(*args, *options).output
+    for pattern in shown:
+        assert re.search(pattern, told, re.MULTILINE), told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--site", "head"], ["--site", "residual", "--severed", "mlp"], ["--direction", "noise", "--screen", "5"]],
+)
+def test_traces_can_be_read_in_80_columns(model, fact_file, options, monkeypatch):
+    monkeypatch.setattr("engram.cli.terminal.console", Console(highlight=False, soft_wrap=True, width=80))
+    given = ["--samples", "1", *options]
+    for args in (["The tower is in the city of", "-s", "tower"], ["--facts", fact_file, "--keep", "all"]):
+        told = run("trace", model, *args, *given).output
+        assert told and max(map(len, told.splitlines())) <= 80, told
 
 
 def test_edit_keeps_an_edit_with_its_receipt(edited):
@@ -174,6 +301,22 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
     [
         (["trace", "MODEL", PROMPT, "-s", "Paris"], "subject 'Paris' is not in the prompt"),
         (["trace", "MODEL", PROMPT, "-s", "Rome", "--noise", "loud"], "noise='loud' is not a rule"),
+        (["trace", "MODEL"], "give either a PROMPT with --subject, or --facts FILE"),
+        (
+            ["trace", "MODEL", PROMPT, "-s", "Rome", "--facts", "pocket"],
+            "give either a PROMPT with --subject, or --facts FILE",
+        ),
+        (["trace", "MODEL", PROMPT], "--subject is missing"),
+        (["trace", "MODEL", "--facts", "pocket", "--target", "a", "-s", "b"], "--subject, --target speak of one prompt"),
+        (["trace", "MODEL", "--facts", "pocket", "--save", "a"], "--save speak of one prompt"),
+        (["trace", "MODEL", "--facts", "/no/such/file"], "no facts could be read from '/no/such/file'"),
+        (["trace", "MODEL", "--facts", "pocket", "--keep", "some"], "keep='some' does not exist"),
+        (
+            ["trace", "MODEL", "--facts", "pocket", "--limit", "1", "-o", "/dev/null"],
+            "/dev/null cannot be the folder of a run",
+        ),
+        (["trace", "MODEL", PROMPT, "-s", "Rome", "--method", "fast"], "method='fast' does not exist"),
+        (["trace", "MODEL", PROMPT, "-s", "Rome", "--set", "windw=3"], "did you mean 'window'?"),
         (["trace", "no/such/model", PROMPT, "-s", "Rome"], "no causal language model found as 'no/such/model'"),
         (["edit", "MODEL", "-s", "Rome"], "--prompt, --target missing"),
         (["edit", "MODEL", "-s", "Rome", "-p", "{} is in", "-t", " "], "target=' ' is empty"),

@@ -88,7 +88,7 @@ def _heat_map(title: str, effects: Tensor, names: list[str], peak: float) -> Tex
     wide = 2 if layers <= 16 else 1
     margin = min(22, max(map(len, names)))
     picture = Text()
-    picture.append(f"{title}, strongest {peak:+.2f}\n", Style(bold=True))
+    picture.append(f"{title}, strongest {peak:+.2g}\n", Style(bold=True))
     for name, row in zip(names, effects.nan_to_num().tolist(), strict=True):
         picture.append(f"{name[-margin:]:>{margin}} ")
         for effect in row:
@@ -102,7 +102,7 @@ def _heat_map(title: str, effects: Tensor, names: list[str], peak: float) -> Tex
 def show_trace(trace: CausalTrace) -> None:
     """Heat maps, and where the strongest effects are."""
     metric = trace.settings.get("metric", "probability").replace("_", " ")
-    console.print(f"{_safe(trace.prompt)} →[bold]{_safe(trace.answer)}[/]")
+    console.print(f"{_safe(trace.prompt)} →[bold]{_safe(trace.answer.replace(chr(10), '⏎'))}[/]")
     console.print(f"{metric} {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}")
     if trace.method != "exact":
         console.print("[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else ""))
@@ -147,8 +147,9 @@ def show_average(average: AverageTrace) -> None:
         means = average.effects(site).mean
         worth = (-means if average.direction == "noise" else means).nan_to_num(-float("inf"))
         maps.append(_heat_map(site, means, list(PLACES), float(means.flatten()[worth.argmax()])))
-    console.print(Columns(maps, padding=(0, 1)))
-    margin = max(map(len, average.sites))
+    if maps:
+        console.print(Columns(maps, padding=(0, 1)))
+    margin = max(map(len, [*average.sites, "strongest"]))
     console.print(f"  {'strongest':<{margin}}  {'at the last subject token':<25}  at the last token")
     for site, about in average.summary()["sites"].items():
         peaks = [_peak(average, site, about[place]) if place in about else "" for place in ("last subject", "last")]

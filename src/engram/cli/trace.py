@@ -121,7 +121,7 @@ def _average(
     if limit is not None and limit < len(table):
         table = random.Random(asked["seed"]).sample(table, limit)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
     lm = terminal.load(model, dtype, device_map)
     with terminal.progress() as report:
         average = engram.average_trace(
@@ -139,6 +139,15 @@ def _average(
         for name, draw in pictures.items():
             draw().savefig(out / name)
         typer.echo(f"{out}: {', '.join([TRACES, SUMMARY, *pictures])}", err=as_json)
+
+
+def _make_folder(out: Path) -> None:
+    from engram.errors import EditFileError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditFileError(f"--out {out} cannot be the folder of a run: {error}. Choose another name") from error
 
 
 def _rule(noise: str) -> str | float:
