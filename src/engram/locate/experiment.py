@@ -53,7 +53,8 @@ def average_trace(
     Args:
         facts: what is traced: `prompt_text` is the prompt, `target` the object.
         out: file of the run, written a batch at a time. Started again with the same settings, a killed run goes on and traces
-            nothing twice; a longer list of facts goes on as well. Default: nothing is kept.
+            nothing twice; so does a longer list of facts where `noise_subjects` is given, since noise is measured on the
+            list's subjects otherwise. Default: nothing is kept.
         keep: "known": facts whose object begins with the model's most probable next token; "exact": those whose object is
             that token, as in the released code, where an object of several tokens never counts; "all".
         answer: what is scored: the "model"'s own most probable next token, as published, or the fact's whole "object".
