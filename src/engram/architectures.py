@@ -256,7 +256,16 @@ class Parts:
         return as_linear(self.blocks[layer].get_submodule(self.layout.heads_out or "")).shape[1] // self.n_heads
 
     def mlp_width(self, layer: int) -> int:
-        """d_ff: neurons of a block's MLP, the input of `mlp_out`."""
+        """d_ff: neurons of a block's MLP, the input of `mlp_out`.
+
+        Raises:
+            UnsupportedModelError: the family's row does not name that matrix, or the layer does not exist.
+        """
+        if self.layout.mlp_out is None:
+            raise UnsupportedModelError(
+                f"model_type={self._config.model_type!r} has no neurons that can be told apart: its row in "
+                "engram.architectures.LAYOUTS names no mlp_out, the one matrix of a block whose input is all of its neurons"
+            )
         return as_linear(self.mlp_out(layer)).shape[1]
 
     @property

@@ -64,8 +64,8 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     """`prompt` in tokens.
 
     Raises:
-        FactError: subject not in the prompt or lost by the tokenizer, empty target, noise of a wrong shape, a foil that
-            starts as the answer does, another subject of another length.
+        FactError: subject not in the prompt or lost by the tokenizer, empty target or foil, noise of a wrong shape, another
+            subject of another length.
         SettingError: foil or other subject missing where the settings need one, or given where they do not.
     """
     _check_company(prompt, config)
@@ -77,14 +77,7 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     if prompt.other_subject is not None:
         other = _other(lm, prompt, starts, cloze, spans)
         corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other.ids, strict=True)) if a != b]
-    foil = None
-    if prompt.foil is not None:
-        foil = lm.cloze(prompt.text, prompt.foil).answer[0]
-        if cloze.answer and cloze.answer[0] == foil:
-            raise FactError(
-                f"foil={prompt.foil!r} begins with the same token as the answer {prompt.target!r}, so their logits do not "
-                "differ; choose answers with different first tokens"
-            )
+    foil = None if prompt.foil is None else lm.cloze(prompt.text, prompt.foil).answer[0]
     return Question(
         prompt, cloze.ids, cloze.decoder_ids, cloze.read, cloze.answer, foil,
         _rows(config, cloze.tokens, spans[0], cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]),

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from engram.errors import FactError
 from engram.hooks import record, substitute
 from engram.language_model import LanguageModel, pad_right
 from engram.locate.config import PARTS, Table, TraceConfig
@@ -58,9 +59,23 @@ class Runs:
             self.answers = torch.tensor(
                 [q.answer or [int(logits[f * self.per_fact, 0].argmax())] for f, q in enumerate(self.questions)]
             )
+            self._check_foils()
             scores = self.metric(logits, torch.arange(len(self.questions)).repeat_interleave(self.per_fact))
         scores = scores.view(len(self.questions), self.per_fact)
         self.clean, self.corrupted = scores[:, 0], scores[:, 1 : 1 + self.samples].mean(1)
+
+    def _check_foils(self) -> None:
+        """
+        Raises:
+            FactError: a foil that begins with the answer's own first token, which the model may have chosen.
+        """
+        for question, answer in zip(self.questions, self.answers[:, 0].tolist(), strict=True):
+            if question.foil == answer:
+                raise FactError(
+                    f"foil={question.prompt.foil!r} begins with the same token as the answer "
+                    f"{self.lm.token_strings([answer])[0]!r}, so their logits do not differ; choose answers with different first "
+                    "tokens"
+                )
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
