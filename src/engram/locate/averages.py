@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engram.errors import EngramError, SettingError
 from engram.locate.causal_trace import CausalTrace
+from engram.locate.config import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,22 +78,25 @@ class AverageTrace:
         if not self.traces:
             reasons = "; ".join(sorted({reason for _, reason in self.skipped})) or "no facts were given"
             raise EngramError(f"there is no trace to average: {reasons}")
-        if len({(tuple(t.scores), t.window, str(t.settings.get("direction"))) for t in self.traces}) > 1:
-            raise EngramError("these traces have different sites, windows or directions; their mean would mean nothing")
+        first = _asked(self.traces[0])
+        for trace in self.traces:
+            if different := [name for name, value in _asked(trace).items() if value != first.get(name)]:
+                raise EngramError(
+                    f"these traces differ in {', '.join(different)}; their mean would mean nothing. Average those of one kind"
+                )
 
     @property
     def sites(self) -> list[str]:
         return list(self.traces[0].scores)
 
     @property
-    def n_layers(self) -> int:
-        return next(iter(self.traces[0].scores.values())).shape[1]
-
-    @property
     def layered(self) -> list[str]:
         """Tables of one value a layer: all but heads and neurons."""
-        first = self.traces[0].scores
-        return [site for site in first if first[site].dim() == 2 and first[site].shape[1] == self.n_layers]
+        return [site for site in self.sites if site.partition(",")[0] not in PARTS]
+
+    @property
+    def direction(self) -> str:
+        return str(self.traces[0].settings.get("direction", "denoise"))
 
     @property
     def severed(self) -> list[str]:
@@ -140,7 +144,7 @@ class AverageTrace:
     def _by_fact(self, site: str) -> Tensor:
         rows = []
         for trace in self.traces:
-            effects = trace.effects(site).double()
+            effects = trace.scores[site].double() - trace.baseline
             empty = torch.full_like(effects[0], torch.nan)
             rows.append(torch.stack([effects[at].mean(0) if at else empty for at in place_rows(trace).values()]))
         return torch.stack(rows)
@@ -172,22 +176,30 @@ class AverageTrace:
         return sum(t.low_score for t in self.traces) / len(self.traces)
 
     def summary(self) -> dict[str, Any]:
-        """What the paper reports beside its figures: total effect, peaks of the means, means of each fact's own maximum."""
+        """What the paper reports beside its figures: total effect, peaks of the means, means of each fact's own maximum.
+
+        Peaks are effects; "mean_of_maxima" is the mean over facts of the highest score, in the whole table or at a place. In the
+        other direction, where the strongest effects are the most negative, it is the lowest.
+        """
         ate, low, high = self.total_effect()
         about: dict[str, Any] = {
             "facts": len(self.traces), "skipped": len(self.skipped), "clean": self.clean, "corrupted": self.corrupted,
             "total_effect": {"mean": ate, "low": low, "high": high}, "sites": {},
         }  # fmt: skip
+        sign = -1 if self.direction == "noise" else 1  # where effects are negative, the lowest are the strongest
         for site in self.sites:
             mean = self.effects(site).mean
-            peaks: dict[str, Any] = {
-                "mean_of_maxima": float(torch.tensor([float(t.scores[site].max()) for t in self.traces]).mean())
-            }
+            own = [sign * float((sign * t.scores[site]).max()) for t in self.traces]
+            peaks: dict[str, Any] = {"mean_of_maxima": sum(own) / len(own)}
             for place in ("last subject", "last"):
                 curve = mean[PLACES.index(place)]
                 if not curve.isnan().all():
-                    at = int(curve.nan_to_num(-torch.inf).argmax())
-                    peaks[place] = {"effect": float(curve.flatten()[at]), "at": _index(at, curve.shape)}
+                    at = int((sign * curve).argmax())
+                    rows = [t.scores[site][place_rows(t)[place]] for t in self.traces]
+                    own = [sign * float((sign * row).max()) for row in rows if len(row)]
+                    peaks[place] = {
+                        "effect": float(curve.flatten()[at]), "at": _index(at, curve.shape), "mean_of_maxima": sum(own) / len(own)
+                    }  # fmt: skip
             about["sites"][site] = peaks
         return about
 
@@ -222,14 +234,21 @@ class AverageTrace:
             return cls(store.traces(), store.skipped(), seed)
 
 
+def _asked(trace: CausalTrace) -> dict[str, Any]:
+    """What has to be the same for a mean to mean something: all but what belongs to one prompt."""
+    settings = {name: value for name, value in trace.settings.items() if name not in ("foil", "other_subject")}
+    shapes = {site: tuple(table.shape[1:]) for site, table in trace.scores.items()}
+    return {"sites": shapes, "window": trace.window, "method": trace.method, "model": trace.model, **settings}
+
+
 def _index(at: int, shape: torch.Size) -> list[int]:
     return [int(i) for i in torch.unravel_index(torch.tensor(at), shape)]
 
 
 def _quantile(samples: Tensor, q: float) -> Tensor:
-    """Along the first axis, without NaN; in pieces, since torch's takes no more than 16 million numbers at once."""
+    """Along the first axis, without NaN; in pieces, since torch's takes no more than 2^24 numbers at once."""
     flat = samples.flatten(1) if samples.dim() > 1 else samples[:, None]
-    found = torch.cat([piece.nanquantile(q, 0) for piece in flat.split(4096, 1)])
+    found = torch.cat([piece.nanquantile(q, 0) for piece in flat.split(max(1, (1 << 24) // len(flat)), 1)])
     return found.view(samples.shape[1:])
 
 

@@ -44,20 +44,20 @@ def trace_prompts(
     Yields:
         One trace a prompt; see `batched` for the order.
     """
-    for batch in batched(lm, prompts, config, facts_per_batch):
+    corruptor = Corruptor(lm, config)
+    questions = [ask(lm, prompt, config, corruptor) for prompt in prompts]
+    for batch in batched(lm, questions, config, facts_per_batch):
         yield from trace_batch(lm, batch, config, progress)
 
 
 def batched(
-    lm: LanguageModel, prompts: Sequence[Prompt], config: TraceConfig, facts_per_batch: int | None = None
+    lm: LanguageModel, questions: Sequence[Question], config: TraceConfig, facts_per_batch: int | None = None
 ) -> Iterator[list[Question]]:
-    """Prompts in tokens, by their number of answer tokens and their length, so many at a time."""
-    corruptor = Corruptor(lm, config)
-    questions = [ask(lm, prompt, config, corruptor) for prompt in prompts]
+    """Questions by their number of answer tokens and their length, so many at a time."""
     together = _together(lm, config)
     batch: list[Question] = []
     for question in sorted(questions, key=lambda q: (len(q.read), len(q.ids))):
-        most = facts_per_batch or _affordable_facts(lm, question, corruptor.samples)
+        most = facts_per_batch or _affordable_facts(lm, question)
         if batch and (len(batch) >= most or len(question.read) != len(batch[0].read) or not together):
             yield batch
             batch = []
@@ -71,7 +71,8 @@ def _together(lm: LanguageModel, config: TraceConfig) -> bool:
     return config.frozen_noise is None and use_replay(lm, config.engine)
 
 
-def _affordable_facts(lm: LanguageModel, question: Question, samples: int) -> int:
+def _affordable_facts(lm: LanguageModel, question: Question) -> int:
+    samples = 1 if question.noise is None else len(question.noise)
     tensors = 5 * lm.n_layers  # states, keys, values and two sites a block
     row = len(question.ids) * lm.d_model * lm.dtype.itemsize
     return max(1, min(32, _RECORDED_BYTES // (tensors * row * (samples + 1))))

@@ -111,10 +111,10 @@ class CausalTrace:
 
     def to_bytes(self) -> bytes:
         """The contents of a safetensors file: tables are tensors, everything else is in its header."""
-        about = {k: v for k, v in vars(self).items() if k not in ("scores", "exact")}
+        about = {k: v for k, v in vars(self).items() if k not in ("scores", "exact")} | {"tables": list(self.scores)}
         tables = {k: v.contiguous() for k, v in self.scores.items()}
         tables |= {f"exact: {k}": v.contiguous() for k, v in self.exact.items()}
-        return save_tensors(tables, {"engram.trace": json.dumps(about), "tables": json.dumps(list(self.scores))})
+        return save_tensors(tables, {"engram.trace": json.dumps(about)})  # one entry: several come in any order
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file."""
@@ -129,10 +129,9 @@ class CausalTrace:
         """
         try:
             size = int.from_bytes(data[:8], "little")
-            about_file = json.loads(data[8 : 8 + size])["__metadata__"]
-            about, order = json.loads(about_file["engram.trace"]), json.loads(about_file["tables"])
+            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["engram.trace"])
             tables = load_tensors(data)
-            scores = {site: tables[site] for site in order}
+            scores = {site: tables[site] for site in about.pop("tables")}
         except (SafetensorError, OSError, KeyError, ValueError, UnicodeDecodeError, OverflowError) as error:
             raise EditFileError(
                 f"{name!r} is not a saved causal trace ({error}); make one with CausalTrace.save"

@@ -22,8 +22,10 @@ from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.locate.averages import AverageTrace
 from engram.locate.batches import batched, described, trace_batch
+from engram.locate.causal_trace import CausalTrace
 from engram.locate.config import TraceConfig, tables, usual_window
-from engram.locate.question import Prompt
+from engram.locate.corruption import Corruptor
+from engram.locate.question import Prompt, Question, ask
 from engram.locate.trace_store import TraceStore
 from engram.merging import fingerprint
 
@@ -53,8 +55,8 @@ def average_trace(
     Args:
         facts: what is traced: `prompt_text` is the prompt, `target` the object.
         out: file of the run, written a batch at a time. Started again with the same settings, a killed run goes on and traces
-            nothing twice; so does a longer list of facts where `noise_subjects` is given, since noise is measured on the
-            list's subjects otherwise. Default: nothing is kept.
+            nothing twice; so does a longer list of facts, where nothing is measured on the whole list: not the noise (give a
+            number, or `noise_subjects`) nor the pairs of corruption="subject". Default: nothing is kept.
         keep: "known": facts whose object begins with the model's most probable next token; "exact": those whose object is
             that token, as in the released code, where an object of several tokens never counts; "all".
         answer: what is scored: the "model"'s own most probable next token, as published, or the fact's whole "object".
@@ -72,6 +74,8 @@ def average_trace(
     for name, value, kind in (("keep", keep, Keep), ("answer", answer, Answer)):
         if value not in get_args(kind):
             raise SettingError(f"{name}={value!r} does not exist; expected {' or '.join(map(repr, get_args(kind)))}")
+    if facts_per_batch is not None and facts_per_batch < 1:
+        raise SettingError(f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time")
     config = TraceConfig.of(**settings)
     if config.metric == "logit_difference" and config.corruption != "subject":
         raise SettingError(
@@ -81,94 +85,97 @@ def average_trace(
         raise SettingError("noise as a tensor fits subjects of one length; over many facts give a rule, such as 's3'")
     if config.noise_subjects is None:
         config = replace(config, noise_subjects=tuple(fact.subject for fact in facts))
-    plan = [(key, number, fact) for number, (key, fact) in enumerate(zip(_keys(facts), facts, strict=True))]
-    with TraceStore.writing(out, _about(lm, config, keep, answer)) as store:
+    keys = _keys(facts)
+    plan = list(zip(keys, range(len(facts)), facts, strict=True))
+    run = _Run(lm, config, keep, answer, facts)  # a mistake in the settings is told before there is a file
+    with TraceStore.writing(out, _about(run, keys)) as store:
         finished = store.keys()
-        done, todo = 0, [job for job in plan if job[0] not in finished]
-        pairs = _pairs(lm, facts, config.seed) if config.corruption == "subject" else {}
-        for at in range(0, len(todo), _FACTS_AT_ONCE):
-            for rows in _traced(lm, todo[at : at + _FACTS_AT_ONCE], config, keep, answer, pairs, facts_per_batch):
+        done = len(finished.intersection(keys))
+        for at in range(0, len(plan), _FACTS_AT_ONCE):  # in a resumed run as in the first: the same batches, the same bytes
+            todo = [job for job in plan[at : at + _FACTS_AT_ONCE] if job[0] not in finished]
+            for rows in _traced(run, todo, facts_per_batch):
                 store.add(rows)
                 done += len(rows)
                 if progress is not None:
-                    progress(len(plan) - len(todo) + done, len(plan))
-        skipped = store.skipped()
+                    progress(done, len(plan))
+        skipped = store.skipped(keys)
         for reason, count in Counter(reason for _, reason in skipped).items():
             log.info("%d facts left out: %s", count, reason)
-        return AverageTrace(store.traces(), skipped)
+        return AverageTrace(store.traces(keys), skipped)
 
 
 _Job = tuple[str, int, Fact]
-_Row = tuple[str, int, str, str | None, Any]
+_Row = tuple[str, int, str, str | None, CausalTrace | None]
 
 
-def _traced(
-    lm: LanguageModel, jobs: Sequence[_Job], config: TraceConfig, keep: Keep, answer: Answer, pairs: dict[int, Fact | None],
-    facts_per_batch: int | None,
-) -> Iterator[list[_Row]]:  # fmt: skip
+class _Run:
+    """What all facts of a run share, prepared once."""
+
+    def __init__(self, lm: LanguageModel, config: TraceConfig, keep: Keep, answer: Answer, facts: Sequence[Fact]) -> None:
+        self.lm, self.config, self.keep, self.answer = lm, config, keep, answer
+        self.facts = facts
+        self.corruptor = Corruptor(lm, config)
+
+    def ask(self, number: int, fact: Fact) -> Question:
+        """What the model is asked about a fact.
+
+        Raises:
+            FactError: the fact does not count; the message says why.
+        """
+        target = fact.target if self.answer == "object" else None
+        differs = self.config.metric == "logit_difference"
+        said = self._said(fact) if self.keep != "all" or (differs and target is None) else None
+        if said is not None and not self._counts(fact, said):
+            raise FactError("the model's next token is not the object")
+        if self.config.corruption != "subject":
+            return ask(self.lm, Prompt(fact.prompt_text, fact.subject, target), self.config, self.corruptor)
+        for other in self._others(number, fact):
+            prompt = Prompt(fact.prompt_text, fact.subject, target, other.target if differs else None, other.subject)
+            try:
+                question = ask(self.lm, prompt, self.config, self.corruptor)
+            except FactError:  # the subjects are not of one length, or the objects begin alike
+                continue
+            if target is not None or question.foil is None or question.foil != said:
+                return question
+        raise FactError("no other fact has another object and a subject of as many tokens")
+
+    def _others(self, number: int, fact: Fact) -> Iterator[Fact]:
+        """Facts with another object that may be this one's partner, in random order, those of the same prompt first."""
+        others = [other for other in self.facts if other.target != fact.target and other.subject != fact.subject]
+        random.Random(f"{self.config.seed}:{number}").shuffle(others)
+        yield from sorted(others, key=lambda other: other.prompt != fact.prompt)
+
+    def _said(self, fact: Fact) -> int:
+        """Id of the model's most probable next token."""
+        cloze = self.lm.cloze(fact.prompt_text)
+        decoder = None if cloze.decoder_ids is None else [cloze.decoder_ids]
+        (logits,) = self.lm.logits_at([cloze.ids], [cloze.read], decoder)
+        return int(logits[0].argmax())
+
+    def _counts(self, fact: Fact, said: int) -> bool:
+        if self.keep == "exact":
+            return self.lm.token_strings([said])[0].strip() == fact.target.strip()
+        return self.keep == "all" or said == self.lm.cloze(fact.prompt_text, fact.target).answer[0]
+
+
+def _traced(run: _Run, jobs: Sequence[_Job], facts_per_batch: int | None) -> Iterator[list[_Row]]:
     """Rows for the store, those that are skipped first."""
-    asked: dict[int, tuple[_Job, Prompt]] = {}
+    asked: dict[int, _Job] = {}
+    questions: list[Question] = []
     skipped: list[_Row] = []
-    known = dict.fromkeys(range(len(jobs)), True) if keep == "all" else _known(lm, [fact for *_, fact in jobs], keep)
-    for i, job in enumerate(jobs):
+    for job in jobs:
         key, number, fact = job
         try:
-            prompt = _prompt(fact, answer, config, pairs.get(number))
-            if not known[i]:
-                raise FactError("the model's next token is not the object")
-            next(batched(lm, [prompt], config))
-            asked[id(prompt)] = job, prompt
+            questions.append(run.ask(number, fact))
+            asked[id(questions[-1])] = job
         except FactError as error:
             skipped.append((key, number, fact.prompt_text, str(error), None))
     if skipped:
         yield skipped
-    for batch in batched(lm, [prompt for _, prompt in asked.values()], config, facts_per_batch):
-        rows: list[_Row] = []
-        for question, trace in zip(batch, trace_batch(lm, batch, config), strict=True):
-            (key, number, fact), _ = asked[id(question.prompt)]
-            rows.append((key, number, fact.prompt_text, None, trace))
-        yield rows
-
-
-def _prompt(fact: Fact, answer: Answer, config: TraceConfig, other: Fact | None) -> Prompt:
-    target = fact.target if answer == "object" else None
-    if config.corruption != "subject":
-        return Prompt(fact.prompt_text, fact.subject, target)
-    if other is None:
-        raise FactError("no other fact's subject has as many tokens")
-    foil = other.target if config.metric == "logit_difference" else None
-    return Prompt(fact.prompt_text, fact.subject, target, foil, other.subject)
-
-
-def _known(lm: LanguageModel, facts: Sequence[Fact], keep: Keep) -> dict[int, bool]:
-    """Whether the model's most probable next token is the object, by a fact's number."""
-    found = {}
-    for i, fact in enumerate(facts):
-        said, _ = lm.next_tokens(fact.prompt_text, 1)[0]
-        if keep == "exact":
-            found[i] = said.strip() == fact.target.strip()
-        else:
-            first = lm.cloze(fact.prompt_text, fact.target).answer[0]
-            found[i] = said == lm.token_strings([first])[0]
-    return found
-
-
-def _pairs(lm: LanguageModel, facts: Sequence[Fact], seed: int) -> dict[int, Fact | None]:
-    """For each fact, by number, another one whose subject takes the place of its own token by token; of the same prompt where
-    there is one, and with another object."""
-    lengths = [len(lm.encode(fact.prompt_text).ids) for fact in facts]
-    found: dict[int, Fact | None] = {}
-    for number, fact in enumerate(facts):
-        same = [
-            other for other, length in zip(facts, lengths, strict=True)
-            if other.prompt == fact.prompt and length == lengths[number] and other.target != fact.target
-        ]  # fmt: skip
-        choices = same or [
-            other for other in facts
-            if other.target != fact.target and len(lm.encode(fact.prompt.replace("{}", other.subject)).ids) == lengths[number]
-        ]  # fmt: skip
-        found[number] = random.Random(f"{seed}:{number}").choice(choices) if choices else None
-    return found
+    for batch in batched(run.lm, questions, run.config, facts_per_batch):
+        traces = trace_batch(run.lm, batch, run.config)
+        jobs_of_batch = [asked[id(question)] for question in batch]
+        yield [(key, n, fact.prompt_text, None, t) for (key, n, fact), t in zip(jobs_of_batch, traces, strict=True)]
 
 
 def _keys(facts: Sequence[Fact]) -> list[str]:
@@ -182,11 +189,12 @@ def _keys(facts: Sequence[Fact]) -> list[str]:
     return keys
 
 
-def _about(lm: LanguageModel, config: TraceConfig, keep: Keep, answer: Answer) -> dict[str, Any]:
+def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
     """Everything that changes the numbers: the model's weights and dtype, and what is asked of it."""
+    lm, config = run.lm, run.config
     weights = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
     subjects = json.dumps(list(config.noise_subjects or ()), ensure_ascii=False)
-    measured = (isinstance(config.noise, str) and config.noise[:1] in "smt") or config.corruption == "mean"
+    draws = config.corruption == "noise" and isinstance(config.noise, str) and config.noise[:1] in "smt"
     return {
         "model": lm.name,
         "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
@@ -196,8 +204,9 @@ def _about(lm: LanguageModel, config: TraceConfig, keep: Keep, answer: Answer) -
         "samples": config.samples,
         "positions": config.positions if isinstance(config.positions, str) else list(config.positions),
         "method": config.method,
-        "keep": keep,
-        "answer": answer,
-        "noise_subjects": hashlib.sha256(subjects.encode()).hexdigest() if measured else None,
+        "keep": run.keep,
+        "answer": run.answer,
+        "noise_subjects": hashlib.sha256(subjects.encode()).hexdigest() if draws or config.corruption == "mean" else None,
+        "pairs": hashlib.sha256(json.dumps(keys).encode()).hexdigest() if config.corruption == "subject" else None,
         **described(config),
     }

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engram.errors import EditFileError, SettingError
 from engram.locate.causal_trace import CausalTrace
 
 FORMAT_VERSION = 1
+_HASHED = {  # settings that are kept as a hash, which would say nothing
+    "weights": "other weights of the model",
+    "noise_subjects": "noise measured on other subjects (the list's own, unless noise_subjects says whose)",
+    "pairs": "another list of facts, so that other facts are paired",
+}
 _TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE facts (key TEXT PRIMARY KEY, number INTEGER NOT NULL, prompt TEXT NOT NULL, skipped TEXT, trace BLOB);
@@ -38,23 +43,18 @@ class TraceStore:
             EditFileError: the file is something else, or cannot be written.
         """
         path = Path(":memory:") if path is None else Path(path)
-        new = path == Path(":memory:") or not path.exists()
-        try:
-            if new and path != Path(":memory:"):
+        with _usable(path):
+            if path != Path(":memory:"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(path)
-            try:
-                store = cls(connection, path)
-                if new or not store._has_tables():
+            store = cls(sqlite3.connect(path), path)
+        try:
+            with _usable(path):
+                if not store._has_tables():
                     store._begin(about)
                 store._check(about)
-                yield store
-            finally:
-                connection.close()
-        except (sqlite3.Error, OSError) as error:
-            raise EditFileError(
-                f"{path} cannot be used for a run of traces: {error}. Choose another name, or a folder that you may write to"
-            ) from error
+            yield store
+        finally:
+            store._connection.close()
 
     @classmethod
     @contextmanager
@@ -68,7 +68,8 @@ class TraceStore:
         if not path.is_file():
             raise EditFileError(f"{path} is no file of a run; make one with engram.average_trace(..., out={path.name!r})")
         try:
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
             try:
                 store = cls(connection, path)
                 version = store.about().get("format_version")
@@ -97,12 +98,12 @@ class TraceStore:
             self._connection.executemany("INSERT INTO about VALUES (?, ?)", pairs)
 
     def _check(self, about: dict[str, Any]) -> None:
-        there, asked = self.about(), json.loads(json.dumps(about))
+        there, asked = self.about(), json.loads(json.dumps({"format_version": FORMAT_VERSION, **about}))
         for name, value in asked.items():
             if there.get(name) != value:
+                begun = f"{name}={there.get(name)!r}, now asked for is {value!r}"
                 raise SettingError(
-                    f"{self.path} was begun with {name}={there.get(name)!r}, now asked for is {value!r}. Go on with the same "
-                    "settings, or choose another file"
+                    f"{self.path} was begun with {_HASHED.get(name, begun)}. Go on with the same settings, or choose another file"
                 )
 
     def about(self) -> dict[str, Any]:
@@ -114,19 +115,43 @@ class TraceStore:
         return {key for (key,) in self._connection.execute("SELECT key FROM facts")}
 
     def add(self, rows: Iterable[tuple[str, int, str, str | None, CausalTrace | None]]) -> None:
-        """Write (key, number in the list, prompt, reason why it was skipped, trace) rows, all of them or none."""
-        with self._connection:
+        """Write (key, number in the list, prompt, reason why it was skipped, trace) rows, all of them or none.
+
+        A fact that another process has finished in the meantime stays as it is.
+        """
+        with _usable(self.path), self._connection:
             self._connection.executemany(
-                "INSERT INTO facts VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)",
                 [(key, n, prompt, why, trace and trace.to_bytes()) for key, n, prompt, why, trace in rows],
             )
 
-    def traces(self) -> list[CausalTrace]:
-        """All traces, in the order of the facts' list."""
-        found = self._connection.execute("SELECT trace FROM facts WHERE skipped IS NULL ORDER BY number")
-        return [CausalTrace.from_bytes(data, str(self.path)) for (data,) in found]
+    def traces(self, keys: Sequence[str] | None = None) -> list[CausalTrace]:
+        """The traces of these facts, in this order; default: all, in the order of the list that they came from."""
+        found = self._connection.execute("SELECT key, trace FROM facts WHERE skipped IS NULL ORDER BY number, rowid")
+        return [CausalTrace.from_bytes(data, str(self.path)) for data in _chosen(found, keys)]
 
-    def skipped(self) -> list[tuple[str, str]]:
-        """(prompt, reason) of the facts that were left out."""
-        found = self._connection.execute("SELECT prompt, skipped FROM facts WHERE skipped IS NOT NULL ORDER BY number")
-        return [(prompt, why) for prompt, why in found]
+    def skipped(self, keys: Sequence[str] | None = None) -> list[tuple[str, str]]:
+        """(prompt, reason) of those of these facts that were left out, ordered as `traces` are."""
+        found = self._connection.execute(
+            "SELECT key, prompt, skipped FROM facts WHERE skipped IS NOT NULL ORDER BY number, rowid"
+        )
+        return _chosen(((key, (prompt, why)) for key, prompt, why in found), keys)
+
+
+T = TypeVar("T")
+
+
+def _chosen(rows: Iterable[tuple[str, T]], keys: Sequence[str] | None) -> list[T]:
+    by_key = dict(rows)
+    return [by_key[key] for key in (by_key if keys is None else keys) if key in by_key]
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Mistakes of the file system and of SQLite, told with the file's name."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise EditFileError(
+            f"{path} cannot be used for a run of traces: {error}. Choose another name, or a folder that you may write to"
+        ) from error

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from engram.errors import SettingError
 from engram.plots.style import STYLE, layer_ticks
-from engram.plots.traces import label_layers, layer_label, look
+from engram.plots.traces import ESTIMATES, label_layers, layer_label, look
 
 if TYPE_CHECKING:
     from engram.locate.averages import AverageTrace, Interval
@@ -32,7 +32,7 @@ def plot_average(average: AverageTrace, sites: list[str] | None = None) -> Figur
     In the other direction, where effects are negative, their size is shown.
     """
     sites = _flat(average, sites)
-    sign = -1 if average.traces[0].settings.get("direction") == "noise" else 1
+    sign = -1 if average.direction == "noise" else 1
     tables = {site: (sign * average.effects(site).mean).clamp(min=0) for site in sites}
     top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
     with rc_context(STYLE):
@@ -99,7 +99,7 @@ def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
             ax.bar(x, mean, 0.3, color=colour, label=label, yerr=error, error_kw={"linewidth": 0.5})
             highest = max(highest, float(np.nan_to_num(high).max()))
         ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(2.5, 1.05 * highest))
-        ax.set_xticks(list(layer_ticks(average.n_layers)))
+        ax.set_xticks(list(layer_ticks(len(mean))))
         ax.set_xlabel(f"layer of {PurePath(average.traces[0].model).name} at which the state is restored, {place} token")
         ax.set_ylabel(f"{'average ' * (len(average.traces) > 1)}indirect effect, %")
         ax.legend(frameon=False)
@@ -118,5 +118,5 @@ def _flat(average: AverageTrace, sites: list[str] | None) -> list[str]:
 
 def _title(average: AverageTrace) -> str:
     effect = average.traces[0].settings.get("effect", "indirect")
-    estimate = " (estimate)" if average.traces[0].method == "attribution" else ""
+    estimate = ESTIMATES.get(average.traces[0].method, "")
     return f"Average {effect} effect{estimate}"

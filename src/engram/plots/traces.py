@@ -25,6 +25,7 @@ LOOKS = {  # site -> colour map, what is replaced
     "head": ("Oranges", "head"),
     "neuron": ("Blues", "neuron"),
 }
+ESTIMATES = {"attribution": " (estimate)", "screened": " (partly estimated)"}  # method -> what a title says of it
 
 
 def look(table: str) -> tuple[str, str]:
@@ -94,7 +95,7 @@ def _title(trace: CausalTrace, site: str) -> str:
     verb, into = ("Inserting corrupted", "clean") if about.get("direction") == "noise" else ("Restoring", "corrupted")
     if about.get("effect") == "direct":
         verb, into = "All but", "the other"
-    estimate = {"attribution": " (estimate)", "screened": " (partly estimated)"}.get(trace.method, "")
+    estimate = ESTIMATES.get(trace.method, "")
     return f"{verb} {look(site)[1]} {'after' if into == 'corrupted' else 'in'} {into} input{estimate}"
 
 
