@@ -197,8 +197,10 @@ class Parts:
 
     def _site(self, site: str) -> list[nn.Module]:
         if site not in self._modules:
+            near = get_close_matches(site, self.site_names(), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UnsupportedModelError(
-                f"model_type={self._config.model_type!r} has no site {site!r}; it has {', '.join(self.site_names())}"
+                f"model_type={self._config.model_type!r} has no site {site!r}{hint}; it has {', '.join(self.site_names())}"
             )
         return self._modules[site]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,22 +70,24 @@ def heat_maps(trace: CausalTrace) -> Columns:
     """All tables of a trace that have one value a layer, side by side where the terminal is wide enough."""
     names = [label.replace("\n", "⏎") for label in trace.labels()]
     tables = {site: table for site, table in trace.scores.items() if table.dim() == 2 and site != "neuron"}
-    maps = [_heat_map(site, table - trace.baseline, names) for site, table in tables.items()]
+    sign = -1 if trace.settings.get("direction") == "noise" else 1
+    maps = [_heat_map(site, table - trace.baseline, names, sign) for site, table in tables.items()]
     return Columns(maps, padding=(0, 1))
 
 
-def _heat_map(site: str, effects: Tensor, names: list[str]) -> Text:
-    """One character or two a layer, darker for a larger effect, with a terminal's colours if it has any."""
+def _heat_map(site: str, effects: Tensor, names: list[str], sign: int) -> Text:
+    """One character or two a layer, darker for a larger effect (`sign` 1) or a more negative one, with a terminal's colours."""
     layers = effects.shape[1]
     wide = 2 if layers <= 16 else 1
-    peak = effects.flatten()[effects.nan_to_num().abs().argmax()]
+    effects = (sign * effects).nan_to_num()
+    peak = max(float(effects.max()), 1e-9)
     margin = min(22, max(map(len, names)))
     picture = Text()
-    picture.append(f"{site}, strongest {float(peak):+.2f}\n", Style(bold=True))
-    for name, row in zip(names, effects.nan_to_num().tolist(), strict=True):
+    picture.append(f"{site}, strongest {sign * float(effects.max()):+.2f}\n", Style(bold=True))
+    for name, row in zip(names, effects.tolist(), strict=True):
         picture.append(f"{name[-margin:]:>{margin}} ")
         for effect in row:
-            depth = min(1.0, max(0.0, effect / (float(peak) or 1.0)))
+            depth = min(1.0, max(0.0, effect / peak))
             picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK.get(site.partition(",")[0], "cyan"))
         picture.append("\n")
     last = str(layers - 1)
@@ -104,15 +106,16 @@ def show_trace(trace: CausalTrace) -> None:
         at = trace.best(site)
         effect = float(trace.effects(site)[at])
         console.print(
-            f"  {site:<10} strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at)}: {effect:+.3f}"
+            f"  {site:<10} strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at[1:])}: {effect:+.3f}"
         )
 
 
-def _place(trace: CausalTrace, site: str, at: tuple[int, ...]) -> str:
+def _place(trace: CausalTrace, site: str, at: Sequence[int]) -> str:
+    """A column of a table, by its indices behind the token axis."""
     if site == "neuron":
-        layer, neuron = trace.settings["neurons"][at[1]]
+        layer, neuron = trace.settings["neurons"][at[0]]
         return f"layer {layer}, neuron {neuron}"
-    return f"layer {at[1]}" + (f", head {at[2]}" if len(at) > 2 else "")
+    return f"layer {at[0]}" + (f", head {at[1]}" if len(at) > 1 else "")
 
 
 def _exact(trace: CausalTrace) -> str:
@@ -130,18 +133,16 @@ def show_average(average: AverageTrace) -> None:
     console.print(
         f"clean {average.clean:.3f}, corrupted {average.corrupted:.3f}: total effect {ate:.3f} (95 %: {low:.3f} to {high:.3f})"
     )
-    console.print(Columns([_heat_map(s, average.effects(s).mean, list(PLACES)) for s in average.layered], padding=(0, 1)))
+    sign = -1 if average.direction == "noise" else 1
+    maps = [_heat_map(site, average.effects(site).mean, list(PLACES), sign) for site in average.layered]
+    console.print(Columns(maps, padding=(0, 1)))
     for site, about in average.summary()["sites"].items():
         peaks = [
-            f"{place} token {about[place]['effect']:+.3f} at {_indices(about[place]['at'])}"
+            f"{place} token {about[place]['effect']:+.3f} at {_place(average.traces[0], site, about[place]['at'])}"
             for place in PLACES
             if place in about
         ]
         console.print(f"  {site:<10} {'; '.join(peaks)}")
-
-
-def _indices(at: list[int]) -> str:
-    return f"layer {at[0]}" + (f", head {at[1]}" if len(at) > 1 else "")
 
 
 def show_receipt(receipt: Receipt) -> None:
