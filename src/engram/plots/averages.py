@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from engram.errors import SettingError
 from engram.plots.style import STYLE, layer_ticks
-from engram.plots.traces import ESTIMATES, label_layers, layer_label, look
+from engram.plots.traces import ESTIMATES, in_lines, label_layers, layer_label, look, name_bar
 
 if TYPE_CHECKING:
     from engram.locate.averages import AverageTrace, Interval
@@ -38,14 +38,14 @@ def plot_average(average: AverageTrace, sites: list[str] | None = None) -> Figur
     with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(sites), 2.0), dpi=200, layout="constrained")
         for ax, (site, table) in zip(figure.subplots(1, len(sites), squeeze=False)[0], tables.items(), strict=True):
+            ax.set_facecolor("0.9")  # a place that no fact has is no effect of zero
             mesh = ax.pcolormesh(np.ma.masked_invalid(table.numpy()), cmap=look(site)[0], vmin=0, vmax=top)
             ax.invert_yaxis()
             ax.set_yticks([i + 0.5 for i in range(len(_LABELS))], _LABELS)
             label_layers(ax, table.shape[1])
-            ax.set_title(f"{_title(average)} of {look(site)[1]} over {len(average.traces)} prompts")
-            ax.set_xlabel(layer_label(site, average.traces[0].window, average.traces[0].model))
-            bar = figure.colorbar(mesh, ax=ax)
-            bar.ax.set_title("AIE" if sign > 0 else "-AIE", y=-0.16, fontsize=7)
+            ax.set_title(in_lines(f"{_title(average)} of {look(site)[1]}", f"over {len(average.traces)} prompts"))
+            ax.set_xlabel(layer_label(average.traces[0], site))
+            name_bar(figure.colorbar(mesh, ax=ax), f"{'' if sign > 0 else '-'}A{_effect(average)[0].upper()}E")
     return figure
 
 
@@ -61,11 +61,13 @@ def plot_lines(average: AverageTrace, interval: Interval = "bootstrap", sites: l
             curves = average.effects(site, interval)
             layers = range(curves.mean.shape[1])
             for i, label in enumerate(_LABELS):
+                if not curves.counts[i]:
+                    continue
                 colour = colours[_LINE_COLOURS[i]]
                 ax.plot(layers, curves.mean[i].numpy(), color=colour, label=label, linewidth=1.2)
                 ax.fill_between(layers, curves.low[i].numpy(), curves.high[i].numpy(), color=colour, alpha=0.3, linewidth=0)
             ax.set_title(f"{_title(average)} of {look(site)[1]}")
-            ax.set_xlabel(layer_label(site, average.traces[0].window, average.traces[0].model))
+            ax.set_xlabel(layer_label(average.traces[0], site))
             ax.set_xticks(list(layer_ticks(len(layers))))
         panels[0].set_ylabel(_title(average))
         panels[len(panels) // 2].legend(frameon=False, fontsize=8)
@@ -117,6 +119,8 @@ def _flat(average: AverageTrace, sites: list[str] | None) -> list[str]:
 
 
 def _title(average: AverageTrace) -> str:
-    effect = average.traces[0].settings.get("effect", "indirect")
-    estimate = ESTIMATES.get(average.traces[0].method, "")
-    return f"Average {effect} effect{estimate}"
+    return f"Average {_effect(average)} effect{ESTIMATES.get(average.traces[0].method, '')}"
+
+
+def _effect(average: AverageTrace) -> str:
+    return str(average.traces[0].settings.get("effect", "indirect"))

@@ -6,10 +6,11 @@ Source of the geometry: the figures of Meng et al. 2022, arXiv:2202.05262.
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -26,13 +27,14 @@ LOOKS = {  # site -> colour map, what is replaced
     "neuron": ("Blues", "neuron"),
 }
 ESTIMATES = {"attribution": " (estimate)", "screened": " (partly estimated)"}  # method -> what a title says of it
+_LINE = 52  # letters of a title above one panel
 
 
 def look(table: str) -> tuple[str, str]:
     """Colour map and name of a table; a site of a family's own, or a severed one, is called by its own name."""
     site, _, severed = table.partition(", ")
     colours, name = LOOKS.get(site, ("Greys", site))
-    return colours, f"{name}, {severed}" if severed else name
+    return colours, f"{name} ({LOOKS[severed.removesuffix(' severed')][1]} severed)" if severed else name
 
 
 def plot_trace(trace: CausalTrace, site: str | None = None) -> Figure:
@@ -62,15 +64,26 @@ def label_layers(ax: Axes, layers: int, where: str = "x") -> None:
     set_ticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
 
 
-def layer_label(site: str, window: int, model: str) -> str:
+def layer_label(trace: CausalTrace, site: str) -> str:
     """What a layer of a site's table is."""
-    name = look(site)[1]
+    done = "restored" if trace.settings.get("direction", "denoise") == "denoise" else "replaced"
+    if trace.settings.get("effect") == "direct":
+        done = "kept"
     if site.partition(",")[0] in ("mlp", "attention"):
-        return f"centre of {window} restored {name} layers"
-    return f"single restored layer of {PurePath(model).name}"
+        return f"centre of {trace.window} {done} {look(site)[1]} layers"
+    return f"single {done} layer of {PurePath(trace.model).name}"
 
 
-def _mesh(ax: Axes, trace: CausalTrace, table: Tensor, colours: str) -> None:
+def name_bar(bar: Colorbar, label: str, beside: bool = False) -> None:
+    """Say what a colour bar measures: underneath as in the paper, beside it where that is too long."""
+    if len(label) <= 11 and not beside:
+        bar.ax.set_title(label, y=0, pad=-15, va="top", fontsize=7)
+    else:
+        bar.set_label(label, fontsize=7)
+
+
+def _mesh(ax: Axes, trace: CausalTrace, table: Tensor, site: str) -> None:
+    colours = look(site)[0]
     insertion = trace.settings.get("direction") == "noise"
     if insertion:  # what is inserted lowers the score: the lowest is the darkest
         low, high, colours = min(float(table.min()), trace.baseline - 1e-6), trace.baseline, f"{colours}_r"
@@ -78,30 +91,34 @@ def _mesh(ax: Axes, trace: CausalTrace, table: Tensor, colours: str) -> None:
         low, high = trace.baseline, max(float(table.max()), trace.baseline + 1e-6)
     mesh = ax.pcolormesh(table.numpy(), cmap=colours, vmin=low, vmax=high)
     ax.invert_yaxis()
-    bar = ax.figure.colorbar(mesh, ax=ax)
-    bar.ax.set_title(score_label(trace), y=-0.16, fontsize=7)
+    name_bar(ax.figure.colorbar(mesh, ax=ax), score_label(trace), beside=site == "neuron")
 
 
 def score_label(trace: CausalTrace) -> str:
     answer = plain(trace.answer.strip())
     metric = trace.settings.get("metric", "probability")
     if metric == "logit_difference":
-        return f"logit {answer} - {plain(str(trace.settings.get('foil')).strip())}"
+        return f"logits, {answer} - {plain(str(trace.settings.get('foil')).strip())}"
     return f"p({answer})" if metric == "probability" else f"log p({answer})"
 
 
-def _title(trace: CausalTrace, site: str) -> str:
-    about: dict[str, Any] = trace.settings
-    verb, into = ("Inserting corrupted", "clean") if about.get("direction") == "noise" else ("Restoring", "corrupted")
-    if about.get("effect") == "direct":
-        verb, into = "All but", "the other"
-    estimate = ESTIMATES.get(trace.method, "")
-    return f"{verb} {look(site)[1]} {'after' if into == 'corrupted' else 'in'} {into} input{estimate}"
+def in_lines(first: str, second: str) -> str:
+    """A title on one line if it fits above a panel, else on two."""
+    return f"{first} {second}" if len(first) + len(second) < _LINE else f"{first}\n{second}"
+
+
+def _title(trace: CausalTrace, site: str, at: str = "") -> str:
+    name, inserts = look(site)[1], trace.settings.get("direction") == "noise"
+    run, other = ("corrupted", "clean") if (trace.settings.get("effect") == "direct") == inserts else ("clean", "corrupted")
+    end = ESTIMATES.get(trace.method, "") + at
+    if trace.settings.get("effect") == "direct":
+        return in_lines(f"{run.capitalize()} input,", f"{name} kept {other}{end}")
+    return in_lines(f"{'Corrupting' if inserts else 'Restoring'} {name}", f"after {run} input{end}")
 
 
 def _draw(ax: Axes, trace: CausalTrace, site: str) -> None:
     table = trace.scores[site]
-    _mesh(ax, trace, table, look(site)[0])
+    _mesh(ax, trace, table, site)
     ax.set_yticks(
         [i + 0.5 for i in range(len(trace.tokens))],
         [plain(label) for label in trace.labels()],
@@ -113,17 +130,17 @@ def _draw(ax: Axes, trace: CausalTrace, site: str) -> None:
         ax.set_xlabel(f"layer.neuron of {PurePath(trace.model).name}")
     else:
         label_layers(ax, table.shape[1])
-        ax.set_xlabel(layer_label(site, trace.window, trace.model))
+        ax.set_xlabel(layer_label(trace, site))
     ax.set_title(_title(trace, site))
 
 
 def _draw_heads(ax: Axes, trace: CausalTrace, site: str) -> None:
     row = trace.best(site)[0]
     table = trace.scores[site][row]
-    _mesh(ax, trace, table, look(site)[0])
+    _mesh(ax, trace, table, site)
     label_layers(ax, table.shape[0], "y")
     heads = layer_ticks(table.shape[1])
     ax.set_xticks([h + 0.5 for h in heads], [str(h) for h in heads])
     ax.set_ylabel("layer")
     ax.set_xlabel(f"head of {PurePath(trace.model).name}")
-    ax.set_title(f"{_title(trace, site)}, at {plain(trace.labels()[row].strip())}")
+    ax.set_title(_title(trace, site, f", at {plain(trace.labels()[row].strip())}"))
