@@ -29,10 +29,12 @@ def test_every_family_has_one_line():
 @pytest.mark.parametrize("family", sorted(LAYOUTS))
 def test_a_line_is_true_of_a_model(family):
     lm = tiny_lm(family)
-    _, kind, engine, sites, edited, _ = row(family, LAYOUTS[family])
+    _, kind, engine, sites, heads, neurons, edited, _ = row(family, LAYOUTS[family])
     assert kind.split(",")[0] == lm.kind
     assert tuple(sites.split(", ")) == lm.parts.site_names()
     assert (engine == "replay") == replayable(lm)
+    assert (heads == "yes") == can(lm.parts.head_width, 0)
+    assert (neurons == "yes") == can(lm.parts.mlp_width, 0)
     assert (edited == "yes") == can(lm.parts.mlp_out_name, 0)
     assert len(lm.log_probs([("The tower is in", "Paris")])[0]) > 0
 

@@ -262,3 +262,12 @@ def test_positions_can_be_chosen(lm):
 def test_a_combination_that_makes_no_sense_says_why(lm, settings, message):
     with pytest.raises((SettingError, FactError, UnsupportedModelError), match=message):
         engram.trace(lm, PROMPT, **{"subject": SUBJECT, "target": "the", "noise": 1.0, **settings})
+
+
+def test_a_foil_that_is_the_models_own_answer_is_refused():
+    lm = engram.load("pocket")
+    with pytest.raises(FactError, match="foil='Paris' begins with the same token as the answer ' Paris'"):
+        engram.trace(
+            lm, "The Eiffel Tower is located in the city of", subject="Eiffel Tower", foil="Paris", metric="logit_difference",
+            noise=0.1, samples=1,
+        )  # fmt: skip

@@ -53,7 +53,9 @@ def test_a_cell_that_fails_is_shown_with_its_error():
         run_notebooks.executed(notebook("1 / 0"))
 
 
-@pytest.mark.parametrize("text", ["open('/home/ann/model')", "see /tmp/x.png", r"C:\models"])
+@pytest.mark.parametrize(
+    "text", ["open('/home/ann/model')", "see /tmp/x.png", r"C:\models", "/x/lib/site-packages/y.py:3: Warning"]
+)
 def test_a_folder_of_somebodys_machine_is_named(text):
     asked = notebook(text)
     assert any("somebody's machine" in problem for problem in run_notebooks.complaints(asked, asked))

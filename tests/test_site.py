@@ -104,4 +104,4 @@ def test_the_command_lines_page_has_every_command_and_no_entities():
     assert set(re.findall(r"^## `engram (\w+)`", page, re.MULTILINE)) >= {"demo", "trace", "edit", "verify", "generate"}
     assert "&#" not in page
     assert "--help" not in page
-    assert "engram trace [OPTIONS] MODEL PROMPT" in page
+    assert "engram trace [OPTIONS] MODEL [PROMPT]" in page

@@ -11,7 +11,7 @@ from engram.architectures import LAYOUTS, Layout
 
 PAGE = Path(__file__).parents[1] / "docs/families.md"
 BEGIN, END = "<!-- made by tools/families_table.py -->", "<!-- end -->"
-COLUMNS = ("Family (`model_type`)", "Kind", "`trace` by", "Sites", "`rewrite`", "`knows`")
+COLUMNS = ("Family (`model_type`)", "Kind", "`trace` by", "Sites", "`head`", "`neuron`", "`rewrite`", "`knows`")
 
 
 def row(family: str, layout: Layout) -> tuple[str, ...]:
@@ -23,6 +23,8 @@ def row(family: str, layout: Layout) -> tuple[str, ...]:
         describe(layout),
         "replay" if replayed else "whole forward passes",
         ", ".join(sites),
+        "yes" if layout.heads_out else "no",
+        "yes" if layout.mlp_out else "no",
         "yes" if layout.mlp_out else "no",
         "yes",
     )

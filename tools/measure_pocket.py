@@ -31,9 +31,8 @@ from engram import pocket
 from engram.editors.contexts import sample_contexts
 from engram.editors.second_moment import second_moments
 from engram.language_model import LanguageModel
+from engram.locate.averages import PLACES
 
-BUCKETS = ("first subject", "middle subject", "last subject", "first after", "further", "last")
-SITES = ("residual", "mlp", "attention")
 WINDOW = 3  # of 8 layers, about as wide as 10 of GPT-2 XL's 48 are in effect
 
 
@@ -94,42 +93,17 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
 
 
 def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
-    """Indirect effects by layer, averaged over facts, for each site and bucket of tokens. Source: Meng et al. 2022,
-
-    Fig. 1.
-    """
-    rows: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
-    clean, corrupted = [], []
-    for _, fact in sample(lm, count, seed):
-        trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, window=WINDOW, samples=10, noise="s3")
-        clean.append(trace.high_score)
-        corrupted.append(trace.low_score)
-        first, end = trace.subject_range
-        tokens = len(trace.tokens)
-        spans = dict(
-            zip(
-                BUCKETS,
-                (
-                    (first, first + 1),
-                    (first + 1, end - 1),
-                    (end - 1, end),
-                    (end, end + 1),
-                    (end + 1, tokens - 1),
-                    (tokens - 1, tokens),
-                ),
-                strict=True,
-            )
-        )
-        for site in SITES:
-            for bucket, (start, stop) in spans.items():
-                rows[site, bucket].extend(trace.effects(site)[start:stop])
-    table = {site: {b: torch.stack(rows[site, b]).mean(0).tolist() for b in BUCKETS if rows[site, b]} for site in SITES}
+    """Indirect effects by layer, averaged over facts, for each site and place of a token: `engram.average_trace` as it comes,
+    but for noise that is scaled by the whole table's subjects."""
+    facts = [replace(fact, target=known.object, target_true=None) for known, fact in sample(lm, count, seed)]
+    subjects = sorted({known.subject for known in pocket.facts()})
+    average = engram.average_trace(lm, facts, keep="all", window=WINDOW, samples=10, noise="s3", noise_subjects=subjects)
     return {
-        "facts": len(clean),
-        "clean": fmean(clean),
-        "corrupted": fmean(corrupted),
+        "facts": len(average.traces),
+        "clean": average.clean,
+        "corrupted": average.corrupted,
         "window": WINDOW,
-        "effects": table,
+        "effects": {site: dict(zip(PLACES, average.effects(site).mean.tolist(), strict=True)) for site in average.sites},
     }
 
 
@@ -178,9 +152,9 @@ def shown_trace(result: dict[str, Any]) -> str:
         "| indirect effect at layer | " + " | ".join(map(str, range(layers))) + " |",
         "|---" * (layers + 1) + "|",
     ]
-    for site in SITES:
-        for bucket, values in result["effects"][site].items():
-            lines.append(f"| {site}, {bucket} token | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    for site, places in result["effects"].items():
+        for place, values in places.items():
+            lines.append(f"| {site}, {place} token | " + " | ".join(f"{v:.3f}" for v in values) + " |")
     return "\n".join(lines)
 
 

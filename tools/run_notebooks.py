@@ -21,7 +21,9 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 240  # seconds a cell
-FOLDERS = re.compile(r"(?<![\w.~:/-])/(?:home|root|Users|tmp|var|opt|mnt|srv|private|workspace)/\w[^\s'\"]*|\b[A-Z]:\\\w+")
+FOLDERS = re.compile(
+    r"(?<![\w.~:/-])/(?:home|root|Users|tmp|var|opt|mnt|srv|private|workspace)/\w[^\s'\"]*|/\S*/site-packages/|\b[A-Z]:\\\w+"
+)
 
 
 def executed(notebook: Any) -> Any:
@@ -35,6 +37,7 @@ def executed(notebook: Any) -> Any:
         cell.outputs, cell.execution_count = [], None
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, where ipywidgets are not installed
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             fresh, timeout=TIMEOUT, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}

@@ -31,6 +31,12 @@ def as_page(shown: str) -> str:
     """
     text = html.unescape(shown)
     text = re.sub(r"\{(\w+)\}", lambda match: match[1].upper(), text)
+    text = re.sub(r"^(?:\$ engram|\* `\[).*$", _in_capitals, text, flags=re.MULTILINE)
     text = re.sub(r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\* `(?:-h, )?--help`: .*\n", "", text, flags=re.MULTILINE)
     return re.sub(r"^\*\*Options\*\*:\n\s*(?=#|\Z)", "", text, flags=re.MULTILINE)
+
+
+def _in_capitals(line: re.Match[str]) -> str:
+    """Places of arguments that may be left out: `[prompt]` becomes `[PROMPT]`."""
+    return re.sub(r"\[[a-z_]+\]", lambda match: match[0].upper(), line[0])

@@ -197,8 +197,10 @@ class Parts:
 
     def _site(self, site: str) -> list[nn.Module]:
         if site not in self._modules:
+            near = get_close_matches(site, self.site_names(), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UnsupportedModelError(
-                f"model_type={self._config.model_type!r} has no site {site!r}; it has {', '.join(self.site_names())}"
+                f"model_type={self._config.model_type!r} has no site {site!r}{hint}; it has {', '.join(self.site_names())}"
             )
         return self._modules[site]
 
@@ -256,7 +258,16 @@ class Parts:
         return as_linear(self.blocks[layer].get_submodule(self.layout.heads_out or "")).shape[1] // self.n_heads
 
     def mlp_width(self, layer: int) -> int:
-        """d_ff: neurons of a block's MLP, the input of `mlp_out`."""
+        """d_ff: neurons of a block's MLP, the input of `mlp_out`.
+
+        Raises:
+            UnsupportedModelError: the family's row does not name that matrix, or the layer does not exist.
+        """
+        if self.layout.mlp_out is None:
+            raise UnsupportedModelError(
+                f"model_type={self._config.model_type!r} has no neurons that can be told apart: its row in "
+                "engram.architectures.LAYOUTS names no mlp_out, the one matrix of a block whose input is all of its neurons"
+            )
         return as_linear(self.mlp_out(layer)).shape[1]
 
     @property

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from engram.errors import UnsupportedModelError
 from engram.hooks import Changes, StopForward, first, record, substitute
 from engram.language_model import LanguageModel
 
@@ -309,8 +310,17 @@ _REPLAYABLE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKey
 
 
 def use_replay(lm: LanguageModel, engine: Engine) -> bool:
-    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see `replayable`)."""
-    return engine == "replay" or (engine == "auto" and replayable(lm))
+    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see `replayable`).
+
+    Raises:
+        UnsupportedModelError: told to, and the model cannot be replayed.
+    """
+    if engine == "replay" and not replayable(lm):
+        raise UnsupportedModelError(
+            f"engine='replay': {lm.name} (model_type={lm.model.config.model_type!r}) cannot be replayed; leave out engine, and "
+            "it runs through whole forward passes"
+        )
+    return engine != "whole" and replayable(lm)
 
 
 def replayable(lm: LanguageModel) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,29 +70,32 @@ def heat_maps(trace: CausalTrace) -> Columns:
     """The tables of a trace, side by side where the terminal is wide enough: tokens down and layers across; of heads, layers
     down and heads across, at the token where one of them does most. Neurons have none."""
     names = [label.replace("\n", "⏎") for label in trace.labels()]
+    sign = -1 if trace.settings.get("direction") == "noise" else 1
     maps = []
     for site in trace.scores:
-        effects, at = trace.effects(site), trace.best(site)
-        peak, look = float(effects[at]), site.partition(",")[0]
+        effects, look = trace.effects(site), site.partition(",")[0]
         if look == "head":
+            row = trace.best(site)[0]
             layers = [f"layer {layer}" for layer in range(effects.shape[1])]
-            maps.append(_heat_map(f"{site} at {names[at[0]].strip()}", effects[at[0]], layers, peak))
+            maps.append(_heat_map(f"{site} at {names[row].strip()}", effects[row], layers, sign))
         elif look != "neuron":
-            maps.append(_heat_map(site, effects, names, peak))
+            maps.append(_heat_map(site, effects, names, sign))
     return Columns(maps, padding=(0, 1))
 
 
-def _heat_map(title: str, effects: Tensor, names: list[str], peak: float) -> Text:
-    """One character or two a column, darker the nearer an effect is to the peak, with a terminal's colours if it has any."""
+def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
+    """One character or two a column, darker for a larger effect (`sign` 1) or a more negative one, with a terminal's colours."""
     layers = effects.shape[1]
     wide = 2 if layers <= 16 else 1
+    effects = (sign * effects).nan_to_num()
+    peak = max(float(effects.max()), 1e-9)
     margin = min(22, max(map(len, names)))
     picture = Text()
-    picture.append(f"{title}, strongest {peak:+.2g}\n", Style(bold=True))
-    for name, row in zip(names, effects.nan_to_num().tolist(), strict=True):
+    picture.append(f"{title}, strongest {sign * float(effects.max()):+.2g}\n", Style(bold=True))
+    for name, row in zip(names, effects.tolist(), strict=True):
         picture.append(f"{name[-margin:]:>{margin}} ")
         for effect in row:
-            depth = min(1.0, max(0.0, effect / (peak or 1.0)))
+            depth = min(1.0, max(0.0, effect / peak))
             picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK.get(title.partition(",")[0], "cyan"))
         picture.append("\n")
     last = str(layers - 1)
@@ -112,15 +115,16 @@ def show_trace(trace: CausalTrace) -> None:
         at = trace.best(site)
         effect = float(trace.effects(site)[at])
         console.print(
-            f"  {site:<{margin}}  strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at)}: {effect:+.3f}"
+            f"  {site:<{margin}}  strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at[1:])}: {effect:+.3f}"
         )
 
 
-def _place(trace: CausalTrace, site: str, at: tuple[int, ...]) -> str:
+def _place(trace: CausalTrace, site: str, at: Sequence[int]) -> str:
+    """A column of a table, by its indices behind the token axis."""
     if site.partition(",")[0] == "neuron":
-        layer, neuron = trace.settings["neurons"][at[1]]
+        layer, neuron = trace.settings["neurons"][at[0]]
         return f"layer {layer}, neuron {neuron}"
-    return f"layer {at[1]}" + (f", head {at[2]}" if len(at) > 2 else "")
+    return f"layer {at[0]}" + (f", head {at[1]}" if len(at) > 1 else "")
 
 
 def _exact(trace: CausalTrace) -> str:
@@ -142,11 +146,8 @@ def show_average(average: AverageTrace) -> None:
         console.print(
             "[yellow]estimates[/], to first order" + (", but for the best cells" if average.traces[0].exact else "")
         )
-    maps = []
-    for site in average.layered:
-        means = average.effects(site).mean
-        worth = (-means if average.direction == "noise" else means).nan_to_num(-float("inf"))
-        maps.append(_heat_map(site, means, list(PLACES), float(means.flatten()[worth.argmax()])))
+    sign = -1 if average.direction == "noise" else 1
+    maps = [_heat_map(site, average.effects(site).mean, list(PLACES), sign) for site in average.layered]
     if maps:
         console.print(Columns(maps, padding=(0, 1)))
     margin = max(map(len, [*average.sites, "strongest"]))
@@ -157,7 +158,7 @@ def show_average(average: AverageTrace) -> None:
 
 
 def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
-    return f"{about['effect']:+.3f} {_place(average.traces[0], site, (0, *about['at']))}"
+    return f"{about['effect']:+.3f} {_place(average.traces[0], site, about['at'])}"
 
 
 def show_receipt(receipt: Receipt) -> None:

@@ -29,6 +29,9 @@ def trace(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many random facts of the file.", min=1)] = None,
     keep: Annotated[str, typer.Option(help="Facts that count: known, exact (as published) or all.")] = "known",
+    answer: Annotated[
+        str, typer.Option(help="With --facts, what is scored: the model's own next token, or the object.")
+    ] = "model",
     sites: Annotated[
         list[str] | None,
         typer.Option("--site", help="residual, mlp, attention, head, neuron, or one of the family's; repeat."),
@@ -46,6 +49,7 @@ def trace(
     direction: Annotated[
         str, typer.Option(help="denoise: clean states into the corrupted run; noise: the reverse.")
     ] = "denoise",
+    effect: Annotated[str, typer.Option(help="indirect, or direct: everything but the state is exchanged.")] = "indirect",
     metric: Annotated[str, typer.Option(help="probability, log_probability or logit_difference.")] = "probability",
     foil: Annotated[str | None, typer.Option(help="The other answer of --metric logit_difference.")] = None,
     method: Annotated[str, typer.Option(help="exact, or attribution: an estimate, many times faster.")] = "exact",
@@ -66,11 +70,14 @@ def trace(
 ) -> None:
     """Find which states of a model carry a fact (causal tracing), of one prompt or on average over a file of facts."""
     from engram.errors import FactError
+    from engram.locate.config import TraceConfig
 
+    others = settings_of(setting)
+    TraceConfig.check_names(others)
     asked: dict[str, Any] = {
         "sites": sites or None, "severed": severed or (), "window": window, "samples": samples, "noise": _rule(noise),
         "corruption": corruption, "direction": direction, "metric": metric, "method": method, "screen": screen,
-        "occurrence": occurrence, "seed": seed, **settings_of(setting),
+        "effect": effect, "occurrence": occurrence, "seed": seed, **others,
     }  # fmt: skip
     if (prompt is None) == (facts is None):
         raise FactError("give either a PROMPT with --subject, or --facts FILE to average over")
@@ -78,7 +85,7 @@ def trace(
         one = {"--subject": subject, "--target": target, "--foil": foil, "--other-subject": other_subject, "--save": save}
         if given := [name for name, value in one.items() if value is not None]:
             raise FactError(f"{', '.join(given)} speak of one prompt; with --facts every fact brings its own")
-        _average(model, facts, limit, keep, asked, out, as_json, dtype, device_map)
+        _average(model, facts, limit, {"keep": keep, "answer": answer, **asked}, out, as_json, dtype, device_map)
         return
     if subject is None:
         raise FactError("--subject is missing; give the words of the prompt that name the subject")
@@ -111,13 +118,14 @@ def _one(
 
 
 def _average(
-    model: str, facts: str, limit: int | None, keep: str, asked: dict[str, Any], out: Path | None, as_json: bool,
+    model: str, facts: str, limit: int | None, asked: dict[str, Any], out: Path | None, as_json: bool,
     dtype: str | None, device_map: str | None,
 ) -> None:  # fmt: skip
     import engram
     from engram.cli import terminal
 
     table = engram.read_facts(facts)
+    asked.setdefault("noise_subjects", tuple(fact.subject for fact in table))  # of the whole file, as published
     if limit is not None and limit < len(table):
         table = random.Random(asked["seed"]).sample(table, limit)
     if out is not None:
@@ -125,7 +133,7 @@ def _average(
     lm = terminal.load(model, dtype, device_map)
     with terminal.progress() as report:
         average = engram.average_trace(
-            lm, table, out=out and out / TRACES, keep=keep,  # type: ignore[arg-type]
+            lm, table, out=out and out / TRACES,
             progress=lambda done, total: report("facts", done, total), **asked,
         )  # fmt: skip
     if as_json:
@@ -134,7 +142,8 @@ def _average(
         terminal.show_average(average)
     if out is not None:
         (out / SUMMARY).write_text(json.dumps(average.summary(), indent=1) + "\n", encoding="utf8")
-        pictures = {HEATMAPS: average.plot, LINES: average.plot_lines} if average.layered else {}
+        all_places = average.layered and asked.get("positions", "all") == "all"
+        pictures = {HEATMAPS: average.plot, LINES: average.plot_lines} if all_places else {}
         pictures |= {SEVERED: average.plot_severed} if average.severed else {}
         for name, draw in pictures.items():
             draw().savefig(out / name)

@@ -40,7 +40,7 @@ def estimate(runs: Runs, plan: Sequence[Table]) -> list[Tensor]:
         return by_state[key]
 
     columns = [torch.stack([single(p.site, layer, p.part) for layer in range(p.first, p.end)]).sum(0) for p in patches]
-    table_ftp = torch.stack(columns, -1).cpu()
+    table_ftp = torch.stack(columns, -1)
     return [table_ftp[f, question.rows] for f, question in enumerate(runs.questions)]
 
 
@@ -107,10 +107,10 @@ class _Flow:
         gradient = self.gradients[site, layer].view(shape)[..., cut]
         there = self.nodes[site, layer].detach().view(shape)[..., cut]
         change = self.runs.states_of_rows(site, layer, self.source)[..., cut] - there[self.base]
-        effect_nt = (gradient[self.base] * change).sum(-1)
+        effect_nt = (gradient[self.base] * change).sum(-1, dtype=torch.promote_types(change.dtype, torch.float32))
         if site == "residual" and self.attention and layer + 1 < self.runs.lm.n_layers:
             effect_nt = effect_nt + self._correction(layer + 1)
-        return effect_nt.unflatten(0, (len(self.runs.questions), -1)).mean(1)
+        return effect_nt.unflatten(0, (len(self.runs.questions), -1)).mean(1).cpu()
 
     def _correction(self, layer: int) -> Tensor:
         """[n, t] what the softmax of block `layer` makes of new queries and keys, beyond first order."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -112,7 +112,14 @@ class AverageTrace:
                 all rows of a place pooled, however many a fact has, and 1.96 standard deviations of their raw scores over
                 the root of their number: the released code's formula, which used one number of facts for all places.
             level, resamples: of the bootstrap; percentiles.
+        Raises:
+            SettingError: no such table or interval, a level outside (0, 1).
         """
+        if site not in self.sites or interval not in get_args(Interval) or not 0 < level < 1:
+            raise SettingError(
+                f"site={site!r}, interval={interval!r}, level={level}: these traces have {', '.join(map(repr, self.sites))}; "
+                "intervals are 'bootstrap' and 'reference', a level is between 0 and 1, such as 0.95"
+            )
         key = (site, interval, level, resamples)
         if key not in self._kept:
             self._kept[key] = self._reference(site) if interval == "reference" else self._bootstrap(site, level, resamples)
@@ -125,7 +132,7 @@ class AverageTrace:
         weights = self._resampled(resamples)
         counts = (weights @ there.double()).unsqueeze(-1)
         sums = (weights @ values).unflatten(1, by_fact.shape[1:]).flatten(2)
-        means = torch.where(counts > 0, sums / counts, torch.nan).unflatten(2, (-1,))
+        means = torch.where(counts > 0, sums / counts, torch.nan)
         low, high = (_quantile(means, q).view(by_fact.shape[1:]) for q in ((1 - level) / 2, (1 + level) / 2))
         return Curves(by_fact.nanmean(0), low, high, there.sum(0).tolist())
 

@@ -6,7 +6,7 @@ one prompt at a time. Refuses to know what the traces are for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from engram.errors import NonFiniteError, SettingError
 from engram.language_model import LanguageModel
 from engram.locate.attribution import estimate
-from engram.locate.causal_trace import CausalTrace
+from engram.locate.causal_trace import CausalTrace, Progress
 from engram.locate.config import Patch, Table, TraceConfig, tables, usual_window
 from engram.locate.corruption import Corruptor
 from engram.locate.question import Prompt, Question, ask
@@ -25,7 +25,6 @@ from engram.locate.whole import can_matter, whole
 from engram.replay import use_replay
 
 _RECORDED_BYTES = 1 << 29  # what one batch's recording may take
-Progress = Callable[[int, int], None]
 
 
 def trace_prompts(
@@ -57,7 +56,7 @@ def batched(
     together = _together(lm, config)
     batch: list[Question] = []
     for question in sorted(questions, key=lambda q: (len(q.read), len(q.ids))):
-        most = facts_per_batch or _affordable_facts(lm, question)
+        most = facts_per_batch or _affordable_facts(lm, question, config)
         if batch and (len(batch) >= most or len(question.read) != len(batch[0].read) or not together):
             yield batch
             batch = []
@@ -71,9 +70,11 @@ def _together(lm: LanguageModel, config: TraceConfig) -> bool:
     return config.frozen_noise is None and use_replay(lm, config.engine)
 
 
-def _affordable_facts(lm: LanguageModel, question: Question) -> int:
+def _affordable_facts(lm: LanguageModel, question: Question, config: TraceConfig) -> int:
     samples = 1 if question.noise is None else len(question.noise)
-    tensors = 5 * lm.n_layers  # states, keys, values and two sites a block
+    tensors = (
+        5 if config.method == "exact" and config.screen is None else 20
+    ) * lm.n_layers  # of a block; a graph holds more
     row = len(question.ids) * lm.d_model * lm.dtype.itemsize
     return max(1, min(32, _RECORDED_BYTES // (tensors * row * (samples + 1))))
 

@@ -83,9 +83,14 @@ class CausalTrace:
         return self.scores[site] - self.baseline
 
     def best(self, site: str) -> tuple[int, ...]:
-        """Indices into the table, such as (row, layer), of the largest effect; in the other direction, of the most negative."""
-        effects = self.effects(site)
-        largest = (-effects if self.settings.get("direction") == "noise" else effects).argmax()
+        """Indices into the table, such as (row, layer), of the largest effect; in the other direction, of the most negative.
+
+        Of a screened table only the exact cells are compared, where there are any.
+        """
+        effects = -self.effects(site) if self.settings.get("direction") == "noise" else self.effects(site)
+        if site in self.exact and self.exact[site].any():
+            effects = effects.masked_fill(~self.exact[site], -torch.inf)
+        largest = effects.argmax()
         return tuple(int(i) for i in torch.unravel_index(largest, effects.shape))
 
     def labels(self) -> list[str]:

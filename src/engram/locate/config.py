@@ -7,7 +7,7 @@ turns the settings into the list of patches that the engines compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -48,7 +48,7 @@ class TraceConfig:
         window_align: see `window_layers`.
         corruption: what happens to the subject. "noise" on its embeddings; "zeros" or the "mean" embedding of known subjects
             in their place; another "subject" of as many tokens in the prompt (the symmetric intervention).
-        noise: a rule (see `corruption.Corruptor`), or a tensor [samples, subject tokens, d] that is added as it is.
+        noise: a rule (see `corruption.Corruptor`), or a tensor [samples, corrupted tokens, d] that is added as it is.
         noise_subjects: whose embeddings the rules and the mean are measured on; default: the bundled fact table's.
         replace: put the noise in the embeddings' place instead of adding it.
         samples, seed: noise draws, averaged over; the same seed gives the same bytes.
@@ -79,7 +79,7 @@ class TraceConfig:
         Nanda 2024, arXiv:2309.16042; attribution in Nanda 2023 and Kramár et al. 2024, arXiv:2403.00745.
     """
 
-    sites: Sequence[str] | None = None
+    sites: str | Sequence[str] | None = None
     neurons: Sequence[tuple[int, int]] = ()
     window: int | None = None
     window_align: Align = "code"
@@ -104,6 +104,8 @@ class TraceConfig:
     engine: Engine = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.sites, str):
+            object.__setattr__(self, "sites", (self.sites,))
         object.__setattr__(self, "severed", (self.severed,) if isinstance(self.severed, str) else tuple(self.severed))
         object.__setattr__(self, "neurons", tuple((int(layer), int(index)) for layer, index in self.neurons))
         for name, kind in _CHOICES.items():
@@ -116,7 +118,10 @@ class TraceConfig:
                 f"window={self.window}, samples={self.samples}, extra_tokens={self.extra_tokens}: window and samples have to "
                 "be at least 1, extra_tokens at least 0"
             )
-        if isinstance(self.positions, str) and self.positions not in ("all", "subject_last", "last"):
+        if self.rows_per_chunk is not None and self.rows_per_chunk < 1:
+            raise SettingError(f"rows_per_chunk={self.rows_per_chunk}: at least one row is computed at a time")
+        named = self.positions in ("all", "subject_last", "last") if isinstance(self.positions, str) else False
+        if not named and (isinstance(self.positions, str) or not isinstance(self.positions, Sequence)):
             raise SettingError(
                 f"positions={self.positions!r} does not exist; expected 'all', 'subject_last', 'last' or token numbers"
             )
@@ -176,6 +181,10 @@ class TraceConfig:
                 self.correction != "none" and self.method == "exact" and self.screen is None,
                 "correction belongs to estimates; use it with method='attribution' or screen=...",
             ),
+            (
+                self.correction != "none" and "residual" not in sites,
+                "correction='query-key' corrects estimates of residual states; trace sites=['residual'] among others",
+            ),
         ]
 
     @classmethod
@@ -185,13 +194,27 @@ class TraceConfig:
         Raises:
             SettingError: a setting that does not exist, with the nearest one that does.
         """
+        cls.check_names(settings)
+        return cls(**settings)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse settings that do not exist.
+
+        Raises:
+            SettingError: see `of`.
+        """
         known = [field.name for field in fields(cls)]
-        for name in settings:
+        for name in names:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; settings: {', '.join(known)}"
                 raise SettingError(f"causal tracing has no setting {name!r}{hint}")
-        return cls(**settings)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether subject embeddings are replaced, rather than added to."""
+        return self.replace or self.corruption in ("zeros", "mean")
 
     @property
     def inserts_corrupted(self) -> bool:
@@ -244,8 +267,8 @@ def tables(lm: LanguageModel, config: TraceConfig) -> list[Table]:
     """Every table that the settings ask for; a severed one is named after both, such as "residual, mlp severed".
 
     Raises:
-        UnsupportedModelError: a site that the family does not have.
-        SettingError: a neuron that does not exist.
+        UnsupportedModelError: a site that the family does not have, a layer that the model does not have.
+        SettingError: a neuron that the layer does not have.
     """
     sites = config.sites or [site for site in lm.parts.site_names() if site not in PARTS]
     found = []

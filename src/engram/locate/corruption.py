@@ -17,7 +17,7 @@ from engram.errors import FactError
 from engram.language_model import LanguageModel
 from engram.locate.config import TraceConfig
 
-_RULE = re.compile(r"(?P<kind>[sumt])(?P<number>\d*\.?\d*)")
+_RULE = re.compile(r"(?P<kind>[sut])(?P<number>\d+\.?\d*|\.\d+)?|m")
 
 
 @torch.no_grad()
@@ -37,7 +37,6 @@ class Corruptor:
 
     Attributes:
         samples: how many corrupted runs there are: one where nothing is drawn.
-        replaces: whether the embeddings are replaced, rather than added to.
     Raises:
         FactError: a rule that is none of these.
     """
@@ -46,22 +45,23 @@ class Corruptor:
         self.config, self.seed = config, config.seed
         given = config.noise if config.corruption == "noise" else None
         self.samples = 1 if given is None else len(given) if isinstance(given, Tensor) else config.samples
-        self.replaces = config.replace or config.corruption in ("zeros", "mean")
         self.width = int(getattr(lm.parts.embed, "embedding_dim", lm.d_model))
         self.mean, self.root, self.scale = torch.zeros(self.width, dtype=torch.float64), None, 1.0
         self.kind, self.freedom = "s", 0.0
         if isinstance(given, str):
-            self._measure(lm, given)
+            self._read(lm, given)
         elif given is not None and not isinstance(given, Tensor):
             self.scale = float(given)
         elif config.corruption == "mean":
             self.mean = subject_embeddings(lm, self._subjects()).mean(0)
 
-    def _measure(self, lm: LanguageModel, rule: str) -> None:
+    def _read(self, lm: LanguageModel, rule: str) -> None:
         match = _RULE.fullmatch(rule)
-        if match is None:
+        if match is None or (match["kind"] in ("u", "t") and match["number"] is None):
             raise FactError(f"noise={rule!r} is not a rule; expected 's3', a number, 'u0.1', 'm', 't10' or a tensor")
-        self.kind, number = match["kind"], float(match["number"] or 1)
+        self.kind, number = match["kind"] or "m", float(match["number"] or 1)
+        if self.kind == "t" and number <= 2:
+            raise FactError(f"noise={rule!r}: Student's t has a covariance from more than 2 degrees of freedom on")
         if self.kind == "u":
             self.scale = number
             return
@@ -89,11 +89,7 @@ class Corruptor:
         if self.config.corruption != "noise":
             return self.mean.expand(shape)
         if isinstance(given, Tensor):
-            if given.dim() != 3 or given.shape[1] != tokens:
-                raise FactError(
-                    f"noise has shape {tuple(given.shape)}, expected [samples, {tokens} corrupted tokens, d_model]"
-                )
-            return given
+            return check_noise("noise", given, shape)
         stream = np.random.RandomState(self.seed)
         if self.kind == "u":
             return torch.from_numpy(stream.uniform(-1, 1, size=shape)) * self.scale
@@ -105,6 +101,18 @@ class Corruptor:
             chi = np.random.RandomState(2).chisquare(self.freedom, size=self.samples * tokens)
             noise = noise * torch.from_numpy(np.sqrt((self.freedom - 2) / chi)).view(self.samples, tokens, 1)
         return noise + self.mean
+
+
+def check_noise(name: str, noise_snd: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The tensor, if it can be added to the embeddings of [samples, corrupted tokens, d]."""
+    if tuple(noise_snd.shape) != shape:
+        samples, tokens, width = shape
+        raise FactError(
+            f"{name} has shape {tuple(noise_snd.shape)}, expected [samples, corrupted tokens, d], here [{samples}, {tokens}, {width}]"
+        )
+    if not noise_snd.isfinite().all():
+        raise FactError(f"{name} holds NaN or infinity; give numbers that can be added to embeddings")
+    return noise_snd
 
 
 def draw_noise(

@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.locate.averages import AverageTrace
 from engram.locate.batches import batched, described, trace_batch
-from engram.locate.causal_trace import CausalTrace
+from engram.locate.causal_trace import CausalTrace, Progress
 from engram.locate.config import TraceConfig, tables, usual_window
 from engram.locate.corruption import Corruptor
 from engram.locate.question import Prompt, Question, ask
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 Keep = Literal["known", "exact", "all"]
 Answer = Literal["model", "object"]
-Progress = Callable[[int, int], None]
 _FACTS_AT_ONCE = 256  # facts that are tokenised, filtered and ordered by length together
 
 
@@ -83,6 +82,12 @@ def average_trace(
         )
     if isinstance(config.noise, Tensor):
         raise SettingError("noise as a tensor fits subjects of one length; over many facts give a rule, such as 's3'")
+    if config.frozen_noise is not None:
+        raise SettingError("frozen_noise is a tensor, which fits subjects of one length; over many facts leave it out")
+    if not isinstance(config.positions, str):
+        raise SettingError(
+            "positions by number are other words in every prompt; over many facts say 'all', 'subject_last' or 'last'"
+        )
     if config.noise_subjects is None:
         config = replace(config, noise_subjects=tuple(fact.subject for fact in facts))
     keys = _keys(facts)
@@ -128,9 +133,9 @@ class _Run:
         if said is not None and not self._counts(fact, said):
             raise FactError("the model's next token is not the object")
         if self.config.corruption != "subject":
-            return ask(self.lm, Prompt(fact.prompt_text, fact.subject, target), self.config, self.corruptor)
+            return ask(self.lm, self._prompt(fact, target), self.config, self.corruptor)
         for other in self._others(number, fact):
-            prompt = Prompt(fact.prompt_text, fact.subject, target, other.target if differs else None, other.subject)
+            prompt = self._prompt(fact, target, other.target if differs else None, other.subject)
             try:
                 question = ask(self.lm, prompt, self.config, self.corruptor)
             except FactError:  # the subjects are not of one length, or the objects begin alike
@@ -138,6 +143,9 @@ class _Run:
             if target is not None or question.foil is None or question.foil != said:
                 return question
         raise FactError("no other fact has another object and a subject of as many tokens")
+
+    def _prompt(self, fact: Fact, target: str | None, foil: str | None = None, other: str | None = None) -> Prompt:
+        return Prompt(fact.prompt_text, fact.subject, target, foil, other, fact.subject_start)
 
     def _others(self, number: int, fact: Fact) -> Iterator[Fact]:
         """Facts with another object that may be this one's partner, in random order, those of the same prompt first."""
@@ -202,7 +210,9 @@ def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
         "tables": [table.name for table in tables(lm, config)],
         "window": config.window or usual_window(lm.n_layers),
         "samples": config.samples,
-        "positions": config.positions if isinstance(config.positions, str) else list(config.positions),
+        "positions": config.positions,
+        "cloze": [lm.cloze_template, lm.cloze_decoder],
+        "tokenizer": hashlib.sha256(lm.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "method": config.method,
         "keep": run.keep,
         "answer": run.answer,

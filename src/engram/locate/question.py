@@ -5,6 +5,7 @@ Knows text and token positions. Refuses to run the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,19 +15,21 @@ from engram.errors import FactError, SettingError
 from engram.facts import subject_starts, token_span
 from engram.language_model import LanguageModel
 from engram.locate.config import TraceConfig
-from engram.locate.corruption import Corruptor
+from engram.locate.corruption import Corruptor, check_noise
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What is traced. `subject` stands in `text`; `target` is scored (default: the model's own next token) against `foil`;
-    `other_subject` takes the subject's place in the corrupted run of corruption="subject"."""
+    `other_subject` takes the subject's place in the corrupted run of corruption="subject". `start` is the character at which the
+    subject begins, where that is known and occurrence="first" would have to search for it."""
 
     text: str
     subject: str
     target: str | None = None
     foil: str | None = None
     other_subject: str | None = None
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Question:
         read: positions whose next-token distributions are scored.
         answer: ids of the target, empty where the model's own answer is wanted; foil: first id of the foil.
         rows: positions at which states are replaced.
-        span: [first, last + 1) token of the subject's first place; corrupted: all tokens that are changed.
+        span: [first, last + 1) token of the subject's first (or chosen) place; corrupted: all tokens that are changed.
         noise: [samples, corrupted, d] float64 for their embeddings; None where `other_ids` are read instead.
         decoder_corrupted, decoder_noise, other_decoder_ids: the same where a decoder is made to begin with the prompt (BART):
             it would read the answer off the subject there.
@@ -64,33 +67,31 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     """`prompt` in tokens.
 
     Raises:
-        FactError: subject not in the prompt or lost by the tokenizer, empty target, noise of a wrong shape, a foil that
-            starts as the answer does, another subject of another length.
+        FactError: subject not in the prompt or lost by the tokenizer, empty target or foil, noise of a wrong shape, another
+            subject of another length.
         SettingError: foil or other subject missing where the settings need one, or given where they do not.
     """
     _check_company(prompt, config)
     cloze = lm.cloze(prompt.text, prompt.target)
     starts = subject_starts(prompt.text, prompt.subject, config.occurrence)
+    if prompt.start is not None and config.occurrence == "first":
+        starts = [prompt.start]
     spans = [token_span(cloze.offsets, at, at + len(prompt.subject)) for at in starts]
-    corrupted = sorted({i for b, e in spans for i in range(b, min(e + config.extra_tokens, cloze.tokens))})
+    corrupted = _widened(spans, config.extra_tokens, cloze.offsets[: cloze.tokens], len(prompt.text))
     other = None
     if prompt.other_subject is not None:
         other = _other(lm, prompt, starts, cloze, spans)
         corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other.ids, strict=True)) if a != b]
-    foil = None
-    if prompt.foil is not None:
-        foil = lm.cloze(prompt.text, prompt.foil).answer[0]
-        if cloze.answer and cloze.answer[0] == foil:
-            raise FactError(
-                f"foil={prompt.foil!r} begins with the same token as the answer {prompt.target!r}, so their logits do not "
-                "differ; choose answers with different first tokens"
-            )
+    foil = None if prompt.foil is None else lm.cloze(prompt.text, prompt.foil).answer[0]
+    again = _in_decoder(lm, prompt, starts, cloze, config.extra_tokens)
+    noise = corruptor(len(corrupted)) if other is None else None
+    if config.frozen_noise is not None and noise is not None:
+        check_noise("frozen_noise", config.frozen_noise, (noise.shape[0], noise.shape[1], noise.shape[2]))
     return Question(
         prompt, cloze.ids, cloze.decoder_ids, cloze.read, cloze.answer, foil,
         _rows(config, cloze.tokens, spans[0], cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]),
-        spans[0], corrupted, corruptor(len(corrupted)) if other is None else None, None if other is None else other.ids,
-        again := _in_decoder(lm, prompt, starts, cloze), corruptor(len(again)) if again and other is None else None,
-        None if other is None else other.decoder_ids,
+        spans[0], corrupted, noise, None if other is None else other.ids,
+        again, corruptor(len(again)) if again and other is None else None, None if other is None else other.decoder_ids,
     )  # fmt: skip
 
 
@@ -114,13 +115,19 @@ def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[in
         return [span[1] - 1]
     if config.positions == "last":
         return read[:1]
-    rows = [int(at) for at in config.positions]
+    rows = list(dict.fromkeys(int(at) for at in config.positions))
     if not rows or any(not 0 <= at < tokens for at in rows):
         raise SettingError(f"positions={rows}: the prompt has tokens 0 to {tokens - 1}")
     return rows
 
 
-def _in_decoder(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze) -> list[int]:
+def _widened(spans: list[tuple[int, int]], extra: int, offsets: Sequence[tuple[int, int]], end: int) -> list[int]:
+    """Tokens of the spans and `extra` ones behind each, as far as they stand in the prompt's own `end` characters."""
+    last = max(i for i, (a, b) in enumerate(offsets) if b > a and a < end)
+    return sorted({i for b, e in spans for i in range(b, max(e, min(e + extra, last + 1)))})
+
+
+def _in_decoder(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze, extra: int) -> list[int]:
     """Positions of the subject in what the decoder is made to begin with; none where that is not the prompt."""
     if lm.kind != "encoder-decoder" or "{}" not in lm.cloze_decoder:
         return []
@@ -128,7 +135,7 @@ def _in_decoder(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Clo
     offsets = lm.tokenizer(begun, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     lead = cloze.read[0] + 1 - len(offsets)  # start tokens
     spans = [token_span(offsets, front + at, front + at + len(prompt.subject)) for at in starts]
-    return sorted({lead + i for b, e in spans for i in range(b, e)})
+    return [lead + i for i in _widened(spans, extra, offsets, front + len(prompt.text))]
 
 
 def _other(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze, spans: list[tuple[int, int]]) -> Cloze:

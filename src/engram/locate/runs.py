@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from engram.errors import FactError
 from engram.hooks import record, substitute
 from engram.language_model import LanguageModel, pad_right
 from engram.locate.config import PARTS, Table, TraceConfig
@@ -47,8 +48,10 @@ class Runs:
             self.decoder_bt = pad_right(
                 [ids for q in questions for ids in self._rows_of(q.decoder_ids, q.other_decoder_ids)]
             )
-        sites = dict.fromkeys([p.site for t in tables for p in t.patches] + [p.severed for t in tables for p in t.patches])
-        self._sites = [site for site in sites if site is not None and (site != "residual" or not replay)]
+        patches = [patch for table in tables for patch in table.patches]
+        wanted = dict.fromkeys((p.site, layer) for p in patches for layer in range(p.first, p.end))
+        wanted |= dict.fromkeys((p.severed, layer) for p in patches if p.severed for layer in range(lm.n_layers))
+        self._wanted = [(site, layer) for site, layer in wanted if site != "residual" or not replay]
         self._severs = bool(config.severed)
         self.seen: dict[str, Tensor] = {}
         self.recording: Recording | None = None
@@ -58,9 +61,20 @@ class Runs:
             self.answers = torch.tensor(
                 [q.answer or [int(logits[f * self.per_fact, 0].argmax())] for f, q in enumerate(self.questions)]
             )
+            self._check_foils()
             scores = self.metric(logits, torch.arange(len(self.questions)).repeat_interleave(self.per_fact))
-        scores = scores.view(len(self.questions), self.per_fact)
+        scores = scores.view(len(self.questions), self.per_fact).cpu()
         self.clean, self.corrupted = scores[:, 0], scores[:, 1 : 1 + self.samples].mean(1)
+
+    def _check_foils(self) -> None:
+        """Refuse a foil that begins with the answer's own first token, which the model may have chosen."""
+        for question, answer in zip(self.questions, self.answers[:, 0].tolist(), strict=True):
+            if question.foil == answer:
+                raise FactError(
+                    f"foil={question.prompt.foil!r} begins with the same token as the answer "
+                    f"{self.lm.token_strings([answer])[0]!r}, so their logits do not differ; choose answers with different first "
+                    "tokens"
+                )
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -142,10 +156,9 @@ class Runs:
             noise = question.decoder_noise if decoder else question.noise
         if noise is None:
             return
-        replaces = self.config.replace or self.config.corruption in ("zeros", "mean")
         at = torch.tensor(question.decoder_corrupted if decoder else question.corrupted, device=rows_btd.device)
         noise = noise.to(rows_btd.device).repeat(len(rows_btd) // len(noise), 1, 1)
-        rows_btd[:, at] = (noise if replaces else rows_btd[:, at].double() + noise).to(rows_btd.dtype)
+        rows_btd[:, at] = (noise if self.config.replaces else rows_btd[:, at].double() + noise).to(rows_btd.dtype)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         """[kept rows, t, c] of a module's output; rows and tokens may share an axis there."""
@@ -153,8 +166,7 @@ class Runs:
 
     def _names(self, parts: bool) -> list[str]:
         """Modules whose inputs (parts) or outputs are recorded."""
-        sites = [site for site in self._sites if (site in PARTS) == parts]
-        return list(dict.fromkeys(self.name(site, layer) for site in sites for layer in range(self.lm.n_layers)))
+        return list(dict.fromkeys(self.name(site, layer) for site, layer in self._wanted if (site in PARTS) == parts))
 
     def _record_for_replay(self) -> Tensor:
         self.recording = record_run(

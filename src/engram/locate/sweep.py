@@ -42,7 +42,9 @@ def suffix_length(runs: Runs, strand: Strand) -> int:
 
 def chunks(runs: Runs, group: Group, rows_per_chunk: int | None) -> Iterator[Group]:
     """Parts of a group that keep the rows in memory below the limit: fewer strands first, then fewer patches."""
-    rows = rows_per_chunk or affordable_rows(runs, suffix_length(runs, group.strands[0]))
+    replays = runs.recording is not None
+    tokens = suffix_length(runs, group.strands[0]) if replays else runs.ids_bt.shape[1]
+    rows = rows_per_chunk or affordable_rows(runs, tokens)
     at_once = max(1, rows // (runs.samples * len(group.patches)))
     size = max(1, rows // runs.samples)
     patches = sorted(group.patches, key=lambda p: (p.first, p.site, p.end, p.severed or "", p.part or (0, 0)))
@@ -51,15 +53,17 @@ def chunks(runs: Runs, group: Group, rows_per_chunk: int | None) -> Iterator[Gro
             yield Group(group.strands[s : s + at_once], tuple(patches[p : p + size]))
 
 
-def affordable_rows(runs: Runs, suffix: int) -> int:
-    """Rows whose widest tensors fit in half a gigabyte, or in a quarter of an accelerator's free memory."""
+def affordable_rows(runs: Runs, tokens: int) -> int:
+    """Rows of so many tokens whose widest tensors fit in half a gigabyte, or in a quarter of an accelerator's free memory."""
     lm, budget = runs.lm, 1 << 29
     if lm.device.type == "cuda":
-        budget = max(budget, torch.cuda.mem_get_info(lm.device)[0] // 4)
-    config = lm.model.config
+        unused = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+        budget = max(budget, (torch.cuda.mem_get_info(lm.device)[0] + unused) // 4)
+    config = lm.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * lm.d_model
-    block = suffix * (4 * inner + 6 * lm.d_model) + 4 * runs.ids_bt.shape[1] * lm.d_model
-    head = 2 * runs.read.shape[1] * int(config.vocab_size)
+    block = tokens * (4 * inner + 6 * lm.d_model) + 4 * runs.ids_bt.shape[1] * lm.d_model
+    scored = runs.read.shape[1] if runs.decoder_bt is None else runs.decoder_bt.shape[1]
+    head = 2 * scored * int(config.vocab_size)
     return int(max(runs.samples, budget // (max(block, head) * lm.dtype.itemsize)))
 
 

@@ -18,6 +18,7 @@ from engram.locate.causal_trace import CausalTrace
 FORMAT_VERSION = 1
 _HASHED = {  # settings that are kept as a hash, which would say nothing
     "weights": "other weights of the model",
+    "tokenizer": "another tokenizer",
     "noise_subjects": "noise measured on other subjects (the list's own, unless noise_subjects says whose)",
     "pairs": "another list of facts, so that other facts are paired",
 }
