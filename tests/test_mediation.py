@@ -223,6 +223,38 @@ def test_positions_can_be_chosen(lm):
     torch.testing.assert_close(some.scores["residual"], full.scores["residual"][[3, 1]], atol=1e-6, rtol=0)
 
 
+def test_a_position_named_twice_is_one_row(lm):
+    twice = engram.trace(lm, PROMPT, subject=SUBJECT, noise=1.0, sites="residual", positions=[5, 5])
+    once = engram.trace(lm, PROMPT, subject=SUBJECT, noise=1.0, sites="residual", positions=[5])
+    assert twice.positions == [5] and torch.equal(twice.scores["residual"], once.scores["residual"])
+
+
+def test_a_facts_subject_is_corrupted_where_the_fact_says_it_stands(lm):
+    """Not in "towers", where the same letters come first."""
+    fact = engram.Fact("tower", "The towers and the {} are in the", "city")
+    average = engram.average_trace(lm, [fact], keep="all", noise=1.0, samples=2, sites="residual")
+    last = engram.trace(
+        lm, fact.prompt_text, subject="tower", occurrence="last", noise=1.0, samples=2, sites="residual"
+    )  # fmt: skip
+    assert average.traces[0].corrupted == last.corrupted
+    torch.testing.assert_close(average.traces[0].scores["residual"], last.scores["residual"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sites": "residual", "severed": "mlp", "frozen_noise": torch.zeros(2, 4, 32)}, "frozen_noise is a tensor"),
+        ({"positions": [3]}, "positions by number are other words in every prompt"),
+        ({"noise": torch.zeros(2, 4, 32)}, "noise as a tensor fits subjects of one length"),
+    ],
+)
+def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
+    with pytest.raises(SettingError, match=message):
+        engram.average_trace(
+            lm, [engram.Fact("tower", "The {} is in the", "city")], keep="all", **{"noise": 1.0, **settings}
+        )
+
+
 # -- combinations that make no sense ---------------------------------------------------------------------------------------
 
 
@@ -257,6 +289,23 @@ def test_positions_can_be_chosen(lm):
         ({"method": "attribution", "screen": 3}, "choose one"),
         ({"screen": 0}, "choose one"),
         ({"correction": "query-key"}, "correction belongs to estimates"),
+        ({"correction": "query-key", "sites": ["mlp"], "method": "attribution"}, "corrects estimates of residual states"),
+        ({"sites": "residul"}, r"no site 'residul' \(did you mean 'residual'\?\); it has residual, mlp, attention"),
+        ({"positions": 3}, "positions=3 does not exist"),
+        ({"rows_per_chunk": 0}, "at least one row"),
+        ({"noise": "t2"}, "more than 2 degrees of freedom"),
+        ({"noise": "t"}, "is not a rule"),
+        ({"noise": "m3"}, "is not a rule"),
+        ({"noise": "s."}, "is not a rule"),
+        (
+            {"noise": torch.zeros(2, 4, 7)},
+            r"shape \(2, 4, 7\), expected \[samples, corrupted tokens, d\], here \[2, 4, 32\]",
+        ),
+        ({"noise": torch.full((2, 4, 32), torch.nan)}, "NaN or infinity"),
+        (
+            {"sites": "residual", "severed": "mlp", "frozen_noise": torch.zeros(3, 4, 32)},
+            r"frozen_noise has shape \(3, 4, 32\)",
+        ),
     ],
 )
 def test_a_combination_that_makes_no_sense_says_why(lm, settings, message):

@@ -137,7 +137,21 @@ def test_heads_and_severed_paths_of_encoders(family):
 
 @pytest.mark.parametrize("family", [*STATE_SPACE, *MASKED, *ENCODER_DECODER])
 def test_they_run_through_whole_forward_passes(family):
-    assert not replayable(tiny_lm(family))
+    lm = tiny_lm(family)
+    assert not replayable(lm)
+    with pytest.raises(UnsupportedModelError, match=r"engine='replay': .* cannot be replayed; leave out engine"):
+        engram.trace(lm, PROMPT, subject=SUBJECT, noise=1.0, engine="replay")
+
+
+@pytest.mark.parametrize("family", [*MASKED, *ENCODER_DECODER])
+def test_tokens_behind_the_subject_are_the_prompts_own(family):
+    """Neither the blank, nor what stands behind it, nor specials are corrupted."""
+    lm = tiny_lm(family)
+    trace = engram.trace(
+        lm, PROMPT, subject="in", occurrence="last", noise=1.0, samples=1, extra_tokens=9, sites="residual"
+    )
+    words = [trace.tokens[trace.positions.index(at)] for at in trace.corrupted]
+    assert "".join(words).replace("▁", " ").replace("##", "").replace(" ", "").endswith("the")
 
 
 @pytest.mark.parametrize("family", STATE_SPACE)

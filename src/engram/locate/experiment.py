@@ -138,9 +138,9 @@ class _Run:
             prompt = self._prompt(fact, target, other.target if differs else None, other.subject)
             try:
                 question = ask(self.lm, prompt, self.config, self.corruptor)
-            except FactError:  # the subjects are not of one length, or the objects begin alike
+            except FactError:  # the subjects are not of one length
                 continue
-            if target is not None or question.foil is None or question.foil != said:
+            if question.foil is None or question.foil != (question.answer[0] if question.answer else said):
                 return question
         raise FactError("no other fact has another object and a subject of as many tokens")
 
