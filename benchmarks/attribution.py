@@ -63,8 +63,7 @@ def compare(exact: AverageTrace, estimate: AverageTrace) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = arguments(__doc__ or "", facts={"type": int, "default": 100})
-    given.shape = "pocket"
+    given = arguments(__doc__ or "", "pocket", facts={"type": int, "default": 100})
     lm = engram.load("pocket", device_map=None if given.device == "cpu" else given.device)
     table = random.Random(0).sample(engram.read_facts("pocket"), given.facts)
     record: dict[str, Any] = {"facts": given.facts}

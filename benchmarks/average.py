@@ -1,7 +1,7 @@
 """Tracing many facts: in batches and one by one, against the loop over cells; and the estimate by attribution.
 
     python benchmarks/average.py                            the bundled model's shape, 32 facts, CPU, 2 threads
-    python benchmarks/average.py --shape small --facts 8    GPT-2 small shape
+    python benchmarks/average.py --shape small --facts 8 --loops 1 --repeats 1     GPT-2 small shape
     python benchmarks/average.py --shape xl --device cuda   GPT-2 XL shape on a GPU
 
 Prompts of 8 to 14 random words, subjects of 2 to 4 of them from the second on, 10 noise samples, residual, MLP and attention
@@ -110,6 +110,7 @@ def largest_gap(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> float:
 def main() -> None:
     given = arguments(
         __doc__ or "",
+        "pocket",
         facts={"type": int, "default": 32},
         loops={"type": int, "default": 2, "help": "facts that the loop runs on"},
     )

@@ -87,10 +87,10 @@ def matmul_rate(device: str) -> float:
     return 2 * 2048**3 / seconds
 
 
-def arguments(doc: str, **more: dict[str, Any]) -> argparse.Namespace:
-    """The options of every benchmark; `more` adds --NAME with these arguments of `add_argument`."""
+def arguments(doc: str, shape: str = "small", **more: dict[str, Any]) -> argparse.Namespace:
+    """The options of every benchmark, with its usual shape; `more` adds --NAME with these arguments of `add_argument`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="of our own variants; the slow ones run once")

@@ -38,7 +38,7 @@ def trace_prompts(
     """Traces of `prompts`, in batches of similar length, given out in the order in which they are done.
 
     Args:
-        facts_per_batch: prompts recorded together; default: as many as fit in half a gigabyte, 32 at most.
+        facts_per_batch: prompts recorded together; default: as many as fit in half a gigabyte, at most 32, on a CPU 8.
         progress: called with (cells done, cells in all) of the batch at work.
     Yields:
         One trace a prompt; see `batched` for the order.
@@ -72,11 +72,11 @@ def _together(lm: LanguageModel, config: TraceConfig) -> bool:
 
 def _affordable_facts(lm: LanguageModel, question: Question, config: TraceConfig) -> int:
     samples = 1 if question.noise is None else len(question.noise)
-    tensors = (
-        5 if config.method == "exact" and config.screen is None else 20
-    ) * lm.n_layers  # of a block; a graph holds more
+    estimates = config.method == "attribution" or config.screen is not None
+    tensors = (20 if estimates else 5) * lm.n_layers  # states, keys, values and two sites a block; a graph holds more
     row = len(question.ids) * lm.d_model * lm.dtype.itemsize
-    return max(1, min(32, _RECORDED_BYTES // (tensors * row * (samples + 1))))
+    most = 8 if lm.device.type == "cpu" else 32  # a CPU is kept busy by a few: 32 are no faster there
+    return max(1, min(most, _RECORDED_BYTES // (tensors * row * (samples + 1))))
 
 
 def trace_batch(

@@ -59,7 +59,7 @@ def average_trace(
         keep: "known": facts whose object begins with the model's most probable next token; "exact": those whose object is
             that token, as in the released code, where an object of several tokens never counts; "all".
         answer: what is scored: the "model"'s own most probable next token, as published, or the fact's whole "object".
-        facts_per_batch: recorded together; default: as many as fit in half a gigabyte, 32 at most.
+        facts_per_batch: recorded together; default: as many as fit in half a gigabyte, at most 32, on a CPU 8.
         progress: called with (facts done, facts in all).
         settings: any of `TraceConfig`. "s3", "m" and "t" noise are measured on these facts' subjects unless
             `noise_subjects` says otherwise. With corruption="subject" each fact is paired with another of the same prompt

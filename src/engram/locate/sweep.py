@@ -75,14 +75,14 @@ def sweep(runs: Runs, group: Group) -> Tensor:
     their windows end. A state opens at its first layer, from recorded states: until there its run is the patched run as it is.
     """
     walk = _Walk(runs, group)
-    states: list[Patch] = []
+    states: dict[Patch, int] = {}  # where each stands among the rows
     hidden_nqd = torch.empty(0)
     for layer in range(min(p.first for p in group.patches), runs.lm.n_layers):
         wanted = list(dict.fromkeys(_until(p, layer) for p in group.patches if p.first <= layer))
         going = [state for state in wanted if state.first < layer]
         opening = [state for state in wanted if state.first == layer]
         if going:
-            source = [states.index(_until(state, layer - 1)) for state in going]
+            source = [states[_until(state, layer - 1)] for state in going]
             if source != list(range(len(states))):
                 hidden_nqd = hidden_nqd.unflatten(0, (len(states), -1))[source].flatten(0, 1)
             hidden_nqd = walk.through(layer, hidden_nqd, going)
@@ -91,11 +91,11 @@ def sweep(runs: Runs, group: Group) -> Tensor:
             if layer == runs.lm.n_layers - 1:
                 opened = opened[:, -walk.read :]
             hidden_nqd = torch.cat([hidden_nqd, opened]) if going else opened
-        states = [*going, *opening]
+        states = {state: i for i, state in enumerate([*going, *opening])}
     logits = runs.lm.parts.head(hidden_nqd)
     scores = runs.metric(logits, walk.facts.repeat(len(states)))
     scores = scores.view(len(states), len(group.strands), runs.samples).mean(2)
-    return scores[[states.index(_until(p, runs.lm.n_layers - 1)) for p in group.patches]].cpu()
+    return scores[[states[_until(p, runs.lm.n_layers - 1)] for p in group.patches]].cpu()
 
 
 def _until(patch: Patch, layer: int) -> Patch:
