@@ -9,7 +9,7 @@ import torch
 
 import engram
 from engram.errors import UnsupportedModelError
-from engram.locate.attention_watch import Attention, watched
+from engram.locate.attention import Attention, watched
 from engram.locate.batches import trace_prompts
 from engram.locate.config import TraceConfig
 from engram.locate.question import Prompt

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engram.hooks import substitute
-from engram.locate.attention_watch import Attention, watched
+from engram.locate.attention import Attention, watched
 from engram.locate.config import PARTS, Table
 from engram.locate.runs import Runs
 from engram.replay import body

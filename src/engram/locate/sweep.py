@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engram.hooks import substitute
+from engram.locate.attention import quick
 from engram.locate.config import Patch
 from engram.locate.runs import Changes, Runs
 from engram.replay import Suffix
@@ -67,9 +68,14 @@ def affordable_rows(runs: Runs, tokens: int) -> int:
     return int(max(runs.samples, budget // (max(block, head) * lm.dtype.itemsize)))
 
 
-@torch.no_grad()
 def sweep(runs: Runs, group: Group) -> Tensor:
-    """[patches, strands] scores, all in one walk over the blocks.
+    """[patches, strands] scores, all in one walk over the blocks."""
+    with torch.no_grad(), quick(runs.lm):
+        return _sweep(runs, group)
+
+
+def _sweep(runs: Runs, group: Group) -> Tensor:
+    """See `sweep`.
 
     Rows are (state, strand, sample): patches that have had the same layers replaced so far share a state, and part where
     their windows end. A state opens at its first layer, from recorded states: until there its run is the patched run as it is.

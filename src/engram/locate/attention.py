@@ -1,12 +1,11 @@
-"""Queries, keys and attention weights of a forward pass, and what a softmax makes of new ones.
+"""Attention written out, standing in for transformers' own for the length of a `with` block: watched, or quick where it is short.
 
-Works for families that call transformers' attention interface, by standing in for it for the length of a `with` block.
-Refuses to know why they are wanted: see attribution.
+Works for families that call transformers' attention interface. Refuses to know why queries and keys are wanted: see attribution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from engram.errors import UnsupportedModelError
 from engram.language_model import LanguageModel
 
-_NAME = "engram_watched"
+_NAME = "engram"
 
 
 @dataclass(frozen=True)
@@ -108,27 +107,88 @@ def watched(lm: LanguageModel) -> Iterator[list[Attention]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         scaling: float | None = None, softcap: float | None = None, **options: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        if options.get("s_aux") is not None or options.get("position_bias") is not None:
+        if _is_special(options):
             raise UnsupportedModelError(
                 f"correction='query-key' knows plain softmax attention, and model_type={config.model_type!r} adds sinks or "
                 "biases to it; use correction='none'"
             )
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        key, value = _a_head_each(query, key, value)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = _capped(query @ key.mT * scaling, softcap)
         mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-        weights = (scores if mask is None else scores + mask).softmax(-1)
-        output = (weights @ value).transpose(1, 2).contiguous()
+        output = _attend(query, key, value, mask, scaling, softcap)
         seen.append(Attention(query, key, value, output, mask, scaling, softcap))
         return output.clone(), None
 
+    with _standing_in(lm, attend):
+        yield seen
+
+
+_SHORT = 64  # keys; up to there products of small matrices take a third of the time of PyTorch's fused kernel on a CPU
+
+
+@contextmanager
+def quick(lm: LanguageModel) -> Iterator[None]:
+    """Let attention over few keys be written out on a CPU, for the length of the block and without gradients.
+
+    The same numbers to rounding. A fifth of an average trace's time went into the fused kernel, which is made for long texts.
+    """
+    if (
+        lm.device.type != "cpu"
+        or lm.model.config._attn_implementation != "sdpa"
+        or not lm.model._can_set_attn_implementation()
+    ):
+        yield
+        return
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        queries, keys = query.shape[2], key.shape[2]
+        if keys > _SHORT or _is_special(options) or options.get("is_causal") is False:
+            fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            return fused(module, query, key, value, attention_mask, scaling=scaling, **options)
+        key, value = _a_head_each(query, key, value)
+        if attention_mask is None and queries > 1:  # plain causal attention, left to the kernel
+            later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+            attention_mask = torch.zeros(queries, keys, dtype=query.dtype).masked_fill_(later, -torch.inf)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _attend(query, key, value, attention_mask, scaling, options.get("softcap")), None
+
+    with _standing_in(lm, attend):
+        yield
+
+
+def _is_special(options: dict[str, Any]) -> bool:
+    """Sinks or biases beside the plain softmax."""
+    return options.get("s_aux") is not None or options.get("position_bias") is not None
+
+
+def _a_head_each(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with one head for each of the query's."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """[b, t, h, k] weighted values; a mask is added, or says (bool) what may be seen."""
+    scores = _capped(query @ key.mT * scaling, softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous()
+
+
+@contextmanager
+def _standing_in(lm: LanguageModel, attend: Callable[..., Any]) -> Iterator[None]:
+    config = lm.model.config
     before = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     config._attn_implementation = _NAME
     try:
-        yield seen
+        yield
     finally:
         config._attn_implementation = before
         for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
