@@ -2,8 +2,9 @@
 
     python benchmarks/attribution.py                 100 facts that the model knows, residual, MLP and attention
 
-How fast it is: benchmarks/average.py. Cells are all tokens from the subject's first on x layers x sites: in front of the subject all effects are zero. Spearman's
-rank correlation is taken a fact and averaged; "averages" is that of the average tables (places x layers).
+How fast it is: benchmarks/average.py. Cells are all tokens from the subject's first on x layers x sites: in front of the
+subject all effects are zero. Spearman's rank correlation is taken a fact and averaged; "averages" is that of the average
+tables (places x layers).
 A screen of k cells finds an exact top-10 cell if it is among the k largest estimates.
 """
 
