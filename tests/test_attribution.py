@@ -9,10 +9,11 @@ import torch
 
 import engram
 from engram.errors import UnsupportedModelError
-from engram.locate.attention import Attention, watched
+from engram.locate.attention import Attention, quick, watched
 from engram.locate.batches import trace_prompts
 from engram.locate.config import TraceConfig
 from engram.locate.question import Prompt
+from engram.replay import Suffix, record_run
 from tests.tiny import EXPERTS, FAMILIES, tiny_lm
 
 PROMPT, SUBJECT = "The tower is in the", "tower"
@@ -171,3 +172,22 @@ def test_a_saved_estimate_says_that_it_is_one(tmp_path):
     assert again.method == "screened" and again.settings["screen"] == 3
     assert all(torch.equal(again.exact[site], trace.exact[site]) for site in trace.exact)
     assert again.to_dict() == replace(trace).to_dict()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.split("-")[0] not in UNWATCHED])
+@pytest.mark.parametrize("tokens", [3, 64, 70])
+def test_short_attention_written_out_is_the_fused_kernels(family, tokens):
+    """With and without keys in front, up to the length from which the kernel takes over, and beyond it."""
+    lm = tiny_lm(family, torch.float64)
+    ids_bt = (torch.arange(2 * tokens).view(2, tokens) * 31 + 5) % 300
+    recording = record_run(lm, ids_bt)
+    for start in (0, tokens // 2):
+        suffix = Suffix(lm, recording, start, tokens - start)
+        with torch.no_grad():
+            plain = suffix.block(1, suffix.states(1))
+            before = lm.model.config._attn_implementation
+            with quick(lm):
+                assert (lm.model.config._attn_implementation != before) == (before == "sdpa")
+                written_out = suffix.block(1, suffix.states(1))
+        assert lm.model.config._attn_implementation == before
+        torch.testing.assert_close(written_out, plain, atol=1e-6, rtol=1e-6)
