@@ -124,7 +124,7 @@ def main() -> None:
     rate = matmul_rate(given.device)
     sizes = [size for size in BATCHES if size <= given.facts]
     exact = ["alone", *(f"batch {size}" for size in sizes)]
-    estimates = ["attribution 1", f"attribution {sizes[-1]}", f"corrected {sizes[-1]}"]
+    estimates = list(dict.fromkeys(["attribution 1", f"attribution {sizes[-1]}", f"corrected {sizes[-1]}"]))
     results = run_all([*exact, *estimates, "loop"], given)
     gaps = {name: largest_gap(results[name]["tables"], results["loop"]["tables"]) for name in exact}
     for result in results.values():
