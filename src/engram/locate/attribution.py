@@ -54,7 +54,7 @@ class _Flow:
         self.rows, self.base = runs.rows(facts, "base").unique(return_inverse=True)  # the clean run serves all samples
         self.nodes: dict[tuple[str, int], Tensor] = {}
         self.attention: list[Attention] = []
-        corrects = runs.config.correction == "query-key" and "residual" in sites
+        corrects = runs.config.correction == "query-key"
         with torch.enable_grad(), ExitStack() as stack:
             if corrects:
                 self.attention = stack.enter_context(watched(runs.lm))

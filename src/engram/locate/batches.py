@@ -72,8 +72,9 @@ def _together(lm: LanguageModel, config: TraceConfig) -> bool:
 
 def _affordable_facts(lm: LanguageModel, question: Question, config: TraceConfig) -> int:
     samples = 1 if question.noise is None else len(question.noise)
-    estimates = config.method == "attribution" or config.screen is not None
-    tensors = (20 if estimates else 5) * lm.n_layers  # states, keys, values and two sites a block; a graph holds more
+    tensors = (
+        20 if config.estimates else 5
+    ) * lm.n_layers  # states, keys, values and two sites a block; a graph holds more
     row = len(question.ids) * lm.d_model * lm.dtype.itemsize
     most = 8 if lm.device.type == "cpu" else 32  # a CPU is kept busy by a few: 32 are no faster there
     return max(1, min(most, _RECORDED_BYTES // (tensors * row * (samples + 1))))
@@ -91,7 +92,7 @@ def trace_batch(
     plan = tables(lm, config)
     runs = Runs(lm, questions, config, plan, replay)
     results = _Results(runs, plan)
-    if config.method == "attribution" or config.screen is not None:
+    if config.estimates:
         results.estimated(estimate(runs, plan))
     if config.method == "exact":
         jobs = results.jobs(config.screen)

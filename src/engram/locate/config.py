@@ -152,7 +152,7 @@ class TraceConfig:
                 "behind it blocks part of what is measured. Use effect='indirect'",
             ),
             (
-                bool(severed) and (self.method == "attribution" or self.screen is not None),
+                bool(severed) and self.estimates,
                 "severed paths have no first-order estimate here; use method='exact' without screen",
             ),
             (
@@ -178,7 +178,7 @@ class TraceConfig:
                 f"screen={self.screen} computes so many cells exactly (at least 1), method='attribution' none: choose one",
             ),
             (
-                self.correction != "none" and self.method == "exact" and self.screen is None,
+                self.correction != "none" and not self.estimates,
                 "correction belongs to estimates; use it with method='attribution' or screen=...",
             ),
             (
@@ -210,6 +210,11 @@ class TraceConfig:
                 near = get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; settings: {', '.join(known)}"
                 raise SettingError(f"causal tracing has no setting {name!r}{hint}")
+
+    @property
+    def estimates(self) -> bool:
+        """Whether cells are estimated by attribution, all of them or before a screen."""
+        return self.method == "attribution" or self.screen is not None
 
     @property
     def replaces(self) -> bool:
