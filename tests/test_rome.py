@@ -13,6 +13,7 @@ from engram.architectures import as_linear
 from engram.editors.presets import preset, published
 from engram.editors.rome import RomeConfig, rank_one_update
 from engram.editors.second_moment import SecondMoment
+from engram.editors.settings import read
 from engram.editors.values import ValueConfig, optimise_value
 from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
 from tests.tiny import DENSE, EXPERTS, TOKENIZERS, tiny_lm
@@ -47,7 +48,7 @@ def io_at_subject(lm, text, subject, layer):
 def test_the_edited_matrix_sends_the_prompts_key_to_the_value(family, variant):
     lm = tiny_lm(family, torch.float64)
     edit = engram.rewrite(lm, FACT, layer=1, contexts=CONTEXTS, second_moments={1: moment_of(lm)}, variant=variant, seed=0)
-    update = rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS, RomeConfig.of({"variant": variant}))
+    update = rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS, RomeConfig(variant=variant))
     with edit.applied(lm):
         _, output_d = io_at_subject(lm, FACT.prompt_text, FACT.subject, 1)
     torch.testing.assert_close(output_d, update.value.star_d, atol=1e-5, rtol=1e-5)
@@ -328,7 +329,7 @@ def test_every_preset_makes_a_config():
     for model in published("rome"):
         settings = preset("rome", model)
         settings = {name: value for name, value in settings.items() if name not in ("depth", "layer", "corpus")}
-        assert RomeConfig.of(settings)
+        assert read(RomeConfig, settings, "rome")
 
 
 def test_a_model_without_a_preset_is_edited_at_a_share_of_its_depth():

@@ -6,17 +6,44 @@ A method reads the model and never changes it; what it returns is a value (see e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from engram.edit import Edit
 from engram.errors import EngramError, FactError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 
-METHODS: dict[str, str] = {  # name -> "module:function"; a new method is one file and one line here
-    "rome": "engram.editors.rome:rome",
+
+@dataclass(frozen=True)
+class Method:
+    """What `rewrite` calls by a name.
+
+    Attributes:
+        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit.
+        summary: what it does, in a line.
+        source: where it was published.
+    """
+
+    home: str | Callable[..., Edit]
+    summary: str
+    source: str
+
+    def function(self) -> Callable[..., Edit]:
+        if not isinstance(self.home, str):
+            return self.home
+        module, _, function = self.home.partition(":")
+        return cast("Callable[..., Edit]", getattr(import_module(module), function))
+
+
+METHODS: dict[str, Method] = {  # a new method is one file and one entry here
+    "rome": Method(
+        "engram.editors.rome:rome",
+        "one fact, one rank-one change of one MLP output matrix",
+        "Meng et al. 2022, arXiv:2202.05262",
+    ),
 }
 
 
@@ -54,5 +81,4 @@ def method_named(name: str) -> Callable[..., Edit]:
             f"method={name!r} does not exist" + (f" (did you mean {near[0]!r}?)" if near else "")
             + f"; known: {', '.join(sorted(METHODS))}"
         )  # fmt: skip
-    module, _, function = METHODS[name].partition(":")
-    return getattr(import_module(module), function)
+    return METHODS[name].function()

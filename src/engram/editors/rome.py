@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from engram.editors.corpora import Corpus
 from engram.editors.presets import preset
 from engram.editors.second_moment import SecondMoment
 from engram.editors.second_moment import second_moments as measure_second_moments
+from engram.editors.settings import flat, read
 from engram.editors.values import Value, ValueConfig, optimise_value
 from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
@@ -63,25 +63,6 @@ class RomeConfig:
             raise SettingError(f"variant={self.variant!r}: expected one of {', '.join(map(repr, VARIANTS))}")
         if self.residual not in ("published", "consistent"):
             raise SettingError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
-
-    @classmethod
-    def of(cls, knobs: Mapping[str, Any]) -> RomeConfig:
-        """From flat settings: those of the value optimisation go there.
-
-        Raises:
-            SettingError: a setting that does not exist.
-        """
-        own = {f.name for f in fields(cls)} - {"value"}
-        inner = {f.name for f in fields(ValueConfig)}
-        for name in knobs:
-            if name not in own | inner:
-                near = get_close_matches(name, own | inner, n=1)
-                raise SettingError(
-                    f"rome has no setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-                    + f"; it has {', '.join(sorted(own | inner))}, and layer, contexts, second_moments, corpus, tokens, seed"
-                )  # fmt: skip
-        value = ValueConfig(**{k: v for k, v in knobs.items() if k in inner})
-        return cls(value=value, **{k: v for k, v in knobs.items() if k in own})
 
 
 @dataclass(frozen=True)
@@ -211,7 +192,7 @@ def rome(
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
     preset_corpus = settings.pop("corpus", None)
     corpus = preset_corpus if corpus is None else corpus
-    config = RomeConfig.of(settings)
+    config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, seed")
     if layer == "auto":
         from engram.layer_choice import choose_layer
 
@@ -233,7 +214,7 @@ def rome(
     moment = _moment(lm, layer, second_moments, corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
 
-    recipe = {"layer": layer, **_flat(config), "contexts": list(contexts), "second_moment": moment.source}
+    recipe = {"layer": layer, **flat(config), "contexts": list(contexts), "second_moment": moment.source}
     base = describe_base(lm, [weight])
     done: list[RankOne] = []
     with ExitStack() as edited:
@@ -249,11 +230,6 @@ def rome(
     delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
     diagnostics = {"facts": [u.diagnostics() for u in done], "condition": moment.condition()}
     return Edit(tuple(facts), "rome", recipe, {weight: delta}, base, seed=seed, diagnostics=diagnostics)
-
-
-def _flat(config: RomeConfig) -> dict[str, Any]:
-    both = asdict(config)
-    return {**both.pop("value"), **both}
 
 
 def _moment(
