@@ -61,7 +61,7 @@ def test_every_shape_of_batch_gives_the_same_value(prompt, kl_position, contexts
     lm = tiny_lm("llama", torch.float64)
     fact, config = Fact("tower of Rome", prompt, "in Paris"), ValueConfig(steps=4, kl_position=kl_position)
     both = [optimise_value(lm, fact, 1, contexts, config, engine) for engine in ("replay", "whole")]
-    torch.testing.assert_close(torch.tensor(both[0].losses), torch.tensor(both[1].losses), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(*(torch.tensor(each.losses, dtype=torch.float64) for each in both), atol=1e-8, rtol=1e-7)
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -72,8 +72,10 @@ def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
     both = [optimise_value(lm, fact, 1, CONTEXTS, ValueConfig(steps=4), engine) for engine in ("replay", "whole")]
     losses = [torch.tensor(value.losses, dtype=torch.float64) for value in both]
     assert losses[0][:, 1].std() > 1e-6, "the value changes nothing: the comparison would be empty"
-    torch.testing.assert_close(losses[0], losses[1], atol=10 * limit, rtol=10 * limit)
-    torch.testing.assert_close(both[0].star_d, both[1].star_d, atol=100 * limit, rtol=100 * limit)
+    torch.testing.assert_close(losses[0][0], losses[1][0], atol=10 * limit, rtol=10 * limit)
+    later = max(100 * limit, 1e-6)  # Adam divides by |gradient| + 1e-8, so that gradients near 0 make rounding large
+    torch.testing.assert_close(losses[0], losses[1], atol=later, rtol=later)
+    torch.testing.assert_close(both[0].star_d, both[1].star_d, atol=later, rtol=later)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

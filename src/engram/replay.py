@@ -48,6 +48,16 @@ class Recording:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     seen: dict[str, Tensor]
 
+    def narrowed(self, lm: LanguageModel, rows_n: Tensor, layer: int) -> Recording:
+        """The same of some rows, and of blocks from `layer` on; what is below is let go. `seen` is dropped."""
+        recorded = len(self.hidden[-1])
+        some = lambda kept: [x[:0] for x in kept[:layer]] + [x.index_select(0, rows_n.to(x.device)) for x in kept[layer:]]  # noqa: E731
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        for block, (args, kwargs) in zip(lm.parts.blocks, self.calls, strict=False):
+            named = _by_name(block, args, kwargs)
+            calls.append(((), {name: _for_rows(name, value, rows_n, recorded) for name, value in named.items()}))
+        return Recording(some(self.hidden), some(self.keys), some(self.values), calls, {})
+
 
 class NotReplayableError(Exception):
     """A block takes an argument that we do not know how to cut to a suffix; the caller falls back to whole forwards."""
@@ -61,6 +71,7 @@ def record_run(
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
     keep: Callable[[Tensor], Tensor] = Tensor.clone,
+    until: int | None = None,
 ) -> Recording:
     """Run the model once and keep what replay needs.
 
@@ -69,6 +80,7 @@ def record_run(
         changes: module -> function of its output, in force during the run; e.g. noise at the embedding.
         inputs, outputs, keep: dotted names of modules whose input or output is wanted on top, and what is kept of them,
             see `hooks.record`.
+        until: last block that is run; default: all. What stands above it is not in the recording then.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
@@ -82,13 +94,13 @@ def record_run(
         calls.append((args, kwargs))
 
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in lm.parts.blocks]
-    last = lm.parts.block_name(lm.n_layers - 1)
+    last = lm.parts.block_name(lm.n_layers - 1 if until is None else until)
     try:
         with (
             torch.no_grad(),
             substitute(changes or {}),
             record(lm.model, inputs, outputs, keep=keep) as seen,
-            record(lm.model, outputs=[last]) as end,
+            record(lm.model, outputs=[last], stop=until is not None) as end,
         ):
             body(lm)(ids_bt.to(lm.device), **caching)
     finally:
@@ -107,13 +119,13 @@ def body(lm: LanguageModel) -> nn.Module:
 def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a block's call but for its hidden states, positional ones named."""
     target = signature(block.forward)
-    bound = target.bind(*args, **kwargs).arguments
+    bound = target.bind_partial(*args, **kwargs).arguments
     for name, parameter in target.parameters.items():
         if parameter.kind is Parameter.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
         if parameter.kind is Parameter.VAR_POSITIONAL:
             raise NotReplayableError(f"{type(block).__name__} takes *{name}")
-    bound.pop(next(iter(target.parameters)))
+    bound.pop(next(iter(target.parameters)), None)
     return dict(bound)
 
 
@@ -138,6 +150,13 @@ class _Catch(_Prefix):
         raise StopForward
 
 
+class _Whole(_Prefix):
+    """Holds the keys and values of all positions already; those that the block makes once more are not looked at."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
 class Suffix:
     """`length` positions of recorded rows, from `starts` on, ready to be run through blocks again.
 
@@ -151,7 +170,7 @@ class Suffix:
 
     def __init__(self, lm: LanguageModel, recording: Recording, starts: int | Sequence[int], length: int) -> None:
         self.blocks, self.recording, self.length = lm.parts.blocks, recording, length
-        rows, recorded = recording.hidden[0].shape[:2]
+        rows, recorded = recording.hidden[-1].shape[:2]
         each = [starts] * rows if isinstance(starts, int) else list(starts)
         assert len(each) == rows and max(each) + length <= recorded, "suffix beyond what was recorded"
         self.prefix = max(each)
@@ -161,7 +180,7 @@ class Suffix:
         self.positions_bq = start_b[:, None] + torch.arange(length)
         self.uniform = min(each) == self.prefix
         self._cut: dict[int, dict[str, Any]] = {}  # by layer: its recorded arguments, for these positions
-        self._split: dict[int, tuple[Suffix, Suffix]] = {}
+        self._ends: dict[int, Suffix] = {}
         self._prefixes: dict[int, list[Tensor]] = {}
 
     def states(self, layer: int) -> Tensor:
@@ -187,24 +206,30 @@ class Suffix:
         """
         if self.length == count:
             return self.block(layer, hidden_nqd, rows_n)
-        if count not in self._split:
-            self._split[count] = self._part(slice(None, -count)), self._part(slice(-count, None))
-        before, end = self._split[count]
+        if count not in self._ends:
+            last_bq = torch.arange(self.length - count, self.length).expand(len(self.positions_bq), -1)
+            self._ends[count] = self._at(last_bq, self.uniform)
+        return self._read(layer, hidden_nqd, hidden_nqd[:, -count:], self._ends[count], rows_n)
+
+    def at_columns(self, layer: int, hidden_bqd: Tensor, columns_br: Tensor) -> Tensor:
+        """Like `block` of the recorded rows, read only at some columns of each: [b, r] places in the suffix -> [b, r, d]."""
+        rows_b1 = torch.arange(len(columns_br))[:, None]
+        return self._read(layer, hidden_bqd, hidden_bqd[rows_b1, columns_br], self._at(columns_br, False), None)
+
+    def _read(self, layer: int, hidden_nqd: Tensor, read_nrd: Tensor, part: Suffix, rows_n: Tensor | None) -> Tensor:
         caught = _Catch(*self._prefix_of(layer, rows_n))
         try:
-            before._call(layer, hidden_nqd[:, :-count], rows_n, caught)
+            self._call(layer, hidden_nqd, rows_n, caught)
         except StopForward:
-            return end._call(layer, hidden_nqd[:, -count:], rows_n, _Prefix(caught.keys, caught.values))
+            return part._call(layer, read_nrd, rows_n, _Whole(caught.keys, caught.values))
         raise NotReplayableError(f"{type(self.blocks[layer]).__name__} did not ask its cache for keys and values")
 
-    def _part(self, cut: slice) -> Suffix:
-        """Some of this suffix's positions; their key slots end where they end."""
+    def _at(self, columns_br: Tensor, uniform: bool) -> Suffix:
+        """These positions of the suffix, as queries to all of its keys."""
         part = object.__new__(Suffix)
-        part.__dict__.update(self.__dict__, _cut={}, _split={}, _prefixes={}, positions_bq=self.positions_bq[:, cut])
-        part.length = part.positions_bq.shape[1]
-        if cut.stop is not None:
-            part.slots_bs = self.slots_bs[:, : cut.stop]
-        part.prefix = part.slots_bs.shape[1] - part.length
+        positions_br = self.positions_bq.gather(1, columns_br)
+        part.__dict__.update(self.__dict__, _cut={}, positions_bq=positions_br, length=columns_br.shape[1], uniform=uniform)
+        part.prefix = self.slots_bs.shape[1] - part.length
         return part
 
     def _prefix_of(self, layer: int, rows_n: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -226,7 +251,7 @@ class Suffix:
         if layer not in self._cut:
             arguments = _by_name(self.blocks[layer], *self.recording.calls[layer])
             self._cut[layer] = {name: self._cut_to_suffix(name, value) for name, value in arguments.items()}
-        recorded = self.recording.hidden[0].shape[0]
+        recorded = self.recording.hidden[-1].shape[0]
         arguments = {
             name: cache if isinstance(value, Cache) else _for_rows(name, value, rows_n, recorded)
             for name, value in self._cut[layer].items()
@@ -262,7 +287,7 @@ class Suffix:
             if self.uniform and (self.length == 1 or self.prefix == 0):
                 return None
             hidden = (slots[:, None, :] < 0) | (slots[:, None, :] > queries[:, :, None])
-            states = self.recording.hidden[0]  # a float mask: kernels would turn a boolean one into this at every call
+            states = self.recording.hidden[-1]  # a float mask: kernels would turn a boolean one into this at every call
             mask = torch.zeros(hidden.shape, dtype=states.dtype).masked_fill_(hidden, -torch.inf)
             return (mask[:1] if self.uniform else mask)[:, None].to(states.device)
         if self.uniform:

@@ -1,55 +1,73 @@
-"""The value of an edit: the change of one MLP output that makes the model say the new object.
+"""Values: the change of one state at the subject that makes the model say the new object, optimised for many facts at once.
 
-Knows one fact, one layer and a batch of contexts. Refuses to know how the value is written into weights (see rome).
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E; constants and order of operations as in the released code.
+Knows facts, a layer, contexts, and the loss. Refuses to know how a value is written into weights (see rome, mass) and how
+rows are computed (see value_rows). Facts are independent: one backward pass of the summed losses gives each its own gradient,
+Adam works element by element, and a fact that is done leaves the batch. So a batch gives what one by one gives, up to rounding.
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E, arXiv:2210.07229, Sec. 4.3; Li et al. 2024,
+arXiv:2308.08742 (PMET's two states); constants and order of operations as in the released code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from engram.editors.value_rows import Rows, Site, State, site_modules
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.facts import Fact, token_span
-from engram.hooks import substitute
-from engram.language_model import LanguageModel, pad_right
-from engram.replay import Engine, Suffix, body, record_run, use_replay
+from engram.language_model import LanguageModel
+from engram.replay import Engine
 
 KL_PROMPT = "{} is a"
+_ADAPTED_NLL, _ADAPTED_KL = 0.1, 0.01  # PMET: weight of the NLL once the object is said, and the KL at which it is done
 
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """Knobs of the optimisation; defaults as released for GPT-2 XL."""
+    """Knobs of the optimisation; defaults as released for GPT-2 XL.
 
-    steps: int = 20  # forward passes at most; the last one is not followed by an update
+    Args:
+        steps: forward passes at most; the last one is not followed by an update.
+        weight_decay: times ||delta|| / ||v0||^2, the released form.
+        kl_weight: times KL(edited || original) of the next token at the subject (nats).
+        kl_position: where that KL is read: at the subject's last token (released), or at the end of "<subject> is a" (paper).
+        clamp: largest ||delta|| as a multiple of ||v0||.
+        stop: when a fact is done before the last step. "loss": its loss is below `stop_loss`. "argmax": also as soon as every
+            token of the object is the most probable one in every context (Gupta et al. 2025), which keeps values short in long
+            sequences of edits. "adaptive": PMET's rule, which then weighs the NLL a tenth and waits for the KL.
+    """
+
+    steps: int = 20
     learning_rate: float = 0.5
-    weight_decay: float = 0.5  # times ||delta|| / ||v0||^2, the released form
-    kl_weight: float = 0.0625  # times KL(edited || original) of the next token at the subject (nats)
-    # where the KL is read: the subject's last token (released), or the end of "<subject> is a" (paper)
+    weight_decay: float = 0.5
+    kl_weight: float = 0.0625
     kl_position: Literal["lookup", "last"] = "lookup"
-    clamp: float = 4.0  # largest ||delta|| as a multiple of ||v0||
-    stop_loss: float = 0.05  # done when the loss is below
+    clamp: float = 4.0
+    stop: Literal["loss", "argmax", "adaptive"] = "loss"
+    stop_loss: float = 0.05
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise SettingError(f"steps={self.steps}: at least one forward pass is needed")
         if self.clamp <= 0 or self.learning_rate <= 0:
             raise SettingError(f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0")
+        if self.stop not in ("loss", "argmax", "adaptive"):
+            raise SettingError(f"stop={self.stop!r}: expected 'loss', 'argmax' or 'adaptive'")
 
 
 @dataclass(frozen=True)
 class Value:
-    """What the optimisation found, and what was read from the same forward pass on the way.
+    """What the optimisation found for one fact, and what was read from the same forward pass on the way.
 
     Attributes:
-        start_d: v0, the MLP output at the subject's last token of the bare prompt; delta_d: the change; v* is their sum.
-        keys_cf: [contexts, f] input of the MLP output matrix at the subject's last token; outputs_cd: its output there.
+        start_d: v0, the state at the subject's last token of the bare prompt; delta_d: the change; v* is their sum.
+        keys_cf: [contexts, f] input of the MLP output matrix at the subject's last token; outputs_cd: its output there. Without
+            rows where the value comes from a store.
         losses: one (total, nll, kl, weight decay) a forward pass; delta_norms: ||delta|| used in it.
     """
 
@@ -65,171 +83,199 @@ class Value:
         return self.start_d + self.delta_d
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of one optimisation: one a context, the KL row last; padded on the right."""
-
-    ids_bt: Tensor
-    lookup: list[int]  # subject's last token in each row
-    last: list[int]  # last position of the prompt, which predicts the target's first token
-    target: list[int]
-    suffix: int  # positions from the subject's last token to the end of the longest row
-
-    @classmethod
-    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str], kl_position: str) -> _Batch:
-        target = lm.target_ids(fact.prompt_text, fact.target)
-        rows, lookup, last = [], [], []
-        for template, prompt in [*((c, fact.prompt) for c in contexts), ("{}", KL_PROMPT)]:
-            before = template.index("{}")
-            text = template.replace("{}", prompt.replace("{}", fact.subject), 1)
-            start = before + prompt.index("{}")
-            encoding = lm.encode(text)
-            rows.append(encoding.ids)
-            lookup.append(token_span(encoding.offsets, start, start + len(fact.subject))[1] - 1)
-            last.append(len(encoding.ids) - 1)
-        rows[:-1] = [row + target[:-1] for row in rows[:-1]]
-        if kl_position == "lookup":  # what follows the subject there is seen by nothing
-            rows[-1] = rows[-1][: lookup[-1] + 1]
-            last[-1] = lookup[-1]
-        suffix = max(len(row) - at for row, at in zip(rows, lookup, strict=True))
-        return cls(pad_right(rows, max(lookup) + suffix), lookup, last, target, suffix)
-
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, positions, labels) of the logits the loss needs; the KL row's one comes last and has label 0."""
-        contexts, n = len(self.lookup) - 1, len(self.target)
-        rows = [j for j in range(contexts) for _ in range(n)] + [contexts]
-        positions = [self.last[j] + t for j in range(contexts) for t in range(n)]
-        positions.append(self.last[-1])
-        return torch.tensor(rows), torch.tensor(positions), torch.tensor(self.target * contexts + [0])
-
-
 def optimise_value(
     lm: LanguageModel, fact: Fact, layer: int, contexts: Sequence[str], config: ValueConfig, engine: Engine = "auto"
 ) -> Value:
-    """Find the change of the MLP's output at the subject that makes `fact.target` likely in every context.
+    """One fact's value at the MLP's output, see `optimise_values`."""
+    ((_, value),) = optimise_values(lm, [fact], layer, contexts, config, engine=engine)
+    return value
+
+
+def optimise_values(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    contexts: Sequence[str],
+    config: ValueConfig,
+    *,
+    site: Site = "mlp",
+    engine: Engine = "auto",
+    facts_at_once: int = 32,
+) -> Iterator[tuple[int, Value]]:
+    """Find for each fact the change at its subject that makes `fact.target` likely in every context.
 
     Minimises over delta: mean over contexts of -log p(target) / its tokens + kl_weight KL + weight_decay ||delta|| / ||v0||^2.
 
     Args:
-        layer: block whose MLP output is changed, from 0.
+        layer: block at which the state is changed, from 0.
         contexts: templates with one `{}` each, the bare "{}" first.
-    Returns:
-        The value, with keys and outputs of the edited matrix in all contexts, float32 (float64 for a float64 model).
+        site: what is changed: the MLP's output (ROME), the block's (MEMIT), or the attention's and the MLP's, each by a change of
+            its own (PMET; the value is then the MLP's).
+        facts_at_once: facts in one batch, (contexts + 1) rows each, which bounds memory.
+    Yields:
+        (index of a fact, its value), a batch after the other and shorter texts first; float32 (float64 for a float64 model).
     Raises:
         FactError: contexts without a place for the prompt, or not led by "{}".
         NonFiniteError: the loss is not finite.
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each")
-    batch = _Batch.of(lm, fact, contexts, config.kl_position)
-    name = lm.parts.mlp_out_name(layer)
-    recording = record_run(lm, batch.ids_bt, inputs=[name], outputs=[name])
-    precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
-    rows = torch.arange(len(batch.lookup))
-
-    def at_subject(seen: Tensor) -> Tensor:
-        return seen.view(*batch.ids_bt.shape, -1)[rows, batch.lookup].to(precision)
-
-    keys_bf, outputs_bd = at_subject(recording.seen[f"{name}:input"]), at_subject(recording.seen[name])
-    start_d = outputs_bd[0]
-    run = _replayed if use_replay(lm, engine) else _whole
-    forward = run(lm, batch, layer, recording)
-    with _frozen(lm.model):
-        delta_d, losses, norms = _descend(forward, batch, start_d, config)
-    return Value(start_d, delta_d, keys_bf[:-1], outputs_bd[:-1], losses, norms)
+    if facts_at_once < 1:
+        raise SettingError(f"facts_at_once={facts_at_once}: at least one fact is optimised at a time")
+    asked = [_Asked.of(lm, fact, contexts, config.kl_position) for fact in facts]
+    order = sorted(range(len(facts)), key=lambda i: asked[i].length)  # rows of one batch are about as long
+    for batch in (order[at : at + facts_at_once] for at in range(0, len(order), facts_at_once)):
+        with _frozen(lm.model):
+            values = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine).descend(config)
+        yield from zip(batch, values, strict=True)
 
 
-Forward = Callable[[Tensor], Tensor]  # delta [d] -> logits [reads, v] at `_Batch.read`
+@dataclass(frozen=True)
+class _Asked:
+    """What one fact asks of the model: a row a context, the penalty's row, and the tokens wanted."""
+
+    rows: list[list[int]]
+    lookup: list[int]  # subject's last token in each row
+    last: list[int]  # last position of the prompt, which predicts the target's first token
+    target: list[int]
+    kl_row: list[int]
+    kl_lookup: int
+
+    @classmethod
+    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str], kl_position: str) -> _Asked:
+        target = lm.target_ids(fact.prompt_text, fact.target)
+        ids, lookup = zip(*(subject_row(lm, fact.subject, fact.prompt, context) for context in contexts), strict=True)
+        kl_row, kl_lookup = subject_row(lm, fact.subject, KL_PROMPT)
+        if kl_position == "lookup":  # what follows the subject there is seen by nothing
+            kl_row = kl_row[: kl_lookup + 1]
+        last = [len(row) - 1 for row in ids]
+        return cls([[*row, *target[:-1]] for row in ids], list(lookup), last, target, kl_row, kl_lookup)
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """Positions from the subject's last token on, and in all."""
+        return max(len(row) - at for row, at in zip(self.rows, self.lookup, strict=True)), max(map(len, self.rows))
 
 
-def _descend(
-    forward: Forward, batch: _Batch, start_d: Tensor, config: ValueConfig
-) -> tuple[Tensor, list[tuple[float, float, float, float]], list[float]]:
-    """Adam on delta, as released: stop before the update, clamp after it and leave Adam's moments alone."""
-    contexts, n = len(batch.lookup) - 1, len(batch.target)
-    labels = batch.read()[2].to(start_d.device)
-    delta_d = torch.zeros_like(start_d, requires_grad=True)
-    optimiser = torch.optim.Adam([delta_d], lr=config.learning_rate)
-    limit, original_v = config.clamp * start_d.norm(), None
-    losses: list[tuple[float, float, float, float]] = []
-    norms: list[float] = []
-    for step in range(config.steps):
-        log_p = forward(delta_d).to(start_d.dtype).log_softmax(-1)
-        original_v = log_p[-1].detach() if original_v is None else original_v
-        nll = -log_p[:-1].gather(1, labels[:-1, None]).view(contexts, n).mean(1).mean()
-        kl = config.kl_weight * (log_p[-1].exp() * (log_p[-1] - original_v)).sum()
-        decay = config.weight_decay * delta_d.norm() / start_d.norm() ** 2
-        loss = nll + kl + decay
-        losses.append((loss.item(), nll.item(), kl.item(), decay.item()))
-        norms.append(delta_d.norm().item())
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"the value's loss is {loss.item()} at step {step}; nothing was changed. Try dtype=torch.float32"
+def subject_row(lm: LanguageModel, subject: str, prompt: str, context: str = "{}") -> tuple[list[int], int]:
+    """Tokens of `context` around `prompt` around `subject`, and the place of the subject's last token."""
+    text = context.replace("{}", prompt.replace("{}", subject), 1)
+    start = context.index("{}") + prompt.index("{}")
+    encoding = lm.encode(text)
+    return encoding.ids, token_span(encoding.offsets, start, start + len(subject))[1] - 1
+
+
+class _Batch:
+    """Facts that are optimised together."""
+
+    def __init__(
+        self, lm: LanguageModel, asked: Sequence[_Asked], facts: Sequence[Fact], layer: int, site: Site, engine: Engine
+    ) -> None:
+        self.asked, self.facts = asked, facts
+        contexts = Rows(
+            [row for each in asked for row in each.rows],
+            [at for each in asked for at in each.lookup],
+            [[last + t for t in range(len(each.target))] for each in asked for last in each.last],
+            [n for n, each in enumerate(asked) for _ in each.rows],
+        )
+        penalty = Rows(
+            [each.kl_row for each in asked],
+            [each.kl_lookup for each in asked],
+            [[len(each.kl_row) - 1] for each in asked],
+            list(range(len(asked))),
+        )
+        modules = site_modules(lm, site, layer)
+        out = lm.parts.mlp_out_name(layer)
+        precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        self.contexts, seen = State.recorded(
+            lm, contexts, layer, site, engine, {"key": (out, "in"), "out": (out, "out"), **modules}
+        )
+        self.penalty, _ = State.recorded(lm, penalty, layer, site, engine, {})
+        first, device = self.contexts.rows.first_of_each(), seen["out"].device
+        self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
+        self.start_nsd = torch.stack([seen[name][first].to(device, precision) for name in modules], 1)
+
+    def descend(self, config: ValueConfig) -> list[Value]:
+        """Adam on every fact's delta, as released: stop before the update, clamp after it and leave Adam's moments alone."""
+        state, penalty, asked = self.contexts, self.penalty, list(self.asked)
+        start_nsd, active = self.start_nsd, list(range(len(asked)))
+        size_ns = start_nsd.norm(dim=-1)
+        delta_nsd = torch.zeros_like(start_nsd)
+        moments = torch.zeros_like(start_nsd), torch.zeros_like(start_nsd)
+        original_nv: Tensor | None = None
+        losses: list[list[tuple[float, float, float, float]]] = [[] for _ in asked]
+        norms: list[list[float]] = [[] for _ in asked]
+        found: dict[int, Tensor] = {}
+        for step in range(config.steps):
+            delta_nsd.requires_grad_()
+            logits_pv = state.logits(delta_nsd).to(start_nsd)
+            nll_n, said_n = _nll(logits_pv.log_softmax(-1), asked, len(asked[0].rows))
+            log_p_nv = penalty.logits(delta_nsd).to(start_nsd).log_softmax(-1)
+            original_nv = log_p_nv.detach() if original_nv is None else original_nv
+            kl_n = config.kl_weight * (log_p_nv.exp() * (log_p_nv - original_nv)).sum(-1)
+            decay_n = (config.weight_decay * delta_nsd.norm(dim=-1) / size_ns**2).sum(-1)
+            if config.stop == "adaptive":
+                nll_n = nll_n * torch.where(said_n, _ADAPTED_NLL, 1.0)
+            loss_n = nll_n + kl_n + decay_n
+            table = torch.stack([loss_n, nll_n, kl_n, decay_n, delta_nsd[:, -1].norm(dim=-1)], 1).tolist()
+            for n, (*terms, norm) in zip(active, table, strict=True):
+                losses[n].append(tuple(terms))
+                norms[n].append(norm)
+            self._check_finite(loss_n, active, step)
+            done_n = loss_n < config.stop_loss
+            if config.stop != "loss":
+                done_n |= said_n & ((kl_n <= _ADAPTED_KL) if config.stop == "adaptive" else True)
+            if step == config.steps - 1:
+                done_n = torch.ones_like(done_n)
+            done = done_n.tolist()
+            found |= {n: delta for n, delta, over in zip(active, delta_nsd.detach(), done, strict=True) if over}
+            keep = [i for i, over in enumerate(done) if not over]
+            if not keep:
+                break
+            (grad_nsd,) = torch.autograd.grad(loss_n[keep].sum(), [delta_nsd])
+            delta_nsd = delta_nsd.detach()
+            if len(keep) < len(active):
+                active, asked = [active[i] for i in keep], [asked[i] for i in keep]
+                state, penalty = state.only(keep), penalty.only(keep)
+                delta_nsd, grad_nsd, size_ns, original_nv = (x[keep] for x in (delta_nsd, grad_nsd, size_ns, original_nv))
+                moments = moments[0][keep], moments[1][keep]
+            delta_nsd = _adam(delta_nsd, grad_nsd, moments, step + 1, config.learning_rate)
+            over_ns1 = (config.clamp * size_ns / delta_nsd.norm(dim=-1)).clamp(max=1)[..., None]
+            delta_nsd = delta_nsd * over_ns1
+        of = len(self.asked[0].rows)
+        return [
+            Value(
+                self.start_nsd[n, -1], found[n][-1], self.keys_bf[n * of : (n + 1) * of],
+                self.outputs_bd[n * of : (n + 1) * of], losses[n], norms[n],
             )
-        if loss.item() < config.stop_loss or step == config.steps - 1:
-            break
-        (delta_d.grad,) = torch.autograd.grad(loss, [delta_d])
-        optimiser.step()
-        with torch.no_grad():
-            if (norm := delta_d.norm()) > limit:
-                delta_d.mul_(limit / norm)
-    return delta_d.detach(), losses, norms
+            for n in range(len(self.asked))
+        ]  # fmt: skip
+
+    def _check_finite(self, loss_n: Tensor, active: Sequence[int], step: int) -> None:
+        if not loss_n.isfinite().all():
+            at = int((~loss_n.isfinite()).nonzero()[0, 0])
+            raise NonFiniteError(
+                f"the loss of the value of {self.facts[active[at]].subject!r} is {loss_n[at].item()} at step {step}; nothing was "
+                "changed. Try dtype=torch.float32"
+            )
 
 
-def _replayed(lm: LanguageModel, batch: _Batch, layer: int, recording: Any) -> Forward:
-    """Blocks from `layer` on, from the subject's last token on; at `layer` itself that one token is all that changes.
-
-    Where all contexts end together, the last block computes what is read and nothing else: the target's positions of the
-    contexts, and the KL row's one.
-    """
-    alone = Suffix(lm, recording, batch.lookup, 1)
-    suffix = Suffix(lm, recording, batch.lookup, batch.suffix)
-    read_rows, positions, _ = batch.read()
-    columns = positions - torch.tensor(batch.lookup)[read_rows]
-    entering, after = alone.states(layer), suffix.states(layer + 1)[:, 1:]
-    contexts, n, top = len(batch.lookup) - 1, len(batch.target), lm.n_layers - 1
-    aligned = (
-        layer < top
-        and batch.last[-1] == batch.lookup[-1]
-        and len({c - a for c, a in zip(batch.last[:-1], batch.lookup, strict=False)}) == 1
-    )
-    context_rows, kl_row = torch.arange(contexts), torch.tensor([contexts])
-
-    def forward(delta_d: Tensor) -> Tensor:
-        with substitute({lm.parts.mlp_out(layer): lambda out: out + delta_d.to(out)}):
-            token_b1d = alone.block(layer, entering)
-        hidden_bqd = torch.cat([token_b1d, after], 1)
-        for above in range(layer + 1, lm.n_layers - aligned):
-            hidden_bqd = suffix.block(above, hidden_bqd)
-        if not aligned:
-            return lm.parts.head(hidden_bqd[read_rows, columns])
-        ends_cnd = suffix.last_positions(top, hidden_bqd[:-1], context_rows, n)
-        kl_11d = alone.block(top, hidden_bqd[-1:, :1], kl_row)
-        return lm.parts.head(torch.cat([ends_cnd.flatten(0, 1), kl_11d[0]]))
-
-    return forward
+def _nll(log_p_pv: Tensor, asked: Sequence[_Asked], contexts: int) -> tuple[Tensor, Tensor]:
+    """Each fact's mean over contexts of the target's negative log-probability a token; whether it is the arg-max throughout."""
+    device = log_p_pv.device
+    labels_p1 = torch.tensor([t for each in asked for t in each.target * contexts], device=device)[:, None]
+    sizes = [contexts * len(each.target) for each in asked]
+    log_p = log_p_pv.gather(1, labels_p1)[:, 0].split(sizes)
+    said = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0].split(sizes)
+    return -torch.stack([each.mean() for each in log_p]), torch.stack([each.all() for each in said])
 
 
-def _whole(lm: LanguageModel, batch: _Batch, layer: int, recording: Any) -> Forward:
-    """The same through whole forward passes, for models that cannot be replayed."""
-    rows, (read_rows, positions, _) = torch.arange(len(batch.lookup)), batch.read()
-    seen: dict[str, Tensor] = {}
-
-    def forward(delta_d: Tensor) -> Tensor:
-        def add(out: Tensor) -> Tensor:
-            shift = torch.zeros(*batch.ids_bt.shape, len(delta_d), dtype=out.dtype, device=out.device)
-            shift[rows, batch.lookup] = delta_d.to(out)
-            return out + shift.view(out.shape)
-
-        def keep(out: Tensor) -> Tensor:
-            seen["last"] = out
-            return out
-
-        with substitute({lm.parts.mlp_out(layer): add}), substitute({lm.parts.blocks[-1]: keep}):
-            body(lm)(batch.ids_bt.to(lm.device), use_cache=False)
-        return lm.parts.head(seen.pop("last")[read_rows, positions])
-
-    return forward
+def _adam(delta: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float) -> Tensor:
+    """One step of Adam (Kingma & Ba 2015, betas 0.9 and 0.999, eps 1e-8); written out since facts leave with their moments."""
+    mean, square = moments
+    mean.lerp_(grad, 0.1)
+    square.mul_(0.999).addcmul_(grad, grad, value=0.001)
+    return delta - rate / (1 - 0.9**step) * mean / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
 
 
 @contextmanager

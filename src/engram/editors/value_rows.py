@@ -1,0 +1,183 @@
+"""Rows of tokens whose state at the subject is shifted: logits where they are read, again and again for other shifts.
+
+Knows blocks, positions and which fact a row belongs to. Refuses to know losses. Replayed, only blocks above the shift and
+positions from the subject's last token on are run, and the last block only where logits are read; a model that cannot be
+replayed runs whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engram.hooks import substitute
+from engram.language_model import LanguageModel, pad_right
+from engram.replay import Engine, Recording, Suffix, body, record_run, use_replay
+
+Site = Literal["mlp", "block", "attention+mlp"]  # which states of a block are shifted
+Wanted = Mapping[str, tuple[str, Literal["in", "out"]]]  # name -> (module, its input or its output)
+
+
+def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[str, Literal["in", "out"]]]:
+    """The modules whose outputs are shifted, in order."""
+    names = {
+        "mlp": [lm.parts.mlp_out_name(layer)],
+        "block": [lm.parts.block_name(layer)],
+        "attention+mlp": [lm.parts.site_module_name("attention", layer), lm.parts.mlp_out_name(layer)],
+    }
+    return {f"shifted {i}": (name, "out") for i, name in enumerate(names[site])}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of several facts.
+
+    Attributes:
+        ids: one list a row; lookup: the subject's last token in it; reads: positions whose logits are wanted.
+        owner: which fact a row belongs to; rows of one fact stand together, and as many for each.
+    """
+
+    ids: list[list[int]]
+    lookup: list[int]
+    reads: list[list[int]]
+    owner: list[int]
+
+    @property
+    def suffix(self) -> int:
+        """Positions from the subject's last token to the end, of the longest row."""
+        return max(len(row) - at for row, at in zip(self.ids, self.lookup, strict=True))
+
+    def padded(self) -> Tensor:
+        """[b, t], long enough that every row has as many positions behind its subject."""
+        return pad_right(self.ids, max(self.lookup) + self.suffix)
+
+    def first_of_each(self) -> list[int]:
+        """The first row of each fact."""
+        return [self.owner.index(n) for n in range(self.owner[-1] + 1)]
+
+    def of(self, facts: Sequence[int]) -> tuple[list[int], Rows]:
+        """Numbers of the rows of some facts, and these rows."""
+        place = {fact: i for i, fact in enumerate(facts)}
+        rows = [row for row, owner in enumerate(self.owner) if owner in place]
+        some = lambda values: [values[row] for row in rows]  # noqa: E731
+        return rows, Rows(some(self.ids), some(self.lookup), some(self.reads), [place[self.owner[row]] for row in rows])
+
+
+class State:
+    """Rows whose state at the subject can be shifted.
+
+    Args:
+        recording: of these rows, of blocks from `layer` on; None where the model runs whole.
+    """
+
+    def __init__(self, lm: LanguageModel, rows: Rows, layer: int, site: Site, recording: Recording | None) -> None:
+        self.lm, self.rows, self.layer, self.site, self.recording = lm, rows, layer, site, recording
+        self.modules = [lm.model.get_submodule(name) for name, _ in site_modules(lm, site, layer).values()]
+        self.owner_b = torch.tensor(rows.owner)
+        self.read_rows = torch.tensor([row for row, reads in enumerate(rows.reads) for _ in reads])
+
+    @classmethod
+    def recorded(
+        cls, lm: LanguageModel, rows: Rows, layer: int, site: Site, engine: Engine, wanted: Wanted
+    ) -> tuple[State, dict[str, Tensor]]:
+        """Run the rows once, unshifted; with what was wanted at each row's subject, [b, width]."""
+        inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
+        outputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "out"))
+        recording = record_run(lm, rows.padded(), inputs=inputs, outputs=outputs)
+        every = torch.arange(len(rows.ids))
+
+        def at_subject(name: str, side: str) -> Tensor:
+            seen = recording.seen[f"{name}:input" if side == "in" and name in outputs else name]
+            return seen.view(len(rows.ids), -1, seen.shape[-1])[every, rows.lookup]
+
+        seen = {key: at_subject(*place) for key, place in wanted.items()}
+        kept = recording.narrowed(lm, every, layer) if use_replay(lm, engine) else None
+        return cls(lm, rows, layer, site, kept), seen
+
+    def only(self, facts: Sequence[int]) -> State:
+        """The rows of some of the facts, which are renumbered."""
+        numbers, rows = self.rows.of(facts)
+        kept = None if self.recording is None else self.recording.narrowed(self.lm, torch.tensor(numbers), self.layer)
+        return State(self.lm, rows, self.layer, self.site, kept)
+
+    def logits(self, delta_nsd: Tensor) -> Tensor:
+        """Logits [reads, v], row after row, with each fact's shifts added at its rows' subjects.
+
+        Args:
+            delta_nsd: [facts, shifted modules, d].
+        """
+        shift_bsd = delta_nsd[self.owner_b.to(delta_nsd.device)]
+        return self._whole(shift_bsd) if self.recording is None else self._replayed(shift_bsd)
+
+    # -- replayed ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _suffix(self) -> Suffix:
+        assert self.recording is not None
+        return Suffix(self.lm, self.recording, self.rows.lookup, self.rows.suffix)
+
+    @cached_property
+    def _alone(self) -> Suffix:
+        assert self.recording is not None
+        return self._suffix if self.rows.suffix == 1 else Suffix(self.lm, self.recording, self.rows.lookup, 1)
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Places of the reads in the suffix, [b, r] padded with the last; and of each read in that."""
+        columns = [[at - lookup for at in reads] for reads, lookup in zip(self.rows.reads, self.rows.lookup, strict=True)]
+        return pad_right(columns), torch.tensor([i for reads in columns for i in range(len(reads))])
+
+    @cached_property
+    def _unshifted(self) -> tuple[Tensor, Tensor]:
+        """What enters the shifted block, or leaves it where that is shifted, at the subject; and what leaves it behind it."""
+        entry = self.layer + (self.site == "block")
+        return self._alone.states(entry), self._suffix.states(self.layer + 1)[:, 1:]
+
+    def _replayed(self, shift_bsd: Tensor) -> Tensor:
+        subject_b1d, after = self._unshifted
+        if self.site == "block":
+            subject_b1d = subject_b1d + shift_bsd.to(subject_b1d)
+        else:
+            with substitute({module: _adding(shift_bsd[:, i]) for i, module in enumerate(self.modules)}):
+                subject_b1d = self._alone.block(self.layer, subject_b1d)
+        hidden_bqd, top = torch.cat([subject_b1d, after], 1), self.lm.n_layers - 1
+        columns_br, slots = self._columns
+        short = self.layer < top and columns_br.shape[1] < hidden_bqd.shape[1]
+        for above in range(self.layer + 1, self.lm.n_layers - short):
+            hidden_bqd = self._suffix.block(above, hidden_bqd)
+        if short:
+            hidden_bqd = self._suffix.at_columns(top, hidden_bqd, columns_br)
+        else:
+            slots = columns_br[self.read_rows, slots]
+        return self.lm.parts.head(hidden_bqd[self.read_rows, slots])
+
+    # -- whole forward passes ------------------------------------------------------------------------------------------
+
+    def _whole(self, shift_bsd: Tensor) -> Tensor:
+        lm, rows, ids_bt = self.lm, torch.arange(len(self.rows.ids)), self.rows.padded()
+        seen: dict[str, Tensor] = {}
+
+        def at_subject(shift_bd: Tensor, out: Tensor) -> Tensor:
+            placed = torch.zeros(*ids_bt.shape, shift_bd.shape[-1], dtype=out.dtype, device=out.device)
+            placed[rows, self.rows.lookup] = shift_bd.to(out)
+            return out + placed.view(out.shape)
+
+        def keep(out: Tensor) -> Tensor:
+            seen["last"] = out
+            return out
+
+        changes = {module: lambda out, i=i: at_subject(shift_bsd[:, i], out) for i, module in enumerate(self.modules)}
+        with substitute(changes), substitute({lm.parts.blocks[-1]: keep}):
+            body(lm)(ids_bt.to(lm.device), use_cache=False)
+        positions = [at for reads in self.rows.reads for at in reads]
+        return lm.parts.head(seen.pop("last")[self.read_rows, positions])
+
+
+def _adding(shift_bd: Tensor) -> Callable[[Tensor], Tensor]:
+    """out + shift, of a module called on one position a row."""
+    return lambda out: out + shift_bd.to(out).view(out.shape)
