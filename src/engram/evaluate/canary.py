@@ -15,18 +15,22 @@ from engram.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Canary:
-    """Limits that a model with all its edits has to keep; None: neither measured nor judged. The defaults are a receipt's.
+    """Limits that a model with all its edits has to keep; None: neither measured nor judged.
+
+    Coarse on purpose: a minute's measurement that needs no facts. Neighbours of a fact suffer long before perplexity does
+    (docs/ledger.md), and are what receipts are for.
 
     Args:
-        max_perplexity_ratio: perplexity of held-out text, with the edits over without.
-        max_norm_ratio: ||change|| / ||weight||, Frobenius, of the weight that is changed most.
+        max_perplexity_ratio: perplexity of held-out text, with the edits over without; the default is a receipt's.
+        max_norm_ratio: ||change|| / ||weight||, Frobenius, of the weight that is changed most. The changes of n unrelated facts
+            are about sqrt(n) times as long as one fact's, so the default is above a receipt's.
         text: the held-out text; default: half a page of plain prose.
     Raises:
         SettingError: a limit that is not above 0, or a text without words.
     """
 
     max_perplexity_ratio: float | None = Thresholds.max_perplexity_ratio
-    max_norm_ratio: float | None = Thresholds.max_norm_ratio
+    max_norm_ratio: float | None = 10.0  # 40 sound edits of pocket: 6.4; one of them made 10 times too large: 6 to 14
     text: str | None = None
 
     def __post_init__(self) -> None:

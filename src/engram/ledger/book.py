@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 from engram.edit import Edit, compose
@@ -28,8 +29,8 @@ from engram.evaluate.canary import Canary
 from engram.facts import Fact
 from engram.folders import written_whole
 from engram.ledger.conflicts import NEAR, Conflict, conflicts
-from engram.ledger.history import Entry, Event, History, Place, entries_after, locked, now
-from engram.ledger.names import Which, entry_named, places, shown
+from engram.ledger.history import Entry, Event, History, Place, entries_after, locked, now, shown
+from engram.ledger.names import Which, entry_named, places
 from engram.ledger.origin import lying_on, made_on, unknown_origin
 from engram.merging import applied, describe_base, editable, edited
 
@@ -98,6 +99,11 @@ class Ledger:
         entries = self.list()
         facts = sum(len(entry.active) for entry in entries)
         return f"Ledger({str(self.folder)!r}, base {self.base['model']!r}, {len(entries)} entries, {facts} facts)"
+
+    @property
+    def dtype(self) -> str:
+        """Of the base's weights, or most of them: what the model is to be loaded in."""
+        return mode(weight["dtype"] for weight in self.base["tensors"].values())
 
     # -- what is in it -------------------------------------------------------------------------------------------
 
@@ -237,11 +243,11 @@ class Ledger:
         _warn_of_those_above(event)
         return self._entry(event.entry)
 
-    def remove(self, which: Which) -> tuple[Entry, ...]:
-        """Take an entry out of force, or one fact of it. What stays is the base plus the sum of the others, exactly.
+    def remove(self, *which: Which) -> tuple[Entry, ...]:
+        """Take entries or single facts out of force, all in one step. What stays is the base plus the sum of the others, exactly.
 
         Args:
-            which: number of an entry; "3.1" for fact 1 of entry 3; or a fact.
+            which: each the number of an entry; "3.1" for fact 1 of entry 3; or a fact.
         Returns:
             Entries in force that were made on top of what went (logged, too): their deltas stay as they are, but were computed
             with it in place, so their facts should be verified again.
@@ -249,7 +255,9 @@ class Ledger:
             EngramError: nothing of that name is in force; or the fact was solved jointly with others and cannot go alone.
         """
         with self._writing():
-            gone = self._places([which])
+            gone = self._places(which)
+            if not gone:
+                return ()
             self._check_removable(gone)
             event = Event("removed", gone=gone, above=self._above(gone))
             self._history.append(event)

@@ -17,7 +17,7 @@ from engram.delta import Delta
 from engram.edit import Edit
 from engram.facts import Fact
 
-NEAR = 0.5  # no pair below it spoilt either of its facts, a third of those above did; see docs/ledger.md
+NEAR = 0.5  # two thirds of the pairs above it spoil a fact, of those below none was found to; see docs/ledger.md
 
 
 @dataclass(frozen=True)

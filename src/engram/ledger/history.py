@@ -30,6 +30,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def shown(gone: Iterable[Place]) -> str:
+    """Places as a caller would name them."""
+    return ", ".join(f"{number}.{fact}" for number, fact in gone)
+
+
+def _numbers(entries: Iterable[int]) -> str:
+    return f"entries {', '.join(map(str, entries))}"
+
+
 @dataclass(frozen=True)
 class Event:
     """One line of a ledger's history.
@@ -67,6 +76,15 @@ class Event:
         record = {each.name: getattr(self, each.name) for each in fields(self)}
         record["facts"] = [{k: v for k, v in fact.to_dict().items() if v} for fact in self.facts]
         return {name: value for name, value in record.items() if value}
+
+    def __str__(self) -> str:
+        told = f"{self.when}  {self.what} {', '.join(map(str, self.pruned)) if self.entry is None else self.entry}"
+        told = told if self.what != "removed" else f"{self.when}  removed {shown(self.gone)}"
+        measured = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.canary.items())
+        told += f" ({', '.join(measured)})" if self.canary else ""
+        told += f"; in the place of {shown(self.gone)}" if self.what == "added" and self.gone else ""
+        told += f"; {'; '.join(self.tripped)}" if self.tripped else ""
+        return told + (f"; {_numbers(self.above)} stand on what went" if self.above else "")
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Event:
@@ -106,6 +124,16 @@ class Entry:
     def active(self) -> tuple[int, ...]:
         """Indices of the facts that are in force."""
         return () if self.rolled_back else tuple(i for i in range(len(self.facts)) if i not in self.gone)
+
+    def __str__(self) -> str:
+        """The entry in a line, and a line a fact; those no longer in force in brackets."""
+        lines = [
+            f"{self.number}: {self.method}, {self.status}" + (f", on top of {_numbers(self.made_on)}" * bool(self.made_on))
+        ]
+        for i, fact in enumerate(self.facts):
+            line = f"{shown([(self.number, i)])} {fact.prompt_text!r} -> {fact.target!r}"
+            lines.append(f"  {line}" if i in self.active else f"  ({line})")
+        return "\n".join(lines)
 
     @property
     def status(self) -> str:

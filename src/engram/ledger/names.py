@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from engram.errors import EngramError, FactError
 from engram.facts import Fact
-from engram.ledger.history import Entry, Place
+from engram.ledger.history import Entry, Place, shown
 
 Which = int | str | Fact
 
@@ -36,11 +36,6 @@ def entry_named(number: int, entries: Mapping[int, Entry]) -> Entry:
     if number not in entries:
         raise EngramError(f"there is no entry {number}; the ledger has {', '.join(map(str, entries)) or 'none yet'}")
     return entries[number]
-
-
-def shown(gone: Sequence[Place]) -> str:
-    """Places as a caller would name them."""
-    return ", ".join(f"{number}.{fact}" for number, fact in gone)
 
 
 def _of_number(which: int | str, entries: Mapping[int, Entry]) -> list[Place]:
