@@ -10,6 +10,7 @@ import torch
 import engram
 from engram import Delta, Fact, pocket
 from engram.edit import Edit, compose
+from engram.errors import BaseMismatchError
 from engram.evaluate.canary import Canary
 from engram.ledger import Ledger
 from engram.ledger.conflicts import NEAR, overlaps, same_fact
@@ -113,6 +114,11 @@ def test_the_same_fact_is_reported_with_its_place(ledger, caplog):
     assert str(conflict) in caplog.text
     ledger.remove("1.1")
     assert [each.entry for each in ledger.conflicts(newer)] == [2]
+
+
+def test_edits_of_other_models_are_not_compared(ledger):
+    with pytest.raises(BaseMismatchError, match=r"made on 'tiny-llama' \(llama\), the ledger is about 'tiny-gpt2'"):
+        ledger.conflicts(random_edit(tiny("llama")))
 
 
 def test_near_keys_are_reported_from_either_side(ledger):

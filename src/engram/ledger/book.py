@@ -57,6 +57,12 @@ class Ledger:
         canary: limits that every `add` with a model has to keep.
     Raises:
         EditFileError: no ledger, a damaged one, or one of a newer engram.
+    Example:
+        >>> ledger = engram.Ledger.create("ledger", lm)
+        >>> ledger.add(engram.rewrite(lm, fact), lm)
+        >>> with ledger.applied(lm):
+        ...     lm.generate("The Space Needle is in")
+        >>> ledger.remove(1)
     """
 
     def __init__(self, folder: str | Path, *, wait: float = 60.0) -> None:
@@ -141,7 +147,10 @@ class Ledger:
 
         Args:
             near: overlap from which on keys count as near, see `conflicts.overlaps`.
+        Raises:
+            BaseMismatchError: an edit of another model.
         """
+        made_on(edit, self.base, ())
         found: list[Conflict] = []
         for entry in self.list():
             found += conflicts(edit, entry.number, self._in_force(entry), entry.active, near)
