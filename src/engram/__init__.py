@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from engram.fact_files import read_facts
     from engram.facts import Fact
     from engram.language_model import LanguageModel, load
+    from engram.ledger import Ledger
     from engram.locate.averages import AverageTrace
     from engram.locate.causal_trace import CausalTrace
     from engram.locate.causal_trace import causal_trace as trace
@@ -38,6 +39,7 @@ _HOMES = {  # public name -> where it lives
     "Fact": "facts",
     "Knowledge": "evaluate.knowledge",
     "LanguageModel": "language_model",
+    "Ledger": "ledger",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
     "Receipt": "evaluate.receipt",
@@ -65,6 +67,7 @@ __all__ = [
     "Fact",
     "Knowledge",
     "LanguageModel",
+    "Ledger",
     "LogitLens",
     "Memories",
     "Receipt",

@@ -11,11 +11,14 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from engram import fact_keys
 from engram.delta import Delta, add
 from engram.errors import BaseMismatchError, EngramError, FactError
 from engram.facts import Fact
@@ -54,8 +57,11 @@ class Edit:
         versions: of the libraries that computed it.
         diagnostics: numbers that the editor reports.
         receipt: what `engram.verify` found, once it has.
+        keys: parameter name -> [facts, in], row i the input at which fact i's change was solved (zeros: it has none there);
+            for weights and methods that have keys, the others are left out.
     Raises:
-        EngramError: no deltas, a delta that its base does not describe, or settings that JSON cannot hold.
+        EngramError: no deltas, a delta that its base does not describe, keys that do not fit, or settings that JSON cannot
+            hold.
     """
 
     facts: tuple[Fact, ...]
@@ -67,6 +73,7 @@ class Edit:
     versions: dict[str, str] = field(default_factory=library_versions)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] | None = None
+    keys: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", tuple(self.facts))
@@ -75,6 +82,14 @@ class Edit:
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
         object.__setattr__(self, "deltas", {name: self._checked(name, delta) for name, delta in self.deltas.items()})
+        object.__setattr__(self, "keys", fact_keys.checked(self.keys, self.deltas, len(self.facts)))
+
+    def __eq__(self, other: object) -> bool:
+        """The same facts, recipe and base, and bit for bit the same deltas and keys."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        plain = [each.name for each in fields(self) if each.name != "keys"]
+        return all(getattr(self, name) == getattr(other, name) for name in plain) and fact_keys.same(self.keys, other.keys)
 
     def _checked(self, name: str, delta: Delta) -> Delta:
         """`delta` with owners, once it agrees with the weight that `base` describes."""
@@ -137,6 +152,7 @@ class Edit:
             base={**self.base, "tensors": tensors},
             diagnostics={},  # of facts that are no longer all there
             receipt=None,
+            keys=fact_keys.rows(self.keys, kept, deltas),
         )
         return _with_parts(rest, _thinned(self.settings["parts"], gone)) if self.method == COMPOSED else rest
 
@@ -192,7 +208,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
     """One edit that does what all of them do: deltas add, facts are joined in order.
 
     The edits have to be made on the same base, each as if it were alone. The receipts are not carried over:
-    they are not about the composition.
+    they are not about the composition. Keys are, at every weight where each part that changes it has them.
 
     Raises:
         EngramError: no edits.
@@ -221,7 +237,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
         first += len(edit.facts)
     _warn_of_conflicts(facts)
     deltas = {name: add(each) for name, each in terms.items()}
-    return Edit(facts, COMPOSED, {"parts": parts}, deltas, {**edits[0].base, "tensors": tensors})
+    base = {**edits[0].base, "tensors": tensors}
+    return Edit(facts, COMPOSED, {"parts": parts}, deltas, base, keys=fact_keys.joined(edits))
 
 
 def _recipe(edit: Edit) -> dict[str, Any]:

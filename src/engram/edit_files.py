@@ -1,4 +1,5 @@
-"""Edits as folders: `edit.json` (facts, recipe, base, receipt) and `deltas.safetensors` (factors). No pickle.
+"""Edits as folders: `edit.json` (facts, recipe, base, receipt), `deltas.safetensors` (factors) and, of edits that have them,
+`keys.safetensors`. No pickle.
 
 Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is applied.
 """
@@ -20,7 +21,7 @@ from engram.facts import Fact
 from engram.folders import existing, written_whole
 
 FORMAT_VERSION = 1
-RECIPE, FACTORS = "edit.json", "deltas.safetensors"
+RECIPE, FACTORS, KEYS = "edit.json", "deltas.safetensors", "keys.safetensors"
 _FIELDS = ("method", "settings", "seed", "base", "versions", "diagnostics", "receipt")
 
 
@@ -40,7 +41,7 @@ def save(edit: Edit, folder: str | Path) -> Path:
 
 
 def write(edit: Edit, folder: Path) -> None:
-    """The two files of `edit` into an existing folder."""
+    """The files of `edit` into an existing folder."""
     factors = factor_bytes(edit)
     recipe: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -50,6 +51,10 @@ def write(edit: Edit, folder: Path) -> None:
     recipe["owners"] = {name: delta.owners for name, delta in edit.deltas.items()}
     recipe["sha256"] = hashlib.sha256(factors).hexdigest()
     (folder / FACTORS).write_bytes(factors)
+    if edit.keys:
+        keys = safetensors.torch.save(edit.keys)
+        recipe["keys_sha256"] = hashlib.sha256(keys).hexdigest()
+        (folder / KEYS).write_bytes(keys)
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -61,14 +66,8 @@ def load(folder: str | Path) -> Edit:
     """
     folder = existing(folder)
     recipe = _recipe(folder)
-    try:
-        factors = (folder / FACTORS).read_bytes()
-    except OSError as error:
-        raise EditFileError(f"{folder / FACTORS} cannot be read ({error.strerror}); the edit is incomplete") from error
-    if hashlib.sha256(factors).hexdigest() != recipe.get("sha256"):
-        raise EditFileError(
-            f"{folder / FACTORS} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it came once more"
-        )
+    factors = _whole(folder / FACTORS, recipe.get("sha256"))
+    raw_keys = _whole(folder / KEYS, recipe["keys_sha256"]) if "keys_sha256" in recipe else None
     try:
         tensors = safetensors.torch.load(factors)
         deltas = {
@@ -78,7 +77,8 @@ def load(folder: str | Path) -> Edit:
         if tensors:
             raise ValueError(f"tensors of no delta: {', '.join(sorted(tensors))}")
         facts = tuple(Fact.from_dict(record) for record in recipe["facts"])
-        return Edit(facts=facts, deltas=deltas, **{name: recipe[name] for name in _FIELDS})
+        keys = {} if raw_keys is None else safetensors.torch.load(raw_keys)
+        return Edit(facts=facts, deltas=deltas, keys=keys, **{name: recipe[name] for name in _FIELDS})
     except (SafetensorError, EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
         problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
         raise EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more") from error
@@ -93,6 +93,19 @@ def factor_bytes(edit: Edit) -> bytes:
 def identity(edit: Edit) -> str:
     """sha256 of what an edit does to weights, by which it is recognised in an edited checkpoint."""
     return hashlib.sha256(factor_bytes(edit)).hexdigest()
+
+
+def _whole(path: Path, sha256: Any) -> bytes:
+    """A file's bytes, once they are those that were written."""
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        raise EditFileError(f"{path} cannot be read ({error.strerror}); the edit is incomplete") from error
+    if hashlib.sha256(found).hexdigest() != sha256:
+        raise EditFileError(
+            f"{path} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it came once more"
+        )
+    return found
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class BaseMismatchError(EngramError):
     """An edit met weights other than those it was made for."""
 
 
+class CanaryError(EngramError):
+    """An edit would have damaged the model beyond the limits; it was not put in force."""
+
+
 class EditFileError(EngramError, ValueError):
     """A file of ours is missing, damaged, or of another format version."""
 

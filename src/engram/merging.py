@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.pytorch_utils import Conv1D
 
 from engram.architectures import is_transposed
 from engram.delta import Delta
@@ -52,6 +53,18 @@ def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
             "transposed": transposed,
         }
     return {"model": lm.name, "model_type": lm.model.config.model_type, "tensors": tensors}
+
+
+def editable(lm: LanguageModel) -> list[str]:
+    """Names of all weights that an edit can be laid on: floating-point matrices of linear maps, in memory."""
+    linear = {f"{name}.weight": each for name, each in lm.model.named_modules() if isinstance(each, nn.Linear | Conv1D)}
+    weights = {name: lm.model.get_parameter(name) for name in linear}
+    return [name for name, weight in weights.items() if weight.is_floating_point() and not weight.is_meta]
+
+
+def edited(lm: LanguageModel) -> list[str]:
+    """Names of the weights that edits lie on at the moment."""
+    return [name for name, weight in lm.model.named_parameters() if weight in _LAID]
 
 
 def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:

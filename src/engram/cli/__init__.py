@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from engram.cli import commands, demo, knows, lens, trace
+from engram.cli import commands, demo, knows, ledger, lens, trace
 
 app = typer.Typer(
     name="engram",
@@ -21,6 +21,7 @@ for command in (
     commands.apply, commands.revert, commands.generate, commands.stats,
 ):  # fmt: skip
     app.command()(command)
+app.add_typer(ledger.app, name="ledger")
 
 
 def main() -> None:

@@ -229,7 +229,8 @@ def rome(
     left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
     delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
     diagnostics = {"facts": [u.diagnostics() for u in done], "condition": moment.condition()}
-    return Edit(tuple(facts), "rome", recipe, {weight: delta}, base, seed=seed, diagnostics=diagnostics)
+    keys = {weight: torch.stack([u.key_f for u in done]).to(delta.left.dtype)}
+    return Edit(tuple(facts), "rome", recipe, {weight: delta}, base, seed=seed, diagnostics=diagnostics, keys=keys)
 
 
 def _moment(

@@ -233,13 +233,20 @@ def verify(
         answers=answers,
         continuations=tuple(zip(opened, before[2], after[2], strict=True)),
         perplexity=(before[3], after[3]),
-        norm_ratio=max(_norm_ratio(lm, edit, name) for name in edit.deltas),
+        norm_ratio=norm_ratio(lm, edit),
         rho=min(_rhos(edit), default=None),
         rounding=max(edit.rounding_cost(lm).values()),
         model=lm.name,
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
     )
+
+
+@torch.no_grad()
+def norm_ratio(lm: LanguageModel, edit: Edit) -> float:
+    """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is unedited."""
+    modules = {name: lm.model.get_submodule(name.rpartition(".")[0]) for name in edit.deltas}
+    return max(edit.deltas[name].norm() / float(as_linear(module).double().norm()) for name, module in modules.items())
 
 
 @cache
@@ -288,12 +295,6 @@ def _score(lm: LanguageModel, asked: Sequence[Prompt]) -> tuple[list[tuple[float
 def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
     room = min(tokens, lm.max_tokens - len(lm.encode(prompt).ids))
     return lm.generate(prompt, room).removeprefix(prompt) if room > 0 else ""
-
-
-@torch.no_grad()
-def _norm_ratio(lm: LanguageModel, edit: Edit, parameter: str) -> float:
-    module = lm.model.get_submodule(parameter.rpartition(".")[0])
-    return edit.deltas[parameter].norm() / float(as_linear(module).double().norm())
 
 
 def _rhos(edit: Edit) -> Iterable[float]:

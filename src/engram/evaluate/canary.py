@@ -1,0 +1,63 @@
+"""A canary: two numbers that rise when edits begin to damage a model, with limits at which to stop.
+
+Knows held-out text and norms. Refuses to know facts: whether an edit works is what a receipt says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from engram.edit import Edit
+from engram.errors import SettingError
+from engram.evaluate.receipt import Check, Thresholds, held_out_text, norm_ratio
+from engram.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Limits that a model with all its edits has to keep; None: neither measured nor judged.
+
+    Coarse on purpose: a minute's measurement that needs no facts. Neighbours of a fact suffer long before perplexity does
+    (docs/ledger.md), and are what receipts are for.
+
+    Args:
+        max_perplexity_ratio: perplexity of held-out text, with the edits over without; the default is a receipt's.
+        max_norm_ratio: ||change|| / ||weight||, Frobenius, of the weight that is changed most. The changes of n unrelated facts
+            are about sqrt(n) times as long as one fact's, so the default is above a receipt's.
+        text: the held-out text; default: half a page of plain prose.
+    Raises:
+        SettingError: a limit that is not above 0, or a text without words.
+    """
+
+    max_perplexity_ratio: float | None = Thresholds.max_perplexity_ratio
+    max_norm_ratio: float | None = 10.0  # 40 sound edits of pocket: 6.4; one of them made 10 times too large: 6 to 14
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        for limit in fields(self)[:2]:
+            value = getattr(self, limit.name)
+            if value is not None and not value > 0:
+                raise SettingError(f"{limit.name}={value!r}: expected a number above 0, or None not to measure it")
+        if self.text is not None and not self.text.strip():
+            raise SettingError(
+                f"text={self.text!r} is empty; give prose that the model reads well, or None for the bundled page"
+            )
+
+    def perplexity(self, lm: LanguageModel) -> float | None:
+        """Of the held-out text, as the model is now; None where it is not asked for."""
+        return None if self.max_perplexity_ratio is None else lm.perplexity(self.text or held_out_text())
+
+    def checks(self, lm: LanguageModel, edit: Edit, before: float | None, after: float | None) -> list[Check]:
+        """Both numbers beside their limits.
+
+        Args:
+            lm: the unedited model.
+            edit: all that is laid on it.
+            before, after: `perplexity` without the edit and with it.
+        """
+        ratio = None if before is None or after is None else after / before
+        change = None if self.max_norm_ratio is None else norm_ratio(lm, edit)
+        return [
+            Check("perplexity_ratio", ratio, self.max_perplexity_ratio, at_least=False),
+            Check("norm_ratio", change, self.max_norm_ratio, at_least=False),
+        ]
