@@ -246,4 +246,4 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def _digest(matrix: Tensor) -> str:
-    return hashlib.sha256(matrix.numpy().data).hexdigest()
+    return hashlib.sha256(matrix.contiguous().numpy().data).hexdigest()
