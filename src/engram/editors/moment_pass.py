@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from engram.architectures import as_linear
 from engram.editors.corpora import Corpus
 from engram.errors import EngramError, NonFiniteError
 from engram.hooks import StopForward, substitute
@@ -47,7 +47,7 @@ class Sums:
 
     @classmethod
     def nothing(cls, lm: LanguageModel, layers: Sequence[int]) -> Sums:
-        return cls({layer: _zeros(lm.parts.mlp_out(layer)) for layer in layers})
+        return cls({layer: _zeros(lm.parts.mlp_width(layer), lm.parts.mlp_out(layer)) for layer in layers})
 
     def mean(self, layer: int) -> Tensor:
         """C of a block, symmetric to the last bit, on the CPU; uses up the block's total.
@@ -159,11 +159,9 @@ class MomentPass:
             return keys
 
         takers = {module: partial(take, layer) for layer, module in self._modules.items()}
-        try:
-            with substitute({}, takers):
-                body(self.lm)(ids_bt.to(self.lm.device), use_cache=False)
-        except StopForward:
-            self.sums.count += sum(len(ids) - start for ids, start in batch)
+        with suppress(StopForward), substitute({}, takers):
+            body(self.lm)(ids_bt.to(self.lm.device), use_cache=False)
+        self.sums.count += sum(len(ids) - start for ids, start in batch)
 
 
 Row = tuple[list[int], int]  # token ids, and the first of them that counts
@@ -198,10 +196,9 @@ def _strips(size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + width, size)
 
 
-def _zeros(mlp_out: nn.Module) -> Tensor:
+def _zeros(size: int, mlp_out: nn.Module) -> Tensor:
     """[f, f] float64: beside the layer while that takes no more than half of what is free there, otherwise on the CPU."""
-    weight_df = as_linear(mlp_out)
-    size, device = int(weight_df.shape[1]), weight_df.device
+    device = next(mlp_out.parameters()).device
     fits = device.type == "cuda" and 16 * size**2 < torch.cuda.mem_get_info(device)[0]
     return torch.zeros(size, size, dtype=torch.float64, device=device if fits else "cpu")
 

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engram.architectures import as_linear
 from engram.editors.corpora import Corpus, as_corpus
 from engram.editors.moment_matrix import SecondMoment, load_npz, read_tensors, write_tensors
 from engram.editors.moment_pass import MomentPass, Sums
@@ -72,8 +71,9 @@ def second_moments(
         NonFiniteError: keys that are not finite.
     """
     wanted = sorted(set(layers))
-    widths = [int(as_linear(lm.parts.mlp_out(layer)).shape[1]) for layer in wanted]
-    tokens = tokens or TOKENS_PER_KEY * max(widths)
+    for layer in wanted:
+        lm.parts.mlp_out_name(layer)  # says why, where there is none
+    tokens = tokens or TOKENS_PER_KEY * max(lm.parts.mlp_width(layer) for layer in wanted)
     chosen = as_corpus(corpus, seed)
     source = {"corpus": chosen.digest(), "tokens_per_document": tokens_per_document}
     folder = _cache_folder(cache_dir)
