@@ -35,6 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/trace.py
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/rome.py
+	$(BIN)/python benchmarks/second_moment.py
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
-import numpy as np
 import pytest
 import torch
 
+from engram.editors import moment_matrix
 from engram.editors import second_moment as module
 from engram.editors.contexts import sample_contexts
 from engram.editors.corpora import DataSet, SampledText, TextFile, Texts, shuffled
+from engram.editors.moment_pass import MomentPass, add_outer, mirror_
 from engram.editors.sampling import sample_texts
-from engram.editors.second_moment import SecondMoment, load_npz, second_moments
-from engram.errors import EditFileError, EngramError, NonFiniteError, UnsupportedModelError
+from engram.editors.second_moment import SecondMoment, second_moments
+from engram.errors import EngramError, NonFiniteError, UnsupportedModelError
 from tests.tiny import DENSE, TEXT, tiny_lm
 
 DOCUMENTS = [line.strip() for line in TEXT.split(". ")] * 3
@@ -75,12 +77,76 @@ def test_the_pass_stops_at_the_deepest_layer(tmp_path):
 # --- what is kept ---------------------------------------------------------------------------------------------------------
 
 
+def moments_of(lm, layers, tokens, folder, corpus=DOCUMENTS, **settings):
+    return second_moments(lm, layers, corpus, tokens, cache_dir=folder, **settings)
+
+
+def never(*_, **__):
+    pytest.fail("measured again")
+
+
 def test_what_was_measured_before_is_read(tmp_path, monkeypatch):
     lm = tiny_lm("gpt2")
-    first = second_moments(lm, [1], DOCUMENTS, 50, cache_dir=tmp_path)[1]
-    monkeypatch.setattr(module, "body", lambda lm: pytest.fail("measured again"))
-    again = second_moments(lm, [1], DOCUMENTS, 50, cache_dir=tmp_path)[1]
+    first = moments_of(lm, [1], 50, tmp_path)[1]
+    monkeypatch.setattr(MomentPass, "go", never)
+    monkeypatch.setattr(module, "_MEMORY", OrderedDict())  # as in another process
+    again = moments_of(lm, [1], 50, tmp_path)[1]
+    assert again is not first
     assert torch.equal(first.matrix_ff, again.matrix_ff) and again.source == first.source and again.count == first.count
+
+
+def test_the_same_call_gives_the_same_object(tmp_path, monkeypatch):
+    lm = tiny_lm("gpt2")
+    first = moments_of(lm, [1, 2], 300, tmp_path)
+    condition, factor_ff, eigen = first[1].condition(), first[1].factor(), first[1].eigen()
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", never)
+    monkeypatch.setattr(torch.linalg, "eigh", never)
+    again = moments_of(tiny_lm("gpt2"), [2, 1], 300, tmp_path)  # another object of the same weights
+    assert again[1] is first[1] and again[2] is first[2]
+    assert again[1].condition() == condition and again[1].factor() is factor_ff and again[1].eigen()[1] is eigen[1]
+
+
+def test_a_changed_weight_is_never_served_an_old_c(tmp_path):
+    lm = tiny_lm("gpt2")
+    before = moments_of(lm, [1], 300, tmp_path)[1]
+    lm.parts.mlp_out(0).weight.data.mul_(2.0)  # a write that no version counter sees
+    after = moments_of(lm, [1], 300, tmp_path)[1]
+    keys_nf = naive_keys(lm, 1, DOCUMENTS, 300).double()
+    torch.testing.assert_close(after.matrix_ff, keys_nf.T @ keys_nf / 300, atol=1e-6, rtol=1e-4)
+    assert (after.matrix_ff - before.matrix_ff).norm() > 1e-2 * before.matrix_ff.norm()
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path):
+    lm = tiny_lm("gpt2")
+    moments_of(lm, [1], 50, tmp_path)
+    (path,) = tmp_path.rglob("*.safetensors")
+    SecondMoment.from_matrix(torch.eye(3), 7).save(path)
+    assert moments_of(lm, [1], 50, tmp_path)[1].count == 7
+    path.unlink()
+    assert moments_of(lm, [1], 50, tmp_path)[1].count == 50
+
+
+def test_memory_is_bounded_in_bytes_and_lets_go_of_what_was_used_longest_ago(tmp_path, monkeypatch):
+    lm = tiny_lm("gpt2")
+    size = moments_of(lm, [0], 300, tmp_path)[0].nbytes
+    monkeypatch.setattr(module, "_MEMORY", OrderedDict())
+    monkeypatch.setattr(module, "MEMORY", int(3.5 * size))
+    kept = {layer: moments_of(lm, [layer], 300, tmp_path)[layer] for layer in (1, 2, 3)}
+    moments_of(lm, [1], 300, tmp_path)
+    kept[3].factor()  # counts too
+    moments_of(lm, [1], 300, tmp_path)
+    assert list(module._MEMORY.values()) == [kept[3], kept[1]]
+    monkeypatch.setattr(module, "MEMORY", size // 2)
+    assert moments_of(lm, [1], 300, tmp_path)[1].count == 300 and not module._MEMORY
+
+
+def test_only_weights_that_are_reached_are_hashed(tmp_path, monkeypatch):
+    lm, hashed = tiny_lm("gpt2"), []
+    monkeypatch.setattr(module, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x")
+    moments_of(lm, [0, 1], 50, tmp_path)
+    names = {name for name, weight in lm.model.named_parameters() if weight.data_ptr() in hashed}
+    assert {"transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"} <= names
+    assert not any(".h.2." in name or ".h.3." in name for name in names)
 
 
 def files(folder):
@@ -119,6 +185,7 @@ def test_what_does_not_change_c_does_not_change_its_name(tmp_path):
     before = files(tmp_path)
     lm.parts.mlp_out(1).weight.data[0, 0] += 1  # the matrix itself: its inputs stay
     lm.parts.mlp_out(3).weight.data[0, 0] += 1  # a block above
+    lm.tokenizer(["a text", "another text"], truncation=True, max_length=2)  # which the tokenizer remembers
     second_moments(lm, [1], DOCUMENTS, 50, cache_dir=tmp_path)
     assert files(tmp_path) == before
 
@@ -143,12 +210,12 @@ class Interrupted:
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     lm, corpus = tiny_lm("gpt2", torch.float64), Interrupted(at=200)
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0)
+        second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0, batch_tokens=200)
     assert len(list(tmp_path.rglob("*.partial"))) == 1
     corpus.at = None
     resumed = second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0)
     straight = second_moments(lm, [1, 2], Interrupted(at=None), 6000, cache_dir=tmp_path / "other")
-    assert corpus.starts == [0, 192]
+    assert corpus.starts[0] == 0 and 100 < corpus.starts[1] < 200
     assert not list(tmp_path.glob("**/*.partial"))
     for layer in (1, 2):
         assert resumed[layer].count == straight[layer].count
@@ -158,80 +225,103 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
 def test_a_damaged_partial_state_is_measured_again(tmp_path, caplog):
     lm, corpus = tiny_lm("gpt2"), Interrupted(at=100)
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path, save_every=0)
+        second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path, save_every=0, batch_tokens=100)
     next(tmp_path.rglob("*.partial")).write_bytes(b"half a fi")
     corpus.at = None
     second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path)
     assert "measuring from the start" in caplog.text
 
 
-def test_save_and_load(tmp_path):
-    moment = SecondMoment.from_matrix(torch.eye(3) * 2, 10, {"corpus": "x"})
-    moment.save(tmp_path / "c.safetensors")
-    again = SecondMoment.load(tmp_path / "c.safetensors")
-    assert torch.equal(again.matrix_ff, moment.matrix_ff) and (again.count, again.source) == (10, {"corpus": "x"})
-    (tmp_path / "junk").write_text("junk")
-    with pytest.raises(EditFileError, match="does not hold a second moment"):
-        SecondMoment.load(tmp_path / "junk")
+def test_more_tokens_of_the_same_text_go_on_from_what_was_measured(tmp_path, monkeypatch):
+    lm, corpus = tiny_lm("gpt2", torch.float64), Interrupted(at=None)
+    moments_of(lm, [1, 2], 500, tmp_path, corpus)
+    moments_of(lm, [1], 700, tmp_path, corpus)  # layer 2 does not have it, so both go on from 500
+    counted = []
+    monkeypatch.setattr(MomentPass, "add", lambda run, batch, add=MomentPass.add: counted.append(batch) or add(run, batch))
+    more = moments_of(lm, [1, 2], 1234, tmp_path, corpus)
+    assert sum(len(ids) - start for batch in counted for ids, start in batch) == 734
+    assert any(start for batch in counted for _, start in batch)  # 500 tokens ended within a document
+    straight = moments_of(lm, [1, 2], 1234, tmp_path / "other", corpus)
+    for layer in (1, 2):
+        assert more[layer].count == 1234 and more[layer].source == straight[layer].source
+        torch.testing.assert_close(more[layer].matrix_ff, straight[layer].matrix_ff, atol=1e-13, rtol=1e-12)
 
 
-def test_the_released_codes_files_are_read(tmp_path):
-    total = np.diag([2.0, 4.0]).astype(np.float32)
-    np.savez(
-        tmp_path / "c.npz", **{"mom2.mom2": total, "mom2.count": 4, "mom2.constructor": "SecondMoment", "sample_size": 2}
-    )
-    moment = load_npz(tmp_path / "c.npz")
-    assert moment.count == 4 and moment.matrix_ff.diagonal().tolist() == [0.5, 1.0]
-    np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(EditFileError, match="not a statistics file of the released code"):
-        load_npz(tmp_path / "other.npz")
+def test_fewer_tokens_are_not_taken_from_a_longer_measurement(tmp_path):
+    lm = tiny_lm("gpt2", torch.float64)
+    moments_of(lm, [1], 300, tmp_path)
+    keys_nf = naive_keys(lm, 1, DOCUMENTS, 200)
+    torch.testing.assert_close(moments_of(lm, [1], 200, tmp_path)[1].matrix_ff, keys_nf.T @ keys_nf / 200)
 
 
-# --- solving --------------------------------------------------------------------------------------------------------------
+def test_a_damaged_shorter_measurement_is_not_gone_on_from(tmp_path, caplog):
+    lm = tiny_lm("gpt2")
+    moments_of(lm, [1], 100, tmp_path)
+    next(tmp_path.rglob("*.safetensors")).write_bytes(b"half a fi")
+    assert moments_of(lm, [1], 200, tmp_path)[1].count == 200
+    assert "measuring from the start" in caplog.text
 
 
-def random_moment(size=12, seed=0):
-    keys_nf = torch.randn(5 * size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return SecondMoment.from_matrix(keys_nf.T @ keys_nf / len(keys_nf), len(keys_nf))
+def test_a_costly_eigendecomposition_is_kept_beside_c(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(moment_matrix, "_KEPT_FROM", 1)
+    lm = tiny_lm("gpt2")
+    first = moments_of(lm, [1], 300, tmp_path)[1]
+    values_f, vectors_ff = first.eigen()
+    kept = first.file.with_suffix(".eigen")
+    assert kept.exists()
+
+    def in_another_process():
+        monkeypatch.setattr(module, "_MEMORY", OrderedDict())
+        return moments_of(lm, [1], 300, tmp_path)[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", never)
+        again = in_another_process().eigen()
+    assert torch.equal(again[0], values_f) and torch.equal(again[1], vectors_ff)
+    SecondMoment(torch.eye(len(values_f), dtype=torch.float64), 300, first.source).save(first.file)
+    assert torch.equal(in_another_process().eigen()[0], torch.ones_like(values_f))  # what was kept is of another C
+    kept.write_bytes(b"half a fi")
+    assert torch.equal(in_another_process().eigen()[0], torch.ones_like(values_f))
+    assert "computing it again" in caplog.text
 
 
-def test_solve_inverts_c():
-    moment = random_moment()
-    key_f = torch.randn(12, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(moment.matrix_ff @ moment.solve(key_f), key_f.double())
-    two_fn = torch.stack([key_f, 2 * key_f], 1)
-    torch.testing.assert_close(moment.solve(two_fn)[:, 1], 2 * moment.solve(key_f))
+# --- sums -----------------------------------------------------------------------------------------------------------------
 
 
-def test_ridge_is_relative_to_the_mean_eigenvalue():
-    moment, key_f = random_moment(), torch.ones(12)
-    shifted = moment.matrix_ff + 0.5 * moment.matrix_ff.diagonal().mean() * torch.eye(12)
-    torch.testing.assert_close(moment.solve(key_f, ridge=0.5), torch.linalg.solve(shifted, key_f.double()))
+@pytest.mark.parametrize("width", [5, 128, 300, 2100])
+def test_half_of_the_products_is_all_of_them(width):
+    keys_nf = torch.randn(40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total_ff = torch.zeros(width, width, dtype=torch.float64)
+    for part_nf in keys_nf.split(15):
+        add_outer(total_ff, part_nf)
+    torch.testing.assert_close(mirror_(total_ff), keys_nf.T @ keys_nf)
+    assert torch.equal(total_ff, total_ff.T)
 
 
-def test_condition_is_the_ratio_of_extreme_eigenvalues():
-    moment = random_moment()
-    assert moment.condition(steps=500) == pytest.approx(float(torch.linalg.cond(moment.matrix_ff)), rel=1e-3)
-    assert moment.condition() <= float(torch.linalg.cond(moment.matrix_ff)) * (1 + 1e-9)
+@pytest.mark.parametrize("batch", [1000, 4000])
+def test_rounding_is_that_of_one_batch_however_many_tokens_there_are(batch):
+    """Off by less than 1e-6 of sqrt(C_ii C_jj), with keys whose mean is far from zero; largest seen 2e-7 on four machines' kernels."""
+    keys_nf = torch.randn(32_000, 64, generator=torch.Generator().manual_seed(0)) + 1.0
+    total_ff = torch.zeros(64, 64, dtype=torch.float64)
+    for part_nf in keys_nf.split(batch):
+        add_outer(total_ff, part_nf)
+    exact_ff = keys_nf.double().T @ keys_nf.double()
+    scale_f = exact_ff.diagonal().sqrt()
+    assert float(((mirror_(total_ff) - exact_ff) / torch.outer(scale_f, scale_f)).abs().max()) < 1e-6
 
 
-def test_a_singular_c_gets_a_ridge_and_a_warning(caplog):
-    moment = SecondMoment.from_matrix(torch.diag(torch.tensor([1.0, 1.0, 0.0])), 2)
-    assert moment.solve(torch.ones(3)).isfinite().all()
-    assert "singular for d_ff = 3" in caplog.text
+def test_half_precision_keys_do_not_overflow():
+    total_ff = torch.zeros(8, 8, dtype=torch.float64)
+    add_outer(total_ff, torch.full((100, 8), 200.0, dtype=torch.float16))
+    assert torch.equal(total_ff, torch.full((8, 8), 4e6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    ("matrix", "error", "message"),
-    [
-        (torch.ones(2, 3), EngramError, r"shape \[d_ff, d_ff\], got \[2, 3\]"),
-        (torch.tensor([[1.0, 2.0], [0.0, 1.0]]), EngramError, "differs from its transpose"),
-        (torch.full((2, 2), float("nan")), NonFiniteError, "NaN"),
-    ],
-)
-def test_a_matrix_that_is_no_second_moment_is_refused(matrix, error, message):
-    with pytest.raises(error, match=message):
-        SecondMoment.from_matrix(matrix)
+def test_keys_that_are_not_finite_leave_nothing_behind(tmp_path):
+    lm = tiny_lm("gpt2")
+    lm.parts.mlp_out(0).weight.data[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="keys of layer 1 are not finite"):
+        moments_of(lm, [1], 50, tmp_path)
+    assert not files(tmp_path)
 
 
 # --- corpora --------------------------------------------------------------------------------------------------------------

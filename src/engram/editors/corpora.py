@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,7 +138,7 @@ class Bundled:
     seed: int = 0
 
     def digest(self) -> str:
-        return f"bundled {_sha256(chr(0).join(pocket.sentences(self.seed)).encode())}"
+        return f"bundled {_sha256_of_sentences(self.seed)}"
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
         return islice(pocket.sentences(self.seed), start, None)
@@ -162,6 +162,11 @@ def shuffled(count: int, seed: int) -> list[int]:
     indices = list(range(count))
     random.Random(seed).shuffle(indices)
     return indices
+
+
+@cache
+def _sha256_of_sentences(seed: int) -> str:
+    return _sha256("\0".join(pocket.sentences(seed)).encode())
 
 
 def _sha256(data: bytes) -> str:
