@@ -1,0 +1,279 @@
+"""Mass editing: many facts at once, spread over a few layers. MEMIT, EMMET, MEMIT-seq, AlphaEdit and PMET are rows of one table.
+
+Values are found on the unedited model for the last layer; then, layer by layer, keys and what is still missing of the values are
+read off the model as it is by now, and solver says the change. Knows the order of these steps and the methods' rows; refuses to know
+how values are optimised and systems solved. Sources: Meng et al. 2023, arXiv:2210.07229 (MEMIT); Gupta et al. 2024,
+arXiv:2403.14236 (EMMET); Fang et al. 2025, arXiv:2410.02355 (AlphaEdit, MEMIT-seq); Li et al. 2024, arXiv:2308.08742 (PMET).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engram.delta import Delta
+from engram.edit import Edit
+from engram.editors.contexts import STARTED, sample_contexts
+from engram.editors.corpora import Corpus
+from engram.editors.ingredients import Report, in_force, keys_of, layers_of, moments_of, shared_subjects, silent
+from engram.editors.presets import preset
+from engram.editors.second_moment import SecondMoment
+from engram.editors.settings import flat, read
+from engram.editors.solver import Preservation, solve, solve_as_published, solve_exactly
+from engram.editors.subject_states import SubjectStates
+from engram.editors.value_rows import Site
+from engram.editors.value_store import ValueStore
+from engram.editors.values import Value, ValueConfig, optimise_values
+from engram.errors import EngramError, SettingError
+from engram.facts import Fact
+from engram.language_model import LanguageModel
+from engram.merging import describe_base
+from engram.replay import Engine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MassConfig:
+    """Settings of the closed-form mass editors, with those of the value optimisation.
+
+    Args:
+        preservation: lambda, the weight of C (`mom2_update_weight`). None: `relative_preservation` x d_ff, which means the same for
+            every model, as one key's k^T C^-1 k is d_ff on average.
+        slack: EMMET's epsilon, which multiplies the weight. 0: every key is met exactly, and C only breaks ties.
+        ridge: weight of ||Delta||^2, absolute (AlphaEdit's L2).
+        null_energy, null_threshold: confine the change to C's null space, see `SecondMoment.null_space`. The published threshold is
+            2e-2; an energy means the same for every model.
+        share: of what is missing, how much a layer takes that has `left` layers from itself on: "even" 1 / left, "root"
+            1 / sqrt(left), "all" 1.
+        site: which state is optimised and compared, see `value_rows.Site`.
+        keys: "halves": half the bare prompt's key, half the contexts' mean (published). "mean": of all alike. "both" (ours): both
+            are sent to the value, for models that treat a text's first token specially; one column a fact all the same.
+        norm_anchor: scale each value to the mean norm that those of the first edit of `past` had (2026), against growth in long
+            sequences.
+        reference: the released code's order of operations: one LU a layer in place of kept factors.
+    """
+
+    preservation: float | None = None
+    relative_preservation: float = 1.0
+    slack: float = 1.0
+    ridge: float = 0.0
+    null_energy: float | None = None
+    null_threshold: float | None = None
+    share: Literal["even", "root", "all"] = "even"
+    site: Site = "block"
+    keys: Literal["halves", "mean", "both"] = "halves"
+    norm_anchor: bool = False
+    reference: bool = False
+    value: ValueConfig = field(default_factory=ValueConfig)
+
+    def __post_init__(self) -> None:
+        for name, known in (("share", _SHARES), ("keys", ("halves", "mean", "both")), ("site", ("mlp", "block", "attention+mlp"))):
+            if getattr(self, name) not in known:
+                raise SettingError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}")
+        if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
+            raise SettingError("preservation, relative_preservation, slack and ridge have to be 0 or more")
+        if self.reference and (self.ridge or self.projects or self.slack != 1 or self.keys == "both"):
+            raise SettingError("reference=True is MEMIT as released: without ridge, null space, slack and keys='both'")
+
+    @property
+    def projects(self) -> bool:
+        return self.null_energy is not None or self.null_threshold is not None
+
+    def weight(self, d_ff: int) -> float:
+        """Of C in the least-squares problem."""
+        return self.slack * (self.relative_preservation * d_ff if self.preservation is None else self.preservation)
+
+
+_SHARES: dict[str, Callable[[int], float]] = {"even": lambda left: 1 / left, "root": lambda left: left**-0.5, "all": lambda left: 1.0}
+_REMEMBERS = ("memit-seq", "alphaedit")  # keys of earlier edits are preserved
+_ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
+    "memit": {},
+    "emmet": {"share": "all"},
+    "memit-seq": {},
+    "alphaedit": {"preservation": 0.0},
+    "pmet": {"share": "root", "site": "attention+mlp", "stop": "adaptive"},
+}
+
+
+def mass_edit(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: str,
+    *,
+    layers: Sequence[int] | Literal["auto"] | None = None,
+    contexts: Sequence[str] | None = None,
+    second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
+    corpus: Corpus | str | Path | Sequence[str] | None = None,
+    tokens: int | None = None,
+    past: Sequence[Edit] = (),
+    facts_at_once: int = 32,
+    store: str | Path | bool = True,
+    seed: int = 0,
+    engine: Engine = "auto",
+    progress: Report | None = None,
+    **knobs: Any,
+) -> Edit:
+    """Rewrite many facts at once; `lm` is not changed.
+
+    Column i of each weight's change belongs to fact i: it is fact i's residual times its share of the solution. So any fact can be
+    taken out exactly, and what is left is the solution in which that fact's key stays where it was.
+
+    Args:
+        method: a row of the table above.
+        layers: blocks to edit, from 0, in ascending order; "auto" asks the model (see layer_card); default: the preset's.
+        contexts: templates with one `{}` each, the bare "{}" first; default: five that the model samples with `seed`.
+        second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
+        past: edits made before on the same base, in force while this one is made; methods that remember also preserve their keys.
+        facts_at_once: facts whose values are optimised in one batch, which bounds memory.
+        store: keep each value as soon as it is found, under a digest of everything it depends on, and take it from there next time:
+            a killed run goes on. A file, True for the cache folder, or False.
+        progress: called with (what is being done, done, in all).
+        knobs: the fields of MassConfig and ValueConfig.
+    Raises:
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: keys or losses are not finite.
+    """
+    report = progress or silent
+    settings = {**_ROWS[method], **preset(method, lm.name), **knobs}
+    usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
+    config = read(MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed")
+    if layers == "auto":
+        from engram.layer_choice import choose_layers
+
+        layers = choose_layers(lm, len(usual), seed=seed, progress=progress)
+    chosen = sorted(set(usual if layers is None else layers))
+    names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
+    for fact in facts:  # every fact is checked before anything is computed
+        lm.target_ids(fact.prompt_text, fact.target)
+    shared = shared_subjects(facts)
+    if shared:
+        log.warning("%d subjects have several facts (%s, ...): they share a key, so that their changes are averaged", len(shared), shared[0])
+    moments = moments_of(lm, chosen, second_moments, usual_corpus if corpus is None else corpus, tokens, seed, report)
+    contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
+    recipe = {
+        "layers": chosen, **flat(config), "contexts": list(contexts),
+        "second_moments": {str(layer): moment.source for layer, moment in moments.items()}, "past": len(past),
+    }  # fmt: skip
+    base = describe_base(lm, names.values())
+    old_keys = {layer: keys_of(past, names[layer]) if method in _REMEMBERS else None for layer in chosen}
+    with in_force(past, lm):
+        with ValueStore.of(store, lm) as kept:
+            values = _values(lm, facts, chosen[-1], contexts, config, engine, facts_at_once, kept, report)
+        targets_nd = _anchored(torch.stack([value.star_d for value in values]), past if config.norm_anchor else ())
+        deltas, keys, about = _spread(lm, facts, contexts, targets_nd, config, moments, old_keys, names, base, engine, report)
+    diagnostics = {
+        "layers": about,
+        "target_norm": float(targets_nd.norm(dim=1).mean()),
+        "shared_subjects": shared,
+        "facts": [
+            {"loss": v.losses[-1][0], "steps": len(v.losses), "value_norm": float(v.delta_d.norm())} for v in values
+        ],
+    }
+    return Edit(tuple(facts), method, recipe, deltas, base, seed=seed, diagnostics=diagnostics, keys=keys)
+
+
+memit, emmet, memit_seq, alphaedit, pmet = (
+    partial(mass_edit, method=name) for name in ("memit", "emmet", "memit-seq", "alphaedit", "pmet")
+)
+
+
+def _values(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    contexts: Sequence[str],
+    config: MassConfig,
+    engine: Engine,
+    facts_at_once: int,
+    store: ValueStore,
+    report: Report,
+) -> list[Value]:
+    """Every fact's value: those that are in the store, and the others as they are found."""
+    names = [store.name(lm, fact, layer, contexts, config.site, config.value) for fact in facts]
+    found = dict(enumerate(store.get(names)))
+    missing = [i for i, value in found.items() if value is None]
+    report("value", len(facts) - len(missing), len(facts))
+    asked = [facts[i] for i in missing]
+    made = optimise_values(
+        lm, asked, layer, contexts, config.value, site=config.site, engine=engine, facts_at_once=facts_at_once
+    )
+    for done, (i, value) in enumerate(made, len(facts) - len(missing) + 1):
+        found[missing[i]] = value
+        store.put(names[missing[i]], value)
+        report("value", done, len(facts))
+    return [value for value in found.values() if value is not None]
+
+
+def _anchored(targets_nd: Tensor, past: Sequence[Edit]) -> Tensor:
+    anchor = past[0].diagnostics.get("target_norm") if past else None
+    return targets_nd if anchor is None else targets_nd * (anchor / targets_nd.norm(dim=1, keepdim=True))
+
+
+def _spread(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    targets_nd: Tensor,
+    config: MassConfig,
+    moments: Mapping[int, SecondMoment],
+    old_keys: Mapping[int, Tensor | None],
+    names: Mapping[int, str],
+    base: Mapping[str, Any],
+    engine: Engine,
+    report: Report,
+) -> tuple[dict[str, Delta], dict[str, Tensor], dict[str, Any]]:
+    """Layer by layer, each seeing the changes below it: the change of each weight, its keys [n, f], what is worth knowing."""
+    states = SubjectStates(lm, facts, contexts, list(names), config.site, engine)
+    deltas, keys, about = {}, {}, {}
+    with ExitStack() as edited:
+        for number, (layer, name) in enumerate(names.items()):
+            report("layer", number, len(names))
+            keys_ncf, states_nd = states.at(layer)
+            missing_nd = targets_nd.to(states_nd) - states_nd
+            solved_nf, rank = _solved(keys_ncf, config, moments[layer], old_keys[layer])
+            wide = torch.float64 if config.reference or lm.dtype == torch.float64 else torch.float32
+            left_dn = missing_nd.T.cpu().to(wide) * _SHARES[config.share](len(names) - number)
+            delta = Delta(left_dn, solved_nf.cpu().to(wide)).owned_by([i] for i in range(len(facts)))
+            deltas[name], keys[name] = delta, _mean_keys(keys_ncf, config).cpu()
+            about[str(layer)] = {"missing": float(missing_nd.norm(dim=1).mean()), "norm": delta.norm()} | rank
+            if number + 1 < len(names):
+                part = Edit(tuple(facts), "layer", {}, {name: delta}, dict(base))
+                edited.enter_context(part.laid(lm))
+    report("layer", len(names), len(names))
+    return deltas, keys, about
+
+
+def _mean_keys(keys_ncf: Tensor, config: MassConfig) -> Tensor:
+    if config.keys == "mean" or keys_ncf.shape[1] == 1:
+        return keys_ncf.mean(1)
+    return (keys_ncf[:, 0] + keys_ncf[:, 1:].mean(1)) / 2
+
+
+def _solved(keys_ncf: Tensor, config: MassConfig, moment: SecondMoment, past_fp: Tensor | None) -> tuple[Tensor, dict[str, int]]:
+    """X^T [n, f] of a layer, and the null space's rank where there is one."""
+    n, both = len(keys_ncf), config.keys == "both" and keys_ncf.shape[1] > 1
+    keys_mf = torch.cat([keys_ncf[:, 0], keys_ncf[:, 1:].mean(1)]) if both else _mean_keys(keys_ncf, config)
+    d_ff = keys_mf.shape[1]
+    weight = config.weight(d_ff)
+    basis_fr = moment.null_space(energy=config.null_energy, threshold=config.null_threshold) if config.projects else None
+    if basis_fr is not None and not basis_fr.shape[1]:
+        raise EngramError(
+            f"the null space of C has rank 0 at null_energy={config.null_energy}, null_threshold={config.null_threshold}, so nothing "
+            "can be changed; lower the energy or raise the threshold"
+        )
+    if weight == 0 and basis_fr is None:
+        if past_fp is not None:
+            raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
+        solved_mf = solve_exactly(keys_mf.T, moment, config.ridge)
+    else:
+        preservation = Preservation(moment, weight, config.ridge, past_fp, basis_fr)
+        solved_mf = (solve_as_published if config.reference else solve)(keys_mf.T, preservation)
+    return solved_mf[:n] + solved_mf[n:] if both else solved_mf, {} if basis_fr is None else {"rank": basis_fr.shape[1]}

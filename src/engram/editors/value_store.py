@@ -1,0 +1,104 @@
+"""Values that were found before, each under a digest of everything it depends on, in one file that a killed run goes on with.
+
+Knows digests and SQLite. Refuses to know how values are found. (The released code keys its cache by layer, clamp and case number,
+and hands out stale values when anything else changes.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from engram.editors.values import Value, ValueConfig
+from engram.errors import EngramError
+from engram.facts import Fact
+from engram.language_model import LanguageModel
+from engram.merging import fingerprint
+
+
+class ValueStore:
+    """A file of values; use it as a context manager.
+
+    Args:
+        path: of the file; None keeps nothing.
+        lm: the model, with the weights that values are found on.
+    """
+
+    def __init__(self, path: Path | None, lm: LanguageModel) -> None:
+        self._lm, self._file = lm, None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(path, timeout=60)
+            self._file.execute("CREATE TABLE IF NOT EXISTS found (name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID")
+        except (OSError, sqlite3.Error) as error:
+            raise EngramError(f"values cannot be kept in {path}: {error}; give store= another file, or False") from error
+
+    @classmethod
+    def of(cls, given: str | Path | bool, lm: LanguageModel) -> ValueStore:
+        """A file, the cache folder's (True), or none (False)."""
+        if isinstance(given, bool):
+            home = Path(os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache/engram")
+            return cls(home / "values.sqlite" if given else None, lm)
+        return cls(Path(given), lm)
+
+    def __enter__(self) -> ValueStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with suppress(sqlite3.Error):
+                self._file.close()
+
+    @cached_property
+    def _model(self) -> str:
+        """All weights as they are, the tokenizer, and the config."""
+        weights = {name: fingerprint(tensor) for name, tensor in self._lm.model.state_dict().items()}
+        return _sha256(weights, self._lm.tokenizer.backend_tokenizer.to_str(), self._lm.model.config.model_type)
+
+    def name(
+        self, lm: LanguageModel, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig
+    ) -> str:
+        """The digest under which a fact's value is kept; "" where nothing is."""
+        if self._file is None:
+            return ""
+        return _sha256(self._model, fact.prompt, fact.subject, fact.target, layer, list(contexts), site, asdict(config))
+
+    def get(self, names: Sequence[str]) -> list[Value | None]:
+        """The values that are there."""
+        if self._file is None:
+            return [None] * len(names)
+        rows = (self._file.execute("SELECT losses, tensors FROM found WHERE name = ?", (name,)).fetchone() for name in names)
+        return [None if row is None else _value(*row) for row in rows]
+
+    def put(self, name: str, value: Value) -> None:
+        """Keep a value; when this returns it is on disk."""
+        if self._file is None:
+            return
+        losses = json.dumps([value.losses, value.delta_norms])
+        tensors = safetensors.torch.save({"start": value.start_d.cpu(), "delta": value.delta_d.cpu().contiguous()})
+        with self._file:
+            self._file.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (name, losses, tensors))
+
+
+def _value(losses: str, tensors: bytes) -> Value:
+    found: dict[str, torch.Tensor] = safetensors.torch.load(tensors)
+    terms, norms = json.loads(losses)
+    nothing = found["start"].new_zeros(0, 0)
+    return Value(found["start"], found["delta"], nothing, nothing, [tuple(each) for each in terms], norms)
+
+
+def _sha256(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
