@@ -224,7 +224,7 @@ def rome(
             done.append(update)
             if i + 1 < len(facts):
                 step = Delta(update.left_d[:, None], update.right_f[None])
-                edited.enter_context(Edit((fact,), "rome", recipe, {weight: step}, base).applied(lm))
+                edited.enter_context(Edit((fact,), "rome", recipe, {weight: step}, base).laid(lm))
         report("value", len(facts), len(facts))
     left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
     delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))

@@ -24,12 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engram.architectures import as_linear
 from engram.editors.corpora import Corpus, as_corpus
 from engram.errors import EditFileError, EngramError, NonFiniteError
 from engram.hooks import record
 from engram.language_model import LanguageModel, pad_right
-from engram.merging import fingerprint
+from engram.merging import fingerprints
 from engram.replay import body
 
 log = logging.getLogger(__name__)
@@ -179,7 +178,7 @@ def second_moments(
     chosen = as_corpus(corpus, seed)
     source = {"corpus": chosen.digest(), "tokens": tokens, "tokens_per_document": tokens_per_document}
     folder = _cache_folder(cache_dir)
-    prints = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
+    prints = fingerprints(lm.model)
     paths = {layer: folder / f"{_name(lm, layer, prints, source)}.safetensors" for layer in names}
     found = {layer: SecondMoment.load(path) for layer, path in paths.items() if path.exists()}
     missing = [layer for layer in names if layer not in found]
@@ -273,7 +272,7 @@ def _packed(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]
 
 
 def _d_ff(lm: LanguageModel, layer: int) -> int:
-    return int(as_linear(lm.parts.mlp_out(layer)).shape[1])
+    return lm.parts.mlp_width(layer)
 
 
 def _cache_folder(given: str | Path | None) -> Path:
