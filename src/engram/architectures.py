@@ -19,6 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from engram.errors import UnsupportedModelError
+from engram.weights import as_linear as as_linear  # found here too, beside the parts that it is asked of
+from engram.weights import is_transposed as is_transposed
+from engram.weights import linear_shape
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +258,7 @@ class Parts:
     def head_width(self, layer: int) -> int:
         """Channels of one head in the input of `heads_out_name`."""
         self.heads_out_name(layer)
-        return as_linear(self.blocks[layer].get_submodule(self.layout.heads_out or "")).shape[1] // self.n_heads
+        return linear_shape(self.blocks[layer].get_submodule(self.layout.heads_out or ""))[1] // self.n_heads
 
     def mlp_width(self, layer: int) -> int:
         """d_ff: neurons of a block's MLP, the input of `mlp_out`.
@@ -268,7 +271,7 @@ class Parts:
                 f"model_type={self._config.model_type!r} has no neurons that can be told apart: its row in "
                 "engram.architectures.LAYOUTS names no mlp_out, the one matrix of a block whose input is all of its neurons"
             )
-        return as_linear(self.mlp_out(layer)).shape[1]
+        return linear_shape(self.mlp_out(layer))[1]
 
     @property
     def n_heads(self) -> int:
@@ -356,24 +359,6 @@ def _unshare(model: nn.Module, name: str) -> None:
         setattr(model.get_submodule(home), leaf, deepcopy(module, shared))
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """True where the weight is stored [in, out] (GPT-2's `Conv1D`); by type, since a square matrix fits both ways."""
-    if isinstance(module, Conv1D):
-        return True
-    if isinstance(module, nn.Linear):
-        return False
-    raise UnsupportedModelError(
-        f"cannot tell how {type(module).__name__} stores its weight; expected nn.Linear or transformers' Conv1D"
-    )
-
-
-def as_linear(module: nn.Module) -> Tensor:
-    """View of a module's weight as [out, in], whichever way it is stored."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if is_transposed(module) else weight
-
-
 def _submodule(model: nn.Module, name: str | None) -> nn.Module | None:
     """The module of that name, or None where the checkpoint does without it (set to None in its class)."""
     module: object = model
@@ -426,7 +411,7 @@ def _matrices_to(module: nn.Module, prefix: str, width: int | None) -> Iterator[
     """Names of the matrices below `module` that map some other width to `width`."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D):
-            out_features, in_features = as_linear(child).shape
+            out_features, in_features = linear_shape(child)
             if out_features == width and in_features != width:
                 yield f"{prefix}.{name}"
 

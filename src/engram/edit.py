@@ -1,8 +1,8 @@
 """Edit: the value that an editor returns: what changes in which weight, for which facts, and how it was made.
 
-Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is laid on a model is
-merging.py, how it is kept edit_files.py, how it changes a checkpoint on disk checkpoint.py, how it becomes an
-adapter peft_export.py.
+Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is laid on a model is merging.py, and
+beside its weights attaching.py; how it is kept edit_files.py, how it changes a checkpoint on disk checkpoint.py, how it
+becomes an adapter peft_export.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Edit:
         settings: its settings; like `diagnostics` and `receipt`, made of what JSON knows.
         deltas: parameter name (as in `model.state_dict()`) -> its change.
         base: what the edit was made on, from `merging.describe_base`: {"model", "model_type", "tensors":
-            {parameter name: {"sha256", "dtype", "shape", "transposed"}}}.
+            {parameter name: {"sha256", "dtype", "shape", "transposed"}}}, and "quantised" where it is.
         seed: of every random draw.
         versions: of the libraries that computed it.
         diagnostics: numbers that the editor reports.
@@ -171,6 +171,18 @@ class Edit:
         from engram.merging import applied
 
         return applied(self, lm, force=force)
+
+    def attached(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
+        """Within the block `lm` computes as if edited; no weight is touched, so it may be quantised. See `attaching.attached`."""
+        from engram.attaching import attached
+
+        return attached(self, lm, force=force)
+
+    def laid(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
+        """`applied` where the weights can be written into, `attached` where one is quantised or offloaded. See `attaching.laid`."""
+        from engram.attaching import laid
+
+        return laid(self, lm, force=force)
 
     def rounding_cost(self, lm: LanguageModel) -> dict[str, float]:
         """What rounding into the model's dtype loses, a share of each delta. See `merging.rounding_cost`."""

@@ -96,15 +96,20 @@ def substitute(outputs: Changes, inputs: Changes | None = None) -> Iterator[None
 def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[None]:
     """Give every row of the batch its own low-rank change of one linear module: out[b] += left[b] (right[b] x[b]).
 
+    Computed and added in the factors' precision, then rounded into the output's dtype; on the device where the module runs.
+
     Args:
         module: a linear map with input [b, t, i] and output [b, t, o].
-        left_bor: [b, o, r] and right_bri: [b, r, i], the factors of each row's change; r may be padded with zeros.
+        left_bor: [b, o, r] and right_bri: [b, r, i], the factors of each row's change; r may be padded with zeros. With b = 1
+            all rows of the batch have that one change.
     """
 
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x_bti = args[0].reshape(len(left_bor), -1, right_bri.shape[-1])
-        change_bto = (x_bti.to(right_bri.dtype) @ right_bri.mT) @ left_bor.mT
-        return out + change_bto.to(out.dtype).reshape(out.shape)
+        nonlocal left_bor, right_bri
+        left_bor, right_bri = left_bor.to(out.device), right_bri.to(out.device)  # moved once, at the first pass
+        x_bti = args[0].reshape(len(left_bor), -1, right_bri.shape[-1]).to(right_bri)
+        change_bto = (x_bti @ right_bri.mT) @ left_bor.mT
+        return (out + change_bto.reshape(out.shape)).to(out.dtype)
 
     with ExitStack() as stack:
         _own(stack, module.register_forward_hook(add))

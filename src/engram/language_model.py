@@ -30,6 +30,7 @@ from engram.architectures import Kind, Parts, kind_of, resolve
 from engram.cloze import Cloze, Templates, check_decoder_template, check_prompt_template, make_cloze, usual_templates
 from engram.errors import EngramError, FactError, UnsupportedModelError
 from engram.hooks import substitute
+from engram.weights import keep_differentiable, quantisation
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +381,7 @@ def load(
         dtype: e.g. torch.bfloat16 or "bfloat16"; default: as the checkpoint stores it (pocket: float32).
         device_map: passed on to transformers, e.g. "auto" or "cuda:0"; default: the CPU.
         trust_remote_code: whether the checkpoint may bring Python code that is then executed.
-        options: passed on to `from_pretrained` of the model's class.
+        options: passed on to `from_pretrained` of the model's class, e.g. a `quantization_config` of transformers.
     Raises:
         EngramError: nothing was found under that name, or it is not a language model.
     """
@@ -402,11 +403,23 @@ def load(
             "Expected 'pocket', a folder with config.json and safetensors weights, or a name on the Hugging Face hub "
             "such as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)."
         ) from error
+    if options.get("quantization_config") is not None:
+        _check_quantised(model, shown)
     _fuse_activations(model)
+    keep_differentiable(model)
     if model.dtype in (torch.float16, torch.bfloat16) and model.device.type == "cpu":
         log.warning("%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes twice the memory",
                     shown, str(model.dtype).removeprefix("torch."))  # fmt: skip
     return LanguageModel(model, tokenizer, name=shown)
+
+
+def _check_quantised(model: nn.Module, shown: str) -> None:
+    """Raise where nothing was quantised: torchao passes over `Conv1D` without a word, and so over the whole of a GPT-2."""
+    if not any(quantisation(module) for module in model.modules() if isinstance(module, nn.Linear)):
+        raise UnsupportedModelError(
+            f"quantization_config left every matrix of {shown!r} in floating point: torchao packs nn.Linear and this family "
+            "keeps its matrices as Conv1D, or the config leaves all of them out. bitsandbytes packs both kinds"
+        )
 
 
 def _fuse_activations(model: nn.Module) -> None:

@@ -1,26 +1,28 @@
 """Lay edits on a model in memory and take them off again, bit for bit.
 
 Knows weights, how they are stored, and which edits lie on them at the moment. Refuses to know files and how
-edits are made.
+edits are made. Weights that cannot be written into take an edit beside them: see attaching.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from engram.architectures import is_transposed
 from engram.delta import Delta
 from engram.errors import BaseMismatchError, NonFiniteError, UnsupportedModelError
+from engram.weights import in_memory, is_transposed, is_writable, quantisation, values
 
 if TYPE_CHECKING:
     from engram.edit import Edit
@@ -29,29 +31,60 @@ if TYPE_CHECKING:
 
 def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
     """sha256 of a tensor's dtype, shape and bytes, as it is stored; first cast to `dtype` if given."""
+    if hasattr(weight, "__tensor_flatten__"):  # a tensor made of several, as torchao packs them
+        parts, context = weight.__tensor_flatten__()
+        inside = [fingerprint(getattr(weight, part)) for part in parts if getattr(weight, part) is not None]
+        return hashlib.sha256("\0".join([type(weight).__name__, str(context), *inside]).encode()).hexdigest()
     weight = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
     digest = hashlib.sha256(f"{_name(weight.dtype)} {list(weight.shape)} ".encode())
     digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def fingerprints(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+    """`fingerprint` of the tensors of `model.state_dict()`, by name; those that are offloaded are brought in one by one.
+
+    Hashed anew at every call: there is no cheaper sign that is sure to change with a weight (`.data` writes pass version counters
+    by). sha256 runs at about 1.8 GB/s a thread and lets other threads run.
+
+    Args:
+        wanted: says of a name whether it is hashed; default: all.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
+    with ThreadPoolExecutor() as threads:
+        here = {name: threads.submit(fingerprint, tensor) for name, tensor in tensors.items() if not tensor.is_meta}
+    prints = {name: done.result() for name, done in here.items()}
+    for name in tensors.keys() - here.keys():
+        home, _, leaf = name.rpartition(".")
+        module = model.get_submodule(home)
+        with in_memory(module):
+            prints[name] = fingerprint(getattr(module, leaf))
+    return {name: prints[name] for name in tensors}
+
+
 def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
     """What `Edit.base` holds about the weights that an edit is made on, as they are now.
+
+    Of a quantised weight it describes the numbers that the packed integers stand for, in float32, and says how they were packed;
+    so an edit that was made on it also fits the same weight unpacked (`quantised.dequantised`).
 
     Args:
         names: parameters that the edit changes, as in `lm.model.state_dict()`.
     Returns:
-        {"model", "model_type", "tensors": {name: {"sha256", "dtype", "shape", "transposed"}}}.
+        {"model", "model_type", "tensors": {name: {"sha256", "dtype", "shape", "transposed"[, "quantised"]}}}.
     """
-    tensors = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for name in names:
-        weight, transposed = _weight(lm, name)
+        module = home_of(lm, name)
+        weight = values(module)
         tensors[name] = {
-            "sha256": fingerprint(weight),
+            "sha256": _with_beside(fingerprint(weight), module),
             "dtype": _name(weight.dtype),
             "shape": list(weight.shape),
-            "transposed": transposed,
+            "transposed": is_transposed(module),
         }
+        if (scheme := quantisation(module)) is not None:
+            tensors[name]["quantised"] = scheme
     return {"model": lm.name, "model_type": lm.model.config.model_type, "tensors": tensors}
 
 
@@ -143,6 +176,28 @@ class _Layer:
 
 # parameter (by identity, so tied weights are one) -> its layers, first laid first
 _LAID: MutableMapping[Tensor, list[_Layer]] = WeakTensorKeyDictionary()
+# module -> the changes that lie beside its weight (see attaching), first laid first
+BESIDE: MutableMapping[nn.Module, list[Delta]] = WeakKeyDictionary()
+
+
+def _with_beside(sha256: str, module: nn.Module) -> str:
+    """What an edit made now is made on: the weight, and what lies beside it."""
+    factors = [fingerprint(factor) for delta in BESIDE.get(module, ()) for factor in delta.factors().values()]
+    return hashlib.sha256(" ".join([sha256, *factors]).encode()).hexdigest() if factors else sha256
+
+
+def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> None:
+    """Raise unless a change fits beside the weight as it is: what is compared, and when it fits, is as in `Stack.with_delta`.
+
+    Raises:
+        BaseMismatchError: neither the weight that the change was made on, nor that weight with the edits that lie there now.
+    """
+    dtype, weight = getattr(torch, made_on["dtype"]), values(module)
+    layers = _LAID.get(weight)
+    base = layers[-1].stack.base if layers else weight
+    now = _with_beside(fingerprint(weight, dtype), module)
+    if made_on["sha256"] not in (fingerprint(base, dtype), now):
+        raise BaseMismatchError(_mismatch(base, dtype, made_on, quantisation(module)))
 
 
 @contextmanager
@@ -225,26 +280,47 @@ def _lift(weight: Tensor, layer: _Layer) -> None:
         _LAID.pop(weight, None)
 
 
-def _weight(lm: LanguageModel, name: str) -> tuple[nn.Parameter, bool]:
-    """The parameter of that name and whether it is stored [in, out]."""
+def home_of(lm: LanguageModel, name: str) -> nn.Module:
+    """The linear module whose weight is the parameter of that name.
+
+    Raises:
+        BaseMismatchError: no such parameter; UnsupportedModelError: not the weight of a linear map.
+    """
     home, _, leaf = name.rpartition(".")
     try:
-        module, weight = lm.model.get_submodule(home), lm.model.get_parameter(name)
+        module, _parameter = lm.model.get_submodule(home), lm.model.get_parameter(name)
     except AttributeError as error:
         raise BaseMismatchError(
             f"{lm.name!r} ({lm.model.config.model_type}) has no parameter {name!r}; expected a model of the "
             "family that the edit was made on (Edit.base names it)"
         ) from error
-    if leaf != "weight" or not weight.is_floating_point() or weight.is_meta:
+    if leaf != "weight":
+        raise UnsupportedModelError(f"{name} cannot be edited; expected the weight matrix of a linear map")
+    is_transposed(module)
+    return module
+
+
+def _weight(lm: LanguageModel, name: str) -> tuple[nn.Parameter, bool]:
+    """The parameter of that name and whether it is stored [in, out]."""
+    module = home_of(lm, name)
+    if not is_writable(module):
+        scheme = quantisation(module)
+        how = f"is quantised ({scheme})" if scheme else "is offloaded (on the meta device between forward passes)"
+        unpack = "; or unpack that one matrix for a while: engram.dequantised(lm, layer)" if scheme else ""
         raise UnsupportedModelError(
-            f"{name} ({_name(weight.dtype)}, on {weight.device}) cannot be edited in place; expected the "
-            "floating-point weight matrix of a linear map that is in memory. Load the model unquantised and "
-            "without offloading it"
+            f"{name} {how}, so no change can be written into it. Lay the edit beside it: edit.attached(lm), or ship it as "
+            f"a LoRA adapter: edit.to_peft(folder){unpack}"
         )
-    return weight, is_transposed(module)
+    return lm.model.get_parameter(name), is_transposed(module)
 
 
-def _mismatch(weight: Tensor, dtype: torch.dtype, made_on: Mapping[str, Any]) -> str:
+def _mismatch(weight: Tensor, dtype: torch.dtype, made_on: Mapping[str, Any], packed: str | None = None) -> str:
+    if packed != made_on.get("quantised"):
+        here, there = packed or f"plain {_name(weight.dtype)}", made_on.get("quantised") or f"plain {made_on['dtype']}"
+        return (
+            f"not the weight that the edit was made on: it is {here}, the edit was made on {there}. Load the model that the edit "
+            "names, in the way it was loaded then, or pass force=True to lay the edit on it all the same"
+        )
     if list(weight.shape) != list(made_on["shape"]):
         return (
             f"its shape is {list(weight.shape)}, the edit was made on {made_on['shape']}. "

@@ -146,7 +146,7 @@ def generate(
     lm = terminal.load(model, dtype, device_map)
     set_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    with _composed(edits).applied(lm) if edits else nullcontext():
+    with _composed(edits).laid(lm) if edits else nullcontext():
         typer.echo(lm.generate(prompt, tokens, **options))
 
 

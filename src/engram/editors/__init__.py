@@ -6,15 +6,18 @@ A method reads the model and never changes it; what it returns is a value (see e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any, cast
 
 from engram.edit import Edit
+from engram.editors.ingredients import in_force
 from engram.errors import EngramError, FactError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
+from engram.merging import describe_base
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Method:
     """What `rewrite` calls by a name.
 
     Attributes:
-        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit.
+        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit. Where
+            it takes `past`, it gets the earlier edits; otherwise they are in force on `lm` while it works.
         summary: what it does, in a line.
         source: where it was published.
     """
@@ -44,15 +48,44 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "one fact, one rank-one change of one MLP output matrix",
         "Meng et al. 2022, arXiv:2202.05262",
     ),
+    "memit": Method(
+        "engram.editors.mass:memit",
+        "many facts at once, over a few layers",
+        "Meng et al. 2023, arXiv:2210.07229",
+    ),
+    "emmet": Method(
+        "engram.editors.mass:emmet",
+        "many facts at once at one layer, each key met exactly up to a slack",
+        "Gupta et al. 2024, arXiv:2403.14236",
+    ),
+    "memit-seq": Method(
+        "engram.editors.mass:memit_seq",
+        "MEMIT that preserves the keys of earlier edits",
+        "Fang et al. 2025, arXiv:2410.02355 (baseline)",
+    ),
+    "alphaedit": Method(
+        "engram.editors.mass:alphaedit",
+        "changes in the null space of ordinary text's keys only; preserves the keys of earlier edits",
+        "Fang et al. 2025, arXiv:2410.02355",
+    ),
+    "pmet": Method(
+        "engram.editors.mass:pmet",
+        "attention and MLP outputs optimised together, the MLP's part written",
+        "Li et al. 2024, arXiv:2308.08742",
+    ),
 }
 
 
-def rewrite(lm: LanguageModel, facts: Fact | Sequence[Fact], method: str = "rome", **settings: Any) -> Edit:
+def rewrite(
+    lm: LanguageModel, facts: Fact | Sequence[Fact], method: str = "rome", *, past: Sequence[Edit] = (), **settings: Any
+) -> Edit:
     """Compute the edit that makes a model say other objects. The model itself is not changed.
 
     Args:
         facts: what shall be true afterwards.
         method: one of `METHODS`.
+        past: edits made before, on this same `lm`, that shall hold too: they are in force while this one is computed, and what comes
+            back composes with them (`engram.compose([*past, edit])`). For one edit after another.
         settings: any setting of the method, see its function (`engram.editors.rome.rome`); the rest come from its
             presets for this model.
     Returns:
@@ -66,7 +99,14 @@ def rewrite(lm: LanguageModel, facts: Fact | Sequence[Fact], method: str = "rome
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise FactError("facts is empty; give at least one Fact(subject, prompt, target)")
-    return method_named(method)(lm, facts, **settings)
+    make = method_named(method)
+    if not past:
+        return make(lm, facts, **settings)
+    if "past" in signature(make).parameters:
+        return make(lm, facts, past=past, **settings)
+    with in_force(past, lm):
+        edit = make(lm, facts, **settings)
+    return replace(edit, base=describe_base(lm, edit.deltas))
 
 
 def method_named(name: str) -> Callable[..., Edit]:

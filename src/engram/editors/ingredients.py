@@ -44,7 +44,9 @@ def moments_of(
         EngramError: some were given, not those of all layers.
     """
     if given is None:
-        return measure(lm, layers, corpus, tokens, seed=seed, progress=lambda done, total: report("second moment", done, total))
+        return measure(
+            lm, layers, corpus, tokens, seed=seed, progress=lambda done, total: report("second moment", done, total)
+        )
     missing = sorted(set(layers) - set(given))
     if missing:
         raise EngramError(

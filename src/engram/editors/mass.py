@@ -76,7 +76,11 @@ class MassConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        for name, known in (("share", _SHARES), ("keys", ("halves", "mean", "both")), ("site", ("mlp", "block", "attention+mlp"))):
+        for name, known in (
+            ("share", _SHARES),
+            ("keys", ("halves", "mean", "both")),
+            ("site", ("mlp", "block", "attention+mlp")),
+        ):
             if getattr(self, name) not in known:
                 raise SettingError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}")
         if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
@@ -93,7 +97,11 @@ class MassConfig:
         return self.slack * (self.relative_preservation * d_ff if self.preservation is None else self.preservation)
 
 
-_SHARES: dict[str, Callable[[int], float]] = {"even": lambda left: 1 / left, "root": lambda left: left**-0.5, "all": lambda left: 1.0}
+_SHARES: dict[str, Callable[[int], float]] = {
+    "even": lambda left: 1 / left,
+    "root": lambda left: left**-0.5,
+    "all": lambda left: 1.0,
+}
 _REMEMBERS = ("memit-seq", "alphaedit")  # keys of earlier edits are preserved
 _ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
     "memit": {},
@@ -143,8 +151,12 @@ def mass_edit(
     """
     report = progress or silent
     settings = {**_ROWS[method], **preset(method, lm.name), **knobs}
+    if "null_threshold" in settings and "null_energy" not in knobs:  # one of the two says how; the default's is the energy
+        settings.pop("null_energy", None)
     usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
-    config = read(MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed")
+    config = read(
+        MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed"
+    )
     if layers == "auto":
         from engram.layer_choice import choose_layers
 
@@ -155,7 +167,11 @@ def mass_edit(
         lm.target_ids(fact.prompt_text, fact.target)
     shared = shared_subjects(facts)
     if shared:
-        log.warning("%d subjects have several facts (%s, ...): they share a key, so that their changes are averaged", len(shared), shared[0])
+        log.warning(
+            "%d subjects have several facts (%s, ...): they share a key, so that their changes are averaged",
+            len(shared),
+            shared[0],
+        )
     moments = moments_of(lm, chosen, second_moments, usual_corpus if corpus is None else corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
     recipe = {
@@ -168,14 +184,14 @@ def mass_edit(
         with ValueStore.of(store, lm) as kept:
             values = _values(lm, facts, chosen[-1], contexts, config, engine, facts_at_once, kept, report)
         targets_nd = _anchored(torch.stack([value.star_d for value in values]), past if config.norm_anchor else ())
-        deltas, keys, about = _spread(lm, facts, contexts, targets_nd, config, moments, old_keys, names, base, engine, report)
+        deltas, keys, about = _spread(
+            lm, facts, contexts, targets_nd, config, moments, old_keys, names, base, engine, report
+        )
     diagnostics = {
         "layers": about,
         "target_norm": float(targets_nd.norm(dim=1).mean()),
         "shared_subjects": shared,
-        "facts": [
-            {"loss": v.losses[-1][0], "steps": len(v.losses), "value_norm": float(v.delta_d.norm())} for v in values
-        ],
+        "facts": [{"loss": v.losses[-1][0], "steps": len(v.losses), "value_norm": float(v.delta_d.norm())} for v in values],
     }
     return Edit(tuple(facts), method, recipe, deltas, base, seed=seed, diagnostics=diagnostics, keys=keys)
 
@@ -257,7 +273,9 @@ def _mean_keys(keys_ncf: Tensor, config: MassConfig) -> Tensor:
     return (keys_ncf[:, 0] + keys_ncf[:, 1:].mean(1)) / 2
 
 
-def _solved(keys_ncf: Tensor, config: MassConfig, moment: SecondMoment, past_fp: Tensor | None) -> tuple[Tensor, dict[str, int]]:
+def _solved(
+    keys_ncf: Tensor, config: MassConfig, moment: SecondMoment, past_fp: Tensor | None
+) -> tuple[Tensor, dict[str, int]]:
     """X^T [n, f] of a layer, and the null space's rank where there is one."""
     n, both = len(keys_ncf), config.keys == "both" and keys_ncf.shape[1] > 1
     keys_mf = torch.cat([keys_ncf[:, 0], keys_ncf[:, 1:].mean(1)]) if both else _mean_keys(keys_ncf, config)

@@ -7,7 +7,7 @@ Baskaran & Anumanchipalli 2024, arXiv:2403.07175.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,13 @@ from engram.delta import Delta
 from engram.edit import Edit
 from engram.editors.contexts import sample_contexts
 from engram.editors.corpora import Corpus
+from engram.editors.ingredients import Report, in_force, moments_of, silent
 from engram.editors.presets import preset
 from engram.editors.second_moment import SecondMoment
-from engram.editors.second_moment import second_moments as measure_second_moments
 from engram.editors.settings import flat, read
+from engram.editors.solver import solve_exactly
 from engram.editors.values import Value, ValueConfig, optimise_value
-from engram.errors import EngramError, NonFiniteError, SettingError
+from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.merging import describe_base
@@ -120,10 +121,7 @@ def rank_one_update(
     config = config or RomeConfig()
     value = optimise_value(lm, fact, layer, contexts, config.value, engine)
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
-    if config.variant == "two-key":
-        solved_f = _toward_both(moment, value.keys_cf, config.ridge)
-    else:
-        solved_f = moment.solve(bare_f if config.variant == "p-rome" else mean_f, ridge=config.ridge)
+    solved_f = solve_exactly(_columns(value.keys_cf, config.variant), moment, config.ridge).cpu().sum(0)
     u_f = solved_f / solved_f.norm()
     toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
     if config.variant == "reference":
@@ -147,13 +145,11 @@ def rank_one_update(
     return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
 
 
-def _toward_both(moment: SecondMoment, keys_cf: Tensor, ridge: float) -> Tensor:
-    """C^-1 K (K^T C^-1 K)^-1 1: of all directions with the same product 1 with both keys, the one text fills least."""
-    others = [keys_cf[1:].mean(0)] if len(keys_cf) > 1 else []  # with the bare prompt alone there is one key only
-    keys_f2 = torch.stack([keys_cf[0], *others], 1).double().cpu()
-    solved_f2 = moment.solve(keys_f2, ridge=ridge)
-    ones = torch.ones(keys_f2.shape[1], dtype=torch.float64)
-    return solved_f2 @ (torch.linalg.pinv(keys_f2.T @ solved_f2, hermitian=True) @ ones)
+def _columns(keys_cf: Tensor, variant: Variant) -> Tensor:
+    """[f, 1 or 2]: the keys that are sent to the value."""
+    if variant == "two-key" and len(keys_cf) > 1:  # with the bare prompt alone there is one key only
+        return torch.stack([keys_cf[0], keys_cf[1:].mean(0)], 1)
+    return (keys_cf[0] if variant in ("p-rome", "two-key") else keys_cf.mean(0))[:, None]
 
 
 def rome(
@@ -165,9 +161,10 @@ def rome(
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: int | None = None,
+    past: Sequence[Edit] = (),
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Report | None = None,
     **knobs: Any,
 ) -> Edit:
     """Rewrite facts one after another, each by a rank-one change of one block's MLP output matrix.
@@ -180,19 +177,20 @@ def rome(
         contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
         corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that the model itself samples.
+        past: edits made before on the same base, in force while this one is made.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is being done, done, in all).
         knobs: the fields of RomeConfig and ValueConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
     """
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     settings = {**preset("rome", lm.name), **knobs}
     depth = settings.pop("depth")
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
     preset_corpus = settings.pop("corpus", None)
     corpus = preset_corpus if corpus is None else corpus
-    config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, seed")
+    config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed")
     if layer == "auto":
         from engram.layer_choice import choose_layer
 
@@ -211,43 +209,23 @@ def rome(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    moment = _moment(lm, layer, second_moments, corpus, tokens, seed, report)
+    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, report)[layer]
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
 
     recipe = {"layer": layer, **flat(config), "contexts": list(contexts), "second_moment": moment.source}
     base = describe_base(lm, [weight])
     done: list[RankOne] = []
-    with ExitStack() as edited:
+    with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
             report("value", i, len(facts))
             update = rank_one_update(lm, fact, layer, moment, contexts, config, engine)
             done.append(update)
             if i + 1 < len(facts):
                 step = Delta(update.left_d[:, None], update.right_f[None])
-                edited.enter_context(Edit((fact,), "rome", recipe, {weight: step}, base).applied(lm))
+                edited.enter_context(Edit((fact,), "rome", recipe, {weight: step}, base).laid(lm))
         report("value", len(facts), len(facts))
     left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
     delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
     diagnostics = {"facts": [u.diagnostics() for u in done], "condition": moment.condition()}
     keys = {weight: torch.stack([u.key_f for u in done]).to(delta.left.dtype)}
     return Edit(tuple(facts), "rome", recipe, {weight: delta}, base, seed=seed, diagnostics=diagnostics, keys=keys)
-
-
-def _moment(
-    lm: LanguageModel,
-    layer: int,
-    given: Mapping[int, SecondMoment | Tensor] | None,
-    corpus: Corpus | str | Path | Sequence[str] | None,
-    tokens: int | None,
-    seed: int,
-    report: Callable[[str, int, int], None],
-) -> SecondMoment:
-    """The second moment of a layer: given, or measured."""
-    if given is None:
-        return measure_second_moments(
-            lm, [layer], corpus, tokens, seed=seed, progress=lambda done, total: report("second moment", done, total)
-        )[layer]
-    if layer not in given:
-        raise EngramError(f"second_moments has layers {sorted(given)}, the edit is at layer {layer}; give that one too")
-    moment = given[layer]
-    return moment if isinstance(moment, SecondMoment) else SecondMoment.from_matrix(moment)

@@ -16,18 +16,27 @@ from engram.language_model import LanguageModel
 
 @torch.no_grad()
 def sample_texts(
-    lm: LanguageModel, count: int, tokens: int, generator: torch.Generator, top_k: int | None = None
+    lm: LanguageModel,
+    count: int,
+    tokens: int,
+    generator: torch.Generator,
+    top_k: int | None = None,
+    start: str | None = None,
 ) -> list[str]:
     """`count` texts of `tokens` sampled tokens each, special tokens left out, white space made single.
 
     Args:
         generator: on the CPU.
         top_k: sample among this many most probable tokens; default: from the whole distribution.
+        start: text that they begin with, its tokens counted among `tokens`; default: the start token, which is not counted.
     """
-    past, newest = None, torch.full((count, 1), start_token(lm), device=lm.device)
-    new: list[torch.Tensor] = []
-    for _ in range(tokens):
-        seen = torch.ones(count, len(new) + 1, dtype=torch.long, device=lm.device)  # a start token may double as the pad
+    ids = [start_token(lm)] if start is None else lm.encode(start).ids
+    past, newest = None, torch.tensor([ids] * count, device=lm.device)
+    new: list[torch.Tensor] = [] if start is None else [newest.cpu()]
+    for drawn in range(tokens if start is None else max(0, tokens - len(ids))):
+        seen = torch.ones(
+            count, len(ids) + drawn, dtype=torch.long, device=lm.device
+        )  # a start token may double as the pad
         out = lm.model(newest, attention_mask=seen, past_key_values=past, use_cache=True)
         past = out.past_key_values
         logits_bv = out.logits[:, -1].float().cpu()

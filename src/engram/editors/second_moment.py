@@ -16,7 +16,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from engram.editors.moment_matrix import SecondMoment, load_npz, read_tensors, w
 from engram.editors.moment_pass import MomentPass, Sums
 from engram.errors import EditFileError
 from engram.language_model import LanguageModel
-from engram.merging import fingerprint
+from engram.merging import fingerprints
 from engram.replay import body
 
 __all__ = ["SecondMoment", "load_npz", "second_moments"]
@@ -186,16 +185,10 @@ def _names(lm: LanguageModel, layers: Sequence[int], source: Mapping[str, Any]) 
 
 
 def _fingerprints(lm: LanguageModel, deepest: int) -> dict[str, str]:
-    """Hashes of what a pass to the deepest layer reads: not of the blocks above it, nor of the unembedding.
-
-    Hashed anew at every call: there is no cheaper sign that is sure to change with a weight (`.data` writes pass version counters
-    by). sha256 runs at about 1.8 GB/s a thread and lets other threads run.
-    """
+    """Hashes of what a pass to the deepest layer reads: not of the blocks above it, nor of the unembedding."""
     home = next(name for name, module in lm.model.named_modules() if module is body(lm))
-    weights = body(lm).state_dict(prefix=f"{home}." if home else "")
-    weights = {name: weight for name, weight in weights.items() if not name.startswith(_blocks_above(lm, deepest))}
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(weights, threads.map(fingerprint, weights.values()), strict=True))
+    above = _blocks_above(lm, deepest)
+    return fingerprints(lm.model, lambda name: name.startswith(f"{home}." if home else "") and not name.startswith(above))
 
 
 def _blocks_above(lm: LanguageModel, layer: int) -> tuple[str, ...]:

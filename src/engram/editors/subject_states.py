@@ -46,7 +46,13 @@ class SubjectStates:
 
     @torch.no_grad()
     def __init__(
-        self, lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str], layers: Sequence[int], site: Site, engine: Engine
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        contexts: Sequence[str],
+        layers: Sequence[int],
+        site: Site,
+        engine: Engine,
     ) -> None:
         self.lm, self.contexts, self.first, self.last = lm, contexts, layers[0], layers[-1]
         self.count = len(facts)

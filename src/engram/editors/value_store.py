@@ -24,7 +24,7 @@ from engram.editors.values import Value, ValueConfig
 from engram.errors import EngramError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
-from engram.merging import fingerprint
+from engram.merging import fingerprints
 
 
 class ValueStore:
@@ -42,7 +42,9 @@ class ValueStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, timeout=60)
-            self._file.execute("CREATE TABLE IF NOT EXISTS found (name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID")
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS found (name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID"
+            )
         except (OSError, sqlite3.Error) as error:
             raise EngramError(f"values cannot be kept in {path}: {error}; give store= another file, or False") from error
 
@@ -65,8 +67,9 @@ class ValueStore:
     @cached_property
     def _model(self) -> str:
         """All weights as they are, the tokenizer, and the config."""
-        weights = {name: fingerprint(tensor) for name, tensor in self._lm.model.state_dict().items()}
-        return _sha256(weights, self._lm.tokenizer.backend_tokenizer.to_str(), self._lm.model.config.model_type)
+        return _sha256(
+            fingerprints(self._lm.model), self._lm.tokenizer.backend_tokenizer.to_str(), self._lm.model.config.model_type
+        )
 
     def name(
         self, lm: LanguageModel, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig
@@ -80,7 +83,9 @@ class ValueStore:
         """The values that are there."""
         if self._file is None:
             return [None] * len(names)
-        rows = (self._file.execute("SELECT losses, tensors FROM found WHERE name = ?", (name,)).fetchone() for name in names)
+        rows = (
+            self._file.execute("SELECT losses, tensors FROM found WHERE name = ?", (name,)).fetchone() for name in names
+        )
         return [None if row is None else _value(*row) for row in rows]
 
     def put(self, name: str, value: Value) -> None:

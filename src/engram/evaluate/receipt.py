@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 
 from engram import pocket
-from engram.architectures import as_linear
+from engram.attaching import can_apply
 from engram.edit import Edit
 from engram.errors import FactError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
+from engram.merging import home_of
+from engram.weights import as_linear, quantisation
 
 Kind = Literal["edit", "paraphrase", "neighbour", "neighbour+"]
 SCORES: dict[Kind, str] = {  # kind of prompt -> what the share of successes is called
@@ -96,6 +98,9 @@ class Receipt:
         rho: the fact's collapse indicator that is furthest from 1 on the low side, None where the method has none.
         rounding: largest share of a weight's change that is lost when it is rounded into the model's dtype.
         model, dtype: what it was taken on.
+        laid: "applied" where the edit was written into the weights; "attached" where it lay beside them, since they are
+            quantised or offloaded: then nothing is rounded.
+        quantised: how the edited weights are packed, None where they are not.
     """
 
     answers: tuple[Answer, ...]
@@ -107,6 +112,8 @@ class Receipt:
     model: str
     dtype: str
     thresholds: Thresholds = field(default_factory=Thresholds)
+    laid: Literal["applied", "attached"] = "applied"
+    quantised: str | None = None
 
     def of(self, kind: Kind) -> list[Answer]:
         return [answer for answer in self.answers if answer.kind == kind]
@@ -186,6 +193,8 @@ class Receipt:
             measured = "—" if check.value is None else f"{check.value:.3f}"
             asked = "—" if check.limit is None else f"{'≥' if check.at_least else '≤'} {check.limit:g}"
             yield f"{check.name.replace('_', ' '):<18}{measured:>10}{asked:>10}   {verdict}"
+        if self.laid == "attached":
+            yield f"attached beside {self.quantised or 'offloaded'} weights: none is touched, nothing is rounded"
         yield "PASSED" if self.passed else "FAILED"
 
 
@@ -224,9 +233,10 @@ def verify(
         return probabilities, right, continued, lm.perplexity(text)
 
     before = measure("before the edit")
-    with edit.applied(lm):
+    with edit.laid(lm):
         after = measure("after the edit")
     report("after the edit", 2, 2)
+    written = can_apply(edit, lm)
     columns = zip(asked, before[0], after[0], before[1], after[1], strict=True)
     answers = tuple(Answer(*each, p0, p1, right0, right1) for each, p0, p1, right0, right1 in columns)
     return Receipt(
@@ -235,17 +245,19 @@ def verify(
         perplexity=(before[3], after[3]),
         norm_ratio=norm_ratio(lm, edit),
         rho=min(_rhos(edit), default=None),
-        rounding=max(edit.rounding_cost(lm).values()),
+        rounding=max(edit.rounding_cost(lm).values()) if written else 0.0,
         model=lm.name,
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
+        laid="applied" if written else "attached",
+        quantised=next((packed for name in edit.deltas if (packed := quantisation(home_of(lm, name)))), None),
     )
 
 
 @torch.no_grad()
 def norm_ratio(lm: LanguageModel, edit: Edit) -> float:
     """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is unedited."""
-    modules = {name: lm.model.get_submodule(name.rpartition(".")[0]) for name in edit.deltas}
+    modules = {name: home_of(lm, name) for name in edit.deltas}
     return max(edit.deltas[name].norm() / float(as_linear(module).double().norm()) for name, module in modules.items())
 
 

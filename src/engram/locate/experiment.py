@@ -27,7 +27,7 @@ from engram.locate.config import TraceConfig, tables, usual_window
 from engram.locate.corruption import Corruptor
 from engram.locate.question import Prompt, Question, ask
 from engram.locate.trace_store import TraceStore
-from engram.merging import fingerprint
+from engram.merging import fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def _keys(facts: Sequence[Fact]) -> list[str]:
 def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
     """Everything that changes the numbers: the model's weights and dtype, and what is asked of it."""
     lm, config = run.lm, run.config
-    weights = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
+    weights = fingerprints(lm.model)
     subjects = json.dumps(list(config.noise_subjects or ()), ensure_ascii=False)
     draws = config.corruption == "noise" and isinstance(config.noise, str) and config.noise[:1] in "smt"
     return {

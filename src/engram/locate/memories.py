@@ -181,7 +181,7 @@ def promotes(lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: b
         UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is not causal.
     """
     require_causal(lm, "engram.promotes")
-    width = as_linear(lm.parts.mlp_out(layer)).shape[1]
+    width = lm.parts.mlp_width(layer)
     if not 0 <= neuron < width:
         raise SettingError(f"neuron={neuron} does not exist; layer {layer} has neurons 0 to {width - 1}")
     return _values(lm, layer, [neuron], k, norm)[0]
