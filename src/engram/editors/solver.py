@@ -105,6 +105,7 @@ class _Whitened:
     def __init__(self, preservation: Preservation, device: torch.device) -> None:
         moment, weight, ridge = preservation.moment, preservation.weight, preservation.ridge
         self.scale = 1.0
+        self.factor: Tensor | None = None
         self.basis_fr = None if preservation.basis_fr is None else preservation.basis_fr.to(device, torch.float64)
         if self.basis_fr is None:
             mean = float(moment.matrix_ff.diagonal().mean())
@@ -115,7 +116,7 @@ class _Whitened:
             held_rr.diagonal().add_(ridge)
             self.factor = torch.linalg.cholesky(held_rr)
         else:
-            self.factor, self.scale = None, ridge**-0.5
+            self.scale = ridge**-0.5
 
     def down(self, keys_fm: Tensor) -> Tensor:
         y_rm = keys_fm if self.basis_fr is None else self.basis_fr.T @ keys_fm
