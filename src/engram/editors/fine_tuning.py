@@ -7,7 +7,7 @@ comparison by Meng et al. 2022; LocFT-BF: Yang et al. 2025, arXiv:2509.22072.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from engram.delta import Delta
 from engram.edit import Edit
 from engram.editors.presets import preset
 from engram.editors.settings import flat, read
-from engram.editors.target_rows import TargetBatch, TargetRow, fact_rows
+from engram.editors.target_rows import fact_rows, published_rows
 from engram.editors.tuning import Report, TuningConfig, descend, still, tasks
-from engram.errors import NonFiniteError, SettingError
+from engram.errors import SettingError
 from engram.facts import Fact
 from engram.hooks import overlay_weight
 from engram.language_model import LanguageModel
@@ -88,7 +88,7 @@ def fine_tune(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     module, tuning = lm.parts.mlp_out(layer), config.tuning
     if config.reference:
-        rows, generator = list(_as_published(lm, facts, tuning.batch_size)), None
+        rows, generator = published_rows(lm, facts, tuning.batch_size), None
     else:
         rows = fact_rows(lm, facts, tuning.contexts, tuning.train_paraphrases)
         generator = torch.Generator().manual_seed(seed)
@@ -108,32 +108,10 @@ def fine_tune(
                 [delta_oi], wanted, staying, tuning, generator=generator, report=report,
                 decayed=lambda delta: start_oi + delta, after_step=clamp,
             )  # fmt: skip
-    if not delta_oi.isfinite().all():
-        raise NonFiniteError("the trained change is not finite; nothing was changed. Try a smaller learning_rate")
     recipe = {"layer": layer, **flat(config), "locality": [list(pair) for pair in locality]}
     diagnostics = descent.diagnostics() | {"norm_ratio": float(delta_oi.detach().norm() / start_oi.norm())}
     deltas = {weight: Delta(delta_oi.detach())}
     return Edit(tuple(facts), method, recipe, deltas, describe_base(lm, [weight]), seed=seed, diagnostics=diagnostics)
-
-
-def _as_published(lm: LanguageModel, facts: Sequence[Fact], batch_size: int) -> Iterator[TargetRow]:
-    """Rows of the harness: every token of a target is read at the prompt's last token.
-
-    Targets are tokenised alone and padded to the longest of their batch, and what is not the unknown token counts: padding
-    too, where the two differ (for GPT-2 they are the same token).
-    """
-    tokenizer = lm.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for start in range(0, len(facts), batch_size):
-        chunk = facts[start : start + batch_size]
-        spaced = [fact.target if fact.target[:1] == " " else f" {fact.target}" for fact in chunk]
-        targets = [list(tokenizer(target)["input_ids"]) for target in spaced]
-        longest = max(map(len, targets))
-        for i, (fact, target) in enumerate(zip(chunk, targets, strict=True)):
-            padded = target + [pad] * (longest - len(target))
-            labels = [token for token in padded if token != tokenizer.unk_token_id] or padded
-            ids = lm.encode(fact.prompt_text).ids
-            yield TargetRow(ids, [len(ids) - 1] * len(labels), labels, start + i)
 
 
 def ft(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engram.architectures import is_transposed
 from engram.delta import Delta
 from engram.edit import Edit
-from engram.editors.matrices import Layers, matrix_names
+from engram.editors.matrices import Layers, matrix_names, take_layers
 from engram.editors.presets import preset
 from engram.editors.settings import flat, read
 from engram.editors.target_rows import fact_rows
@@ -86,11 +86,9 @@ def lora(
     """
     report = progress or (lambda what, done, total: None)
     settings = {**preset("lora", lm.name), **knobs}
-    first = int(settings.pop("depth") * lm.n_layers)
-    preset_layers = settings.pop("layers", [layer for layer in range(first, first + 3) if layer < lm.n_layers])
+    layers = take_layers(lm, settings, layers)
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
-    layers = preset_layers if layers is None else layers
     names = matrix_names(lm, layers, config.targets)
     lowest = 0 if layers == "all" else min(layers)
     rows = fact_rows(lm, facts, config.tuning.contexts, config.tuning.train_paraphrases)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engram.errors import FactError
 from engram.facts import Fact
 from engram.hooks import record
 from engram.language_model import LanguageModel, pad_right
@@ -53,6 +54,31 @@ def fact_rows(
     return rows
 
 
+def published_rows(lm: LanguageModel, facts: Sequence[Fact], batch_size: int) -> list[TargetRow]:
+    """Rows as in the harness behind published numbers of fine-tuning: all of a target is asked of the prompt's last token.
+
+    Targets are tokenised alone and padded to the longest of their batch, and what is not the unknown token counts: padding
+    too, where the two differ (for GPT-2 they are the same token).
+    """
+    tokenizer, rows = lm.tokenizer, []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for start in range(0, len(facts), batch_size):
+        chunk = facts[start : start + batch_size]
+        spaced = [fact.target if fact.target[0] == " " else f" {fact.target}" for fact in chunk]
+        targets = [list(tokenizer(target)["input_ids"]) for target in spaced]
+        longest = max(map(len, targets))
+        for i, (fact, target) in enumerate(zip(chunk, targets, strict=True)):
+            padded = target + [pad] * (longest - len(target))
+            labels = [token for token in padded if token != tokenizer.unk_token_id]
+            if not labels:
+                raise FactError(
+                    f"target={fact.target!r} is the unknown token of this tokenizer, which the reference leaves out"
+                )
+            ids = lm.encode(fact.prompt_text).ids
+            rows.append(TargetRow(ids, [len(ids) - 1] * len(labels), labels, start + i))
+    return rows
+
+
 @dataclass(frozen=True, eq=False)
 class TargetBatch:
     """Rows padded on the right, and the p places of them where a target token is read, row after row.
@@ -79,7 +105,8 @@ class TargetBatch:
             for position, label in zip(row.read, row.labels, strict=True)
         ]
         sizes_b = torch.tensor([len(row.labels) for row in rows])
-        return cls(pad_right([row.ids for row in rows]), *torch.tensor(reads).unbind(1), sizes_b)
+        rows_p, positions_p, labels_p, facts_p = torch.tensor(reads).unbind(1)
+        return cls(pad_right([row.ids for row in rows]), rows_p, positions_p, labels_p, facts_p, sizes_b)
 
     def logits(self, lm: LanguageModel) -> Tensor:
         """[p, v] logits that are read, by one pass through the whole model; gradients reach whatever asks for them."""

@@ -112,10 +112,13 @@ def forward_from(lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engi
         return entering if isinstance(value, Tensor) and value.shape == entering.shape else value
 
     recording.calls = [
-        (tuple(map(light, args)), {name: light(value) for name, value in kwargs.items()}) for args, kwargs in recording.calls
+        (tuple(map(light, args)), {name: light(value) for name, value in kwargs.items()})
+        for args, kwargs in recording.calls
     ]
     recording.hidden = [entering]
-    recording.keys, recording.values = ([kept[:, :, :0].clone() for kept in each] for each in (recording.keys, recording.values))
+    recording.keys, recording.values = (
+        [kept[:, :, :0].clone() for kept in each] for each in (recording.keys, recording.values)
+    )
     suffix = Suffix(lm, recording, 0, batch.ids_bt.shape[1])
 
     def forward() -> Tensor:

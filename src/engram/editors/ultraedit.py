@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engram.delta import Delta
 from engram.edit import Edit
-from engram.editors.matrices import Layers, matrix_names
+from engram.editors.matrices import Layers, matrix_names, take_layers
 from engram.editors.presets import preset
 from engram.editors.settings import flat, read
 from engram.editors.target_rows import TargetBatch, batches_of, fact_rows
@@ -76,7 +76,9 @@ class Statistics:
             EngramError: statistics of other matrices.
         """
         if self.count and self.means.keys() != tokens.keys():
-            raise EngramError(f"statistics are of {sorted(self.means)}, the edit changes {sorted(tokens)}; keep one for each")
+            raise EngramError(
+                f"statistics are of {sorted(self.means)}, the edit changes {sorted(tokens)}; keep one for each"
+            )
         n = len(next(iter(tokens.values())))
         for name, tokens_nc in tokens.items():
             mean_c = tokens_nc.mean(0)
@@ -118,10 +120,8 @@ def ultraedit(
     """
     report = progress or (lambda what, done, total: None)
     settings = {**preset("ultraedit", lm.name), **knobs}
-    first = int(settings.pop("depth") * lm.n_layers)
-    preset_layers = settings.pop("layers", [layer for layer in range(first, first + 3) if layer < lm.n_layers])
+    layers = take_layers(lm, settings, layers)
     config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")
-    layers = preset_layers if layers is None else layers
     names = matrix_names(lm, layers, config.targets)
     rows = fact_rows(lm, facts)
     batches = list(batches_of(rows, config.batch_size))
@@ -147,7 +147,11 @@ def ultraedit(
         standard_nc = now.standardised(name, tokens[name])
         delta = _solve(inputs[name], standard_nc, config.learning_rate, precision)
         deltas[f"{name}.weight"] = delta if delta.is_dense else delta.owned_by([fact] for fact in facts_n)
-    recipe = {"layers": layers if layers == "all" else list(layers), **flat(config), "tokens_before": now.count - len(facts_n)}
+    recipe = {
+        "layers": layers if layers == "all" else list(layers),
+        **flat(config),
+        "tokens_before": now.count - len(facts_n),
+    }
     edit = Edit(tuple(facts), "ultraedit", recipe, deltas, describe_base(lm, deltas), seed=seed)
     if statistics is not None:
         statistics.__dict__.update(now.__dict__)
