@@ -106,16 +106,8 @@ def forward_from(lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engi
     recording = record_run(lm, batch.ids_bt)
     entering = recording.hidden[layer]
 
-    def light(value: Any) -> Any:  # keys, values and states of the run are not needed again
-        if isinstance(value, Cache):
-            return DynamicCache()
-        return entering if isinstance(value, Tensor) and value.shape == entering.shape else value
-
-    recording.calls = [
-        (tuple(map(light, args)), {name: light(value) for name, value in kwargs.items()})
-        for args, kwargs in recording.calls
-    ]
-    recording.hidden = [entering]
+    # of the whole run, only what enters the block is needed again
+    recording.hidden, recording.calls = [entering], [_light(entering, *call) for call in recording.calls]
     recording.keys, recording.values = (
         [kept[:, :, :0].clone() for kept in each] for each in (recording.keys, recording.values)
     )
@@ -128,6 +120,17 @@ def forward_from(lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engi
         return lm.parts.head(hidden_btd[batch.rows_p, batch.positions_p])
 
     return forward
+
+
+def _light(entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's call without the states and the cache that it was made with."""
+
+    def empty(value: Any) -> Any:
+        return DynamicCache() if isinstance(value, Cache) else value
+
+    if args:
+        args = (entering, *map(empty, args[1:]))
+    return args, {name: entering if name == "hidden_states" else empty(value) for name, value in kwargs.items()}
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,6 @@ class Task:
         return cls(dealt, forwards)
 
 
-def locality_rows(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[TargetRow]:
-    """Rows of unrelated (text, answer) pairs."""
-    return [target_row(lm, text, answer) for text, answer in pairs]
-
-
 def tasks(
     lm: LanguageModel,
     rows: Sequence[TargetRow],
@@ -162,8 +160,8 @@ def tasks(
     engine: Engine,
     report: Report,
 ) -> tuple[Task, Task]:
-    """What is trained and what shall stay, dealt into batches by `generator` (None: in order)."""
-    kept = locality_rows(lm, locality)
+    """What is trained, and the unrelated (text, answer) pairs that shall stay, dealt into batches by `generator` (None: in order)."""
+    kept = [target_row(lm, text, answer) for text, answer in locality]
     wanted, staying = (batches_of(each, config.batch_size, generator) for each in (rows, kept))
     return Task.of(lm, wanted, layer, engine, report), Task.of(lm, staying, layer, engine, report)
 
@@ -207,15 +205,22 @@ def descend(
     optimiser = torch.optim.Adam(parameters, lr=config.learning_rate)
     with torch.no_grad():
         before = [forward().log_softmax(-1) for forward in staying.forwards] if config.locality_loss == "kl" else []
-    rows = sum(len(batch.sizes_b) for batch in wanted.batches)
+
+    def step(loss: Tensor) -> None:
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters)), strict=True):
+            decay = config.weight_decay * decayed(parameter.detach()) if config.weight_decay else 0.0
+            parameter.grad = gradient + decay
+        optimiser.step()
+        with torch.no_grad():
+            after_step()
+
+    count, rows = len(wanted.batches), sum(len(batch.sizes_b) for batch in wanted.batches)
     losses: list[float] = []
     steps = 0
     for epoch in range(config.epochs):
         report("training", epoch, config.epochs)
         total, stepped = 0.0, False
-        count = len(wanted.batches)
-        order = range(count) if generator is None else torch.randperm(count, generator=generator).tolist()
-        for i in order:
+        for i in range(count) if generator is None else torch.randperm(count, generator=generator).tolist():
             batch, logits_pv = wanted.batches[i], wanted.forwards[i]()
             loss = batch.mean_by_row(batch.token_nll(logits_pv)).mean()
             if not torch.isfinite(loss):
@@ -228,13 +233,7 @@ def descend(
                 continue
             if staying.batches:
                 loss = loss + config.locality_weight * _locality(staying, steps % len(staying.batches), before)
-            gradients = torch.autograd.grad(loss, list(parameters))
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                decay = config.weight_decay * decayed(parameter.detach()) if config.weight_decay else 0.0
-                parameter.grad = gradient + decay
-            optimiser.step()
-            with torch.no_grad():
-                after_step()
+            step(loss)
             steps, stepped = steps + 1, True
         losses.append(total / rows)
         stopped = losses[-1] < config.stop_loss if config.stop == "loss" else config.stop == "argmax" and not stepped
