@@ -114,3 +114,15 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
     with ExitStack() as stack:
         _own(stack, module.register_forward_hook(add))
         yield
+
+
+@contextmanager
+def overlay_weight(module: nn.Module, delta_oi: Tensor) -> Iterator[None]:
+    """Let a linear module also add what a change of its weight would: out += x delta^T. Gradients reach `delta_oi`."""
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out + (args[0].to(delta_oi.dtype) @ delta_oi.T).to(out.dtype)
+
+    with ExitStack() as stack:
+        _own(stack, module.register_forward_hook(add))
+        yield

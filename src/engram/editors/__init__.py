@@ -73,6 +73,36 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "attention and MLP outputs optimised together, the MLP's part written",
         "Li et al. 2024, arXiv:2308.08742",
     ),
+    "ft": Method(
+        "engram.editors.fine_tuning:ft",
+        "fine-tune one MLP output matrix on the facts",
+        "Zhu et al. 2020, arXiv:2012.00363",
+    ),
+    "ft-l": Method(
+        "engram.editors.fine_tuning:ft_l",
+        "fine-tune one MLP output matrix, no entry further than norm_constraint",
+        "Zhu et al. 2020, arXiv:2012.00363",
+    ),
+    "ft-w": Method(
+        "engram.editors.fine_tuning:ft_w",
+        "fine-tune one MLP output matrix with weight decay",
+        "Meng et al. 2023, arXiv:2210.07229",
+    ),
+    "locft-bf": Method(
+        "engram.editors.fine_tuning:locft_bf",
+        "fine-tune one MLP output matrix in epochs of mini-batches over all facts",
+        "Yang et al. 2025, arXiv:2509.22072",
+    ),
+    "lora": Method(
+        "engram.editors.lora:lora",
+        "train low-rank adapters of a few matrices on the facts",
+        "Hu et al. 2021, arXiv:2106.09685",
+    ),
+    "ultraedit": Method(
+        "engram.editors.ultraedit:ultraedit",
+        "one gradient step on a few matrices through a ridge solve, without subjects or a corpus",
+        "Gu et al. 2025, arXiv:2505.14679",
+    ),
 }
 
 
