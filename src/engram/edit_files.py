@@ -1,5 +1,7 @@
 """Edits as folders: `edit.json` (facts, recipe, base, receipt) and `deltas.safetensors` (factors). No pickle.
 
+An in-context edit has no factors: its folder holds an `edit.json` of the kind "prompt" and nothing else.
+
 Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is applied.
 """
 
@@ -18,13 +20,15 @@ from engram.edit import Edit
 from engram.errors import EditFileError, EngramError
 from engram.facts import Fact
 from engram.folders import existing, written_whole
+from engram.prompt_edit import PromptEdit
 
 FORMAT_VERSION = 1
 RECIPE, FACTORS = "edit.json", "deltas.safetensors"
+PROMPT = "prompt"  # kind of an edit without weights
 _FIELDS = ("method", "settings", "seed", "base", "versions", "diagnostics", "receipt")
 
 
-def save(edit: Edit, folder: str | Path) -> Path:
+def save(edit: Edit | PromptEdit, folder: str | Path) -> Path:
     """Keep `edit` as a folder; an edit that was there is replaced.
 
     A save that is killed leaves the old edit or the new one, never half of one.
@@ -39,8 +43,11 @@ def save(edit: Edit, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def write(edit: Edit, folder: Path) -> None:
-    """The two files of `edit` into an existing folder."""
+def write(edit: Edit | PromptEdit, folder: Path) -> None:
+    """The files of `edit` into an existing folder."""
+    if isinstance(edit, PromptEdit):
+        _write_recipe(folder, {"format_version": FORMAT_VERSION, "kind": PROMPT, **edit.to_dict()})
+        return
     factors = factor_bytes(edit)
     recipe: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -50,10 +57,14 @@ def write(edit: Edit, folder: Path) -> None:
     recipe["owners"] = {name: delta.owners for name, delta in edit.deltas.items()}
     recipe["sha256"] = hashlib.sha256(factors).hexdigest()
     (folder / FACTORS).write_bytes(factors)
+    _write_recipe(folder, recipe)
+
+
+def _write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path) -> Edit:
+def load(folder: str | Path) -> Edit | PromptEdit:
     """Read what `save` wrote, after checking it: format version, hash, shapes, finiteness.
 
     Raises:
@@ -61,6 +72,8 @@ def load(folder: str | Path) -> Edit:
     """
     folder = existing(folder)
     recipe = _recipe(folder)
+    if recipe.get("kind") == PROMPT:
+        return _prompt_edit(folder, recipe)
     try:
         factors = (folder / FACTORS).read_bytes()
     except OSError as error:
@@ -80,8 +93,21 @@ def load(folder: str | Path) -> Edit:
         facts = tuple(Fact.from_dict(record) for record in recipe["facts"])
         return Edit(facts=facts, deltas=deltas, **{name: recipe[name] for name in _FIELDS})
     except (SafetensorError, EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
-        problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
-        raise EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more") from error
+        raise _damaged(folder, error) from error
+
+
+def _prompt_edit(folder: Path, recipe: dict[str, Any]) -> PromptEdit:
+    try:
+        return PromptEdit.from_dict(
+            {name: value for name, value in recipe.items() if name not in ("format_version", "kind")}
+        )
+    except (EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> EditFileError:
+    problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
+    return EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more")
 
 
 def factor_bytes(edit: Edit) -> bytes:
