@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engram.language_model import LanguageModel
 
 Style = Literal["answer", "continue"]
-REQUEST = "Complete the sentence. Begin with its first word, change nothing in it, and add nothing else."
+REQUEST = "State a fact in one short sentence."  # to which a turn that begins with the prompt is an answer
 _PLACE = "PLACE-OF-THE-PROMPT"  # rendered in the prompt's place: no template trims, escapes or doubles it
 
 
@@ -24,8 +24,8 @@ def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None
     """The chat template of a model's tokenizer as a frame: a text with one {}, for `lm.asked_through` and `engram.verify`.
 
     Args:
-        style: "answer": the prompt is what the user says, and the model answers. "continue": the user asks for a sentence to be
-            completed, and the model's turn begins with the prompt, so that words follow it as in plain text.
+        style: "answer": the prompt is what the user says, and the model answers. "continue": the user asks for a fact, and
+            the model's turn begins with the prompt, so that words follow it as in plain text.
         system: the system's message; default: the template's own, if it has any.
     Raises:
         UnsupportedModelError: a tokenizer without a chat template, or a template that does not keep what it is given.

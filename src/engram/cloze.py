@@ -128,9 +128,7 @@ def make_cloze(lm: LanguageModel, prompt: str, target: str | None, frame: Frame 
     if lm.kind == "causal":
         return _continued(lm, prompt, target, lm.frame if frame is None else check_frame(frame))
     if frame is not None:
-        raise UnsupportedModelError(
-            f"{lm.name} is of kind {lm.kind!r} and asked with a blank; only causal models are asked through a frame"
-        )
+        lm.check_framed()
     return (_filled if lm.kind == "masked" else _answered)(lm, prompt, target)
 
 

@@ -169,16 +169,23 @@ class LanguageModel:
             >>> with lm.asked_through("The Space Needle is in Paris. {}"):
             ...     lm.generate("To see the Space Needle, go to")
         """
-        if self.kind != "causal":
-            raise UnsupportedModelError(
-                f"{self.name} is of kind {self.kind!r} and asked with a blank; only causal models are asked through a frame"
-            )
+        self.check_framed()
         before = self._templates
         self._templates = Templates(around(before.prompt, check_frame(frame)), before.decoder)
         try:
             yield self
         finally:
             self._templates = before
+
+    def check_framed(self) -> None:
+        """
+        Raises:
+            UnsupportedModelError: a model that is not causal, and so cannot be asked through a frame.
+        """
+        if self.kind != "causal":
+            raise UnsupportedModelError(
+                f"{self.name} is of kind {self.kind!r} and asked with a blank; only causal models are asked through a frame"
+            )
 
     @property
     def cloze_decoder(self) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -115,9 +115,11 @@ class PromptEdit:
         left, wordings = tuple(self.facts[i] for i in kept), tuple(self.wordings[i] for i in kept)
         return replace(self, facts=left, wordings=wordings, diagnostics={}, receipt=None)
 
-    def applied(self, lm: LanguageModel) -> AbstractContextManager[LanguageModel]:
+    @contextmanager
+    def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
         """Within the block `lm` is asked with the edit in front of each prompt, see `LanguageModel.asked_through`."""
-        return lm.asked_through(self.frame(lm))
+        with lm.asked_through(self.frame(lm)):
+            yield lm
 
     def frame(self, lm: LanguageModel) -> Callable[[str], str]:
         """The function that puts into the front of a prompt what the edit has to say about it, for `lm.asked_through`.

@@ -24,7 +24,7 @@ from engram.language_model import LanguageModel
 from engram.prompt_edit import PromptEdit, Wording
 from engram.similarity import Encoder, encoder_of, nearest
 
-_BUNDLED = 256  # facts of the bundled table that demonstrations are made of
+_BUNDLED = 128  # facts of the bundled table that demonstrations are made of
 CUSTOM = "custom"  # what settings call an encoder that was given as a function
 
 
@@ -84,8 +84,9 @@ def in_context(
         progress: not called: there is nothing to wait for.
         knobs: the fields of InContextConfig.
     Raises:
-        SettingError: an unknown setting.
+        SettingError: an unknown setting; UnsupportedModelError: a model that is not causal.
     """
+    lm.check_framed()
     config = read(InContextConfig, knobs, "in-context", "encoder, seed")
     wordings = [Wording(f"{fact.prompt_text} {fact.target.strip()}. ") for fact in facts]
     return _edit(lm, facts, "in-context", wordings, "", config, encoder, seed)
@@ -118,9 +119,11 @@ def ike(
         progress: called with (what is being done, done, in all).
         knobs: the fields of IkeConfig.
     Raises:
-        SettingError: an unknown setting; FactError: no demonstrations to choose from.
+        SettingError: an unknown setting; FactError: no demonstrations to choose from; UnsupportedModelError: a
+            model that is not causal.
     """
     report = progress or (lambda what, done, total: None)
+    lm.check_framed()
     config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
     blocks: list[str] = []
     if config.k:
@@ -175,13 +178,11 @@ def _edit(
     lm: LanguageModel, facts: Sequence[Fact], method: str, wordings: Sequence[Wording], opening: str, config: InContextConfig,
     encoder: str | Encoder, seed: int, **diagnostics: int,
 ) -> PromptEdit:  # fmt: skip
-    named = isinstance(encoder, str)
-    if isinstance(encoder, str):
-        encoder_of(lm, encoder)  # a name that does not exist is told now
+    encoder_of(lm, encoder)  # a name that does not exist is told now
     return PromptEdit(
         tuple(facts),
         method,
-        {**flat(config), "encoder": encoder if named else CUSTOM},
+        {**flat(config), "encoder": encoder if isinstance(encoder, str) else CUSTOM},
         tuple(wordings),
         opening,
         {"model": lm.name, "model_type": lm.model.config.model_type},
