@@ -203,9 +203,10 @@ def fact_index(facts: Sequence[Fact], fact: Fact | int) -> int:
 
 
 def check_changes_weights(edit: Any) -> None:
-    """
+    """Refuse an edit that has no weights to add or to write.
+
     Raises:
-        EngramError: an edit that is a text in front of prompts, where one is expected that has weights to add or to write.
+        EngramError: it is a text in front of prompts.
     """
     if not edit.deltas:
         raise EngramError(

@@ -178,9 +178,10 @@ class LanguageModel:
             self._templates = before
 
     def check_framed(self) -> None:
-        """
+        """Refuse a model that cannot be asked through a frame.
+
         Raises:
-            UnsupportedModelError: a model that is not causal, and so cannot be asked through a frame.
+            UnsupportedModelError: it is not causal.
         """
         if self.kind != "causal":
             raise UnsupportedModelError(
