@@ -215,8 +215,8 @@ def test_a_template_begins_with_the_prompt(template):
 def test_a_template_has_the_blank_that_the_kind_needs():
     with pytest.raises(SettingError, match=r"expected the mask token '\[MASK\]' once; a longer answer repeats it"):
         tiny_lm("bert").cloze_template = "{} [MASK] [MASK]."
-    with pytest.raises(SettingError, match=r"a causal model continues its prompt, so only '\{\}' makes sense"):
-        tiny_lm("gpt2").cloze_template = "{}:"
+    with pytest.raises(SettingError, match=r"frame='Q: A:' has 0 places for the prompt, expected exactly one '\{\}'"):
+        tiny_lm("gpt2").cloze_template = "Q: A:"
 
 
 def test_only_an_encoder_decoder_model_has_a_decoder_to_begin_for():

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engram.chat import chat_contexts, chat_frame
     from engram.delta import Delta
     from engram.edit import Edit, compose
     from engram.editors import rewrite
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from engram.locate.lens import LogitLens, lens
     from engram.locate.memories import Memories, memories, promotes
     from engram.locate.refinement import Refinement, refinement
+    from engram.prompt_edit import PromptEdit
 
 __version__ = "0.1.0"
 
@@ -42,9 +44,12 @@ _HOMES = {  # public name -> where it lives
     "Ledger": "ledger",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
+    "PromptEdit": "prompt_edit",
     "Receipt": "evaluate.receipt",
     "Refinement": "locate.refinement",
     "average_trace": "locate.experiment",
+    "chat_contexts": "chat",
+    "chat_frame": "chat",
     "compose": "edit",
     "knows": "evaluate.knows",
     "lens": "locate.lens",
@@ -70,10 +75,13 @@ __all__ = [
     "Ledger",
     "LogitLens",
     "Memories",
+    "PromptEdit",
     "Receipt",
     "Refinement",
     "__version__",
     "average_trace",
+    "chat_contexts",
+    "chat_frame",
     "compose",
     "knows",
     "lens",

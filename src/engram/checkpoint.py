@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engram import edit_files
-from engram.edit import Edit
+from engram.edit import Edit, check_changes_weights
 from engram.errors import BaseMismatchError, EditFileError, NonFiniteError
 from engram.folders import existing, written_whole
 from engram.merging import Stack, applied
@@ -82,6 +82,7 @@ def apply_to_checkpoint(edit: Edit, source: str | Path, folder: str | Path, *, f
         EditFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be written; nothing is
             left there.
     """
+    check_changes_weights(edit)
     source = _local(source)
     record = _read_record(source)
     return _rebuild(source, Path(folder), [*record.edits, _Applied(edit, force)], record)
@@ -214,7 +215,7 @@ def _read_record(source: Path) -> _Record:
         record: dict[str, Any] = json.loads((home / _RECORD).read_text(encoding="utf-8"))
         if record["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}")
-        edits = [_Applied(edit_files.load(home / each["folder"]), each["forced"]) for each in record["edits"]]
+        edits = [_Applied(Edit.load(home / each["folder"]), each["forced"]) for each in record["edits"]]
         raw = (home / _ORIGINALS).read_bytes()
         if _digest(raw) != record["originals"]:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")

@@ -1,6 +1,6 @@
 """One way to ask a model for a missing object, whatever its kind.
 
-    causal            The tower is in                    -> Paris                           the next tokens
+    causal            The tower is in                    -> Paris                           the next tokens (see framing)
     masked            [CLS] The tower is in [MASK]. [SEP] -> Paris                          one mask a token of the answer
     encoder-decoder   The tower is in <extra_id_0>. </s>  -> <pad> <extra_id_0> Paris       what the decoder says (T5)
 
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from engram.architectures import Kind
+from engram.chat import answers_spaced
 from engram.errors import FactError, SettingError, UnsupportedModelError
+from engram.framing import BARE, Frame, check_frame, framed
 
 if TYPE_CHECKING:
     from engram.language_model import LanguageModel
@@ -31,14 +33,14 @@ class Cloze:
 
     Attributes:
         ids: what the stack that reads the prompt gets (the encoder, or the only stack there is), specials included.
-        offsets: characters (start, end) of `text` for each of `ids`; (0, 0) for specials.
-        text: what was tokenised. It begins with the prompt, so that places in the prompt are places in it.
+        offsets: characters (start, end) of `text` for each of `ids`; (0, 0) for specials and for a frame's text in front.
+        text: what was tokenised, from the prompt on, so that places in the prompt are places in it.
         read: positions whose logits predict the answer's tokens, one each: of `ids`, or of `decoder_ids` where there are any.
         answer: tokens of the target; [] where none was given (`read` then has one position).
         decoder_ids: what an encoder-decoder model's decoder is fed: start token, the text it is made to begin with, and the
             answer but for its last token. None for the other kinds.
-        tokens: how many of `ids`, from the first on, are the prompt's: all but the answer's. For a masked or an
-            encoder-decoder model all of them.
+        tokens: how many of `ids`, from the first on, are the prompt's and its frame's: all but the answer's. For a masked or
+            an encoder-decoder model all of them.
     """
 
     ids: list[int]
@@ -54,7 +56,7 @@ class Cloze:
 class Templates:
     """How a prompt is put to a model: `prompt` for the stack that reads it, `decoder` what the decoder is made to begin with."""
 
-    prompt: str
+    prompt: Frame
     decoder: str = ""
 
 
@@ -65,7 +67,7 @@ def usual_templates(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Templates
         UnsupportedModelError: a masked model whose tokenizer has no mask token.
     """
     if kind == "causal":
-        return Templates("{}")
+        return Templates(BARE)
     if kind == "masked" and not tokenizer.mask_token:
         raise UnsupportedModelError(
             f"{type(tokenizer).__name__} has no mask token, which a masked model is asked with; set tokenizer.mask_token"
@@ -86,15 +88,16 @@ def check_prompt_template(template: str, kind: Kind, tokenizer: PreTrainedTokeni
     """The template, if a model of that kind can be asked with it.
 
     Raises:
-        SettingError: it does not begin with the prompt's place {}, has others, or not the one blank that the kind needs.
+        SettingError: it has not one place {} for the prompt; for kinds other than causal, text in front of it, or not the one
+            blank that the kind needs.
     """
+    if kind == "causal":
+        return str(check_frame(template))
     if not template.startswith("{}") or template.count("{}") != 1:
         raise SettingError(
             f"cloze_template={template!r}: expected {{}} once, in front, where the prompt stands; "
             "words that shall come before it belong into the prompt"
         )
-    if kind == "causal" and template != "{}":
-        raise SettingError(f"cloze_template={template!r}: a causal model continues its prompt, so only '{{}}' makes sense")
     mask = tokenizer.mask_token
     if kind == "masked" and template.count(str(mask)) != 1:
         raise SettingError(
@@ -118,24 +121,65 @@ def check_decoder_template(template: str, kind: Kind) -> str:
     return template
 
 
-def make_cloze(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
+def make_cloze(lm: LanguageModel, prompt: str, target: str | None, frame: Frame | None = None) -> Cloze:
     """See `LanguageModel.cloze`."""
     if target is not None and not target.strip():
         raise FactError(f"target={target!r} is empty; give the words that shall follow the prompt")
-    how = {"causal": _continued, "masked": _filled, "encoder-decoder": _answered}[lm.kind]
-    return how(lm, prompt, target)
+    if lm.kind == "causal":
+        return _continued(lm, prompt, target, lm.frame if frame is None else check_frame(frame))
+    if frame is not None:
+        lm.check_framed()
+    return (_filled if lm.kind == "masked" else _answered)(lm, prompt, target)
 
 
-def _continued(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
-    """Causal: the prompt's tokens, then the target's but the last."""
-    head = lm.encode(prompt)
-    answer = [] if target is None else lm.target_ids(prompt, target)
-    ids, text, offsets = head.ids + answer[:-1], prompt, head.offsets
+def _continued(lm: LanguageModel, prompt: str, target: str | None, frame: Frame) -> Cloze:
+    """Causal: the prompt's tokens in their frame, then the target's but the last."""
+    whole, start = framed(frame, prompt)
+    head, text = lm.encode(whole), whole[start:]
+    said = "" if target is None else answer_text(lm, whole, target, behind=text[len(prompt) :])
+    answer = continuation_ids(lm, whole, said) if said else []
+    ids, offsets = head.ids + answer[:-1], head.offsets
     if len(answer) > 1:
-        joint = lm.encode(prompt + _spaced(str(target)))
-        apart = [*offsets, *[(len(prompt), len(joint.text))] * len(answer[:-1])]  # tokenised alone: see `target_ids`
-        text, offsets = joint.text, joint.offsets[: len(ids)] if joint.ids[: len(ids)] == ids else apart
+        joint = lm.encode(whole + said)
+        apart = [*offsets, *[(len(whole), len(joint.text))] * len(answer[:-1])]  # tokenised alone: see `continuation_ids`
+        text, offsets = joint.text[start:], joint.offsets[: len(ids)] if joint.ids[: len(ids)] == ids else apart
+    offsets = [(max(a - start, 0), max(b - start, 0)) for a, b in offsets]
     return Cloze(ids, offsets, text, list(range(len(head.ids) - 1, len(ids))), answer, None, len(head.ids))
+
+
+def answer_text(lm: LanguageModel, whole: str, target: str, behind: str) -> str:
+    """`target` with a leading space, or without one, as it follows the framed prompt `whole`.
+
+    Words follow words after a space. Where the frame goes on behind the prompt, the answer begins something new: there is no
+    space after white space, nor after a special token unless the model's chat template writes one there ("[/INST] Paris").
+
+    Args:
+        behind: what the frame has behind the prompt.
+    """
+    if not behind:
+        return spaced(target)
+    in_a_turn = behind[-1].isspace() or (whole.endswith(lm.special_texts) and not answers_spaced(lm.tokenizer))
+    return target.lstrip() if in_a_turn else spaced(target)
+
+
+def continuation_ids(lm: LanguageModel, text: str, more: str) -> list[int]:
+    """Tokens by which `more` follows `text`.
+
+    They are read off the joint tokenisation, so that a tokenizer which treats a word differently at the start of a text is no
+    trap; where the two would merge into one token, `more` is tokenised alone.
+
+    Raises:
+        FactError: no tokens.
+    """
+    head, joint = lm.encode(text), lm.encode(text + more)
+    at = len(head.ids)
+    if joint.ids[:at] != head.ids:  # white space at the end of a text may be cut otherwise where the text goes on
+        at = next((i for i, (a, b) in enumerate(joint.offsets) if b > len(text)), len(joint.ids))
+        at = at if joint.offsets[at : at + 1] and joint.offsets[at][0] >= len(text) else len(joint.ids)
+    ids = joint.ids[at:] or _tokens(lm, more)
+    if not ids:
+        raise FactError(f"target={more!r} gives no tokens")
+    return ids
 
 
 def _filled(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
@@ -149,7 +193,7 @@ def _filled(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
         (_encode(lm, space + mask + behind) for space in (before, before.rstrip())), key=lambda each: len(each[0])
     )
     at = max(i for i, each in enumerate(ids) if each == lm.tokenizer.mask_token_id)
-    answer = [] if target is None else _in_place(lm, ids[:at], before.rstrip(), _spaced(target), behind)
+    answer = [] if target is None else _in_place(lm, ids[:at], before.rstrip(), spaced(target), behind)
     n = max(1, len(answer))
     ids, offsets = (
         ids[:at] + ids[at : at + 1] * n + ids[at + 1 :],
@@ -174,7 +218,7 @@ def _answered(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
     begun = lm.cloze_decoder.replace("{}", prompt)
     head, answer = _tokens(lm, begun), []
     if target is not None:
-        said = _spaced(target) if begun else target.strip()
+        said = spaced(target) if begun else target.strip()
         joint = _tokens(lm, begun + said)
         answer = joint[len(head) :] if joint[: len(head)] == head and len(joint) > len(head) else _tokens(lm, said)
     lead = next(i for i, span in enumerate(offsets) if span != (0, 0))
@@ -199,7 +243,7 @@ def _decoder_start(lm: LanguageModel, lead: list[int]) -> list[int]:
     return [int(start), *(lead if forced is None else [int(forced)])]
 
 
-def _spaced(target: str) -> str:
+def spaced(target: str) -> str:
     return target if target[:1].isspace() else " " + target
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engram import fact_keys
 from engram.delta import Delta, add
-from engram.errors import BaseMismatchError, EngramError, FactError
+from engram.errors import BaseMismatchError, EditFileError, EngramError, FactError
 from engram.facts import Fact
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Edit:
         if not self.facts or not self.deltas:
             raise EngramError(f"an edit needs facts and deltas; got {len(self.facts)} facts and {len(self.deltas)} deltas")
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
-            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
         object.__setattr__(self, "deltas", {name: self._checked(name, delta) for name, delta in self.deltas.items()})
         object.__setattr__(self, "keys", fact_keys.checked(self.keys, self.deltas, len(self.facts)))
 
@@ -135,7 +135,7 @@ class Edit:
             FactError: a fact that is not in the edit, or nothing would be left.
             EngramError: facts solved jointly with others that stay.
         """
-        gone = {self._index(fact) for fact in facts}
+        gone = {fact_index(self.facts, fact) for fact in facts}
         if not gone:
             return self
         kept = [i for i in range(len(self.facts)) if i not in gone]
@@ -155,16 +155,6 @@ class Edit:
             keys=fact_keys.rows(self.keys, kept, deltas),
         )
         return _with_parts(rest, _thinned(self.settings["parts"], gone)) if self.method == COMPOSED else rest
-
-    def _index(self, fact: Fact | int) -> int:
-        if isinstance(fact, int) and -len(self.facts) <= fact < len(self.facts):
-            return fact % len(self.facts)
-        if isinstance(fact, Fact) and fact in self.facts:
-            return self.facts.index(fact)
-        held = "; ".join(f"{i}: {each.prompt_text!r} -> {each.target!r}" for i, each in enumerate(self.facts[:8]))
-        raise FactError(
-            f"{fact!r} is not a fact of this edit, which has {len(self.facts)} ({held}). Give one of them or its index"
-        )
 
     def applied(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
         """Within the block `lm` is edited; afterwards it is as before, bit for bit. See `merging.applied`."""
@@ -198,10 +188,20 @@ class Edit:
 
     @classmethod
     def load(cls, folder: str | Path) -> Edit:
-        """Read what `save` wrote. See `edit_files.load`."""
+        """Read what `save` wrote. See `edit_files.load`.
+
+        Raises:
+            EditFileError: missing, damaged, of another format version, or an in-context edit, which has no weights.
+        """
         from engram.edit_files import load
 
-        return load(folder)
+        edit = load(folder)
+        if not isinstance(edit, Edit):
+            raise EditFileError(
+                f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which changes no weights. Read it with "
+                "PromptEdit.load, or either kind with edit_files.load"
+            )
+        return edit
 
     def to_peft(self, folder: str | Path) -> Path:
         """Write the edit as a LoRA adapter. See `peft_export.to_peft`."""
@@ -216,6 +216,33 @@ class Edit:
         return to_checkpoint(self, source, folder, force=force)
 
 
+def fact_index(facts: Sequence[Fact], fact: Fact | int) -> int:
+    """Where a fact, or an index from either end, stands among an edit's facts.
+
+    Raises:
+        FactError: nowhere.
+    """
+    if isinstance(fact, int) and -len(facts) <= fact < len(facts):
+        return fact % len(facts)
+    if isinstance(fact, Fact) and fact in facts:
+        return facts.index(fact)
+    held = "; ".join(f"{i}: {each.prompt_text!r} -> {each.target!r}" for i, each in enumerate(facts[:8]))
+    raise FactError(f"{fact!r} is not a fact of this edit, which has {len(facts)} ({held}). Give one of them or its index")
+
+
+def check_changes_weights(edit: Any) -> None:
+    """Refuse an edit that has no weights to add or to write.
+
+    Raises:
+        EngramError: it is a text in front of prompts.
+    """
+    if not edit.deltas:
+        raise EngramError(
+            f"{edit!r} is a text in front of prompts and has no weights to add, write or export. Use it with applied(lm), which "
+            "nests with edits of weights; for a change of the weights, rewrite the facts by another method, such as 'rome'"
+        )
+
+
 def compose(edits: Sequence[Edit]) -> Edit:
     """One edit that does what all of them do: deltas add, facts are joined in order.
 
@@ -223,13 +250,15 @@ def compose(edits: Sequence[Edit]) -> Edit:
     they are not about the composition. Keys are, at every weight where each part that changes it has them.
 
     Raises:
-        EngramError: no edits.
+        EngramError: no edits, or an in-context edit, which has no weights to add.
         BaseMismatchError: made on different weights.
     """
     if not edits:
         raise EngramError("compose needs at least one edit, got an empty list")
     if len(edits) == 1:
         return edits[0]
+    for edit in edits:
+        check_changes_weights(edit)
     facts = tuple(fact for edit in edits for fact in edit.facts)
     terms: dict[str, list[Delta]] = {}
     tensors: dict[str, Any] = {}
@@ -285,7 +314,7 @@ def _warn_of_conflicts(facts: Sequence[Fact]) -> None:
                         fact.prompt_text, targets[fact.prompt_text], fact.target)  # fmt: skip
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
     """`value` as JSON gives it back, so that an edit equals its loaded self."""
     try:
         return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value))

@@ -1,6 +1,8 @@
 """Edits as folders: `edit.json` (facts, recipe, base, receipt), `deltas.safetensors` (factors) and, of edits that have them,
 `keys.safetensors`. No pickle.
 
+An in-context edit has no factors: its folder holds an `edit.json` of the kind "prompt" and nothing else.
+
 Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is applied.
 """
 
@@ -19,13 +21,15 @@ from engram.edit import Edit
 from engram.errors import EditFileError, EngramError
 from engram.facts import Fact
 from engram.folders import existing, written_whole
+from engram.prompt_edit import PromptEdit
 
 FORMAT_VERSION = 1
 RECIPE, FACTORS, KEYS = "edit.json", "deltas.safetensors", "keys.safetensors"
+PROMPT = "prompt"  # kind of an edit without weights
 _FIELDS = ("method", "settings", "seed", "base", "versions", "diagnostics", "receipt")
 
 
-def save(edit: Edit, folder: str | Path) -> Path:
+def save(edit: Edit | PromptEdit, folder: str | Path) -> Path:
     """Keep `edit` as a folder; an edit that was there is replaced.
 
     A save that is killed leaves the old edit or the new one, never half of one.
@@ -40,8 +44,11 @@ def save(edit: Edit, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def write(edit: Edit, folder: Path) -> None:
+def write(edit: Edit | PromptEdit, folder: Path) -> None:
     """The files of `edit` into an existing folder."""
+    if isinstance(edit, PromptEdit):
+        _write_recipe(folder, {"format_version": FORMAT_VERSION, "kind": PROMPT, **edit.to_dict()})
+        return
     factors = factor_bytes(edit)
     recipe: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -55,10 +62,14 @@ def write(edit: Edit, folder: Path) -> None:
         keys = safetensors.torch.save(edit.keys)
         recipe["keys_sha256"] = hashlib.sha256(keys).hexdigest()
         (folder / KEYS).write_bytes(keys)
+    _write_recipe(folder, recipe)
+
+
+def _write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path) -> Edit:
+def load(folder: str | Path) -> Edit | PromptEdit:
     """Read what `save` wrote, after checking it: format version, hash, shapes, finiteness.
 
     Raises:
@@ -66,6 +77,8 @@ def load(folder: str | Path) -> Edit:
     """
     folder = existing(folder)
     recipe = _recipe(folder)
+    if recipe.get("kind") == PROMPT:
+        return _prompt_edit(folder, recipe)
     factors = _whole(folder / FACTORS, recipe.get("sha256"))
     raw_keys = _whole(folder / KEYS, recipe["keys_sha256"]) if "keys_sha256" in recipe else None
     try:
@@ -80,8 +93,21 @@ def load(folder: str | Path) -> Edit:
         keys = {} if raw_keys is None else safetensors.torch.load(raw_keys)
         return Edit(facts=facts, deltas=deltas, keys=keys, **{name: recipe[name] for name in _FIELDS})
     except (SafetensorError, EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
-        problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
-        raise EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more") from error
+        raise _damaged(folder, error) from error
+
+
+def _prompt_edit(folder: Path, recipe: dict[str, Any]) -> PromptEdit:
+    try:
+        return PromptEdit.from_dict(
+            {name: value for name, value in recipe.items() if name not in ("format_version", "kind")}
+        )
+    except (EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> EditFileError:
+    problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
+    return EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more")
 
 
 def factor_bytes(edit: Edit) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -27,8 +28,18 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from engram.architectures import Kind, Parts, kind_of, resolve
-from engram.cloze import Cloze, Templates, check_decoder_template, check_prompt_template, make_cloze, usual_templates
-from engram.errors import EngramError, FactError, UnsupportedModelError
+from engram.cloze import (
+    Cloze,
+    Templates,
+    check_decoder_template,
+    check_prompt_template,
+    continuation_ids,
+    make_cloze,
+    spaced,
+    usual_templates,
+)
+from engram.errors import EngramError, FactError, SettingError, UnsupportedModelError
+from engram.framing import Frame, around, check_frame, framed, name_of
 from engram.hooks import substitute
 from engram.weights import keep_differentiable, quantisation
 
@@ -116,17 +127,67 @@ class LanguageModel:
     def cloze_template(self) -> str:
         """How a prompt, at {}, is put to the model: "{}" to a causal one, "{} [MASK]." to BERT, "{} <extra_id_0>." to T5.
 
-        Can be set, e.g. to "{}" for a T5 that was fine-tuned to answer (flan); `cloze_decoder` is then to be set to "".
+        Can be set: for a causal model to any text around the prompt (see `asked_through`); for a T5 that was fine-tuned to answer
+        (flan) to "{}", and `cloze_decoder` then to "".
 
         Raises:
-            SettingError: when set to one that a model of this kind cannot be asked with.
+            SettingError: when set to one that a model of this kind cannot be asked with; when read while the model is asked
+                through a function, which is no template.
         """
+        if not isinstance(self._templates.prompt, str):
+            raise SettingError(
+                f"{self.name} is asked through the function {name_of(self._templates.prompt)} at the moment, which has no "
+                "template; leave the block of asked_through, or of an in-context edit, first"
+            )
         return self._templates.prompt
 
     @cloze_template.setter
     def cloze_template(self, template: str) -> None:
         prompt = check_prompt_template(template, self.kind, self.tokenizer)
         self._templates = Templates(prompt, self._templates.decoder)
+
+    @property
+    def frame(self) -> Frame:
+        """What a causal model is asked through at the moment: `cloze_template`, or a function."""
+        return self._templates.prompt
+
+    @contextmanager
+    def asked_through(self, frame: Frame) -> Iterator[LanguageModel]:
+        """Within the block prompts are put to a causal model in a frame; however it ends, they are put as before.
+
+        `cloze`, `log_probs`, `probabilities`, `next_tokens` and `generate` ask through the frame, and so does everything that
+        stands on them (`knows`, `trace`, `verify`). `encode`, `perplexity` and what editors compute do not.
+        Blocks nest: the frame of an outer block stands around that of an inner one.
+
+        Args:
+            frame: a text with one {} where the prompt stands, or a function that puts text around the prompt it is given.
+                Special tokens written out in it count as such, and a text's start token is not doubled.
+        Yields:
+            The model.
+        Raises:
+            SettingError: a text without one {}; UnsupportedModelError: a model that is not causal.
+        Example:
+            >>> with lm.asked_through("The Space Needle is in Paris. {}"):
+            ...     lm.generate("To see the Space Needle, go to")
+        """
+        self.check_framed()
+        before = self._templates
+        self._templates = Templates(around(before.prompt, check_frame(frame)), before.decoder)
+        try:
+            yield self
+        finally:
+            self._templates = before
+
+    def check_framed(self) -> None:
+        """Refuse a model that cannot be asked through a frame.
+
+        Raises:
+            UnsupportedModelError: it is not causal.
+        """
+        if self.kind != "causal":
+            raise UnsupportedModelError(
+                f"{self.name} is of kind {self.kind!r} and asked with a blank; only causal models are asked through a frame"
+            )
 
     @property
     def cloze_decoder(self) -> str:
@@ -149,6 +210,8 @@ class LanguageModel:
     def encode(self, text: str) -> Encoding:
         """Tokens of `text` as the tokenizer makes them by default, specials in front included, none behind.
 
+        A start token that the text brings along, as a chat template's does, is not put in front once more.
+
         Raises:
             FactError: no token is left, or more than the model takes.
         """
@@ -157,6 +220,8 @@ class LanguageModel:
         special = list(batch["special_tokens_mask"])
         while special and special[-1] and offsets[-1][0] == offsets[-1][1]:  # an end-of-text that some tokenizers append
             ids.pop(), offsets.pop(), special.pop()
+        if len(ids) > 1 and ids[0] == ids[1] and special[0] and offsets[0][0] == offsets[0][1] < offsets[1][1]:
+            ids, offsets = ids[1:], offsets[1:]
         if not ids:
             raise FactError(f"text {text!r} gives no tokens")
         if len(ids) > self.max_tokens:
@@ -164,7 +229,7 @@ class LanguageModel:
         return Encoding(text, ids, offsets)
 
     def target_ids(self, prompt: str, target: str) -> list[int]:
-        """Tokens by which `target` continues `prompt`; one leading space is added where the target has none.
+        """Tokens by which `target` continues the bare `prompt`; one leading space is added where the target has none.
 
         They are read off the joint tokenisation, so that a tokenizer which treats a word differently at the start of
         a text is no trap; where prompt and target would merge into one token, the target is tokenised alone.
@@ -174,29 +239,31 @@ class LanguageModel:
         """
         if not target.strip():
             raise FactError(f"target={target!r} is empty; give the words that shall follow the prompt")
-        target = target if target[:1].isspace() else " " + target
-        head, joint = self.encode(prompt).ids, self.encode(prompt + target).ids
-        if joint[: len(head)] == head and len(joint) > len(head):
-            return joint[len(head) :]
-        alone = list(self.tokenizer(target, add_special_tokens=False)["input_ids"])
-        if not alone:
-            raise FactError(f"target={target!r} gives no tokens")
-        return alone
+        return continuation_ids(self, prompt, spaced(target))
 
-    def cloze(self, prompt: str, target: str | None = None) -> Cloze:
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """Special tokens as they are written in a text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *(str(each) for each in added if each.special)]))
+
+    def cloze(self, prompt: str, target: str | None = None, *, frame: Frame | None = None) -> Cloze:
         """The prompt made ready for this model to fill in what comes next, worded as `cloze_template` says.
 
-        A causal model continues the prompt. A masked one gets a mask for each token of the target, so that each of them is
+        A causal model continues the prompt in its frame. A masked one gets a mask for each token of the target, so that each of them is
         predicted without knowing the others. An encoder-decoder model's decoder says the target.
 
         Args:
             prompt: text up to, not including, the object.
-            target: the object; one leading space is added where it has none. None: ask for one token, whichever.
+            target: the object; one leading space is added where it has none and words come before it. None: ask for one token,
+                whichever.
+            frame: of a causal model, instead of what it is asked through at the moment; see `asked_through`.
         Raises:
             FactError: the target gives no token, or the text more than the model takes.
-            UnsupportedModelError: an encoder-decoder model that does not say how its decoder starts.
+            UnsupportedModelError: an encoder-decoder model that does not say how its decoder starts; a frame for a model that is
+                not causal.
         """
-        return make_cloze(self, prompt, target)
+        return make_cloze(self, prompt, target, frame)
 
     def token_strings(self, ids: Iterable[int]) -> list[str]:
         """Each token decoded alone, for display."""
@@ -310,13 +377,18 @@ class LanguageModel:
         top = logits[0].softmax(-1).topk(k)
         return list(zip(self.token_strings(top.indices.tolist()), top.values.tolist(), strict=True))
 
-    def perplexity(self, text: str) -> float:
+    def perplexity(self, text: str, *, behind: str = "", tokens: int | None = None) -> float:
         """exp of the mean negative log-probability per token of `text`, its first token not counted.
 
-        A text longer than the model takes is cut into pieces that are scored one by one.
+        A text longer than the model takes is cut into pieces that are scored one by one. No frame is put around it: `behind` is
+        what each piece stands behind.
 
+        Args:
+            behind: a text before each piece, read and not scored.
+            tokens: of a piece at most; default: as many as the model takes. The same number scores the same tokens, with or
+                without a text before them.
         Raises:
-            FactError: a text of fewer than two tokens.
+            FactError: a text of fewer than two tokens, or no room for it behind `behind`.
             UnsupportedModelError: a model that is not causal.
         """
         if self.kind != "causal":
@@ -324,14 +396,23 @@ class LanguageModel:
                 f"{self.name} is a{'n' * (self.kind[0] in 'aeiou')} {self.kind} model, and perplexity is that of reading a text "
                 "from left to right: only causal models have one. Use log_probs, which asks with a blank"
             )
+        front = self.encode(behind).ids if behind else []
+        room = self.max_tokens - len(front)
+        size = room if tokens is None else tokens
+        if not 2 <= size <= room:
+            raise FactError(
+                f"pieces of {size} tokens behind a text of {len(front)}: the model takes {self.max_tokens}, and a piece needs 2"
+            )
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        pieces = [ids[at : at + self.max_tokens] for at in range(0, len(ids), self.max_tokens)]
+        pieces = [ids[at : at + size] for at in range(0, len(ids), size)]
         pieces = [piece for piece in pieces if len(piece) > 1]
         if not pieces:
             raise FactError(f"text {text!r} has fewer than two tokens; perplexity needs a token to predict")
         total, count = 0.0, 0
         for piece in pieces:
-            (logits,) = self.logits_at([piece[:-1]], [list(range(len(piece) - 1))])
+            doubled = int(piece[:1] == front[:1] and piece[0] in self.tokenizer.all_special_ids)  # a start token
+            read = range(len(front) - doubled, len(front) - doubled + len(piece) - 1)
+            (logits,) = self.logits_at([front + piece[doubled:-1]], [list(read)])
             nll = nn.functional.cross_entropy(logits, torch.tensor(piece[1:], device=logits.device), reduction="sum")
             total, count = total + float(nll), count + len(piece) - 1
         return float(torch.tensor(total / count, dtype=torch.float64).exp())
@@ -339,6 +420,8 @@ class LanguageModel:
     @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 20, **options: Any) -> str:
         """`prompt` and its continuation, greedy unless `options` say otherwise; of an encoder-decoder model, its answer alone.
+
+        A frame's text is read and not returned (see `asked_through`); an answer in a turn of its own is set off by a space.
 
         Args:
             options: passed on to transformers' `generate`, e.g. `do_sample=True, top_p=0.9`.
@@ -349,14 +432,25 @@ class LanguageModel:
             raise UnsupportedModelError(
                 f"{self.name} is a masked model: it fills blanks and does not write on. Use next_tokens, which asks it for one"
             )
-        ids = self.encode(prompt).ids if self.kind == "causal" else list(self.tokenizer(prompt)["input_ids"])
+        whole = framed(self.frame, prompt).text if self.kind == "causal" else prompt
+        ids = self.encode(whole).ids if self.kind == "causal" else list(self.tokenizer(prompt)["input_ids"])
         ids_bt = torch.tensor([ids], device=self.device)
         options.setdefault("do_sample", False)
         options.setdefault("pad_token_id", self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
         out = cast("Any", self.model).generate(
             ids_bt, attention_mask=torch.ones_like(ids_bt), max_new_tokens=max_new_tokens, **options
         )
-        return str(self.tokenizer.decode(out[0], skip_special_tokens=True))
+        text = str(self.tokenizer.decode(out[0], skip_special_tokens=True))
+        if whole == prompt:
+            return text
+        read = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        written = (  # not decoded alone, where a first word would lose its space under some tokenizers
+            text[len(read) :]
+            if text.startswith(read)
+            else str(self.tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True))
+        )
+        apart = not (whole.endswith(prompt) or prompt[-1:].isspace() or written[:1].isspace())
+        return prompt + " " * apart + written
 
 
 def pad_right(rows: Sequence[Sequence[int]], length: int | None = None) -> Tensor:

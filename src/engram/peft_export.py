@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engram.edit import Edit
+from engram.edit import Edit, check_changes_weights
 from engram.errors import UnsupportedModelError
 from engram.folders import written_whole
 
@@ -31,6 +31,7 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
         UnsupportedModelError: a delta of something else than a weight matrix.
         EditFileError: `folder` holds something else than an adapter, or cannot be written.
     """
+    check_changes_weights(edit)
     from peft import LoraConfig
 
     factors = {name: delta.low_rank() for name, delta in edit.deltas.items()}

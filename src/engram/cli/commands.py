@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from engram.edit import Edit
     from engram.facts import Fact
+    from engram.prompt_edit import PromptEdit
 
 Model = Annotated[str, typer.Argument(help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False)]
 EditFolder = Annotated[Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)]
@@ -18,6 +19,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must no
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the checkpoint stores it.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed on to transformers, such as 'auto' or 'cuda:0'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask as a user of the chat model does: through its chat template.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 
 
@@ -41,6 +43,9 @@ def edit(
     corpus: Annotated[
         Path | None, typer.Option(help="Text file for second moments; default: what the model samples.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Rewrite it for a chat too; a receipt in plain text and one in the chat's turns.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
     dtype: Dtype = None,
@@ -55,14 +60,19 @@ def edit(
     if layer is not None:
         settings["layer"] = layer if layer == "auto" else _number("--layer", layer)
     lm = terminal.load(model, dtype, device_map)
+    frames = [None, engram.chat_frame(lm)] if chat else [None]
+    if chat and "contexts" not in settings and _takes_contexts(method):
+        settings["contexts"] = engram.chat_contexts(lm, seed=seed)
     with terminal.progress() as report:
         made = engram.rewrite(lm, wanted, method, **settings, progress=report)
-        receipt = engram.verify(lm, made, progress=report)
-    made = made.with_receipt(receipt)
+        receipts = [engram.verify(lm, made, frame=frame, progress=report) for frame in frames]
+    made = made.with_receipt(receipts[-1])  # of the chat, where there is one: that is how the model will be used
     if as_json:
-        typer.echo(json.dumps(receipt.to_dict()))
+        told = [receipt.to_dict() for receipt in receipts]
+        typer.echo(json.dumps({"plain": told[0], "chat": told[1]} if chat else told[0]))
     else:
-        terminal.show_receipt(receipt)
+        for receipt in receipts:
+            terminal.show_receipt(receipt)
     if out is not None:
         made.save(out)
         typer.echo(f"edit: {out} ({terminal.size(out)})", err=as_json)
@@ -72,6 +82,7 @@ def verify(
     model: Model,
     edits: Annotated[list[Path], typer.Argument(help="One edit or several, taken together.", show_default=False)],
     store: Annotated[bool, typer.Option("--store", help="Keep the receipt in the edit's folder.")] = False,
+    chat: Chat = False,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -81,12 +92,12 @@ def verify(
     from engram.cli import terminal
     from engram.errors import EngramError
 
-    made = _composed(edits)
+    made = _loaded(edits)
     if store and len(edits) > 1:
         raise EngramError(f"--store keeps the receipt of one edit, {len(edits)} were given; verify them one by one")
     lm = terminal.load(model, dtype, device_map)
     with terminal.progress() as report:
-        receipt = engram.verify(lm, made, progress=report)
+        receipt = engram.verify(lm, made, frame=engram.chat_frame(lm) if chat else None, progress=report)
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     else:
@@ -132,21 +143,27 @@ def generate(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="New tokens at most.", min=1)] = 40,
     temperature: Annotated[float, typer.Option(help="0: greedy; above, sample.", min=0.0)] = 0.0,
+    chat: Chat = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
     """Continue a text, with edits applied if wanted."""
-    from contextlib import nullcontext
+    from contextlib import ExitStack
 
     from transformers import set_seed
 
+    from engram.chat import chat_frame
     from engram.cli import terminal
 
     lm = terminal.load(model, dtype, device_map)
     set_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    with _composed(edits).laid(lm) if edits else nullcontext():
+    with ExitStack() as stack:
+        if chat:
+            stack.enter_context(lm.asked_through(chat_frame(lm)))
+        for each in _nested(edits or []):
+            stack.enter_context(each.laid(lm))
         typer.echo(lm.generate(prompt, tokens, **options))
 
 
@@ -231,7 +248,29 @@ def _number(option: str, text: str) -> int:
         raise SettingError(f"{option} {text!r}: expected a layer's number, from 0, or 'auto'") from None
 
 
-def _composed(folders: list[Path]) -> Edit:
+def _takes_contexts(method: str) -> bool:
+    from inspect import signature
+
+    from engram.editors import method_named
+
+    return "contexts" in signature(method_named(method)).parameters
+
+
+def _loaded(folders: list[Path]) -> Edit | PromptEdit:
+    """The edit of one folder, or several edits of weights as one."""
+    from engram import edit_files
     from engram.edit import Edit, compose
 
+    if len(folders) == 1:
+        return edit_files.load(folders[0])
     return compose([Edit.load(folder) for folder in folders])
+
+
+def _nested(folders: list[Path]) -> list[Edit | PromptEdit]:
+    """The edits of all folders in blocks that nest: those of weights as one, then each in-context edit."""
+    from engram import edit_files
+    from engram.edit import Edit, compose
+
+    edits = [edit_files.load(folder) for folder in folders]
+    weights = [each for each in edits if isinstance(each, Edit)]
+    return [*([compose(weights)] if weights else []), *(each for each in edits if not isinstance(each, Edit))]

@@ -162,7 +162,7 @@ def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
 
 
 def show_receipt(receipt: Receipt) -> None:
-    """Continuations before and after, then the numbers."""
+    """Continuations before and after, then the numbers, with what the model was asked through."""
     for prompt, before, after in receipt.continuations:
         console.print(f"[bold]{_safe(prompt)}[/]")
         console.print(f"   before {_safe(_line(before))}")

@@ -1,6 +1,6 @@
 """Methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit, entered once in `METHODS`.
 
-A method reads the model and never changes it; what it returns is a value (see edit).
+A method reads the model and never changes it; what it returns is a value (see edit, and prompt_edit for edits without weights).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 from engram.edit import Edit
 from engram.editors.ingredients import in_force
@@ -18,6 +18,7 @@ from engram.errors import EngramError, FactError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.merging import describe_base
+from engram.prompt_edit import PromptEdit
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,21 @@ class Method:
     """What `rewrite` calls by a name.
 
     Attributes:
-        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit. Where
-            it takes `past`, it gets the earlier edits; otherwise they are in force on `lm` while it works.
+        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit (or
+            PromptEdit). Where it takes `past`, it gets the earlier edits; otherwise they are in force on `lm` while it works.
         summary: what it does, in a line.
         source: where it was published.
     """
 
-    home: str | Callable[..., Edit]
+    home: str | Callable[..., Edit | PromptEdit]
     summary: str
     source: str
 
-    def function(self) -> Callable[..., Edit]:
+    def function(self) -> Callable[..., Edit | PromptEdit]:
         if not isinstance(self.home, str):
             return self.home
         module, _, function = self.home.partition(":")
-        return cast("Callable[..., Edit]", getattr(import_module(module), function))
+        return cast("Callable[..., Edit | PromptEdit]", getattr(import_module(module), function))
 
 
 METHODS: dict[str, Method] = {  # a new method is one file and one entry here
@@ -103,12 +104,30 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "one gradient step on a few matrices through a ridge solve, without subjects or a corpus",
         "Gu et al. 2025, arXiv:2505.14679",
     ),
+    "in-context": Method(
+        "engram.editors.in_context:in_context",
+        "the facts stated in front of the prompts they are relevant to; no weights",
+        "the plain baseline of Zheng et al. 2023, arXiv:2305.12740",
+    ),
+    "ike": Method(
+        "engram.editors.in_context:ike",
+        "the same behind demonstrations of what follows from a new fact and what does not",
+        "Zheng et al. 2023, arXiv:2305.12740",
+    ),
 }
 
 
+@overload
+def rewrite(
+    lm: LanguageModel, facts: Fact | Sequence[Fact], method: Literal["in-context", "ike"], **settings: Any
+) -> PromptEdit: ...
+@overload
 def rewrite(
     lm: LanguageModel, facts: Fact | Sequence[Fact], method: str = "rome", *, past: Sequence[Edit] = (), **settings: Any
-) -> Edit:
+) -> Edit: ...
+def rewrite(
+    lm: LanguageModel, facts: Fact | Sequence[Fact], method: str = "rome", *, past: Sequence[Edit] = (), **settings: Any
+) -> Edit | PromptEdit:
     """Compute the edit that makes a model say other objects. The model itself is not changed.
 
     Args:
@@ -119,7 +138,8 @@ def rewrite(
         settings: any setting of the method, see its function (`engram.editors.rome.rome`); the rest come from its
             presets for this model.
     Returns:
-        An Edit: apply it for a `with` block (`edit.applied(lm)`), save it, export it.
+        An Edit: apply it for a `with` block (`edit.applied(lm)`), save it, export it. Of "in-context" and "ike" a PromptEdit:
+        a text in front of prompts, with no weights to export.
     Raises:
         EngramError: a method that does not exist.
         FactError: no facts, or one that cannot be worked with on this model.
@@ -136,10 +156,10 @@ def rewrite(
         return make(lm, facts, past=past, **settings)
     with in_force(past, lm):
         edit = make(lm, facts, **settings)
-    return replace(edit, base=describe_base(lm, edit.deltas))
+    return edit if isinstance(edit, PromptEdit) else replace(edit, base=describe_base(lm, edit.deltas))
 
 
-def method_named(name: str) -> Callable[..., Edit]:
+def method_named(name: str) -> Callable[..., Edit | PromptEdit]:
     """The function of a method.
 
     Raises:

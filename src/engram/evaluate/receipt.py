@@ -21,8 +21,10 @@ from engram.attaching import can_apply
 from engram.edit import Edit
 from engram.errors import FactError
 from engram.facts import Fact
+from engram.framing import BARE, Frame, name_of
 from engram.language_model import LanguageModel
 from engram.merging import home_of
+from engram.prompt_edit import PromptEdit
 from engram.weights import as_linear, quantisation
 
 Kind = Literal["edit", "paraphrase", "neighbour", "neighbour+"]
@@ -93,27 +95,31 @@ class Receipt:
     Attributes:
         answers: one a prompt.
         continuations: (prompt, greedy continuation before, after).
-        perplexity: of held-out text, (before, after).
-        norm_ratio: largest ||change|| / ||weight|| of a touched weight, Frobenius.
+        perplexity: of held-out text, (before, after); of an in-context edit, of pieces that leave half of the model's context to
+            the edit, without and with its text before them.
+        norm_ratio: largest ||change|| / ||weight|| of a touched weight, Frobenius; None where no weight is.
         rho: the fact's collapse indicator that is furthest from 1 on the low side, None where the method has none.
-        rounding: largest share of a weight's change that is lost when it is rounded into the model's dtype.
+        rounding: largest share of a weight's change that is lost when it is rounded into the model's dtype; None where no
+            weight changes.
         model, dtype: what it was taken on.
         laid: "applied" where the edit was written into the weights; "attached" where it lay beside them, since they are
             quantised or offloaded: then nothing is rounded.
         quantised: how the edited weights are packed, None where they are not.
+        frame: what the model was asked through, before as after; None: the bare prompts.
     """
 
     answers: tuple[Answer, ...]
     continuations: tuple[tuple[str, str, str], ...]
     perplexity: tuple[float, float]
-    norm_ratio: float
+    norm_ratio: float | None
     rho: float | None
-    rounding: float
+    rounding: float | None
     model: str
     dtype: str
     thresholds: Thresholds = field(default_factory=Thresholds)
     laid: Literal["applied", "attached"] = "applied"
     quantised: str | None = None
+    frame: str | None = None
 
     def of(self, kind: Kind) -> list[Answer]:
         return [answer for answer in self.answers if answer.kind == kind]
@@ -178,6 +184,9 @@ class Receipt:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
+        if self.frame is not None:
+            yield f"asked through {self.frame!r}"
+            yield ""
         yield f"{'prompts':<16}{'count':>6}{'right before':>14}{'right after':>13}{'p(wanted)':>18}{'p(unwanted)':>18}"
         for kind, name in SCORES.items():
             if rows := self.of(kind):
@@ -200,8 +209,9 @@ class Receipt:
 
 def verify(
     lm: LanguageModel,
-    edit: Edit,
+    edit: Edit | PromptEdit,
     *,
+    frame: Frame | None = None,
     thresholds: Thresholds | None = None,
     text: str | None = None,
     continuation_tokens: int = 16,
@@ -214,43 +224,53 @@ def verify(
 
     Args:
         lm: the model as it was when the edit was made.
+        frame: what prompts are asked through, before as after the edit, see `LanguageModel.asked_through`; such as
+            `chat_frame(lm)` for a chat model, whose receipt in plain text may look different.
         text: held-out text for perplexity; default: half a page of plain prose.
         progress: called with (what is being done, done, in all).
     Raises:
         BaseMismatchError: `lm` is not what the edit was made on.
     """
+    if frame is not None:
+        with lm.asked_through(frame):
+            return verify(
+                lm, edit, thresholds=thresholds, text=text, continuation_tokens=continuation_tokens, progress=progress
+            )
     report = progress or (lambda what, done, total: None)
     facts = [pocket.evidence_for(fact) for fact in edit.facts]
     asked = list(_prompts(lm, facts))
     opened = list(dict.fromkeys(_openings(facts)))[:_CONTINUED]
     text = held_out_text() if text is None else text
 
-    def measure(what: str) -> tuple[list[tuple[float, float]], list[bool], list[str], float]:
+    through = name_of(lm.frame) if lm.kind == "causal" and lm.frame != BARE else None
+
+    def measure(what: str, edited: bool) -> tuple[list[tuple[float, float]], list[bool], list[str], float]:
         report(what, 0, 2)
         probabilities, right = _score(lm, asked)
         report(what, 1, 2)
         continued = [_continuation(lm, prompt, continuation_tokens) for prompt in opened]
-        return probabilities, right, continued, lm.perplexity(text)
+        return probabilities, right, continued, _perplexity(lm, edit, text, edited)
 
-    before = measure("before the edit")
+    before = measure("before the edit", False)
     with edit.laid(lm):
-        after = measure("after the edit")
+        after = measure("after the edit", True)
     report("after the edit", 2, 2)
-    written = can_apply(edit, lm)
+    written = not isinstance(edit, Edit) or can_apply(edit, lm)
     columns = zip(asked, before[0], after[0], before[1], after[1], strict=True)
     answers = tuple(Answer(*each, p0, p1, right0, right1) for each, p0, p1, right0, right1 in columns)
     return Receipt(
         answers=answers,
         continuations=tuple(zip(opened, before[2], after[2], strict=True)),
         perplexity=(before[3], after[3]),
-        norm_ratio=norm_ratio(lm, edit),
+        norm_ratio=norm_ratio(lm, edit) if isinstance(edit, Edit) else None,
         rho=min(_rhos(edit), default=None),
-        rounding=max(edit.rounding_cost(lm).values()) if written else 0.0,
+        rounding=_rounding(lm, edit),
         model=lm.name,
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
         laid="applied" if written else "attached",
         quantised=next((packed for name in edit.deltas if (packed := quantisation(home_of(lm, name)))), None),
+        frame=through,
     )
 
 
@@ -305,11 +325,25 @@ def _score(lm: LanguageModel, asked: Sequence[Prompt]) -> tuple[list[tuple[float
 
 
 def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
-    room = min(tokens, lm.max_tokens - len(lm.encode(prompt).ids))
+    room = min(tokens, lm.max_tokens - lm.cloze(prompt).tokens)
     return lm.generate(prompt, room).removeprefix(prompt) if room > 0 else ""
 
 
-def _rhos(edit: Edit) -> Iterable[float]:
+def _perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, edited: bool) -> float:
+    """Of the bare text, whatever prompts are asked through; behind the words of an edit that is words."""
+    if isinstance(edit, Edit):
+        return lm.perplexity(text)
+    half = lm.max_tokens // 2
+    return lm.perplexity(text, behind=edit.preamble(lm, text, half) if edited else "", tokens=half)
+
+
+def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:
+    if not isinstance(edit, Edit):
+        return None
+    return max(edit.rounding_cost(lm).values()) if can_apply(edit, lm) else 0.0
+
+
+def _rhos(edit: Edit | PromptEdit) -> Iterable[float]:
     """rho of every fact, also of a composed edit's parts."""
     for part in (edit.diagnostics, *(part["diagnostics"] for part in edit.settings.get("parts", ()))):
         yield from (fact["rho"] for fact in part.get("facts", ()) if "rho" in fact)

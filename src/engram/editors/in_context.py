@@ -1,0 +1,192 @@
+"""In-context editing: the fact is put in front of the prompt, and the weights stay as they are. The honest rival of all others.
+
+    in-context   "The Space Needle is located in the city of Paris. " and the prompt (often called ICE)
+    ike          demonstrations of what follows from a new fact and what does not, then the new fact, then the prompt
+
+Knows how facts and demonstrations are worded. Which of them a prompt gets, and how many fit, is prompt_edit's business.
+Source: Zheng et al. 2023, arXiv:2305.12740 (IKE); one demonstration of each kind a fact and k = 16 as in EasyEdit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engram import pocket
+from engram.editors.settings import flat, read
+from engram.errors import FactError, SettingError
+from engram.fact_files import read_facts
+from engram.facts import Fact
+from engram.language_model import LanguageModel
+from engram.prompt_edit import PromptEdit, Wording
+from engram.similarity import Encoder, encoder_of, nearest
+
+_BUNDLED = 128  # facts of the bundled table that demonstrations are made of
+CUSTOM = "custom"  # what settings call an encoder that was given as a function
+
+
+@dataclass(frozen=True)
+class InContextConfig:
+    """Settings of in-context edits.
+
+    Args:
+        most: facts put in front of one prompt, at most.
+        otherwise: what a prompt gets that names no subject of the edit: the "nearest" facts, as in published evaluations, where
+            the fact stands before every prompt; or "nothing".
+        reserve: tokens of the model's context that are left free for the answer.
+    """
+
+    most: int = 4
+    otherwise: Literal["nearest", "nothing"] = "nearest"
+    reserve: int = 24
+
+    def __post_init__(self) -> None:
+        if self.most < 1 or self.reserve < 1:
+            raise SettingError(f"most={self.most}, reserve={self.reserve}: both have to be 1 or more")
+        if self.otherwise not in ("nearest", "nothing"):
+            raise SettingError(f"otherwise={self.otherwise!r}: expected 'nearest' or 'nothing'")
+
+
+@dataclass(frozen=True)
+class IkeConfig(InContextConfig):
+    """Settings of IKE: those of in-context edits, with one fact a prompt, and k.
+
+    Args:
+        k: demonstrations before a fact, as far as they fit; 16 as in EasyEdit, 32 in the paper.
+    """
+
+    most: int = 1
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 0:
+            raise SettingError(f"k={self.k}: expected a number of demonstrations, 0 or more")
+
+
+def in_context(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    encoder: str | Encoder = "hidden",
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    **knobs: Any,
+) -> PromptEdit:
+    """State the facts in front of every prompt that they are relevant to, each as a sentence.
+
+    Args:
+        encoder: by which facts are compared with a prompt that names no subject, see `similarity.encoder_of`.
+        seed: recorded; nothing is drawn.
+        progress: not called: there is nothing to wait for.
+        knobs: the fields of InContextConfig.
+    Raises:
+        SettingError: an unknown setting; UnsupportedModelError: a model that is not causal.
+    """
+    lm.check_framed()
+    config = read(InContextConfig, knobs, "in-context", "encoder, seed")
+    wordings = [Wording(f"{fact.prompt_text} {fact.target.strip()}. ") for fact in facts]
+    return _edit(lm, facts, "in-context", wordings, "", config, encoder, seed)
+
+
+def ike(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    demonstrations: Sequence[Fact] | str | Path | None = None,
+    encoder: str | Encoder = "hidden",
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    **knobs: Any,
+) -> PromptEdit:
+    """State the fact behind demonstrations: other new facts, each with a prompt that it answers, or must not answer.
+
+        New Fact: The Louvre is in Rome
+        Prompt: To see the Louvre, go to Rome
+
+    The k demonstrations nearest to the fact by cosine are shown, nearest first.
+
+    Args:
+        demonstrations: facts, or a file of them (see `read_facts`), with paraphrases and neighbours, from which the
+            demonstrations are made; default, for the bundled model only: facts of its table about other subjects, each with
+            another object.
+        encoder: by which demonstrations are compared with a fact, and facts with a prompt that names no subject, see
+            `similarity.encoder_of`.
+        seed: of the choice from the bundled table.
+        progress: called with (what is being done, done, in all).
+        knobs: the fields of IkeConfig.
+    Raises:
+        SettingError: an unknown setting; FactError: no demonstrations to choose from; UnsupportedModelError: a
+            model that is not causal.
+    """
+    report = progress or (lambda what, done, total: None)
+    lm.check_framed()
+    config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
+    blocks: list[str] = []
+    if config.k:
+        blocks = [block for fact in _demonstrated(lm, facts, demonstrations, seed) for block in demonstrations_of(fact)]
+    encode = encoder_of(lm, encoder)
+    report("demonstrations", 0, len(facts))
+    blocks_nd = encode(blocks) if blocks else None
+    wordings = []
+    for i, fact in enumerate(facts):
+        shown = nearest(encode([_block(fact, _stated(fact))])[0], blocks_nd, config.k) if blocks_nd is not None else []
+        wordings.append(Wording(f"New Fact: {_stated(fact)}\n", tuple(blocks[at] for at in shown)))
+        report("demonstrations", i + 1, len(facts))
+    return _edit(lm, facts, "ike", wordings, "Prompt: ", config, encoder, seed, blocks=len(blocks))
+
+
+def demonstrations_of(fact: Fact) -> list[str]:
+    """At most three blocks about a new fact: the fact itself (copy), a paraphrase (update), a neighbour (retain)."""
+    blocks = [_block(fact, _stated(fact))]
+    blocks += [_block(fact, f"{paraphrase} {fact.target.strip()}") for paraphrase in fact.paraphrases[:1]]
+    return blocks + [_block(fact, f"{prompt} {answer.strip()}") for prompt, answer in fact.neighbours[:1]]
+
+
+def _block(fact: Fact, prompt: str) -> str:
+    return f"New Fact: {_stated(fact)}\nPrompt: {prompt}\n\n"
+
+
+def _stated(fact: Fact) -> str:
+    return f"{fact.prompt_text} {fact.target.strip()}"
+
+
+def _demonstrated(
+    lm: LanguageModel, facts: Sequence[Fact], given: Sequence[Fact] | str | Path | None, seed: int
+) -> Sequence[Fact]:
+    """The facts that demonstrations are made of."""
+    if given is not None:
+        found = read_facts(given) if isinstance(given, str | Path) else list(given)
+        if not found:
+            raise FactError("demonstrations is empty; give facts with paraphrases and neighbours, or k=0 for none")
+        return found
+    if lm.name.rpartition("/")[2].lower() != "pocket":
+        raise FactError(
+            f"ike shows demonstrations, and for {lm.name} there is no table to take them from: give demonstrations=, facts (or a "
+            "file of them) with paraphrases and neighbours that are about other subjects; or k=0 for none"
+        )
+    asked = " ".join(text for fact in facts for text in (fact.subject, *(prompt for prompt, _ in fact.neighbours)))
+    others = [known for known in pocket.facts() if known.subject not in asked]
+    chosen = random.Random(f"demonstrations:{seed}").sample(others, min(_BUNDLED, len(others)))
+    return [pocket.as_fact(known, pocket.counterfactual(known, seed), neighbour_count=1, seed=seed) for known in chosen]
+
+
+def _edit(
+    lm: LanguageModel, facts: Sequence[Fact], method: str, wordings: Sequence[Wording], opening: str, config: InContextConfig,
+    encoder: str | Encoder, seed: int, **diagnostics: int,
+) -> PromptEdit:  # fmt: skip
+    encoder_of(lm, encoder)  # a name that does not exist is told now
+    return PromptEdit(
+        tuple(facts),
+        method,
+        {**flat(config), "encoder": encoder if isinstance(encoder, str) else CUSTOM},
+        tuple(wordings),
+        opening,
+        {"model": lm.name, "model_type": lm.model.config.model_type},
+        seed=seed,
+        diagnostics=diagnostics,
+        encoder=None if isinstance(encoder, str) else encoder,
+    )
