@@ -119,6 +119,7 @@ def test_what_does_not_change_c_does_not_change_its_name(tmp_path):
     before = files(tmp_path)
     lm.parts.mlp_out(1).weight.data[0, 0] += 1  # the matrix itself: its inputs stay
     lm.parts.mlp_out(3).weight.data[0, 0] += 1  # a block above
+    lm.tokenizer("The tower is in Rome", truncation=True, max_length=2)  # which the tokenizer remembers
     second_moments(lm, [1], DOCUMENTS, 50, cache_dir=tmp_path)
     assert files(tmp_path) == before
 

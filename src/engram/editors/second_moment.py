@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.architectures import as_linear
+from engram.cache import cache_folder, identity_of, sha256_of
 from engram.editors.corpora import Corpus, as_corpus
 from engram.errors import EditFileError, EngramError, NonFiniteError
 from engram.hooks import record
@@ -178,14 +179,14 @@ def second_moments(
     tokens = tokens or TOKENS_PER_KEY * max(width.values())
     chosen = as_corpus(corpus, seed)
     source = {"corpus": chosen.digest(), "tokens": tokens, "tokens_per_document": tokens_per_document}
-    folder = _cache_folder(cache_dir)
+    folder = cache_folder("second_moments", cache_dir)
     prints = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
     paths = {layer: folder / f"{_name(lm, layer, prints, source)}.safetensors" for layer in names}
     found = {layer: SecondMoment.load(path) for layer, path in paths.items() if path.exists()}
     missing = [layer for layer in names if layer not in found]
     if missing:
         run = _Run(lm, {layer: names[layer] for layer in missing}, tokens, tokens_per_document, batch_tokens)
-        partial = folder / f"{_sha256(*(paths[layer].stem for layer in missing))}.partial"
+        partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
         run.go(chosen, partial, save_every, progress or (lambda done, total: None))
         for layer in missing:
             found[layer] = SecondMoment(run.sums[layer] / run.count, run.count, source)
@@ -276,26 +277,13 @@ def _d_ff(lm: LanguageModel, layer: int) -> int:
     return int(as_linear(lm.parts.mlp_out(layer)).shape[1])
 
 
-def _cache_folder(given: str | Path | None) -> Path:
-    home = given or os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache/engram"
-    folder = Path(home) / "second_moments"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _name(lm: LanguageModel, layer: int, prints: Mapping[str, str], source: Mapping[str, Any]) -> str:
     """Names everything that C of a layer depends on: weights up to the matrix itself, tokenizer, text, how much of it."""
     above = tuple(f"{lm.parts.block_name(above)}." for above in range(layer + 1, lm.n_layers))
     reached = {
         name: each for name, each in prints.items() if not name.startswith((*above, f"{lm.parts.mlp_out_name(layer)}."))
     }
-    config = {name: value for name, value in lm.model.config.to_dict().items() if not name.startswith("_")}
-    about = json.dumps([reached, config, source, layer], sort_keys=True, default=str)
-    return _sha256(lm.tokenizer.backend_tokenizer.to_str(), about)
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return identity_of(lm, reached, json.dumps([source, layer], sort_keys=True))
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
