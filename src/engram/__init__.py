@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from engram.fact_files import read_facts
     from engram.facts import Fact
     from engram.language_model import LanguageModel, load
+    from engram.layer_cards import LayerCard
+    from engram.layer_choice import layer_card
     from engram.locate.averages import AverageTrace
     from engram.locate.causal_trace import CausalTrace
     from engram.locate.causal_trace import causal_trace as trace
@@ -38,6 +40,7 @@ _HOMES = {  # public name -> where it lives
     "Fact": "facts",
     "Knowledge": "evaluate.knowledge",
     "LanguageModel": "language_model",
+    "LayerCard": "layer_cards",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
     "Receipt": "evaluate.receipt",
@@ -45,6 +48,7 @@ _HOMES = {  # public name -> where it lives
     "average_trace": "locate.experiment",
     "compose": "edit",
     "knows": "evaluate.knows",
+    "layer_card": "layer_choice",
     "lens": "locate.lens",
     "load": "language_model",
     "memories": "locate.memories",
@@ -65,6 +69,7 @@ __all__ = [
     "Fact",
     "Knowledge",
     "LanguageModel",
+    "LayerCard",
     "LogitLens",
     "Memories",
     "Receipt",
@@ -73,6 +78,7 @@ __all__ = [
     "average_trace",
     "compose",
     "knows",
+    "layer_card",
     "lens",
     "load",
     "memories",
