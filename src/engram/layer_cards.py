@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -198,6 +198,24 @@ class LayerCard:
             f"{count} fact{'s' * (count != 1)}, {len(self.tried)} of {self.n_layers} layers tried)"
             + (f"; {ranges(others)} cannot be told from it" if others else "; no other layer comes as close")
         )
+
+    def advice(self) -> Iterator[str]:
+        """The best layer and why, layers for methods that edit several, and whether the trace would have told it."""
+        yield self.reason()
+        several = [f"{count} → {ranges(self.layers(count))}" for count in (3, 5) if count < self.n_layers]
+        if several:
+            yield "several at once: " + ", ".join(several)
+        for name, found in (("effect", self.trace_tells), ("estimated effect", self.attribution_tells)):
+            if found is not None:
+                yield (
+                    f"rank correlation over layers of {name} and score: {found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+                )
+        hits, of = self.own_trace_hits
+        if of:
+            yield (
+                f"facts whose own trace is strongest where their edit is best: {hits} of {of} "
+                f"(by chance about {of / len(self.tried):.1f})"
+            )
 
     # -- as a file -------------------------------------------------------------------------------------------------
 
