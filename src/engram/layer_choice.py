@@ -134,7 +134,7 @@ def choose_layers(
         known_ones = bundled_edits(lm, _QUICK_FACTS, settings.get("seed", 0))
         these = known_ones or [_with_truth(lm, fact) for fact in facts[:_QUICK_FACTS]]
         card = layer_card(
-            lm, these, keep="all", edits=_QUICK_FACTS, traces=_QUICK_FACTS, estimates=0, every=-(-lm.n_layers // _QUICK_LAYERS),
+            lm, these or None, keep="all", edits=_QUICK_FACTS, traces=_QUICK_FACTS, estimates=0, every=-(-lm.n_layers // _QUICK_LAYERS),
             fine=False, method=method, cache_dir=cache_dir, progress=progress, **settings,
         )  # fmt: skip
     log.info("%s", card.reason())

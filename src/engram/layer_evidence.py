@@ -185,7 +185,8 @@ def _edit_at(
 def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> Outcome:
     """The edit's receipt in short; an edit that cannot be computed or applied has the worst score."""
     try:
-        receipt = verify(lm, rewrite(lm, [fact], method, **settings), continuation_tokens=0)
+        edit = rewrite(lm, [fact], method, **settings)
+        receipt = verify(lm, edit, text=fact.prompt_text, continuation_tokens=0)  # perplexity is not kept: of little text
     except NonFiniteError as error:
         log.warning("the edit of %r failed: %s", fact.subject, error)
         return Outcome(0.0, 0.0)
