@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from engram.fact_files import read_facts
     from engram.facts import Fact
     from engram.language_model import LanguageModel, load
+    from engram.layer_cards import LayerCard
+    from engram.layer_choice import layer_card
     from engram.ledger import Ledger
     from engram.locate.averages import AverageTrace
     from engram.locate.causal_trace import CausalTrace
@@ -41,6 +43,7 @@ _HOMES = {  # public name -> where it lives
     "Fact": "facts",
     "Knowledge": "evaluate.knowledge",
     "LanguageModel": "language_model",
+    "LayerCard": "layer_cards",
     "Ledger": "ledger",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
@@ -52,6 +55,7 @@ _HOMES = {  # public name -> where it lives
     "chat_frame": "chat",
     "compose": "edit",
     "knows": "evaluate.knows",
+    "layer_card": "layer_choice",
     "lens": "locate.lens",
     "load": "language_model",
     "memories": "locate.memories",
@@ -72,6 +76,7 @@ __all__ = [
     "Fact",
     "Knowledge",
     "LanguageModel",
+    "LayerCard",
     "Ledger",
     "LogitLens",
     "Memories",
@@ -84,6 +89,7 @@ __all__ = [
     "chat_frame",
     "compose",
     "knows",
+    "layer_card",
     "lens",
     "load",
     "memories",

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from engram.cli import commands, demo, knows, ledger, lens, trace
+from engram.cli import commands, demo, knows, layers, ledger, lens, trace
 
 app = typer.Typer(
     name="engram",
@@ -17,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo.demo, trace.trace, knows.knows, lens.lens, lens.refinement, lens.memories, commands.edit, commands.verify,
+    demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, commands.edit, commands.verify,
     commands.apply, commands.revert, commands.generate, commands.stats,
 ):  # fmt: skip
     app.command()(command)

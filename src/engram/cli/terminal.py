@@ -13,6 +13,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from engram.evaluate.knowledge import Knowledge
     from engram.evaluate.receipt import Receipt
     from engram.language_model import LanguageModel
+    from engram.layer_cards import LayerCard
     from engram.locate.averages import AverageTrace
     from engram.locate.causal_trace import CausalTrace
 
 console = Console(highlight=False, soft_wrap=True)
 _SHADES = " ·░▒▓█"
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
 _INK = {"residual": "medium_purple", "mlp": "green", "attention": "red"}  # legible on dark and on light
 
 Report = Callable[[str, int, int], None]
@@ -178,6 +181,40 @@ def show_knowledge(found: Knowledge, seed: int) -> None:
     for i, line in enumerate(found.table(seed=seed).splitlines()):
         style = "bold" if i == 0 or line.startswith(("relation ", "all facts")) else "dim" if line.startswith("  ") else ""
         console.print(Text(line, style))
+
+
+def show_layer_card(card: LayerCard) -> None:
+    """A row a layer: what tracing says, and how edits went; then the advice, and whether the trace would have given it."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")  # 80 columns
+    for title in ("layer", "traced", "", "estim.", "efficacy", "paraphr.", "neighb.", "score", "", "95 %"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    highest = max((row.trace.mean for row in card.rows if row.trace), default=0.0)
+    for row in card.rows:
+        style = "bold green" if row.layer == card.best else "green" if row.layer in card.as_good else ""
+        table.add_row(
+            ("→ " if row.layer == card.best else "") + str(row.layer),
+            f"{row.trace.mean:+.3f}" if row.trace else "",
+            Text(_bar(row.trace.mean / highest, 6) if row.trace and highest > 0 else "", _INK["mlp"]),
+            f"{row.attribution.mean:+.3f}" if row.attribution else "",
+            *("" if share is None else f"{share:.0%}" for share in (row.efficacy, row.paraphrase, row.neighbourhood)),
+            f"{row.score.mean:.3f}" if row.score else "",
+            Text(_bar(row.score.mean, 8) if row.score else "", _INK["residual"]),
+            f"{row.score.low:.2f}–{row.score.high:.2f}" if row.score else "",
+            style=style,
+        )
+    console.print(
+        f"[bold]{_safe(card.model)}[/], {card.n_layers} layers; edits by {card.method} of {len(card.edited)} facts; "
+        f"effects of {card.traces['window']} MLPs at the subject's last token"
+    )
+    console.print(table)
+    for line in card.advice():
+        console.print(f"  {_safe(line)}")
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar of characters, to an eighth of one."""
+    eighths = round(8 * width * min(1.0, max(0.0, share)))
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip().ljust(width)
 
 
 def size(folder: Path) -> str:

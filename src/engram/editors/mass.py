@@ -160,7 +160,7 @@ def mass_edit(
     if layers == "auto":
         from engram.layer_choice import choose_layers
 
-        layers = choose_layers(lm, len(usual), seed=seed, progress=progress)
+        layers = choose_layers(lm, len(usual), facts=facts, seed=seed, progress=progress)
     chosen = sorted(set(usual if layers is None else layers))
     names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
     for fact in facts:  # every fact is checked before anything is computed
@@ -213,7 +213,7 @@ def _values(
     report: Report,
 ) -> list[Value]:
     """Every fact's value: those that are in the store, and the others as they are found."""
-    names = [store.name(lm, fact, layer, contexts, config.site, config.value) for fact in facts]
+    names = [store.name(fact, layer, contexts, config.site, config.value) for fact in facts]
     found = dict(enumerate(store.get(names)))
     missing = [i for i, value in found.items() if value is None]
     report("value", len(facts) - len(missing), len(facts))

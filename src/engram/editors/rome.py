@@ -172,8 +172,8 @@ def rome(
     A later fact sees the weights as the earlier ones left them, as in the released code; `lm` is not changed.
 
     Args:
-        layer: block to edit, from 0; "auto" tries the most promising ones on the first fact and takes the best; default: the
-            preset of this model.
+        layer: block to edit, from 0; "auto" asks the model's layer card, see `engram.layer_card`, and makes a quick one
+            where there is none; default: the preset of this model.
         contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
         corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that the model itself samples.
@@ -192,11 +192,11 @@ def rome(
     corpus = preset_corpus if corpus is None else corpus
     config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed")
     if layer == "auto":
-        from engram.layer_choice import choose_layer
+        from engram.layer_choice import choose_layers
 
-        layer = choose_layer(
+        (layer,) = choose_layers(
             lm,
-            facts[0],
+            facts=facts,
             method="rome",
             contexts=contexts,
             seed=seed,

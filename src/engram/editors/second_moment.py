@@ -9,10 +9,8 @@ Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 (Eq. 2) and Appendix E.4.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engram.cache import cache_folder, identity_of, sha256_of
 from engram.editors.corpora import Corpus, as_corpus
 from engram.editors.moment_matrix import SecondMoment, load_npz, read_tensors, write_tensors
 from engram.editors.moment_pass import MomentPass, Sums
@@ -75,13 +74,13 @@ def second_moments(
     tokens = tokens or TOKENS_PER_KEY * max(lm.parts.mlp_width(layer) for layer in wanted)
     chosen = as_corpus(corpus, seed)
     source = {"corpus": chosen.digest(), "tokens_per_document": tokens_per_document}
-    folder = _cache_folder(cache_dir)
+    folder = cache_folder("second_moments", cache_dir)
     stems = _names(lm, wanted, source)
     paths = {layer: folder / f"{stems[layer]}-{tokens}.safetensors" for layer in wanted}
     found = {layer: _read(path) for layer, path in paths.items() if path.exists()}
     missing = [layer for layer in wanted if layer not in found]
     if missing:
-        partial = folder / f"{_sha256(*(paths[layer].stem for layer in missing))}.partial"
+        partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
         sums = _begun(partial) or _earlier(folder, {layer: stems[layer] for layer in missing}, tokens)
         run = MomentPass(lm, sums or Sums.nothing(lm, missing), tokens, tokens_per_document, batch_tokens)
         sums = run.go(chosen, progress or (lambda done, total: None), _every(save_every, partial))
@@ -163,24 +162,14 @@ def _earlier(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None
     return Sums({layer: moment.matrix_ff.mul_(moment.count) for layer, moment in moments.items()}, *about)
 
 
-def _cache_folder(given: str | Path | None) -> Path:
-    home = given or os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache/engram"
-    folder = Path(home) / "second_moments"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _names(lm: LanguageModel, layers: Sequence[int], source: Mapping[str, Any]) -> dict[int, str]:
     """Names everything that C of each layer depends on but the number of tokens: weights up to the matrix itself, tokenizer, text."""
     prints = _fingerprints(lm, max(layers))
-    config = {name: value for name, value in lm.model.config.to_dict().items() if not name.startswith("_")}
-    # before its tokens stands how the latest call truncated and padded, which each call says anew
-    tokenizer = lm.tokenizer.backend_tokenizer.to_str().split('"added_tokens"', 1)[-1]
     names = {}
     for layer in layers:
         unseen = (*_blocks_above(lm, layer), f"{lm.parts.mlp_out_name(layer)}.")
         reached = {name: each for name, each in prints.items() if not name.startswith(unseen)}
-        names[layer] = _sha256(tokenizer, json.dumps([reached, config, source, layer], sort_keys=True, default=str))
+        names[layer] = identity_of(lm, reached, json.dumps([source, layer], sort_keys=True))
     return names
 
 
@@ -193,7 +182,3 @@ def _fingerprints(lm: LanguageModel, deepest: int) -> dict[str, str]:
 
 def _blocks_above(lm: LanguageModel, layer: int) -> tuple[str, ...]:
     return tuple(f"{lm.parts.block_name(above)}." for above in range(layer + 1, lm.n_layers))
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -6,25 +6,22 @@ and hands out stale values when anything else changes.)
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 
+from engram.cache import cache_folder, identity, sha256_of
 from engram.editors.values import Value, ValueConfig
 from engram.errors import EngramError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
-from engram.merging import fingerprints
 
 
 class ValueStore:
@@ -52,8 +49,7 @@ class ValueStore:
     def of(cls, given: str | Path | bool, lm: LanguageModel) -> ValueStore:
         """A file, the cache folder's (True), or none (False)."""
         if isinstance(given, bool):
-            home = Path(os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache/engram")
-            return cls(home / "values.sqlite" if given else None, lm)
+            return cls(cache_folder("values") / "values.sqlite" if given else None, lm)
         return cls(Path(given), lm)
 
     def __enter__(self) -> ValueStore:
@@ -66,18 +62,14 @@ class ValueStore:
 
     @cached_property
     def _model(self) -> str:
-        """All weights as they are, the tokenizer, and the config."""
-        return _sha256(
-            fingerprints(self._lm.model), self._lm.tokenizer.backend_tokenizer.to_str(), self._lm.model.config.model_type
-        )
+        return identity(self._lm)
 
-    def name(
-        self, lm: LanguageModel, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig
-    ) -> str:
+    def name(self, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig) -> str:
         """The digest under which a fact's value is kept; "" where nothing is."""
         if self._file is None:
             return ""
-        return _sha256(self._model, fact.prompt, fact.subject, fact.target, layer, list(contexts), site, asdict(config))
+        about = [fact.prompt, fact.subject, fact.target, layer, list(contexts), site, asdict(config)]
+        return sha256_of(self._model, json.dumps(about, sort_keys=True))
 
     def get(self, names: Sequence[str]) -> list[Value | None]:
         """The values that are there."""
@@ -103,7 +95,3 @@ def _value(losses: str, tensors: bytes) -> Value:
     terms, norms = json.loads(losses)
     nothing = found["start"].new_zeros(0, 0)
     return Value(found["start"], found["delta"], nothing, nothing, [tuple(each) for each in terms], norms)
-
-
-def _sha256(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -293,9 +293,7 @@ Prompt = tuple[Kind, int, str, str, str]  # kind, fact, prompt, wanted, unwanted
 def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Prompt]:
     """Everything that is asked of the model, before as after."""
     for i, fact in enumerate(facts):
-        true = fact.target_true if fact.target_true is not None else lm.next_tokens(fact.prompt_text, 2)
-        if not isinstance(true, str):  # the model's own answer, or its second where the first is the new object already
-            true = next((token for token, _ in true if token.strip() not in ("", fact.target.strip())), true[-1][0])
+        true = true_answer(lm, fact)
         yield "edit", i, fact.prompt_text, fact.target, true
         for paraphrase in fact.paraphrases:
             yield "paraphrase", i, paraphrase, fact.target, true
@@ -307,6 +305,14 @@ def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Prompt]:
                 )
             yield "neighbour", i, prompt, answer, fact.target
             yield "neighbour+", i, f"{statement} {prompt}", answer, fact.target
+
+
+def true_answer(lm: LanguageModel, fact: Fact) -> str:
+    """`target_true`, else the model's own answer, or its second where the first is the new object already."""
+    if fact.target_true is not None:
+        return fact.target_true
+    answers = [token for token, _ in lm.next_tokens(fact.prompt_text, 2)]
+    return next((token for token in answers if token.strip() not in ("", fact.target.strip())), answers[-1])
 
 
 def _openings(facts: Sequence[Fact]) -> Iterator[str]:

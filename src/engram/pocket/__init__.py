@@ -19,6 +19,7 @@ from engram.errors import EngramError
 from engram.facts import Fact
 
 __all__ = [
+    "LAYER_CARD",
     "PATH",
     "KnownFact",
     "as_fact",
@@ -33,6 +34,7 @@ __all__ = [
 
 _FOLDER = Path(__file__).parent
 PATH: Path = _FOLDER / "model"
+LAYER_CARD: Path = _FOLDER / "layer_card.json"  # which layer of it to edit, see docs/layers.md; read by layer_choice
 
 # Put before every other paraphrase, so that it is tested away from a text's start. No fact of the table is in them.
 _OPENINGS = (
