@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engram.delta import Delta
     from engram.edit import Edit, compose
     from engram.editors import rewrite
+    from engram.editors.memory_plan import MemoryPlan, memory_plan
     from engram.errors import EngramError
     from engram.evaluate.knowledge import Knowledge
     from engram.evaluate.knows import knows
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from engram.locate.lens import LogitLens, lens
     from engram.locate.memories import Memories, memories, promotes
     from engram.locate.refinement import Refinement, refinement
+    from engram.quantised import dequantised
 
 __version__ = "0.1.0"
 
@@ -40,14 +42,17 @@ _HOMES = {  # public name -> where it lives
     "LanguageModel": "language_model",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
+    "MemoryPlan": "editors.memory_plan",
     "Receipt": "evaluate.receipt",
     "Refinement": "locate.refinement",
     "average_trace": "locate.experiment",
     "compose": "edit",
+    "dequantised": "quantised",
     "knows": "evaluate.knows",
     "lens": "locate.lens",
     "load": "language_model",
     "memories": "locate.memories",
+    "memory_plan": "editors.memory_plan",
     "promotes": "locate.memories",
     "read_facts": "fact_files",
     "refinement": "locate.refinement",
@@ -67,15 +72,18 @@ __all__ = [
     "LanguageModel",
     "LogitLens",
     "Memories",
+    "MemoryPlan",
     "Receipt",
     "Refinement",
     "__version__",
     "average_trace",
     "compose",
+    "dequantised",
     "knows",
     "lens",
     "load",
     "memories",
+    "memory_plan",
     "promotes",
     "read_facts",
     "refinement",
