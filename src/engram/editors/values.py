@@ -154,7 +154,7 @@ def _descend(
     losses: list[tuple[float, float, float, float]] = []
     norms: list[float] = []
     for step in range(config.steps):
-        log_p = forward(delta_d).to(start_d.dtype).log_softmax(-1)
+        log_p = forward(delta_d).to(start_d).log_softmax(-1)  # logits may be made on another device than the layer's
         original_v = log_p[-1].detach() if original_v is None else original_v
         nll = -log_p[:-1].gather(1, labels[:-1, None]).view(contexts, n).mean(1).mean()
         kl = config.kl_weight * (log_p[-1].exp() * (log_p[-1] - original_v)).sum()
