@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from engram import merging
 from engram.editors import moment_matrix
 from engram.editors import second_moment as module
 from engram.editors.contexts import sample_contexts
@@ -142,7 +143,7 @@ def test_memory_is_bounded_in_bytes_and_lets_go_of_what_was_used_longest_ago(tmp
 
 def test_only_weights_that_are_reached_are_hashed(tmp_path, monkeypatch):
     lm, hashed = tiny_lm("gpt2"), []
-    monkeypatch.setattr(module, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x")
+    monkeypatch.setattr(merging, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x")
     moments_of(lm, [0, 1], 50, tmp_path)
     names = {name for name, weight in lm.model.named_parameters() if weight.data_ptr() in hashed}
     assert {"transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"} <= names

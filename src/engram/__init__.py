@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engram.delta import Delta
     from engram.edit import Edit, compose
     from engram.editors import rewrite
+    from engram.editors.memory_plan import MemoryPlan, memory_plan
     from engram.errors import EngramError
     from engram.evaluate.knowledge import Knowledge
     from engram.evaluate.knows import knows
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from engram.locate.memories import Memories, memories, promotes
     from engram.locate.refinement import Refinement, refinement
     from engram.prompt_edit import PromptEdit
+    from engram.quantised import dequantised
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ _HOMES = {  # public name -> where it lives
     "Ledger": "ledger",
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
+    "MemoryPlan": "editors.memory_plan",
     "PromptEdit": "prompt_edit",
     "Receipt": "evaluate.receipt",
     "Refinement": "locate.refinement",
@@ -54,11 +57,13 @@ _HOMES = {  # public name -> where it lives
     "chat_contexts": "chat",
     "chat_frame": "chat",
     "compose": "edit",
+    "dequantised": "quantised",
     "knows": "evaluate.knows",
     "layer_card": "layer_choice",
     "lens": "locate.lens",
     "load": "language_model",
     "memories": "locate.memories",
+    "memory_plan": "editors.memory_plan",
     "promotes": "locate.memories",
     "read_facts": "fact_files",
     "refinement": "locate.refinement",
@@ -80,6 +85,7 @@ __all__ = [
     "Ledger",
     "LogitLens",
     "Memories",
+    "MemoryPlan",
     "PromptEdit",
     "Receipt",
     "Refinement",
@@ -88,11 +94,13 @@ __all__ = [
     "chat_contexts",
     "chat_frame",
     "compose",
+    "dequantised",
     "knows",
     "layer_card",
     "lens",
     "load",
     "memories",
+    "memory_plan",
     "promotes",
     "read_facts",
     "refinement",

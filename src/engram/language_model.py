@@ -491,12 +491,7 @@ def load(
             where, dtype=dtype or "auto", device_map=device_map, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EngramError(
-            f"no causal language model found as {shown!r}, nor a masked or encoder-decoder one: {reason}\n"
-            "Expected 'pocket', a folder with config.json and safetensors weights, or a name on the Hugging Face hub "
-            "such as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)."
-        ) from error
+        raise _not_found(shown, error) from error
     if options.get("quantization_config") is not None:
         _check_quantised(model, shown)
     _fuse_activations(model)
@@ -505,6 +500,41 @@ def load(
         log.warning("%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes twice the memory",
                     shown, str(model.dtype).removeprefix("torch."))  # fmt: skip
     return LanguageModel(model, tokenizer, name=shown)
+
+
+def load_shapes(
+    name: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
+    """A model without its weights, on the meta device: every shape is there and no number. Only its config is read.
+
+    Args:
+        name, dtype, trust_remote_code: as for `load`.
+    Raises:
+        EngramError: as for `load`.
+    """
+    where, shown = str(name), str(name)
+    if shown == "pocket":
+        from engram import pocket
+
+        where, dtype = str(pocket.PATH), dtype or torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        wanted = dtype or config.dtype or torch.float32
+        with torch.device("meta"):
+            model = _AUTO_CLASSES[kind_of(config)].from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(shown, error) from error
+    return LanguageModel(model, tokenizer, name=shown)
+
+
+def _not_found(shown: str, error: Exception) -> EngramError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return EngramError(
+        f"no causal language model found as {shown!r}, nor a masked or encoder-decoder one: {reason}\n"
+        "Expected 'pocket', a folder with config.json and safetensors weights, or a name on the Hugging Face hub "
+        "such as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)."
+    )
 
 
 def _check_quantised(model: nn.Module, shown: str) -> None:

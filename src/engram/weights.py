@@ -66,8 +66,7 @@ def quantisation(module: nn.Module) -> str | None:
 
 def is_writable(module: nn.Module) -> bool:
     """Whether the weight is plain numbers in memory, so that a change can be written into it."""
-    weight: Any = module.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
+    return quantisation(module) is None and not module.weight.is_meta
 
 
 @contextmanager
@@ -95,7 +94,7 @@ def values(module: nn.Module) -> Tensor:
         UnsupportedModelError: packed in a way that cannot be read, or without numbers.
     """
     kind = quantisation(module)
-    if kind is None and is_writable(module):
+    if is_writable(module):
         return module.weight  # type: ignore[return-value]
     with in_memory(module):
         weight: Any = module.weight

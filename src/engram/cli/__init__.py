@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 for command in (
     demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, commands.edit, commands.verify,
-    commands.apply, commands.revert, commands.generate, commands.stats,
+    commands.apply, commands.revert, commands.generate, commands.stats, commands.plan,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ledger.app, name="ledger")

@@ -63,6 +63,7 @@ def edit(
     frames = [None, engram.chat_frame(lm)] if chat else [None]
     if chat and "contexts" not in settings and _takes_contexts(method):
         settings["contexts"] = engram.chat_contexts(lm, seed=seed)
+    terminal.show_plan_if_large(lm, len(wanted), method, settings)
     with terminal.progress() as report:
         made = engram.rewrite(lm, wanted, method, **settings, progress=report)
         receipts = [engram.verify(lm, made, frame=frame, progress=report) for frame in frames]
@@ -206,6 +207,27 @@ def stats(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             moment.save(out / f"layer{layer}.safetensors")
+
+
+def plan(
+    model: Model,
+    facts: Annotated[int, typer.Option("--facts", "-n", help="How many are rewritten.", min=1)] = 1,
+    method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
+    layers: Annotated[
+        list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: the preset's.")
+    ] = None,
+    facts_at_once: Annotated[int, typer.Option(help="Facts optimised in one batch.", min=1)] = 32,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+) -> None:
+    """Tell what an edit will take in memory and on disk, from the model's config alone: no weight is read."""
+    from dataclasses import asdict
+
+    import engram
+    from engram.language_model import load_shapes
+
+    told = engram.memory_plan(load_shapes(model, dtype=dtype), facts, method, layers=layers, facts_at_once=facts_at_once)
+    typer.echo(json.dumps({**asdict(told), "peak": told.peak, "beside": told.beside}) if as_json else str(told))
 
 
 def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Fact]:

@@ -176,6 +176,24 @@ def show_receipt(receipt: Receipt) -> None:
         console.print(Text(line, style))
 
 
+def show_plan_if_large(lm: LanguageModel, facts: int, method: str, settings: dict[str, Any], above: int = 1 << 30) -> None:
+    """The memory plan on stderr, where an edit will hold more than a gigabyte beside the model."""
+    from engram.editors import memory_plan
+
+    if method not in memory_plan.METHODS:
+        return
+    layer = settings.get("layer")
+    plan = memory_plan.memory_plan(
+        lm,
+        facts,
+        method,
+        layers=[layer] if isinstance(layer, int) else settings.get("layers"),
+        facts_at_once=settings.get("facts_at_once", 32),
+    )
+    if plan.beside > above:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(str(plan)))
+
+
 def show_knowledge(found: Knowledge, seed: int) -> None:
     """The table by relation."""
     for i, line in enumerate(found.table(seed=seed).splitlines()):

@@ -1,0 +1,204 @@
+"""What an edit will take in memory and on disk, told from shapes before anything big starts.
+
+Knows shapes only: works on a model on the meta device, which has no weights. What is counted is what the editors hold at once;
+an estimate, held by the tests to measured peaks within a factor of two. Refuses to know how the numbers are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from engram.editors.presets import preset
+from engram.editors.second_moment import TOKENS_PER_KEY
+from engram.errors import SettingError
+from engram.language_model import LanguageModel
+from engram.weights import linear_shape
+
+Phase = Literal["throughout", "second moments", "values", "solve", "on disk"]
+MASS = ("memit", "memit-seq", "emmet", "alphaedit", "pmet")  # solved for all facts at once, in several layers
+METHODS = ("rome", *MASS)
+_BATCH_TOKENS = 4096  # of one forward pass over text, see second_moments
+_SAMPLED = 64, 100  # texts that a model samples at once, tokens of each, see corpora
+_WIDE = 8  # bytes of a float64
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is held in memory, or written to disk, while a phase lasts."""
+
+    what: str
+    phase: Phase
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What an edit will take; `str(plan)` is a table.
+
+    Attributes:
+        parts: everything that is counted.
+        about: what it was planned for, in a line.
+    """
+
+    parts: tuple[Part, ...]
+    about: str
+
+    def of(self, phase: Phase) -> int:
+        """Bytes of a phase, what stays throughout not counted."""
+        return sum(part.bytes for part in self.parts if part.phase == phase)
+
+    @property
+    def beside(self) -> int:
+        """Largest number of bytes held beside the model."""
+        return max(self.of("second moments"), self.of("values"), self.of("solve"))
+
+    @property
+    def peak(self) -> int:
+        """The same with the model; what Python and its libraries take comes on top, about half a gigabyte."""
+        return self.of("throughout") + self.beside
+
+    @property
+    def on_disk(self) -> int:
+        return self.of("on disk")
+
+    def __str__(self) -> str:
+        width = max(len(part.what) for part in self.parts)
+        rows = [self.about, f"{'what':<{width}}  {'when':<14} {'MB':>10}"]
+        rows += [f"{part.what:<{width}}  {part.phase:<14} {part.bytes / 1e6:>10,.1f}" for part in self.parts]
+        rows.append(f"{'peak beside the model':<{width}}  {'':<14} {self.beside / 1e6:>10,.1f}")
+        rows.append(f"{'peak':<{width}}  {'':<14} {self.peak / 1e6:>10,.1f}")
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Sizes of a model and of what is asked of it."""
+
+    layers: int
+    first: int  # lowest layer whose blocks are run again
+    d: int
+    f: int
+    kv: int  # width of one token's keys, or values, of one layer
+    v: int
+    item: int  # bytes of a number in the model's dtype
+    edited: int  # layers edited
+    facts: int
+    rows: int  # rows of one value optimisation
+    row_tokens: int
+    target_tokens: int
+
+
+def memory_plan(
+    lm: LanguageModel,
+    n_facts: int = 1,
+    method: str = "rome",
+    *,
+    layers: Sequence[int] | None = None,
+    contexts: int | None = None,
+    row_tokens: int = 24,
+    target_tokens: int = 2,
+    facts_at_once: int = 32,
+) -> MemoryPlan:
+    """What rewriting `n_facts` facts will take, from shapes alone: nothing is computed, no weight is read.
+
+    Args:
+        lm: may be on the meta device (`language_model.load_shapes`).
+        layers: those edited; default: the preset's, or as many as usual at its depth.
+        contexts: texts that a value is optimised in; default: as published, 21 for ROME and 6 for the others.
+        row_tokens: tokens of a context, the prompt and the target together.
+        target_tokens: of them, those of the target.
+        facts_at_once: facts whose values are optimised in one batch (ROME: always one).
+    Raises:
+        SettingError: a method that is not planned here, or a number below 1.
+        UnsupportedModelError: a model without a single MLP output matrix per block.
+    """
+    if method not in METHODS:
+        raise SettingError(f"method={method!r} has no memory plan; planned are {', '.join(METHODS)}")
+    asked = {"n_facts": n_facts, "facts_at_once": facts_at_once, "row_tokens": row_tokens, "target_tokens": target_tokens}
+    for name, number in asked.items():
+        if number < 1:
+            raise SettingError(f"{name}={number}: expected at least 1")
+    mass = method in MASS
+    chosen = _layers(lm, method) if layers is None else sorted(set(layers))
+    contexts = (6 if mass else 21) if contexts is None else contexts
+    d, f = linear_shape(lm.parts.mlp_out(chosen[-1]))
+    config: Any = lm.model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    head_size = int(getattr(config, "head_dim", None) or d // heads)
+    shapes = _Shapes(
+        layers=lm.n_layers,
+        first=chosen[-1],
+        d=d,
+        f=f,
+        kv=head_size * int(getattr(config, "num_key_value_heads", None) or heads),
+        v=int(config.vocab_size),
+        item=lm.dtype.itemsize,
+        edited=len(chosen),
+        facts=n_facts,
+        rows=(min(n_facts, facts_at_once) if mass else 1) * (contexts + 1),
+        row_tokens=row_tokens,
+        target_tokens=target_tokens,
+    )
+    stored = sum(_stored(each) for each in (*lm.model.parameters(), *lm.model.buffers()))
+    about = (
+        f"{lm.name}: {n_facts} fact{'s' * (n_facts > 1)} by {method} at layer{'s' * (len(chosen) > 1)} "
+        f"{', '.join(map(str, chosen))}; {_name(lm)}, d_model {d}, d_ff {f}"
+    )
+    return MemoryPlan((Part("model", "throughout", stored), *_parts(shapes, mass)), about)
+
+
+def _parts(s: _Shapes, mass: bool) -> Iterator[Part]:
+    moments = s.edited * s.f**2 * _WIDE
+    texts, tokens = _SAMPLED
+    drawn = texts * (2 * s.layers * s.kv * tokens * s.item + 3 * s.v * 4)  # keys, values; logits and what is drawn from
+    forward = _BATCH_TOKENS * ((6 * s.d + 2 * s.f) * s.item + s.edited * s.f * (s.item + 4))
+    yield Part(f"sums of k k^T over {TOKENS_PER_KEY * s.f:,} tokens, and their mean", "second moments", 2 * moments)
+    yield Part("a forward pass over text, or text that the model samples", "second moments", max(forward, drawn))
+
+    run = s.rows * s.row_tokens * s.item  # one number for every recorded token
+    recorded = run * ((s.layers + 1) * s.d + 2 * s.layers * s.kv + s.f)
+    suffix = s.rows * min(s.row_tokens, s.row_tokens // 2 + s.target_tokens) * s.item  # from the subject's last token on
+    kept = suffix * (s.layers - s.first) * (8 * s.d + 2 * s.f) + run * (s.layers - s.first) * 4 * s.kv
+    logits = s.rows * s.target_tokens * s.v * (s.item + 3 * 4)
+    yield Part("second moments", "values", moments)
+    yield Part(f"a recorded run of {s.rows} rows of {s.row_tokens} tokens", "values", recorded)
+    yield Part("what the gradient needs of the layers above", "values", kept)
+    yield Part("logits", "values", logits)
+
+    keys = s.facts * s.edited * (s.f + s.d) * 4
+    yield Part("second moments", "solve", moments)
+    yield Part("C shifted, its factor, and room to compute it", "solve", 4 * s.f**2 * _WIDE)
+    yield Part("keys and values of all facts", "solve", keys)
+    if mass:
+        yield Part(
+            "the change of a layer, and the system of all facts", "solve", (3 * s.d * s.f + s.facts * (s.f + s.d)) * _WIDE
+        )
+    yield Part("the edit", "on disk", s.edited * 4 * min(s.facts * (s.d + s.f), s.d * s.f))
+
+
+def _layers(lm: LanguageModel, method: str) -> list[int]:
+    """The preset's layers; where it names none, one for ROME, five that end at its depth for the others."""
+    try:
+        settings = preset(method, lm.name)
+    except FileNotFoundError:
+        settings = preset("rome", lm.name)
+    if "layers" in settings:
+        return sorted(settings["layers"])
+    last = int(settings.get("layer", settings["depth"] * lm.n_layers))
+    return [last] if method == "rome" else list(range(max(0, last - 4), last + 1))
+
+
+def _stored(tensor: Tensor) -> int:
+    """Bytes of a tensor as it is held: of one that is packed, those of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        inside = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return sum(_stored(each) for each in inside if each is not None)
+    return tensor.numel() * tensor.element_size()
+
+
+def _name(lm: LanguageModel) -> str:
+    return str(lm.dtype).removeprefix("torch.")
