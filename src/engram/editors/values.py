@@ -136,25 +136,34 @@ class _Asked:
 
     rows: list[list[int]]
     lookup: list[int]  # subject's last token in each row
-    last: list[int]  # last position of the prompt, which predicts the target's first token
-    target: list[int]
+    reads: list[list[int]]  # positions that predict the target's tokens
+    targets: list[list[int]]  # these tokens; behind a chat's header they may differ from those in plain text
     kl_row: list[int]
     kl_lookup: int
 
     @classmethod
     def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str], kl_position: str) -> _Asked:
-        target = lm.target_ids(fact.prompt_text, fact.target)
-        ids, lookup = zip(*(subject_row(lm, fact.subject, fact.prompt, context) for context in contexts), strict=True)
+        rows = [_context_row(lm, fact, context) for context in contexts]
         kl_row, kl_lookup = subject_row(lm, fact.subject, KL_PROMPT)
         if kl_position == "lookup":  # what follows the subject there is seen by nothing
             kl_row = kl_row[: kl_lookup + 1]
-        last = [len(row) - 1 for row in ids]
-        return cls([[*row, *target[:-1]] for row in ids], list(lookup), last, target, kl_row, kl_lookup)
+        ids, lookup, reads, targets = (list(each) for each in zip(*rows, strict=True))
+        return cls(ids, lookup, reads, targets, kl_row, kl_lookup)
 
     @property
     def length(self) -> tuple[int, int]:
         """Positions from the subject's last token on, and in all."""
         return max(len(row) - at for row, at in zip(self.rows, self.lookup, strict=True)), max(map(len, self.rows))
+
+
+def _context_row(lm: LanguageModel, fact: Fact, context: str) -> tuple[list[int], int, list[int], list[int]]:
+    """One context's tokens with all of the target's but the last, the subject's last token, where the target is read, its tokens."""
+    ids, lookup = subject_row(lm, fact.subject, fact.prompt, context)
+    if context.endswith("{}"):
+        target = lm.target_ids(fact.prompt_text, fact.target)
+    else:  # something follows the prompt, such as the header of a chat's answer: how the target is spelt there, cloze knows
+        target = lm.cloze(fact.prompt_text, fact.target, frame=context).answer
+    return [*ids, *target[:-1]], lookup, [len(ids) - 1 + t for t in range(len(target))], target
 
 
 def subject_row(lm: LanguageModel, subject: str, prompt: str, context: str = "{}") -> tuple[list[int], int]:
@@ -175,7 +184,7 @@ class _Batch:
         contexts = Rows(
             [row for each in asked for row in each.rows],
             [at for each in asked for at in each.lookup],
-            [[last + t for t in range(len(each.target))] for each in asked for last in each.last],
+            [reads for each in asked for reads in each.reads],
             [n for n, each in enumerate(asked) for _ in each.rows],
         )
         penalty = Rows(
@@ -209,7 +218,7 @@ class _Batch:
         for step in range(config.steps):
             delta_nsd.requires_grad_()
             logits_pv = state.logits(delta_nsd).to(start_nsd)
-            nll_n, said_n = _nll(logits_pv.log_softmax(-1), asked, len(asked[0].rows))
+            nll_n, said_n = _nll(logits_pv.log_softmax(-1), asked)
             log_p_nv = penalty.logits(delta_nsd).to(start_nsd).log_softmax(-1)
             original_nv = log_p_nv.detach() if original_nv is None else original_nv
             kl_n = config.kl_weight * (log_p_nv.exp() * (log_p_nv - original_nv)).sum(-1)
@@ -260,14 +269,15 @@ class _Batch:
             )
 
 
-def _nll(log_p_pv: Tensor, asked: Sequence[_Asked], contexts: int) -> tuple[Tensor, Tensor]:
+def _nll(log_p_pv: Tensor, asked: Sequence[_Asked]) -> tuple[Tensor, Tensor]:
     """Each fact's mean over contexts of the target's negative log-probability a token; whether it is the arg-max throughout."""
-    device = log_p_pv.device
-    labels_p1 = torch.tensor([t for each in asked for t in each.target * contexts], device=device)[:, None]
-    sizes = [contexts * len(each.target) for each in asked]
-    log_p = log_p_pv.gather(1, labels_p1)[:, 0].split(sizes)
+    labels = [token for each in asked for target in each.targets for token in target]
+    shares = [1 / len(target) / len(each.targets) for each in asked for target in each.targets for _ in target]
+    sizes = [sum(map(len, each.targets)) for each in asked]
+    labels_p1 = torch.tensor(labels, device=log_p_pv.device)[:, None]
+    nll = (-log_p_pv.gather(1, labels_p1)[:, 0] * torch.tensor(shares).to(log_p_pv)).split(sizes)
     said = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0].split(sizes)
-    return -torch.stack([each.mean() for each in log_p]), torch.stack([each.all() for each in said])
+    return torch.stack([each.sum() for each in nll]), torch.stack([each.all() for each in said])
 
 
 def _adam(delta: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float) -> Tensor:
