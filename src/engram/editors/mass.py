@@ -29,7 +29,7 @@ from engram.editors.second_moment import SecondMoment
 from engram.editors.settings import flat, read
 from engram.editors.solver import Preservation, solve, solve_as_published, solve_exactly
 from engram.editors.subject_states import SubjectStates
-from engram.editors.value_rows import Site
+from engram.editors.value_rows import Site, reaches_block
 from engram.editors.value_store import ValueStore
 from engram.editors.values import Value, ValueConfig, optimise_values
 from engram.errors import EngramError, SettingError
@@ -193,6 +193,12 @@ def mass_edit(
     if config.exact and any(keys is not None for keys in old_keys.values()):
         raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
     anchor = _anchor(past) if config.norm_anchor else None
+    if config.site == "block" and not reaches_block(lm, chosen[-1]):
+        log.warning(
+            "%s changes the MLP's output before it is added (by a norm or a factor), so that a value for the block's output cannot be "
+            "written exactly; one for the MLP's can: site='mlp'",
+            lm.name,
+        )
     moments = moments_of(lm, chosen, second_moments, usual_corpus if corpus is None else corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
     recipe = {

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engram.hooks import substitute
+from engram.hooks import record, substitute
 from engram.language_model import LanguageModel, pad_right
 from engram.replay import Engine, Recording, Suffix, body, record_run, use_replay
 
@@ -31,6 +31,23 @@ def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[s
         "attention+mlp": [lm.parts.site_module_name("attention", layer), lm.parts.mlp_out_name(layer)],
     }
     return {f"shifted {i}": (name, "out") for i, name in enumerate(names[site])}
+
+
+@torch.no_grad()
+def reaches_block(lm: LanguageModel, layer: int) -> bool:
+    """Whether what is added to the MLP output matrix's output is added to the block's: not where a norm or a factor is in between."""
+    block, ids_bt = lm.parts.block_name(layer), torch.tensor([[5, 6]], device=lm.device)
+
+    def leaving(shift_d: Tensor) -> Tensor:
+        shifted = {lm.parts.mlp_out(layer): lambda out: out + shift_d.to(out)}
+        with record(lm.model, outputs=[block], stop=True) as seen, substitute(shifted):
+            body(lm)(ids_bt, use_cache=False)
+        return seen[block].float()
+
+    plain_btd = leaving(torch.zeros(lm.d_model))
+    shift_d = torch.linspace(-1, 1, lm.d_model, device=plain_btd.device) * plain_btd.abs().mean()
+    missed_btd = leaving(shift_d) - plain_btd - shift_d
+    return bool(missed_btd[0, -1].norm() < 0.1 * shift_d.norm())
 
 
 @dataclass(frozen=True)
