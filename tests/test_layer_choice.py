@@ -15,7 +15,7 @@ from engram.cache import cache_folder, identity
 from engram.cli import terminal
 from engram.editors import METHODS, Method
 from engram.editors.rome import rome
-from engram.errors import EngramError, FactError, NonFiniteError, SettingError
+from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
 from engram.layer_choice import choose_layers, find_card, layer_card
 from engram.layer_evidence import Plan, receipt_score
 from engram.layer_facts import as_edits, bundled_edits, known
@@ -185,6 +185,13 @@ def test_settings_that_make_no_sense(settings, told, lm, tmp_path, monkeypatch):
     asked = {**QUICK, **settings}
     with pytest.raises(EngramError, match=told):
         layer_card(lm, EDITS, cache_dir=tmp_path, **asked)
+
+
+@pytest.mark.parametrize("family", ["bert", "mixtral", "mamba"])
+def test_a_family_that_cannot_be_edited_is_told_at_once(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_choice, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UnsupportedModelError, match="edit"):
+        layer_card(tiny_lm(family), EDITS, cache_dir=tmp_path, **QUICK)
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------------
