@@ -275,7 +275,9 @@ def _nll(log_p_pv: Tensor, asked: Sequence[_Asked]) -> tuple[Tensor, Tensor]:
     shares = [1 / len(target) / len(each.targets) for each in asked for target in each.targets for _ in target]
     sizes = [sum(map(len, each.targets)) for each in asked]
     labels_p1 = torch.tensor(labels, device=log_p_pv.device)[:, None]
-    nll = (-log_p_pv.gather(1, labels_p1)[:, 0] * log_p_pv.new_tensor(shares)).split(sizes)
+    nll = (-log_p_pv.gather(1, labels_p1)[:, 0] * torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)).split(
+        sizes
+    )
     said = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0].split(sizes)
     return torch.stack([each.sum() for each in nll]), torch.stack([each.all() for each in said])
 
