@@ -58,6 +58,8 @@ class ValueConfig:
             raise SettingError(f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0")
         if self.stop not in ("loss", "argmax", "adaptive"):
             raise SettingError(f"stop={self.stop!r}: expected 'loss', 'argmax' or 'adaptive'")
+        if self.kl_position not in ("lookup", "last"):
+            raise SettingError(f"kl_position={self.kl_position!r}: expected 'lookup' or 'last'")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def optimise_values(
     Yields:
         (index of a fact, its value), a batch after the other and shorter texts first; float32 (float64 for a float64 model).
     Raises:
-        FactError: contexts without a place for the prompt, or not led by "{}".
+        FactError: contexts without a place for the prompt, or not led by "{}"; a text longer than the model takes.
         NonFiniteError: the loss is not finite.
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
@@ -160,6 +162,11 @@ class _Asked:
         if kl_position == "lookup":  # what follows the subject there is seen by nothing
             kl_row = kl_row[: kl_lookup + 1]
         ids, lookup, reads, targets = (list(each) for each in zip(*rows, strict=True))
+        if max(map(len, ids)) > lm.max_tokens:
+            raise FactError(
+                f"{fact.prompt_text!r} and {fact.target!r} in the longest context are {max(map(len, ids))} tokens, the model takes at "
+                f"most {lm.max_tokens}; give shorter contexts"
+            )
         return cls(ids, lookup, reads, targets, kl_row, kl_lookup)
 
     @property
@@ -216,6 +223,7 @@ class _Batch:
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
         self.start_nsd = torch.stack([seen[name][first].to(device, precision) for name in modules], 1)
 
+    @torch.enable_grad()  # also for a caller who is only going to generate
     def descend(self, config: ValueConfig) -> list[Value]:
         """Adam on every fact's delta, as released: stop before the update, clamp after it and leave Adam's moments alone."""
         state, penalty, asked = self.contexts, self.penalty, list(self.asked)
