@@ -65,7 +65,7 @@ def failing(monkeypatch, capsys, *args: str) -> str:
 
 def test_help_names_every_verb():
     told = run("--help").output
-    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows"):
+    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows", "layers"):
         assert re.search(rf"\b{verb}\b", told)
         assert run(verb, "--help").output
 
