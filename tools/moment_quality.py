@@ -9,10 +9,10 @@ fact is optimised once, and an edit at the preset's layer is then the least chan
 prompt's key and the contexts' mean key to the value (`variant="two-key"`, the pocket model's preset).
 
 Prints a markdown table of means over facts; "±" is the standard error of the paired difference to the first row. Scores are the
-receipt's: the share of prompts on which the wanted object wins (of neighbours, all were right before). The margin is how far it wins, as a difference of probabilities.
-"leverage" is k^T C^-1 k of the edits' keys over what the longest measurement of that text gives. Sampling noise in C inflates its
-inverse by m / (m - 1) for m x d_ff independent tokens, the last column; ROME's edit does not change with C's
-scale, MEMIT's lambda would have to grow by that factor.
+receipt's: the share of prompts on which the wanted object wins (all neighbours were right before). The margin is how far it wins,
+as a difference of probabilities. "leverage" is k^T C^-1 k of the edits' keys over what the longest measurement of that text gives.
+Sampling noise in C inflates its inverse by m / (m - 1) for m x d_ff independent tokens, the last column; ROME's edit does not
+change with C's scale, MEMIT's lambda would have to grow by that factor.
 """
 
 from __future__ import annotations
