@@ -42,9 +42,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"
 BEGIN, END = "<!-- made by tools/methods_table.py -->", "<!-- end -->"
 SETTINGS = ("single:200", "mass:10", "mass:100", "mass:500", "sequential:200")
+LIMITS = {
+    "rome": 100
+}  # facts at most: every fact is optimised by itself in 21 contexts, five seconds of processor time each
 IN_WORDS = ("in-context", "ike")  # such edits do not add up: for one after another all facts go into one
 UNEDITED = "unedited"  # the row that the others are compared with
 TIMED, DRIFT = 5, 10  # single edits: how many are timed; of every how manieth the perplexity is measured
+COLUMNS = ("method", "facts", "efficacy", "paraphrase", "neighbourhood", "S", "perplexity", "seconds", "CPU", "MB")
 BATCH = 10  # facts of each of the edits that follow one another
 
 AnyEdit = engram.Edit | engram.PromptEdit
@@ -202,7 +206,7 @@ def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
     if "second_moments" in signature(method_named(method)).parameters:
         engram.rewrite(
             lm, facts[:1], method
-        )  # measured once a model, and no part of an edit's time: now they are in the cache
+        )  # so that they are in the cache: measured once a model, no part of an edit's time
     made = mass if kind == "sequential" and method in IN_WORDS else KINDS[kind]
     found = made(lm, method, facts)
     drift, mb = fmean(found.drifts), fmean(found.sizes)
@@ -213,25 +217,37 @@ def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
 
 
 def rows(path: Path = DATA) -> dict[tuple[str, str], Row]:
-    """The latest row of each method in each setting, where a kind of setting with fewer facts replaces one with more."""
+    """The latest row of each method in each table."""
     found: dict[tuple[str, str], Row] = {}
     for line in path.read_text(encoding="utf8").splitlines() if path.exists() else ():
-        row = Row(**json.loads(line))
-        found[row.method, group(row.setting)] = row
+        if line.endswith("}"):  # otherwise a run was killed while it wrote the line
+            row = Row(**json.loads(line))
+            found[row.method, group(row.setting)] = row
     return found
 
 
 def keep(row: Row, path: Path) -> None:
-    """Append the row; a line is written whole."""
+    """Append the row, also where another run appends to the same file."""
     numbers = {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(row).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.read_bytes() if path.exists() else b""
+    torn = bool(there) and not there.endswith(b"\n")
     with path.open("a", encoding="utf8") as file:
-        file.write(json.dumps(numbers) + "\n")
+        file.write("\n" * torn + json.dumps(numbers) + "\n")
 
 
 def group(setting: str) -> str:
     """The table that a setting belongs to."""
     return setting if setting.startswith("mass:") else setting.partition(":")[0]
+
+
+def affordable(method: str, setting: str) -> str | None:
+    """The setting with as many facts as the method is given; None for more facts in one edit than that."""
+    kind, _, count = setting.partition(":")
+    limit = LIMITS.get(method, int(count))
+    if int(count) <= limit:
+        return setting
+    return None if kind == "mass" else f"{kind}:{limit}"
 
 
 def titled(name: str) -> str:
@@ -249,29 +265,18 @@ def tables(found: dict[tuple[str, str], Row]) -> str:
     for name in dict.fromkeys(map(group, SETTINGS)):
         lines = [shown(found[method, name]) for method in (UNEDITED, *METHODS) if (method, name) in found]
         if lines:
-            heads = (
-                "method",
-                "facts",
-                "efficacy",
-                "paraphrase",
-                "neighbourhood",
-                "S",
-                "perplexity",
-                "seconds",
-                "CPU",
-                "MB",
-            )
-            lines = [" | ".join(heads), "|".join(["---"] + ["--:"] * (len(heads) - 1)), *lines]
-            parts.append("\n".join([f"**{titled(name)}**", "", *(f"| {line} |" for line in lines)]))
+            head = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
+            parts.append("\n".join([f"**{titled(name)}**", "", *head, *lines]))
     return "\n\n".join(parts)
 
 
 def shown(row: Row) -> str:
+    """A line of a table."""
     scores = [f"{value:.1f}" for value in (row.efficacy, row.paraphrase, row.neighbourhood, row.score)]
     if row.mb is None:
-        return " | ".join([row.method, str(row.facts), *scores, *[""] * 4])
+        return f"| {' | '.join([row.method, str(row.facts), *scores])} | | | | |"
     costs = [f"×{row.perplexity:.3f}", f"{row.seconds:.3g}", f"{row.cpu_seconds:.3g}", f"{row.mb:.3g}"]
-    return " | ".join([f"`{row.method}`", str(row.facts), *scores, *costs])
+    return f"| {' | '.join([f'`{row.method}`', str(row.facts), *scores, *costs])} |"
 
 
 def main() -> None:
@@ -291,12 +296,14 @@ def main() -> None:
     lm = engram.load("pocket", dtype=torch.float32)
     for setting in given.settings:
         for method in given.only:
-            there = rows(given.data).get((method, group(setting)))
-            if there is not None and there.of == digest(method, setting, given.seed) and not given.again:
+            if (asked := affordable(method, setting)) is None:
                 continue
-            row = measure(lm, method, setting, given.seed)
+            there = rows(given.data).get((method, group(asked)))
+            if there is not None and there.of == digest(method, asked, given.seed) and not given.again:
+                continue
+            row = measure(lm, method, asked, given.seed)
             keep(row, given.data)
-            print(setting, shown(row), sep=" | ", flush=True)
+            print(asked, shown(row), flush=True)
 
 
 if __name__ == "__main__":
