@@ -65,7 +65,7 @@ def failing(monkeypatch, capsys, *args: str) -> str:
 
 def test_help_names_every_verb():
     told = run("--help").output
-    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows"):
+    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows", "layers"):
         assert re.search(rf"\b{verb}\b", told)
         assert run(verb, "--help").output
 
@@ -321,7 +321,8 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
         (["edit", "MODEL", "-s", "Rome"], "--prompt, --target missing"),
         (["edit", "MODEL", "-s", "Rome", "-p", "{} is in", "-t", " "], "target=' ' is empty"),
         (["edit", "MODEL", "-s", "Rome", "-p", "It is in", "-t", "Paris"], "0 places for the subject"),
-        (["edit", "MODEL", *FACT, "--layer", "one"], "--layer 'one': expected a layer's number"),
+        (["edit", "MODEL", *FACT, "--layer", "0,1"], "--layer '0,1': rome edits one layer"),
+        (["edit", "MODEL", *FACT, "--layer", "one"], "--layer 'one': expected a layer's number, from 0, several"),
         (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),
         (["edit", "MODEL", *FACT, "--set", "stps=3"], "did you mean 'steps'"),
         (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme' does not exist"),

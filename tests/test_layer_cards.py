@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from engram import Fact, LayerCard
+from engram.bootstrap import Mean, spearman
 from engram.cli import terminal
 from engram.errors import EditFileError, SettingError
-from engram.layer_cards import Evidence, Mean, Outcome, ranges, spearman
+from engram.layer_cards import Evidence, Outcome, ranges
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", "London")
 

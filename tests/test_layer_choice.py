@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import torch
 import engram
 from engram import Fact, LayerCard, layer_choice, layer_evidence, pocket
 from engram.cache import cache_folder, identity
+from engram.cli import terminal
 from engram.editors import METHODS, Method
 from engram.editors.rome import rome
-from engram.errors import EngramError, FactError, NonFiniteError, SettingError
+from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
 from engram.layer_choice import choose_layers, find_card, layer_card
 from engram.layer_evidence import Plan, receipt_score
 from engram.layer_facts import as_edits, bundled_edits, known
@@ -185,6 +187,13 @@ def test_settings_that_make_no_sense(settings, told, lm, tmp_path, monkeypatch):
         layer_card(lm, EDITS, cache_dir=tmp_path, **asked)
 
 
+@pytest.mark.parametrize("family", ["bert", "mixtral", "mamba"])
+def test_a_family_that_cannot_be_edited_is_told_at_once(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_choice, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UnsupportedModelError, match="edit"):
+        layer_card(tiny_lm(family), EDITS, cache_dir=tmp_path, **QUICK)
+
+
 # --- what is kept ---------------------------------------------------------------------------------------------------------
 
 
@@ -343,3 +352,20 @@ def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path):
     assert found.tried == [0, 7] and found.best == 0, "the last layer's change at the subject reaches no answer"
     assert found.rows[0].trace.mean > found.rows[7].trace.mean
     assert found.settings["variant"] == "two-key" and found.settings["corpus"].startswith("bundled")
+
+
+@pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
+def test_auto_on_the_bundled_model_goes_by_the_bundled_card(cache, monkeypatch):
+    monkeypatch.setattr(layer_choice, "layer_card", lambda *_, **__: pytest.fail("measured"))
+    bundled = LayerCard.load(pocket.LAYER_CARD)
+    lm = engram.load(str(pocket.PATH), dtype=torch.float32)  # under another name
+    assert bundled.identity == identity(lm), "measure it again: see docs/layers.md for the command"
+    assert find_card(lm) == bundled and len(bundled.edited) == 30
+    assert choose_layers(lm) == [bundled.best] and bundled.best in choose_layers(lm, 3)
+
+
+def test_the_page_shows_the_bundled_card(capsys):
+    terminal.show_layer_card(LayerCard.load(pocket.LAYER_CARD))
+    page = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf8")
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert all(f"    {line}" in page.splitlines() for line in shown), "\n".join(shown)

@@ -24,6 +24,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from engram.bootstrap import ranks
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCORES = ("efficacy", "paraphrase", "neighbourhood")
 QUALITY = "all three"
@@ -73,13 +75,6 @@ def quality(margins: Sequence[Array]) -> Array:
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
-
-
-def ranks(values: Array) -> Array:
-    """Ranks from 0, equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum()
-    return (ends - (counts + 1) / 2)[inverse]
 
 
 def pearson(a: Array, b: Array) -> float | None:

@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +112,23 @@ def success(lm: LanguageModel, texts: Sequence[str], better: str, worse: str) ->
     return 100 * fmean(a > b for a, b in zip(probabilities[::2], probabilities[1::2], strict=True))
 
 
+def successes(lm: LanguageModel, fact: engram.Fact) -> dict[str, float]:
+    """What one edited fact scores on the model as it is, in percent; without a score that there are no texts for."""
+    new, true = fact.target, str(fact.target_true)
+    asked = {
+        "efficacy": ([fact.prompt_text], new, true),
+        "paraphrase": (fact.paraphrases, new, true),
+        "neighbourhood": ([text for text, _ in fact.neighbours], true, new),
+    }
+    return {name: success(lm, *about) for name, about in asked.items() if about[0]}
+
+
+def averaged(scored: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score over facts, and the harmonic mean of these three as `score` (S in the paper)."""
+    means = {name: fmean(s[name] for s in scored if name in s) for name in ("efficacy", "paraphrase", "neighbourhood")}
+    return {**means, "score": 3 / sum(1 / max(value, 1e-9) for value in means.values())}
+
+
 def at_last_token(fact: engram.Fact) -> engram.Fact:
     """The same edit made at the prompt's last token: its last word plays the subject."""
     head, _, word = fact.prompt_text.rpartition(" ")
@@ -121,18 +137,13 @@ def at_last_token(fact: engram.Fact) -> engram.Fact:
 
 def edit_scores(lm: LanguageModel, count: int, seed: int, layer: int, at: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Efficacy, paraphrase and neighbourhood success (percent) of single edits at one layer, over `count` facts."""
-    scores: dict[str, list[float]] = defaultdict(list)
+    scored = []
     for _, fact in sample(lm, count, seed):
         asked = fact if at == "subject" else at_last_token(fact)
         edit = engram.rewrite(lm, asked, method="rome", layer=layer, **settings)
         with edit.applied(lm):
-            scores["efficacy"].append(success(lm, [fact.prompt_text], fact.target, str(fact.target_true)))
-            scores["paraphrase"].append(success(lm, fact.paraphrases, fact.target, str(fact.target_true)))
-            around = [text for text, _ in fact.neighbours]
-            scores["neighbourhood"].append(success(lm, around, str(fact.target_true), fact.target))
-    means = {name: fmean(values) for name, values in scores.items()}
-    score = 3 / sum(1 / max(value, 1e-9) for value in means.values())
-    return {"layer": layer, "at": at, "facts": len(scores["efficacy"]), **means, "score": score}
+            scored.append(successes(lm, fact))
+    return {"layer": layer, "at": at, "facts": len(scored), **averaged(scored)}
 
 
 def shown_recall(result: dict[str, Any]) -> str:

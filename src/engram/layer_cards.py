@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engram.bootstrap import Array, Mean, means, resampled, spearman
 from engram.edit import library_versions
 from engram.errors import EditFileError, SettingError
 from engram.facts import Fact
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
-_RESAMPLES = 1000
-_LEAST_SPREAD = 1e-6  # of curves over layers: below, there is nothing to correlate
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,6 @@ class Evidence:
     trace: tuple[float, ...] | None = None
     attribution: tuple[float, ...] | None = None
     edits: dict[int, Outcome] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over facts and its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ class LayerCard:
     def rows(self) -> tuple[LayerRow, ...]:
         """One a layer, all layers of the model."""
         traced, estimated = self._effects("trace"), self._effects("attribution")
-        scored = dict(zip(self.tried, _means(self._scores), strict=True))
+        scored = dict(zip(self.tried, means(self._scores), strict=True))
         return tuple(
             LayerRow(
                 layer,
@@ -149,7 +137,7 @@ class LayerCard:
     def as_good(self) -> list[int]:
         """Layers that these facts cannot tell from the best: the difference, fact by fact, has an interval that holds 0."""
         behind_nl = self._scores - self._scores[:, [self.tried.index(self.best)]]
-        return [layer for layer, each in zip(self.tried, _means(behind_nl), strict=True) if each.high >= 0]
+        return [layer for layer, each in zip(self.tried, means(behind_nl), strict=True) if each.high >= 0]
 
     def layers(self, count: int) -> list[int]:
         """`count` consecutive layers for a method that edits several: of those with the best layer among them, the best on average.
@@ -284,7 +272,7 @@ class LayerCard:
 
     def _effects(self, name: str) -> dict[int, Mean]:
         curves_nl = self._curves(name)
-        return dict(enumerate(_means(curves_nl))) if len(curves_nl) else {}
+        return dict(enumerate(means(curves_nl))) if len(curves_nl) else {}
 
     def _share(self, layer: int, name: str) -> float | None:
         outcomes = [each.edits[layer] for each in self.edited if layer in each.edits]
@@ -297,20 +285,12 @@ class LayerCard:
             return None
         effects_nl = effects_nl[:, self.tried]
         found = spearman(effects_nl.mean(0), self._scores.mean(0))
-        draws = zip(_resampled(effects_nl), _resampled(self._scores, seed=1), strict=True)
+        draws = zip(resampled(effects_nl), resampled(self._scores), strict=True)
         spread = [each for pair in draws if (each := spearman(*pair)) is not None]
         if found is None or not spread:
             return None
         low, high = np.percentile(spread, (2.5, 97.5))
         return Mean(found, float(low), float(high))
-
-
-def spearman(a: Sequence[float] | Array, b: Sequence[float] | Array) -> float | None:
-    """Rank correlation, equal values sharing the mean of their ranks; None where one side does not vary."""
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if min(np.ptp(a), np.ptp(b)) < _LEAST_SPREAD:
-        return None
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
 def ranges(layers: Sequence[int]) -> str:
@@ -323,24 +303,6 @@ def ranges(layers: Sequence[int]) -> str:
             runs.append([layer])
     shown = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
     return f"layer{'s' * (len(layers) != 1)} {shown}"
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts + 1) / 2)[inverse]
-
-
-def _means(values_nl: Array) -> list[Mean]:
-    """One a column; the interval is a percentile bootstrap over rows."""
-    low_l, high_l = np.percentile(_resampled(values_nl), (2.5, 97.5), axis=0)
-    return [Mean(*map(float, each)) for each in zip(values_nl.mean(0), low_l, high_l, strict=True)]
-
-
-def _resampled(values_nl: Array, seed: int = 0) -> Array:
-    """[resamples, l] means of as many rows, drawn with replacement; the same draws for the same number of rows."""
-    drawn_rn = np.random.default_rng(seed).integers(len(values_nl), size=(_RESAMPLES, len(values_nl)))
-    weights_rn = np.stack([np.bincount(draw, minlength=len(values_nl)) for draw in drawn_rn]) / len(values_nl)
-    return np.asarray(weights_rn @ values_nl)
 
 
 def _told(each: Evidence) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def layer_card(
     Raises:
         FactError: no facts to edit, or none that the model knows.
         SettingError: a method without a layer, a number that makes no sense.
+        UnsupportedModelError: a family that cannot be edited.
     """
     plan = Plan(edits, traces, estimates, every, fine)
     if keep not in ("known", "all"):
@@ -82,6 +83,7 @@ def layer_card(
     settings = {name: value for name, value in settings.items() if value is not None}
     corpus = preset("rome", lm.name).get("corpus") if corpus is None else corpus  # the model's, whatever the method
     how = Edits(method, settings, corpus, tokens, seed)
+    lm.parts.mlp_out_name(0)  # a family that cannot be edited is told before anything is measured
     text = as_corpus(corpus, seed).digest()
     about = {**_preset(method, lm), **settings, "corpus": text, "tokens": tokens, "seed": seed}
     traced = trace_settings(lm)

@@ -109,7 +109,7 @@ def values(module: nn.Module) -> Tensor:
             return stored["weight"].float() * (stored["SCB"].float()[:, None] / 127)
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(module.weight.data, module.weight.quant_state).float()  # type: ignore[union-attr]
+        return dequantize_4bit(weight.data, weight.quant_state).float()
 
 
 def keep_differentiable(model: nn.Module) -> None:

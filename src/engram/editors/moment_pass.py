@@ -211,10 +211,15 @@ def _some(documents: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def _packed(rows: list[Row], batch_tokens: int) -> Iterator[Batch]:
-    """Rows of similar length in batches of at most `batch_tokens` tokens with their padding, and of at least one row."""
+    """Rows of similar length in batches of at most `batch_tokens` tokens with their padding, and of at least one row.
+
+    A batch that has enough for large products ends where rows get a tenth shorter: a fifth of all computed tokens was padding.
+    """
     batch: Batch = []
     for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0][0]) > batch_tokens:
+        longest = len(batch[0][0]) if batch else 0
+        full = (len(batch) + 1) * longest > batch_tokens
+        if batch and (full or (len(row[0]) < 0.9 * longest and 4 * len(batch) * longest >= batch_tokens)):
             yield batch
             batch = []
         batch.append(row)

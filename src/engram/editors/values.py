@@ -125,11 +125,23 @@ def optimise_values(
     if facts_at_once < 1:
         raise SettingError(f"facts_at_once={facts_at_once}: at least one fact is optimised at a time")
     asked = [_Asked.of(lm, fact, contexts, config.kl_position) for fact in facts]
-    order = sorted(range(len(facts)), key=lambda i: asked[i].length)  # rows of one batch are about as long
-    for batch in (order[at : at + facts_at_once] for at in range(0, len(order), facts_at_once)):
+    for batch in _batches([each.length for each in asked], facts_at_once):
         with _frozen(lm.model):
             values = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine).descend(config)
         yield from zip(batch, values, strict=True)
+
+
+def _batches(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
+    """Facts of about one length together, at most so many: half of a mixed batch would be padding, a quarter-full one loses little."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        longer = bool(batch) and lengths[i][0] > lengths[batch[0]][0]
+        if len(batch) == most or (longer and 4 * len(batch) >= most):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

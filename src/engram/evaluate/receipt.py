@@ -249,7 +249,7 @@ def verify(
         probabilities, right = _score(lm, asked)
         report(what, 1, 2)
         continued = [_continuation(lm, prompt, continuation_tokens) for prompt in opened]
-        return probabilities, right, continued, _perplexity(lm, edit, text, edited)
+        return probabilities, right, continued, perplexity(lm, edit, text, edited=edited)
 
     before = measure("before the edit", False)
     with edit.laid(lm):
@@ -335,8 +335,12 @@ def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
     return lm.generate(prompt, room).removeprefix(prompt) if room > 0 else ""
 
 
-def _perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, edited: bool) -> float:
-    """Of the bare text, whatever prompts are asked through; behind the words of an edit that is words."""
+def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited: bool) -> float:
+    """Of the bare text, whatever prompts are asked through; behind the words of an edit that is words.
+
+    Args:
+        lm: with the edit laid on it where `edited`, otherwise without.
+    """
     if isinstance(edit, Edit):
         return lm.perplexity(text)
     half = lm.max_tokens // 2

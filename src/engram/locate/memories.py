@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engram.architectures import as_linear
 from engram.errors import NonFiniteError, SettingError
 from engram.hooks import record
 from engram.language_model import LanguageModel
 from engram.locate.lens import checked, require_causal
 from engram.replay import body
+from engram.weights import as_linear, linear_shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,7 +181,7 @@ def promotes(lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: b
         UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is not causal.
     """
     require_causal(lm, "engram.promotes")
-    width = lm.parts.mlp_width(layer)
+    width = linear_shape(lm.parts.mlp_out(layer))[1]
     if not 0 <= neuron < width:
         raise SettingError(f"neuron={neuron} does not exist; layer {layer} has neurons 0 to {width - 1}")
     return _values(lm, layer, [neuron], k, norm)[0]

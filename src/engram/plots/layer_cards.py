@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from engram.plots.style import STYLE, layer_ticks, plain
 
 if TYPE_CHECKING:
-    from engram.layer_cards import LayerCard, Mean
+    from engram.bootstrap import Mean
+    from engram.layer_cards import LayerCard
 
 _TRACE, _SCORE = "#20a020", "#7261ab"
 _SHARES = (("efficacy", "#e8902a", "o"), ("paraphrase", "#3b7dd8", "s"), ("neighbourhood", "#8a8a8a", "^"))
