@@ -42,9 +42,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"
 BEGIN, END = "<!-- made by tools/methods_table.py -->", "<!-- end -->"
 SETTINGS = ("single:200", "mass:10", "mass:100", "mass:500", "sequential:200")
-LIMITS = {
-    "rome": 100
-}  # facts at most: every fact is optimised by itself in 21 contexts, five seconds of processor time each
+LIMITS = {"rome": 100}  # facts at most; ROME takes five seconds of processor time for each, in any setting
 IN_WORDS = ("in-context", "ike")  # such edits do not add up: for one after another all facts go into one
 UNEDITED = "unedited"  # the row that the others are compared with
 DRIFT = 10  # of every how manieth single edit the perplexity is measured
@@ -198,7 +196,7 @@ def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
     if "second_moments" in signature(method_named(method)).parameters:
         engram.rewrite(
             lm, facts[:1], method
-        )  # so that they are in the cache: measured once a model, no part of an edit's time
+        )  # they are measured once a model, and no part of an edit's time: now they are kept
     made = mass if kind == "sequential" and method in IN_WORDS else KINDS[kind]
     found = made(lm, method, facts)
     drift, mb = fmean(found.drifts), fmean(found.sizes)
