@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 DOCS_STAMP := .venv/.installed-docs
 
-.PHONY: demo test lint types check bench docs docs-serve notebooks clean
+.PHONY: demo test test-quantised lint types check bench docs docs-serve notebooks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,7 +29,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test
+test-quantised: $(STAMP) # last: once torchao is installed, transformers imports it everywhere, and it talks
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[quant]"
+	$(BIN)/pytest tests/test_quantised.py tests/test_memory_plan.py
+
+check: lint types test test-quantised
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/trace.py

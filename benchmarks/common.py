@@ -30,21 +30,22 @@ SHAPES = {  # layers, width, heads, vocabulary
     "pocket": (8, 256, 8, 8192),
     "small": (12, 768, 12, WORDS),
     "xl": (48, 1600, 25, WORDS),
+    "gptj": (28, 4096, 16, WORDS),  # GPT-J's sizes in GPT-2's blocks
 }
 
 
-def make_model(shape: str, device: str) -> GPT2LMHeadModel:
+def make_model(shape: str, device: str, dtype: str = "float32") -> GPT2LMHeadModel:
     """GPT-2 of that shape, random, as transformers makes it."""
     layers, width, heads, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
     config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary)
     with torch.device(device):
-        return GPT2LMHeadModel(config).eval()
+        return GPT2LMHeadModel(config).to(getattr(torch, dtype)).eval()
 
 
-def make_lm(shape: str, device: str) -> LanguageModel:
+def make_lm(shape: str, device: str, dtype: str = "float32") -> LanguageModel:
     """The same as `engram.load` would give it, with a tokenizer of one token a word: w0, w1, ..."""
-    model = make_model(shape, device)
+    model = make_model(shape, device, dtype)
     _fuse_activations(model)
     return LanguageModel(model, make_tokenizer(SHAPES[shape][3]), name=f"gpt2-{shape}-shape")
 

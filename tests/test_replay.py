@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -113,3 +116,54 @@ def test_a_model_that_surprises_us_falls_back_to_whole_forward_passes(caplog):
         assert not replayable(lm)
     assert "whole forward passes" in caplog.text
     assert engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2).scores["mlp"].isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("starts", [3, [2, 5]], ids=["one start", "two starts"])
+def test_any_columns_of_a_block_can_be_read_alone(family, starts):
+    """In any order and twice too: equal to the whole block there, in every block and with masks of the blocks' own."""
+    lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
+    texts = ["The river runs through London and Rome.", "She plays the piano; he plays the guitar and sings."]
+    suffix = Suffix(lm, record_run(lm, pad_right([lm.encode(text).ids[:13] for text in texts])), starts, 8)
+    columns_br = torch.tensor([[0, 3, 7], [4, 1, 1]])
+    with torch.no_grad():
+        for layer in range(lm.n_layers):
+            wanted = suffix.block(layer, suffix.states(layer))[torch.arange(2)[:, None], columns_br]
+            read = suffix.at_columns(layer, suffix.states(layer), columns_br)
+            torch.testing.assert_close(read, wanted, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_up_to_a_block_and_some_of_its_rows_are_parts_of_the_whole(family):
+    lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
+    texts = ["The river runs through London and Rome.", "She plays the piano; he plays the guitar.", "A B C 1 2 3 4 5 6 7"]
+    ids_bt = pad_right([lm.encode(text).ids[:9] for text in texts])
+    whole, cut = record_run(lm, ids_bt), record_run(lm, ids_bt, until=2)
+    assert (len(cut.hidden), len(cut.keys), len(cut.calls)) == (4, 3, 3)
+    for mine, wanted in zip(
+        cut.hidden + cut.keys + cut.values, whole.hidden[:4] + whole.keys[:3] + whole.values[:3], strict=True
+    ):
+        torch.testing.assert_close(mine, wanted, atol=limit, rtol=limit)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    for recording in (cut, whole):
+        for rows in ([2], [2, 0], [0, 1, 2]):
+            some = recording.narrowed(lm, torch.tensor(rows), 1)
+            again = some.narrowed(lm, torch.arange(len(rows)).flip(0), 2)  # twice, the second time turned round
+            suffix, turned = Suffix(lm, some, 4, 3), Suffix(lm, again, 4, 3)
+            with torch.no_grad():
+                for layer in (1, 2):
+                    leaving = suffix.block(layer, suffix.states(layer))
+                    torch.testing.assert_close(leaving, whole.hidden[layer + 1][rows, 4:7], atol=limit, rtol=limit)
+                torch.testing.assert_close(turned.block(2, turned.states(2)), leaving.flip(0), atol=limit, rtol=limit)
+
+
+def test_a_narrowed_recording_lets_the_rest_go():
+    """Neither the blocks below nor the other rows are held any longer, by the recorded arguments either."""
+    lm = tiny_lm("llama")
+    recording = record_run(lm, torch.arange(40).view(4, 10))
+    below, inside = (weakref.ref(recording.keys[layer]) for layer in (0, 3))
+    kept = recording.narrowed(lm, torch.tensor([1]), 2)
+    del recording
+    gc.collect()
+    assert below() is None and inside() is None
+    assert len(kept.keys[3]) == 1 and kept.keys[0].numel() == 0

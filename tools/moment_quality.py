@@ -9,10 +9,10 @@ fact is optimised once, and an edit at the preset's layer is then the least chan
 prompt's key and the contexts' mean key to the value (`variant="two-key"`, the pocket model's preset).
 
 Prints a markdown table of means over facts; "±" is the standard error of the paired difference to the first row. Scores are the
-receipt's: the share of prompts on which the wanted object wins. The margin is how far it wins, as a difference of probabilities.
-"leverage" is k^T C^-1 k of the edits' keys over what the longest measurement of that text gives. Sampling noise in C inflates its
-inverse by m / (m - 1) for m x d_ff independent tokens, to be had from a column beside it; ROME's edit does not change with C's
-scale, MEMIT's lambda would have to grow by that factor.
+receipt's: the share of prompts on which the wanted object wins (all neighbours were right before). The margin is how far it wins,
+as a difference of probabilities. "leverage" is k^T C^-1 k of the edits' keys over what the longest measurement of that text gives.
+Sampling noise in C inflates its inverse by m / (m - 1) for m x d_ff independent tokens, the last column; ROME's edit does not
+change with C's scale, MEMIT's lambda would have to grow by that factor.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from engram.merging import describe_base
 from measure_pocket import sample
 
 MULTIPLES = {"bundled": (2, 5, 10, 20, 400), "sampled": (20, 400), "wikipedia": (2, 20, 400)}
-SCORES = ("efficacy", "paraphrase", "neighbourhood", "kept", "margin", "perplexity", "norm")
+SCORES = ("efficacy", "paraphrase", "neighbourhood", "margin", "perplexity", "norm")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def edit_of(lm: LanguageModel, layer: int, plan: Planned, moment: SecondMoment) 
 def scores(lm: LanguageModel, edit: engram.Edit) -> dict[str, float]:
     """One edit's receipt in numbers; shares in percent, margin in probability, perplexity and norm as ratios."""
     receipt = engram.verify(lm, edit, continuation_tokens=0)
-    shares = (receipt.share("edit"), receipt.share("paraphrase"), receipt.share("neighbour"), receipt.kept())
+    shares = (receipt.share("edit"), receipt.share("paraphrase"), receipt.share("neighbour"))
     percent = (math.nan if share is None else 100 * share for share in shares)
     margin = fmean(a.after[0] - a.after[1] for kind in ("edit", "paraphrase") for a in receipt.of(kind))
     drift = receipt.perplexity[1] / receipt.perplexity[0]

@@ -62,8 +62,12 @@ def attached(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[
 
 
 def laid(edit: Edit, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
-    """`applied` where every weight that the edit changes can be written into, `attached` where one is quantised or offloaded."""
-    return (applied if can_apply(edit, lm) else attached)(edit, lm, force=force)
+    """`applied` where every weight that the edit changes can be written into, `attached` where one is quantised or offloaded.
+
+    Also `attached` on top of what is attached already: an edit that was made there was not made on the bare weight.
+    """
+    on_top = any(BESIDE.get(home_of(lm, name)) for name in edit.deltas)
+    return (applied if can_apply(edit, lm) and not on_top else attached)(edit, lm, force=force)
 
 
 def can_apply(edit: Edit, lm: LanguageModel) -> bool:

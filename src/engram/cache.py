@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram.merging import fingerprints
+from engram.merging import beside, fingerprints
 
 if TYPE_CHECKING:
     from engram.language_model import LanguageModel
@@ -37,7 +37,8 @@ def identity(lm: LanguageModel) -> str:
 
 def identity_of(lm: LanguageModel, prints: Mapping[str, str], *more: str) -> str:
     """The same of a part of the weights, by their fingerprints, together with whatever else a result depends on."""
-    return sha256_of(tokenizer_text(lm), json.dumps([dict(prints), _config(lm)], sort_keys=True, default=str), *more)
+    model = json.dumps([dict(prints), _config(lm)], sort_keys=True, default=str)
+    return sha256_of(tokenizer_text(lm), model, *beside(lm.model), *more)
 
 
 def tokenizer_text(lm: LanguageModel) -> str:

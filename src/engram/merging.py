@@ -186,6 +186,14 @@ def _with_beside(sha256: str, module: nn.Module) -> str:
     return hashlib.sha256(" ".join([sha256, *factors]).encode()).hexdigest() if factors else sha256
 
 
+def beside(model: nn.Module) -> list[str]:
+    """What lies beside the weights of a model, module by module: part of what it computes, and in none of its tensors."""
+    lying = {name: BESIDE[module] for name, module in model.named_modules() if module in BESIDE}
+    return [
+        f"{name} {fingerprint(factor)}" for name, deltas in lying.items() for d in deltas for factor in d.factors().values()
+    ]
+
+
 def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> None:
     """Raise unless a change fits beside the weight as it is: what is compared, and when it fits, is as in `Stack.with_delta`.
 

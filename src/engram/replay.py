@@ -51,10 +51,17 @@ class Recording:
     def narrowed(self, lm: LanguageModel, rows_n: Tensor, layer: int) -> Recording:
         """The same of some rows, and of blocks from `layer` on; what is below is let go. `seen` is dropped."""
         recorded = len(self.hidden[-1])
-        some = lambda kept: [x[:0] for x in kept[:layer]] + [x.index_select(0, rows_n.to(x.device)) for x in kept[layer:]]  # noqa: E731
+
+        def some(kept: list[Tensor]) -> list[Tensor]:
+            return [x[:0].clone() for x in kept[:layer]] + [x.index_select(0, rows_n.to(x.device)) for x in kept[layer:]]
+
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        stand_in = DynamicCache()  # the one of the run holds every row and block
         for block, (args, kwargs) in zip(lm.parts.blocks, self.calls, strict=False):
-            named = _by_name(block, args, kwargs)
+            named = {
+                name: stand_in if isinstance(value, Cache) else value
+                for name, value in _by_name(block, args, kwargs).items()
+            }
             calls.append(((), {name: _for_rows(name, value, rows_n, recorded) for name, value in named.items()}))
         return Recording(some(self.hidden), some(self.keys), some(self.values), calls, {})
 
@@ -214,6 +221,10 @@ class Suffix:
     def at_columns(self, layer: int, hidden_bqd: Tensor, columns_br: Tensor) -> Tensor:
         """Like `block` of the recorded rows, read only at some columns of each: [b, r] places in the suffix -> [b, r, d]."""
         rows_b1 = torch.arange(len(columns_br))[:, None]
+        if any(buffer.dtype == torch.bool for buffer in self.blocks[layer].buffers()):
+            return self.block(layer, hidden_bqd)[
+                rows_b1, columns_br
+            ]  # a mask of its own (GPT-Neo's) takes queries for the last ones
         return self._read(layer, hidden_bqd, hidden_bqd[rows_b1, columns_br], self._at(columns_br, False), None)
 
     def _read(self, layer: int, hidden_nqd: Tensor, read_nrd: Tensor, part: Suffix, rows_n: Tensor | None) -> Tensor:
@@ -384,5 +395,8 @@ def _try(lm: LanguageModel) -> bool:
             if not close(suffix.block(layer, entering), leaving):
                 return False
             if not close(suffix.last_positions(layer, entering), leaving[:, -1:]):
+                return False
+            columns_br, rows_b1 = torch.tensor([[0, 1], [2, 0]]), torch.arange(2)[:, None]
+            if not close(suffix.at_columns(layer, entering, columns_br), leaving[rows_b1, columns_br]):
                 return False
     return close(lm.parts.head(recording.hidden[-1]), lm.model(ids_bt.to(lm.device), use_cache=False).logits)

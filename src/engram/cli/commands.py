@@ -35,8 +35,15 @@ def edit(
         Path | None, typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")] = None,
-    method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
-    layer: Annotated[str | None, typer.Option(help="Block to edit, or 'auto'; default: the preset's.")] = None,
+    method: Annotated[
+        str, typer.Option(help="How to edit: rome, memit, alphaedit, lora, ...; a wrong name lists all.")
+    ] = "rome",
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Block to edit, or several as in 3,4,5, or 'auto'; default: the preset's."
+        ),
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat.")
     ] = None,
@@ -58,10 +65,10 @@ def edit(
     wanted = _facts(subject, prompt, target, true, facts)
     settings = {**settings_of(setting), "seed": seed, **({"corpus": corpus} if corpus else {})}
     if layer is not None:
-        settings["layer"] = layer if layer == "auto" else _number("--layer", layer)
+        settings |= _layers(method, layer)
     lm = terminal.load(model, dtype, device_map)
     frames = [None, engram.chat_frame(lm)] if chat else [None]
-    if chat and "contexts" not in settings and _takes_contexts(method):
+    if chat and "contexts" not in settings and _takes("contexts", method):
         settings["contexts"] = engram.chat_contexts(lm, seed=seed)
     terminal.show_plan_if_large(lm, len(wanted), method, settings)
     with terminal.progress() as report:
@@ -261,21 +268,30 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def _number(option: str, text: str) -> int:
+def _layers(method: str, text: str) -> dict[str, Any]:
+    """`--layer` as the method's own setting: `layers` of one that edits several, otherwise `layer`."""
     from engram.errors import SettingError
 
+    several = _takes("layers", method)
+    if text == "auto":
+        return {"layers" if several else "layer": text}
     try:
-        return int(text)
+        numbers = [int(each) for each in text.split(",")]
     except ValueError:
-        raise SettingError(f"{option} {text!r}: expected a layer's number, from 0, or 'auto'") from None
+        raise SettingError(f"--layer {text!r}: expected a layer's number, from 0, several as in 3,4,5, or 'auto'") from None
+    if several:
+        return {"layers": numbers}
+    if len(numbers) > 1:
+        raise SettingError(f"--layer {text!r}: {method} edits one layer; give one number")
+    return {"layer": numbers[0]}
 
 
-def _takes_contexts(method: str) -> bool:
+def _takes(setting: str, method: str) -> bool:
     from inspect import signature
 
     from engram.editors import method_named
 
-    return "contexts" in signature(method_named(method)).parameters
+    return setting in signature(method_named(method)).parameters
 
 
 def _loaded(folders: list[Path]) -> Edit | PromptEdit:

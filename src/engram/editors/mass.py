@@ -29,7 +29,7 @@ from engram.editors.second_moment import SecondMoment
 from engram.editors.settings import flat, read
 from engram.editors.solver import Preservation, solve, solve_as_published, solve_exactly
 from engram.editors.subject_states import SubjectStates
-from engram.editors.value_rows import Site
+from engram.editors.value_rows import Site, reaches_block
 from engram.editors.value_store import ValueStore
 from engram.editors.values import Value, ValueConfig, optimise_values
 from engram.errors import EngramError, SettingError
@@ -85,12 +85,29 @@ class MassConfig:
                 raise SettingError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}")
         if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
             raise SettingError("preservation, relative_preservation, slack and ridge have to be 0 or more")
+        if self.null_energy is not None and self.null_threshold is not None:
+            raise SettingError(
+                f"null_energy={self.null_energy}, null_threshold={self.null_threshold}: give one of them, either says what the null "
+                "space is"
+            )
+        if self.projects and not (self.ridge or self.weight(1)):
+            raise SettingError("ridge=0: nothing would hold a change in the null space; set ridge above 0 (published: 10)")
+        if self.exact and self.ridge:
+            raise SettingError(
+                f"ridge={self.ridge} without slack or preservation: every key is met exactly, which leaves nothing to weigh the change "
+                "against; set both above 0, or ridge=0"
+            )
         if self.reference and (self.ridge or self.projects or self.slack != 1 or self.keys == "both"):
             raise SettingError("reference=True is MEMIT as released: without ridge, null space, slack and keys='both'")
 
     @property
     def projects(self) -> bool:
         return self.null_energy is not None or self.null_threshold is not None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every key is met exactly."""
+        return not self.projects and not self.weight(1)
 
     def weight(self, d_ff: int) -> float:
         """Of C in the least-squares problem."""
@@ -150,9 +167,7 @@ def mass_edit(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: keys or losses are not finite.
     """
     report = progress or silent
-    settings = {**_ROWS[method], **preset(method, lm.name), **knobs}
-    if "null_threshold" in settings and "null_energy" not in knobs:  # one of the two says how; the default's is the energy
-        settings.pop("null_energy", None)
+    settings = _settings(method, lm.name, knobs)
     usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
     config = read(
         MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed"
@@ -161,6 +176,8 @@ def mass_edit(
         from engram.layer_choice import choose_layers
 
         layers = choose_layers(lm, len(usual), facts=facts, seed=seed, progress=progress)
+    if layers is not None and (isinstance(layers, str | int) or not len(layers)):
+        raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'")
     chosen = sorted(set(usual if layers is None else layers))
     names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
     for fact in facts:  # every fact is checked before anything is computed
@@ -172,6 +189,16 @@ def mass_edit(
             len(shared),
             shared[0],
         )
+    old_keys = {layer: keys_of(past, names[layer]) if method in _REMEMBERS else None for layer in chosen}
+    if config.exact and any(keys is not None for keys in old_keys.values()):
+        raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
+    anchor = _anchor(past) if config.norm_anchor else None
+    if config.site == "block" and not reaches_block(lm, chosen[-1]):
+        log.warning(
+            "%s changes the MLP's output before it is added (by a norm or a factor), so that a value for the block's output cannot be "
+            "written exactly; one for the MLP's can: site='mlp'",
+            lm.name,
+        )
     moments = moments_of(lm, chosen, second_moments, usual_corpus if corpus is None else corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
     recipe = {
@@ -179,11 +206,12 @@ def mass_edit(
         "second_moments": {str(layer): moment.source for layer, moment in moments.items()}, "past": len(past),
     }  # fmt: skip
     base = describe_base(lm, names.values())
-    old_keys = {layer: keys_of(past, names[layer]) if method in _REMEMBERS else None for layer in chosen}
     with in_force(past, lm):
         with ValueStore.of(store, lm) as kept:
             values = _values(lm, facts, chosen[-1], contexts, config, engine, facts_at_once, kept, report)
-        targets_nd = _anchored(torch.stack([value.star_d for value in values]), past if config.norm_anchor else ())
+        targets_nd = torch.stack([value.star_d.cpu() for value in values])  # those from a store are on the CPU
+        if anchor is not None:
+            targets_nd = targets_nd * (anchor / targets_nd.norm(dim=1, keepdim=True))
         deltas, keys, about = _spread(
             lm, facts, contexts, targets_nd, config, moments, old_keys, names, base, engine, report
         )
@@ -228,9 +256,25 @@ def _values(
     return [value for value in found.values() if value is not None]
 
 
-def _anchored(targets_nd: Tensor, past: Sequence[Edit]) -> Tensor:
-    anchor = past[0].diagnostics.get("target_norm") if past else None
-    return targets_nd if anchor is None else targets_nd * (anchor / targets_nd.norm(dim=1, keepdim=True))
+def _settings(method: str, model: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's row, the model's preset, and what the caller says; of two settings that say one thing, the one said last."""
+    settings = {**_ROWS[method], **preset(method, model)}
+    for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):
+        if other in knobs and one not in knobs:
+            settings.pop(one, None)
+        elif one in settings or one in knobs:
+            settings.pop(other, None)
+    return {**settings, **knobs}
+
+
+def _anchor(past: Sequence[Edit]) -> float | None:
+    """Mean norm of the first edit's values; None where this is the first."""
+    if past and "target_norm" not in past[0].diagnostics:
+        raise SettingError(
+            f"norm_anchor=True: past[0], {past[0]!r}, does not hold the norm of its values; expected an edit of a mass method as "
+            "it was made (without facts taken out)"
+        )
+    return float(past[0].diagnostics["target_norm"]) if past else None
 
 
 def _spread(
@@ -287,10 +331,8 @@ def _solved(
             f"the null space of C has rank 0 at null_energy={config.null_energy}, null_threshold={config.null_threshold}, so nothing "
             "can be changed; lower the energy or raise the threshold"
         )
-    if weight == 0 and basis_fr is None:
-        if past_fp is not None:
-            raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
-        solved_mf = solve_exactly(keys_mf.T, moment, config.ridge)
+    if config.exact:
+        solved_mf = solve_exactly(keys_mf.T, moment)
     else:
         preservation = Preservation(moment, weight, config.ridge, past_fp, basis_fr)
         solved_mf = (solve_as_published if config.reference else solve)(keys_mf.T, preservation)

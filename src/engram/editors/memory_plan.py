@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from engram.editors.ingredients import layers_of
 from engram.editors.presets import preset
 from engram.editors.second_moment import TOKENS_PER_KEY
 from engram.errors import SettingError
@@ -148,16 +149,18 @@ def memory_plan(
         f"{lm.name}: {n_facts} fact{'s' * (n_facts > 1)} by {method} at layer{'s' * (len(chosen) > 1)} "
         f"{', '.join(map(str, chosen))}; {_name(lm)}, d_model {d}, d_ff {f}"
     )
-    return MemoryPlan((Part("model", "throughout", stored), *_parts(shapes, mass)), about)
+    samples = "corpus" not in preset(method, lm.name)
+    return MemoryPlan((Part("model", "throughout", stored), *_parts(shapes, mass, samples)), about)
 
 
-def _parts(s: _Shapes, mass: bool) -> Iterator[Part]:
+def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
     moments = s.edited * s.f**2 * _WIDE
     texts, tokens = _SAMPLED
     drawn = texts * (2 * s.layers * s.kv * tokens * s.item + 3 * s.v * 4)  # keys, values; logits and what is drawn from
-    forward = _BATCH_TOKENS * ((6 * s.d + 2 * s.f) * s.item + s.edited * s.f * (s.item + 4))
-    yield Part(f"sums of k k^T over {TOKENS_PER_KEY * s.f:,} tokens, and their mean", "second moments", 2 * moments)
-    yield Part("a forward pass over text, or text that the model samples", "second moments", max(forward, drawn))
+    forward = _BATCH_TOKENS * (4 * s.d + 2 * s.f) * s.item
+    yield Part(f"sums of k k^T over {TOKENS_PER_KEY * s.f:,} tokens", "second moments", moments)
+    what = "a forward pass over text" + ", or the sampling of that text" * samples
+    yield Part(what, "second moments", max(forward, drawn * samples))
 
     run = s.rows * s.row_tokens * s.item  # one number for every recorded token
     recorded = run * ((s.layers + 1) * s.d + 2 * s.layers * s.kv + s.f)
@@ -181,15 +184,11 @@ def _parts(s: _Shapes, mass: bool) -> Iterator[Part]:
 
 
 def _layers(lm: LanguageModel, method: str) -> list[int]:
-    """The preset's layers; where it names none, one for ROME, five that end at its depth for the others."""
-    try:
-        settings = preset(method, lm.name)
-    except FileNotFoundError:
-        settings = preset("rome", lm.name)
-    if "layers" in settings:
-        return sorted(settings["layers"])
-    last = int(settings.get("layer", settings["depth"] * lm.n_layers))
-    return [last] if method == "rome" else list(range(max(0, last - 4), last + 1))
+    """The preset's layers."""
+    settings = preset(method, lm.name)
+    if method in MASS:
+        return layers_of(lm, settings)
+    return [int(settings.get("layer", settings["depth"] * lm.n_layers))]
 
 
 def _stored(tensor: Tensor) -> int:

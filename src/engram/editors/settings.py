@@ -29,7 +29,7 @@ def read(config: type[Config], knobs: Mapping[str, Any], method: str, also: str 
     known = own.union(*({f.name for f in fields(each)} for each in inner.values()))
     for name in knobs:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, [*known, *also.split(", ")], n=1)
             raise SettingError(
                 f"{method} has no setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
                 + f"; it has {', '.join(sorted(known))}, and {also}"

@@ -77,14 +77,22 @@ def solve(keys_fn: Tensor, preservation: Preservation, route: Route = "auto") ->
 def solve_exactly(keys_fn: Tensor, moment: SecondMoment, ridge: float = 0.0) -> Tensor:
     """X^T [n, f] of the change with Delta K = R that moves ordinary text least: (K^T C^-1 K)^-1 K^T C^-1, float64.
 
-    The limit of `solve` for weight -> 0. Of keys that depend on each other the least-squares solution is taken.
+    The limit of `solve` for weight -> 0. Of keys that depend on each other, up to the rounding of their dtype, the least-squares
+    solution is taken: met exactly, the rounding between two computations of one key would be blown up into the change.
 
     Args:
         ridge: added to C, times its mean eigenvalue.
     """
+    rounding = 10 * torch.finfo(keys_fn.dtype).eps
     keys_fn = _finite(keys_fn)
     solved_fn = moment.solve(keys_fn, ridge=ridge).to(keys_fn.device)
-    return torch.linalg.pinv(keys_fn.T @ solved_fn, hermitian=True) @ solved_fn.T
+    gram_nn = keys_fn.T @ solved_fn
+    size_n = gram_nn.diagonal().sqrt()
+    size_n = torch.where(size_n > 0, size_n, 1.0)
+    cosines_nn = gram_nn / size_n / size_n[:, None]
+    relative = len(size_n) * torch.finfo(torch.float64).eps
+    inverse_nn = torch.linalg.pinv(cosines_nn, atol=rounding, rtol=relative, hermitian=True)
+    return inverse_nn / size_n[:, None] @ (solved_fn / size_n).T
 
 
 def solve_as_published(keys_fn: Tensor, preservation: Preservation) -> Tensor:

@@ -2,7 +2,7 @@
 
 Knows blocks, positions and which fact a row belongs to. Refuses to know losses. Replayed, only blocks above the shift and
 positions from the subject's last token on are run, and the last block only where logits are read; a model that cannot be
-replayed runs whole.
+replayed runs whole, and so do rows that, with their subjects one below the other, are longer than the model takes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engram.hooks import substitute
+from engram.hooks import record, substitute
 from engram.language_model import LanguageModel, pad_right
 from engram.replay import Engine, Recording, Suffix, body, record_run, use_replay
 
@@ -31,6 +31,23 @@ def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[s
         "attention+mlp": [lm.parts.site_module_name("attention", layer), lm.parts.mlp_out_name(layer)],
     }
     return {f"shifted {i}": (name, "out") for i, name in enumerate(names[site])}
+
+
+@torch.no_grad()
+def reaches_block(lm: LanguageModel, layer: int) -> bool:
+    """Whether what is added to the MLP output matrix's output is added to the block's: not where a norm or a factor is in between."""
+    block, ids_bt = lm.parts.block_name(layer), torch.tensor([[5, 6]], device=lm.device)
+
+    def leaving(shift_d: Tensor) -> Tensor:
+        shifted = {lm.parts.mlp_out(layer): lambda out: out + shift_d.to(out)}
+        with record(lm.model, outputs=[block], stop=True) as seen, substitute(shifted):
+            body(lm)(ids_bt, use_cache=False)
+        return seen[block].float()
+
+    plain_btd = leaving(torch.zeros(lm.d_model))
+    shift_d = torch.linspace(-1, 1, lm.d_model, device=plain_btd.device) * plain_btd.abs().mean()
+    missed_btd = leaving(shift_d) - plain_btd - shift_d
+    return bool(missed_btd[0, -1].norm() < 0.1 * shift_d.norm())
 
 
 @dataclass(frozen=True)
@@ -52,9 +69,10 @@ class Rows:
         """Positions from the subject's last token to the end, of the longest row."""
         return max(len(row) - at for row, at in zip(self.ids, self.lookup, strict=True))
 
-    def padded(self) -> Tensor:
-        """[b, t], long enough that every row has as many positions behind its subject."""
-        return pad_right(self.ids, max(self.lookup) + self.suffix)
+    @property
+    def aligned(self) -> int:
+        """Positions that let every row have as many behind its subject."""
+        return max(self.lookup) + self.suffix
 
     def first_of_each(self) -> list[int]:
         """The first row of each fact."""
@@ -88,7 +106,9 @@ class State:
         """Run the rows once, unshifted; with what was wanted at each row's subject, [b, width]."""
         inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
         outputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "out"))
-        recording = record_run(lm, rows.padded(), inputs=inputs, outputs=outputs)
+        replays = use_replay(lm, engine) and rows.aligned <= lm.max_tokens
+        ids_bt = pad_right(rows.ids, rows.aligned if replays else None)
+        recording = record_run(lm, ids_bt, inputs=inputs, outputs=outputs)
         every = torch.arange(len(rows.ids))
 
         def at_subject(name: str, side: str) -> Tensor:
@@ -96,7 +116,7 @@ class State:
             return seen.view(len(rows.ids), -1, seen.shape[-1])[every, rows.lookup]
 
         seen = {key: at_subject(*place) for key, place in wanted.items()}
-        kept = recording.narrowed(lm, every, layer) if use_replay(lm, engine) else None
+        kept = recording.narrowed(lm, every, layer) if replays else None
         return cls(lm, rows, layer, site, kept), seen
 
     def only(self, facts: Sequence[int]) -> State:
@@ -159,7 +179,7 @@ class State:
     # -- whole forward passes ------------------------------------------------------------------------------------------
 
     def _whole(self, shift_bsd: Tensor) -> Tensor:
-        lm, rows, ids_bt = self.lm, torch.arange(len(self.rows.ids)), self.rows.padded()
+        lm, rows, ids_bt = self.lm, torch.arange(len(self.rows.ids)), pad_right(self.rows.ids)
         seen: dict[str, Tensor] = {}
 
         def at_subject(shift_bd: Tensor, out: Tensor) -> Tensor:

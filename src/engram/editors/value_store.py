@@ -13,9 +13,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from engram.cache import cache_folder, identity, sha256_of
 from engram.editors.values import Value, ValueConfig
@@ -30,10 +32,12 @@ class ValueStore:
     Args:
         path: of the file; None keeps nothing.
         lm: the model, with the weights that values are found on.
+    Raises:
+        EngramError: the file cannot be read or written, here or later.
     """
 
     def __init__(self, path: Path | None, lm: LanguageModel) -> None:
-        self._lm, self._file = lm, None
+        self._lm, self._path, self._file = lm, path, None
         if path is None:
             return
         try:
@@ -43,7 +47,7 @@ class ValueStore:
                 "CREATE TABLE IF NOT EXISTS found (name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID"
             )
         except (OSError, sqlite3.Error) as error:
-            raise EngramError(f"values cannot be kept in {path}: {error}; give store= another file, or False") from error
+            raise self._unusable(error) from error
 
     @classmethod
     def of(cls, given: str | Path | bool, lm: LanguageModel) -> ValueStore:
@@ -73,21 +77,32 @@ class ValueStore:
 
     def get(self, names: Sequence[str]) -> list[Value | None]:
         """The values that are there."""
-        if self._file is None:
-            return [None] * len(names)
-        rows = (
-            self._file.execute("SELECT losses, tensors FROM found WHERE name = ?", (name,)).fetchone() for name in names
-        )
-        return [None if row is None else _value(*row) for row in rows]
+        rows = [self._run("SELECT losses, tensors FROM found WHERE name = ?", name) for name in names]
+        try:
+            return [None if row is None else _value(*row) for row in rows]
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise self._unusable(error) from error
 
     def put(self, name: str, value: Value) -> None:
         """Keep a value; when this returns it is on disk."""
-        if self._file is None:
-            return
         losses = json.dumps([value.losses, value.delta_norms])
         tensors = safetensors.torch.save({"start": value.start_d.cpu(), "delta": value.delta_d.cpu().contiguous()})
-        with self._file:
-            self._file.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (name, losses, tensors))
+        self._run("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", name, losses, tensors)
+
+    def _run(self, statement: str, *values: str | bytes) -> Any:
+        """The first row that a statement gives, and None where there is none or no file."""
+        if self._file is None:
+            return None
+        try:
+            with self._file:
+                return self._file.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> EngramError:
+        return EngramError(
+            f"values cannot be kept in {self._path}: {error}; give store= another file, or False. A damaged one can be deleted"
+        )
 
 
 def _value(losses: str, tensors: bytes) -> Value:

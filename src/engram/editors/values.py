@@ -58,6 +58,8 @@ class ValueConfig:
             raise SettingError(f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0")
         if self.stop not in ("loss", "argmax", "adaptive"):
             raise SettingError(f"stop={self.stop!r}: expected 'loss', 'argmax' or 'adaptive'")
+        if self.kl_position not in ("lookup", "last"):
+            raise SettingError(f"kl_position={self.kl_position!r}: expected 'lookup' or 'last'")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def optimise_values(
     Yields:
         (index of a fact, its value), a batch after the other and shorter texts first; float32 (float64 for a float64 model).
     Raises:
-        FactError: contexts without a place for the prompt, or not led by "{}".
+        FactError: contexts without a place for the prompt, or not led by "{}"; a text longer than the model takes.
         NonFiniteError: the loss is not finite.
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
@@ -123,11 +125,23 @@ def optimise_values(
     if facts_at_once < 1:
         raise SettingError(f"facts_at_once={facts_at_once}: at least one fact is optimised at a time")
     asked = [_Asked.of(lm, fact, contexts, config.kl_position) for fact in facts]
-    order = sorted(range(len(facts)), key=lambda i: asked[i].length)  # rows of one batch are about as long
-    for batch in (order[at : at + facts_at_once] for at in range(0, len(order), facts_at_once)):
+    for batch in _batches([each.length for each in asked], facts_at_once):
         with _frozen(lm.model):
             values = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine).descend(config)
         yield from zip(batch, values, strict=True)
+
+
+def _batches(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
+    """Facts of about one length together, at most so many: half of a mixed batch would be padding, a quarter-full one loses little."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        longer = bool(batch) and lengths[i][0] > lengths[batch[0]][0]
+        if len(batch) == most or (longer and 4 * len(batch) >= most):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,11 @@ class _Asked:
         if kl_position == "lookup":  # what follows the subject there is seen by nothing
             kl_row = kl_row[: kl_lookup + 1]
         ids, lookup, reads, targets = (list(each) for each in zip(*rows, strict=True))
+        if max(map(len, ids)) > lm.max_tokens:
+            raise FactError(
+                f"{fact.prompt_text!r} and {fact.target!r} in the longest context are {max(map(len, ids))} tokens, the model takes at "
+                f"most {lm.max_tokens}; give shorter contexts"
+            )
         return cls(ids, lookup, reads, targets, kl_row, kl_lookup)
 
     @property
@@ -204,6 +223,7 @@ class _Batch:
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
         self.start_nsd = torch.stack([seen[name][first].to(device, precision) for name in modules], 1)
 
+    @torch.enable_grad()  # also for a caller who is only going to generate
     def descend(self, config: ValueConfig) -> list[Value]:
         """Adam on every fact's delta, as released: stop before the update, clamp after it and leave Adam's moments alone."""
         state, penalty, asked = self.contexts, self.penalty, list(self.asked)
@@ -275,7 +295,9 @@ def _nll(log_p_pv: Tensor, asked: Sequence[_Asked]) -> tuple[Tensor, Tensor]:
     shares = [1 / len(target) / len(each.targets) for each in asked for target in each.targets for _ in target]
     sizes = [sum(map(len, each.targets)) for each in asked]
     labels_p1 = torch.tensor(labels, device=log_p_pv.device)[:, None]
-    nll = (-log_p_pv.gather(1, labels_p1)[:, 0] * log_p_pv.new_tensor(shares)).split(sizes)
+    nll = (-log_p_pv.gather(1, labels_p1)[:, 0] * torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)).split(
+        sizes
+    )
     said = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0].split(sizes)
     return torch.stack([each.sum() for each in nll]), torch.stack([each.all() for each in said])
 

@@ -13,12 +13,17 @@ def preset(method: str, model: str) -> dict[str, Any]:
     Args:
         model: a hub name, a folder or "pocket"; its last part is looked up, in lower case.
     """
-    tables = tomllib.loads((files(__name__) / f"{method}.toml").read_text())
+    tables = _tables(method)
     name = model.rstrip("/").rpartition("/")[2].lower()
     return {**tables["default"], **tables.get(name, {})}
 
 
 def published(method: str) -> list[str]:
     """The models that have a table of their own."""
+    return sorted(set(_tables(method)) - {"default"})
+
+
+def _tables(method: str) -> dict[str, Any]:
+    """The tables of a method's file, which may say that it has those of another one."""
     tables = tomllib.loads((files(__name__) / f"{method}.toml").read_text())
-    return sorted(set(tables) - {"default"})
+    return _tables(tables["like"]) if "like" in tables else tables

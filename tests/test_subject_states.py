@@ -1,0 +1,98 @@
+"""Keys and states at subjects are those of whole forward passes, whatever is edited below and however rows are cut up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from engram.editors import subject_states
+from engram.editors.subject_states import SubjectStates
+from tests.naive import changed
+from tests.test_replay import PARTLY_FLOAT32
+from tests.test_rome import CONTEXTS
+from tests.test_values import FACTS, SITES, VARIED, end_of
+from tests.tiny import DENSE, tiny_lm
+
+
+def slowly(lm: Any, text: str, subject: str, layer: int, state_of: Any) -> tuple[Tensor, Tensor]:
+    """Key of a layer and output of a module at the subject's last token, by one whole pass over the whole text."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(out: Tensor) -> Tensor:
+        seen["state"] = out.clone()  # some families add to it in place
+        return out
+
+    key_hook = lm.parts.mlp_out(layer).register_forward_pre_hook(lambda m, args: seen.update(key=args[0].clone()))
+    try:
+        with torch.no_grad(), changed({state_of: keep}):
+            lm.model(torch.tensor([lm.encode(text).ids]))
+    finally:
+        key_hook.remove()
+    at = end_of(text, subject, lm)
+    return tuple(seen[name].reshape(-1, seen[name].shape[-1])[at] for name in ("key", "state"))
+
+
+@torch.no_grad()
+def disturb(lm: Any, layer: int) -> None:
+    """Another weight of the MLP's output, as an edit leaves it."""
+    module = lm.parts.mlp_out(layer)
+    shape = module.weight.shape
+    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
+    module.weight += 0.5 * noise / (shape[0] if isinstance(module, Conv1D) else shape[1]) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "engine"),
+    [(family, "block", "replay") for family in DENSE]
+    + [(family, site, engine) for family in VARIED for site in SITES for engine in ("replay", "whole")],
+)
+def test_they_are_those_of_whole_forward_passes_over_the_edited_model(family, site, engine):
+    """Layers 0, 1 and 3, each changed once it was read: later ones see it, the state is read at the last one."""
+    lm, limit = tiny_lm(family, torch.float64), 1e-5 if family in PARTLY_FLOAT32 else 1e-10
+    layers = [0, 1, 3]
+    state_of = lm.parts.blocks[3] if site == "block" else lm.parts.mlp_out(3)
+    facts, contexts = FACTS[:4:3], CONTEXTS[:2]
+    states = SubjectStates(lm, facts, contexts, layers, site, engine)
+    before = None
+    for layer in layers:
+        keys_ncf, states_nd = states.at(layer)
+        for fact, keys_cf, state_d in zip(facts, keys_ncf, states_nd, strict=True):
+            rows = [
+                slowly(lm, context.replace("{}", fact.prompt_text), fact.subject, layer, state_of) for context in contexts
+            ]
+            torch.testing.assert_close(keys_cf, torch.stack([key for key, _ in rows]), atol=limit, rtol=limit)
+            torch.testing.assert_close(state_d, rows[0][1], atol=limit, rtol=limit)
+        assert before is None or (states_nd - before).abs().max() > 1e-3, "the changes below are not seen"
+        before = states_nd
+        disturb(lm, layer)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 13])
+@pytest.mark.parametrize("engine", ["replay", "whole"])
+def test_they_do_not_depend_on_how_many_rows_are_run_at_once(engine, rows, monkeypatch):
+    lm = tiny_lm("llama", torch.float64)
+    at_once = SubjectStates(lm, FACTS, CONTEXTS, [1, 2], "block", engine)
+    monkeypatch.setattr(subject_states, "_ROWS", rows)
+    in_parts = SubjectStates(lm, FACTS, CONTEXTS, [1, 2], "block", engine)
+    assert len(at_once.chunks) == 1 < len(in_parts.chunks)
+    for layer in (1, 2):
+        for mine, wanted in zip(in_parts.at(layer), at_once.at(layer), strict=True):
+            torch.testing.assert_close(mine, wanted, atol=1e-10, rtol=1e-10)
+        disturb(lm, layer)
+
+
+def test_half_precision_is_read_as_float32():
+    keys_ncf, states_nd = SubjectStates(tiny_lm("llama", torch.bfloat16), FACTS, CONTEXTS, [1], "block", "auto").at(1)
+    assert keys_ncf.dtype == states_nd.dtype == torch.float32
+    assert keys_ncf.shape[:2] == (len(FACTS), len(CONTEXTS)) and not keys_ncf.requires_grad
+
+
+def test_no_hook_is_left():
+    lm = tiny_lm("gpt2")
+    for engine in ("replay", "whole"):
+        SubjectStates(lm, FACTS, CONTEXTS, [1], "attention+mlp", engine).at(1)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
