@@ -39,6 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/trace.py
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/rome.py
+	$(BIN)/python benchmarks/mass.py
 	$(BIN)/python benchmarks/second_moment.py
 
 docs: $(DOCS_STAMP)

@@ -321,6 +321,8 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
         (["edit", "MODEL", "-s", "Rome"], "--prompt, --target missing"),
         (["edit", "MODEL", "-s", "Rome", "-p", "{} is in", "-t", " "], "target=' ' is empty"),
         (["edit", "MODEL", "-s", "Rome", "-p", "It is in", "-t", "Paris"], "0 places for the subject"),
+        (["edit", "MODEL", *FACT, "--layer", "auto", "--method", "ft"], "layer='auto': ft takes a block's number"),
+        (["edit", "MODEL", *FACT, "--method", "lora", "--set", "layers=2"], "layers=2: expected numbers of blocks"),
         (["edit", "MODEL", *FACT, "--layer", "0,1"], "--layer '0,1': rome edits one layer"),
         (["edit", "MODEL", *FACT, "--layer", "one"], "--layer 'one': expected a layer's number, from 0, several"),
         (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),

@@ -17,7 +17,7 @@ from engram import Edit, Fact
 from engram.editors import mass
 from engram.editors.ingredients import layers_of
 from engram.editors.mass import MassConfig, _settings
-from engram.editors.presets import published
+from engram.editors.presets import preset, published
 from engram.editors.second_moment import SecondMoment
 from engram.editors.settings import read
 from engram.editors.values import ValueConfig, optimise_values
@@ -464,7 +464,7 @@ def test_a_model_without_a_preset_is_edited_between_two_shares_of_its_depth():
 def test_every_published_model_makes_a_config(method):
     lm = tiny_lm()
     for model in published(method):
-        settings = _settings(method, model, {})
+        settings = {name: value for name, value in _settings(method, model, {}).items() if name != "corpus"}
         layers = layers_of(lm, settings)
         assert layers == sorted(set(layers)) and isinstance(read(MassConfig, settings, method), MassConfig)
 
@@ -579,3 +579,20 @@ def test_a_model_without_numbers_is_refused():
     with pytest.raises(NonFiniteError, match="nothing was changed"):
         rewrite(lm)
     assert same_bits(weights(lm), before)
+
+
+def test_the_released_order_of_operations_is_to_be_had_whatever_a_preset_says(monkeypatch):
+    monkeypatch.setattr(mass, "preset", lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0})
+    assert mass._settings("memit", "tiny", {"reference": True})["keys"] == "halves"
+
+
+def test_a_published_table_can_be_passed_on_as_settings():
+    settings = preset("alphaedit", "meta-llama-3-8b-instruct@easyedit")
+    assert settings["null_threshold"] == 2e-2 and "null_energy" not in settings
+    assert "relative_preservation" not in preset("memit", "gpt2-xl")
+
+
+def test_a_text_in_front_of_prompts_is_no_past():
+    words = engram.rewrite(tiny_lm("gpt2"), FACTS[:1], "in-context")
+    with pytest.raises(EngramError, match="is a text in front of prompts"):
+        engram.rewrite(tiny_lm("gpt2"), FACTS[:1], "memit", past=[words])

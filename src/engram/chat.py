@@ -55,7 +55,7 @@ def chat_contexts(
 ) -> tuple[str, ...]:
     """Contexts for `engram.rewrite(..., contexts=...)` half of which are in the chat's frames, so that an edit holds there too.
 
-    As many as are sampled by default, and one more a style: the bare "{}", the bare frames, and then the sampled texts, every
+    As many as ROME samples by default, and one more a style: the bare "{}", the bare frames, and then the sampled texts, every
     other one plain and the rest in the frames in turn.
 
     Args:

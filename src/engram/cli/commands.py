@@ -40,9 +40,7 @@ def edit(
     ] = "rome",
     layer: Annotated[
         str | None,
-        typer.Option(
-            help="Block to edit, or several as in 3,4,5, or 'auto'; default: the preset's."
-        ),
+        typer.Option(help="Block to edit, or several as in 3,4,5, or 'auto'; default: the preset's."),
     ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat.")
@@ -68,7 +66,7 @@ def edit(
         settings |= _layers(method, layer)
     lm = terminal.load(model, dtype, device_map)
     frames = [None, engram.chat_frame(lm)] if chat else [None]
-    if chat and "contexts" not in settings and _takes("contexts", method):
+    if chat and "contexts" not in settings and method not in ("ultraedit", "in-context", "ike"):
         settings["contexts"] = engram.chat_contexts(lm, seed=seed)
     terminal.show_plan_if_large(lm, len(wanted), method, settings)
     with terminal.progress() as report:
@@ -234,7 +232,11 @@ def plan(
     from engram.language_model import load_shapes
 
     told = engram.memory_plan(load_shapes(model, dtype=dtype), facts, method, layers=layers, facts_at_once=facts_at_once)
-    typer.echo(json.dumps({**asdict(told), "peak": told.peak, "beside": told.beside}) if as_json else str(told))
+    typer.echo(
+        json.dumps({**asdict(told), "peak": told.peak, "beside": told.beside, "on_disk": told.on_disk})
+        if as_json
+        else str(told)
+    )
 
 
 def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Fact]:

@@ -182,12 +182,13 @@ def show_plan_if_large(lm: LanguageModel, facts: int, method: str, settings: dic
 
     if method not in memory_plan.METHODS:
         return
-    layer = settings.get("layer")
+    layer, layers, contexts = (settings.get(name) for name in ("layer", "layers", "contexts"))
     plan = memory_plan.memory_plan(
         lm,
         facts,
         method,
-        layers=[layer] if isinstance(layer, int) else settings.get("layers"),
+        layers=[layer] if isinstance(layer, int) else layers if isinstance(layers, list) else None,
+        contexts=len(contexts) if contexts else None,
         facts_at_once=settings.get("facts_at_once", 32),
     )
     if plan.beside > above:

@@ -12,7 +12,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, Literal, cast, overload
 
-from engram.edit import Edit
+from engram.edit import Edit, check_changes_weights
 from engram.editors.ingredients import in_force
 from engram.errors import EngramError, FactError
 from engram.facts import Fact
@@ -150,6 +150,8 @@ def rewrite(
     if not facts:
         raise FactError("facts is empty; give at least one Fact(subject, prompt, target)")
     make = method_named(method)
+    for each in past:
+        check_changes_weights(each)
     if not past:
         return make(lm, facts, **settings)
     if "past" in signature(make).parameters:

@@ -16,10 +16,11 @@ import torch
 from engram.architectures import as_linear
 from engram.delta import Delta
 from engram.edit import Edit
+from engram.editors.ingredients import Report, silent
 from engram.editors.presets import preset
 from engram.editors.settings import flat, read
 from engram.editors.target_rows import fact_rows, published_rows
-from engram.editors.tuning import Report, TuningConfig, descend, still, tasks
+from engram.editors.tuning import TuningConfig, descend, still, tasks
 from engram.errors import SettingError
 from engram.facts import Fact
 from engram.hooks import overlay_weight
@@ -78,13 +79,17 @@ def fine_tune(
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged.
     """
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     settings = {**preset(method, lm.name), **knobs}
     depth = settings.pop("depth")
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
     config = read(FineTuningConfig, settings, method, "layer, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
     layer = preset_layer if layer is None else layer
+    if isinstance(layer, str):
+        raise SettingError(
+            f"layer={layer!r}: {method} takes a block's number, from 0; 'auto' is for rome and the mass editors"
+        )
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     module, tuning = lm.parts.mlp_out(layer), config.tuning
     if config.reference:

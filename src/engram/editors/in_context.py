@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
+from engram.editors.ingredients import silent
 from engram.editors.settings import flat, read
 from engram.errors import FactError, SettingError
 from engram.fact_files import read_facts
@@ -122,7 +123,7 @@ def ike(
         SettingError: an unknown setting; FactError: no demonstrations to choose from; UnsupportedModelError: a
             model that is not causal.
     """
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     lm.check_framed()
     config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
     blocks: list[str] = []

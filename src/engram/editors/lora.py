@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from engram.architectures import is_transposed
 from engram.delta import Delta
 from engram.edit import Edit
+from engram.editors.ingredients import Report, silent
 from engram.editors.matrices import Layers, matrix_names, take_layers
 from engram.editors.presets import preset
 from engram.editors.settings import flat, read
 from engram.editors.target_rows import fact_rows
-from engram.editors.tuning import Report, TuningConfig, descend, still, tasks
+from engram.editors.tuning import TuningConfig, descend, still, tasks
 from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
@@ -84,7 +85,7 @@ def lora(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged;
         UnsupportedModelError: the model wears adapters already.
     """
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     settings = {**preset("lora", lm.name), **knobs}
     layers = take_layers(lm, settings, layers)
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")

@@ -56,7 +56,8 @@ class MassConfig:
             1 / sqrt(left), "all" 1.
         site: which state is optimised and compared, see `value_rows.Site`.
         keys: "halves": half the bare prompt's key, half the contexts' mean (published). "mean": of all alike. "both" (ours): both
-            are sent to the value, for models that treat a text's first token specially; one column a fact all the same.
+            are sent to the value, for models that treat a text's first token specially; one column
+            a fact all the same, and later edits preserve the mean of the two.
         norm_anchor: scale each value to the mean norm that those of the first edit of `past` had (2026), against growth in long
             sequences.
         reference: the released code's order of operations: one LU a layer in place of kept factors.
@@ -158,7 +159,7 @@ def mass_edit(
         contexts: templates with one `{}` each, the bare "{}" first; default: five that the model samples with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
         past: edits made before on the same base, in force while this one is made; methods that remember also preserve their keys.
-        facts_at_once: facts whose values are optimised in one batch, which bounds memory.
+        facts_at_once: facts whose values are optimised in one batch, which bounds memory while values are found.
         store: keep each value as soon as it is found, under a digest of everything it depends on, and take it from there next time:
             a killed run goes on. A file, True for the cache folder, or False.
         progress: called with (what is being done, done, in all).
@@ -175,7 +176,15 @@ def mass_edit(
     if layers == "auto":
         from engram.layer_choice import choose_layers
 
-        layers = choose_layers(lm, len(usual), facts=facts, seed=seed, progress=progress)
+        layers = choose_layers(
+            lm,
+            len(usual),
+            facts=facts,
+            seed=seed,
+            corpus=usual_corpus if corpus is None else corpus,
+            tokens=tokens,
+            progress=progress,
+        )
     if layers is not None and (isinstance(layers, str | int) or not len(layers)):
         raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'")
     chosen = sorted(set(usual if layers is None else layers))
@@ -259,6 +268,8 @@ def _values(
 def _settings(method: str, model: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """The method's row, the model's preset, and what the caller says; of two settings that say one thing, the one said last."""
     settings = {**_ROWS[method], **preset(method, model)}
+    if knobs.get("reference"):
+        settings["keys"] = "halves"  # a preset's own choice gives way to the released one
     for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):
         if other in knobs and one not in knobs:
             settings.pop(one, None)

@@ -39,6 +39,8 @@ def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> l
         UnsupportedModelError: a layer or a role that the model does not have.
         SettingError: no layers, or a target that no matrix of the block is called.
     """
+    if isinstance(layers, str | int) and layers != "all":
+        raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'all'")
     chosen = range(lm.n_layers) if layers == "all" else sorted(set(layers))
     if not chosen:
         raise SettingError("layers is empty; name at least one block to change")

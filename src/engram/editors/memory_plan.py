@@ -88,6 +88,7 @@ class _Shapes:
     item: int  # bytes of a number in the model's dtype
     edited: int  # layers edited
     facts: int
+    rows_a_fact: int  # contexts
     rows: int  # rows of one value optimisation
     row_tokens: int
     target_tokens: int
@@ -140,6 +141,7 @@ def memory_plan(
         item=lm.dtype.itemsize,
         edited=len(chosen),
         facts=n_facts,
+        rows_a_fact=contexts,
         rows=(min(n_facts, facts_at_once) if mass else 1) * (contexts + 1),
         row_tokens=row_tokens,
         target_tokens=target_tokens,
@@ -177,6 +179,8 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
     yield Part("C shifted, its factor, and room to compute it", "solve", 4 * s.f**2 * _WIDE)
     yield Part("keys and values of all facts", "solve", keys)
     if mass:
+        every = s.facts * s.rows_a_fact * (s.row_tokens * s.d * s.item + s.f * 4)
+        yield Part("states and keys of all facts in all contexts", "solve", every)
         yield Part(
             "the change of a layer, and the system of all facts", "solve", (3 * s.d * s.f + s.facts * (s.f + s.d)) * _WIDE
         )

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from engram.editors.contexts import sample_contexts
+from engram.editors.ingredients import Report
 from engram.editors.target_rows import TargetBatch, TargetRow, batches_of, target_row
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.language_model import LanguageModel
 from engram.replay import Engine, Suffix, record_run, use_replay
 
-Report = Callable[[str, int, int], None]
 Forward = Callable[[], Tensor]  # logits [p, v] of a batch as the parameters stand
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from engram.delta import Delta
 from engram.edit import Edit
+from engram.editors.ingredients import Report, silent
 from engram.editors.matrices import Layers, matrix_names, take_layers
 from engram.editors.presets import preset
 from engram.editors.settings import flat, read
 from engram.editors.target_rows import TargetBatch, batches_of, fact_rows
-from engram.editors.tuning import Report, still
+from engram.editors.tuning import still
 from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.hooks import record, substitute
@@ -118,7 +119,7 @@ def ultraedit(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with.
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
-    report = progress or (lambda what, done, total: None)
+    report = progress or silent
     settings = {**preset("ultraedit", lm.name), **knobs}
     layers = take_layers(lm, settings, layers)
     config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")

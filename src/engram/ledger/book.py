@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
 
-from engram.edit import Edit, compose
+from engram.edit import Edit, check_changes_weights, compose
 from engram.edit_files import identity
 from engram.errors import BaseMismatchError, CanaryError, EditFileError, EngramError, NonFiniteError
 from engram.evaluate.canary import Canary
@@ -150,6 +150,7 @@ class Ledger:
         Raises:
             BaseMismatchError: an edit of another model.
         """
+        check_changes_weights(edit)
         made_on(edit, self.base, ())
         found: list[Conflict] = []
         for entry in self.list():
@@ -219,6 +220,7 @@ class Ledger:
             BaseMismatchError: the edit was made on other weights, or `lm` is not the base.
             EngramError: the edit is in force already, or a fact to be replaced cannot be taken out exactly.
         """
+        check_changes_weights(edit)
         if canary is not None and lm is None:
             raise EngramError("canary=... was given without a model to measure it on; pass lm, too")
         with self._writing():

@@ -15,7 +15,11 @@ def preset(method: str, model: str) -> dict[str, Any]:
     """
     tables = _tables(method)
     name = model.rstrip("/").rpartition("/")[2].lower()
-    return {**tables["default"], **tables.get(name, {})}
+    own, usual = tables.get(name, {}), dict(tables["default"])
+    for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):
+        if one in own:  # two ways to say one thing
+            usual.pop(other, None)
+    return {**usual, **own}
 
 
 def published(method: str) -> list[str]:
