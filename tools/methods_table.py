@@ -287,9 +287,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing; print the tables and put them into the page")
     given = parser.parse_args()
     if given.table:
+        made = tables(rows(given.data))
         before, rest = PAGE.read_text("utf-8").split(BEGIN)
-        print(tables(rows(given.data)))
-        PAGE.write_text(f"{before}{BEGIN}\n\n{tables(rows(given.data))}\n\n{END}{rest.split(END)[1]}", "utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}", "utf-8")
+        print(made)
         return
     lm = engram.load("pocket", dtype=torch.float32)
     for setting in given.settings:

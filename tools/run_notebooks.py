@@ -19,6 +19,10 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 
+WARNINGS = (
+    "IProgress not found",  # tqdm, where ipywidgets are not installed
+    "`is_gradient_checkpointing` is deprecated",  # peft asks transformers by an old name
+)
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 240  # seconds a cell
 FOLDERS = re.compile(
@@ -37,7 +41,7 @@ def executed(notebook: Any) -> Any:
         cell.outputs, cell.execution_count = [], None
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    quiet["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, where ipywidgets are not installed
+    quiet["PYTHONWARNINGS"] = ",".join(f"ignore:{message}" for message in WARNINGS)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             fresh, timeout=TIMEOUT, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}
