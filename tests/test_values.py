@@ -78,8 +78,11 @@ def same(some: list[Value], other: list[Value], limit: float) -> None:
 # --- many at once ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", VARIED)
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [(family, "block") for family in VARIED]
+    + [(family, site) for family in VARIED[:2] for site in ("mlp", "attention+mlp")],
+)
 def test_a_batch_gives_what_one_by_one_gives(family, site):
     lm = tiny_lm(family, torch.float64)
     limit = 1e-6 if family in PARTLY_FLOAT32 else 1e-8
@@ -139,12 +142,12 @@ def test_values_come_a_batch_after_the_other():
     lm, begun = tiny_lm("gpt2"), []
     assert replayable(lm)  # which is tried once
     lm.model.get_input_embeddings().register_forward_hook(lambda *_: begun.append(1))
-    made = optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_at_once=2)
+    made = optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_at_once=1)
     assert not begun
-    next(made), next(made)
+    next(made)
     after_one = len(begun)
     next(made)
-    assert len(begun) == 2 * after_one
+    assert len(begun) == 2 * after_one > 0
 
 
 def test_no_facts_give_no_values():
@@ -163,8 +166,10 @@ def test_rows_that_are_too_long_below_each_other_run_whole():
 # --- engines --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [(family, "block") for family in DENSE] + [(family, site) for family in VARIED for site in ("mlp", "attention+mlp")],
+)
 def test_replay_is_the_whole_model(family, site):
     lm = tiny_lm(family, torch.float64)
     limit = 1e-5 if family in PARTLY_FLOAT32 else 1e-8
