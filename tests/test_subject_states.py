@@ -71,6 +71,20 @@ def test_they_are_those_of_whole_forward_passes_over_the_edited_model(family, si
         disturb(lm, layer)
 
 
+def test_they_come_in_the_order_of_the_facts():
+    """However rows were sorted inside: each fact's are those it has alone."""
+    lm = tiny_lm("llama", torch.float64)
+    facts = [FACTS[i] for i in (3, 1, 0, 2, 4)]
+    states = SubjectStates(lm, facts, CONTEXTS, [1, 2], "block", "auto")
+    order = torch.tensor(states.chunks[0].facts)
+    assert not torch.equal(order, order.argsort()), "sorting twice puts them back: the test would be empty"
+    together = states.at(1)
+    for i, fact in enumerate(facts):
+        alone = SubjectStates(lm, [fact], CONTEXTS, [1, 2], "block", "auto").at(1)
+        for mine, wanted in zip(together, alone, strict=True):
+            torch.testing.assert_close(mine[i], wanted[0], atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 13])
 @pytest.mark.parametrize("engine", ["replay", "whole"])
 def test_they_do_not_depend_on_how_many_rows_are_run_at_once(engine, rows, monkeypatch):

@@ -78,8 +78,11 @@ def same(some: list[Value], other: list[Value], limit: float) -> None:
 # --- many at once ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", VARIED)
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [(family, "block") for family in VARIED]
+    + [(family, site) for family in VARIED[:2] for site in ("mlp", "attention+mlp")],
+)
 def test_a_batch_gives_what_one_by_one_gives(family, site):
     lm = tiny_lm(family, torch.float64)
     limit = 1e-6 if family in PARTLY_FLOAT32 else 1e-8
@@ -109,14 +112,15 @@ def test_facts_that_stop_early_leave_and_the_others_go_on(engine):
         assert (value.losses[-1][0] < 2.0) == (len(value.losses) < 16)
 
 
-def test_a_fact_that_is_clamped_is_clamped_alone():
+def test_each_fact_is_clamped_by_its_own_state():
+    """The first update is longer than that, so that from the second pass on every change is as long as it may be."""
     lm = tiny_lm("gpt2", torch.float64)
-    clamped = values(lm, steps=6, clamp=0.9)
-    limits = [0.9 * float(value.start_d.norm()) for value in clamped]
-    touching = [max(value.delta_norms) > 0.999 * limit for value, limit in zip(clamped, limits, strict=True)]
-    assert any(touching), "none is clamped"
-    assert all(max(value.delta_norms) <= limit * (1 + 1e-9) for value, limit in zip(clamped, limits, strict=True))
-    same(clamped, [values(lm, [fact], steps=6, clamp=0.9)[0] for fact in FACTS], 1e-8)
+    clamped = values(lm, steps=6, clamp=0.2)
+    limits = [0.2 * float(value.start_d.norm()) for value in clamped]
+    assert max(limits) > 1.05 * min(limits), "all states are of one length: the test would be empty"
+    for value, limit in zip(clamped, limits, strict=True):
+        assert value.delta_norms[1] == pytest.approx(limit, rel=1e-9) and max(value.delta_norms) <= limit * (1 + 1e-9)
+    same(clamped, [values(lm, [fact], steps=6, clamp=0.2)[0] for fact in FACTS], 1e-8)
 
 
 def test_two_states_are_clamped_each_by_its_own_length():
@@ -139,12 +143,12 @@ def test_values_come_a_batch_after_the_other():
     lm, begun = tiny_lm("gpt2"), []
     assert replayable(lm)  # which is tried once
     lm.model.get_input_embeddings().register_forward_hook(lambda *_: begun.append(1))
-    made = optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_at_once=2)
+    made = optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_at_once=1)
     assert not begun
-    next(made), next(made)
+    next(made)
     after_one = len(begun)
     next(made)
-    assert len(begun) == 2 * after_one
+    assert len(begun) == 2 * after_one > 0
 
 
 def test_no_facts_give_no_values():
@@ -163,8 +167,10 @@ def test_rows_that_are_too_long_below_each_other_run_whole():
 # --- engines --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [(family, "block") for family in DENSE] + [(family, site) for family in VARIED for site in ("mlp", "attention+mlp")],
+)
 def test_replay_is_the_whole_model(family, site):
     lm = tiny_lm(family, torch.float64)
     limit = 1e-5 if family in PARTLY_FLOAT32 else 1e-8
