@@ -31,7 +31,7 @@ LINES = lines_of(COLUMNS)
 CLOSED = {"contexts": ["{}", "He sings. {}"], "corpus": TEXT.splitlines() * 4, "tokens": 200, "steps": 2}
 QUICK = {  # settings that make an edit of a tiny model in no time
     "rome": CLOSED,
-    **{name: CLOSED | {"store": False} for name in mass._ROWS},
+    **{name: CLOSED | {"store": False} for name in mass.ROWS},
     **{name: {"epochs": 2} for name in ("ft", "ft-l", "ft-w", "locft-bf")},
     "lora": {"epochs": 2, "layers": [1, 2], "rank": 4},
     "ultraedit": {"layers": [1, 2]},
@@ -85,11 +85,11 @@ def form(edit):
 
 def test_the_solvers_table_has_a_row_for_each_method_of_the_solver():
     rows = lines_of(SOLVED)
-    assert list(rows) == ["rome", *mass._ROWS]
+    assert list(rows) == ["rome", *mass.ROWS]
     for name, row in rows.items():
         assert bool(row["earlier"]) == (name in mass._REMEMBERS)
         assert ("several" in row["layers"]) == ("several" in LINES[name]["changes"])
-        share = mass._ROWS.get(name, {}).get("share", "all" if name == "rome" else "even")
+        share = mass.ROWS.get(name, {}).get("share", "all" if name == "rome" else "even")
         assert row["share"] == {"all": "all", "even": "1 / those left", "root": "1 / √those left"}[share]
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import engram
 from engram import LanguageModel, MemoryPlan
 from engram.cli import app
-from engram.editors.memory_plan import MASS
+from engram.editors.mass import ROWS
 from engram.errors import EngramError, SettingError
 from engram.language_model import load_shapes
 from tests.tiny import DENSE, EXPERTS, make_config, tiny_folder, tiny_lm
@@ -112,7 +112,7 @@ def test_an_edit_that_will_take_much_says_so_first(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
     terminal.show_plan_if_large(lm, 1, "rome", {"layer": 2}, above=1000)
     assert capsys.readouterr().err.strip() == str(engram.memory_plan(lm, layers=[2]))
-    for method in MASS:
+    for method in ROWS:
         terminal.show_plan_if_large(lm, 40, method, {"facts_at_once": 4, "layers": [1, 2]}, above=1000)
         told = capsys.readouterr().err
         assert told.strip() == str(engram.memory_plan(lm, 40, method, layers=[1, 2], facts_at_once=4))

@@ -180,7 +180,7 @@ def show_plan_if_large(lm: LanguageModel, facts: int, method: str, settings: dic
     """The memory plan on stderr, where an edit will hold more than a gigabyte beside the model."""
     from engram.editors import memory_plan
 
-    if method not in memory_plan.METHODS:
+    if method not in memory_plan.PLANNED:
         return
     layer, layers, contexts = (settings.get(name) for name in ("layer", "layers", "contexts"))
     plan = memory_plan.memory_plan(

@@ -121,7 +121,7 @@ _SHARES: dict[str, Callable[[int], float]] = {
     "all": lambda left: 1.0,
 }
 _REMEMBERS = ("memit-seq", "alphaedit")  # keys of earlier edits are preserved
-_ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
+ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
     "memit": {},
     "emmet": {"share": "all"},
     "memit-seq": {},
@@ -170,6 +170,7 @@ def mass_edit(
     report = progress or silent
     settings = _settings(method, lm.name, knobs)
     usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
+    corpus = usual_corpus if corpus is None else corpus
     config = read(
         MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed"
     )
@@ -181,7 +182,7 @@ def mass_edit(
             len(usual),
             facts=facts,
             seed=seed,
-            corpus=usual_corpus if corpus is None else corpus,
+            corpus=corpus,
             tokens=tokens,
             progress=progress,
         )
@@ -208,7 +209,7 @@ def mass_edit(
             "written exactly; one for the MLP's can: site='mlp'",
             lm.name,
         )
-    moments = moments_of(lm, chosen, second_moments, usual_corpus if corpus is None else corpus, tokens, seed, report)
+    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, report)
     contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
     recipe = {
         "layers": chosen, **flat(config), "contexts": list(contexts),
@@ -233,9 +234,7 @@ def mass_edit(
     return Edit(tuple(facts), method, recipe, deltas, base, seed=seed, diagnostics=diagnostics, keys=keys)
 
 
-memit, emmet, memit_seq, alphaedit, pmet = (
-    partial(mass_edit, method=name) for name in ("memit", "emmet", "memit-seq", "alphaedit", "pmet")
-)
+memit, emmet, memit_seq, alphaedit, pmet = (partial(mass_edit, method=name) for name in ROWS)
 
 
 def _values(
@@ -267,7 +266,7 @@ def _values(
 
 def _settings(method: str, model: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """The method's row, the model's preset, and what the caller says; of two settings that say one thing, the one said last."""
-    settings = {**_ROWS[method], **preset(method, model)}
+    settings = {**ROWS[method], **preset(method, model)}
     if knobs.get("reference"):
         settings["keys"] = "halves"  # a preset's own choice gives way to the released one
     for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from engram.editors.ingredients import layers_of
+from engram.editors.mass import ROWS
 from engram.editors.presets import preset
 from engram.editors.second_moment import TOKENS_PER_KEY
 from engram.errors import SettingError
@@ -20,8 +21,7 @@ from engram.language_model import LanguageModel
 from engram.weights import linear_shape
 
 Phase = Literal["throughout", "second moments", "values", "solve", "on disk"]
-MASS = ("memit", "memit-seq", "emmet", "alphaedit", "pmet")  # solved for all facts at once, in several layers
-METHODS = ("rome", *MASS)
+PLANNED = ("rome", *ROWS)
 _BATCH_TOKENS = 4096  # of one forward pass over text, see second_moments
 _SAMPLED = 64, 100  # texts that a model samples at once, tokens of each, see corpora
 _WIDE = 8  # bytes of a float64
@@ -118,13 +118,13 @@ def memory_plan(
         SettingError: a method that is not planned here, or a number below 1.
         UnsupportedModelError: a model without a single MLP output matrix per block.
     """
-    if method not in METHODS:
-        raise SettingError(f"method={method!r} has no memory plan; planned are {', '.join(METHODS)}")
+    if method not in PLANNED:
+        raise SettingError(f"method={method!r} has no memory plan; planned are {', '.join(PLANNED)}")
     asked = {"n_facts": n_facts, "facts_at_once": facts_at_once, "row_tokens": row_tokens, "target_tokens": target_tokens}
     for name, number in asked.items():
         if number < 1:
             raise SettingError(f"{name}={number}: expected at least 1")
-    mass = method in MASS
+    mass = method in ROWS
     chosen = _layers(lm, method) if layers is None else sorted(set(layers))
     contexts = (6 if mass else 21) if contexts is None else contexts
     d, f = linear_shape(lm.parts.mlp_out(chosen[-1]))
@@ -190,7 +190,7 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
 def _layers(lm: LanguageModel, method: str) -> list[int]:
     """The preset's layers."""
     settings = preset(method, lm.name)
-    if method in MASS:
+    if method in ROWS:
         return layers_of(lm, settings)
     return [int(settings.get("layer", settings["depth"] * lm.n_layers))]
 
