@@ -88,6 +88,64 @@ def matmul_rate(device: str) -> float:
     return 2 * 2048**3 / seconds
 
 
+def published_value(
+    model: torch.nn.Module,
+    module: torch.nn.Module,
+    rows: Sequence[Sequence[int]],
+    lookup: Sequence[int],
+    ends: Sequence[int],
+    target: int,
+    *,
+    clamp: float,
+    steps: int,
+    device: str,
+) -> list[float]:
+    """One value as the released code finds it: whole forward passes over all rows with every position's logits; the losses.
+
+    Args:
+        module: whose output is shifted by one delta at `lookup` of every row; the last row is the penalty's.
+        ends: position of the other rows that predicts `target`.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    at, number = torch.tensor(lookup, device=device), torch.arange(len(rows), device=device)
+    last = torch.tensor(ends, device=device)
+    delta = torch.zeros(model.config.n_embd, device=device, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=0.5)
+    start: list[torch.Tensor] = []
+    original: list[torch.Tensor] = []
+    losses = []
+
+    def add(_: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        if not start:
+            start.append(out[0, lookup[0]].detach().float())
+        out = out.clone()
+        out[number, at] += delta.to(out.dtype)
+        return out
+
+    hook = module.register_forward_hook(add)
+    for step in range(steps):
+        optimiser.zero_grad()
+        log_p = model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+        nll = -log_p[number[:-1], last, target].mean()
+        here = log_p[-1, lookup[-1]]
+        original = original or [here.detach()]
+        kl = 0.0625 * (here.exp() * (here - original[0])).sum()
+        loss = nll + kl + 0.5 * delta.norm() / start[0].norm() ** 2
+        losses.append(loss.item())
+        if step == steps - 1:
+            break
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            limit = clamp * start[0].norm()
+            if delta.norm() > limit:
+                delta.mul_(limit / delta.norm())
+    hook.remove()
+    return losses
+
+
 def arguments(doc: str, shape: str = "small", **more: dict[str, Any]) -> argparse.Namespace:
     """The options of every benchmark, with its usual shape; `more` adds --NAME with these arguments of `add_argument`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

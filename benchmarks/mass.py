@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from common import SHAPES, arguments, make_lm, matmul_rate, peak_mib, run_all, save, timed, words
+from common import SHAPES, arguments, make_lm, matmul_rate, peak_mib, published_value, run_all, save, timed, words
 
 STEPS = 20
 CONTEXTS = (0, 9, 9, 9, 9, 9)  # sampled tokens in front
@@ -78,44 +78,8 @@ def published(given: Any) -> dict[str, Any]:
         (target,), subject = lm.target_ids(fact.prompt_text, fact.target), lm.encode(fact.subject).ids
         rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
         lookup = [len(row) - behind - 1 for row in prompts] + [len(subject) - 1]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-        at, number = torch.tensor(lookup, device=device), torch.arange(len(rows), device=device)
-        ends = torch.tensor([len(row) - 1 for row in prompts], device=device)
-        delta = torch.zeros(lm.d_model, device=device, requires_grad=True)
-        optimiser = torch.optim.Adam([delta], lr=0.5)
-        start: list[torch.Tensor] = []
-        original: list[torch.Tensor] = []
-        losses = []
-
-        def add(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-            if not start:
-                start.append(out[0, lookup[0]].detach().float())
-            out = out.clone()
-            out[number, at] += delta.to(out.dtype)
-            return out
-
-        hook = block.register_forward_hook(add)
-        for step in range(STEPS):
-            optimiser.zero_grad()
-            log_p = model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-            nll = -log_p[number[:-1], ends, target].mean()
-            here = log_p[-1, lookup[-1]]
-            original = original or [here.detach()]
-            kl = 0.0625 * (here.exp() * (here - original[0])).sum()
-            loss = nll + kl + 0.5 * delta.norm() / start[0].norm() ** 2
-            losses.append(loss.item())
-            if step == STEPS - 1:
-                break
-            loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                limit = 0.75 * start[0].norm()
-                if delta.norm() > limit:
-                    delta.mul_(limit / delta.norm())
-        hook.remove()
-        return losses
+        ends = [len(row) - 1 for row in prompts]
+        return published_value(model, block, rows, lookup, ends, target, clamp=0.75, steps=STEPS, device=device)
 
     some = facts[: given.loops]
     optimise(facts[-1])  # the first pass of a process is slow

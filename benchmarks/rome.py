@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, make_lm, make_model, matmul_rate, peak_mib, run_all, save, timed, words
+from common import arguments, make_lm, make_model, matmul_rate, peak_mib, published_value, run_all, save, timed, words
 
 LAYERS = {"small": 5, "xl": 17}
 LENGTHS = {"short": (4, 1), "typical": (1, 3), "long": (1, 7)}  # tokens before the subject and behind it
@@ -66,46 +66,11 @@ def full(length: str, shape: str, device: str) -> dict[str, Any]:
     prompts = [[*context, *([13] if context else []), *before, *subject, *after] for context in contexts]
     rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
     lookup = [len(row) - len(after) - 1 for row in prompts] + [len(subject) - 1]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    at, number = torch.tensor(lookup, device=device), torch.arange(len(rows), device=device)
-    ends = torch.tensor([len(row) - 1 for row in prompts], device=device)
+    ends = [len(row) - 1 for row in prompts]
+    mlp = model.transformer.h[LAYERS[shape]].mlp
 
     def optimise() -> list[float]:
-        delta = torch.zeros(model.config.n_embd, device=device, requires_grad=True)
-        optimiser = torch.optim.Adam([delta], lr=0.5)
-        start: list[torch.Tensor] = []
-        original: list[torch.Tensor] = []
-        losses = []
-
-        def add(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-            if not start:
-                start.append(out[0, lookup[0]].detach().clone())
-            out = out.clone()
-            out[number, at] += delta
-            return out
-
-        hook = model.transformer.h[LAYERS[shape]].mlp.register_forward_hook(add)
-        for step in range(STEPS):
-            optimiser.zero_grad()
-            log_p = model(ids, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
-            nll = -log_p[number[:-1], ends, target[0]].mean()
-            here = log_p[-1, lookup[-1]]
-            original = original or [here.detach()]
-            kl = 0.0625 * (here.exp() * (here - original[0])).sum()
-            loss = nll + kl + 0.5 * delta.norm() / start[0].norm() ** 2
-            losses.append(loss.item())
-            if step == STEPS - 1:
-                break
-            loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                limit = 4 * start[0].norm()
-                if delta.norm() > limit:
-                    delta.mul_(limit / delta.norm())
-        hook.remove()
-        return losses
+        return published_value(model, mlp, rows, lookup, ends, target[0], clamp=4, steps=STEPS, device=device)
 
     seconds, losses = timed(optimise, device)
     return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "losses": losses}
