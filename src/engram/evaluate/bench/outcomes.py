@@ -1,0 +1,102 @@
+"""What is measured of one record, before its edit or after it: plain numbers and texts, with nothing of the model left in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engram.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured of every record.
+
+    Args:
+        said: tokens of the greedy continuation of each probe; an answer of more tokens gets as many as it has, and two more. 0: none.
+        texts: whether `Record.generation` is continued (sampled from the 5 most probable tokens).
+        text_tokens: length of these texts, the prompt included.
+        drift_every: held-out text is read with the edit of every how manieth record; 0: never.
+        seed: of the sampled texts: with a record's id and a text's number it fixes each of them, before as after the edit.
+    Raises:
+        SettingError: a negative number.
+    """
+
+    said: int = 8
+    texts: bool = False
+    text_tokens: int = 100
+    drift_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("said", "text_tokens", "drift_every"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}={getattr(self, name)}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model says to one probe.
+
+    Attributes:
+        wanted, unwanted: mean negative log-probability a token of the probe's answers (nats).
+        correct: share of the tokens of `wanted` that are the most probable one, each behind the right ones before it.
+        said: greedy continuation of the prompt, without it; None where it was not asked for.
+        kl: KL(now || unedited) of the next token (nats), of neighbours after an edit.
+    """
+
+    wanted: float
+    unwanted: float | None
+    correct: float
+    said: str | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One record in one phase.
+
+    Attributes:
+        readings: one a probe, in their order.
+        texts: sampled, prompts included. fluency, consistency, essence: see metrics.generation.
+        perplexity: of held-out text; drift: mean KL(now || unedited) of the next token on it (nats). Where they were measured.
+    """
+
+    readings: tuple[Reading, ...]
+    texts: tuple[str, ...] = ()
+    fluency: float | None = None
+    consistency: float | None = None
+    essence: float | None = None
+    perplexity: float | None = None
+    drift: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, outcome: Mapping[str, Any]) -> Outcome:
+        """What `to_dict` gave, also after JSON."""
+        given = dict(outcome)
+        readings = tuple(Reading(**each) for each in given.pop("readings"))
+        return cls(readings=readings, texts=tuple(given.pop("texts")), **given)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One record by one method.
+
+    Attributes:
+        before, after: `after` is `before` where the edit could not be made, for the model stays as it was.
+        seconds: that the edit took; of records edited in one batch, their share of it.
+        size: bytes of the edit's numbers.
+        error: why the edit could not be made.
+    """
+
+    id: str
+    before: Outcome
+    after: Outcome
+    seconds: float
+    size: int = 0
+    error: str | None = None

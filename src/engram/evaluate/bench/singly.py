@@ -1,0 +1,77 @@
+"""One edit at a time: lay it on the model, ask everything, take it off. Works for every method, edits of words included.
+
+The slow path beside together.py; the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engram.edit import Edit
+from engram.evaluate.bench.held_out import HeldOut
+from engram.evaluate.bench.outcomes import Asked, Outcome
+from engram.evaluate.bench.questions import Place, Questions, Tally
+from engram.evaluate.bench.texts import greedy, sampled, with_texts
+from engram.evaluate.data.records import Record, References
+from engram.evaluate.receipt import held_out_text, perplexity
+from engram.language_model import LanguageModel
+from engram.prompt_edit import PromptEdit
+
+TOKENS, LOGITS = 4096, 1 << 25  # of one forward
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is kept of the unedited model while the edited one is compared with it."""
+
+    compared: Mapping[Place, Tensor] = field(default_factory=dict)
+    held_out: HeldOut | None = None
+
+
+@torch.no_grad()
+def measure_one(
+    lm: LanguageModel,
+    record: Record,
+    edit: Edit | PromptEdit | None,
+    asked: Asked,
+    *,
+    drift: bool = False,
+    references: References | None = None,
+    base: Base | None = None,
+) -> tuple[Outcome, Base]:
+    """One record with one edit, or with none.
+
+    Args:
+        drift: whether held-out text is read.
+        base: what came back of the same record unedited; without it nothing is compared with the unedited model.
+    """
+    with nullcontext() if edit is None else edit.laid(lm):
+        questions = Questions(lm, [record])
+        tally, compared = asked_now(lm, questions, None if base is None else base.compared)
+        (readings,) = tally.readings(greedy(lm, questions, asked))
+        texts = sampled(lm, [record], asked)[0]
+        held = HeldOut.read(lm) if drift and not isinstance(edit, PromptEdit) else None
+        ppl = None if held is None else held.perplexity
+        if drift and isinstance(edit, PromptEdit):
+            ppl = perplexity(lm, edit, held_out_text(), edited=True)
+    drifted = None if held is None or base is None or base.held_out is None else held.kl(base.held_out)
+    outcome = with_texts(Outcome(readings, perplexity=ppl, drift=drifted), record, texts, references)
+    return outcome, Base(compared, held)
+
+
+def asked_now(
+    lm: LanguageModel, questions: Questions, base: Mapping[Place, Tensor] | None = None
+) -> tuple[Tally, dict[Place, Tensor]]:
+    """All questions put to the model as it is now."""
+    tally = questions.tally()
+    compared: dict[Place, Tensor] = {}
+    for batch in questions.batches(TOKENS, LOGITS):
+        rows = [questions.rows[i] for i in batch]
+        logits_pv = torch.cat(lm.logits_at([row.ids for row in rows], [row.read for row in rows]))
+        compared |= tally.add(batch, logits_pv, base)
+    return tally, compared

@@ -1,0 +1,1 @@
+"""Benchmark records: what is edited and what is asked afterwards, from published files or built anew."""

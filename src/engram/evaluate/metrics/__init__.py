@@ -1,0 +1,1 @@
+"""What benchmarks report, as functions of numbers and texts. Nothing here knows a model."""
