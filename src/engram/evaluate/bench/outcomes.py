@@ -59,7 +59,9 @@ class Outcome:
 
     Attributes:
         readings: one a probe, in their order.
-        texts: sampled, prompts included. fluency, consistency, essence: see metrics.generation.
+        texts: sampled, prompts included. fluency, consistency: see metrics.generation.
+        essence: perplexity of the texts about the subject among the record's references; essence_published: divided by one token too
+            many, as the released code has it. See texts.essence_ids.
         perplexity: of held-out text; drift: mean KL(now || unedited) of the next token on it (nats). Where they were measured.
     """
 
@@ -68,6 +70,7 @@ class Outcome:
     fluency: float | None = None
     consistency: float | None = None
     essence: float | None = None
+    essence_published: float | None = None
     perplexity: float | None = None
     drift: float | None = None
 
