@@ -7,9 +7,10 @@ Names are looked up before the first hook is placed, so a misspelt one leaves no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
@@ -114,6 +115,32 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
     with ExitStack() as stack:
         _own(stack, module.register_forward_hook(add))
         yield
+
+
+Around = Callable[[Sequence[int]], AbstractContextManager[None]]  # owners of a batch's rows -> what is in force for them
+
+
+def nothing(owners: Sequence[int]) -> AbstractContextManager[None]:
+    """Every row of the batch is computed by the model as it is."""
+    return nullcontext()
+
+
+def own_changes(changes: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Around:
+    """Let every row of a batch be computed with its owner's changes, see `overlay`.
+
+    Args:
+        changes: linear module -> the factors [owners, o, r] and [owners, r, i].
+    """
+
+    @contextmanager
+    def around(owners: Sequence[int]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module, (left_nor, right_nri) in changes.items():
+                at = torch.tensor(owners, device=left_nor.device)
+                stack.enter_context(overlay(module, left_nor[at], right_nri[at]))
+            yield
+
+    return around
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, overload
 
 from engram.edit import Edit, check_changes_weights
 from engram.editors.ingredients import in_force
-from engram.errors import EngramError, FactError
+from engram.errors import EngramError, FactError, SettingError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
 from engram.merging import describe_base
@@ -30,17 +30,24 @@ class Method:
             PromptEdit). Where it takes `past`, it gets the earlier edits; otherwise they are in force on `lm` while it works.
         summary: what it does, in a line.
         source: where it was published.
+        each: where it makes many edits of one fact each in one batch: "module:function" or a function, (lm, facts, *, seed, ...) ->
+            one Edit a fact, what `home` gives of it alone. None: they are made one by one.
     """
 
     home: str | Callable[..., Edit | PromptEdit]
     summary: str
     source: str
+    each: str | Callable[..., list[Edit]] | None = None
 
     def function(self) -> Callable[..., Edit | PromptEdit]:
-        if not isinstance(self.home, str):
-            return self.home
-        module, _, function = self.home.partition(":")
-        return cast("Callable[..., Edit | PromptEdit]", getattr(import_module(module), function))
+        return cast("Callable[..., Edit | PromptEdit]", _found(self.home))
+
+
+def _found(home: str | Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(home, str):
+        return home
+    module, _, function = home.partition(":")
+    return cast("Callable[..., Any]", getattr(import_module(module), function))
 
 
 METHODS: dict[str, Method] = {  # a new method is one file and one entry here
@@ -48,31 +55,37 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "engram.editors.rome:rome",
         "one fact, one rank-one change of one MLP output matrix",
         "Meng et al. 2022, arXiv:2202.05262",
+        each="engram.editors.rome:rome_each",
     ),
     "memit": Method(
         "engram.editors.mass:memit",
         "many facts at once, over a few layers",
         "Meng et al. 2023, arXiv:2210.07229",
+        each="engram.editors.mass:memit_each",
     ),
     "emmet": Method(
         "engram.editors.mass:emmet",
         "many facts at once at one layer, each key met exactly up to a slack",
         "Gupta et al. 2024, arXiv:2403.14236",
+        each="engram.editors.mass:emmet_each",
     ),
     "memit-seq": Method(
         "engram.editors.mass:memit_seq",
         "MEMIT that preserves the keys of earlier edits",
         "Fang et al. 2025, arXiv:2410.02355 (baseline)",
+        each="engram.editors.mass:memit_seq_each",
     ),
     "alphaedit": Method(
         "engram.editors.mass:alphaedit",
         "changes in the null space of ordinary text's keys only; preserves the keys of earlier edits",
         "Fang et al. 2025, arXiv:2410.02355",
+        each="engram.editors.mass:alphaedit_each",
     ),
     "pmet": Method(
         "engram.editors.mass:pmet",
         "attention and MLP outputs optimised together, the MLP's part written",
         "Li et al. 2024, arXiv:2308.08742",
+        each="engram.editors.mass:pmet_each",
     ),
     "ft": Method(
         "engram.editors.fine_tuning:ft",
@@ -159,6 +172,42 @@ def rewrite(
     with in_force(past, lm):
         edit = make(lm, facts, **settings)
     return edit if isinstance(edit, PromptEdit) else replace(edit, base=describe_base(lm, edit.deltas))
+
+
+def rewrite_each(
+    lm: LanguageModel, groups: Sequence[Sequence[Fact]], method: str = "rome", **settings: Any
+) -> list[Edit | PromptEdit | EngramError]:
+    """One edit a group of facts, every one made on the unedited model: what `rewrite` gives of each, batched where the method can.
+
+    Groups of one fact are computed together by methods that have `Method.each`.
+
+    Args:
+        settings: as for `rewrite`; of a batched method also `facts_at_once`, which bounds memory.
+    Returns:
+        In the order of the groups. Where an edit cannot be made, the error, and the others all the same.
+    Raises:
+        EngramError: a method that does not exist; SettingError: settings that it does not have.
+    """
+    make, each = method_named(method), METHODS[method].each
+    if each is not None and groups and all(len(facts) == 1 for facts in groups):
+        try:
+            return list(_found(each)(lm, [facts[0] for facts in groups], **settings))
+        except SettingError:
+            raise
+        except EngramError as error:  # of one of them: find out which
+            if len(groups) == 1:
+                return [error]
+            return [made for facts in groups for made in rewrite_each(lm, [facts], method, **settings)]
+    settings = {name: value for name, value in settings.items() if name != "facts_at_once" or each is None}
+    out: list[Edit | PromptEdit | EngramError] = []
+    for facts in groups:
+        try:
+            out.append(make(lm, facts, **settings))
+        except SettingError:
+            raise
+        except EngramError as error:
+            out.append(error)
+    return out
 
 
 def method_named(name: str) -> Callable[..., Edit | PromptEdit]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.delta import Delta
 from engram.edit import Edit
@@ -34,6 +34,7 @@ from engram.editors.value_store import ValueStore
 from engram.editors.values import Value, ValueConfig, optimise_values
 from engram.errors import EngramError, SettingError
 from engram.facts import Fact
+from engram.hooks import own_changes
 from engram.language_model import LanguageModel
 from engram.merging import describe_base
 from engram.replay import Engine
@@ -130,6 +131,113 @@ ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in prese
 }
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What a call works with, made of its settings.
+
+    Attributes:
+        names: layer -> weight; moments, old_keys: by layer; anchor: norm that values are scaled to.
+    """
+
+    method: str
+    config: MassConfig
+    names: dict[int, str]
+    contexts: tuple[str, ...]
+    moments: Mapping[int, SecondMoment]
+    old_keys: Mapping[int, Tensor | None]
+    anchor: float | None
+    recipe: dict[str, Any]
+    base: dict[str, Any]
+
+    def targets(self, values: Sequence[Value]) -> Tensor:
+        """[n, d] what the last layer's state shall be."""
+        targets_nd = torch.stack([value.star_d.cpu() for value in values])  # those from a store are on the CPU
+        return targets_nd if self.anchor is None else targets_nd * (self.anchor / targets_nd.norm(dim=1, keepdim=True))
+
+    def edit(
+        self,
+        facts: Sequence[Fact],
+        values: Sequence[Value],
+        targets_nd: Tensor,
+        deltas: dict[str, Delta],
+        keys: dict[str, Tensor],
+        about: dict[str, Any],
+        seed: int,
+        shared: list[str],
+    ) -> Edit:
+        diagnostics = {
+            "layers": about,
+            "target_norm": float(targets_nd.norm(dim=1).mean()),
+            "shared_subjects": shared,
+            "facts": [
+                {"loss": v.losses[-1][0], "steps": len(v.losses), "value_norm": float(v.delta_d.norm())} for v in values
+            ],
+        }
+        return Edit(
+            tuple(facts), self.method, self.recipe, deltas, self.base, seed=seed, diagnostics=diagnostics, keys=keys
+        )
+
+
+def _ready(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: str,
+    *,
+    seed: int,
+    progress: Report | None,
+    layers: Sequence[int] | Literal["auto"] | None = None,
+    contexts: Sequence[str] | None = None,
+    second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
+    corpus: Corpus | str | Path | Sequence[str] | None = None,
+    tokens: int | None = None,
+    past: Sequence[Edit] = (),
+    **knobs: Any,
+) -> _Ready:
+    """The settings of a call, checked, and what is made by them."""
+    settings = _settings(method, lm.name, knobs)
+    usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
+    corpus = usual_corpus if corpus is None else corpus
+    config = read(
+        MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed"
+    )
+    if layers == "auto":
+        from engram.layer_choice import choose_layers
+
+        layers = choose_layers(
+            lm,
+            len(usual),
+            facts=facts,
+            seed=seed,
+            corpus=corpus,
+            tokens=tokens,
+            progress=progress,
+        )
+    if layers is not None and (isinstance(layers, str | int) or not len(layers)):
+        raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'")
+    chosen = sorted(set(usual if layers is None else layers))
+    names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
+    for fact in facts:  # every fact is checked before anything is computed
+        lm.target_ids(fact.prompt_text, fact.target)
+    old_keys = {layer: keys_of(past, names[layer]) if method in _REMEMBERS else None for layer in chosen}
+    if config.exact and any(keys is not None for keys in old_keys.values()):
+        raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
+    anchor = _anchor(past) if config.norm_anchor else None
+    if config.site == "block" and not reaches_block(lm, chosen[-1]):
+        log.warning(
+            "%s changes the MLP's output before it is added (by a norm or a factor), so that a value for the block's output cannot be "
+            "written exactly; one for the MLP's can: site='mlp'",
+            lm.name,
+        )
+    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, progress or silent)
+    contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
+    recipe = {
+        "layers": chosen, **flat(config), "contexts": list(contexts),
+        "second_moments": {str(layer): moment.source for layer, moment in moments.items()}, "past": len(past),
+    }  # fmt: skip
+    base = describe_base(lm, names.values())
+    return _Ready(method, config, names, contexts, moments, old_keys, anchor, recipe, base)
+
+
 def mass_edit(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -168,30 +276,14 @@ def mass_edit(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: keys or losses are not finite.
     """
     report = progress or silent
-    settings = _settings(method, lm.name, knobs)
-    usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
-    corpus = usual_corpus if corpus is None else corpus
-    config = read(
-        MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed"
-    )
-    if layers == "auto":
-        from engram.layer_choice import choose_layers
-
-        layers = choose_layers(
-            lm,
-            len(usual),
-            facts=facts,
-            seed=seed,
-            corpus=corpus,
-            tokens=tokens,
-            progress=progress,
-        )
-    if layers is not None and (isinstance(layers, str | int) or not len(layers)):
-        raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'")
-    chosen = sorted(set(usual if layers is None else layers))
-    names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
-    for fact in facts:  # every fact is checked before anything is computed
-        lm.target_ids(fact.prompt_text, fact.target)
+    given: dict[str, Any] = {
+        "layers": layers,
+        "contexts": contexts,
+        "second_moments": second_moments,
+        "corpus": corpus,
+        "tokens": tokens,
+    }
+    ready = _ready(lm, facts, method, past=past, seed=seed, progress=progress, **given, **knobs)
     shared = shared_subjects(facts)
     if shared:
         log.warning(
@@ -199,45 +291,79 @@ def mass_edit(
             len(shared),
             shared[0],
         )
-    old_keys = {layer: keys_of(past, names[layer]) if method in _REMEMBERS else None for layer in chosen}
-    if config.exact and any(keys is not None for keys in old_keys.values()):
-        raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
-    anchor = _anchor(past) if config.norm_anchor else None
-    if config.site == "block" and not reaches_block(lm, chosen[-1]):
-        log.warning(
-            "%s changes the MLP's output before it is added (by a norm or a factor), so that a value for the block's output cannot be "
-            "written exactly; one for the MLP's can: site='mlp'",
-            lm.name,
-        )
-    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, report)
-    contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
-    recipe = {
-        "layers": chosen, **flat(config), "contexts": list(contexts),
-        "second_moments": {str(layer): moment.source for layer, moment in moments.items()}, "past": len(past),
-    }  # fmt: skip
-    base = describe_base(lm, names.values())
     with in_force(past, lm):
-        with ValueStore.of(store, lm) as kept:
-            values = _values(lm, facts, chosen[-1], contexts, config, engine, facts_at_once, kept, report)
-        targets_nd = torch.stack([value.star_d.cpu() for value in values])  # those from a store are on the CPU
-        if anchor is not None:
-            targets_nd = targets_nd * (anchor / targets_nd.norm(dim=1, keepdim=True))
-        deltas, keys, about = _spread(
-            lm, facts, contexts, targets_nd, config, moments, old_keys, names, base, engine, report
-        )
-    diagnostics = {
-        "layers": about,
-        "target_norm": float(targets_nd.norm(dim=1).mean()),
-        "shared_subjects": shared,
-        "facts": [{"loss": v.losses[-1][0], "steps": len(v.losses), "value_norm": float(v.delta_d.norm())} for v in values],
-    }
-    return Edit(tuple(facts), method, recipe, deltas, base, seed=seed, diagnostics=diagnostics, keys=keys)
+        values = _values(lm, facts, ready, engine, facts_at_once, store, report)
+        targets_nd = ready.targets(values)
+        deltas, keys, about = _spread(lm, facts, targets_nd, ready, engine, report)
+    return ready.edit(facts, values, targets_nd, deltas, keys, about, seed, shared)
+
+
+def mass_each(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: str,
+    *,
+    facts_at_once: int = 32,
+    store: str | Path | bool = True,
+    seed: int = 0,
+    engine: Engine = "auto",
+    progress: Report | None = None,
+    **settings: Any,
+) -> list[Edit]:
+    """Many edits of one fact each, every one made on the unedited model: what `mass_edit` gives of each fact alone.
+
+    Values are found in batches; layer by layer, the rows of all facts go through the blocks together, each with its own fact's
+    changes laid over it.
+
+    Args:
+        settings: the others of `mass_edit` but for `past`.
+    """
+    report = progress or silent
+    ready = _ready(lm, facts, method, seed=seed, progress=progress, **settings)
+    values = _values(lm, facts, ready, engine, facts_at_once, store, report)
+    targets_nd = ready.targets(values)
+    states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
+    changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    deltas: list[dict[str, Delta]] = [{} for _ in facts]
+    keys: list[dict[str, Tensor]] = [{} for _ in facts]
+    about: list[dict[str, Any]] = [{} for _ in facts]
+    for number, (layer, name) in enumerate(ready.names.items()):
+        report("layer", number, len(ready.names))
+        keys_ncf, states_nd = states.at(layer, own_changes(changes))
+        missing_nd = targets_nd.to(states_nd) - states_nd
+        left = len(ready.names) - number
+        each = [_change(keys_ncf[i : i + 1], missing_nd[i : i + 1], left, layer, ready) for i in range(len(facts))]
+        for i, (delta, key_1f, found) in enumerate(each):
+            deltas[i][name], keys[i][name], about[i][str(layer)] = delta, key_1f, found
+        factors = [delta.low_rank() for delta, *_ in each]
+        changes[lm.parts.mlp_out(layer)] = torch.stack([u for u, _ in factors]), torch.stack([v for _, v in factors])
+    report("layer", len(ready.names), len(ready.names))
+    return [
+        ready.edit([fact], [values[i]], targets_nd[i : i + 1], deltas[i], keys[i], about[i], seed, [])
+        for i, fact in enumerate(facts)
+    ]
 
 
 memit, emmet, memit_seq, alphaedit, pmet = (partial(mass_edit, method=name) for name in ROWS)
+memit_each, emmet_each, memit_seq_each, alphaedit_each, pmet_each = (partial(mass_each, method=name) for name in ROWS)
 
 
 def _values(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    ready: _Ready,
+    engine: Engine,
+    facts_at_once: int,
+    kept: str | Path | bool,
+    report: Report,
+) -> list[Value]:
+    """Every fact's value: those that are in the store, and the others as they are found."""
+    layer, contexts, config = max(ready.names), ready.contexts, ready.config
+    with ValueStore.of(kept, lm) as store:
+        return _found(lm, facts, layer, contexts, config, engine, facts_at_once, store, report)
+
+
+def _found(
     lm: LanguageModel,
     facts: Sequence[Fact],
     layer: int,
@@ -248,7 +374,6 @@ def _values(
     store: ValueStore,
     report: Report,
 ) -> list[Value]:
-    """Every fact's value: those that are in the store, and the others as they are found."""
     names = [store.name(fact, layer, contexts, config.site, config.value) for fact in facts]
     found = dict(enumerate(store.get(names)))
     missing = [i for i, value in found.items() if value is None]
@@ -288,37 +413,36 @@ def _anchor(past: Sequence[Edit]) -> float | None:
 
 
 def _spread(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    contexts: Sequence[str],
-    targets_nd: Tensor,
-    config: MassConfig,
-    moments: Mapping[int, SecondMoment],
-    old_keys: Mapping[int, Tensor | None],
-    names: Mapping[int, str],
-    base: Mapping[str, Any],
-    engine: Engine,
-    report: Report,
+    lm: LanguageModel, facts: Sequence[Fact], targets_nd: Tensor, ready: _Ready, engine: Engine, report: Report
 ) -> tuple[dict[str, Delta], dict[str, Tensor], dict[str, Any]]:
     """Layer by layer, each seeing the changes below it: the change of each weight, its keys [n, f], what is worth knowing."""
-    states = SubjectStates(lm, facts, contexts, list(names), config.site, engine)
+    states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
     deltas, keys, about = {}, {}, {}
     with ExitStack() as edited:
-        for number, (layer, name) in enumerate(names.items()):
-            report("layer", number, len(names))
+        for number, (layer, name) in enumerate(ready.names.items()):
+            report("layer", number, len(ready.names))
             keys_ncf, states_nd = states.at(layer)
             missing_nd = targets_nd.to(states_nd) - states_nd
-            solved_nf, rank = _solved(keys_ncf, config, moments[layer], old_keys[layer])
-            wide = torch.float64 if config.reference or lm.dtype == torch.float64 else torch.float32
-            left_dn = missing_nd.T.cpu().to(wide) * _SHARES[config.share](len(names) - number)
-            delta = Delta(left_dn, solved_nf.cpu().to(wide)).owned_by([i] for i in range(len(facts)))
-            deltas[name], keys[name] = delta, _mean_keys(keys_ncf, config).cpu()
-            about[str(layer)] = {"missing": float(missing_nd.norm(dim=1).mean()), "norm": delta.norm()} | rank
-            if number + 1 < len(names):
-                part = Edit(tuple(facts), "layer", {}, {name: delta}, dict(base))
+            left = len(ready.names) - number
+            deltas[name], keys[name], about[str(layer)] = _change(keys_ncf, missing_nd, left, layer, ready)
+            if left > 1:
+                part = Edit(tuple(facts), "layer", {}, {name: deltas[name]}, dict(ready.base))
                 edited.enter_context(part.laid(lm))
-    report("layer", len(names), len(names))
+    report("layer", len(ready.names), len(ready.names))
     return deltas, keys, about
+
+
+def _change(
+    keys_ncf: Tensor, missing_nd: Tensor, left: int, layer: int, ready: _Ready
+) -> tuple[Delta, Tensor, dict[str, Any]]:
+    """One layer's change for facts that are solved together, their keys [n, f], what is worth knowing; `left` layers are to come."""
+    config = ready.config
+    solved_nf, rank = _solved(keys_ncf, config, ready.moments[layer], ready.old_keys[layer])
+    wide = torch.float64 if config.reference or missing_nd.dtype == torch.float64 else torch.float32
+    left_dn = missing_nd.T.cpu().to(wide) * _SHARES[config.share](left)
+    delta = Delta(left_dn, solved_nf.cpu().to(wide)).owned_by([i] for i in range(len(keys_ncf)))
+    about = {"missing": float(missing_nd.norm(dim=1).mean()), "norm": delta.norm()} | rank
+    return delta, _mean_keys(keys_ncf, config).cpu(), about
 
 
 def _mean_keys(keys_ncf: Tensor, config: MassConfig) -> Tensor:

@@ -26,7 +26,7 @@ from engram.editors.presets import preset
 from engram.editors.second_moment import SecondMoment
 from engram.editors.settings import flat, read
 from engram.editors.solver import solve_exactly
-from engram.editors.values import Value, ValueConfig, optimise_value
+from engram.editors.values import Value, ValueConfig, optimise_value, optimise_values
 from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
@@ -119,7 +119,11 @@ def rank_one_update(
         NonFiniteError: the update is not finite.
     """
     config = config or RomeConfig()
-    value = optimise_value(lm, fact, layer, contexts, config.value, engine)
+    return written(lm, fact, layer, moment, config, optimise_value(lm, fact, layer, contexts, config.value, engine))
+
+
+def written(lm: LanguageModel, fact: Fact, layer: int, moment: SecondMoment, config: RomeConfig, value: Value) -> RankOne:
+    """The change that writes a value which was found before, see `rank_one_update`."""
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
     solved_f = solve_exactly(_columns(value.keys_cf, config.variant), moment, config.ridge).cpu().sum(0)
     u_f = solved_f / solved_f.norm()
@@ -150,6 +154,83 @@ def _columns(keys_cf: Tensor, variant: Variant) -> Tensor:
     if variant == "two-key" and len(keys_cf) > 1:  # with the bare prompt alone there is one key only
         return torch.stack([keys_cf[0], keys_cf[1:].mean(0)], 1)
     return (keys_cf[0] if variant in ("p-rome", "two-key") else keys_cf.mean(0))[:, None]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What every fact of a call needs."""
+
+    layer: int
+    weight: str
+    config: RomeConfig
+    contexts: tuple[str, ...]
+    moment: SecondMoment
+    base: dict[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        about = {"contexts": list(self.contexts), "second_moment": self.moment.source}
+        return {"layer": self.layer, **flat(self.config), **about}
+
+    def edit(self, facts: Sequence[Fact], done: Sequence[RankOne], seed: int) -> Edit:
+        """Of the changes that were found for these facts."""
+        left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
+        delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
+        diagnostics = {"facts": [u.diagnostics() for u in done], "condition": self.moment.condition()}
+        keys = {self.weight: torch.stack([u.key_f for u in done]).to(delta.left.dtype)}
+        return Edit(
+            tuple(facts),
+            "rome",
+            self.recipe,
+            {self.weight: delta},
+            self.base,
+            seed=seed,
+            diagnostics=diagnostics,
+            keys=keys,
+        )
+
+
+def _ready(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    seed: int,
+    progress: Report | None,
+    layer: int | Literal["auto"] | None = None,
+    contexts: Sequence[str] | None = None,
+    second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
+    corpus: Corpus | str | Path | Sequence[str] | None = None,
+    tokens: int | None = None,
+    **knobs: Any,
+) -> _Ready:
+    """The settings of a call, checked, and what is made by them."""
+    settings = {**preset("rome", lm.name), **knobs}
+    depth = settings.pop("depth")
+    preset_layer = settings.pop("layer", int(depth * lm.n_layers))
+    preset_corpus = settings.pop("corpus", None)
+    corpus = preset_corpus if corpus is None else corpus
+    config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed")
+    if layer == "auto":
+        from engram.layer_choice import choose_layers
+
+        (layer,) = choose_layers(
+            lm,
+            facts=facts,
+            method="rome",
+            contexts=contexts,
+            seed=seed,
+            corpus=corpus,
+            tokens=tokens,
+            progress=progress,
+            **knobs,
+        )
+    layer = preset_layer if layer is None else layer
+    weight = f"{lm.parts.mlp_out_name(layer)}.weight"
+    for fact in facts:  # every fact is checked before anything is computed
+        lm.target_ids(fact.prompt_text, fact.target)
+    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress or silent)[layer]
+    contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
+    return _Ready(layer, weight, config, contexts, moment, describe_base(lm, [weight]))
 
 
 def rome(
@@ -185,47 +266,51 @@ def rome(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
     """
     report = progress or silent
-    settings = {**preset("rome", lm.name), **knobs}
-    depth = settings.pop("depth")
-    preset_layer = settings.pop("layer", int(depth * lm.n_layers))
-    preset_corpus = settings.pop("corpus", None)
-    corpus = preset_corpus if corpus is None else corpus
-    config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed")
-    if layer == "auto":
-        from engram.layer_choice import choose_layers
-
-        (layer,) = choose_layers(
-            lm,
-            facts=facts,
-            method="rome",
-            contexts=contexts,
-            seed=seed,
-            corpus=corpus,
-            tokens=tokens,
-            progress=progress,
-            **knobs,
-        )
-    layer = preset_layer if layer is None else layer
-    weight = f"{lm.parts.mlp_out_name(layer)}.weight"
-    for fact in facts:  # every fact is checked before anything is computed
-        lm.target_ids(fact.prompt_text, fact.target)
-    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, report)[layer]
-    contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
-
-    recipe = {"layer": layer, **flat(config), "contexts": list(contexts), "second_moment": moment.source}
-    base = describe_base(lm, [weight])
+    given: dict[str, Any] = {
+        "layer": layer,
+        "contexts": contexts,
+        "second_moments": second_moments,
+        "corpus": corpus,
+        "tokens": tokens,
+    }
+    ready = _ready(lm, facts, seed=seed, progress=progress, **given, **knobs)
     done: list[RankOne] = []
     with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
             report("value", i, len(facts))
-            update = rank_one_update(lm, fact, layer, moment, contexts, config, engine)
+            update = rank_one_update(lm, fact, ready.layer, ready.moment, ready.contexts, ready.config, engine)
             done.append(update)
             if i + 1 < len(facts):
                 step = Delta(update.left_d[:, None], update.right_f[None])
-                edited.enter_context(Edit((fact,), "rome", recipe, {weight: step}, base).laid(lm))
+                edited.enter_context(Edit((fact,), "rome", ready.recipe, {ready.weight: step}, ready.base).laid(lm))
         report("value", len(facts), len(facts))
-    left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
-    delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
-    diagnostics = {"facts": [u.diagnostics() for u in done], "condition": moment.condition()}
-    keys = {weight: torch.stack([u.key_f for u in done]).to(delta.left.dtype)}
-    return Edit(tuple(facts), "rome", recipe, {weight: delta}, base, seed=seed, diagnostics=diagnostics, keys=keys)
+    return ready.edit(facts, done, seed)
+
+
+def rome_each(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    facts_at_once: int = 32,
+    seed: int = 0,
+    engine: Engine = "auto",
+    progress: Report | None = None,
+    **settings: Any,
+) -> list[Edit]:
+    """Many edits of one fact each, every one made on the unedited model: what `rome` gives of each, with values in batches.
+
+    Args:
+        facts_at_once: facts whose values are optimised in one batch, which bounds memory.
+        settings: the others of `rome` but for `past`.
+    """
+    report = progress or silent
+    ready = _ready(lm, facts, seed=seed, progress=progress, **settings)
+    found: dict[int, RankOne] = {}
+    values = optimise_values(
+        lm, facts, ready.layer, ready.contexts, ready.config.value, engine=engine, facts_at_once=facts_at_once
+    )
+    for i, value in values:
+        report("value", len(found), len(facts))
+        found[i] = written(lm, facts[i], ready.layer, ready.moment, ready.config, value)
+    report("value", len(facts), len(facts))
+    return [ready.edit([fact], [found[i]], seed) for i, fact in enumerate(facts)]

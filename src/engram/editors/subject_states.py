@@ -16,7 +16,7 @@ from torch import Tensor
 from engram.editors.value_rows import Site, site_modules
 from engram.editors.values import subject_row
 from engram.facts import Fact
-from engram.hooks import record
+from engram.hooks import Around, nothing, record
 from engram.language_model import LanguageModel, pad_right
 from engram.replay import Engine, Suffix, body, record_run, use_replay
 
@@ -34,6 +34,10 @@ class _Chunk:
     suffix: Suffix | None  # of whole rows; None where the model runs whole
     hidden_btd: Tensor | None
     layer: int  # that `hidden_btd` enters
+
+    def row_facts(self, contexts: int) -> list[int]:
+        """The fact of each row."""
+        return [fact for fact in self.facts for _ in range(contexts)]
 
 
 class SubjectStates:
@@ -76,38 +80,45 @@ class SubjectStates:
             self.chunks.append(_Chunk(some, ids_bt, lookup, bare, suffix, hidden, self.first))
 
     @torch.no_grad()
-    def at(self, layer: int) -> tuple[Tensor, Tensor]:
+    def at(self, layer: int, around: Around = nothing) -> tuple[Tensor, Tensor]:
         """With the weights as they are now: keys [n, contexts, f] of `layer`'s MLP output matrix, states [n, d] of the bare prompts.
 
         Float32 (float64 for a float64 model), in the order of the facts.
+
+        Args:
+            around: given the number of each row's fact, lays what is in force for these rows, such as changes of their own.
         """
         found: list[tuple[Tensor, Tensor]] = []
         for chunk in self.chunks:
-            keys_bf, states_nd = self._replayed(chunk, layer) if chunk.suffix is not None else self._whole(chunk, layer)
+            keys_bf, states_nd = (self._replayed if chunk.suffix is not None else self._whole)(chunk, layer, around)
             wide = torch.promote_types(keys_bf.dtype, torch.float32)
             found.append((keys_bf.to(wide).unflatten(0, (len(chunk.facts), -1)), states_nd.to(wide)))
         place = torch.tensor([i for chunk in self.chunks for i in chunk.facts]).argsort()
         keys_ncf, states_nd = (torch.cat(each) for each in zip(*found, strict=True))
         return keys_ncf[place.to(keys_ncf.device)], states_nd[place.to(states_nd.device)]
 
-    def _replayed(self, chunk: _Chunk, layer: int) -> tuple[Tensor, Tensor]:
+    def _replayed(self, chunk: _Chunk, layer: int, around: Around) -> tuple[Tensor, Tensor]:
         assert chunk.suffix is not None and chunk.hidden_btd is not None
-        for below in range(chunk.layer, layer):  # edited since, and final now
-            chunk.hidden_btd = chunk.suffix.block(below, chunk.hidden_btd)
-        chunk.layer = layer
         name = self.lm.parts.mlp_out_name(layer)
-        with record(self.lm.model, inputs=[name], stop=True) as seen:
-            chunk.suffix.block(layer, chunk.hidden_btd)
+        with around(chunk.row_facts(len(self.contexts))):
+            for below in range(chunk.layer, layer):  # edited since, and final now
+                chunk.hidden_btd = chunk.suffix.block(below, chunk.hidden_btd)
+            with record(self.lm.model, inputs=[name], stop=True) as seen:
+                chunk.suffix.block(layer, chunk.hidden_btd)
+        chunk.layer = layer
         keys_bf = self._at_subject(seen[name], chunk)
         hidden_ntd = chunk.hidden_btd[chunk.bare.to(chunk.hidden_btd.device)]
-        with record(self.lm.model, outputs=[self.state_name], stop=True) as seen:
+        with around(chunk.facts), record(self.lm.model, outputs=[self.state_name], stop=True) as seen:
             for above in range(layer, self.last + 1):
                 hidden_ntd = chunk.suffix.block(above, hidden_ntd, chunk.bare)
         return keys_bf, self._at_subject(seen[self.state_name], chunk, chunk.bare)
 
-    def _whole(self, chunk: _Chunk, layer: int) -> tuple[Tensor, Tensor]:
+    def _whole(self, chunk: _Chunk, layer: int, around: Around) -> tuple[Tensor, Tensor]:
         name = self.lm.parts.mlp_out_name(layer)
-        with record(self.lm.model, inputs=[name], outputs=[self.state_name], stop=True) as seen:
+        with (
+            around(chunk.row_facts(len(self.contexts))),
+            record(self.lm.model, inputs=[name], outputs=[self.state_name], stop=True) as seen,
+        ):
             body(self.lm)(chunk.ids_bt.to(self.lm.device), use_cache=False)
         key = f"{name}:input" if name == self.state_name else name
         return self._at_subject(seen[key], chunk), self._at_subject(seen[self.state_name], chunk)[chunk.bare]

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 from engram.evaluate.bench.outcomes import Asked, Outcome
 from engram.evaluate.bench.questions import Place, Questions
-from engram.evaluate.bench.writing import Around, Writing, seed_of, spelled, write
+from engram.evaluate.bench.writing import Writing, seed_of, spelled, write
 from engram.evaluate.data.records import Record, References
 from engram.evaluate.metrics.generation import consistency, fluency
+from engram.hooks import Around, nothing
 from engram.language_model import LanguageModel
 
 
-def _alone(rows: Sequence[int]) -> nullcontext[None]:
-    return nullcontext()
-
-
-def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around = _alone) -> dict[Place, str]:
+def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around = nothing) -> dict[Place, str]:
     """The greedy continuation of every probe's prompt; of a prompt that several probes have, once.
 
     Args:
@@ -45,7 +41,7 @@ def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around
     }
 
 
-def sampled(lm: LanguageModel, records: Sequence[Record], asked: Asked, around: Around = _alone) -> list[tuple[str, ...]]:
+def sampled(lm: LanguageModel, records: Sequence[Record], asked: Asked, around: Around = nothing) -> list[tuple[str, ...]]:
     """Each record's texts, prompts included; none where they are not asked for."""
     if not asked.texts:
         return [() for _ in records]

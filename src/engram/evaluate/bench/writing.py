@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engram.hooks import Around, nothing
 from engram.language_model import LanguageModel
 
 TOP_K = 5
-
-Around = Callable[
-    [Sequence[int]], AbstractContextManager[None]
-]  # numbers of rows -> what is in force while they are computed
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def seed_of(*parts: object) -> int:
 
 @torch.no_grad()
 def write(
-    lm: LanguageModel, writings: Sequence[Writing], around: Around = lambda rows: nullcontext(), *, rows_at_once: int = 512
+    lm: LanguageModel, writings: Sequence[Writing], around: Around = nothing, *, rows_at_once: int = 512
 ) -> list[list[int]]:
     """The new tokens of each.
 
