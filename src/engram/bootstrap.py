@@ -70,24 +70,22 @@ def resampled(values_nl: Array, seed: int = 0, resamples: int = _RESAMPLES) -> A
 def resampled_twice(values: Sequence[Sequence[float]], seed: int = 0, resamples: int = _RESAMPLES) -> Array:
     """[resamples] means over groups of the means in each, by a bootstrap in two stages: groups, then values of the pool of these.
 
-    A group that is drawn twice is two groups; one of which no value is drawn is left out.
+    A value counts as one over the size of its group, so that draws lie around the mean of the groups' means.
 
     Args:
         values: of each group, at least one.
     """
     generator = np.random.default_rng(seed)
-    flat = np.concatenate([np.asarray(each, dtype=float) for each in values])
+    values_p = np.concatenate([np.asarray(each, dtype=float) for each in values])
     sizes_n = np.array([len(each) for each in values])
-    starts_n = sizes_n.cumsum() - sizes_n
+    weights_p, ends_n = np.repeat(1 / sizes_n, sizes_n), sizes_n.cumsum()
     means = []
     for _ in range(resamples):
-        drawn_n = generator.integers(len(values), size=len(values))
-        drawn_sizes_n = sizes_n[drawn_n]
-        group_p = np.repeat(np.arange(len(values)), drawn_sizes_n)
-        within_p = np.arange(len(group_p)) - np.repeat(drawn_sizes_n.cumsum() - drawn_sizes_n, drawn_sizes_n)
-        pool_p = flat[starts_n[drawn_n][group_p] + within_p]
-        again_p = generator.integers(len(pool_p), size=len(pool_p))
-        counts_n = np.bincount(group_p[again_p], minlength=len(values))
-        sums_n = np.bincount(group_p[again_p], weights=pool_p[again_p], minlength=len(values))
-        means.append((sums_n[counts_n > 0] / counts_n[counts_n > 0]).mean())
+        groups = generator.integers(len(values), size=len(values))
+        behind = (
+            ends_n[groups] - sizes_n[groups].cumsum()
+        )  # how much further each group's last value stands than in the pool
+        pool = np.repeat(behind, sizes_n[groups]) + np.arange(sizes_n[groups].sum())
+        drawn = pool[generator.integers(len(pool), size=len(pool))]
+        means.append(np.average(values_p[drawn], weights=weights_p[drawn]))
     return np.array(means)
