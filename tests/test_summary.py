@@ -136,6 +136,14 @@ def test_a_difference_is_of_the_records_that_both_runs_have():
     assert (found["GE"].mean, found["GE"].count) == (pytest.approx(-0.25), 2)
 
 
+def test_a_difference_of_harmonic_means_needs_all_parts_in_both_runs():
+    a = {str(i): row for i, row in enumerate(table(5))}
+    b = {**a, "3": {"ES": 0.0, "PS": 0.0, "NS": None}}
+    found = paired(a, b, "counterfact", **QUICK)
+    assert (found["S"].mean, found["S"].count) == (0.0, 4), "record 3 would lower S by ES and PS"
+    assert found["ES"].count == 5
+
+
 def test_what_both_runs_share_does_not_widen_the_interval_of_their_difference():
     """Records vary by a third, the runs differ by 0.1 on each of them: their intervals overlap, the difference is certain."""
     a = {str(i): row for i, row in enumerate(table())}

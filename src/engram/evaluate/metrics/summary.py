@@ -67,7 +67,6 @@ def paired(
     common = sorted(rows_a.keys() & rows_b.keys())
     names = _names(form, len(common), resamples)
     a_nm, b_nm = (_array([rows[key] for key in common], names) for rows in (rows_a, rows_b))
-    a_nm, b_nm = np.where(np.isnan(b_nm), np.nan, a_nm), np.where(np.isnan(a_nm), np.nan, b_nm)
     return _estimates(a_nm, b_nm, names, form, seed, resamples)
 
 
@@ -117,7 +116,7 @@ def _array(rows: Sequence[Row], names: Sequence[str]) -> Array:
 def _estimates(
     a_nm: Array, b_nm: Array | None, names: list[str], form: Form, seed: int, resamples: int
 ) -> dict[str, Estimate]:
-    """Of a, or of a - b; both have the same places without a value."""
+    """Of a, or of a - b where both have a value."""
     values_nm = a_nm if b_nm is None else a_nm - b_nm
     low_m, high_m = _interval(resampled(values_nm, seed, resamples))
     found = {}
