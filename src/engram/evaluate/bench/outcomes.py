@@ -20,6 +20,7 @@ class Asked:
         text_tokens: length of these texts, the prompt included.
         drift_every: held-out text is read with the edit of every how manieth record; 0: never.
         seed: of the sampled texts: with a record's id and a text's number it fixes each of them, before as after the edit.
+        reference: zsRE's token accuracy as released, through texts (see text_mode), instead of token by token.
     Raises:
         SettingError: a negative number.
     """
@@ -29,6 +30,7 @@ class Asked:
     text_tokens: int = 100
     drift_every: int = 10
     seed: int = 0
+    reference: bool = False
 
     def __post_init__(self) -> None:
         for name in ("said", "text_tokens", "drift_every"):
@@ -60,7 +62,9 @@ class Outcome:
 
     Attributes:
         readings: one a probe, in their order.
-        texts: sampled, prompts included. fluency, consistency, essence: see metrics.generation.
+        texts: sampled, prompts included. fluency, consistency: see metrics.generation.
+        essence: perplexity of the texts about the subject among the record's references; essence_published: divided by one token too
+            many, as the released code has it (see bench.essence). None with an edit of words.
         perplexity: of held-out text; drift: mean KL(now || unedited) of the next token on it (nats). Where they were measured.
     """
 
@@ -69,6 +73,7 @@ class Outcome:
     fluency: float | None = None
     consistency: float | None = None
     essence: float | None = None
+    essence_published: float | None = None
     perplexity: float | None = None
     drift: float | None = None
 

@@ -5,7 +5,7 @@ The slow path beside together.py; the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from engram.edit import Edit
+from engram.evaluate.bench.essence import essence_ids, with_essence
 from engram.evaluate.bench.held_out import HeldOut
-from engram.evaluate.bench.outcomes import Asked, Outcome
+from engram.evaluate.bench.outcomes import Asked, Outcome, Reading
 from engram.evaluate.bench.questions import Place, Questions, Tally
+from engram.evaluate.bench.text_mode import steps, with_text_mode
 from engram.evaluate.bench.texts import greedy, sampled, with_texts
 from engram.evaluate.data.records import Record, References
 from engram.evaluate.receipt import held_out_text, perplexity
@@ -54,6 +56,9 @@ def measure_one(
         questions = Questions(lm, [record])
         tally, compared = asked_now(lm, questions, None if base is None else base.compared)
         (readings,) = tally.readings(greedy(lm, questions, asked))
+        if asked.reference:
+            readings = _in_text(lm, record, readings)
+        essence = None if isinstance(edit, PromptEdit) else _essence(lm, record, asked, references)
         texts = sampled(lm, [record], asked)[0]
         held = HeldOut.read(lm) if drift and not isinstance(edit, PromptEdit) else None
         ppl = None if held is None else held.perplexity
@@ -61,7 +66,20 @@ def measure_one(
             ppl = perplexity(lm, edit, held_out_text(), edited=True)
     drifted = None if held is None or base is None or base.held_out is None else held.kl(base.held_out)
     outcome = with_texts(Outcome(readings, perplexity=ppl, drift=drifted), record, texts, references)
-    return outcome, Base(compared, held)
+    return outcome if essence is None else with_essence(outcome, *essence), Base(compared, held)
+
+
+def _essence(
+    lm: LanguageModel, record: Record, asked: Asked, references: References | None
+) -> tuple[list[int], Tensor] | None:
+    ids = essence_ids(lm, record, asked, references)
+    return None if ids is None else (ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0])
+
+
+def _in_text(lm: LanguageModel, record: Record, readings: Sequence[Reading]) -> tuple[Reading, ...]:
+    asked = steps(lm, record)
+    logits = lm.logits_at([step.ids for step in asked], [[len(step.ids) - 1] for step in asked])
+    return with_text_mode(readings, asked, [int(each.argmax()) for each in logits])
 
 
 def asked_now(
