@@ -276,13 +276,8 @@ def mass_edit(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: keys or losses are not finite.
     """
     report = progress or silent
-    given: dict[str, Any] = {
-        "layers": layers,
-        "contexts": contexts,
-        "second_moments": second_moments,
-        "corpus": corpus,
-        "tokens": tokens,
-    }
+    given: dict[str, Any] = {"layers": layers, "contexts": contexts, "corpus": corpus, "tokens": tokens}
+    given["second_moments"] = second_moments
     ready = _ready(lm, facts, method, past=past, seed=seed, progress=progress, **given, **knobs)
     shared = shared_subjects(facts)
     if shared:

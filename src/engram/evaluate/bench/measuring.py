@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engram.edit import Edit
-from engram.editors import rewrite
+from engram.editors import rewrite_each
 from engram.errors import EngramError
 from engram.evaluate.bench.outcomes import Asked, Measured
 from engram.evaluate.bench.singly import measure_one
+from engram.evaluate.bench.together import fits, measure_together
 from engram.evaluate.data.records import Record, References
 from engram.language_model import LanguageModel
 from engram.prompt_edit import PromptEdit
@@ -27,27 +29,43 @@ def measure(
     settings: Mapping[str, Any] | None = None,
     asked: Asked | None = None,
     references: References | None = None,
+    *,
+    together: bool = True,
+    unedited_texts: bool = True,
 ) -> Iterator[Measured]:
     """Each record edited by itself and measured before and after; `lm` is as before at every step.
 
     Args:
         records: (place in the data set, record); the place says whether held-out text is read.
-        settings: of the method, see `rewrite`.
+        settings: of the method, see `rewrite_each`.
         references: for the consistency of texts.
+        together: whether edits that rows can carry are measured in one batch; the numbers are the same.
+        unedited_texts: whether the unedited model writes `Asked.texts` as well; it need not where another method's run has them.
     """
     asked = asked or Asked()
-    for place, record in records:
-        drift = bool(asked.drift_every) and place % asked.drift_every == 0
-        before, base = measure_one(lm, record, None, asked, drift=drift, references=references)
-        began = time.perf_counter()
-        try:
-            edit = rewrite(lm, record.facts, method, **(settings or {}))
-        except EngramError as error:
-            yield Measured(record.id, before, before, time.perf_counter() - began, error=str(error))
-            continue
-        seconds = time.perf_counter() - began
-        after, _ = measure_one(lm, record, edit, asked, drift=drift, references=references, base=base)
-        yield Measured(record.id, before, after, seconds, size_of(edit))
+    drifts = [bool(asked.drift_every) and place % asked.drift_every == 0 for place, _ in records]
+    began = time.perf_counter()
+    edits = rewrite_each(lm, [record.facts for _, record in records], method, **(settings or {}))
+    seconds = (time.perf_counter() - began) / len(records)
+    carried = {n: edit for n, edit in enumerate(edits) if together and not isinstance(edit, EngramError) and fits(lm, edit)}
+    both = {}
+    if carried:
+        outcomes = measure_together(
+            lm, [records[n][1] for n in carried], [edit for edit in carried.values() if isinstance(edit, Edit)], asked,
+            drifts=[drifts[n] for n in carried], references=references, unedited_texts=unedited_texts,
+        )  # fmt: skip
+        both = dict(zip(carried, outcomes, strict=True))
+    plain = asked if unedited_texts else replace(asked, texts=False)
+    for n, (edit, (_, record)) in enumerate(zip(edits, records, strict=True)):
+        if n in both:
+            before, after = both[n]
+        else:
+            before, base = measure_one(lm, record, None, plain, drift=drifts[n], references=references)
+            after = before
+            if not isinstance(edit, EngramError):
+                after, _ = measure_one(lm, record, edit, asked, drift=drifts[n], references=references, base=base)
+        failed = str(edit) if isinstance(edit, EngramError) else None
+        yield Measured(record.id, before, after, seconds, 0 if isinstance(edit, EngramError) else size_of(edit), failed)
 
 
 def size_of(edit: Edit | PromptEdit) -> int:

@@ -14,7 +14,8 @@ class Asked:
     """What is measured of every record.
 
     Args:
-        said: tokens of the greedy continuation of each probe; an answer of more tokens gets as many as it has, and two more. 0: none.
+        said: tokens of the greedy continuation of each probe but of attribute prompts; an answer of more tokens gets as many as it
+            has, and two more. 0: none.
         texts: whether `Record.generation` is continued (sampled from the 5 most probable tokens).
         text_tokens: length of these texts, the prompt included.
         drift_every: held-out text is read with the edit of every how manieth record; 0: never.
@@ -24,7 +25,7 @@ class Asked:
         SettingError: a negative number.
     """
 
-    said: int = 8
+    said: int = 5
     texts: bool = False
     text_tokens: int = 100
     drift_every: int = 10

@@ -24,7 +24,8 @@ def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around
         return {}
     wanted: dict[tuple[int, str], int] = {}
     for n, record in enumerate(questions.records):
-        for p, probe in enumerate(record.probes):
+        for p in spoken(record):
+            probe = record.probes[p]
             new = max(asked.said, questions.answer_tokens(n, p) + 2)
             wanted[n, probe.prompt] = max(new, wanted.get((n, probe.prompt), 0))
     owners = [n for n, _ in wanted]
@@ -34,11 +35,12 @@ def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around
     ]
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
     texts = dict(zip(wanted, (spelled(lm, ids) for ids in written), strict=True))
-    return {
-        (n, p): texts[n, probe.prompt]
-        for n, record in enumerate(questions.records)
-        for p, probe in enumerate(record.probes)
-    }
+    return {(n, p): texts[n, record.probes[p].prompt] for n, record in enumerate(questions.records) for p in spoken(record)}
+
+
+def spoken(record: Record) -> list[int]:
+    """Probes whose greedy answer is looked at: all but attribute prompts, which no score is made of."""
+    return [p for p, probe in enumerate(record.probes) if probe.kind != "attribute"]
 
 
 def sampled(lm: LanguageModel, records: Sequence[Record], asked: Asked, around: Around = nothing) -> list[tuple[str, ...]]:

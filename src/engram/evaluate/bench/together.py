@@ -1,0 +1,174 @@
+"""Many differently edited models in one forward: every row of a batch carries the low-rank change of its own record.
+
+What stands below the lowest edited block is the same before and after an edit, so it is computed once: the unedited model runs
+over a batch of rows, and the edited ones start from what entered that block. Knows rows, blocks and changes. Refuses to know how
+edits are made, and what logits say (see questions). The same numbers as singly.py, which lays one edit after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engram.edit import Edit
+from engram.evaluate.bench.held_out import HeldOut, pieces
+from engram.evaluate.bench.outcomes import Asked, Outcome
+from engram.evaluate.bench.questions import Questions
+from engram.evaluate.bench.singly import LOGITS, TOKENS
+from engram.evaluate.bench.texts import greedy, sampled, with_texts
+from engram.evaluate.data.records import Record, References
+from engram.hooks import Around, nothing, own_changes
+from engram.language_model import LanguageModel, pad_right
+from engram.prompt_edit import PromptEdit
+from engram.replay import Suffix, record_run, use_replay
+from engram.weights import linear_shape
+
+_RANK = 32  # of a change that is carried by rows; larger ones are laid on the weights
+
+
+def fits(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
+    """Whether rows can carry the edit: low-rank changes of linear maps inside the blocks of a causal model."""
+    if not isinstance(edit, Edit) or lm.kind != "causal":
+        return False
+    return all(not delta.is_dense and delta.rank <= _RANK for delta in edit.deltas.values()) and all(
+        _block_of(lm, name) is not None for name in edit.deltas
+    )
+
+
+def _block_of(lm: LanguageModel, weight: str) -> int | None:
+    """The block that a weight belongs to."""
+    return next((n for n in range(lm.n_layers) if weight.startswith(f"{lm.parts.block_name(n)}.")), None)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Edits as changes that rows carry.
+
+    Attributes:
+        first: lowest block that one of them changes.
+        around: given the number of each row's edit, lays the changes.
+    """
+
+    first: int
+    around: Around
+
+    @classmethod
+    def of(cls, lm: LanguageModel, edits: Sequence[Edit]) -> Carried:
+        names = sorted({name for edit in edits for name in edit.deltas})
+        changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        for name in names:
+            module = lm.model.get_submodule(name.removesuffix(".weight"))
+            rank = max(edit.deltas[name].rank for edit in edits if name in edit.deltas)
+            out, into = linear_shape(module)
+            dtype = next(edit.deltas[name].left.dtype for edit in edits if name in edit.deltas)
+            left_nor, right_nri = (
+                torch.zeros(len(edits), out, rank, dtype=dtype),
+                torch.zeros(len(edits), rank, into, dtype=dtype),
+            )
+            for n, edit in enumerate(edits):
+                if name in edit.deltas:
+                    left_or, right_ri = edit.deltas[name].low_rank()
+                    left_nor[n, :, : left_or.shape[1]], right_nri[n, : right_ri.shape[0]] = left_or, right_ri
+            changes[module] = left_nor.to(lm.device), right_nri.to(lm.device)
+        blocks = [block for name in names if (block := _block_of(lm, name)) is not None]
+        return cls(min(blocks), own_changes(changes))
+
+
+@torch.no_grad()
+def measure_together(
+    lm: LanguageModel,
+    records: Sequence[Record],
+    edits: Sequence[Edit],
+    asked: Asked,
+    *,
+    drifts: Sequence[bool],
+    references: References | None = None,
+    unedited_texts: bool = True,
+) -> list[tuple[Outcome, Outcome]]:
+    """Each record before its edit and after it; see `measure_one`.
+
+    Args:
+        drifts: whether held-out text is read with each.
+        unedited_texts: whether the unedited model writes texts, too.
+    """
+    carried, questions = Carried.of(lm, edits), Questions(lm, records)
+    before, after = questions.tally(), questions.tally()
+    replays = use_replay(lm, "auto")
+    for batch in questions.batches(TOKENS, LOGITS):
+        rows, owners = [questions.rows[i] for i in batch], [questions.owner[i] for i in batch]
+        ids_bt = pad_right([row.ids for row in rows])
+        both = (_replayed if replays else _whole)(lm, ids_bt, [row.read for row in rows], owners, carried)
+        compared = before.add(batch, next(both))
+        after.add(batch, next(both), compared)
+    said = greedy(lm, questions, asked)
+    said_after = greedy(lm, questions, asked, carried.around)
+    texts = sampled(lm, records, asked) if unedited_texts else [()] * len(records)
+    texts_after = sampled(lm, records, asked, carried.around)
+    base = HeldOut.read(lm) if any(drifts) else None
+    held = _held_out(lm, [n for n, wanted in enumerate(drifts) if wanted], carried) if any(drifts) else {}
+    out = []
+    for n, (record, was, now) in enumerate(zip(records, before.readings(said), after.readings(said_after), strict=True)):
+        unedited, edited = Outcome(was), Outcome(now)
+        if n in held and base is not None:
+            unedited = Outcome(was, perplexity=base.perplexity)
+            edited = Outcome(now, perplexity=held[n].perplexity, drift=held[n].kl(base))
+        out.append(
+            (with_texts(unedited, record, texts[n], references), with_texts(edited, record, texts_after[n], references))
+        )
+    return out
+
+
+def _replayed(
+    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: Carried
+) -> Iterator[Tensor]:
+    """Logits [all reads, v] without the edits, then with them."""
+    recording = record_run(lm, ids_bt)
+    row_p, read_p = _flat(reads)
+    yield _head(lm, recording.hidden[-1][row_p.to(lm.device), read_p.to(lm.device)])
+    suffix, last = Suffix(lm, recording, 0, ids_bt.shape[1]), lm.n_layers - 1
+    hidden_btd = recording.hidden[carried.first]
+    columns_br = pad_right(reads)
+    with carried.around(owners):
+        for layer in range(carried.first, last):
+            hidden_btd = suffix.block(layer, hidden_btd)
+        read_brd = suffix.at_columns(last, hidden_btd, columns_br)
+    yield _head(lm, torch.cat([read_brd[b, : len(read)] for b, read in enumerate(reads)]))
+
+
+def _whole(
+    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: Carried
+) -> Iterator[Tensor]:
+    """The same by two whole forward passes."""
+    wanted = sorted({position for read in reads for position in read})
+    column = {position: at for at, position in enumerate(wanted)}
+    row_p, read_p = _flat([[column[position] for position in read] for read in reads])
+    for around in (nothing, carried.around):
+        with around(owners):
+            logits_brv = lm.cloze_logits(ids_bt.to(lm.device), wanted)
+        yield logits_brv[row_p.to(lm.device), read_p.to(lm.device)]
+
+
+def _flat(reads: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([b for b, read in enumerate(reads) for _ in read]), torch.tensor(
+        [at for read in reads for at in read]
+    )
+
+
+def _head(lm: LanguageModel, hidden_pd: Tensor) -> Tensor:
+    return lm.parts.head(hidden_pd[None])[0]
+
+
+def _held_out(lm: LanguageModel, owners: Sequence[int], carried: Carried) -> dict[int, HeldOut]:
+    """Held-out text read with each of some edits."""
+    rows, reads = pieces(lm)
+    out = {}
+    for owner in owners:
+        logits = []
+        for row, read in zip(rows, reads, strict=True):
+            with carried.around([owner]):
+                logits.append(lm.cloze_logits(torch.tensor([row[:-1]], device=lm.device), list(read))[0])
+        out[owner] = HeldOut.of(logits, rows)
+    return out
