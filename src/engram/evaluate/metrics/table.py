@@ -66,9 +66,7 @@ def _nats(title: str, forms: tuple[Form, ...], meaning: str, source: str) -> Met
 
 
 def _ripple(title: str, meaning: str) -> Metric:
-    return Metric(
-        title, RIPPLE, f"share of tests passed, of those whose conditions the unedited model meets: {meaning}", RIPPLES
-    )
+    return Metric(title, RIPPLE, f"tests passed, of those that count: {meaning}", RIPPLES)
 
 
 _LAST = "answers are teacher-forced"  # said once for each family of scores, so that no reader misses it
