@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.edit import Edit
+from engram.evaluate.bench.essence import essence_ids, with_essence
 from engram.evaluate.bench.held_out import HeldOut, pieces
 from engram.evaluate.bench.outcomes import Asked, Outcome
 from engram.evaluate.bench.questions import Questions
@@ -115,6 +116,10 @@ def measure_together(
         if n in held and base is not None:
             unedited = Outcome(was, perplexity=base.perplexity)
             edited = Outcome(now, perplexity=held[n].perplexity, drift=held[n].kl(base))
+        if (ids := essence_ids(lm, record, asked, references)) is not None:
+            (plain_pv,) = lm.logits_at([ids[:-1]], [range(len(ids) - 1)])
+            unedited = with_essence(unedited, ids, plain_pv)
+            edited = with_essence(edited, ids, _read_with(lm, carried, n, ids))
         out.append(
             (with_texts(unedited, record, texts[n], references), with_texts(edited, record, texts_after[n], references))
         )
@@ -163,12 +168,11 @@ def _head(lm: LanguageModel, hidden_pd: Tensor) -> Tensor:
 
 def _held_out(lm: LanguageModel, owners: Sequence[int], carried: Carried) -> dict[int, HeldOut]:
     """Held-out text read with each of some edits."""
-    rows, reads = pieces(lm)
-    out = {}
-    for owner in owners:
-        logits = []
-        for row, read in zip(rows, reads, strict=True):
-            with carried.around([owner]):
-                logits.append(lm.cloze_logits(torch.tensor([row[:-1]], device=lm.device), list(read))[0])
-        out[owner] = HeldOut.of(logits, rows)
-    return out
+    rows, _ = pieces(lm)
+    return {owner: HeldOut.of([_read_with(lm, carried, owner, row) for row in rows], rows) for owner in owners}
+
+
+def _read_with(lm: LanguageModel, carried: Carried, owner: int, ids: Sequence[int]) -> Tensor:
+    """Logits [tokens - 1, v] behind all tokens of a text but the last, with one of the edits."""
+    with carried.around([owner]):
+        return lm.cloze_logits(torch.tensor([ids[:-1]], device=lm.device), range(len(ids) - 1))[0]
