@@ -16,7 +16,7 @@ from torch.nn import functional
 import engram
 from engram import Fact
 from engram.errors import UnsupportedModelError
-from engram.evaluate.bench import texts
+from engram.evaluate.bench import texts, together
 from engram.evaluate.bench.essence import essence_ids
 from engram.evaluate.bench.outcomes import Asked
 from engram.evaluate.bench.questions import Questions
@@ -182,6 +182,40 @@ def test_without_texts_about_the_subject_there_is_no_essence():
     assert essence_ids(tiny_lm("bert"), record(references="city"), asked, about) is None
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("replays", [True, False], ids=["replayed", "whole"])
+def test_many_edits_in_one_batch_have_the_essence_and_the_released_accuracy_of_each_by_itself(family, replays, monkeypatch):
+    monkeypatch.setattr(together, "use_replay", lambda lm, engine: replays)
+    monkeypatch.setattr(together, "_ROWS", 4)  # rows of one record in several batches
+    lm = tiny_lm(family, torch.float64)
+    about = told(("bridge", "The bridge is old."))
+    asked = quiet(texts=True, reference=True, text_tokens=12)
+    records = [
+        answers_of_zsre(answer, references=key) for answer, key in (("Madrid", "city"), ("日本", None), ("in", "city"))
+    ]
+    settings = {"layers": [1, 2], "rank": 4, "epochs": 40, "learning_rate": 0.05}
+    edits = [
+        engram.rewrite(lm, Fact("bridge", "The {} is in", each), "lora", **settings) for each in ("Madrid", "Rome", "Paris")
+    ]
+    assert all(together.fits(lm, edit) for edit in edits)
+    found = together.measure_together(lm, records, edits, asked, drifts=[False] * 3, references=about)
+    for each, edit, (before, after) in zip(records, edits, found, strict=True):
+        for phase, mine in ((None, before), (edit, after)):
+            alone, _ = measure_one(lm, each, phase, asked, references=about)
+            assert mine.essence == (None if each.references is None else pytest.approx(alone.essence, rel=1e-9))
+            assert mine.essence_published == (
+                None if each.references is None else pytest.approx(alone.essence_published, rel=1e-9)
+            )
+            assert [reading.correct for reading in mine.readings] == [reading.correct for reading in alone.readings]
+    assert found[0][0].essence != pytest.approx(found[0][1].essence, rel=1e-6)
+    assert found[0][0].readings[0].correct != found[0][1].readings[0].correct
+    silent = together.measure_together(
+        lm, records, edits, asked, drifts=[False] * 3, references=about, unedited_texts=False
+    )
+    assert silent[0][0].essence is None
+    assert silent[0][1].essence == found[0][1].essence
+
+
 def test_an_edit_of_words_has_no_essence():
     lm = tiny_lm("gpt2")
     edit = engram.rewrite(lm, [FACT], method="in-context")
@@ -193,10 +227,10 @@ def test_an_edit_of_words_has_no_essence():
 # -- zsRE through texts --------------------------------------------------------------------------------------------------
 
 
-def answers_of_zsre(answer):
+def answers_of_zsre(answer, **more):
     return record(
         Probe("rewrite", PROMPTS[0], answer), Probe("paraphrase", PROMPTS[1], answer),
-        Probe("neighbourhood", "nq question: where is the piano?", "in Madrid"),
+        Probe("neighbourhood", "nq question: where is the piano?", "in Madrid"), **more,
     )  # fmt: skip
 
 

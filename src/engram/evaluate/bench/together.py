@@ -7,8 +7,9 @@ edits are made, and what logits say (see questions). The same numbers as singly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from engram.edit import Edit
 from engram.evaluate.bench.essence import essence_ids, with_essence
 from engram.evaluate.bench.held_out import HeldOut, pieces
-from engram.evaluate.bench.outcomes import Asked, Outcome
+from engram.evaluate.bench.outcomes import Asked, Outcome, Reading
 from engram.evaluate.bench.questions import Questions
 from engram.evaluate.bench.singly import LOGITS, TOKENS
+from engram.evaluate.bench.text_mode import steps, with_text_mode
 from engram.evaluate.bench.texts import greedy, sampled, with_texts
 from engram.evaluate.data.records import Record, References
 from engram.hooks import Around, nothing, own_changes
@@ -27,6 +29,8 @@ from engram.prompt_edit import PromptEdit
 from engram.replay import Suffix, record_run, use_replay
 from engram.weights import linear_shape
 
+_ROWS = 64  # of one forward, where each is read at its end only
+_Run = Callable[[LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "Carried"], Iterator[Tensor]]
 _RANK = 32  # of a change that is carried by rows; larger ones are laid on the weights
 
 
@@ -93,15 +97,15 @@ def measure_together(
 
     Args:
         drifts: whether held-out text is read with each.
-        unedited_texts: whether the unedited model writes texts, too.
+        unedited_texts: whether the unedited model writes and reads texts, too.
     """
     carried, questions = Carried.of(lm, edits), Questions(lm, records)
     before, after = questions.tally(), questions.tally()
-    replays = use_replay(lm, "auto")
+    run = _replayed if use_replay(lm, "auto") else _whole
     for batch in questions.batches(TOKENS, LOGITS):
         rows, owners = [questions.rows[i] for i in batch], [questions.owner[i] for i in batch]
         ids_bt = pad_right([row.ids for row in rows])
-        both = (_replayed if replays else _whole)(lm, ids_bt, [row.read for row in rows], owners, carried)
+        both = run(lm, ids_bt, [row.read for row in rows], owners, carried)
         compared = before.add(batch, next(both))
         after.add(batch, next(both), compared)
     said = greedy(lm, questions, asked)
@@ -110,15 +114,18 @@ def measure_together(
     texts_after = sampled(lm, records, asked, carried.around)
     base = HeldOut.read(lm) if any(drifts) else None
     held = _held_out(lm, [n for n, wanted in enumerate(drifts) if wanted], carried) if any(drifts) else {}
+    read_before, read_after = before.readings(said), after.readings(said_after)
+    if asked.reference:
+        read_before, read_after = _in_text(lm, records, (read_before, read_after), carried, run)
     out = []
-    for n, (record, was, now) in enumerate(zip(records, before.readings(said), after.readings(said_after), strict=True)):
+    for n, (record, was, now) in enumerate(zip(records, read_before, read_after, strict=True)):
         unedited, edited = Outcome(was), Outcome(now)
         if n in held and base is not None:
             unedited = Outcome(was, perplexity=base.perplexity)
             edited = Outcome(now, perplexity=held[n].perplexity, drift=held[n].kl(base))
         if (ids := essence_ids(lm, record, asked, references)) is not None:
-            (plain_pv,) = lm.logits_at([ids[:-1]], [range(len(ids) - 1)])
-            unedited = with_essence(unedited, ids, plain_pv)
+            if unedited_texts:
+                unedited = with_essence(unedited, ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0])
             edited = with_essence(edited, ids, _read_with(lm, carried, n, ids))
         out.append(
             (with_texts(unedited, record, texts[n], references), with_texts(edited, record, texts_after[n], references))
@@ -154,6 +161,30 @@ def _whole(
         with around(owners):
             logits_brv = lm.cloze_logits(ids_bt.to(lm.device), wanted)
         yield logits_brv[row_p.to(lm.device), read_p.to(lm.device)]
+
+
+def _in_text(
+    lm: LanguageModel, records: Sequence[Record], both: Sequence[Sequence[tuple[Reading, ...]]], carried: Carried, run: _Run
+) -> list[list[tuple[Reading, ...]]]:
+    """Readings before and after with zsRE's token accuracy as released; see text_mode."""
+    asked = [steps(lm, record) for record in records]
+    rows = [(n, step) for n, each in enumerate(asked) for step in each]
+    best: tuple[list[int], list[int]] = ([], [])  # before, after
+    for start in range(0, len(rows), _ROWS):
+        owners, batch = zip(*rows[start : start + _ROWS], strict=True)
+        reads = [[len(step.ids) - 1] for step in batch]
+        for found, logits_bv in zip(
+            best, run(lm, pad_right([step.ids for step in batch]), reads, owners, carried), strict=True
+        ):
+            found += logits_bv.argmax(-1).tolist()
+    starts = list(accumulate(map(len, asked), initial=0))
+    return [
+        [
+            with_text_mode(readings, each, found[start : start + len(each)])
+            for readings, each, start in zip(phase, asked, starts, strict=False)
+        ]
+        for phase, found in zip(both, best, strict=True)
+    ]
 
 
 def _flat(reads: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
