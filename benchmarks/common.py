@@ -99,8 +99,8 @@ def published_value(
     clamp: float,
     steps: int,
     device: str,
-) -> list[float]:
-    """One value as the released code finds it: whole forward passes over all rows with every position's logits; the losses.
+) -> tuple[torch.Tensor, list[float]]:
+    """One value as the released code finds it, and its losses: whole forward passes over all rows with every position's logits.
 
     Args:
         module: whose output is shifted by one delta at `lookup` of every row; the last row is the penalty's.
@@ -143,7 +143,7 @@ def published_value(
             if delta.norm() > limit:
                 delta.mul_(limit / delta.norm())
     hook.remove()
-    return losses
+    return start[0] + delta.detach(), losses
 
 
 def arguments(doc: str, shape: str = "small", **more: dict[str, Any]) -> argparse.Namespace:

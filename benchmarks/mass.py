@@ -79,7 +79,7 @@ def published(given: Any) -> dict[str, Any]:
         rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
         lookup = [len(row) - behind - 1 for row in prompts] + [len(subject) - 1]
         ends = [len(row) - 1 for row in prompts]
-        return published_value(model, block, rows, lookup, ends, target, clamp=0.75, steps=STEPS, device=device)
+        return published_value(model, block, rows, lookup, ends, target, clamp=0.75, steps=STEPS, device=device)[1]
 
     some = facts[: given.loops]
     optimise(facts[-1])  # the first pass of a process is slow

@@ -70,7 +70,7 @@ def full(length: str, shape: str, device: str) -> dict[str, Any]:
     mlp = model.transformer.h[LAYERS[shape]].mlp
 
     def optimise() -> list[float]:
-        return published_value(model, mlp, rows, lookup, ends, target[0], clamp=4, steps=STEPS, device=device)
+        return published_value(model, mlp, rows, lookup, ends, target[0], clamp=4, steps=STEPS, device=device)[1]
 
     seconds, losses = timed(optimise, device)
     return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "losses": losses}
