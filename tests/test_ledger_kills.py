@@ -13,7 +13,7 @@ import pytest
 import engram
 from engram.errors import EditFileError, EngramError
 from engram.ledger import Ledger
-from engram.ledger.history import locked
+from engram.locking import locked
 from tests.edit_samples import random_edit, tiny
 
 LM = tiny()
@@ -222,7 +222,7 @@ def test_two_writers_wait_for_each_other(tmp_path):
 
 def test_a_writer_that_has_waited_too_long_says_for_whom(tmp_path):
     folder = Ledger.create(tmp_path / "ledger", LM).folder
-    with locked(folder / "lock", 0), pytest.raises(
+    with locked(folder / "lock", 0, folder, "Wait."), pytest.raises(
         EngramError, match=rf"is being written by process {os.getpid()}, for more than 0 s now. .*Ledger.open\(folder, wait=...\)"
     ):  # fmt: skip
         Ledger.open(folder, wait=0).add(random_edit(LM))

@@ -29,9 +29,10 @@ from engram.evaluate.canary import Canary
 from engram.facts import Fact
 from engram.folders import written_whole
 from engram.ledger.conflicts import NEAR, Conflict, conflicts
-from engram.ledger.history import Entry, Event, History, Place, entries_after, locked, now, shown
+from engram.ledger.history import Entry, Event, History, Place, entries_after, now, shown
 from engram.ledger.names import Which, entry_named, places
 from engram.ledger.origin import lying_on, made_on, unknown_origin
+from engram.locking import locked
 from engram.merging import applied, describe_base, editable, edited
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_WAIT = "Try again when it is done, or wait longer: Ledger.open(folder, wait=...)"
 _ABOUT, _HISTORY, _EDITS, _LOCK = "ledger.json", "history.jsonl", "edits", "lock"
 
 
@@ -298,7 +300,7 @@ class Ledger:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with locked(self.folder / _LOCK, self.wait):
+        with locked(self.folder / _LOCK, self.wait, self.folder, _WAIT):
             yield
 
     def _home(self, number: int) -> Path:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from engram.errors import EditFileError, EngramError
 from engram.facts import Fact
@@ -206,37 +205,3 @@ class History:
             raise EditFileError(
                 f"could not write {self.path}: {error}. The ledger is as it was; free some space"
             ) from error
-
-
-@contextmanager
-def locked(path: Path, wait: float) -> Iterator[None]:
-    """Within the block no other process (or thread) holds the lock at `path`; a killed one lets go of it.
-
-    Args:
-        wait: seconds to wait for another one to be done.
-    Raises:
-        EngramError: it was not done by then.
-    """
-    with path.open("a+") as file:
-        _take(file, path, time.monotonic() + wait, wait)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _take(file: IO[str], path: Path, until: float, wait: float) -> None:
-    import fcntl
-
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(0.02)
-                continue
-        file.seek(0)
-        raise EngramError(
-            f"{path.parent} is being written by process {file.read() or 'unknown'}, for more than {wait:g} s now. Try again when "
-            "it is done, or wait longer: Ledger.open(folder, wait=...)"
-        )
