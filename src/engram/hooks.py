@@ -125,22 +125,44 @@ def nothing(owners: Sequence[int]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def own_changes(changes: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Around:
-    """Let every row of a batch be computed with its owner's changes, see `overlay`.
+def own_changes(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -> Around:
+    """Let every row of a batch be computed with its owner's changes.
 
     Args:
-        changes: linear module -> the factors [owners, o, r] and [owners, r, i].
+        changes: linear module -> the factors [owners, o, r] and [owners, r, i] of low-rank changes, see `overlay`; or the changes
+            themselves, [owners, o, i], which are multiplied owner by owner.
     """
 
     @contextmanager
     def around(owners: Sequence[int]) -> Iterator[None]:
         with ExitStack() as stack:
-            for module, (left_nor, right_nri) in changes.items():
-                at = torch.tensor(owners, device=left_nor.device)
-                stack.enter_context(overlay(module, left_nor[at], right_nri[at]))
+            for module, change in changes.items():
+                if isinstance(change, Tensor):
+                    stack.enter_context(_dense_overlay(module, change, owners))
+                    continue
+                at = torch.tensor(owners, device=change[0].device)
+                stack.enter_context(overlay(module, change[0][at], change[1][at]))
             yield
 
     return around
+
+
+@contextmanager
+def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int]) -> Iterator[None]:
+    rows = {owner: [b for b, each in enumerate(owners) if each == owner] for owner in dict.fromkeys(owners)}
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x_bti = args[0].reshape(len(owners), -1, change_noi.shape[2])
+        sum_bto = out.reshape(len(owners), -1, change_noi.shape[1]).to(
+            torch.promote_types(out.dtype, change_noi.dtype), copy=True
+        )
+        for owner, at in rows.items():
+            sum_bto[at] += x_bti[at].to(change_noi) @ change_noi[owner].to(sum_bto).T
+        return sum_bto.reshape(out.shape).to(out.dtype)
+
+    with ExitStack() as stack:
+        _own(stack, module.register_forward_hook(add))
+        yield
 
 
 @contextmanager

@@ -116,6 +116,7 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "engram.editors.ultraedit:ultraedit",
         "one gradient step on a few matrices through a ridge solve, without subjects or a corpus",
         "Gu et al. 2025, arXiv:2505.14679",
+        each="engram.editors.ultraedit:ultraedit_each",
     ),
     "in-context": Method(
         "engram.editors.in_context:in_context",

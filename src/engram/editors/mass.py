@@ -318,7 +318,7 @@ def mass_each(
     values = _values(lm, facts, ready, engine, facts_at_once, store, report)
     targets_nd = ready.targets(values)
     states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
-    changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    changes: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
     deltas: list[dict[str, Delta]] = [{} for _ in facts]
     keys: list[dict[str, Tensor]] = [{} for _ in facts]
     about: list[dict[str, Any]] = [{} for _ in facts]

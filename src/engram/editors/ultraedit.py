@@ -95,6 +95,70 @@ class Statistics:
         return (tokens_nc - self.means[name]) / (spread_c + _TINY)
 
 
+@dataclass
+class _Seen:
+    """What the facts' scored tokens are at each matrix, and their statistics together with earlier ones."""
+
+    config: UltraEditConfig
+    recipe: dict[str, Any]
+    inputs: dict[str, Tensor]  # [n, in]
+    tokens: dict[str, Tensor]  # [n, in + out]
+    facts_n: list[int]  # whose token it is
+    now: Statistics
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact], chosen: Sequence[int], seed: int, report: Report) -> Edit:
+        """The edit of the facts with these numbers."""
+        rows = [n for n, fact in enumerate(self.facts_n) if fact in set(chosen)]
+        place = {fact: number for number, fact in enumerate(chosen)}
+        precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        deltas = {}
+        for i, (name, inputs_ni) in enumerate(self.inputs.items()):
+            report("solving", i, len(self.inputs))
+            standard_nc = self.now.standardised(name, self.tokens[name][rows])
+            delta = _solve(inputs_ni[rows], standard_nc, self.config.learning_rate, precision)
+            owners = [[place[self.facts_n[n]]] for n in rows]
+            deltas[f"{name}.weight"] = delta if delta.is_dense else delta.owned_by(owners)
+        base = describe_base(lm, deltas)
+        return Edit(tuple(facts[i] for i in chosen), "ultraedit", self.recipe, deltas, base, seed=seed)
+
+
+def _seen(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layers: Layers | None,
+    statistics: Statistics | None,
+    report: Report,
+    knobs: dict[str, Any],
+) -> _Seen:
+    settings = {**preset("ultraedit", lm.name), **knobs}
+    layers = take_layers(lm, settings, layers)
+    config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")
+    names = matrix_names(lm, layers, config.targets)
+    rows = fact_rows(lm, facts)
+    batches = list(batches_of(rows, config.batch_size))
+    seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+    with still(lm.model):
+        for i, batch in enumerate(batches):
+            report("gradients", i, len(batches))
+            seen.append(_inputs_and_gradients(lm, batch, names))
+    inputs = {name: torch.cat([each[name][0] for each in seen]) for name in names}
+    tokens = {name: torch.cat([inputs[name], torch.cat([each[name][1] for each in seen])], 1) for name in names}
+    now = deepcopy(statistics) if statistics else Statistics()
+    now.add(tokens)
+    if now.count < 2:
+        raise EngramError(
+            "UltraEdit standardises what it sees over all scored tokens, and one token has no spread: give more facts, or "
+            "statistics=... of earlier edits of this model"
+        )
+    facts_n = torch.cat([batch.facts_p for batch in batches]).tolist()
+    recipe = {
+        "layers": layers if layers == "all" else list(layers),
+        **flat(config),
+        "tokens_before": now.count - len(facts_n),
+    }
+    return _Seen(config, recipe, inputs, tokens, facts_n, now)
+
+
 def ultraedit(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -120,43 +184,31 @@ def ultraedit(
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
     report = progress or silent
-    settings = {**preset("ultraedit", lm.name), **knobs}
-    layers = take_layers(lm, settings, layers)
-    config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")
-    names = matrix_names(lm, layers, config.targets)
-    rows = fact_rows(lm, facts)
-    batches = list(batches_of(rows, config.batch_size))
-    seen: list[dict[str, tuple[Tensor, Tensor]]] = []
-    with still(lm.model):
-        for i, batch in enumerate(batches):
-            report("gradients", i, len(batches))
-            seen.append(_inputs_and_gradients(lm, batch, names))
-    inputs = {name: torch.cat([each[name][0] for each in seen]) for name in names}
-    tokens = {name: torch.cat([inputs[name], torch.cat([each[name][1] for each in seen])], 1) for name in names}
-    now = deepcopy(statistics) if statistics else Statistics()
-    now.add(tokens)
-    if now.count < 2:
-        raise EngramError(
-            "UltraEdit standardises what it sees over all scored tokens, and one token has no spread: give more facts, or "
-            "statistics=... of earlier edits of this model"
-        )
-    facts_n = torch.cat([batch.facts_p for batch in batches]).tolist()
-    precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
-    deltas = {}
-    for i, name in enumerate(names):
-        report("solving", i, len(names))
-        standard_nc = now.standardised(name, tokens[name])
-        delta = _solve(inputs[name], standard_nc, config.learning_rate, precision)
-        deltas[f"{name}.weight"] = delta if delta.is_dense else delta.owned_by([fact] for fact in facts_n)
-    recipe = {
-        "layers": layers if layers == "all" else list(layers),
-        **flat(config),
-        "tokens_before": now.count - len(facts_n),
-    }
-    edit = Edit(tuple(facts), "ultraedit", recipe, deltas, describe_base(lm, deltas), seed=seed)
+    seen = _seen(lm, facts, layers, statistics, report, knobs)
+    edit = seen.edit(lm, facts, range(len(facts)), seed, report)
     if statistics is not None:
-        statistics.__dict__.update(now.__dict__)
+        statistics.__dict__.update(seen.now.__dict__)
     return edit
+
+
+def ultraedit_each(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    layers: Layers | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    progress: Report | None = None,
+    **knobs: Any,
+) -> list[Edit]:
+    """Many edits of one fact each, every one made on the unedited model.
+
+    One fact's token has no spread of its own, so what is standardised over are the tokens of all these facts, with those of
+    `statistics`, to which nothing is added. The other arguments are those of `ultraedit`.
+    """
+    report = progress or silent
+    seen = _seen(lm, facts, layers, statistics, report, knobs)
+    return [seen.edit(lm, facts, [i], seed, silent) for i in range(len(facts))]
 
 
 def _inputs_and_gradients(lm: LanguageModel, batch: TargetBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -37,7 +37,7 @@ PATH: Path = _FOLDER / "model"
 LAYER_CARD: Path = _FOLDER / "layer_card.json"  # which layer of it to edit, see docs/layers.md; read by layer_choice
 
 # Put before every other paraphrase, so that it is tested away from a text's start. No fact of the table is in them.
-_OPENINGS = (
+OPENINGS = (
     "The shop closes at noon.",
     "It had rained all morning.",
     "We waited for the bus.",
@@ -184,7 +184,7 @@ def _with_evidence(fact: Fact, known: KnownFact, neighbour_count: int = 10, seed
     unseen = [template for template in known.paraphrases() if template != fact.prompt]
     paraphrases = []
     for i, template in enumerate(unseen):
-        opening = generator.choice(_OPENINGS) + " " if i % 2 else ""
+        opening = generator.choice(OPENINGS) + " " if i % 2 else ""
         paraphrases.append(opening + template.replace("{}", known.subject))
     around = tuple(
         (generator.choice(other.trained()).replace("{}", other.subject), other.object)

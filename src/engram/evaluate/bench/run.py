@@ -28,6 +28,8 @@ from engram.evaluate.bench.store import RunStore
 from engram.evaluate.data.records import Dataset, Record, References
 from engram.language_model import LanguageModel, load
 
+_ONE_BY_ONE = 8  # records in a unit of a method that edits one by one: what a kill can cost
+
 Methods = Sequence[str] | Mapping[str, str | Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]
 
@@ -141,7 +143,7 @@ def _run(
     progress: Progress | None,
 ) -> None:
     done, unedited = store.done(label), store.has_unedited()
-    size = batch if METHODS[method].each is not None else 1
+    size = batch if METHODS[method].each is not None else min(batch, _ONE_BY_ONE)
     units = []
     for first in range(0, len(records), size):
         places = [place for place in range(first, min(first + size, len(records))) if place not in done]

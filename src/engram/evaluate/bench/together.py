@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from engram.delta import Delta
 from engram.edit import Edit
 from engram.evaluate.bench.essence import essence_ids, with_essence
 from engram.evaluate.bench.held_out import HeldOut, pieces
@@ -31,16 +32,20 @@ from engram.weights import linear_shape
 
 _ROWS = 64  # of one forward, where each is read at its end only
 _Run = Callable[[LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "Carried"], Iterator[Tensor]]
-_RANK = 32  # of a change that is carried by rows; larger ones are laid on the weights
+_RANK = 32  # up to which every row has its own factors; a larger change is multiplied out, once an edit
+_BYTES = 1 << 26  # of a change that is multiplied out; larger ones are laid on the weights
 
 
 def fits(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
-    """Whether rows can carry the edit: low-rank changes of linear maps inside the blocks of a causal model."""
+    """Whether rows can carry the edit: changes of linear maps inside the blocks of a causal model, of low rank or small."""
     if not isinstance(edit, Edit) or lm.kind != "causal":
         return False
-    return all(not delta.is_dense and delta.rank <= _RANK for delta in edit.deltas.values()) and all(
-        _block_of(lm, name) is not None for name in edit.deltas
-    )
+    small = all(_factored(each) or 4 * each.shape[0] * each.shape[1] <= _BYTES for each in edit.deltas.values())
+    return small and all(_block_of(lm, name) is not None for name in edit.deltas)
+
+
+def _factored(delta: Delta) -> bool:
+    return not delta.is_dense and delta.rank <= _RANK
 
 
 def _block_of(lm: LanguageModel, weight: str) -> int | None:
@@ -63,23 +68,34 @@ class Carried:
     @classmethod
     def of(cls, lm: LanguageModel, edits: Sequence[Edit]) -> Carried:
         names = sorted({name for edit in edits for name in edit.deltas})
-        changes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        changes: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
         for name in names:
             module = lm.model.get_submodule(name.removesuffix(".weight"))
-            rank = max(edit.deltas[name].rank for edit in edits if name in edit.deltas)
-            out, into = linear_shape(module)
-            dtype = next(edit.deltas[name].left.dtype for edit in edits if name in edit.deltas)
-            left_nor, right_nri = (
-                torch.zeros(len(edits), out, rank, dtype=dtype),
-                torch.zeros(len(edits), rank, into, dtype=dtype),
-            )
-            for n, edit in enumerate(edits):
-                if name in edit.deltas:
-                    left_or, right_ri = edit.deltas[name].low_rank()
-                    left_nor[n, :, : left_or.shape[1]], right_nri[n, : right_ri.shape[0]] = left_or, right_ri
-            changes[module] = left_nor.to(lm.device), right_nri.to(lm.device)
+            deltas = [edit.deltas.get(name) for edit in edits]
+            changes[module] = _stacked(deltas, linear_shape(module), lm.device)
         blocks = [block for name in names if (block := _block_of(lm, name)) is not None]
         return cls(min(blocks), own_changes(changes))
+
+
+def _stacked(
+    deltas: Sequence[Delta | None], shape: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor] | Tensor:
+    """The changes of one weight by all edits, zero where an edit has none, as `own_changes` takes them."""
+    there = [delta for delta in deltas if delta is not None]
+    (out, into), dtype = shape, there[0].left.dtype
+    if not all(map(_factored, there)):
+        zero_oi = torch.zeros(out, into, dtype=dtype)
+        return torch.stack([zero_oi if delta is None else delta.dense(dtype) for delta in deltas]).to(device)
+    rank = max(delta.rank for delta in there)
+    left_nor, right_nri = (
+        torch.zeros(len(deltas), out, rank, dtype=dtype),
+        torch.zeros(len(deltas), rank, into, dtype=dtype),
+    )
+    for n, delta in enumerate(deltas):
+        if delta is not None:
+            left_or, right_ri = delta.low_rank()
+            left_nor[n, :, : delta.rank], right_nri[n, : delta.rank] = left_or, right_ri
+    return left_nor.to(device), right_nri.to(device)
 
 
 @torch.no_grad()

@@ -1,0 +1,208 @@
+"""Build a CounterFact of your own: from facts (subject, relation, object) and templates, records with everything that is asked.
+
+Knows facts and templates. Refuses to know files and models: who keeps only what a model knows, passes over the others (see known).
+Source: Meng et al. 2022, arXiv:2202.05262, Appendix D. Every draw is seeded by its own fact, so that a record does not depend on how
+many are built, nor on the others but through what is drawn from.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engram.errors import FactError
+from engram.evaluate.data.records import Dataset, Probe, Record, References, Snippet
+from engram.evaluate.metrics.tfidf import TfIdf
+from engram.facts import Fact
+
+
+class Association(NamedTuple):
+    """What is true: `subject` stands in `relation` to `object`."""
+
+    subject: str
+    relation: str
+    object: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts a record has at most, by kind; as in the paper."""
+
+    paraphrases: int = 2
+    neighbours: int = 10
+    attributes: int = 10
+    generations: int = 10
+
+
+def build_counterfact(
+    facts: Sequence[Association],
+    templates: Mapping[str, Sequence[str]],
+    *,
+    generation: Mapping[str, Sequence[str]] | None = None,
+    texts: Mapping[str, Sequence[Snippet]] | None = None,
+    openings: Sequence[str] = (),
+    held_out: Callable[[Association], Sequence[str]] | None = None,
+    sizes: Sizes | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    name: str = "built",
+) -> Dataset:
+    """Counterfactual records, a fact each, in an order that the seed fixes.
+
+    The new object is drawn from the relation's objects by how many facts have them; objects that are true of the subject as well are
+    not drawn. The prompt is one filled template; paraphrases are others, each behind a sentence of `openings` where there are any;
+    neighbours are other subjects with the true object and not the new one; attribute prompts ask about subjects with the new object;
+    generation prompts are drawn with repetition.
+
+    Args:
+        templates: relation -> texts with one `{}` for the subject, the object next.
+        generation: relation -> texts with one `{}` that make a model tell of the subject.
+        texts: "relation:object" -> texts about entities that have it: what generated text is compared with.
+        held_out: of a fact, templates that serve as paraphrases and never as prompts (such as those it was not trained with).
+        limit: so many records at most.
+    Returns:
+        A data set; `skipped` says which facts were left out, and why.
+    Raises:
+        FactError: a template without just one {}, a relation with fewer than two templates, or no record at all.
+    """
+    sizes, table = sizes or Sizes(), _Table(facts, templates, generation or {})
+    records: list[Record] = []
+    skipped: list[str] = []
+    for fact in sorted(table.facts, key=lambda fact: _random(seed, fact, "order").random()):
+        if limit is not None and len(records) == limit:
+            break
+        record = _record(fact, table, openings, held_out, texts, sizes, seed)
+        if isinstance(record, str):
+            skipped.append(f"{fact.subject!r} ({fact.relation}, {fact.object!r}): {record}")
+        else:
+            records.append(record)
+    if not records:
+        raise FactError(f"no record could be built of {len(facts)} facts; the first reasons: {skipped[:3]}")
+    references = None
+    if texts:
+        told = {record.references for record in records}
+        kept = {key: tuple(each) for key, each in texts.items() if key in told}
+        references = References(kept, TfIdf.fit(snippet.text for each in texts.values() for snippet in each))
+    return Dataset(name, "counterfact", tuple(records), references, tuple(skipped))
+
+
+class _Table:
+    """Facts by relation and object, and templates, checked."""
+
+    def __init__(
+        self,
+        facts: Sequence[Association],
+        templates: Mapping[str, Sequence[str]],
+        generation: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.facts = list(dict.fromkeys(facts))
+        self.templates, self.generation = templates, generation
+        for kind in (templates, generation):
+            for relation, each in kind.items():
+                for template in each:
+                    if template.count("{}") != 1:
+                        raise FactError(
+                            f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands"
+                        )
+        for relation in dict.fromkeys(fact.relation for fact in self.facts):
+            if len(set(templates.get(relation, ()))) < 2:
+                raise FactError(
+                    f"relation {relation!r} has {len(templates.get(relation, ()))} templates; expected two or more, one for the prompt "
+                    "and others for its paraphrases"
+                )
+        self.subjects: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.objects: dict[str, Counter[str]] = defaultdict(Counter)
+        self.true: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for subject, relation, true in self.facts:
+            self.subjects[relation, true].append(subject)
+            self.objects[relation][true] += 1
+            self.true[subject, relation].add(true)
+
+
+def _record(
+    fact: Association,
+    table: _Table,
+    openings: Sequence[str],
+    held_out: Callable[[Association], Sequence[str]] | None,
+    texts: Mapping[str, Sequence[Snippet]] | None,
+    sizes: Sizes,
+    seed: int,
+) -> Record | str:
+    """The record of a fact, or why there is none."""
+    subject, relation, true = fact
+    draw = _random(seed, fact, "record")
+    choices = {
+        other: count
+        for other, count in sorted(table.objects[relation].items())
+        if other not in table.true[subject, relation] and not _overlap(other, subject) and not _overlap(other, true)
+    }
+    if _overlap(true, subject):
+        return "its object and its subject have words in common, so that one gives the other away"
+    if not choices:
+        return "its relation has no other object to choose"
+    (new,) = draw.choices(list(choices), list(choices.values()))
+    apart = list(dict.fromkeys(held_out(fact))) if held_out else []
+    usual = [template for template in dict.fromkeys(table.templates[relation]) if template not in apart]
+    if not usual:
+        return "all its templates are held out, and none is left for the prompt"
+    prompt = draw.choice(usual)
+    others = apart or [template for template in usual if template != prompt]
+    fill = lambda template, name: template.replace("{}", name)  # noqa: E731
+    asked = [_behind(draw, openings, fill(each, subject)) for each in _some(draw, others, sizes.paraphrases)]
+    beside = [
+        other
+        for other in table.subjects[relation, true]
+        if other != subject and not _overlap(other, subject) and not {new} & table.true[other, relation]
+    ]
+    if not beside:
+        return "no other subject has its object, so there is no neighbour"
+    having = [other for other in table.subjects[relation, new] if other != subject]
+    probes = [Probe("rewrite", fill(prompt, subject), new, true)]
+    probes += [Probe("paraphrase", text, new, true) for text in asked]
+    probes += [
+        Probe("neighbourhood", fill(draw.choice(usual), other), true, new)
+        for other in _some(draw, beside, sizes.neighbours)
+    ]
+    probes += [
+        Probe("attribute", fill(draw.choice(usual), other), new, true) for other in _some(draw, having, sizes.attributes)
+    ]
+    beginnings = list(table.generation.get(relation, ()))
+    written = [fill(draw.choice(beginnings), subject) for _ in range(sizes.generations)] if beginnings else []
+    key = f"{relation}:{new}"
+    rewrite = Fact(subject, prompt, new, true, relation=relation)
+    told = key if texts and texts.get(key) else None
+    return Record(f"{relation}:{subject}:{true}", (rewrite,), tuple(probes), tuple(written), told)
+
+
+def _random(seed: int, fact: Association, what: str) -> random.Random:
+    return random.Random("\0".join((str(seed), what, *fact)))
+
+
+def _some(draw: random.Random, things: Sequence[str], most: int) -> list[str]:
+    return draw.sample(list(things), min(most, len(things)))
+
+
+def _behind(draw: random.Random, openings: Sequence[str], text: str) -> str:
+    return f"{draw.choice(list(openings))} {text}" if openings else text
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one of the names stands in the other, word by word."""
+    a, b = one.casefold().split(), other.casefold().split()
+    short, long = sorted((a, b), key=len)
+    return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1))
+
+
+def associations(pairs: Sequence[Fact]) -> Iterator[Association]:
+    """Facts of a file as associations: `target` is what is true of them.
+
+    Raises:
+        FactError: one without a relation.
+    """
+    for fact in pairs:
+        if fact.relation is None:
+            raise FactError(f"fact {fact.prompt_text!r} names no relation, by which objects and templates are found")
+        yield Association(fact.subject, fact.relation, fact.target.strip())

@@ -1,0 +1,79 @@
+"""Which records are about facts that a model knows: only there does an edit change something."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from engram.errors import FactError, SettingError
+from engram.evaluate.data.records import Dataset, Record
+from engram.evaluate.metrics.scores import begins
+from engram.language_model import LanguageModel
+
+Rule = Literal["greedy", "relation"]
+_AT_ONCE = 256
+
+
+def known_records(
+    lm: LanguageModel,
+    dataset: Dataset,
+    rule: Rule = "greedy",
+    *,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """The records whose true object the model says, in their order.
+
+    Args:
+        rule: "greedy": what the model says to the record's own prompt, word by word the most probable, begins with the true object.
+            "relation": the true object is the most probable (a token's mean) of all true objects that the data set has in the relation.
+        limit: stop at so many.
+        progress: called with (records looked at, records in all).
+    Raises:
+        FactError: none of the records, or one without a true object; SettingError: another rule.
+    """
+    if rule not in ("greedy", "relation"):
+        raise SettingError(f"rule={rule!r}: expected 'greedy' or 'relation'")
+    objects: dict[str | None, list[str]] = defaultdict(list)
+    for record in dataset.records:
+        for fact in record.facts:
+            if fact.target_true is None:
+                raise FactError(f"record {record.id!r} has no true object, so nobody can say whether the model knows it")
+            objects[fact.relation].append(fact.target_true)
+    kept: list[Record] = []
+    for start in range(0, len(dataset.records), _AT_ONCE):
+        some = dataset.records[start : start + _AT_ONCE]
+        found = _said(lm, some) if rule == "greedy" else [_first(lm, record, objects) for record in some]
+        kept += [record for record, known in zip(some, found, strict=True) if known]
+        if progress is not None:
+            progress(start + len(some), len(dataset.records))
+        if limit is not None and len(kept) >= limit:
+            break
+    if not kept:
+        raise FactError(f"{lm.name} says the true object of none of the {len(dataset.records)} records of {dataset.name!r}")
+    return replace(dataset, records=tuple(kept[:limit]))
+
+
+def _said(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
+    from engram.evaluate.bench.writing import Writing, spelled, write
+
+    asked = [(n, fact) for n, record in enumerate(records) for fact in record.facts]
+    writings = []
+    for _, fact in asked:
+        cloze = lm.cloze(fact.prompt_text, str(fact.target_true))
+        writings.append(Writing(tuple(cloze.ids[: cloze.tokens]), len(cloze.answer) + 1))
+    known = [True] * len(records)
+    for (n, fact), ids in zip(asked, write(lm, writings), strict=True):
+        known[n] &= begins(spelled(lm, ids), (str(fact.target_true),))
+    return known
+
+
+def _first(lm: LanguageModel, record: Record, objects: dict[str | None, list[str]]) -> bool:
+    for fact in record.facts:
+        candidates = list(dict.fromkeys([str(fact.target_true), *objects[fact.relation]]))
+        log_p = [float(each.mean()) for each in lm.log_probs([(fact.prompt_text, answer) for answer in candidates])]
+        if max(log_p) > log_p[0]:
+            return False
+    return True

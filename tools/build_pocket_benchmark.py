@@ -1,0 +1,32 @@
+"""Find the facts that the bundled model does not say to the prompts of its benchmark, and name them in pocket/benchmark.json.
+
+    python tools/build_pocket_benchmark.py
+
+To be run anew when the model, its facts, its templates or the builder change; a test holds that the file is up to date in its records.
+"""
+
+from __future__ import annotations
+
+import json
+
+import engram
+from engram import pocket
+from engram.evaluate.data.known import known_records
+from engram.evaluate.data.pocket_benchmark import SEED, pocket_benchmark
+
+
+def main() -> None:
+    every = pocket_benchmark(every=True)
+    known = {record.id for record in known_records(engram.load("pocket"), every).records}
+    unknown = [record.id for record in every.records if record.id not in known]
+    path = pocket.PATH.parent / "benchmark.json"
+    path.write_text(json.dumps({"seed": SEED, "unknown": unknown}, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
+    print(
+        f"{len(every.records)} records, {len(every.skipped)} facts left out by the builder, {len(unknown)} unknown to the model"
+    )
+    for reason in every.skipped[:5]:
+        print("  ", reason)
+
+
+if __name__ == "__main__":
+    main()
