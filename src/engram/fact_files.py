@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from engram import pocket
 from engram.errors import FactError
 from engram.facts import Fact
+from engram.json_records import json_records, shown
 
 _EXPECTED: dict[str, str] = {  # field -> what stands there
     "subject": "the subject's name as text",
@@ -57,7 +57,7 @@ def read_facts(source: str | Path) -> list[Fact]:
         raise FactError(
             f"no facts could be read from {str(path)!r}: {error}. Expected 'pocket', or a file: a JSON list, JSON lines, or CSV"
         ) from error
-    records = _csv if path.suffix.lower() == ".csv" else _json_list if text.lstrip().startswith("[") else _json_lines
+    records = _csv if path.suffix.lower() == ".csv" else json_records
     facts = [_fact(record, where) for record, where in records(text, str(path))]
     if not facts:
         raise FactError(f"{path} holds no facts; expected one object with {', '.join(_NEEDED)} a fact")
@@ -71,48 +71,6 @@ def _pocket_fact(known: pocket.KnownFact) -> Fact:
 
 
 # -- files -> records and where they stand -----------------------------------------------------------------------------
-
-
-def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield json.loads(line), where
-            except json.JSONDecodeError as error:
-                raise FactError(
-                    f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"
-                ) from error
-
-
-def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
-    """The list's elements one by one, since the JSON module does not say where each of them began."""
-    decoder, at = json.JSONDecoder(), text.index("[") + 1
-    line, counted = 1, 0  # newlines before `counted` are in `line`
-    try:
-        while True:
-            at = _skip_space(text, at)
-            if text[at : at + 1] == "]":
-                break
-            record, end = decoder.raw_decode(text, at)
-            line, counted = line + text.count("\n", counted, at), at
-            yield record, f"{path}, line {line}"
-            at = _skip_space(text, end)
-            if text[at : at + 1] == ",":
-                at += 1
-            elif text[at : at + 1] != "]":
-                raise json.JSONDecodeError("expected ',' or ']'", text, at)
-        rest = _skip_space(text, at + 1)
-        if rest < len(text):
-            raise json.JSONDecodeError("text behind the list's end", text, rest)
-    except json.JSONDecodeError as error:
-        raise FactError(f"{path}, line {error.lineno}: no JSON list, {error.msg} at column {error.colno}") from error
-
-
-def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
-        at += 1
-    return at
 
 
 def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
@@ -144,14 +102,16 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
 
 
 def _fact(record: Any, where: str) -> Fact:
+    if isinstance(record, FactError):
+        raise record
     if not isinstance(record, dict):
-        raise FactError(f"{where}: {_shown(record)} is no object; expected one with {', '.join(_NEEDED)}")
+        raise FactError(f"{where}: {shown(record)} is no object; expected one with {', '.join(_NEEDED)}")
     if "attribute" in record:
         record = _known_fact(record, where)
     _check_fields(record, where, tuple(_EXPECTED))
     for name, value in record.items():
         if not _fits(name, value):
-            raise FactError(f"{where}: field {name!r} is {_shown(value)}; expected {_EXPECTED[name]}")
+            raise FactError(f"{where}: field {name!r} is {shown(value)}; expected {_EXPECTED[name]}")
     try:
         return Fact.from_dict(record)
     except FactError as error:
@@ -163,7 +123,7 @@ def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in _KNOWN_FACTS:
         if not isinstance(record.get(name), str):
             raise FactError(
-                f"{where}: field {name!r} is {_shown(record.get(name))}; expected text, as in a known-facts file"
+                f"{where}: field {name!r} is {shown(record.get(name))}; expected text, as in a known-facts file"
             )
     subject, template, prompt = record["subject"], record["template"], record["prompt"]
     filled = template.replace("{}", subject)
@@ -198,8 +158,3 @@ def _fits(name: str, value: Any) -> bool:
             for pair in value
         )
     return isinstance(value, str) or (value is None and name not in _NEEDED)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from engram.cli import commands, demo, knows, layers, ledger, lens, trace
+from engram.cli import bench, commands, data, demo, knows, layers, ledger, lens, trace
 
 app = typer.Typer(
     name="engram",
@@ -18,10 +18,11 @@ app = typer.Typer(
 )
 for command in (
     demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, commands.edit, commands.verify,
-    commands.apply, commands.revert, commands.generate, commands.stats, commands.plan,
+    commands.apply, commands.revert, commands.generate, commands.stats, commands.plan, bench.bench, bench.report,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

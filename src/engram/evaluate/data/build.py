@@ -7,16 +7,22 @@ many are built, nor on the others but through what is drawn from.
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from engram.errors import FactError
+from engram.evaluate.data.fields import Fields
 from engram.evaluate.data.records import Dataset, Probe, Record, References, Snippet
 from engram.evaluate.metrics.tfidf import TfIdf
 from engram.facts import Fact
+from engram.json_records import json_records
 
 
 class Association(NamedTuple):
@@ -196,13 +202,47 @@ def _overlap(one: str, other: str) -> bool:
     return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1))
 
 
-def associations(pairs: Sequence[Fact]) -> Iterator[Association]:
-    """Facts of a file as associations: `target` is what is true of them.
+def read_associations(path: str | Path) -> list[Association]:
+    """Facts of a file: objects with subject, relation and object, as JSON lines or a JSON list, or a CSV with these columns.
 
     Raises:
-        FactError: one without a relation.
+        FactError: no such file, or a record that is none, told with file, line and field.
     """
-    for fact in pairs:
-        if fact.relation is None:
-            raise FactError(f"fact {fact.prompt_text!r} names no relation, by which objects and templates are found")
-        yield Association(fact.subject, fact.relation, fact.target.strip())
+    path = Path(path)
+    text = _read(path)
+    given: Iterable[tuple[Any, str]] = json_records(text, str(path))
+    if path.suffix.lower() == ".csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        given = ((row, f"{path}, line {rows.line_num}") for row in rows)
+    found = []
+    for record, where in given:
+        if isinstance(record, FactError):
+            raise record
+        fields = Fields(record, where)
+        found.append(Association(*(fields.text(name).strip() for name in Association._fields)))
+    if not found:
+        raise FactError(f"{path} holds no facts; expected objects with {', '.join(Association._fields)}")
+    return found
+
+
+def read_snippets(path: str | Path) -> dict[str, list[Snippet]]:
+    """A JSON object "relation:object" -> list of {name, text}.
+
+    Raises:
+        FactError: no such file, or something else in it.
+    """
+    try:
+        told = json.loads(_read(Path(path)))
+    except (ValueError, RecursionError) as error:
+        raise FactError(f"{path} is no JSON: {error}") from error
+    fields = Fields(told, str(path))
+    if not isinstance(told, Mapping):
+        raise fields.wrong("", 'an object "relation:object" -> list of {name, text}')
+    return {key: [Snippet(each.text("name"), each.text("text")) for each in fields.each(key)] for key in told}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FactError(f"{str(path)!r} could not be read: {error}") from error

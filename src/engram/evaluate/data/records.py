@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from engram.errors import FactError
@@ -155,7 +156,6 @@ class Dataset:
     Args:
         name: e.g. "counterfact".
         form: says which metrics are reported.
-        digest: of the records, see `digest_of`.
         skipped: malformed records that were left out because the caller asked for that: where each stands and what is wrong.
     """
 
@@ -164,13 +164,16 @@ class Dataset:
     records: tuple[Record, ...]
     references: References | None = None
     skipped: tuple[str, ...] = ()
-    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "records", tuple(self.records))
         if not self.records:
             raise FactError(f"data set {self.name!r} has no records")
-        object.__setattr__(self, "digest", digest_of(self.records))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the records, see `digest_of`."""
+        return digest_of(self.records)
 
 
 def digest_of(records: Iterable[Record]) -> str:

@@ -1,0 +1,90 @@
+"""Fetch a published file once: with progress, gone on with where it broke off, and checked when it is used again.
+
+Where no checksum is published, that of the first download is kept beside the file, and the file is held against it ever after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+
+from engram.errors import EngramError
+
+Progress = Callable[[str, int, int], None]
+_TRIES = 4
+_CHUNK = 1 << 20
+
+
+def fetched(url: str, folder: Path, *, sha256: str | None = None, progress: Progress | None = None) -> Path:
+    """The file of a URL in `folder`, downloaded if it is not there.
+
+    Args:
+        sha256: what it has to have; None: what it had when it was first fetched.
+        progress: called with (name, bytes so far, bytes in all).
+    Raises:
+        EngramError: it could not be fetched, or is not what it was.
+    """
+    path = folder / url.rpartition("/")[2]
+    noted = path.with_name(path.name + ".sha256")
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        _download(url, part, path.name, progress or (lambda name, done, total: None))
+        found = file_sha256(part)
+        if sha256 is not None and found != sha256:
+            part.unlink()
+            raise EngramError(
+                f"{url} has sha256 {found}, expected {sha256}: the file has changed or was damaged on its way. Try again"
+            )
+        noted.write_text(found + "\n", encoding="utf8")
+        part.replace(path)
+        return path
+    expected = sha256 or (noted.read_text(encoding="utf8").strip() if noted.is_file() else None)
+    if expected is not None and (found := file_sha256(path)) != expected:
+        raise EngramError(
+            f"{path} has sha256 {found}, expected {expected}: it was changed. Delete it, and it is fetched again"
+        )
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(url: str, part: Path, name: str, progress: Progress) -> None:
+    """Into `part`, behind what is there of it already; a connection that breaks is taken up again a few times."""
+    last: Exception | None = None
+    for _ in range(_TRIES):
+        have = part.stat().st_size if part.is_file() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                if answer.status != 206:  # the whole file, whatever was asked for
+                    have = 0
+                total = have + int(answer.headers.get("Content-Length") or 0)
+                with part.open("ab" if have else "wb") as file:
+                    while chunk := answer.read(_CHUNK):
+                        file.write(chunk)
+                        have += len(chunk)
+                        progress(name, have, max(total, have))
+            if have >= total:
+                return
+            last = EngramError(f"{have} of {total} bytes came")
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing behind what is there: it was whole, or of another file
+                part.unlink(missing_ok=True)
+            last = error
+        except (OSError, HTTPException, ValueError) as error:
+            last = error
+    raise EngramError(
+        f"{url} could not be fetched: {last or 'no answer'}. Try again (what came is kept), or "
+        "download it by other means and give its path"
+    )

@@ -1,0 +1,221 @@
+"""Data sets by name or path: where they are published, which form a file has, and what is done with malformed records.
+
+Knows addresses and forms. Refuses to know what the fields of a form mean: a file each says that.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from engram.cache import cache_folder
+from engram.errors import EngramError, FactError, SettingError
+from engram.evaluate.data.counterfact import counterfact_record, flat_record, read_references
+from engram.evaluate.data.download import Progress, fetched
+from engram.evaluate.data.fields import Fields
+from engram.evaluate.data.mquake import mquake_record
+from engram.evaluate.data.records import Dataset, Form, Record
+from engram.evaluate.data.ripple import ripple_record
+from engram.evaluate.data.zsre import zsre_record
+from engram.fact_files import read_facts
+from engram.json_records import json_records, shown
+
+_ROME = "https://rome.baulab.info/data/dsets"
+_MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
+_RIPPLE = "https://raw.githubusercontent.com/edenbiran/RippleEdits/main/data/benchmark"
+_BESIDE = ("attribute_snippets.json", "idf.npy", "tfidf_vocab.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has a name.
+
+    Attributes:
+        url: of its file; None: it is built here.
+        beside: files with the texts that generated ones are compared with, at the same address.
+        about: what it is, in a line.
+    """
+
+    form: Form
+    about: str
+    url: str | None = None
+    beside: tuple[str, ...] = ()
+
+
+SOURCES: dict[str, Source] = {
+    "pocket": Source("counterfact", "3,984 counterfactual edits of facts that the bundled model knows; offline"),
+    "counterfact": Source(
+        "counterfact", "21,919 counterfactual edits (Meng et al. 2022)", f"{_ROME}/counterfact.json", _BESIDE
+    ),
+    "multi-counterfact": Source(
+        "counterfact", "20,877 of them without conflicts (Meng et al. 2023)", f"{_ROME}/multi_counterfact.json", _BESIDE
+    ),
+    "zsre": Source("zsre", "19,086 questions with true answers (Levy et al. 2017)", f"{_ROME}/zsre_mend_eval.json"),
+    "known": Source("counterfact", "1,209 facts that GPT-2 XL knows (Meng et al. 2022)", f"{_ROME}/known_1000.json"),
+    "mquake-cf": Source("mquake", "9,218 counterfactual chains of facts (Zhong et al. 2023)", f"{_MQUAKE}/MQuAKE-CF.json"),
+    "mquake-cf-3k": Source("mquake", "3,000 of them", f"{_MQUAKE}/MQuAKE-CF-3k.json"),
+    "mquake-t": Source("mquake", "1,868 chains with a fact that has changed", f"{_MQUAKE}/MQuAKE-T.json"),
+    **{
+        f"ripple-{kind}": Source("ripple", f"RippleEdits, {kind} (Cohen et al. 2024)", f"{_RIPPLE}/{kind}.json")
+        for kind in ("popular", "random", "recent")
+    },
+}  # fmt: skip
+_READERS: dict[Form, Callable[[Fields, int], Record]] = {
+    "counterfact": counterfact_record, "flat": flat_record, "zsre": zsre_record, "mquake": mquake_record, "ripple": ripple_record,
+}  # fmt: skip
+
+
+def read_dataset(
+    name: str | Path,
+    *,
+    form: Form | None = None,
+    limit: int | None = None,
+    skip_malformed: bool = False,
+    references: bool = False,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Records of a benchmark.
+
+    Args:
+        name: one of `SOURCES`, fetched into the cache folder when first used; or a file: JSON or JSON lines, also gzipped, in any of
+            the published forms, or facts as `read_facts` takes them.
+        form: of a file; default: what its first record looks like.
+        limit: the first so many records.
+        skip_malformed: leave malformed records out and say so in `Dataset.skipped`, instead of raising.
+        references: also the texts that generated ones are compared with (of "counterfact" half a gigabyte), from the same address; of a
+            file from its folder. Of "pocket" they are there always.
+        progress: called with (file, bytes so far, bytes in all) while something is fetched.
+    Raises:
+        FactError: no such file, or a record that is none, told with file, line and field.
+        EngramError: a data set that could not be fetched; SettingError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit={limit}: expected 1 or more")
+    if str(name) == "pocket":
+        from engram.evaluate.data.pocket_benchmark import pocket_benchmark
+
+        whole = pocket_benchmark()
+        return whole if limit is None else _cut(whole, limit)
+    source = SOURCES.get(str(name))
+    if source is None:
+        return _read_file(Path(name), form, limit, skip_malformed, references, Path(name).name.partition(".")[0])
+    assert source.url is not None, "only the bundled data set has none"
+    folder = cache_folder("data")
+    path = fetched(source.url, folder, progress=progress)
+    if references:
+        for file in source.beside:
+            fetched(f"{source.url.rpartition('/')[0]}/{file}", folder, progress=progress)
+    return _read_file(path, source.form, limit, skip_malformed, references and bool(source.beside), str(name))
+
+
+def _cut(dataset: Dataset, limit: int) -> Dataset:
+    return Dataset(dataset.name, dataset.form, dataset.records[:limit], dataset.references, dataset.skipped)
+
+
+def _read_file(path: Path, form: Form | None, limit: int | None, skip: bool, references: bool, name: str) -> Dataset:
+    found: list[Record] = []
+    skipped: list[str] = []
+    ids: set[str] = set()
+    for number, (given, where) in enumerate(_given(path)):
+        if limit is not None and len(found) == limit:
+            break
+        try:
+            if isinstance(given, FactError):
+                raise given
+            form = form or _form_of(given)
+            if form is None:
+                return _facts(path, limit, name)
+            record = _record(given, where, form, number)
+            if record.id in ids:
+                raise FactError(f"{where}: id {record.id!r} is that of an earlier record; expected another for each")
+        except FactError as error:
+            if not skip:
+                raise
+            skipped.append(str(error))
+            continue
+        ids.add(record.id)
+        found.append(record)
+    if not found:
+        first = f"; {len(skipped)} are malformed, the first: {skipped[0]}" if skipped else ""
+        raise FactError(f"{path} holds no records{first}")
+    told = read_references(path.parent, found) if references else None
+    return Dataset(name, form or "counterfact", tuple(found), told, tuple(skipped))
+
+
+def _given(path: Path) -> Any:
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    except Exception as error:  # zlib.error, where the compressed bytes are damaged
+        if type(error).__module__ != "zlib":
+            raise
+        raise _unreadable(path, error) from error
+    if path.suffix.lower() == ".csv":
+        return [({}, str(path))]
+    return json_records(text, str(path))
+
+
+def _unreadable(path: Path, error: Exception) -> FactError:
+    near = get_close_matches(str(path), SOURCES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return FactError(
+        f"no data set could be read from {str(path)!r}: {error}.{hint} Expected a file, or one of {', '.join(SOURCES)}"
+    )
+
+
+def _form_of(record: Any) -> Form | None:
+    """What a record looks like; None: a plain fact."""
+    if not isinstance(record, dict):
+        return None
+    rewrite = record.get("requested_rewrite")
+    if isinstance(rewrite, list) or "questions" in record:
+        return "mquake"
+    if rewrite is not None:
+        return "counterfact"
+    if "src" in record and "answers" in record:
+        return "zsre"
+    if "locality_prompt" in record or "rephrase_prompt" in record:
+        return "flat"
+    return "ripple" if "edit" in record else None
+
+
+def _record(given: Any, where: str, form: Form, number: int) -> Record:
+    if not isinstance(given, dict):
+        raise FactError(f"{where}: {shown(given)} is no object; expected a record of form {form!r}")
+    try:
+        return _READERS[form](Fields(given, where), number)
+    except FactError as error:
+        if str(error).startswith(where):
+            raise
+        raise FactError(f"{where}: {error}") from error
+
+
+def _facts(path: Path, limit: int | None, name: str) -> Dataset:
+    """A file of facts: each is its own record."""
+    facts = read_facts(path)[:limit]
+    return Dataset(name, "counterfact", tuple(Record.from_fact(str(number), fact) for number, fact in enumerate(facts)))
+
+
+def download(name: str, *, references: bool = False, progress: Progress | None = None) -> list[Path]:
+    """Fetch a data set by name without reading it; its files.
+
+    Raises:
+        EngramError: there is none of that name, or it could not be fetched.
+    """
+    if name not in SOURCES:
+        near = get_close_matches(name, SOURCES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise EngramError(f"data set {name!r} is not known{hint}; known: {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    if source.url is None:
+        return []
+    urls = [source.url, *(f"{source.url.rpartition('/')[0]}/{file}" for file in source.beside if references)]
+    return [fetched(url, cache_folder("data"), progress=progress) for url in urls]

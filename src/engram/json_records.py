@@ -1,0 +1,76 @@
+"""Records out of JSON and JSON lines, each with the place where it stands, so that a mistake is told with file and line.
+
+Knows JSON. Refuses to know what a record means: see fact_files, and evaluate/data for benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from engram.errors import FactError
+
+
+def json_records(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    """(record, where it stands) of a JSON list, or of JSON lines; a line that is no JSON gives a FactError as its record.
+
+    Raises:
+        FactError: a list that is no JSON, since what comes behind the mistake cannot be told.
+    """
+    return (_json_list if text.lstrip().startswith("[") else _json_lines)(text, path)
+
+
+def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield json.loads(line), where
+            except json.JSONDecodeError as error:
+                yield FactError(f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"), where
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+                yield FactError(f"{where}: no JSON that can be read, {error}; expected one object a line"), where
+
+
+def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    """The list's elements one by one, since the JSON module does not say where each of them began."""
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    line, counted = 1, 0  # newlines before `counted` are in `line`
+    try:
+        while True:
+            at = _skip_space(text, at)
+            if text[at : at + 1] == "]":
+                break
+            record, end = decoder.raw_decode(text, at)
+            line, counted = line + text.count("\n", counted, at), at
+            yield record, f"{path}, line {line}"
+            at = _skip_space(text, end)
+            if text[at : at + 1] == ",":
+                at += 1
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("expected ',' or ']'", text, at)
+        rest = _skip_space(text, at + 1)
+        if rest < len(text):
+            raise json.JSONDecodeError("text behind the list's end", text, rest)
+    except json.JSONDecodeError as error:
+        raise FactError(f"{path}, line {error.lineno}: no JSON list, {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FactError):  # of whoever takes the records
+            raise
+        raise FactError(f"{path}: no JSON list that can be read behind line {line}, {error}") from error
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut to 60 characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        text = repr(type(value))
+    return text if len(text) <= 60 else text[:57] + "..."
