@@ -6,8 +6,17 @@ Units are independent and deterministic, so that where they are done and in whic
 
 from __future__ import annotations
 
+import os
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol
+
+import torch
+
+from engram.errors import EngramError, MissingExtraError, SettingError
 
 
 class Job(Protocol):
@@ -31,6 +40,131 @@ class Here:
     """This process, one unit after another."""
 
     def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        state = job.start()
-        for number, unit in enumerate(units):
-            yield number, job.do(state, unit)
+        if units:
+            state = job.start()
+            for number, unit in enumerate(units):
+                yield number, job.do(state, unit)
+
+
+@dataclass(frozen=True)
+class RayWorkers:
+    """Processes of a Ray cluster: each holds the job's state, units stream through them, results come back as they are finished.
+
+    A worker that dies is replaced, and its unit is done again; nothing else is lost. A Ray that is started for this is stopped
+    afterwards, whatever happens; one that runs already is used and left alone.
+
+    Args:
+        num_workers: processes.
+        address: of a running cluster, such as "auto" or "ray://head:10001"; None: one of this machine's own.
+        threads: of PyTorch in each; default: as many as here, so that the numbers are the same.
+        gpus: that each worker reserves.
+        tries: how often a unit is done before it is given up, where workers die of it.
+    Raises:
+        SettingError: fewer than one worker or try; MissingExtraError: Ray is not installed.
+    """
+
+    num_workers: int = 2
+    address: str | None = None
+    threads: int | None = None
+    gpus: float = 0
+    tries: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or self.tries < 1:
+            raise SettingError(f"num_workers={self.num_workers}, tries={self.tries}: expected 1 or more of each")
+        _ray()
+
+    def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See `Workers.run`.
+
+        Raises:
+            EngramError: a worker died at every try of one unit. What a job raises is raised here, an EngramError as what it was.
+        """
+        if not units:
+            return
+        with self._running() as ray:
+            kept = ray.put(job)
+            threads = self.threads or torch.get_num_threads()
+            worker = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(_Worker)
+            workers = [worker.remote(kept, threads) for _ in range(min(self.num_workers, len(units)))]
+            waiting, deaths = deque(range(len(units))), Counter[int]()
+            flying: dict[Any, tuple[int, int]] = {}  # what will be the result -> (worker, unit)
+
+            def give(at: int) -> None:
+                if waiting:
+                    number = waiting.popleft()
+                    flying[workers[at].do.remote(units[number])] = at, number
+
+            for at in range(len(workers)):
+                give(at)
+            while flying:
+                (ready, *_), _ = ray.wait(list(flying), num_returns=1)
+                at, number = flying.pop(ready)
+                try:
+                    done, result = ray.get(ready)
+                except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+                    deaths[number] += 1
+                    if deaths[number] == self.tries:
+                        raise EngramError(
+                            f"unit {number} was given up: a worker died of it {self.tries} times, the last time with {error}. Out of "
+                            "memory is the usual cause: fewer workers or smaller batches need less"
+                        ) from error
+                    workers[at] = worker.remote(kept, threads)
+                    waiting.appendleft(number)
+                    give(at)
+                    continue
+                if not done:
+                    raise _raised(*result)
+                give(at)  # before the result is used, so that the worker does not wait for that
+                yield number, result
+
+    @contextmanager
+    def _running(self) -> Iterator[Any]:
+        ray = _ray()
+        if ray.is_initialized():
+            yield ray
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault(
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+        )  # the behaviour that Ray announces, without its warning
+        own = {"num_cpus": self.num_workers, "include_dashboard": False} if self.address is None else {}
+        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", configure_logging=False, **own)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+class _Worker:
+    """Lives in a process of its own."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.job, self.state, self.ready = job, None, False
+
+    def do(self, unit: Any) -> tuple[bool, Any]:
+        """(True, the result), or (False, what was raised: module, name, message)."""
+        try:
+            if not self.ready:
+                self.state, self.ready = self.job.start(), True
+            return True, self.job.do(self.state, unit)
+        except Exception as error:
+            return False, (type(error).__module__, type(error).__qualname__, str(error))
+
+
+def _raised(module: str, name: str, message: str) -> Exception:
+    """An error of a worker, as it is raised here."""
+    if module == EngramError.__module__:
+        kind = getattr(import_module(module), name)
+        error: Exception = kind.__new__(kind)
+        error.args = (message,)
+        return error
+    return RuntimeError(f"a worker raised {name}: {message}")
+
+
+def _ray() -> Any:
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise MissingExtraError("ray", "ray") from error

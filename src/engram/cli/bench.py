@@ -158,6 +158,7 @@ def _write(text: str, out: Path | None) -> None:
 
 
 def _show(runs: list[Run], *, every: bool) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     from engram.cli import terminal
@@ -177,7 +178,10 @@ def _show(runs: list[Run], *, every: bool) -> None:
             for m, cell in zip(made.columns, cells, strict=True)
         ]
         drawn.add_row(name, str(count), *bold)
-    terminal.console.print(drawn)
+    width = max(
+        terminal.console.width, 24 + 9 * len(made.columns)
+    )  # a table that is too wide is of more use than one cut short
+    Console(width=width, highlight=False).print(drawn)
     note = "EG PG NG and SG: what the model says by itself; the others compare probabilities of given answers."
     terminal.console.print(note, style="dim")
 

@@ -136,7 +136,8 @@ def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> s
     """As the paper has it: the mean, and in brackets half the width of its 95 % interval; of harmonic means that of the bootstrap."""
     if estimate is None:
         return ""
-    scale, digits = METRICS[metric].scale, 1 if METRICS[metric].scale > 1 else 3
+    scale = METRICS[metric].scale
+    digits = 1 if scale > 1 else 0 if METRICS[metric].unit == "bytes" else 3
     half = estimate.half_published if estimate.half_published is not None else (estimate.high - estimate.low) / 2
     mean = f"{estimate.mean * scale:.{digits}f}".replace("-", "−")
     return f"{mean} ({half * scale:.{digits}f})" if interval else mean

@@ -41,7 +41,8 @@ def _case(record: Record) -> dict[str, Any]:
     known = {"rewrite", *_PROMPTS.values()}
     if len(record.facts) != 1 or {probe.kind for probe in record.probes} - known or record.facts[0].target_true is None:
         raise FactError(
-            f"record {record.id!r} is not in CounterFact's form: one fact with its true object, and probes of {', '.join(sorted(known))}"
+            f"record {record.id!r} is not in CounterFact's form: one fact with its true object, and "
+            f"probes of {', '.join(sorted(known))}"
         )
     fact = record.facts[0]
     new: dict[str, Any] = {"str": fact.target}
