@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from engram.errors import EngramError, MissingExtraError, SettingError
+from engram.merging import beside, edited
+
+if TYPE_CHECKING:
+    from engram.language_model import LanguageModel
 
 
 class Job(Protocol):
@@ -34,6 +38,41 @@ class Workers(Protocol):
 
     def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(number of a unit, its result), as they are finished."""
+
+
+@dataclass(frozen=True)
+class ByName:
+    """A model as it travels: not its weights, but how it is loaded.
+
+    Args:
+        how: arguments of `engram.load`.
+    """
+
+    how: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, lm: LanguageModel) -> ByName:
+        """How this model was loaded.
+
+        Raises:
+            SettingError: it was not loaded by name, or edits lie on it, which workers would not see.
+        """
+        if lm.loaded is None:
+            raise SettingError(
+                f"{lm.name} was not loaded by engram.load, so workers cannot load it; save it to a folder and load that, or work "
+                "without workers"
+            )
+        if lying := [*edited(lm), *beside(lm.model)]:
+            raise SettingError(
+                f"edits lie on {lm.name} ({lying[0]}), and workers load it as it is stored; write an edited checkpoint "
+                "(edit.to_checkpoint) and load that, or work without workers"
+            )
+        return cls(lm.loaded)
+
+    def load(self) -> LanguageModel:
+        from engram.language_model import load
+
+        return load(**self.how)
 
 
 class Here:

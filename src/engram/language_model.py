@@ -89,6 +89,9 @@ class LanguageModel:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.parts: Parts = resolve(model)
         self.kind: Kind = self.parts.kind
+        self.loaded: dict[str, Any] | None = (
+            None  # arguments of `load`, where it made this; how a worker gets the same model
+        )
         self._templates: Templates = usual_templates(self.kind, tokenizer)
 
     def __repr__(self) -> str:
@@ -499,7 +502,9 @@ def load(
     if model.dtype in (torch.float16, torch.bfloat16) and model.device.type == "cpu":
         log.warning("%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes twice the memory",
                     shown, str(model.dtype).removeprefix("torch."))  # fmt: skip
-    return LanguageModel(model, tokenizer, name=shown)
+    lm = LanguageModel(model, tokenizer, name=shown)
+    lm.loaded = {"name": shown, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code, **options}
+    return lm
 
 
 def load_shapes(

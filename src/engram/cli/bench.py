@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engram.cli.commands import DeviceMap, Dtype, Seed, settings_of
+from engram.cli.workers import NumWorkers, OnWorkers, RayAddress
 
 if TYPE_CHECKING:
     from engram.evaluate.bench.results import Run
@@ -35,15 +36,16 @@ def bench(
     said: Annotated[int, typer.Option(help="Tokens of each greedy answer; 0: ask for none.", min=0)] = 5,
     drift_every: Annotated[int, typer.Option(help="Read held-out text with every how manieth edit; 0: never.", min=0)] = 10,
     batch: Annotated[int, typer.Option(help="Records edited and measured at once.", min=1)] = 32,
-    workers: Annotated[str | None, typer.Option(help="'ray': spread the records over workers.")] = None,
-    num_workers: Annotated[int, typer.Option(help="How many.", min=1)] = 2,
-    ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default: one on this machine.")] = None,
+    workers: OnWorkers = None,
+    num_workers: NumWorkers = 2,
+    ray_address: RayAddress = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
     """Edit every record of a benchmark by itself, by each method, and measure it before and after. Goes on where it was stopped."""
     from engram.cli import terminal
+    from engram.cli.workers import workers_of
     from engram.evaluate.bench.outcomes import Asked
     from engram.evaluate.bench.run import bench as run
     from engram.evaluate.data.counterfact import with_statement
@@ -54,18 +56,12 @@ def bench(
     if plus:
         data = with_statement(data)
     asked = Asked(said=said, texts=texts, drift_every=drift_every, seed=seed)
-    options = {name: value for name, value in (("dtype", dtype), ("device_map", device_map)) if value is not None}
-    somewhere = None
-    if workers is None:
-        lm: Any = terminal.load(model, dtype, device_map)
-    else:
-        from engram.cli.workers import workers_of
-
-        lm, somewhere = model, workers_of(workers, num_workers, ray_address)
+    lm = terminal.load(model, dtype, device_map)
+    somewhere = workers_of(workers, num_workers, ray_address)
     with terminal.progress() as report:
         done = run(
             lm, data, _methods(method or ["rome"], setting), out, n=n, asked=asked, batch=batch, workers=somewhere,
-            options=options if workers else None, progress=report,
+            progress=report,
         )  # fmt: skip
     _show([done], every=False)
     typer.echo(f"run: {out}    (engram report {out} --help tells what else it holds)")

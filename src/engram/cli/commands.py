@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.workers import NumWorkers, OnWorkers, RayAddress, workers_of
+
 if TYPE_CHECKING:
     from engram.edit import Edit
     from engram.facts import Fact
@@ -182,6 +184,9 @@ def stats(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="How many are measured; default: 20 x d_ff.", min=1)] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for one file a layer, beside the cache.")] = None,
+    workers: OnWorkers = None,
+    num_workers: NumWorkers = 2,
+    ray_address: RayAddress = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -204,6 +209,7 @@ def stats(
             source,
             tokens,
             seed=seed,
+            workers=workers_of(workers, num_workers, ray_address),
             progress=lambda done, total: report("tokens", done, total),
         )
     terminal.console.print(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from engram.cli.commands import AsJson, DeviceMap, Dtype, Model, Seed, settings_of
+from engram.cli.workers import NumWorkers, OnWorkers, RayAddress, workers_of
 
 HEATMAPS, LINES, SEVERED, TRACES, SUMMARY = "heatmaps.png", "lines.png", "severed.png", "traces.sqlite", "summary.json"
 
@@ -64,6 +65,9 @@ def trace(
         typer.Option("--out", "-o", help="Picture (.png, .pdf, .svg); with --facts a folder, which is gone on with."),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="File for one trace's numbers: .safetensors.")] = None,
+    workers: OnWorkers = None,
+    num_workers: NumWorkers = 2,
+    ray_address: RayAddress = None,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -85,7 +89,8 @@ def trace(
         one = {"--subject": subject, "--target": target, "--foil": foil, "--other-subject": other_subject, "--save": save}
         if given := [name for name, value in one.items() if value is not None]:
             raise FactError(f"{', '.join(given)} speak of one prompt; with --facts every fact brings its own")
-        _average(model, facts, limit, {"keep": keep, "answer": answer, **asked}, out, as_json, dtype, device_map)
+        asked |= {"keep": keep, "answer": answer, "workers": workers_of(workers, num_workers, ray_address)}
+        _average(model, facts, limit, asked, out, as_json, dtype, device_map)
         return
     if subject is None:
         raise FactError("--subject is missing; give the words of the prompt that name the subject")

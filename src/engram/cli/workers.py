@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from engram.distribute import Workers
+
+OnWorkers = Annotated[
+    str | None, typer.Option("--workers", help="'ray': spread the work over processes with a model each.")
+]
+NumWorkers = Annotated[int, typer.Option(help="How many.", min=1)]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Of a Ray cluster, such as 'auto'; default: one of this machine's own.")
+]
 
 
 def workers_of(workers: str | None, num_workers: int, ray_address: str | None) -> Workers | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.delta import Delta
+from engram.distribute import ByName, Here, Workers
 from engram.edit import Edit
 from engram.editors.contexts import STARTED, sample_contexts
 from engram.editors.corpora import Corpus
@@ -31,7 +32,7 @@ from engram.editors.solver import Preservation, solve, solve_as_published, solve
 from engram.editors.subject_states import SubjectStates
 from engram.editors.value_rows import Site, reaches_block
 from engram.editors.value_store import ValueStore
-from engram.editors.values import Value, ValueConfig, optimise_values
+from engram.editors.values import Value, ValueConfig, optimise_values, value_batches
 from engram.errors import EngramError, SettingError
 from engram.facts import Fact
 from engram.hooks import own_changes
@@ -198,7 +199,10 @@ def _ready(
     usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
     corpus = usual_corpus if corpus is None else corpus
     config = read(
-        MassConfig, settings, method, "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, seed"
+        MassConfig,
+        settings,
+        method,
+        "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, workers, seed",
     )
     if layers == "auto":
         from engram.layer_choice import choose_layers
@@ -251,6 +255,7 @@ def mass_edit(
     past: Sequence[Edit] = (),
     facts_at_once: int = 32,
     store: str | Path | bool = True,
+    workers: Workers | None = None,
     seed: int = 0,
     engine: Engine = "auto",
     progress: Report | None = None,
@@ -270,6 +275,7 @@ def mass_edit(
         facts_at_once: facts whose values are optimised in one batch, which bounds memory while values are found.
         store: keep each value as soon as it is found, under a digest of everything it depends on, and take it from there next time:
             a killed run goes on. A file, True for the cache folder, or False.
+        workers: where values are found, in the same batches and so the same; default: in this process. They do not see `past`.
         progress: called with (what is being done, done, in all).
         knobs: the fields of MassConfig and ValueConfig.
     Raises:
@@ -287,7 +293,7 @@ def mass_edit(
             shared[0],
         )
     with in_force(past, lm):
-        values = _values(lm, facts, ready, engine, facts_at_once, store, report)
+        values = _values(lm, facts, ready, engine, facts_at_once, store, workers, report)
         targets_nd = ready.targets(values)
         deltas, keys, about = _spread(lm, facts, targets_nd, ready, engine, report)
     return ready.edit(facts, values, targets_nd, deltas, keys, about, seed, shared)
@@ -300,6 +306,7 @@ def mass_each(
     *,
     facts_at_once: int = 32,
     store: str | Path | bool = True,
+    workers: Workers | None = None,
     seed: int = 0,
     engine: Engine = "auto",
     progress: Report | None = None,
@@ -315,7 +322,7 @@ def mass_each(
     """
     report = progress or silent
     ready = _ready(lm, facts, method, seed=seed, progress=progress, **settings)
-    values = _values(lm, facts, ready, engine, facts_at_once, store, report)
+    values = _values(lm, facts, ready, engine, facts_at_once, store, workers, report)
     targets_nd = ready.targets(values)
     states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
     changes: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
@@ -350,12 +357,35 @@ def _values(
     engine: Engine,
     facts_at_once: int,
     kept: str | Path | bool,
+    workers: Workers | None,
     report: Report,
 ) -> list[Value]:
     """Every fact's value: those that are in the store, and the others as they are found."""
     layer, contexts, config = max(ready.names), ready.contexts, ready.config
     with ValueStore.of(kept, lm) as store:
-        return _found(lm, facts, layer, contexts, config, engine, facts_at_once, store, report)
+        return _found(lm, facts, layer, contexts, config, engine, facts_at_once, store, workers, report)
+
+
+@dataclass(frozen=True)
+class ValuesJob:
+    """What workers do: values of a batch of facts, see `distribute.Job`."""
+
+    model: LanguageModel | ByName
+    layer: int
+    contexts: tuple[str, ...]
+    config: ValueConfig
+    site: Site
+    engine: Engine
+
+    def start(self) -> LanguageModel:
+        return self.model.load() if isinstance(self.model, ByName) else self.model
+
+    def do(self, state: LanguageModel, unit: Sequence[Fact]) -> list[Value]:
+        """In the order of the facts."""
+        made = optimise_values(
+            state, unit, self.layer, self.contexts, self.config, site=self.site, engine=self.engine, facts_at_once=len(unit)
+        )
+        return [value for _, value in sorted(made, key=lambda each: each[0])]
 
 
 def _found(
@@ -367,6 +397,7 @@ def _found(
     engine: Engine,
     facts_at_once: int,
     store: ValueStore,
+    workers: Workers | None,
     report: Report,
 ) -> list[Value]:
     names = [store.name(fact, layer, contexts, config.site, config.value) for fact in facts]
@@ -374,12 +405,14 @@ def _found(
     missing = [i for i, value in found.items() if value is None]
     report("value", len(facts) - len(missing), len(facts))
     asked = [facts[i] for i in missing]
-    made = optimise_values(
-        lm, asked, layer, contexts, config.value, site=config.site, engine=engine, facts_at_once=facts_at_once
-    )
-    for done, (i, value) in enumerate(made, len(facts) - len(missing) + 1):
-        found[missing[i]] = value
-        store.put(names[missing[i]], value)
+    batches = value_batches(lm, asked, contexts, config.value, facts_at_once)
+    job = ValuesJob(lm if workers is None else ByName.of(lm), layer, tuple(contexts), config.value, config.site, engine)
+    done = len(facts) - len(missing)
+    for number, values in (workers or Here()).run(job, [tuple(asked[i] for i in batch) for batch in batches]):
+        for i, value in zip(batches[number], values, strict=True):
+            found[missing[i]] = value
+            store.put(names[missing[i]], value)
+        done += len(values)
         report("value", done, len(facts))
     return [value for value in found.values() if value is not None]
 

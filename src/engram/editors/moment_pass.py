@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from engram.distribute import ByName, Workers
 from engram.editors.corpora import Corpus
 from engram.errors import EngramError, NonFiniteError
 from engram.hooks import StopForward, substitute
@@ -107,6 +108,32 @@ class MomentPass:
             log.warning("the corpus ended after %d of %d tokens", self.sums.count, self.tokens)
         return self.sums
 
+    def spread(self, corpus: Corpus, workers: Workers, progress: Callable[[int, int], None]) -> Sums:
+        """The same by workers: partial sums of a few batches each, added up in their order, so that their number does not matter.
+
+        Raises:
+            EngramError: a corpus without text.
+        """
+        units, counts = [], []
+        for batches in self.read(corpus):
+            units.append(batches)
+            counts.append(sum(len(ids) - start for batch in batches for ids, start in batch))
+            self.sums.count += counts[-1]
+        if not self.sums.count:
+            raise EngramError("the corpus has no text to measure second moments on")
+        job = MomentJob(ByName.of(self.lm), tuple(sorted(self.sums.totals)))
+        early: dict[int, dict[int, Tensor]] = {}
+        done, added = 0, 0
+        for number, totals in workers.run(job, units):
+            early[number] = totals
+            done += counts[number]
+            progress(done, self.tokens)
+            while added in early:
+                for layer, total_ff in early.pop(added).items():
+                    self.sums.totals[layer] += total_ff.to(self.sums.totals[layer].device)
+                added += 1
+        return self.sums
+
     def read(self, corpus: Corpus) -> Iterator[list[Batch]]:
         """Batches of what is still to be counted, a few at a time, each to be added before the next ones are read."""
         documents = corpus.documents(self.lm, self.sums.documents)
@@ -162,6 +189,23 @@ class MomentPass:
         with suppress(StopForward), substitute({}, takers):
             body(self.lm)(ids_bt.to(self.lm.device), use_cache=False)
         self.sums.count += sum(len(ids) - start for ids, start in batch)
+
+
+@dataclass(frozen=True)
+class MomentJob:
+    """What workers do: sums over a few batches, see `distribute.Job`."""
+
+    model: ByName
+    layers: tuple[int, ...]
+
+    def start(self) -> LanguageModel:
+        return self.model.load()
+
+    def do(self, state: LanguageModel, unit: list[Batch]) -> dict[int, Tensor]:
+        run = MomentPass(state, Sums.nothing(state, self.layers), 0)
+        for batch in unit:
+            run.add(batch)
+        return {layer: total_ff.cpu() for layer, total_ff in run.sums.totals.items()}
 
 
 Row = tuple[list[int], int]  # token ids, and the first of them that counts

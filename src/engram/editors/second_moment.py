@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.cache import cache_folder, identity_of, sha256_of
+from engram.distribute import Workers
 from engram.editors.corpora import Corpus, as_corpus
 from engram.editors.moment_matrix import SecondMoment, load_npz, read_tensors, write_tensors
 from engram.editors.moment_pass import MomentPass, Sums
@@ -46,6 +47,7 @@ def second_moments(
     batch_tokens: int = 4096,
     cache_dir: str | Path | None = None,
     save_every: float = 20.0,
+    workers: Workers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, SecondMoment]:
     """Measure C of several blocks in one pass over text, or read it where the same was measured before.
@@ -62,6 +64,8 @@ def second_moments(
         tokens_per_document: longer documents are cut, so that many are seen.
         batch_tokens: tokens in one forward pass, which bounds memory.
         cache_dir: where results are kept; default: $ENGRAM_CACHE, or ~/.cache/engram.
+        workers: where the model is run; default: in this process. Sums are added in the same order whatever the number of workers, in
+            other groups than without them, which changes the last bits of float64. Nothing is saved on the way.
         save_every: seconds between two states that an interrupted run goes on from.
         progress: called with (tokens done, tokens in all).
     Raises:
@@ -83,7 +87,9 @@ def second_moments(
         partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
         sums = _begun(partial) or _earlier(folder, {layer: stems[layer] for layer in missing}, tokens)
         run = MomentPass(lm, sums or Sums.nothing(lm, missing), tokens, tokens_per_document, batch_tokens)
-        sums = run.go(chosen, progress or (lambda done, total: None), _every(save_every, partial))
+        report = progress or (lambda done, total: None)
+        pause = _every(save_every, partial)
+        sums = run.go(chosen, report, pause) if workers is None else run.spread(chosen, workers, report)
         about = {**source, "tokens": tokens, "documents": sums.documents, "offset": sums.offset}
         for layer in missing:
             found[layer] = SecondMoment(sums.mean(layer), sums.count, about, paths[layer])

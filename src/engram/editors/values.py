@@ -122,13 +122,21 @@ def optimise_values(
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each")
-    if facts_at_once < 1:
-        raise SettingError(f"facts_at_once={facts_at_once}: at least one fact is optimised at a time")
-    asked = [_Asked.of(lm, fact, contexts, config.kl_position) for fact in facts]
-    for batch in _batches([each.length for each in asked], facts_at_once):
+    for batch in value_batches(lm, facts, contexts, config, facts_at_once):
+        asked = {i: _Asked.of(lm, facts[i], contexts, config.kl_position) for i in batch}
         with _frozen(lm.model):
             values = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine).descend(config)
         yield from zip(batch, values, strict=True)
+
+
+def value_batches(
+    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str], config: ValueConfig, facts_at_once: int
+) -> list[list[int]]:
+    """Numbers of the facts that `optimise_values` takes together; each batch by itself gives the same."""
+    if facts_at_once < 1:
+        raise SettingError(f"facts_at_once={facts_at_once}: at least one fact is optimised at a time")
+    lengths = [_Asked.of(lm, fact, contexts, config.kl_position).length for fact in facts]
+    return list(_batches(lengths, facts_at_once))
 
 
 def _batches(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:

@@ -11,12 +11,13 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from engram.distribute import ByName, Here, Workers
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
@@ -44,6 +45,7 @@ def average_trace(
     keep: Keep = "known",
     answer: Answer = "model",
     facts_per_batch: int | None = None,
+    workers: Workers | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> AverageTrace:
@@ -60,6 +62,7 @@ def average_trace(
             that token, as in the released code, where an object of several tokens never counts; "all".
         answer: what is scored: the "model"'s own most probable next token, as published, or the fact's whole "object".
         facts_per_batch: recorded together; default: as many as fit in half a gigabyte, at most 32, on a CPU 8.
+        workers: where batches are traced, such as `distribute.RayWorkers`; default: in this process. The batches are the same.
         progress: called with (facts done, facts in all).
         settings: any of `TraceConfig`. "s3", "m" and "t" noise are measured on these facts' subjects unless
             `noise_subjects` says otherwise. With corruption="subject" each fact is paired with another of the same prompt
@@ -98,7 +101,7 @@ def average_trace(
         done = len(finished.intersection(keys))
         for at in range(0, len(plan), _FACTS_AT_ONCE):  # in a resumed run as in the first: the same batches, the same bytes
             todo = [job for job in plan[at : at + _FACTS_AT_ONCE] if job[0] not in finished]
-            for rows in _traced(run, todo, facts_per_batch):
+            for rows in _traced(run, todo, facts_per_batch, workers):
                 store.add(rows)
                 done += len(rows)
                 if progress is not None:
@@ -166,7 +169,21 @@ class _Run:
         return self.keep == "all" or said == self.lm.cloze(fact.prompt_text, fact.target).answer[0]
 
 
-def _traced(run: _Run, jobs: Sequence[_Job], facts_per_batch: int | None) -> Iterator[list[_Row]]:
+@dataclass(frozen=True)
+class TracesJob:
+    """What workers do: trace a batch of questions, see `distribute.Job`."""
+
+    model: LanguageModel | ByName
+    config: TraceConfig
+
+    def start(self) -> LanguageModel:
+        return self.model.load() if isinstance(self.model, ByName) else self.model
+
+    def do(self, state: LanguageModel, unit: Sequence[Question]) -> list[CausalTrace]:
+        return trace_batch(state, unit, self.config)
+
+
+def _traced(run: _Run, jobs: Sequence[_Job], facts_per_batch: int | None, workers: Workers | None) -> Iterator[list[_Row]]:
     """Rows for the store, those that are skipped first."""
     asked: dict[int, _Job] = {}
     questions: list[Question] = []
@@ -180,9 +197,10 @@ def _traced(run: _Run, jobs: Sequence[_Job], facts_per_batch: int | None) -> Ite
             skipped.append((key, number, fact.prompt_text, str(error), None))
     if skipped:
         yield skipped
-    for batch in batched(run.lm, questions, run.config, facts_per_batch):
-        traces = trace_batch(run.lm, batch, run.config)
-        jobs_of_batch = [asked[id(question)] for question in batch]
+    batches = list(batched(run.lm, questions, run.config, facts_per_batch))
+    task = TracesJob(run.lm if workers is None else ByName.of(run.lm), run.config)
+    for number, traces in (workers or Here()).run(task, batches):
+        jobs_of_batch = [asked[id(question)] for question in batches[number]]
         yield [(key, n, fact.prompt_text, None, t) for (key, n, fact), t in zip(jobs_of_batch, traces, strict=True)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engram.cache import identity
-from engram.distribute import Here, Workers
+from engram.distribute import ByName, Here, Workers
 from engram.editors import METHODS, method_named
 from engram.errors import SettingError
 from engram.evaluate.bench.measuring import measure
@@ -55,18 +55,15 @@ class RecordsJob:
     """What workers do: edit and measure the records of a unit, see `distribute.Job`.
 
     Args:
-        model: name or folder; options: of `engram.load`.
-        lm: a model that is here already, instead.
+        model: a model that is here already, or how it is loaded.
     """
 
-    model: str
+    model: LanguageModel | ByName
     asked: Asked
-    options: dict[str, Any] = field(default_factory=dict)
     references: References | None = None
-    lm: LanguageModel | None = None
 
     def start(self) -> LanguageModel:
-        return self.lm or load(self.model, **self.options)
+        return self.model.load() if isinstance(self.model, ByName) else self.model
 
     def do(self, state: LanguageModel, unit: Unit) -> list[Measured]:
         found = measure(
@@ -85,7 +82,6 @@ def bench(
     asked: Asked | None = None,
     batch: int = 32,
     workers: Workers | None = None,
-    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Edit each record of a data set by itself, by each method, and keep what was measured in a file.
@@ -93,15 +89,14 @@ def bench(
     Killed at any moment, it goes on where it was when called again with the same arguments; more records and methods may be asked for.
 
     Args:
-        model: a model, or the name of one (see `engram.load`); workers other than this process need the name.
+        model: a model, or the name of one (see `engram.load`).
         methods: names; or label -> name, or label -> settings of the method of that name, with "method" among them where the label
             is not its name: {"rome": {}, "rome-3": {"method": "rome", "layer": 3}}.
         out: file of the run.
         n: the first so many records; default: all.
         asked: what is measured of each record.
         batch: records that are edited and measured together, by methods that can (`Method.each`).
-        workers: where the work is done; default: this process.
-        options: of `engram.load`, such as {"dtype": "bfloat16"}, where `model` is a name.
+        workers: where the work is done, such as `distribute.RayWorkers`; default: this process.
         progress: called with (label, records done, records in all).
     Raises:
         SettingError: settings that a method does not have, or a file that was begun with something else.
@@ -112,14 +107,12 @@ def bench(
     records = dataset.records[:n]
     if batch < 1 or not records:
         raise SettingError(f"batch={batch}, n={n}: expected 1 or more of each")
-    given = dict(options or {})
-    lm = load(model, **given) if isinstance(model, str) else model
-    name = model if isinstance(model, str) else lm.name
+    lm = load(model) if isinstance(model, str) else model
     about = {
-        "model": name, "identity": identity(lm), "dtype": str(lm.dtype).removeprefix("torch."), "dataset": dataset.name,
+        "model": lm.name, "identity": identity(lm), "dtype": str(lm.dtype).removeprefix("torch."), "dataset": dataset.name,
         "form": dataset.form, "asked": asdict(asked),
     }  # fmt: skip
-    job = RecordsJob(name, asked, given, dataset.references, lm if workers is None or not isinstance(model, str) else None)
+    job = RecordsJob(lm if workers is None else ByName.of(lm), asked, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
         store.begin_session(datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, batch))
