@@ -137,8 +137,8 @@ class _Table:
         for relation in dict.fromkeys(fact.relation for fact in self.facts):
             if len(set(templates.get(relation, ()))) < 2:
                 raise FactError(
-                    f"relation {relation!r} has {len(templates.get(relation, ()))} templates; expected two or more, one for the prompt "
-                    "and others for its paraphrases"
+                    f"relation {relation!r} has {len(set(templates.get(relation, ())))} different templates; expected two or more, one "
+                    "for the prompt and others for its paraphrases"
                 )
         self.subjects: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.objects: dict[str, Counter[str]] = defaultdict(Counter)
