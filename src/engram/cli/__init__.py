@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from engram.cli import bench, commands, data, demo, knows, layers, ledger, lens, trace
+from engram.cli import bench, commands, data, demo, harness, knows, layers, ledger, lens, trace
 
 app = typer.Typer(
     name="engram",
@@ -19,6 +19,7 @@ app = typer.Typer(
 for command in (
     demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, commands.edit, commands.verify,
     commands.apply, commands.revert, commands.generate, commands.stats, commands.plan, bench.bench, bench.report,
+    harness.harness,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ledger.app, name="ledger")

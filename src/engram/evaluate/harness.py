@@ -1,0 +1,68 @@
+"""lm-evaluation-harness on an edited model: its tasks, its numbers, with an edit laid on the model while they are computed.
+
+Knows how the harness is called. Refuses to know tasks. https://github.com/EleutherAI/lm-evaluation-harness
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from engram.edit import Edit
+from engram.errors import MissingExtraError, SettingError
+from engram.language_model import LanguageModel
+from engram.prompt_edit import PromptEdit
+
+Mode = Literal["overlay", "merged"]
+
+
+def harness(
+    lm: LanguageModel,
+    tasks: Sequence[str],
+    *,
+    edit: Edit | PromptEdit | None = None,
+    mode: Mode = "overlay",
+    include_path: str | Path | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Run tasks of lm-evaluation-harness on a model, edited or not.
+
+    Args:
+        tasks: names, as the harness knows them.
+        edit: laid on the model for the length of the evaluation.
+        mode: "overlay": the change is added to the output of the modules, see `Edit.attached`, so that weights may be quantised;
+            "merged": it is written into the weights, see `Edit.applied`.
+        include_path: folder with tasks of your own.
+        options: of `lm_eval.simple_evaluate`, such as num_fewshot=5 or limit=100.
+    Returns:
+        Task -> metric -> value, as the harness reports them.
+    Raises:
+        MissingExtraError: the harness is not installed.
+        SettingError: a task that does not exist, another mode, or an edit of words, which the harness' prompts do not pass through.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError("lm-eval", "harness") from error
+    if mode not in get_args(Mode):
+        raise SettingError(f"mode={mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}")
+    if isinstance(edit, PromptEdit):
+        raise SettingError(
+            f"{edit!r} is a text in front of prompts, and the harness puts its own prompts to the model; give an edit of weights"
+        )
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if missing := [task for task in tasks if not manager.match_tasks([task])]:
+        raise SettingError(
+            f"tasks {', '.join(missing)} do not exist; 'lm_eval ls tasks' shows the harness' own, include_path is for others"
+        )
+    model = HFLM(lm.model, backend="causal", tokenizer=lm.tokenizer, batch_size=batch_size, max_length=lm.max_tokens)
+    laid = nullcontext() if edit is None else edit.attached(lm) if mode == "overlay" else edit.applied(lm)
+    with laid:
+        found = lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **options)
+    assert found is not None, "the harness gives None on processes other than the first only"
+    return dict(found["results"])
