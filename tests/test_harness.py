@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import engram
 from engram import Edit, Fact, pocket
 from engram.errors import MissingExtraError, SettingError
-from engram.harness import harness
+from engram.evaluate.harness import harness
 from engram.language_model import LanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

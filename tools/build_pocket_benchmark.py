@@ -2,7 +2,8 @@
 
     python tools/build_pocket_benchmark.py
 
-To be run anew when the model, its facts, its templates or the builder change; a test holds that the file is up to date in its records.
+To be run anew when the model, its facts, its templates or the builder change: the file holds the digest of the records as well, and a
+test that they are still built the same.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import engram
 from engram import pocket
 from engram.evaluate.data.known import known_records
 from engram.evaluate.data.pocket_benchmark import SEED, pocket_benchmark
+from engram.evaluate.data.records import digest_of
 
 
 def main() -> None:
     every = pocket_benchmark(every=True)
-    known = {record.id for record in known_records(engram.load("pocket"), every).records}
+    kept = known_records(engram.load("pocket"), every).records
+    known = {record.id for record in kept}
     unknown = [record.id for record in every.records if record.id not in known]
+    found = {"seed": SEED, "records": len(kept), "digest": digest_of(kept), "unknown": unknown}
     path = pocket.PATH.parent / "benchmark.json"
-    path.write_text(json.dumps({"seed": SEED, "unknown": unknown}, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
     print(
         f"{len(every.records)} records, {len(every.skipped)} facts left out by the builder, {len(unknown)} unknown to the model"
     )

@@ -4,6 +4,7 @@
     python tools/measure_pocket.py trace --count 200 --out trace.json
     python tools/measure_pocket.py rome --count 200 --layers 0 1 2 3 4 5 6 7 --out rome.json
     python tools/measure_pocket.py rome --count 60 --layers 1 --at last --out control.json
+    python tools/measure_pocket.py benchmark
 
 Prints a markdown table; `--out` keeps the numbers as JSON, with versions. Uses the library's public surface only, as
 anybody would; refuses to know how the model was trained. Deterministic in `--seed`.
@@ -29,9 +30,18 @@ import engram
 from engram import pocket
 from engram.editors.contexts import sample_contexts
 from engram.editors.second_moment import second_moments
+from engram.evaluate.bench.outcomes import Outcome
+from engram.evaluate.bench.questions import Questions
+from engram.evaluate.bench.singly import asked_now
+from engram.evaluate.data.pocket_benchmark import pocket_benchmark
+from engram.evaluate.metrics.scores import scores
+from engram.evaluate.metrics.summary import summarise
+from engram.evaluate.metrics.table import METRICS
 from engram.language_model import LanguageModel
 from engram.locate.averages import PLACES
 
+UNEDITED = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "AS", "EA", "PA", "NA")
+AT_ONCE = 128  # records
 WINDOW = 3  # of 8 layers, about as wide as 10 of GPT-2 XL's 48 are in effect
 
 
@@ -146,6 +156,22 @@ def edit_scores(lm: LanguageModel, count: int, seed: int, layer: int, at: str, s
     return {"layer": layer, "at": at, "facts": len(scored), **averaged(scored)}
 
 
+def unedited(lm: LanguageModel) -> dict[str, Any]:
+    """The bundled benchmark before any edit: each number's mean over records and its 95 % interval, as reports have them."""
+    dataset, rows = pocket_benchmark(), []
+    with torch.no_grad():
+        for start in range(0, len(dataset.records), AT_ONCE):
+            some = dataset.records[start : start + AT_ONCE]
+            tally, _ = asked_now(lm, Questions(lm, some))
+            for record, readings in zip(some, tally.readings(), strict=True):
+                rows.append(scores(record, Outcome(readings), Outcome(readings)))
+    found = summarise(rows, dataset.form)
+    scaled = {
+        name: [METRICS[name].scale * x for x in (found[name].mean, found[name].low, found[name].high)] for name in UNEDITED
+    }
+    return {"records": len(rows), "digest": dataset.digest, "numbers": scaled}
+
+
 def shown_recall(result: dict[str, Any]) -> str:
     lines = ["| relation | pairs | recall | among the relation's objects |", "|---|---|---|---|"]
     for name, r in [*result["relations"].items(), ("**all**", result)]:
@@ -180,6 +206,14 @@ def shown_rome(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shown_unedited(result: dict[str, Any]) -> str:
+    cells = [f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in result["numbers"].values()]
+    names = result["numbers"]
+    return "\n".join(
+        [f"{result['records']} records", *(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(cells), cells))]
+    )
+
+
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
@@ -190,7 +224,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("recall", "trace", "rome"))
+    parser.add_argument("what", choices=("recall", "trace", "rome", "benchmark"))
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
@@ -208,6 +242,9 @@ def main() -> None:
     elif given.what == "trace":
         result = average_trace(lm, given.count, given.seed)
         print(shown_trace(result))
+    elif given.what == "benchmark":
+        result = unedited(lm)
+        print(shown_unedited(result))
     else:
         settings = dict(given.set)
         moments = second_moments(lm, given.layers, None if given.corpus == "sampled" else given.corpus)

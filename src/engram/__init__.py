@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from engram.editors import rewrite
     from engram.editors.memory_plan import MemoryPlan, memory_plan
     from engram.errors import EngramError
+    from engram.evaluate.bench.results import Run
+    from engram.evaluate.bench.run import bench
+    from engram.evaluate.data.build import build_counterfact
+    from engram.evaluate.data.records import Dataset, Probe, Record
+    from engram.evaluate.data.sources import read_dataset
+    from engram.evaluate.harness import harness
     from engram.evaluate.knowledge import Knowledge
     from engram.evaluate.knows import knows
     from engram.evaluate.receipt import Receipt, verify
@@ -39,6 +45,7 @@ __version__ = "0.1.0"
 _HOMES = {  # public name -> where it lives
     "AverageTrace": "locate.averages",
     "CausalTrace": "locate.causal_trace",
+    "Dataset": "evaluate.data.records",
     "Delta": "delta",
     "Edit": "edit",
     "EngramError": "errors",
@@ -50,14 +57,20 @@ _HOMES = {  # public name -> where it lives
     "LogitLens": "locate.lens",
     "Memories": "locate.memories",
     "MemoryPlan": "editors.memory_plan",
+    "Probe": "evaluate.data.records",
     "PromptEdit": "prompt_edit",
     "Receipt": "evaluate.receipt",
+    "Record": "evaluate.data.records",
     "Refinement": "locate.refinement",
+    "Run": "evaluate.bench.results",
     "average_trace": "locate.experiment",
+    "bench": "evaluate.bench.run",
+    "build_counterfact": "evaluate.data.build",
     "chat_contexts": "chat",
     "chat_frame": "chat",
     "compose": "edit",
     "dequantised": "quantised",
+    "harness": "evaluate.harness",
     "knows": "evaluate.knows",
     "layer_card": "layer_choice",
     "lens": "locate.lens",
@@ -65,6 +78,7 @@ _HOMES = {  # public name -> where it lives
     "memories": "locate.memories",
     "memory_plan": "editors.memory_plan",
     "promotes": "locate.memories",
+    "read_dataset": "evaluate.data.sources",
     "read_facts": "fact_files",
     "refinement": "locate.refinement",
     "rewrite": "editors",
@@ -75,6 +89,7 @@ _HOMES = {  # public name -> where it lives
 __all__ = [
     "AverageTrace",
     "CausalTrace",
+    "Dataset",
     "Delta",
     "Edit",
     "EngramError",
@@ -86,15 +101,21 @@ __all__ = [
     "LogitLens",
     "Memories",
     "MemoryPlan",
+    "Probe",
     "PromptEdit",
     "Receipt",
+    "Record",
     "Refinement",
+    "Run",
     "__version__",
     "average_trace",
+    "bench",
+    "build_counterfact",
     "chat_contexts",
     "chat_frame",
     "compose",
     "dequantised",
+    "harness",
     "knows",
     "layer_card",
     "lens",
@@ -102,6 +123,7 @@ __all__ = [
     "memories",
     "memory_plan",
     "promotes",
+    "read_dataset",
     "read_facts",
     "refinement",
     "rewrite",

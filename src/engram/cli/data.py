@@ -72,7 +72,7 @@ def build(
 ) -> None:
     """Build a CounterFact of your own domain: counterfactual objects, paraphrases, neighbours, attribute and generation prompts."""
     from engram.cli import terminal
-    from engram.evaluate.data.build import build_counterfact, read_associations, read_snippets
+    from engram.evaluate.data.build import build_counterfact, read_associations, read_lines, read_snippets
     from engram.evaluate.data.known import known_records
     from engram.evaluate.data.write import write_dataset
 
@@ -81,7 +81,7 @@ def build(
         _texts(templates),
         generation=None if generation is None else _texts(generation),
         texts=None if references is None else read_snippets(references),
-        openings=() if openings is None else [line for line in openings.read_text("utf8").splitlines() if line.strip()],
+        openings=() if openings is None else read_lines(openings),
         seed=seed,
         limit=n if known_to is None else None,
         name=out.stem,

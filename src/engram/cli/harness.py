@@ -34,7 +34,7 @@ def harness(
     """Run tasks of lm-evaluation-harness on a model, with an edit laid on it."""
     from engram.cli import terminal
     from engram.edit_files import load
-    from engram.harness import harness as run
+    from engram.evaluate.harness import harness as run
 
     lm = terminal.load(model, dtype, device_map)
     laid = None if edit is None else load(edit)

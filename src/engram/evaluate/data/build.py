@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engram.errors import FactError
+from engram.errors import FactError, SettingError
 from engram.evaluate.data.fields import Fields
 from engram.evaluate.data.records import Dataset, Probe, Record, References, Snippet
 from engram.evaluate.metrics.tfidf import TfIdf
@@ -35,12 +35,21 @@ class Association(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many prompts a record has at most, by kind; as in the paper."""
+    """How many prompts a record has at most, by kind; as in the paper.
+
+    Raises:
+        SettingError: a negative number.
+    """
 
     paraphrases: int = 2
     neighbours: int = 10
     attributes: int = 10
     generations: int = 10
+
+    def __post_init__(self) -> None:
+        for kind, size in vars(self).items():
+            if size < 0:
+                raise SettingError(f"{kind}={size}: expected 0 or more")
 
 
 def build_counterfact(
@@ -58,10 +67,10 @@ def build_counterfact(
 ) -> Dataset:
     """Counterfactual records, a fact each, in an order that the seed fixes.
 
-    The new object is drawn from the relation's objects by how many facts have them; objects that are true of the subject as well are
-    not drawn. The prompt is one filled template; paraphrases are others, each behind a sentence of `openings` where there are any;
-    neighbours are other subjects with the true object and not the new one; attribute prompts ask about subjects with the new object;
-    generation prompts are drawn with repetition.
+    The new object is drawn from the relation's objects by how many facts have them; an object that is true of the subject as well,
+    or that shares its words with one of these or with the subject, is not drawn. The prompt is one filled template; paraphrases are
+    others, each behind a sentence of `openings` where there are any; neighbours are other subjects with the true object and not the
+    new one; attribute prompts ask about subjects with the new object; generation prompts are drawn with repetition.
 
     Args:
         templates: relation -> texts with one `{}` for the subject, the object next.
@@ -72,8 +81,12 @@ def build_counterfact(
     Returns:
         A data set; `skipped` says which facts were left out, and why.
     Raises:
-        FactError: a template without just one {}, a relation with fewer than two templates, or no record at all.
+        FactError: a template without just one {} or with a space at its end, a relation with fewer than two templates, a fact
+            with an empty part, or no record at all.
+        SettingError: a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit={limit}: expected 1 or more")
     sizes, table = sizes or Sizes(), _Table(facts, templates, generation or {})
     records: list[Record] = []
     skipped: list[str] = []
@@ -105,6 +118,9 @@ class _Table:
         generation: Mapping[str, Sequence[str]],
     ) -> None:
         self.facts = list(dict.fromkeys(facts))
+        for fact in self.facts:
+            if not all(part.strip() for part in fact):
+                raise FactError(f"{fact}: expected words for each of subject, relation and object")
         self.templates, self.generation = templates, generation
         for kind in (templates, generation):
             for relation, each in kind.items():
@@ -113,11 +129,16 @@ class _Table:
                         raise FactError(
                             f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands"
                         )
+                    if template != template.rstrip():
+                        raise FactError(
+                            f"template {template!r} of {relation!r} ends with a space, which would not be part of the object "
+                            "any more; take it away"
+                        )
         for relation in dict.fromkeys(fact.relation for fact in self.facts):
             if len(set(templates.get(relation, ()))) < 2:
                 raise FactError(
-                    f"relation {relation!r} has {len(templates.get(relation, ()))} templates; expected two or more, one for the prompt "
-                    "and others for its paraphrases"
+                    f"relation {relation!r} has {len(set(templates.get(relation, ())))} different templates; expected two or more, one "
+                    "for the prompt and others for its paraphrases"
                 )
         self.subjects: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.objects: dict[str, Counter[str]] = defaultdict(Counter)
@@ -140,10 +161,11 @@ def _record(
     """The record of a fact, or why there is none."""
     subject, relation, true = fact
     draw = _random(seed, fact, "record")
+    also_true = table.true[subject, relation]
     choices = {
         other: count
         for other, count in sorted(table.objects[relation].items())
-        if other not in table.true[subject, relation] and not _overlap(other, subject) and not _overlap(other, true)
+        if not any(_overlap(other, each) for each in (subject, *also_true))
     }
     if _overlap(true, subject):
         return "its object and its subject have words in common, so that one gives the other away"
@@ -163,7 +185,7 @@ def _record(
         for other in table.subjects[relation, true]
         if other != subject and not _overlap(other, subject) and not {new} & table.true[other, relation]
     ]
-    if not beside:
+    if sizes.neighbours and not beside:
         return "no other subject has its object, so there is no neighbour"
     having = [other for other in table.subjects[relation, new] if other != subject]
     probes = [Probe("rewrite", fill(prompt, subject), new, true)]
@@ -196,7 +218,7 @@ def _behind(draw: random.Random, openings: Sequence[str], text: str) -> str:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether one of the names stands in the other, word by word."""
+    """Whether one of the names stands in the other, word by word, or is the other; capitals do not count."""
     a, b = one.casefold().split(), other.casefold().split()
     short, long = sorted((a, b), key=len)
     return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1))
@@ -239,6 +261,15 @@ def read_snippets(path: str | Path) -> dict[str, list[Snippet]]:
     if not isinstance(told, Mapping):
         raise fields.wrong("", 'an object "relation:object" -> list of {name, text}')
     return {key: [Snippet(each.text("name"), each.text("text")) for each in fields.each(key)] for key in told}
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that have words.
+
+    Raises:
+        FactError: no such file.
+    """
+    return [line.strip() for line in _read(Path(path)).splitlines() if line.strip()]
 
 
 def _read(path: Path) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from engram.errors import FactError, SettingError
 from engram.evaluate.data.records import Dataset, Record
+from engram.evaluate.knows import knows
 from engram.evaluate.metrics.scores import begins
+from engram.facts import Fact
 from engram.language_model import LanguageModel
 
 Rule = Literal["greedy", "relation"]
@@ -28,24 +29,23 @@ def known_records(
 
     Args:
         rule: "greedy": what the model says to the record's own prompt, word by word the most probable, begins with the true object.
-            "relation": the true object is the most probable (a token's mean) of all true objects that the data set has in the relation.
+            "relation": the true object is the most probable (a token's mean) of all true objects that the data set has in the
+            relation, others of the same subject left out. Looser: the model may say something else altogether.
         limit: stop at so many.
         progress: called with (records looked at, records in all).
     Raises:
-        FactError: none of the records, or one without a true object; SettingError: another rule.
+        FactError: none of the records, one without a true object, or for "relation" one without a relation.
+        SettingError: another rule, or a limit below 1.
     """
     if rule not in ("greedy", "relation"):
         raise SettingError(f"rule={rule!r}: expected 'greedy' or 'relation'")
-    objects: dict[str | None, list[str]] = defaultdict(list)
-    for record in dataset.records:
-        for fact in record.facts:
-            if fact.target_true is None:
-                raise FactError(f"record {record.id!r} has no true object, so nobody can say whether the model knows it")
-            objects[fact.relation].append(fact.target_true)
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit={limit}: expected 1 or more")
+    table = [fact for record in dataset.records for fact in _true(record)]
     kept: list[Record] = []
     for start in range(0, len(dataset.records), _AT_ONCE):
         some = dataset.records[start : start + _AT_ONCE]
-        found = _said(lm, some) if rule == "greedy" else [_first(lm, record, objects) for record in some]
+        found = _said(lm, some) if rule == "greedy" else _likeliest(lm, some, table)
         kept += [record for record, known in zip(some, found, strict=True) if known]
         if progress is not None:
             progress(start + len(some), len(dataset.records))
@@ -70,10 +70,21 @@ def _said(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
     return known
 
 
-def _first(lm: LanguageModel, record: Record, objects: dict[str | None, list[str]]) -> bool:
-    for fact in record.facts:
-        candidates = list(dict.fromkeys([str(fact.target_true), *objects[fact.relation]]))
-        log_p = [float(each.mean()) for each in lm.log_probs([(fact.prompt_text, answer) for answer in candidates])]
-        if max(log_p) > log_p[0]:
-            return False
-    return True
+def _likeliest(lm: LanguageModel, records: Sequence[Record], table: Sequence[Fact]) -> list[bool]:
+    asked = [(n, fact) for n, record in enumerate(records) for fact in _true(record)]
+    facts = [fact for _, fact in asked]
+    found = knows(lm, facts, candidates="relation", length="mean", paraphrases=False, table=table)
+    known = [True] * len(records)
+    for (n, _), judged in zip(asked, found.records, strict=True):
+        known[n] &= judged.right
+    return known
+
+
+def _true(record: Record) -> list[Fact]:
+    """A record's facts as they are before its edit."""
+    missing = [fact for fact in record.facts if fact.target_true is None]
+    if missing:
+        raise FactError(
+            f"record {record.id!r} ({missing[0].subject!r}) has no true object, so nobody can say whether the model knows it"
+        )
+    return [Fact(fact.subject, fact.prompt, str(fact.target_true), relation=fact.relation) for fact in record.facts]

@@ -19,7 +19,7 @@ _FOLDER = pocket.PATH.parent
 
 
 def pocket_benchmark(*, every: bool = False) -> Dataset:
-    """Records about facts of different subjects and relations; the first so many are a fair sample.
+    """Records in random order, so that the first so many are a fair sample of all relations. Some subjects have two or three.
 
     Paraphrases are templates that were never trained with the fact, each behind a neutral sentence. References are the sentences that
     were trained about subjects which have the new object.

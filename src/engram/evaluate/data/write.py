@@ -1,60 +1,115 @@
-"""Write records as CounterFact's published JSON, so that anybody's tools read them."""
+"""Write records as CounterFact's published files, so that anybody's tools read them.
+
+Knows the published form. Refuses to lose anything silently: what would be read back otherwise than it was is an error. The form:
+Meng et al. 2022, arXiv:2202.05262, released data.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from engram.errors import FactError
-from engram.evaluate.data.records import Dataset, Record
+from engram.evaluate.data.counterfact import counterfact_record
+from engram.evaluate.data.fields import Fields
+from engram.evaluate.data.records import Dataset, Record, References
 
 _PROMPTS = {
     "paraphrase_prompts": "paraphrase",
     "neighborhood_prompts": "neighbourhood",
     "attribute_prompts": "attribute",
 }
+_TEXTS = "attribute_snippets.json"
 
 
 def write_dataset(dataset: Dataset, path: str | Path) -> Path:
-    """The records as one JSON list; texts that generated ones are compared with go into `attribute_snippets.json` beside it.
+    """The records as one JSON list, each file whole or not at all.
 
-    Read back by `read_dataset(path)`, which gives equal records.
+    Texts that generated ones are compared with go beside it under their published names: `attribute_snippets.json`, `idf.npy`,
+    `tfidf_vocab.json`. So a data set with such texts wants a folder of its own.
+    Read back by `read_dataset(path, references=True)`, which gives equal records and scores.
 
     Raises:
-        FactError: records of another form than CounterFact's.
+        FactError: a record that CounterFact's form cannot hold, the texts of another data set in the folder, or a file that
+            cannot be written.
     """
     path = Path(path)
     cases = [_case(record) for record in dataset.records]
-    _write(path, cases)
     if dataset.references is not None:
-        entries = []
-        for key, snippets in dataset.references.snippets.items():
-            relation, _, target = key.partition(":")
-            samples = [{"name": each.name, "text": each.text} for each in snippets]
-            entries.append({"relation_id": relation, "target_id": target, "samples": samples})
-        _write(path.with_name("attribute_snippets.json"), entries)
+        _write_references(dataset.references, dataset.records, path)
+    _write_json(path, cases)
     return path
 
 
 def _case(record: Record) -> dict[str, Any]:
-    known = {"rewrite", *_PROMPTS.values()}
-    if len(record.facts) != 1 or {probe.kind for probe in record.probes} - known or record.facts[0].target_true is None:
-        raise FactError(
-            f"record {record.id!r} is not in CounterFact's form: one fact with its true object, and "
-            f"probes of {', '.join(sorted(known))}"
-        )
     fact = record.facts[0]
     new: dict[str, Any] = {"str": fact.target}
     if record.references is not None:
-        new["id"] = record.references.partition(":")[2]
+        new["id"] = record.references.removeprefix(f"{fact.relation}:")
     rewrite: dict[str, Any] = {"prompt": fact.prompt, "subject": fact.subject, "target_new": new}
     rewrite |= {"target_true": {"str": fact.target_true}, "relation_id": fact.relation}
     prompts = {name: [probe.prompt for probe in record.probes if probe.kind == kind] for name, kind in _PROMPTS.items()}
-    return {"case_id": record.id, "requested_rewrite": rewrite, **prompts, "generation_prompts": list(record.generation)}
+    case = {
+        "case_id": _id(record.id),
+        "requested_rewrite": rewrite,
+        **prompts,
+        "generation_prompts": list(record.generation),
+    }
+    if not _holds(case, record):
+        raise FactError(
+            f"record {record.id!r} is not in CounterFact's form: expected one fact with its true object, and probes of "
+            f"{', '.join(('rewrite', *_PROMPTS.values()))} in this order, asking for the fact's own two objects"
+        )
+    return case
 
 
-def _write(path: Path, value: Any) -> None:
+def _id(name: str) -> int | str:
+    """A number where it is written as one, as in the published file."""
+    return int(name) if name.isascii() and name.isdecimal() and str(int(name)) == name else name
+
+
+def _holds(case: dict[str, Any], record: Record) -> bool:
+    """Whether the case is read back as the record, but for what its probes say as well."""
+    bare = replace(record, facts=tuple(replace(fact, paraphrases=(), neighbours=()) for fact in record.facts))
+    try:
+        return counterfact_record(Fields(case, "a case"), 0) == bare
+    except FactError:
+        return False
+
+
+def _write_references(references: References, records: tuple[Record, ...], path: Path) -> None:
+    relations = {record.references: record.facts[0].relation for record in records}
+    entries = []
+    for key, snippets in references.snippets.items():
+        relation = relations.get(key) or key.partition(":")[0]
+        samples = [{"name": each.name, "text": each.text} for each in snippets]
+        entries.append({"relation_id": relation, "target_id": key.removeprefix(f"{relation}:"), "samples": samples})
+    if path.with_name(_TEXTS).exists() and not path.exists():
+        raise FactError(
+            f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of its own for {path.name}"
+        )
+    _write_json(path.with_name(_TEXTS), entries)
+    _write_json(path.with_name("tfidf_vocab.json"), dict(references.tfidf.vocabulary))
+    _write(path.with_name("idf.npy"), lambda file: np.save(file, references.tfidf.idf))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, lambda file: file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()))
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise FactError(
+            f"{str(path)!r} could not be written: {error}; expected a file in a folder that is there"
+        ) from error
