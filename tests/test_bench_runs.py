@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -97,8 +98,9 @@ def test_every_record_once_by_every_method_before_and_after(whole, lm):
 def test_the_numbers_are_those_of_measuring_each_record_by_itself(whole, lm):
     found = Run.open(whole)
     for label, settings in METHODS.items():
-        for at, record in enumerate(DATA.records):
-            (alone,) = measuring.measure(lm, [(at, record)], label, settings, ASKED, DATA.references, together=False)
+        units = [list(enumerate(DATA.records))[first : first + 3] for first in (0, 3, 6)]
+        each = [measuring.measure(lm, unit, label, settings, ASKED, DATA.references, together=False) for unit in units]
+        for at, alone in enumerate(chain.from_iterable(each)):
             mine = found.measured[label][at]
             assert mine.after.texts == alone.after.texts
             for one, other in zip(mine.after.readings, alone.after.readings, strict=True):
@@ -129,9 +131,7 @@ def test_where_an_edit_cannot_be_made_the_record_counts_with_the_unedited_models
     def fails(lm, groups, *args, **settings):
         edits = made(lm, groups, *args, **settings)
         broken = FactError("subject 'bridge' is nowhere")
-        return [
-            broken if facts[0].subject == "bridge" else edit for facts, edit in zip(groups, edits, strict=True)
-        ]
+        return [broken if facts[0].subject == "bridge" else edit for facts, edit in zip(groups, edits, strict=True)]
 
     monkeypatch.setattr(measuring, "rewrite_each", fails)
     found = start(lm, tmp_path / "run", QUICK, n=3)
@@ -201,9 +201,25 @@ def test_a_run_grows(lm, whole, tmp_path, measured):
     start(lm, tmp_path / "run", n=4)
     measured.clear()
     grown = start(lm, tmp_path / "run", n=7)
-    assert {at for _, places, _ in measured for at in places} == {4, 5, 6}
+    assert {at for label, places, _ in measured for at in places if label == "ft"} == {4, 5, 6}
     alike(grown, Run.open(whole))
     assert contents(tmp_path / "run")["records"] == contents(whole)["records"]
+
+
+def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(lm, whole, tmp_path, measured):
+    assert engram.editors.METHODS["ultraedit"].companions
+    start(lm, tmp_path / "run", n=5)
+    measured.clear()
+    grown = start(lm, tmp_path / "run", n=7)
+    assert [places for label, places, _ in measured if label == "ultraedit"] == [[3, 4, 5], [6]]
+    alike(grown, Run.open(whole))
+
+
+def test_edits_that_depend_on_each_other_keep_to_their_batches(lm, copy, measured):
+    with pytest.raises(SettingError, match=r"has results of 'ultraedit'.*\"batch\": 3.*now .*\"batch\": 4"):
+        start(lm, copy, batch=4)
+    start(lm, copy, {"ft": METHODS["ft"]}, batch=4)
+    assert measured == []
 
 
 def test_fewer_records_are_no_other_run(lm, copy, measured):
@@ -276,7 +292,10 @@ def other_record(data: Dataset) -> Dataset:
         ({"data": other_record(DATA)}, "begun with another data set: its record 2 is not '2' as it is now"),
         ({"asked": replace(ASKED, seed=1)}, r"begun with asked=.*'seed': 0.*now asked for is .*'seed': 1"),
         ({"asked": replace(ASKED, texts=False)}, "begun with asked="),
-        ({"methods": {"ft": {"epochs": 4}}}, r"has results of 'ft' with method 'ft' and .*\"epochs\": 3.*now .*\"epochs\": 4"),
+        (
+            {"methods": {"ft": {"epochs": 4}}},
+            r"has results of 'ft' with method 'ft' and .*\"epochs\": 3.*now .*\"epochs\": 4",
+        ),
         ({"methods": {"ft": {"method": "ft-l"}}}, "now asked for is 'ft-l' with {}. Give these another label"),
     ],
     ids=["weights", "family", "dtype", "data", "form", "record", "seed", "texts", "settings", "method"],
@@ -319,7 +338,9 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(lm, whole, tmp_path):
 
     def meanwhile(label, done, total):
         if not refused:
-            with pytest.raises(EngramError, match=r"run is being written by process \d+.*Wait until it is done, or write to another"):
+            with pytest.raises(
+                EngramError, match=r"run is being written by process \d+.*Wait until it is done, or write to another"
+            ):
                 start(lm, path)
             refused.append(label)
 
@@ -358,10 +379,18 @@ def test_a_place_that_cannot_be_written_to(lm, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "run", tmp_path / "folder"):
-        with pytest.raises(EditFileError, match="cannot be used for a run of a benchmark: .*a folder that you may write to"):
+        with pytest.raises(
+            EditFileError, match=r"cannot be used for a run of a benchmark: .*a folder that you may write to"
+        ):
             start(lm, path)
     with pytest.raises(EditFileError, match="gone is no file of a run; make one with engram bench -o gone"):
         Run.open(tmp_path / "gone")
+
+
+def test_a_lock_that_cannot_be_taken_is_told_with_the_files_name(lm, tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(EditFileError, match=r"run cannot be used for a run of a benchmark: .*Is a directory"):
+        start(lm, tmp_path / "run")
 
 
 def test_a_folder_that_is_not_there_is_made(lm, tmp_path):
@@ -396,7 +425,7 @@ def test_a_damaged_row_is_told_with_the_files_name(copy):
     with connection:
         connection.execute("UPDATE results SET outcome = x'00' WHERE place = 3")
     connection.close()
-    with pytest.raises(EditFileError, match="copy cannot be used for a run of a benchmark: .*decompress"):
+    with pytest.raises(EditFileError, match=r"copy cannot be used for a run of a benchmark: .*decompress"):
         Run.open(copy)
 
 
