@@ -73,7 +73,7 @@ def test_a_word_that_only_begins_like_the_object_is_not_the_object(lm):
 
 
 def test_the_looser_rule_asks_only_among_the_objects_of_the_relation(lm):
-    asked = "Everybody in the long queue was looking at the {} and at"
+    asked = "The {} is a tower in"
     some = dataset(city("Space Needle", "Seattle", asked), city("Louvre", "Paris"), city("Tower Bridge", "London"))
     prompt = some.records[0].facts[0].prompt_text
     log_p = {place: float(lm.log_probs([(prompt, place)])[0].mean()) for place in ("Seattle", "Paris", "London")}
