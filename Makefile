@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/rome.py
 	$(BIN)/python benchmarks/mass.py
 	$(BIN)/python benchmarks/second_moment.py
+	$(BIN)/python benchmarks/evaluate.py
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

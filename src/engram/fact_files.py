@@ -16,7 +16,7 @@ from typing import Any
 from engram import pocket
 from engram.errors import FactError
 from engram.facts import Fact
-from engram.json_records import json_records, shown
+from engram.json_records import is_text, json_records, shown, writable
 
 _EXPECTED: dict[str, str] = {  # field -> what stands there
     "subject": "the subject's name as text",
@@ -57,8 +57,7 @@ def read_facts(source: str | Path) -> list[Fact]:
         raise FactError(
             f"no facts could be read from {str(path)!r}: {error}. Expected 'pocket', or a file: a JSON list, JSON lines, or CSV"
         ) from error
-    records = _csv if path.suffix.lower() == ".csv" else json_records
-    facts = [_fact(record, where) for record, where in records(text, str(path))]
+    facts = [fact_of(record, where) for record, where in raw_records(text, str(path))]
     if not facts:
         raise FactError(f"{path} holds no facts; expected one object with {', '.join(_NEEDED)} a fact")
     return facts
@@ -71,6 +70,11 @@ def _pocket_fact(known: pocket.KnownFact) -> Fact:
 
 
 # -- files -> records and where they stand -----------------------------------------------------------------------------
+
+
+def raw_records(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    """(record, where it stands) of a CSV, by its name, or of JSON; a FactError in a record's place is what is wrong with it alone."""
+    return (_csv if path.lower().removesuffix(".gz").endswith(".csv") else json_records)(text, path)
 
 
 def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
@@ -86,10 +90,14 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
             if not row:
                 continue
             if len(row) != len(header):
-                raise FactError(
-                    f"{where}: {len(row)} cells, expected {len(header)} as in the header ({', '.join(header)}); "
-                    'a text with a comma has to stand in "..."'
+                yield (
+                    FactError(
+                        f"{where}: {len(row)} cells, expected {len(header)} as in the header ({', '.join(header)}); "
+                        'a text with a comma has to stand in "..."'
+                    ),
+                    where,
                 )
+                continue
             record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell or name in _NEEDED}
             if "paraphrases" in record:
                 record["paraphrases"] = [each.strip() for each in record["paraphrases"].split("|")]
@@ -101,7 +109,12 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
 # -- records -> facts --------------------------------------------------------------------------------------------------
 
 
-def _fact(record: Any, where: str) -> Fact:
+def fact_of(record: Any, where: str) -> Fact:
+    """The fact of a record, as `raw_records` gives it.
+
+    Raises:
+        FactError: it is none; with its place and field.
+    """
     if isinstance(record, FactError):
         raise record
     if not isinstance(record, dict):
@@ -151,10 +164,9 @@ def _check_fields(record: Mapping[str, Any], where: str, allowed: tuple[str, ...
 
 def _fits(name: str, value: Any) -> bool:
     if name == "paraphrases":
-        return isinstance(value, list) and all(isinstance(each, str) and each.strip() for each in value)
+        return isinstance(value, list) and all(map(is_text, value))
     if name == "neighbours":
         return isinstance(value, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) and each.strip() for each in pair)
-            for pair in value
+            isinstance(pair, list) and len(pair) == 2 and all(map(is_text, pair)) for pair in value
         )
-    return isinstance(value, str) or (value is None and name not in _NEEDED)
+    return (isinstance(value, str) and writable(value)) or (value is None and name not in _NEEDED)

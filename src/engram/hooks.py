@@ -157,7 +157,7 @@ def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int])
             torch.promote_types(out.dtype, change_noi.dtype), copy=True
         )
         for owner, at in rows.items():
-            sum_bto[at] += x_bti[at].to(change_noi) @ change_noi[owner].to(sum_bto).T
+            sum_bto[at] += x_bti[at].to(sum_bto) @ change_noi[owner].to(sum_bto).T
         return sum_bto.reshape(out.shape).to(out.dtype)
 
     with ExitStack() as stack:

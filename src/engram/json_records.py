@@ -67,10 +67,25 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
+def is_text(value: Any) -> bool:
+    """Words that can be written to a file."""
+    return isinstance(value, str) and bool(value.strip()) and writable(value)
+
+
+def writable(text: str) -> bool:
+    """Whether a text can be written to a file: halves of letters, as JSON can hold them, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(value: Any) -> str:
-    """A value as JSON, cut to 60 characters."""
+    """A value as JSON, cut to 60 characters; what could not be written stands as its escape."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError):
         text = repr(type(value))
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -120,7 +120,10 @@ class LanguageModel:
     @cached_property
     def max_tokens(self) -> int:
         """Longest sequence that the model takes; 2048 where it has no positions to run out of (Mamba, T5)."""
-        limit = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+        config = self.model.config.get_text_config()
+        limit = int(
+            getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
+        )  # MPT's
         for name, table in self.model.named_modules():  # RoBERTa's first positions stand for padding
             if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
                 return min(limit, table.num_embeddings - table.padding_idx - 1)

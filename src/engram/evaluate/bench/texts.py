@@ -15,7 +15,7 @@ from engram.language_model import LanguageModel
 
 
 def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around = nothing) -> dict[Place, str]:
-    """The greedy continuation of every probe's prompt; of a prompt that several probes have, once.
+    """The greedy continuation of every probe's prompt, up to an end of text; of a prompt that several probes have, once.
 
     Args:
         around: given numbers of records, one a row, lays their edits on the model.
@@ -34,8 +34,13 @@ def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around
         Writing(ids, max(1, min(new, lm.max_tokens - len(ids)))) for ids, new in zip(prompts, wanted.values(), strict=True)
     ]
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
-    texts = dict(zip(wanted, (spelled(lm, ids) for ids in written), strict=True))
+    texts = dict(zip(wanted, (spelled(lm, _ended(lm, ids)) for ids in written), strict=True))
     return {(n, p): texts[n, record.probes[p].prompt] for n, record in enumerate(questions.records) for p in spoken(record)}
+
+
+def _ended(lm: LanguageModel, ids: list[int]) -> list[int]:
+    end = lm.tokenizer.eos_token_id
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 def spoken(record: Record) -> list[int]:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from engram.errors import FactError
-from engram.evaluate.data.fields import Fields, is_text
+from engram.evaluate.data.fields import Fields
 from engram.evaluate.data.records import Dataset, Probe, Record, References, Snippet
 from engram.evaluate.metrics.tfidf import TfIdf
 from engram.facts import Fact
+from engram.json_records import is_text
 
 
 def counterfact_record(fields: Fields, number: int) -> Record:

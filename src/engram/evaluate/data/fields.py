@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engram.errors import FactError
-from engram.json_records import shown
+from engram.json_records import is_text, shown
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,3 @@ class Fields:
         if isinstance(value, bool) or not (isinstance(value, int) or is_text(value)):
             raise self.wrong(name, "a number or a text that names the record")
         return str(value)
-
-
-def is_text(value: Any) -> bool:
-    """Words that can be written to a file: halves of letters, as JSON can hold them, cannot."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -6,11 +6,12 @@ Knows addresses and forms. Refuses to know what the fields of a form mean: a fil
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engram.cache import cache_folder
 from engram.errors import EngramError, FactError, SettingError
@@ -18,11 +19,11 @@ from engram.evaluate.data.counterfact import counterfact_record, flat_record, re
 from engram.evaluate.data.download import Progress, fetched
 from engram.evaluate.data.fields import Fields
 from engram.evaluate.data.mquake import mquake_record
-from engram.evaluate.data.records import Dataset, Form, Record
+from engram.evaluate.data.records import FORMS, Dataset, Form, Record
 from engram.evaluate.data.ripple import ripple_record
 from engram.evaluate.data.zsre import zsre_record
-from engram.fact_files import read_facts
-from engram.json_records import json_records, shown
+from engram.fact_files import fact_of, raw_records
+from engram.json_records import shown
 
 _ROME = "https://rome.baulab.info/data/dsets"
 _MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
@@ -67,6 +68,10 @@ SOURCES: dict[str, Source] = {
 _READERS: dict[Form, Callable[[Fields, int], Record]] = {
     "counterfact": counterfact_record, "flat": flat_record, "zsre": zsre_record, "mquake": mquake_record, "ripple": ripple_record,
 }  # fmt: skip
+_MARKS: dict[str, Form] = {  # field -> the form that has it and no other, the surest first
+    "questions": "mquake", "requested_rewrite": "counterfact", "src": "zsre", "loc": "zsre", "edit": "ripple",
+    "locality_prompt": "flat", "rephrase_prompt": "flat", "ground_truth": "flat", "neighborhood_prompts": "counterfact",
+}  # fmt: skip
 
 
 def read_dataset(
@@ -91,8 +96,10 @@ def read_dataset(
         progress: called with (file, bytes so far, bytes in all) while something is fetched.
     Raises:
         FactError: no such file, or a record that is none, told with file, line and field.
-        EngramError: a data set that could not be fetched; SettingError: a limit below 1.
+        EngramError: a data set that could not be fetched; SettingError: a limit below 1, or a form that does not exist.
     """
+    if form is not None and form not in FORMS:
+        raise SettingError(f"form={form!r}: expected one of {', '.join(FORMS)}, or None to find it out")
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
     if str(name) == "pocket":
@@ -109,7 +116,7 @@ def read_dataset(
     if references:
         for file in source.beside:
             fetched(f"{source.url.rpartition('/')[0]}/{file}", folder, progress=progress)
-    return _read_file(path, source.form, limit, skip_malformed, references and bool(source.beside), str(name))
+    return _read_file(path, None, limit, skip_malformed, references and bool(source.beside), str(name))
 
 
 def _cut(dataset: Dataset, limit: int) -> Dataset:
@@ -120,16 +127,15 @@ def _read_file(path: Path, form: Form | None, limit: int | None, skip: bool, ref
     found: list[Record] = []
     skipped: list[str] = []
     ids: set[str] = set()
+    reader: Form | Literal["fact"] | None = form
     for number, (given, where) in enumerate(_given(path)):
         if limit is not None and len(found) == limit:
             break
         try:
             if isinstance(given, FactError):
                 raise given
-            form = form or _form_of(given)
-            if form is None:
-                return _facts(path, limit, name)
-            record = _record(given, where, form, number)
+            like = reader or _form_of(given)
+            record = _record(given, where, like, number)
             if record.id in ids:
                 raise FactError(f"{where}: id {record.id!r} is that of an earlier record; expected another for each")
         except FactError as error:
@@ -137,30 +143,26 @@ def _read_file(path: Path, form: Form | None, limit: int | None, skip: bool, ref
                 raise
             skipped.append(str(error))
             continue
+        reader = like
         ids.add(record.id)
         found.append(record)
     if not found:
         first = f"; {len(skipped)} are malformed, the first: {skipped[0]}" if skipped else ""
         raise FactError(f"{path} holds no records{first}")
     told = read_references(path.parent, found) if references else None
-    return Dataset(name, form or "counterfact", tuple(found), told, tuple(skipped))
+    shape: Form = "counterfact" if reader is None or reader == "fact" else reader
+    return Dataset(name, shape, tuple(found), told, tuple(skipped))
 
 
-def _given(path: Path) -> Any:
+def _given(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
-    except Exception as error:  # zlib.error, where the compressed bytes are damaged
-        if type(error).__module__ != "zlib":
-            raise
-        raise _unreadable(path, error) from error
-    if path.suffix.lower() == ".csv":
-        return [({}, str(path))]
-    return json_records(text, str(path))
+    return raw_records(text, str(path))
 
 
 def _unreadable(path: Path, error: Exception) -> FactError:
@@ -171,37 +173,25 @@ def _unreadable(path: Path, error: Exception) -> FactError:
     )
 
 
-def _form_of(record: Any) -> Form | None:
-    """What a record looks like; None: a plain fact."""
-    if not isinstance(record, dict):
-        return None
-    rewrite = record.get("requested_rewrite")
-    if isinstance(rewrite, list) or "questions" in record:
+def _form_of(record: Any) -> Form | Literal["fact"]:
+    """What a record looks like."""
+    fields = record if isinstance(record, dict) else {}
+    if isinstance(fields.get("requested_rewrite"), list):
         return "mquake"
-    if rewrite is not None:
-        return "counterfact"
-    if "src" in record and "answers" in record:
-        return "zsre"
-    if "locality_prompt" in record or "rephrase_prompt" in record:
-        return "flat"
-    return "ripple" if "edit" in record else None
+    return next((form for field, form in _MARKS.items() if field in fields), "fact")
 
 
-def _record(given: Any, where: str, form: Form, number: int) -> Record:
-    if not isinstance(given, dict):
-        raise FactError(f"{where}: {shown(given)} is no object; expected a record of form {form!r}")
+def _record(given: Any, where: str, form: Form | Literal["fact"], number: int) -> Record:
     try:
+        if form == "fact":
+            return Record.from_fact(str(number), fact_of(given, where))
+        if not isinstance(given, dict):
+            raise FactError(f"{shown(given)} is no object; expected a record of form {form!r}")
         return _READERS[form](Fields(given, where), number)
     except FactError as error:
         if str(error).startswith(where):
             raise
         raise FactError(f"{where}: {error}") from error
-
-
-def _facts(path: Path, limit: int | None, name: str) -> Dataset:
-    """A file of facts: each is its own record."""
-    facts = read_facts(path)[:limit]
-    return Dataset(name, "counterfact", tuple(Record.from_fact(str(number), fact) for number, fact in enumerate(facts)))
 
 
 def download(name: str, *, references: bool = False, progress: Progress | None = None) -> list[Path]:
