@@ -14,17 +14,11 @@ from engram.evaluate.data.pocket_benchmark import pocket_benchmark
 from engram.evaluate.data.records import Dataset, Record
 from engram.facts import Fact
 from engram.language_model import LanguageModel
-from tests.tiny import tiny_folder
 
 
 @pytest.fixture(scope="module")
 def lm():
     return engram.load("pocket", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return engram.load(tiny_folder(tmp_path_factory.mktemp("models")))
 
 
 def dataset(*facts: Fact) -> Dataset:
@@ -73,7 +67,7 @@ def test_a_word_that_only_begins_like_the_object_is_not_the_object(lm):
 
 
 def test_the_looser_rule_asks_only_among_the_objects_of_the_relation(lm):
-    asked = "Everybody in the long queue was looking at the {} and at"
+    asked = "The {} is a tower in"
     some = dataset(city("Space Needle", "Seattle", asked), city("Louvre", "Paris"), city("Tower Bridge", "London"))
     prompt = some.records[0].facts[0].prompt_text
     log_p = {place: float(lm.log_probs([(prompt, place)])[0].mean()) for place in ("Seattle", "Paris", "London")}
@@ -82,16 +76,23 @@ def test_the_looser_rule_asks_only_among_the_objects_of_the_relation(lm):
     assert "0" not in ids(known_records(lm, some, "greedy"))
 
 
-def test_the_looser_rule_is_the_most_probable_true_object_in_a_loop(tiny):
-    facts = [city(f"tower {n}", name) for n, name in enumerate(["Paris", "Rome", "the city of Paris", "tower of Rome"] * 3)]
-    names = sorted({fact.target_true for fact in facts})
-    expected = []
+def test_the_looser_rule_is_the_most_probable_true_object_in_a_loop_however_it_is_batched(lm, monkeypatch):
+    facts = [
+        city("Old Mill", "Rio de Janeiro"), city("Louvre", "Paris"), city("Grand Canal", "Boston", "The {} was at war with"),
+        city("House of Lords", "the United States", "{} was born in"), city("Garden", "New York City"),
+        city("Harbour", "San Francisco", "He wrote about the {} in"),
+    ]  # fmt: skip
+    names = [fact.target_true for fact in facts]
+    best: dict[str, list[str]] = {"mean": [], "sum": []}
     for n, fact in enumerate(facts):
-        log_p = {name: float(tiny.log_probs([(fact.prompt_text, name)])[0].mean()) for name in names}
-        if max(log_p, key=log_p.get) == fact.target_true:
-            expected.append(str(n))
-    assert expected
-    assert ids(known_records(tiny, dataset(*facts), "relation")) == expected
+        log_p = lm.log_probs([(fact.prompt_text, name) for name in names])
+        for way, found in best.items():
+            if names[int(torch.stack([getattr(each, way)() for each in log_p]).argmax())] == fact.target_true:
+                found.append(str(n))
+    assert best["mean"] != best["sum"], "else the test does not tell them apart"
+    for at_once in (1, 4, 256):
+        monkeypatch.setattr("engram.evaluate.data.known._AT_ONCE", at_once)
+        assert ids(known_records(lm, dataset(*facts), "relation")) == best["mean"]
 
 
 def test_another_true_object_of_the_subject_does_not_stand_against_it(lm):
@@ -103,7 +104,8 @@ def test_a_record_of_several_facts_is_known_if_all_are(lm):
     good, bad = city("Louvre", "Paris"), city("Space Needle", "Boston")
     better = city("Space Needle", "Seattle")
     probes = Record.from_fact("0", good).probes
-    some = Dataset("some", "mquake", (Record("0", (good, bad), probes), Record("1", (good, better), probes)))
+    pairs = [(good, bad), (good, better), (bad, good)]
+    some = Dataset("some", "mquake", tuple(Record(str(n), pair, probes) for n, pair in enumerate(pairs)))
     assert ids(known_records(lm, some)) == ["1"]
 
 

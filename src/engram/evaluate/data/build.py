@@ -183,7 +183,7 @@ def _record(
     beside = [
         other
         for other in table.subjects[relation, true]
-        if other != subject and not _overlap(other, subject) and not {new} & table.true[other, relation]
+        if not _overlap(other, subject) and new not in table.true[other, relation]
     ]
     if sizes.neighbours and not beside:
         return "no other subject has its object, so there is no neighbour"
