@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from engram.delta import Delta
 from engram.edit import Edit
 from engram.editors import rewrite_each
 from engram.errors import EngramError, FactError, SettingError
+from engram.evaluate.bench import measuring
 from engram.evaluate.bench.measuring import measure
 from engram.evaluate.bench.outcomes import Asked, Outcome
 from engram.evaluate.bench.singly import measure_one
@@ -139,6 +143,19 @@ def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers() -> 
     (found,) = measure(lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, Asked(said=1))
     assert found.error is not None
     assert found.after == found.before
+
+
+def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() -> None:
+    lm = tiny_lm("gpt2")
+    nan, good = random_edit(lm, 0, (1,)), random_edit(lm, 1, (1,))
+    (name,) = nan.deltas
+    ruin = replace(nan, deltas={name: Delta(nan.deltas[name].left * 1e30, nan.deltas[name].right * 1e30)})
+    with patch.object(measuring, "rewrite_each", lambda *args, **settings: [ruin, good]):
+        first, second = measure(lm, [(1, record(0)), (2, record(1))], "rome", None, Asked(said=1, drift_every=0))
+    assert first.error is not None
+    assert all(each.wanted == each.unwanted and each.correct == 0 for each in first.after.readings)
+    assert second.error is None
+    assert second.after != second.before
 
 
 def test_texts_do_not_depend_on_who_is_written_beside_them() -> None:

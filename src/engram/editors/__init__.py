@@ -32,12 +32,14 @@ class Method:
         source: where it was published.
         each: where it makes many edits of one fact each in one batch: "module:function" or a function, (lm, facts, *, seed, ...) ->
             one Edit a fact, what `home` gives of it alone. None: they are made one by one.
+        companions: whether these edits depend on which facts are in the batch, so that none is what `home` gives of it alone.
     """
 
     home: str | Callable[..., Edit | PromptEdit]
     summary: str
     source: str
     each: str | Callable[..., list[Edit]] | None = None
+    companions: bool = False
 
     def function(self) -> Callable[..., Edit | PromptEdit]:
         return cast("Callable[..., Edit | PromptEdit]", _found(self.home))
@@ -117,6 +119,7 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "one gradient step on a few matrices through a ridge solve, without subjects or a corpus",
         "Gu et al. 2025, arXiv:2505.14679",
         each="engram.editors.ultraedit:ultraedit_each",
+        companions=True,
     ),
     "in-context": Method(
         "engram.editors.in_context:in_context",

@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from engram.edit import Edit
 from engram.editors import rewrite_each
-from engram.errors import EngramError
-from engram.evaluate.bench.outcomes import Asked, Measured
+from engram.errors import EngramError, NonFiniteError
+from engram.evaluate.bench.outcomes import Asked, Measured, Outcome, Reading
 from engram.evaluate.bench.singly import measure_one
 from engram.evaluate.bench.together import fits, measure_together
 from engram.evaluate.data.records import Record, References
 from engram.language_model import LanguageModel
 from engram.prompt_edit import PromptEdit
+
+_NEVER = 1e4  # nats: a probability of 0
 
 
 def measure(
@@ -49,23 +52,32 @@ def measure(
     seconds = (time.perf_counter() - began) / len(records)
     carried = {n: edit for n, edit in enumerate(edits) if together and not isinstance(edit, EngramError) and fits(lm, edit)}
     both = {}
-    if carried:
-        outcomes = measure_together(
-            lm, [records[n][1] for n in carried], [edit for edit in carried.values() if isinstance(edit, Edit)], asked,
-            drifts=[drifts[n] for n in carried], references=references, unedited_texts=unedited_texts,
-        )  # fmt: skip
-        both = dict(zip(carried, outcomes, strict=True))
+    with suppress(NonFiniteError):  # one of the edits ruins the model; one by one it is found out which
+        if carried:
+            outcomes = measure_together(
+                lm, [records[n][1] for n in carried], [edit for edit in carried.values() if isinstance(edit, Edit)], asked,
+                drifts=[drifts[n] for n in carried], references=references, unedited_texts=unedited_texts,
+            )  # fmt: skip
+            both = dict(zip(carried, outcomes, strict=True))
     plain = asked if unedited_texts else replace(asked, texts=False)
     for n, (edit, (_, record)) in enumerate(zip(edits, records, strict=True)):
+        failed = str(edit) if isinstance(edit, EngramError) else None
         if n in both:
             before, after = both[n]
         else:
             before, base = measure_one(lm, record, None, plain, drift=drifts[n], references=references)
             after = before
             if not isinstance(edit, EngramError):
-                after, _ = measure_one(lm, record, edit, asked, drift=drifts[n], references=references, base=base)
-        failed = str(edit) if isinstance(edit, EngramError) else None
+                try:
+                    after, _ = measure_one(lm, record, edit, asked, drift=drifts[n], references=references, base=base)
+                except NonFiniteError as error:
+                    after, failed = ruined(record), f"with the edit {error}"
         yield Measured(record.id, before, after, seconds, 0 if isinstance(edit, EngramError) else size_of(edit), failed)
+
+
+def ruined(record: Record) -> Outcome:
+    """What a model that computes NaN says: nothing that is right. Ties fail, for edits as for neighbours."""
+    return Outcome(tuple(Reading(_NEVER, None if probe.unwanted is None else _NEVER, 0.0, "") for probe in record.probes))
 
 
 def size_of(edit: Edit | PromptEdit) -> int:

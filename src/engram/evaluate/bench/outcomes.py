@@ -97,7 +97,7 @@ class Measured:
         before, after: `after` is `before` where the edit could not be made, for the model stays as it was.
         seconds: that the edit took; of records edited in one batch, their share of it.
         size: bytes of the edit's numbers.
-        error: why the edit could not be made.
+        error: why the edit could not be made, or what it does to the model where that computes NaN; then every probe counts as failed.
     """
 
     id: str

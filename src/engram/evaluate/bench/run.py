@@ -6,6 +6,7 @@ report). A unit's records depend on the data set and the batch size alone, so th
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -104,9 +105,9 @@ def bench(
     Source: the protocol of Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the unedited model.
     """
     asked, wanted = asked or Asked(), _labelled(methods)
-    records = dataset.records[:n]
-    if batch < 1 or not records:
+    if batch < 1 or (n is not None and n < 1):
         raise SettingError(f"batch={batch}, n={n}: expected 1 or more of each")
+    records = dataset.records[:n]
     lm = load(model) if isinstance(model, str) else model
     about = {
         "model": lm.name, "identity": identity(lm), "dtype": str(lm.dtype).removeprefix("torch."), "dataset": dataset.name,
@@ -115,9 +116,9 @@ def bench(
     job = RecordsJob(lm if workers is None else ByName.of(lm), asked, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
-        store.begin_session(datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, batch))
         for label, (method, settings) in wanted.items():
-            store.add_method(label, method, settings)
+            store.add_method(label, method, settings | ({"batch": batch} if METHODS[method].companions else {}))
+        store.begin_session(datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, batch))
         for label, (method, settings) in wanted.items():
             _run(store, label, method, settings, records, asked, batch, job, workers or Here(), progress)
     return Run.open(out)
@@ -139,10 +140,18 @@ def _run(
     size = batch if METHODS[method].each is not None else min(batch, _ONE_BY_ONE)
     units = []
     for first in range(0, len(records), size):
-        places = [place for place in range(first, min(first + size, len(records))) if place not in done]
-        for texts in (True, False):  # texts of the unedited model are written once
-            some = tuple((at, records[at]) for at in places if (asked.texts and at in unedited) is not texts)
-            if some:
+        together = range(first, min(first + size, len(records)))
+        places = [place for place in together if place not in done]
+        write = {
+            at for at in places if not (asked.texts and at in unedited)
+        }  # texts of the unedited model are written once
+        if (
+            places and METHODS[method].companions
+        ):  # of a run that grew: with more facts beside them, the others' edits change too
+            places, done = list(together), done - set(together)
+            write = set(together) if write else set()
+        for texts in (True, False):
+            if some := tuple((at, records[at]) for at in places if (at in write) is texts):
                 units.append(Unit(label, method, settings, some, texts))
     finished = len(done & set(range(len(records))))
     for number, found in workers.run(job, units):
@@ -165,6 +174,12 @@ def _labelled(methods: Methods) -> dict[str, tuple[str, dict[str, Any]]]:
         settings = {"method": given} if isinstance(given, str) else dict(given)
         out[label] = (settings.pop("method", label), settings)
         method_named(out[label][0])
+        try:
+            json.dumps(out[label][1])
+        except (TypeError, ValueError) as error:
+            raise SettingError(
+                f"settings of {label!r} have to be values that JSON knows, to be kept with the run: {error}"
+            ) from error
     if not out:
         raise SettingError("methods is empty; name at least one, such as 'rome'")
     return out

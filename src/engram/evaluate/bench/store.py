@@ -10,7 +10,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,19 @@ class RunStore:
             EditFileError: the file is something else, or cannot be written. EngramError: another process is writing it.
         """
         path = Path(path)
-        with _usable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         advice = "Wait until it is done, or write to another file"
-        with locked(path.with_name(path.name + ".lock"), 0, path, advice), _usable(path):
-            connection = sqlite3.connect(path)
-            try:
+        with ExitStack() as held:
+            with _usable(path, OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(path.with_name(path.name + ".lock"), 0, path, advice))
+                connection = sqlite3.connect(path)
+                held.callback(connection.close)
                 store = cls(connection, path)
                 if not store._has_tables():
                     store._begin(about)
                 store._check(about)
+            with _usable(path):
                 yield store
-            finally:
-                connection.close()
 
     @classmethod
     @contextmanager
@@ -74,7 +74,7 @@ class RunStore:
         path = Path(path)
         if not path.is_file():
             raise EditFileError(f"{path} is no file of a run; make one with engram bench -o {path.name}")
-        with _usable(path):
+        with _usable(path, OSError):
             # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
             connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
             try:
@@ -140,23 +140,28 @@ class RunStore:
         """A method by the name under which its results are kept.
 
         Raises:
-            SettingError: the label is there with other settings.
+            SettingError: the label has results with other settings.
         """
         row = (method, json.dumps(settings, sort_keys=True))
         there = self._connection.execute("SELECT method, settings FROM methods WHERE label = ?", (label,)).fetchone()
-        if there is not None and there != row:
+        begun = self._connection.execute("SELECT 1 FROM results WHERE label = ?", (label,)).fetchone()
+        if begun and there != row:
             raise SettingError(
                 f"{self.path} has results of {label!r} with method {there[0]!r} and settings {there[1]}, now asked for is {row[0]!r} "
                 f"with {row[1]}. Give these another label"
             )
         with self._connection:
-            self._connection.execute("INSERT OR IGNORE INTO methods VALUES (?, ?, ?)", (label, *row))
+            self._connection.execute(
+                "INSERT INTO methods VALUES (?, ?, ?) ON CONFLICT (label) DO UPDATE SET method = excluded.method, "
+                "settings = excluded.settings",
+                (label, *row),
+            )
 
     def add(self, label: str, measured: Iterable[tuple[int, Measured]], *, texts: bool) -> None:
         """Results of one method, all of them or none.
 
         Args:
-            measured: (place, result); what is there already stays.
+            measured: (place, result), instead of what is there. Outcomes of the unedited model that are there stay.
             texts: whether outcomes of the unedited model are complete, texts included; others are not kept.
         """
         rows = list(measured)
@@ -166,7 +171,7 @@ class RunStore:
                     "INSERT OR IGNORE INTO unedited VALUES (?, ?)", [(at, _packed(m.before.to_dict())) for at, m in rows]
                 )
             self._connection.executemany(
-                "INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)",
                 [(label, at, _packed(m.after.to_dict()), m.seconds, m.size, m.error) for at, m in rows],
             )
 
@@ -225,11 +230,12 @@ def _unpacked(data: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _usable(path: Path) -> Iterator[None]:
-    """Mistakes of the file system and of SQLite, told with the file's name."""
+def _usable(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Mistakes of SQLite, and of `more` kinds, told with the file's name."""
+    mistakes: tuple[type[Exception], ...] = (sqlite3.Error, zlib.error, *more)
     try:
         yield
-    except (sqlite3.Error, OSError, zlib.error) as error:
+    except mistakes as error:
         raise EditFileError(
             f"{path} cannot be used for a run of a benchmark: {error}. Choose another name, or a folder that you may write to"
         ) from error

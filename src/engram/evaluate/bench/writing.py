@@ -101,7 +101,7 @@ def _next(
     if not bool(real_bt.all()):
         options["position_ids"] = places_bt.clamp(min=0)
     read = lm.model(ids_bt, attention_mask=real_bt.long(), past_key_values=cache, use_cache=True, **options)
-    return read.logits[:, -1].float(), read.past_key_values
+    return read.logits[:, -1].float().nan_to_num(), read.past_key_values
 
 
 _PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

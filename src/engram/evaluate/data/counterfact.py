@@ -101,17 +101,21 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
         return TfIdf.fit(snippet.text for each in snippets.values() for snippet in each)
     words = _json(vocabulary)
     try:
-        weights = np.asarray(np.load(idf, allow_pickle=False), dtype=np.float64)
-    except (OSError, ValueError) as error:
+        with idf.open("rb") as file:
+            weights = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # the header is parsed as Python, and a damaged one raises whatever that meets
         raise FactError(f"{idf} is no numpy file: {error}; delete it, and it is fetched again") from error
     fits = (
         isinstance(words, dict)
         and weights.ndim == 1
+        and weights.dtype.kind == "f"
         and all(isinstance(column, int) and 0 <= column < len(weights) for column in words.values())
     )
     if not fits:
-        raise FactError(f"{vocabulary} does not fit {idf}: expected word -> column of {weights.shape} weights")
-    return TfIdf(words, weights)
+        raise FactError(
+            f"{vocabulary} does not fit {idf}: expected word -> column of {weights.shape} {weights.dtype} weights"
+        )
+    return TfIdf(words, weights.astype(np.float64))
 
 
 def _json(path: Path) -> Any:

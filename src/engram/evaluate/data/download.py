@@ -9,6 +9,7 @@ import hashlib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 
@@ -60,15 +61,23 @@ def file_sha256(path: Path) -> str:
 
 
 def _download(url: str, part: Path, name: str, progress: Progress) -> None:
-    """Into `part`, behind what is there of it already; a connection that breaks is taken up again a few times."""
+    """Into `part`, behind what is there of it already; a connection that breaks is taken up again a few times.
+
+    Beside it stands how the server names the version that it is a part of: of another one, the server sends the whole.
+    """
+    version = part.with_name(part.name + ".version")
     last: Exception | None = None
     for _ in range(_TRIES):
         have = part.stat().st_size if part.is_file() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        asked = {"Range": f"bytes={have}-"} if have else {}
+        if have and version.is_file():
+            asked["If-Range"] = version.read_text(encoding="utf8")
+        request = urllib.request.Request(url, headers=asked)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 if answer.status != 206:  # the whole file, whatever was asked for
                     have = 0
+                    _note(version, answer.headers)
                 total = have + int(answer.headers.get("Content-Length") or 0)
                 with part.open("ab" if have else "wb") as file:
                     while chunk := answer.read(_CHUNK):
@@ -76,15 +85,27 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
                         have += len(chunk)
                         progress(name, have, max(total, have))
             if have >= total:
+                version.unlink(missing_ok=True)
                 return
             last = EngramError(f"{have} of {total} bytes came")
         except urllib.error.HTTPError as error:
             if error.code == 416:  # nothing behind what is there: it was whole, or of another file
                 part.unlink(missing_ok=True)
             last = error
+            error.close()
         except (OSError, HTTPException, ValueError) as error:
             last = error
     raise EngramError(
         f"{url} could not be fetched: {last or 'no answer'}. Try again (what came is kept), or "
         "download it by other means and give its path"
     )
+
+
+def _note(version: Path, headers: Message) -> None:
+    """Keep what tells one version of a file from another byte by byte; a weak tag, W/"...", does not."""
+    tag = headers.get("ETag") or ""
+    named = tag if tag.startswith('"') else headers.get("Last-Modified")
+    if named:
+        version.write_text(named, encoding="utf8")
+    else:
+        version.unlink(missing_ok=True)
