@@ -16,7 +16,9 @@ CITIES = ("Paris", "Rome", "Madrid", "London")
 ASKED = Asked(said=1, texts=True, text_tokens=10, drift_every=5)
 METHODS: dict[str, dict[str, Any]] = {"ultraedit": {"learning_rate": 0.1}, "ft": {"epochs": 3, "learning_rate": 0.05}}
 
-SNIPPETS = {city: (Snippet(f"{city}'s mayor", f"The mayor of {city} plays the piano in {city}."),) for city in CITIES}
+SNIPPETS = {
+    f"P1:{city}": (Snippet(f"{city}'s mayor", f"The mayor of {city} plays the piano in {city}."),) for city in CITIES
+}
 REFERENCES = References(SNIPPETS, TfIdf.fit(each.text for some in SNIPPETS.values() for each in some))
 
 
@@ -35,7 +37,7 @@ def _record(n: int, prompt: str) -> Record:
         Probe("attribute", f"The {other} of", new, true),
     ]
     return Record.from_fact(
-        str(n), fact, probes=more, generation=(f"The {subject}", f"He sings: the {subject}"), references=new
+        str(n), fact, probes=more, generation=(f"The {subject}", f"He sings: the {subject}"), references=f"P1:{new}"
     )
 
 

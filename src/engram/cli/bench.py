@@ -106,6 +106,9 @@ def report(
         int, typer.Option(help="Show so many prompts of each method that fail after its edits.", min=0)
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Picture of the scores.")] = None,
+    plot_layers: Annotated[
+        Path | None, typer.Option(help="Picture of the scores by layer, of methods that were run with --set LABEL:layer=N.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")] = None,
 ) -> None:
     """The paper's table of one or several runs, with intervals."""
@@ -118,6 +121,7 @@ def report(
         if out is None:
             raise SettingError("--format parquet writes a file: give -o FILE.parquet")
         reports.write_parquet(opened, out)
+        typer.echo(f"written: {out}")
     elif format is Format.terminal and out is None:
         _show(opened, every=every)
     else:
@@ -126,11 +130,13 @@ def report(
         _show_differences(opened)
     if failures:
         _show_failures(opened, failures)
-    if plot is not None:
-        from engram.plots.benchmarks import plot_scores
+    if plot is not None or plot_layers is not None:
+        from engram.plots import benchmarks
 
-        plot_scores(opened).savefig(plot, dpi=200)
-        typer.echo(f"picture: {plot}")
+        for path, draw in ((plot, benchmarks.plot_scores), (plot_layers, benchmarks.plot_layers)):
+            if path is not None:
+                draw(opened).savefig(path, dpi=200)
+                typer.echo(f"picture: {path}")
 
 
 def _told(runs: list[Run], format: Format, every: bool) -> str:
@@ -155,6 +161,7 @@ def _write(text: str, out: Path | None) -> None:
 
 def _show(runs: list[Run], *, every: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from engram.cli import terminal
@@ -162,8 +169,8 @@ def _show(runs: list[Run], *, every: bool) -> None:
     from engram.evaluate.metrics.table import METRICS
 
     made = reports.table(runs, every=every)
-    drawn = Table(title=f"{runs[0].about['dataset']}, {runs[0].about['model']}", title_justify="left")
-    drawn.add_column("")
+    drawn = Table(title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left")
+    drawn.add_column("", no_wrap=True)
     drawn.add_column("n", justify="right")
     for name in made.columns:
         drawn.add_column(METRICS[name].title, justify="right")
@@ -173,9 +180,9 @@ def _show(runs: list[Run], *, every: bool) -> None:
             f"[bold]{cell}[/bold]" if made.best.get(m) == name else cell
             for m, cell in zip(made.columns, cells, strict=True)
         ]
-        drawn.add_row(name, str(count), *bold)
+        drawn.add_row(escape(name), str(count), *bold)
     width = max(
-        terminal.console.width, 24 + 9 * len(made.columns)
+        terminal.console.width, 15 + max(map(len, made.rows)) + 9 * len(made.columns)
     )  # a table that is too wide is of more use than one cut short
     Console(width=width, highlight=False).print(drawn)
     note = "EG PG NG and SG: what the model says by itself; the others compare probabilities of given answers."

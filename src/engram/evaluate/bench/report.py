@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from engram.editors import METHODS
 from engram.errors import MissingExtraError, SettingError
 from engram.evaluate.bench.results import UNEDITED, Run
 from engram.evaluate.data.records import Form
+from engram.evaluate.data.write import case_id
 from engram.evaluate.metrics.summary import Estimate, paired
 from engram.evaluate.metrics.table import HARMONIC, METRICS
 
@@ -93,7 +96,9 @@ def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
             ):
                 continue
             name = f"{about}{label}"
-            found[name if name not in found or label == UNEDITED else f"{name} ({run.path.stem})"] = (run, label)
+            if name in found and label != UNEDITED:
+                name = _unused(f"{name} ({run.path.stem}", found)
+            found[name] = (run, label)
 
     def place(entry: tuple[str, tuple[Run, str]]) -> tuple[bool, int]:
         run, label = entry[1]
@@ -101,6 +106,12 @@ def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
         return label != UNEDITED, order.index(method) if method in order else len(order)
 
     return dict(sorted(found.items(), key=place))
+
+
+def _unused(start: str, names: Container[str]) -> str:
+    """The first of `start)`, `start, 2)`, `start, 3)` and so on that is no name yet."""
+    numbered = (f"{start}, {number})" for number in count(2))
+    return next(name for name in chain([f"{start})"], numbered) if name not in names)
 
 
 def _best(
@@ -147,33 +158,42 @@ def markdown(made: Table) -> str:
     """A table of GitHub's markdown; what leads beyond chance is bold."""
     heads = [METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better] for name in made.columns]
     lines = [f"| | n | {' | '.join(heads)} |", "|---|--:" + "|--:" * len(heads) + "|"]
-    for name, (count, summary) in made.rows.items():
+    for name, (records, summary) in made.rows.items():
         cells = [shown(summary.get(metric), metric) for metric in made.columns]
         cells = [f"**{cell}**" if made.best.get(m) == name else cell for m, cell in zip(made.columns, cells, strict=True)]
-        lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+        lines.append(f"| {_in_markdown(name)} | {records} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def latex(made: Table) -> str:
     """A table for LaTeX with booktabs; what leads beyond chance is bold."""
     arrows = {"up": r" $\uparrow$", "down": r" $\downarrow$", "neither": ""}
-    heads = [_escaped(METRICS[name].title) + arrows[METRICS[name].better] for name in made.columns]
+    heads = [_in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in made.columns]
     lines = [rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}", r"\toprule", f" & $n$ & {' & '.join(heads)} \\\\", r"\midrule"]
-    for name, (count, summary) in made.rows.items():
+    for name, (records, summary) in made.rows.items():
         cells = [shown(summary.get(metric), metric).replace("−", "$-$") for metric in made.columns]
         cells = [
             rf"\textbf{{{cell}}}" if made.best.get(m) == name else cell for m, cell in zip(made.columns, cells, strict=True)
         ]
-        lines.append(f"{_escaped(name)} & {count} & {' & '.join(cells)} \\\\")
+        lines.append(f"{_in_latex(name)} & {records} & {' & '.join(cells)} \\\\")
         if name.endswith(UNEDITED):
             lines.append(r"\midrule")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
-def _escaped(text: str) -> str:
-    return "".join(
-        {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "×": r"$\times$"}.get(letter, letter) for letter in text
-    )
+_LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%_#$" + "{" + "}"},
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "×": r"$\times$",
+}  # fmt: skip
+
+
+def _in_latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def _in_markdown(text: str) -> str:
+    """Letters that mean something to it: those of tables, emphasis, links and HTML."""
+    return re.sub(r"[\\|*_`<\[]", r"\\\g<0>", text)
 
 
 def as_csv(made: Table) -> str:
@@ -196,8 +216,8 @@ def as_csv(made: Table) -> str:
 def as_json(made: Table) -> str:
     """Method -> metric -> its estimate, not scaled."""
     told = {
-        name: {"records": count, **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns}}
-        for name, (count, summary) in made.rows.items()
+        name: {"records": records, **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns}}
+        for name, (records, summary) in made.rows.items()
     }
     return json.dumps(told, indent=1, ensure_ascii=False)
 
@@ -243,7 +263,7 @@ def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
             "prompt": fact.prompt, "subject": fact.subject, "relation_id": fact.relation,
             "target_new": {"str": fact.target}, "target_true": {"str": fact.target_true},
         }  # fmt: skip
-        case: dict[str, Any] = {"case_id": record.id, "requested_rewrite": request, "time": measured.seconds}
+        case: dict[str, Any] = {"case_id": case_id(record.id), "requested_rewrite": request, "time": measured.seconds}
         for phase, outcome in (("post", measured.after), ("pre", measured.before)):
             told: dict[str, Any] = {}
             for kind in ("rewrite", "paraphrase", "neighbourhood", "attribute"):
@@ -260,6 +280,8 @@ def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
                     "reference_score": outcome.consistency,
                     "text": list(outcome.texts),
                 }
+            if outcome.essence_published is not None:
+                told["essence_score"] = outcome.essence_published
             case[phase] = told
         cases.append(case)
     return cases

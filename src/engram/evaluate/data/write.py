@@ -55,7 +55,7 @@ def _case(record: Record) -> dict[str, Any]:
     rewrite |= {"target_true": {"str": fact.target_true}, "relation_id": fact.relation}
     prompts = {name: [probe.prompt for probe in record.probes if probe.kind == kind] for name, kind in _PROMPTS.items()}
     case = {
-        "case_id": _id(record.id),
+        "case_id": case_id(record.id),
         "requested_rewrite": rewrite,
         **prompts,
         "generation_prompts": list(record.generation),
@@ -68,7 +68,7 @@ def _case(record: Record) -> dict[str, Any]:
     return case
 
 
-def _id(name: str) -> int | str:
+def case_id(name: str) -> int | str:
     """A number where it is written as one, as in the published file."""
     return int(name) if name.isascii() and name.isdecimal() and str(int(name)) == name else name
 
