@@ -109,11 +109,13 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
         isinstance(words, dict)
         and weights.ndim == 1
         and weights.dtype.kind == "f"
+        and bool(np.all((weights >= 1) & (weights < 1000)))  # ln((1 + documents) / (1 + those with the word)) + 1
         and all(isinstance(column, int) and 0 <= column < len(weights) for column in words.values())
     )
     if not fits:
         raise FactError(
-            f"{vocabulary} does not fit {idf}: expected word -> column of {weights.shape} {weights.dtype} weights"
+            f"{vocabulary} does not fit {idf}: expected word -> column of {weights.shape} {weights.dtype} weights, "
+            "each a number from 1 on"
         )
     return TfIdf(words, weights.astype(np.float64))
 
