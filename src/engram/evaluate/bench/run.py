@@ -136,30 +136,44 @@ def _run(
     workers: Workers,
     progress: Progress | None,
 ) -> None:
-    done, unedited = store.done(label), store.has_unedited()
-    size = batch if METHODS[method].each is not None else min(batch, _ONE_BY_ONE)
-    units = []
-    for first in range(0, len(records), size):
-        together = range(first, min(first + size, len(records)))
-        places = [place for place in together if place not in done]
-        write = {
-            at for at in places if not (asked.texts and at in unedited)
-        }  # texts of the unedited model are written once
-        if (
-            places and METHODS[method].companions
-        ):  # of a run that grew: with more facts beside them, the others' edits change too
-            places, done = list(together), done - set(together)
-            write = set(together) if write else set()
-        for texts in (True, False):
-            if some := tuple((at, records[at]) for at in places if (at in write) is texts):
-                units.append(Unit(label, method, settings, some, texts))
-    finished = len(done & set(range(len(records))))
+    units = _units(
+        label, method, settings, records, batch, store.done(label), store.has_unedited() if asked.texts else set()
+    )
+    finished = len(records) - sum(len(unit.records) for unit in units)
     for number, found in workers.run(job, units):
         unit = units[number]
         store.add(label, zip((place for place, _ in unit.records), found, strict=True), texts=unit.texts)
         finished += len(found)
         if progress is not None:
             progress(label, finished, len(records))
+
+
+def _units(
+    label: str,
+    method: str,
+    settings: dict[str, Any],
+    records: Sequence[Record],
+    batch: int,
+    done: set[int],
+    written: set[int],
+) -> list[Unit]:
+    """What is still to be done, cut by the batch size alone.
+
+    Args:
+        done: places that have a result; written: those whose texts by the unedited model are there, which are written once.
+    """
+    way, units = METHODS[method], []
+    size = batch if way.each is not None else min(batch, _ONE_BY_ONE)
+    for first in range(0, len(records), size):
+        together = range(first, min(first + size, len(records)))
+        places = [place for place in together if place not in done]
+        write = set(places) - written
+        if places and way.companions:  # of a run that grew: with more facts beside them, the others' edits change too
+            places, write = list(together), set(together) if write else set()
+        for texts in (True, False):
+            if some := tuple((at, records[at]) for at in places if (at in write) is texts):
+                units.append(Unit(label, method, settings, some, texts))
+    return units
 
 
 def _labelled(methods: Methods) -> dict[str, tuple[str, dict[str, Any]]]:
