@@ -33,7 +33,12 @@ def workers() -> Iterator[RayWorkers]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000, logging_level="ERROR"
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200_000_000,
+        logging_level="ERROR",
     )
     yield RayWorkers(2)
     ray.shutdown()

@@ -27,7 +27,7 @@ PARTLY_FLOAT32 = {
 def tolerance(family: str, dtype: torch.dtype) -> float:
     if dtype == torch.float32:
         return 1e-5
-    return 1e-6 if family in PARTLY_FLOAT32 else 1e-10
+    return 3e-6 if family in PARTLY_FLOAT32 else 1e-10  # of float32, as CPUs differ
 
 
 PROMPT, SUBJECT = "The tower of Rome is in the city of", "tower of Rome"

@@ -23,7 +23,7 @@ from tests.tiny import tiny_lm
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The facts whose values were optimised, call after call."""
+    """The facts whose values were optimised, batch after batch."""
     calls: list[list[Fact]] = []
 
     def counting(lm: Any, facts: Any, *args: Any, **options: Any) -> Any:
@@ -43,9 +43,10 @@ def kept(path: Path) -> int:
 def test_a_second_call_finds_all_values(asked, tmp_path):
     lm = tiny_lm("gpt2")
     first, second = (rewrite(lm, store=tmp_path / "values") for _ in range(2))
-    assert asked == [FACTS, []] and first == second
+    assert sorted(fact.subject for fact in asked[0]) == sorted(fact.subject for fact in FACTS) and len(asked) == 1
+    assert first == second
     rewrite(lm, [*FACTS, Fact("bridge", "The {} is in", "London")], store=tmp_path / "values")
-    assert [fact.subject for fact in asked[2]] == ["bridge"], "only what is new"
+    assert [fact.subject for fact in asked[1]] == ["bridge"], "only what is new"
     assert kept(tmp_path / "values") == 4
 
 
@@ -93,14 +94,14 @@ def test_what_does_not_change_a_value_does_not_change_its_name(same, asked, tmp_
     lm = tiny_lm("gpt2")
     rewrite(lm, store=tmp_path / "values")
     rewrite(lm, **{"store": tmp_path / "values", **same})
-    assert [len(facts) for facts in asked] == [3, 0]
+    assert [len(facts) for facts in asked] == [3]
 
 
 def test_a_fact_may_say_more_about_itself(asked, tmp_path):
     lm = tiny_lm("gpt2")
     rewrite(lm, FACTS[:1], store=tmp_path / "values")
     rewrite(lm, [replace(FACTS[0], target_true="Rome", paraphrases=("Where?",))], store=tmp_path / "values")
-    assert [len(facts) for facts in asked] == [1, 0]
+    assert [len(facts) for facts in asked] == [1]
 
 
 @pytest.mark.parametrize("changed", ["a weight", "dtype", "tokenizer", "an edit in force", "an edit beside the weights"])
@@ -147,7 +148,7 @@ def test_a_killed_run_goes_on_where_it_was(facts_at_once, asked, tmp_path):
     assert kept(store) == 2
     seen = []
     resumed = rewrite(lm, store=store, facts_at_once=facts_at_once, progress=lambda *at: seen.append(at))
-    assert [len(facts) for facts in asked] == [3, 1]
+    assert sum(len(facts) for facts in asked) == 3, "none is found twice"
     assert [at for at in seen if at[0] == "value"] == [("value", 2, 3), ("value", 3, 3)]
     assert resumed == rewrite(lm, store=False, facts_at_once=facts_at_once)
 
@@ -186,7 +187,7 @@ def test_by_default_the_cache_folder_has_it(asked, tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
     for _ in range(2):
         rewrite(tiny_lm("gpt2"), store=True)
-    assert [len(facts) for facts in asked] == [3, 0] and kept(tmp_path / "values" / "values.sqlite") == 3
+    assert [len(facts) for facts in asked] == [3] and kept(tmp_path / "values" / "values.sqlite") == 3
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path):

@@ -78,11 +78,21 @@ def kinds(cell: Any) -> list[str]:
     """What a cell put out, by type: 'stream stdout', 'image/png', 'text/plain'..."""
     return sorted(
         kind
-        for output in cell.outputs
+        for output in merged(cell.outputs)
         for kind in (
             [f"stream {output.name}"] if output.output_type == "stream" else sorted(output.get("data", {"error": 0}))
         )
     )
+
+
+def merged(outputs: Any) -> Iterator[Any]:
+    """Outputs, those of one stream that follow each other as one: where a stream is cut is a matter of time."""
+    last = None
+    for output in outputs:
+        name = output.name if output.output_type == "stream" else None
+        if name is None or name != last:
+            yield output
+        last = name
 
 
 def texts(notebook: Any) -> Iterator[str]:

@@ -168,7 +168,9 @@ class RayWorkers:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
         )  # the behaviour that Ray announces, without its warning
         own = {"num_cpus": self.num_workers, "include_dashboard": False} if self.address is None else {}
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", configure_logging=False, **own)
+        ray.init(
+            address=self.address or "local", log_to_driver=False, logging_level="ERROR", configure_logging=False, **own
+        )
         try:
             yield ray
         finally:
