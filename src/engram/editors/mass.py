@@ -412,8 +412,8 @@ def _found(
         for i, value in zip(batches[number], values, strict=True):
             found[missing[i]] = value
             store.put(names[missing[i]], value)
-        done += len(values)
-        report("value", done, len(facts))
+            done += 1
+            report("value", done, len(facts))
     return [value for value in found.values() if value is not None]
 
 
