@@ -163,6 +163,7 @@ class RayWorkers:
         if ray.is_initialized():
             yield ray
             return
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else that runs
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault(
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
