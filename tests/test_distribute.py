@@ -30,7 +30,7 @@ def workers() -> Iterator[RayWorkers]:
     """Two workers of a Ray of this module's own; it is stopped at the end."""
     import ray
 
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own spelling
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(
