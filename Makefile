@@ -19,8 +19,8 @@ $(DOCS_STAMP): $(STAMP)
 demo: $(STAMP)
 	$(BIN)/engram demo
 
-test: $(STAMP)
-	$(BIN)/pytest
+test: $(STAMP) # a process a core, each file of tests by one
+	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
