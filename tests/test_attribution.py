@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import engram
+from engram.attention import Attention, quick, watched
 from engram.errors import UnsupportedModelError
-from engram.locate.attention import Attention, quick, watched
 from engram.locate.batches import trace_prompts
 from engram.locate.config import TraceConfig
 from engram.locate.question import Prompt

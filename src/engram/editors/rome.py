@@ -25,7 +25,7 @@ from engram.editors.ingredients import Report, in_force, moments_of, silent
 from engram.editors.presets import preset
 from engram.editors.second_moment import SecondMoment
 from engram.editors.settings import flat, read
-from engram.editors.solver import solve_exactly
+from engram.editors.solver import solve_each
 from engram.editors.values import Value, ValueConfig, optimise_value, optimise_values
 from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
@@ -119,13 +119,25 @@ def rank_one_update(
         NonFiniteError: the update is not finite.
     """
     config = config or RomeConfig()
-    return written(lm, fact, layer, moment, config, optimise_value(lm, fact, layer, contexts, config.value, engine))
+    value = optimise_value(lm, fact, layer, contexts, config.value, engine)
+    (update,) = _written(lm, [fact], layer, moment, config, [value])
+    return update
 
 
-def written(lm: LanguageModel, fact: Fact, layer: int, moment: SecondMoment, config: RomeConfig, value: Value) -> RankOne:
-    """The change that writes a value which was found before, see `rank_one_update`."""
+def _written(
+    lm: LanguageModel, facts: Sequence[Fact], layer: int, moment: SecondMoment, config: RomeConfig, values: Sequence[Value]
+) -> list[RankOne]:
+    """The changes that write values which were found before, each by itself, see `rank_one_update`."""
+    solved = solve_each([_columns(value.keys_cf, config.variant) for value in values], moment, config.ridge)
+    return [
+        _toward(lm, fact, layer, config, value, solved_nf.cpu().sum(0))
+        for fact, value, solved_nf in zip(facts, values, solved, strict=True)
+    ]
+
+
+def _toward(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value: Value, solved_f: Tensor) -> RankOne:
+    """The change along `solved_f` [f], C^-1 times the key that is sent to the value."""
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
-    solved_f = solve_exactly(_columns(value.keys_cf, config.variant), moment, config.ridge).cpu().sum(0)
     u_f = solved_f / solved_f.norm()
     toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
     if config.variant == "reference":
@@ -305,12 +317,13 @@ def rome_each(
     """
     report = progress or silent
     ready = _ready(lm, facts, seed=seed, progress=progress, **settings)
-    found: dict[int, RankOne] = {}
-    values = optimise_values(
+    found: dict[int, Value] = {}
+    for i, value in optimise_values(
         lm, facts, ready.layer, ready.contexts, ready.config.value, engine=engine, facts_at_once=facts_at_once
-    )
-    for i, value in values:
+    ):
         report("value", len(found), len(facts))
-        found[i] = written(lm, facts[i], ready.layer, ready.moment, ready.config, value)
+        found[i] = value
     report("value", len(facts), len(facts))
-    return [ready.edit([fact], [found[i]], seed) for i, fact in enumerate(facts)]
+    values = [found[i] for i in range(len(facts))]
+    updates = _written(lm, facts, ready.layer, ready.moment, ready.config, values)
+    return [ready.edit([fact], [update], seed) for fact, update in zip(facts, updates, strict=True)]

@@ -13,6 +13,7 @@ arXiv:2403.14236 (equality); Fang et al. 2024, arXiv:2410.02355 (projector).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,9 +84,20 @@ def solve_exactly(keys_fn: Tensor, moment: SecondMoment, ridge: float = 0.0) -> 
     Args:
         ridge: added to C, times its mean eigenvalue.
     """
-    rounding = 10 * torch.finfo(keys_fn.dtype).eps
-    keys_fn = _finite(keys_fn)
-    solved_fn = moment.solve(keys_fn, ridge=ridge).to(keys_fn.device)
+    (found_nf,) = solve_each([keys_fn], moment, ridge)
+    return found_nf
+
+
+def solve_each(keys: Sequence[Tensor], moment: SecondMoment, ridge: float = 0.0) -> list[Tensor]:
+    """`solve_exactly` of several changes, each by itself: C's factor, which is large, is gone through once for all of them."""
+    finite = [_finite(keys_fn) for keys_fn in keys]
+    solved = moment.solve(torch.cat(finite, 1), ridge=ridge).to(finite[0].device)
+    parts = solved.split([keys_fn.shape[1] for keys_fn in keys], 1)
+    rounding = 10 * torch.finfo(keys[0].dtype).eps
+    return [_exactly(keys_fn, solved_fn, rounding) for keys_fn, solved_fn in zip(finite, parts, strict=True)]
+
+
+def _exactly(keys_fn: Tensor, solved_fn: Tensor, rounding: float) -> Tensor:
     gram_nn = keys_fn.T @ solved_fn
     size_n = gram_nn.diagonal().sqrt()
     size_n = torch.where(size_n > 0, size_n, 1.0)

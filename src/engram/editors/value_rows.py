@@ -34,8 +34,12 @@ def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[s
 
 
 @torch.no_grad()
-def reaches_block(lm: LanguageModel, layer: int) -> bool:
-    """Whether what is added to the MLP output matrix's output is added to the block's: not where a norm or a factor is in between."""
+def reaches_block(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
+    """Whether what is added to the MLP output matrix's output is added to the block's: not where a norm or a factor is in between.
+
+    Args:
+        within: largest part of a shift that may be lost or changed on the way.
+    """
     block, ids_bt = lm.parts.block_name(layer), torch.tensor([[5, 6]], device=lm.device)
 
     def leaving(shift_d: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ def reaches_block(lm: LanguageModel, layer: int) -> bool:
     plain_btd = leaving(torch.zeros(lm.d_model))
     shift_d = torch.linspace(-1, 1, lm.d_model, device=plain_btd.device) * plain_btd.abs().mean()
     missed_btd = leaving(shift_d) - plain_btd - shift_d
-    return bool(missed_btd[0, -1].norm() < 0.1 * shift_d.norm())
+    return bool(missed_btd[0, -1].norm() < within * shift_d.norm())
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class State:
         inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
         outputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "out"))
         replays = use_replay(lm, engine) and rows.aligned <= lm.max_tokens
+        if replays and site == "mlp" and reaches_block(lm, layer, max(1e-4, 4 * torch.finfo(lm.dtype).eps)):
+            site = "block"  # the same sum, and the shifted block need not be run
         ids_bt = pad_right(rows.ids, rows.aligned if replays else None)
         recording = record_run(lm, ids_bt, inputs=inputs, outputs=outputs)
         every = torch.arange(len(rows.ids))

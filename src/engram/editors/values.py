@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from engram.attention import quick
 from engram.editors.value_rows import Rows, Site, State, site_modules
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.facts import Fact, token_span
@@ -125,7 +126,9 @@ def optimise_values(
     for batch in value_batches(lm, facts, contexts, config, facts_at_once):
         asked = {i: _Asked.of(lm, facts[i], contexts, config.kl_position) for i in batch}
         with _frozen(lm.model):
-            values = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine).descend(config)
+            begun = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine)
+            with quick(lm):
+                values = begun.descend(config)
         yield from zip(batch, values, strict=True)
 
 

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from engram.attention import Attention, watched
 from engram.hooks import substitute
-from engram.locate.attention import Attention, watched
 from engram.locate.config import PARTS, Table
 from engram.locate.runs import Runs
 from engram.replay import body

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from engram.attention import quick
 from engram.hooks import substitute
-from engram.locate.attention import quick
 from engram.locate.config import Patch
 from engram.locate.runs import Changes, Runs
 from engram.replay import Suffix

@@ -128,7 +128,7 @@ _SHORT = 64  # keys; up to there products of small matrices take a third of the 
 
 @contextmanager
 def quick(lm: LanguageModel) -> Iterator[None]:
-    """Let attention over few keys be written out on a CPU, for the length of the block and without gradients.
+    """Let attention over few keys be written out on a CPU, for the length of the block.
 
     The same numbers to rounding. A fifth of an average trace's time went into the fused kernel, which is made for long texts.
     """
