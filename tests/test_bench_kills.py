@@ -22,7 +22,7 @@ import json, os, random, signal, sqlite3, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engram.evaluate.bench import run, store
+from engram.evaluate.bench import run
 from tests.bench_samples import ASKED, METHODS, contents, dataset
 from tests.tiny import tiny_lm
 
@@ -104,7 +104,7 @@ def connect(*args, **options):
     connection.execute("PRAGMA synchronous = OFF")  # what a process has written outlives it; only the machine is waited for
     connection.set_trace_callback(counted)
     return connection
-store.sqlite3.connect = connect
+sqlite3.connect = connect
 
 told, at, whole = [], 0, contents(folder / "undisturbed")
 while not told or told[-1][0] == "killed":

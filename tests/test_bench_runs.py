@@ -14,7 +14,7 @@ import torch
 
 import engram
 from engram.errors import EditFileError, EngramError, FactError, SettingError
-from engram.evaluate.bench import measuring, run, store
+from engram.evaluate.bench import measuring, run
 from engram.evaluate.bench.results import UNEDITED, Run
 from engram.evaluate.bench.run import bench
 from engram.evaluate.data.records import Dataset
@@ -399,7 +399,7 @@ def test_a_folder_that_is_not_there_is_made(lm, tmp_path):
 
 def test_a_file_that_another_program_holds(lm, copy, monkeypatch):
     plain = sqlite3.connect
-    monkeypatch.setattr(store.sqlite3, "connect", lambda *a, **k: plain(*a, **{**k, "timeout": 0.05}))
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: plain(*a, **{**k, "timeout": 0.05}))
     holder = plain(copy, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(EditFileError, match="cannot be used for a run of a benchmark: database is locked"):

@@ -1,27 +1,22 @@
 """A run in one SQLite file: the records, what the unedited model makes of them, and a row a method and record.
 
 Written by one process, a unit of work in a transaction: killing it at any moment loses what is in flight and nothing else. Knows
-rows. Refuses to mix runs: what a file was begun with has to be asked for again; more records and more methods may be added.
+rows: more records and more methods may be added. How the file is begun and opened, run_file knows.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from engram.errors import EditFileError, SettingError
+from engram.errors import SettingError
 from engram.evaluate.bench.outcomes import Measured, Outcome
 from engram.evaluate.data.records import Record
-from engram.locking import locked
+from engram.run_file import RunFile
 
-FORMAT_VERSION = 1
 _TABLES = """
-CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sessions (began TEXT NOT NULL, machine TEXT NOT NULL);
 CREATE TABLE records (place INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, record BLOB NOT NULL);
 CREATE TABLE methods (label TEXT PRIMARY KEY, method TEXT NOT NULL, settings TEXT NOT NULL);
@@ -31,85 +26,11 @@ CREATE TABLE results (label TEXT NOT NULL, place INTEGER NOT NULL, outcome BLOB 
 """
 
 
-class RunStore:
+class RunStore(RunFile):
     """An open file of a run. Made by `writing` or `reading`."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection, self.path = connection, path
-
-    @classmethod
-    @contextmanager
-    def writing(cls, path: str | Path, about: Mapping[str, Any]) -> Iterator[RunStore]:
-        """A file to go on with, or a new one.
-
-        Args:
-            about: what has to be the same each time: model, data set, what is measured.
-        Raises:
-            SettingError: the file was begun with something else; the message says with what.
-            EditFileError: the file is something else, or cannot be written. EngramError: another process is writing it.
-        """
-        path = Path(path)
-        advice = "Wait until it is done, or write to another file"
-        with ExitStack() as held:
-            with _usable(path, OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(path.with_name(path.name + ".lock"), 0, path, advice))
-                connection = sqlite3.connect(path)
-                held.callback(connection.close)
-                store = cls(connection, path)
-                if not store._has_tables():
-                    store._begin(about)
-                store._check(about)
-            with _usable(path):
-                yield store
-
-    @classmethod
-    @contextmanager
-    def reading(cls, path: str | Path) -> Iterator[RunStore]:
-        """A file that is only read.
-
-        Raises:
-            EditFileError: not a file of such a run.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise EditFileError(f"{path} is no file of a run; make one with engram bench -o {path.name}")
-        with _usable(path, OSError):
-            # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
-            try:
-                store = cls(connection, path)
-                if not store._has_tables():
-                    raise EditFileError(f"{path} is a database of something else; engram bench writes runs")
-                version = store.about().get("format_version")
-                if version != FORMAT_VERSION:
-                    raise EditFileError(f"{path} has format version {version}, this engram reads {FORMAT_VERSION}")
-                yield store
-            finally:
-                connection.close()
-
-    def _has_tables(self) -> bool:
-        return bool(self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'results'").fetchone())
-
-    def _begin(self, about: Mapping[str, Any]) -> None:
-        with self._connection:
-            if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise EditFileError(f"{self.path} is a database of something else; choose another name")
-            self._connection.execute("BEGIN IMMEDIATE")
-            for statement in filter(str.strip, _TABLES.split(";")):
-                self._connection.execute(statement)
-            rows = {"format_version": FORMAT_VERSION, **about}
-            pairs = [(name, json.dumps(value, sort_keys=True)) for name, value in rows.items()]
-            self._connection.executemany("INSERT INTO about VALUES (?, ?)", pairs)
-
-    def _check(self, about: Mapping[str, Any]) -> None:
-        there, asked = self.about(), json.loads(json.dumps({"format_version": FORMAT_VERSION, **about}))
-        for name, value in asked.items():
-            if there.get(name) != value:
-                raise SettingError(
-                    f"{self.path} was begun with {name}={there.get(name)!r}, now asked for is {value!r}. Go on with the same, or "
-                    "choose another file"
-                )
+    what, made_by = "a run of a benchmark", "engram bench -o {name}"
+    tables, mark, alone = _TABLES, "results", True
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -177,10 +98,6 @@ class RunStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def about(self) -> dict[str, Any]:
-        """What the run was begun with."""
-        return {name: json.loads(value) for name, value in self._connection.execute("SELECT name, value FROM about")}
-
     def sessions(self) -> list[dict[str, Any]]:
         rows = self._connection.execute("SELECT began, machine FROM sessions ORDER BY rowid")
         return [{"began": began, **json.loads(machine)} for began, machine in rows]
@@ -227,15 +144,3 @@ def _packed(value: Mapping[str, Any]) -> bytes:
 
 def _unpacked(data: bytes) -> dict[str, Any]:
     return dict(json.loads(zlib.decompress(data)))
-
-
-@contextmanager
-def _usable(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Mistakes of SQLite, and of `more` kinds, told with the file's name."""
-    mistakes: tuple[type[Exception], ...] = (sqlite3.Error, zlib.error, *more)
-    try:
-        yield
-    except mistakes as error:
-        raise EditFileError(
-            f"{path} cannot be used for a run of a benchmark: {error}. Choose another name, or a folder that you may write to"
-        ) from error
