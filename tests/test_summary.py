@@ -79,7 +79,7 @@ def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     values = np.random.default_rng(0).random((37, 2))
     whole = resampled(values, 1, 100)
     monkeypatch.setattr("engram.bootstrap._AT_ONCE", 7)
-    np.testing.assert_array_equal(resampled(values, 1, 100), whole)
+    np.testing.assert_allclose(resampled(values, 1, 100), whole, rtol=1e-14)  # products of other sizes round differently
 
 
 @settings(max_examples=40, deadline=None)

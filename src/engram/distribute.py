@@ -75,6 +75,20 @@ class ByName:
         return load(**self.how)
 
 
+@dataclass(frozen=True)
+class ModelJob:
+    """A job of which a worker needs the model and nothing else.
+
+    Args:
+        model: one that is here already, or how it is loaded.
+    """
+
+    model: LanguageModel | ByName
+
+    def start(self) -> LanguageModel:
+        return self.model.load() if isinstance(self.model, ByName) else self.model
+
+
 class Here:
     """This process, one unit after another."""
 

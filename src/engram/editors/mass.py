@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.delta import Delta
-from engram.distribute import ByName, Here, Workers
+from engram.distribute import ByName, Here, ModelJob, Workers
 from engram.edit import Edit
 from engram.editors.contexts import STARTED, sample_contexts
 from engram.editors.corpora import Corpus
@@ -367,18 +367,14 @@ def _values(
 
 
 @dataclass(frozen=True)
-class ValuesJob:
+class ValuesJob(ModelJob):
     """What workers do: values of a batch of facts, see `distribute.Job`."""
 
-    model: LanguageModel | ByName
     layer: int
     contexts: tuple[str, ...]
     config: ValueConfig
     site: Site
     engine: Engine
-
-    def start(self) -> LanguageModel:
-        return self.model.load() if isinstance(self.model, ByName) else self.model
 
     def do(self, state: LanguageModel, unit: Sequence[Fact]) -> list[Value]:
         """In the order of the facts."""

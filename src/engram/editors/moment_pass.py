@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engram.distribute import ByName, Workers
+from engram.distribute import ByName, ModelJob, Workers
 from engram.editors.corpora import Corpus
 from engram.errors import EngramError, NonFiniteError
 from engram.hooks import StopForward, substitute
@@ -192,14 +192,10 @@ class MomentPass:
 
 
 @dataclass(frozen=True)
-class MomentJob:
+class MomentJob(ModelJob):
     """What workers do: sums over a few batches, see `distribute.Job`."""
 
-    model: ByName
     layers: tuple[int, ...]
-
-    def start(self) -> LanguageModel:
-        return self.model.load()
 
     def do(self, state: LanguageModel, unit: list[Batch]) -> dict[int, Tensor]:
         run = MomentPass(state, Sums.nothing(state, self.layers), 0)

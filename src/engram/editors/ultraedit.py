@@ -125,10 +125,11 @@ class _Seen:
 def _seen(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    layers: Layers | None,
-    statistics: Statistics | None,
     report: Report,
-    knobs: dict[str, Any],
+    *,
+    layers: Layers | None = None,
+    statistics: Statistics | None = None,
+    **knobs: Any,
 ) -> _Seen:
     settings = {**preset("ultraedit", lm.name), **knobs}
     layers = take_layers(lm, settings, layers)
@@ -184,7 +185,7 @@ def ultraedit(
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
     report = progress or silent
-    seen = _seen(lm, facts, layers, statistics, report, knobs)
+    seen = _seen(lm, facts, report, layers=layers, statistics=statistics, **knobs)
     edit = seen.edit(lm, facts, range(len(facts)), seed, report)
     if statistics is not None:
         statistics.__dict__.update(seen.now.__dict__)
@@ -195,19 +196,16 @@ def ultraedit_each(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
-    layers: Layers | None = None,
-    statistics: Statistics | None = None,
     seed: int = 0,
     progress: Report | None = None,
-    **knobs: Any,
+    **settings: Any,
 ) -> list[Edit]:
     """Many edits of one fact each, every one made on the unedited model.
 
     One fact's token has no spread of its own, so what is standardised over are the tokens of all these facts, with those of
-    `statistics`, to which nothing is added. The other arguments are those of `ultraedit`.
+    `statistics`, to which nothing is added. The settings are those of `ultraedit`.
     """
-    report = progress or silent
-    seen = _seen(lm, facts, layers, statistics, report, knobs)
+    seen = _seen(lm, facts, progress or silent, **settings)
     return [seen.edit(lm, facts, [i], seed, silent) for i in range(len(facts))]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from engram.distribute import ByName, Here, Workers
+from engram.distribute import ByName, Here, ModelJob, Workers
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.language_model import LanguageModel
@@ -170,14 +170,10 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class TracesJob:
+class TracesJob(ModelJob):
     """What workers do: trace a batch of questions, see `distribute.Job`."""
 
-    model: LanguageModel | ByName
     config: TraceConfig
-
-    def start(self) -> LanguageModel:
-        return self.model.load() if isinstance(self.model, ByName) else self.model
 
     def do(self, state: LanguageModel, unit: Sequence[Question]) -> list[CausalTrace]:
         return trace_batch(state, unit, self.config)

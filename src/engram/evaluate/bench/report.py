@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, count
+from itertools import chain, combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from engram.evaluate.data.records import Form
 from engram.evaluate.data.write import case_id
 from engram.evaluate.metrics.summary import Estimate, paired
 from engram.evaluate.metrics.table import HARMONIC, METRICS
+
+Scores = dict[str, dict[str, float | None]]  # id of a record -> its scores
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,8 @@ def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples:
     """
     rows = _named(runs)
     form = runs[0].form
-    found = {}
-    for name, of_records in rows.items():
-        run, label = of_records
-        found[name] = (len(run.rows[label]), run.summary(seed=seed, resamples=resamples)[label])
+    summaries = {id(run): run.summary(seed=seed, resamples=resamples) for run in runs}
+    found = {name: (len(run.rows[label]), summaries[id(run)][label]) for name, (run, label) in rows.items()}
     there = {metric for _, summary in found.values() for metric in summary}
     columns = tuple(name for name in METRICS if name in there and (every or METRICS[name].headline))
     return Table(form, columns, found, _best(rows, form, columns, seed, resamples))
@@ -67,12 +67,22 @@ def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = 1000) -> dic
     Raises:
         SettingError: fewer than two methods.
     """
-    rows = {name: run.rows[label] for name, (run, label) in _named(runs).items() if label != UNEDITED}
-    if len(rows) < 2:
-        raise SettingError(f"there is nothing to compare: the runs have results of {', '.join(rows) or 'no method'}")
-    names = list(rows)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if rows[a].keys() & rows[b].keys()]
-    return {(a, b): paired(rows[a], rows[b], runs[0].form, seed=seed, resamples=resamples) for a, b in pairs}
+    methods = _methods(_named(runs))
+    if len(methods) < 2:
+        raise SettingError(f"there is nothing to compare: the runs have results of {', '.join(methods) or 'no method'}")
+    return _differences(methods, runs[0].form, seed, resamples)
+
+
+def _methods(rows: dict[str, tuple[Run, str]]) -> dict[str, Scores]:
+    return {name: run.rows[label] for name, (run, label) in rows.items() if label != UNEDITED}
+
+
+def _differences(
+    methods: dict[str, Scores], form: Form, seed: int, resamples: int
+) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Of every pair that has records in common, the earlier method first."""
+    pairs = [(a, b) for a, b in combinations(methods, 2) if methods[a].keys() & methods[b].keys()]
+    return {(a, b): paired(methods[a], methods[b], form, seed=seed, resamples=resamples) for a, b in pairs}
 
 
 def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
@@ -117,22 +127,18 @@ def _unused(start: str, names: Container[str]) -> str:
 def _best(
     rows: dict[str, tuple[Run, str]], form: Form, columns: Sequence[str], seed: int, resamples: int
 ) -> dict[str, str]:
-    methods = {name: run.rows[label] for name, (run, label) in rows.items() if label != UNEDITED}
-    if len(methods) < 2:
-        return {}
-    differences = {
-        (a, b): paired(methods[a], methods[b], form, seed=seed, resamples=resamples)
-        for a in methods
-        for b in methods
-        if a != b and methods[a].keys() & methods[b].keys()
-    }
+    differences = _differences(_methods(rows), form, seed, resamples)
     best = {}
     for metric in columns:
         sign = {"up": 1, "down": -1, "neither": 0}[METRICS[metric].better]
-        for a in methods:
-            against = [differences[a, b].get(metric) for b in methods if (a, b) in differences]
-            if sign and against and all(each is not None and _beyond(each, sign) for each in against):
-                best[metric] = a
+        for name in rows:
+            ahead = [
+                (found.get(metric), sign if name == pair[0] else -sign)
+                for pair, found in differences.items()
+                if name in pair
+            ]
+            if sign and ahead and all(each is not None and _beyond(each, way) for each, way in ahead):
+                best[metric] = name
     return best
 
 

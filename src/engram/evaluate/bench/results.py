@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,15 +103,16 @@ class Run:
         """
         if label not in self.measured:
             raise SettingError(f"label={label!r}: the run has {', '.join(self.measured)}")
-        found: list[Failure] = []
+        return list(islice(self._failed(label, kind), count))
+
+    def _failed(self, label: str, kind: Kind | None) -> Iterator[Failure]:
         for place, measured in self.measured[label].items():
             each = zip(self.records[place].probes, measured.before.readings, measured.after.readings, strict=True)
             for probe, was, now in each:
                 if kind not in (None, probe.kind) or now.said is None or probe.condition:
                     continue
                 if not begins(now.said, (probe.wanted, *probe.aliases)):
-                    found.append(Failure(measured.id, probe.kind, probe.prompt, probe.wanted, was.said or "", now.said))
-        return found[:count]
+                    yield Failure(measured.id, probe.kind, probe.prompt, probe.wanted, was.said or "", now.said)
 
     def errors(self, label: str) -> dict[str, str]:
         """Id of a record -> why its edit could not be made."""

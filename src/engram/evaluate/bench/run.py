@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engram.cache import identity
-from engram.distribute import ByName, Here, Workers
+from engram.distribute import ByName, Here, ModelJob, Workers
 from engram.editors import METHODS, method_named
 from engram.errors import SettingError
 from engram.evaluate.bench.measuring import measure
@@ -52,19 +52,11 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class RecordsJob:
-    """What workers do: edit and measure the records of a unit, see `distribute.Job`.
+class RecordsJob(ModelJob):
+    """What workers do: edit and measure the records of a unit, see `distribute.Job`."""
 
-    Args:
-        model: a model that is here already, or how it is loaded.
-    """
-
-    model: LanguageModel | ByName
     asked: Asked
     references: References | None = None
-
-    def start(self) -> LanguageModel:
-        return self.model.load() if isinstance(self.model, ByName) else self.model
 
     def do(self, state: LanguageModel, unit: Unit) -> list[Measured]:
         found = measure(
