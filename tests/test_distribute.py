@@ -86,6 +86,10 @@ def test_a_unit_that_kills_every_worker_is_given_up_with_advice(workers: RayWork
         list(workers.run(Squares(dies_at=1), range(3)))
 
 
+def test_workers_that_have_no_place_are_not_waited_for(workers: RayWorkers) -> None:
+    assert dict(RayWorkers(5).run(Squares(), range(9))) == {n: n**2 for n in range(9)}
+
+
 def test_what_a_job_raises_is_raised_here_as_what_it_was(workers: RayWorkers) -> None:
     with pytest.raises(FactError, match="unit 2 is no fact"):
         list(workers.run(Squares(raises_at=2), range(5)))

@@ -103,7 +103,8 @@ class Here:
 class RayWorkers:
     """Processes of a Ray cluster: each holds the job's state, units stream through them, results come back as they are finished.
 
-    A worker that dies is replaced, and its unit is done again; nothing else is lost. A Ray that is started for this is stopped
+    A worker that dies is replaced, and its unit is done again; nothing else is lost. Workers that a cluster has no place for, or no
+    longer, are not waited for while others can work. A Ray that is started for this is stopped
     afterwards, whatever happens; one that runs already is used and left alone.
 
     Args:
@@ -139,37 +140,43 @@ class RayWorkers:
             kept = ray.put(job)
             threads = self.threads or torch.get_num_threads()
             worker = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(_Worker)
-            workers = [worker.remote(kept, threads) for _ in range(min(self.num_workers, len(units)))]
-            waiting, deaths = deque(range(len(units))), Counter[int]()
-            flying: dict[Any, tuple[int, int]] = {}  # what will be the result -> (worker, unit)
+            waiting, idle, deaths = deque(range(len(units))), deque[int](), Counter[int | None]()
+            workers: dict[int, Any] = {}
+            flying: dict[Any, tuple[int, int | None]] = {}  # what will be ready -> (worker, its unit, or None: it is there)
 
-            def give(at: int) -> None:
-                if waiting:
-                    number = waiting.popleft()
+            def hire(at: int) -> None:
+                workers[at] = worker.remote(kept, threads)  # a cluster may have no place for it: no unit waits for it then
+                flying[workers[at].there.remote()] = at, None
+
+            def give() -> None:
+                while waiting and idle:
+                    at, number = idle.popleft(), waiting.popleft()
                     flying[workers[at].do.remote(units[number])] = at, number
 
-            for at in range(len(workers)):
-                give(at)
-            while flying:
+            for at in range(min(self.num_workers, len(units))):
+                hire(at)
+            left = len(units)
+            while left:
                 (ready, *_), _ = ray.wait(list(flying), num_returns=1)
                 at, number = flying.pop(ready)
                 try:
                     done, result = ray.get(ready)
                 except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
                     deaths[number] += 1
-                    if deaths[number] == self.tries:
-                        raise EngramError(
-                            f"unit {number} was given up: a worker died of it {self.tries} times, the last time with {error}. Out of "
-                            "memory is the usual cause: fewer workers or smaller batches need less"
-                        ) from error
-                    workers[at] = worker.remote(kept, threads)
-                    waiting.appendleft(number)
-                    give(at)
+                    if deaths[number] == (self.tries * len(workers) if number is None else self.tries):
+                        raise _given_up(number, deaths[number], error) from error
+                    if number is not None:
+                        waiting.appendleft(number)
+                    hire(at)
+                    give()
                     continue
                 if not done:
                     raise _raised(*result)
-                give(at)  # before the result is used, so that the worker does not wait for that
-                yield number, result
+                idle.append(at)
+                give()  # before the result is used, so that the worker does not wait for that
+                if number is not None:
+                    left -= 1
+                    yield number, result
 
     @contextmanager
     def _running(self) -> Iterator[Any]:
@@ -199,6 +206,10 @@ class _Worker:
         torch.set_num_threads(threads)
         self.job, self.state, self.ready = job, None, False
 
+    def there(self) -> tuple[bool, Any]:
+        """Says that the worker has a place."""
+        return True, None
+
     def do(self, unit: Any) -> tuple[bool, Any]:
         """(True, the result), or (False, what was raised: module, name, message)."""
         try:
@@ -207,6 +218,16 @@ class _Worker:
             return True, self.job.do(self.state, unit)
         except Exception as error:
             return False, (type(error).__module__, type(error).__qualname__, str(error))
+
+
+def _given_up(unit: int | None, times: int, error: Exception) -> EngramError:
+    what = (
+        "workers died before they were given a unit," if unit is None else f"unit {unit} was given up: a worker died of it"
+    )
+    return EngramError(
+        f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: fewer workers or smaller batches need "
+        "less"
+    )
 
 
 def _raised(module: str, name: str, message: str) -> Exception:
