@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from inspect import signature
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +11,11 @@ import methods_table
 from engram import PromptEdit
 from engram.editors import METHODS, mass, method_named
 from engram.errors import EngramError
+from made_tables import made
 from tests.tiny import TEXT, tiny_lm
 from tests.training import FACTS
 
-PAGE = (Path(__file__).parents[1] / "docs/editors.md").read_text(encoding="utf8")
+PAGE = methods_table.PAGE.read_text(encoding="utf8")
 COLUMNS = ("method", "changes", "solved", "moment", "gradients", "earlier", "taken_out", "form", "source")
 SOLVED = ("method", "lambda", "rho", "earlier", "projector", "layers", "share")
 
@@ -94,8 +94,9 @@ def test_the_solvers_table_has_a_row_for_each_method_of_the_solver():
 
 
 def test_the_page_holds_the_tables_of_the_rows_that_were_measured():
-    between = PAGE.split(methods_table.BEGIN)[1].split(methods_table.END)[0]
-    assert between.strip() == methods_table.tables(methods_table.rows()), "run: python tools/methods_table.py --table"
+    assert made(methods_table.PAGE, methods_table.MADE_BY) == methods_table.tables(methods_table.rows()), (
+        "run: python tools/methods_table.py --table"
+    )
 
 
 def test_the_rows_were_measured_with_the_presets_of_today():

@@ -5,12 +5,10 @@ python tools/families_table.py
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engram.architectures import LAYOUTS, Layout
+from made_tables import DOCS, markdown, put
 
-PAGE = Path(__file__).parents[1] / "docs/families.md"
-BEGIN, END = "<!-- made by tools/families_table.py -->", "<!-- end -->"
+PAGE = DOCS / "families.md"
 COLUMNS = ("Family (`model_type`)", "Kind", "`trace` by", "Sites", "`head`", "`neuron`", "`rewrite`", "`knows`")
 
 
@@ -41,14 +39,8 @@ def describe(layout: Layout) -> str:
 def table() -> str:
     """The table in markdown, families by kind and then by name."""
     by_kind = sorted(LAYOUTS.items(), key=lambda item: (describe(item[1]), item[0]))
-    rows = [row(family, layout) for family, layout in by_kind]
-    return "\n".join("| " + " | ".join(each) + " |" for each in (COLUMNS, ["---"] * len(COLUMNS), *rows))
-
-
-def main() -> None:
-    before, rest = PAGE.read_text("utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", "utf-8")
+    return markdown(COLUMNS, [row(family, layout) for family, layout in by_kind])
 
 
 if __name__ == "__main__":
-    main()
+    put(PAGE, "tools/families_table.py", table())

@@ -36,11 +36,11 @@ from engram.editors.presets import preset
 from engram.editors.ultraedit import Statistics
 from engram.evaluate.receipt import held_out_text, perplexity
 from engram.language_model import LanguageModel
+from made_tables import DOCS, put
 from measure_pocket import averaged, sample, successes
 
-DOCS = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"
-BEGIN, END = "<!-- made by tools/methods_table.py -->", "<!-- end -->"
+MADE_BY = "tools/methods_table.py"
 SETTINGS = ("single:200", "mass:10", "mass:100", "mass:500", "sequential:200")
 LIMITS = {"rome": 100}  # facts at most; ROME takes five seconds of processor time for each, in any setting
 IN_WORDS = ("in-context", "ike")  # such edits do not add up: for one after another all facts go into one
@@ -288,8 +288,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         made = tables(rows(given.data))
-        before, rest = PAGE.read_text("utf-8").split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}", "utf-8")
+        put(PAGE, MADE_BY, made)
         print(made)
         return
     lm = engram.load("pocket", dtype=torch.float32)

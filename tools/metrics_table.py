@@ -6,13 +6,12 @@ python tools/metrics_table.py
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from engram.evaluate.data.records import FORMS
 from engram.evaluate.metrics.table import METRICS, Metric
+from made_tables import DOCS, markdown, put
 
-PAGE = Path(__file__).parents[1] / "docs/how-to-read-the-numbers.md"
-BEGIN, END = "<!-- made by tools/metrics_table.py -->", "<!-- end -->"
+PAGE = DOCS / "how-to-read-the-numbers.md"
 COLUMNS = ("Number", "What it is", "Better", "Unit", "Benchmarks", "Source")
 ARROWS = {"up": "↑", "down": "↓", "neither": ""}
 NAMES = {"counterfact": "CounterFact", "flat": "flattened", "zsre": "zsRE", "mquake": "MQuAKE", "ripple": "RippleEdits"}
@@ -26,14 +25,8 @@ def row(metric: Metric) -> tuple[str, ...]:
 
 def table() -> str:
     """The table in markdown, in the order of a report."""
-    rows = [row(metric) for metric in METRICS.values()]
-    return "\n".join("| " + " | ".join(each) + " |" for each in (COLUMNS, ["---"] * len(COLUMNS), *rows))
-
-
-def main() -> None:
-    before, rest = PAGE.read_text("utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", "utf-8")
+    return markdown(COLUMNS, map(row, METRICS.values()))
 
 
 if __name__ == "__main__":
-    main()
+    put(PAGE, "tools/metrics_table.py", table())

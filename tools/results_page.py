@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from engram import Run
 from engram.evaluate.bench import report
 from engram.evaluate.metrics.summary import Estimate
+from made_tables import DOCS, put
 
-DOCS = Path(__file__).parents[1] / "docs"
 KEPT, PAGE = DOCS / "data/runs", DOCS / "results.md"
-BEGIN, END = "<!-- made by tools/results_page.py: {} -->", "<!-- end -->"
+MADE_BY = "tools/results_page.py: {}"
 
 
 def keep(name: str, paths: list[str]) -> None:
@@ -56,13 +55,8 @@ def shown(name: str) -> str:
 def main() -> None:
     if len(sys.argv) > 2:
         keep(sys.argv[1], sys.argv[2:])
-    page = PAGE.read_text("utf-8")
     for path in sorted(KEPT.glob("*.json")):
-        begin = BEGIN.format(path.stem)
-        if begin in page:
-            before, rest = page.split(begin)
-            page = f"{before}{begin}\n\n{shown(path.stem)}\n\n{END}{rest.split(END, 1)[1]}"
-    PAGE.write_text(page, "utf-8")
+        put(PAGE, MADE_BY.format(path.stem), shown(path.stem))
 
 
 if __name__ == "__main__":
