@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from engram import Run
 from engram.evaluate.data.build import build_counterfact
 from engram.evaluate.data.pocket_benchmark import pocket_benchmark
 from engram.evaluate.data.sources import SOURCES, read_dataset
 from tests.test_build import GENERATION, TEMPLATES, facts, texts
 from tests.test_cli import failing, run
+from tests.tiny import tiny_folder
 
 
 @pytest.fixture
@@ -43,6 +45,20 @@ def test_build_writes_what_the_library_builds(files):
     back = read_dataset(out, references=True)
     assert back.records == expected.records
     assert back.references is not None
+
+
+def test_build_asks_paraphrases_by_templates_that_are_held_out(files, tmp_path, monkeypatch, capsys):
+    given, out = files
+    apart = tmp_path / "apart.json"
+    apart.write_text(json.dumps({"city": ["Where is {}? In"]}), encoding="utf8")
+    run("data", "build", *given, "--held-out", str(apart), "-o", str(out))
+    records = [record for record in read_dataset(out).records if record.facts[0].relation == "city"]
+    probes = [probe for record in records for probe in record.probes]
+    assert {"paraphrase", "rewrite"} < {probe.kind for probe in probes}
+    assert all(("Where is" in probe.prompt) == (probe.kind == "paraphrase") for probe in probes)
+    apart.write_text(json.dumps({"city": ["Where is it?"]}), encoding="utf8")
+    told = failing(monkeypatch, capsys, "data", "build", *given, "--held-out", str(apart), "-o", str(out))
+    assert "template 'Where is it?' of 'city': expected exactly one {}" in told
 
 
 def test_build_says_which_facts_were_left_out(files):
@@ -92,6 +108,33 @@ def test_filter_by_the_looser_rule_says_so(tmp_path):
         str(tmp_path / "k.json"),
     )
     assert "8 of the first 8 records are known by the rule 'relation'" in told.output
+    assert read_dataset(tmp_path / "k.json", references="if there").references is None
+
+
+def test_filter_keeps_reference_texts_if_asked_and_a_benchmark_with_texts_reads_them(files, tmp_path):
+    given, out = files
+    run("data", "build", *given, "-o", str(out))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    command = ["data", "filter", str(out), "--rule", "relation", "--known-to", str(tiny_folder(tmp_path / "model"))]
+    run(*command, "--references", "-o", str(kept / "own.json"))
+    references = read_dataset(kept / "own.json", references="if there").references
+    assert references is not None and references.snippets
+    bench = [
+        "bench",
+        "-m",
+        command[-1],
+        "-d",
+        str(kept / "own.json"),
+        "--said",
+        "0",
+        "--method",
+        "ft",
+        "--set",
+        "ft:epochs=1",
+    ]
+    run(*bench, "--texts", "-o", str(tmp_path / "run.sqlite"))
+    assert {"GE", "RS"} <= Run.open(tmp_path / "run.sqlite").summary(resamples=10)["ft"].keys()
 
 
 def test_list_tells_every_name():

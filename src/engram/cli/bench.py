@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,7 +52,8 @@ def bench(
     from engram.evaluate.data.sources import read_dataset
 
     with terminal.progress() as report:
-        data = read_dataset(dataset, limit=n, progress=lambda name, done, total: report(name, done, total))
+        wanted: Literal[False, "if there"] = "if there" if texts else False
+        data = read_dataset(dataset, limit=n, references=wanted, progress=report)
     if plus:
         data = with_statement(data)
     asked = Asked(said=said, texts=texts, drift_every=drift_every, seed=seed)

@@ -64,6 +64,10 @@ def build(
     openings: Annotated[
         Path | None, typer.Option(help="Text file: sentences to put before paraphrases, one a line.")
     ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="JSON or TOML: relation -> templates that serve as paraphrases and never as prompts."),
+    ] = None,
     known_to: Annotated[str | None, typer.Option(help="Keep the facts that this model says.")] = None,
     n: Annotated[int | None, typer.Option("-n", help="Records at most.", min=1)] = None,
     seed: Seed = 0,
@@ -76,12 +80,14 @@ def build(
     from engram.evaluate.data.known import known_records
     from engram.evaluate.data.write import write_dataset
 
+    apart = None if held_out is None else _texts(held_out)
     made = build_counterfact(
         read_associations(facts),
         _texts(templates),
         generation=None if generation is None else _texts(generation),
         texts=None if references is None else read_snippets(references),
         openings=() if openings is None else read_lines(openings),
+        held_out=None if apart is None else lambda fact: apart.get(fact.relation, []),
         seed=seed,
         limit=n if known_to is None else None,
         name=out.stem,
@@ -107,6 +113,9 @@ def filter(
     rule: Annotated[
         Rule, typer.Option(help="greedy: it says the object; relation: the object is the likeliest of the relation's.")
     ] = Rule.greedy,
+    references: Annotated[
+        bool, typer.Option("--references", help="Also the texts that generated ones are compared with.")
+    ] = False,
     n: Annotated[int | None, typer.Option("-n", help="Records at most.", min=1)] = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -119,7 +128,7 @@ def filter(
 
     lm = terminal.load(known_to, dtype, device_map)
     with terminal.progress() as report:
-        whole = read_dataset(dataset, progress=report)
+        whole = read_dataset(dataset, references=references, progress=report)
         looked = 0
 
         def asking(done: int, total: int) -> None:

@@ -124,16 +124,7 @@ class _Table:
         self.templates, self.generation = templates, generation
         for kind in (templates, generation):
             for relation, each in kind.items():
-                for template in each:
-                    if template.count("{}") != 1:
-                        raise FactError(
-                            f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands"
-                        )
-                    if template != template.rstrip():
-                        raise FactError(
-                            f"template {template!r} of {relation!r} ends with a space, which would not be part of the object "
-                            "any more; take it away"
-                        )
+                _check(each, relation)
         for relation in dict.fromkeys(fact.relation for fact in self.facts):
             if len(set(templates.get(relation, ()))) < 2:
                 raise FactError(
@@ -173,6 +164,7 @@ def _record(
         return "its relation has no other object to choose"
     (new,) = draw.choices(list(choices), list(choices.values()))
     apart = list(dict.fromkeys(held_out(fact))) if held_out else []
+    _check(apart, relation)
     usual = [template for template in dict.fromkeys(table.templates[relation]) if template not in apart]
     if not usual:
         return "all its templates are held out, and none is left for the prompt"
@@ -203,6 +195,16 @@ def _record(
     rewrite = Fact(subject, prompt, new, true, relation=relation)
     told = key if texts and texts.get(key) else None
     return Record(f"{relation}:{subject}:{true}", (rewrite,), tuple(probes), tuple(written), told)
+
+
+def _check(templates: Sequence[str], relation: str) -> None:
+    for template in templates:
+        if template.count("{}") != 1:
+            raise FactError(f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands")
+        if template != template.rstrip():
+            raise FactError(
+                f"template {template!r} of {relation!r} ends with a space, which would not be part of the object any more; take it away"
+            )
 
 
 def _random(seed: int, fact: Association, what: str) -> random.Random:

@@ -80,7 +80,7 @@ def read_dataset(
     form: Form | None = None,
     limit: int | None = None,
     skip_malformed: bool = False,
-    references: bool = False,
+    references: bool | Literal["if there"] = False,
     progress: Progress | None = None,
 ) -> Dataset:
     """Records of a benchmark.
@@ -92,7 +92,7 @@ def read_dataset(
         limit: the first so many records.
         skip_malformed: leave malformed records out and say so in `Dataset.skipped`, instead of raising.
         references: also the texts that generated ones are compared with (of "counterfact" half a gigabyte), from the same address; of a
-            file from its folder. Of "pocket" they are there always.
+            file from its folder, where "if there" does without if there are none. Of "pocket" they are there always.
         progress: called with (file, bytes so far, bytes in all) while something is fetched.
     Raises:
         FactError: no such file, or a record that is none, told with file, line and field.
@@ -109,14 +109,11 @@ def read_dataset(
         return whole if limit is None else _cut(whole, limit)
     source = SOURCES.get(str(name))
     if source is None:
-        return _read_file(Path(name), form, limit, skip_malformed, references, Path(name).name.partition(".")[0])
-    assert source.url is not None, "only the bundled data set has none"
-    folder = cache_folder("data")
-    path = fetched(source.url, folder, progress=progress)
-    if references:
-        for file in source.beside:
-            fetched(f"{source.url.rpartition('/')[0]}/{file}", folder, progress=progress)
-    return _read_file(path, None, limit, skip_malformed, references and bool(source.beside), str(name))
+        path = Path(name)
+        wanted = bool(references) and (references != "if there" or (path.parent / _BESIDE[0]).is_file())
+        return _read_file(path, form, limit, skip_malformed, wanted, path.name.partition(".")[0])
+    path, *_ = _fetched(source, bool(references), progress)
+    return _read_file(path, None, limit, skip_malformed, bool(references and source.beside), str(name))
 
 
 def _cut(dataset: Dataset, limit: int) -> Dataset:
@@ -205,7 +202,11 @@ def download(name: str, *, references: bool = False, progress: Progress | None =
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise EngramError(f"data set {name!r} is not known{hint}; known: {', '.join(SOURCES)}")
     source = SOURCES[name]
-    if source.url is None:
-        return []
+    return [] if source.url is None else _fetched(source, references, progress)
+
+
+def _fetched(source: Source, references: bool, progress: Progress | None) -> list[Path]:
+    """The files of a source in the cache folder, the records' first."""
+    assert source.url is not None, "only the bundled data set has none"
     urls = [source.url, *(f"{source.url.rpartition('/')[0]}/{file}" for file in source.beside if references)]
     return [fetched(url, cache_folder("data"), progress=progress) for url in urls]
