@@ -13,7 +13,7 @@ from engram.editors.values import ValueConfig, optimise_value
 from engram.facts import Fact
 from engram.hooks import substitute
 from engram.language_model import pad_right
-from engram.replay import Suffix, record_run, replayable
+from engram.replay import Suffix, record_alike, record_run, replayable
 from tests.tiny import DENSE, EXPERTS, FAMILIES, tiny_lm
 
 # Families whose own code computes a part in float32, whatever the model's dtype: there 1e-10 is beyond reach.
@@ -167,3 +167,27 @@ def test_a_narrowed_recording_lets_the_rest_go():
     gc.collect()
     assert below() is None and inside() is None
     assert len(kept.keys[3]) == 1 and kept.keys[0].numel() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_begin_alike_are_recorded_as_they_are_alone(family):
+    """Rows 0, 3, 6 begin with nothing in common, 1, 4, 7 with three tokens, 2, 5, 8 with five; behind them they differ in length."""
+    lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
+    draw, vocabulary = torch.Generator().manual_seed(0), int(lm.model.config.vocab_size)
+    beginnings = ([], [3, 4, 5], [6, 7, 8, 9, 3])
+    rows = []
+    for length in (4, 6, 5):
+        rest = torch.randint(3, vocabulary, (length,), generator=draw).tolist()
+        rows += [[*beginning, *rest] for beginning in beginnings]
+    module = lm.parts.site_module_name("attention", 1)
+    found = record_alike(lm, rows, [0, 3, 5], layer=1, length=12, inputs=[lm.parts.block_name(2)], outputs=[module])
+    for row, ids in enumerate(rows):
+        alone = record_run(lm, pad_right([ids]), inputs=[lm.parts.block_name(2)], outputs=[module])
+        start, end = len(beginnings[row % 3]), len(ids)
+        pairs = [(found.hidden[n][row, start:end], alone.hidden[n][0, start:]) for n in range(1, lm.n_layers + 1)]
+        pairs += [(found.keys[n][row, :, :end], alone.keys[n][0]) for n in range(1, lm.n_layers)]
+        pairs += [(found.values[n][row, :, :end], alone.values[n][0]) for n in range(1, lm.n_layers)]
+        pairs += [(found.seen[name][row, start:end], alone.seen[name].view(end, -1)[start:]) for name in alone.seen]
+        assert len(pairs) == 3 * lm.n_layers
+        for there, expected in pairs:
+            torch.testing.assert_close(there, expected, rtol=limit, atol=limit)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import engram
 from engram import Fact
+from engram.editors.value_rows import Rows
 from engram.editors.values import Value, ValueConfig, optimise_value, optimise_values
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.replay import replayable
@@ -433,3 +434,16 @@ def test_the_pocket_models_values_are_those_of_one_by_one():
         (one,) = values(lm, [facts[i]], **given)
         torch.testing.assert_close(losses(many[i]), losses(one), atol=1e-3, rtol=1e-3)
         assert torch.nn.functional.cosine_similarity(many[i].delta_d, one.delta_d, dim=0) > 0.999
+
+
+def test_contexts_that_all_facts_share_are_run_once_and_give_the_same(monkeypatch):
+    lm, contexts = tiny_lm("gpt2", torch.float64), ["{}", "He plays the piano and sings. {}", "Long ago in London {}"]
+    facts = [Fact(subject, "The {} is in", "Paris") for subject in ("river", "piano", "tower", "guitar", "mayor", "city")]
+    tokens: list[int] = []
+    lm.parts.blocks[0].register_forward_hook(lambda _, args, out: tokens.append(args[0].shape[:2].numel()))
+    found = values(lm, facts, contexts=contexts, steps=3)
+    together = sum(tokens)
+    monkeypatch.setattr(Rows, "shared", lambda rows: ([], 0))
+    tokens.clear()
+    same(found, values(lm, facts, contexts=contexts, steps=3), 1e-8)
+    assert together < sum(tokens)

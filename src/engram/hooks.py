@@ -69,7 +69,9 @@ def record(
     with ExitStack() as stack:
         for name in inputs:
             key = f"{name}:input" if name in outputs else name
-            _own(stack, modules[name].register_forward_pre_hook(lambda m, args, key=key: note(key, args[0])))
+            _own(stack, modules[name].register_forward_pre_hook(
+                lambda m, args, named, key=key: note(key, args[0] if args else next(iter(named.values()))), with_kwargs=True
+            ))  # fmt: skip
         for name in outputs:
             _own(stack, modules[name].register_forward_hook(lambda m, a, out, key=name: note(key, first(out))))
         try:

@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache
 
 from engram.errors import UnsupportedModelError
 from engram.hooks import Changes, StopForward, first, record, substitute
-from engram.language_model import LanguageModel
+from engram.language_model import LanguageModel, pad_right
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,55 @@ class Recording:
             }
             calls.append(((), {name: _for_rows(name, value, rows_n, recorded) for name, value in named.items()}))
         return Recording(some(self.hidden), some(self.keys), some(self.values), calls, {})
+
+
+def record_alike(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    shared: Sequence[int],
+    *,
+    layer: int,
+    length: int,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+) -> Recording:
+    """`record_run` of rows of which each begins like one of the first ones: what they begin with is run once.
+
+    Args:
+        rows: token ids; row b begins like row b % len(shared).
+        shared: tokens that all rows which begin alike have in common; exact where they really are.
+        layer: lowest block that is kept, see `Recording.narrowed`.
+        length: that rows are padded to, on the right; at least any shared part and the longest rest behind each other.
+        inputs, outputs: as in `record_run`. In `seen` there is nothing at the shared positions but zeros.
+    """
+    kinds, firsts = torch.arange(len(rows)) % len(shared), rows[: len(shared)]
+    rest = max(len(row) - shared[b % len(shared)] for b, row in enumerate(rows))
+    begun = record_run(lm, pad_right(firsts, length))
+    suffix, entry = Suffix(lm, begun, shared, rest), lm.parts.block_name(0)
+    with torch.no_grad(), record(lm.model, inputs=[entry], stop=True) as entering:
+        body(lm)(pad_right(rows, length).to(lm.device))
+    rows_b1, places_bq = torch.arange(len(rows))[:, None], suffix.positions_bq[kinds]
+
+    def put(kept_btx: Tensor, made_bqx: Tensor) -> None:
+        kept_btx[rows_b1, places_bq] = made_bqx.to(kept_btx.device)
+
+    hidden_bqd = _take(entering[entry], places_bq)
+    whole = begun.narrowed(lm, kinds, layer)
+    with torch.no_grad(), record(lm.model, inputs, outputs) as seen:
+        for number in range(lm.n_layers):
+            new = _Noting(*suffix._prefix_of(number, kinds))
+            after_bqd = suffix._call(number, hidden_bqd, kinds, new)
+            if number >= layer:
+                put(whole.hidden[number], hidden_bqd)
+                put(whole.keys[number].transpose(1, 2), new.new_keys.transpose(1, 2))
+                put(whole.values[number].transpose(1, 2), new.new_values.transpose(1, 2))
+            hidden_bqd = after_bqd
+    put(whole.hidden[-1], hidden_bqd)
+    for name, part in seen.items():
+        part_bqx = part.view(len(rows), rest, -1)
+        whole.seen[name] = part_bqx.new_zeros(len(rows), length, part_bqx.shape[-1])
+        put(whole.seen[name], part_bqx)
+    return whole
 
 
 class NotReplayableError(Exception):
@@ -147,6 +196,14 @@ class _Prefix:
 
     def get_seq_length(self, *_: Any) -> int:
         return int(self.keys.shape[2])
+
+
+class _Noting(_Prefix):
+    """Keeps the new keys and values beside those that it joins them with."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.new_keys, self.new_values = keys, values
+        return super().update(keys, values)
 
 
 class _Catch(_Prefix):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engram.hooks import record, substitute
 from engram.language_model import LanguageModel, pad_right
-from engram.replay import Engine, Recording, Suffix, body, record_run, use_replay
+from engram.replay import Engine, Recording, Suffix, body, record_alike, record_run, use_replay
 
 Site = Literal["mlp", "block", "attention+mlp"]  # which states of a block are shifted
 Wanted = Mapping[str, tuple[str, Literal["in", "out"]]]  # name -> (module, its input or its output)
@@ -78,6 +79,19 @@ class Rows:
         """Positions that let every row have as many behind its subject."""
         return max(self.lookup) + self.suffix
 
+    def shared(self) -> tuple[list[int], int]:
+        """How many tokens the first rows of all facts begin with in common, the second ones, and so on, as far as it is before their
+        subjects' last tokens; and positions that hold any shared part and the longest rest. No tokens where it saves little."""
+        of = self.owner.count(0)
+        tokens = []
+        for k in range(of):
+            common = takewhile(lambda at: len(set(at)) == 1, zip(*self.ids[k::of], strict=False))
+            tokens.append(min(sum(1 for _ in common), *self.lookup[k::of]))
+        rest = max(len(row) - tokens[b % of] for b, row in enumerate(self.ids))
+        length = max(self.aligned, max(tokens) + rest)
+        saves = 4 * (of * length + len(self.ids) * rest) < 3 * len(self.ids) * self.aligned
+        return tokens if saves else [], length
+
     def first_of_each(self) -> list[int]:
         """The first row of each fact."""
         return [self.owner.index(n) for n in range(self.owner[-1] + 1)]
@@ -113,17 +127,23 @@ class State:
         replays = use_replay(lm, engine) and rows.aligned <= lm.max_tokens
         if replays and site == "mlp" and reaches_block(lm, layer, max(1e-4, 4 * torch.finfo(lm.dtype).eps)):
             site = "block"  # the same sum, and the shifted block need not be run
-        ids_bt = pad_right(rows.ids, rows.aligned if replays else None)
-        recording = record_run(lm, ids_bt, inputs=inputs, outputs=outputs)
-        every = torch.arange(len(rows.ids))
+        every, (shared, length) = torch.arange(len(rows.ids)), rows.shared()
+        if replays and shared and length <= lm.max_tokens:
+            recording = record_alike(lm, rows.ids, shared, layer=layer, length=length, inputs=inputs, outputs=outputs)
+        else:
+            shared = []
+            recording = record_run(
+                lm, pad_right(rows.ids, rows.aligned if replays else None), inputs=inputs, outputs=outputs
+            )
 
         def at_subject(name: str, side: str) -> Tensor:
             seen = recording.seen[f"{name}:input" if side == "in" and name in outputs else name]
             return seen.view(len(rows.ids), -1, seen.shape[-1])[every, rows.lookup]
 
         seen = {key: at_subject(*place) for key, place in wanted.items()}
-        kept = recording.narrowed(lm, every, layer) if replays else None
-        return cls(lm, rows, layer, site, kept), seen
+        if not shared:
+            recording = recording.narrowed(lm, every, layer)
+        return cls(lm, rows, layer, site, recording if replays else None), seen
 
     def only(self, facts: Sequence[int]) -> State:
         """The rows of some of the facts, which are renumbered."""

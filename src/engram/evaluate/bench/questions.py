@@ -20,6 +20,7 @@ from engram.language_model import LanguageModel
 
 COMPARED = ("neighbourhood", "neighbourhood+", "locality")  # kinds whose next token is compared with the unedited model's
 
+_TOKENS, _LOGITS = 1024, 1 << 25  # of one forward on a CPU: with more, what blocks hand on no longer fits its cache
 
 Place = tuple[int, int]  # (number of a record, number of its probe)
 
@@ -47,6 +48,7 @@ class Questions:
         self._compared: list[list[Place]] = []  # those whose next token is compared, by row
         self._sizes: list[int] = []  # tokens of each answer
         self._answers: dict[Place, list[int]] = {}  # its answers
+        self._device = lm.device
         self._vocabulary = int(lm.model.config.get_text_config().vocab_size)
         cloze = ClozeRows(lm)
         for n, record in enumerate(records):
@@ -67,13 +69,14 @@ class Questions:
                     self._needs[first + row] += [_Need(i, token, len(self._sizes)) for i, token in enumerate(tokens)]
                     self._sizes.append(len(tokens))
 
-    def batches(self, tokens: int, logits: int) -> Iterator[list[int]]:
-        """Numbers of rows of about one length, with no more than so many tokens and logits in each batch."""
+    def batches(self) -> Iterator[list[int]]:
+        """Numbers of rows of about one length, with no more tokens and logits in each batch than one forward should have."""
+        tokens = _TOKENS if self._device.type == "cpu" else 4 * _TOKENS
         batch: list[int] = []
         reads = 0
         for i in sorted(range(len(self.rows)), key=lambda i: (len(self.rows[i].ids), i)):
             row = self.rows[i]
-            if batch and ((len(batch) + 1) * len(row.ids) > tokens or (reads + len(row.read)) * self._vocabulary > logits):
+            if batch and ((len(batch) + 1) * len(row.ids) > tokens or (reads + len(row.read)) * self._vocabulary > _LOGITS):
                 yield batch
                 batch, reads = [], 0
             batch.append(i)

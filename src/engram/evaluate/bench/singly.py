@@ -24,8 +24,6 @@ from engram.evaluate.receipt import held_out_text, perplexity
 from engram.language_model import LanguageModel
 from engram.prompt_edit import PromptEdit
 
-TOKENS, LOGITS = 4096, 1 << 25  # of one forward
-
 
 @dataclass(frozen=True)
 class Base:
@@ -88,7 +86,7 @@ def asked_now(
     """All questions put to the model as it is now."""
     tally = questions.tally()
     compared: dict[Place, Tensor] = {}
-    for batch in questions.batches(TOKENS, LOGITS):
+    for batch in questions.batches():
         rows = [questions.rows[i] for i in batch]
         logits_pv = torch.cat(lm.logits_at([row.ids for row in rows], [row.read for row in rows]))
         compared |= tally.add(batch, logits_pv, base)

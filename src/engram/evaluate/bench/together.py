@@ -20,7 +20,6 @@ from engram.evaluate.bench.essence import essence_ids, with_essence
 from engram.evaluate.bench.held_out import HeldOut, pieces
 from engram.evaluate.bench.outcomes import Asked, Outcome, Reading
 from engram.evaluate.bench.questions import Questions
-from engram.evaluate.bench.singly import LOGITS, TOKENS
 from engram.evaluate.bench.text_mode import steps, with_text_mode
 from engram.evaluate.bench.texts import greedy, sampled, with_texts
 from engram.evaluate.data.records import Record, References
@@ -118,7 +117,7 @@ def measure_together(
     carried, questions = Carried.of(lm, edits), Questions(lm, records)
     before, after = questions.tally(), questions.tally()
     run = _replayed if use_replay(lm, "auto") else _whole
-    for batch in questions.batches(TOKENS, LOGITS):
+    for batch in questions.batches():
         rows, owners = [questions.rows[i] for i in batch], [questions.owner[i] for i in batch]
         ids_bt = pad_right([row.ids for row in rows])
         both = run(lm, ids_bt, [row.read for row in rows], owners, carried)
