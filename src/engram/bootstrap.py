@@ -82,9 +82,7 @@ def resampled_twice(values: Sequence[Sequence[float]], seed: int = 0, resamples:
     means = []
     for _ in range(resamples):
         groups = generator.integers(len(values), size=len(values))
-        behind = (
-            ends_n[groups] - sizes_n[groups].cumsum()
-        )  # how much further each group's last value stands than in the pool
+        behind = ends_n[groups] - sizes_n[groups].cumsum()  # how much further a group's last value stands than in the pool
         pool = np.repeat(behind, sizes_n[groups]) + np.arange(sizes_n[groups].sum())
         drawn = pool[generator.integers(len(pool), size=len(pool))]
         means.append(np.average(values_p[drawn], weights=weights_p[drawn]))

@@ -186,9 +186,7 @@ class RayWorkers:
             return
         os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else that runs
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # the behaviour that Ray announces, without its warning
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray announces, without its warning
         own = {"num_cpus": self.num_workers, "include_dashboard": False} if self.address is None else {}
         ray.init(
             address=self.address or "local", log_to_driver=False, logging_level="ERROR", configure_logging=False, **own

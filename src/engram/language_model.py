@@ -90,7 +90,7 @@ class LanguageModel:
         self.parts: Parts = resolve(model)
         self.kind: Kind = self.parts.kind
         self.loaded: dict[str, Any] | None = (
-            None  # arguments of `load`, where it made this; how a worker gets the same model
+            None  # arguments of `load`, where it made this: workers get the same model by them
         )
         self._templates: Templates = usual_templates(self.kind, tokenizer)
 
@@ -121,9 +121,8 @@ class LanguageModel:
     def max_tokens(self) -> int:
         """Longest sequence that the model takes; 2048 where it has no positions to run out of (Mamba, T5)."""
         config = self.model.config.get_text_config()
-        limit = int(
-            getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
-        )  # MPT's
+        mpt = getattr(config, "max_seq_len", None)  # its own name for it
+        limit = int(getattr(config, "max_position_embeddings", None) or mpt or 2048)
         for name, table in self.model.named_modules():  # RoBERTa's first positions stand for padding
             if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
                 return min(limit, table.num_embeddings - table.padding_idx - 1)

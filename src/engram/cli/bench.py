@@ -182,9 +182,8 @@ def _show(runs: list[Run], *, every: bool) -> None:
             for m, cell in zip(made.columns, cells, strict=True)
         ]
         drawn.add_row(escape(name), str(count), *bold)
-    width = max(
-        terminal.console.width, 15 + max(map(len, made.rows)) + 9 * len(made.columns)
-    )  # a table that is too wide is of more use than one cut short
+    needed = 15 + max(map(len, made.rows)) + 9 * len(made.columns)
+    width = max(terminal.console.width, needed)  # a table that is too wide is of more use than one cut short
     Console(width=width, highlight=False).print(drawn)
     note = "EG PG NG and SG: what the model says by itself; the others compare probabilities of given answers."
     terminal.console.print(note, style="dim")
