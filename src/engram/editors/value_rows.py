@@ -141,7 +141,7 @@ class State:
             return seen.view(len(rows.ids), -1, seen.shape[-1])[every, rows.lookup]
 
         seen = {key: at_subject(*place) for key, place in wanted.items()}
-        if not shared:
+        if replays and not shared:
             recording = recording.narrowed(lm, every, layer)
         return cls(lm, rows, layer, site, recording if replays else None), seen
 
