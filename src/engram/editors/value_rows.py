@@ -55,6 +55,13 @@ def reaches_block(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
     return bool(missed_btd[0, -1].norm() < within * shift_d.norm())
 
 
+def shifted_at(lm: LanguageModel, layer: int, site: Site, engine: Engine) -> Site:
+    """Where a shift is added: an MLP's at the block's output where that is the same sum, so that the block need not be run again."""
+    rounding = max(1e-4, 4 * torch.finfo(lm.dtype).eps)
+    same = site == "mlp" and use_replay(lm, engine) and reaches_block(lm, layer, rounding)
+    return "block" if same else site
+
+
 @dataclass(frozen=True)
 class Rows:
     """Token rows of several facts.
@@ -125,8 +132,6 @@ class State:
         inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
         outputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "out"))
         replays = use_replay(lm, engine) and rows.aligned <= lm.max_tokens
-        if replays and site == "mlp" and reaches_block(lm, layer, max(1e-4, 4 * torch.finfo(lm.dtype).eps)):
-            site = "block"  # the same sum, and the shifted block need not be run
         every, (shared, length) = torch.arange(len(rows.ids)), rows.shared()
         if replays and shared and length <= lm.max_tokens:
             recording = record_alike(lm, rows.ids, shared, layer=layer, length=length, inputs=inputs, outputs=outputs)

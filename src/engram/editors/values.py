@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.attention import quick
-from engram.editors.value_rows import Rows, Site, State, site_modules
+from engram.editors.value_rows import Rows, Site, State, shifted_at, site_modules
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.facts import Fact, token_span
 from engram.language_model import LanguageModel
@@ -123,10 +123,11 @@ def optimise_values(
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each")
+    shifted = shifted_at(lm, layer, site, engine)
     for batch in value_batches(lm, facts, contexts, config, facts_at_once):
         asked = {i: _Asked.of(lm, facts[i], contexts, config.kl_position) for i in batch}
         with _frozen(lm.model):
-            begun = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, engine)
+            begun = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, shifted, engine)
             with quick(lm):
                 values = begun.descend(config)
         yield from zip(batch, values, strict=True)
@@ -208,8 +209,9 @@ class _Batch:
     """Facts that are optimised together."""
 
     def __init__(
-        self, lm: LanguageModel, asked: Sequence[_Asked], facts: Sequence[Fact], layer: int, site: Site, engine: Engine
-    ) -> None:
+        self, lm: LanguageModel, asked: Sequence[_Asked], facts: Sequence[Fact], layer: int, site: Site, shifted: Site,
+        engine: Engine,
+    ) -> None:  # fmt: skip
         self.asked, self.facts = asked, facts
         contexts = Rows(
             [row for each in asked for row in each.rows],
@@ -227,9 +229,9 @@ class _Batch:
         out = lm.parts.mlp_out_name(layer)
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         self.contexts, seen = State.recorded(
-            lm, contexts, layer, site, engine, {"key": (out, "in"), "out": (out, "out"), **modules}
+            lm, contexts, layer, shifted, engine, {"key": (out, "in"), "out": (out, "out"), **modules}
         )
-        self.penalty, _ = State.recorded(lm, penalty, layer, site, engine, {})
+        self.penalty, _ = State.recorded(lm, penalty, layer, shifted, engine, {})
         first, device = self.contexts.rows.first_of_each(), seen["out"].device
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
         self.start_nsd = torch.stack([seen[name][first].to(device, precision) for name in modules], 1)
