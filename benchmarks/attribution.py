@@ -18,8 +18,8 @@ from torch import Tensor
 
 import engram
 from common import arguments, save
-from engram.locate.averages import AverageTrace
-from engram.locate.causal_trace import CausalTrace
+from engram.locate.average import AverageTrace
+from engram.locate.trace import CausalTrace
 
 METRICS = ("probability", "log_probability")
 METHODS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import SHAPES, arguments, make_lm, make_model, matmul_rate, peak_mib, run_all, save, timed, words
-from engram.locate.batches import trace_prompts
-from engram.locate.config import TraceConfig, usual_window
 from engram.locate.question import Prompt
+from engram.locate.settings import TraceConfig, usual_window
+from engram.locate.tracing import trace_prompts
 
 SAMPLES, NOISE = 10, 0.1
 SITES = ("residual", "mlp", "attention")

@@ -22,7 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the naive loop lives with the tests
 
-from engram.language_model import LanguageModel, _fuse_activations
+from engram.model.language_model import LanguageModel
+from engram.model.loading import _fuse_activations
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = 50257

@@ -55,12 +55,12 @@ def prompts(number: int) -> tuple[list[int], list[int], list[int], list[list[int
 
 def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
     from engram import Fact
-    from engram.editors import rewrite_each
-    from engram.editors.second_moment import SecondMoment
-    from engram.evaluate.bench import measuring
-    from engram.evaluate.bench.outcomes import Asked
-    from engram.evaluate.data.records import Probe, Record
-    from engram.replay import replayable
+    from engram.benchmark import measure as measuring
+    from engram.benchmark.data.records import Probe, Record
+    from engram.benchmark.metrics.outcomes import Asked
+    from engram.editors.second_moments.measure import SecondMoment
+    from engram.engine.replayable import replayable
+    from engram.rewriting import rewrite_each
 
     lm = make_lm(shape, device)
     replayable(lm)  # the model is probed once: not part of an edit

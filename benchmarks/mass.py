@@ -41,8 +41,8 @@ def requests(count: int, vocabulary: int) -> tuple[list[str], list[Any]]:
 
 
 def ours(given: Any, at_once: int) -> dict[str, Any]:
-    from engram.editors.values import ValueConfig, optimise_values
-    from engram.replay import replayable
+    from engram.editors.closed_form.values import ValueConfig, optimise_values
+    from engram.engine.replayable import replayable
 
     lm = make_lm(given.shape, given.device, given.dtype)
     replayable(lm)  # the model is probed once: not part of an edit
@@ -91,8 +91,8 @@ def published(given: Any) -> dict[str, Any]:
 
 
 def solver(given: Any, method: str) -> dict[str, Any]:
-    from engram.editors.second_moment import SecondMoment
-    from engram.editors.solver import Preservation, solve, solve_as_published
+    from engram.editors.closed_form.solver import Preservation, solve, solve_as_published
+    from engram.editors.second_moments.measure import SecondMoment
 
     f = 4 * SHAPES[given.shape][1]
     generator = torch.Generator().manual_seed(0)

@@ -35,10 +35,10 @@ def request(length: str) -> tuple[list[list[int]], list[int], list[int], list[in
 
 def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
     from engram import Fact
-    from engram.editors.rome import rank_one_update
-    from engram.editors.second_moment import SecondMoment
-    from engram.editors.values import ValueConfig, optimise_value
-    from engram.replay import replayable
+    from engram.editors.closed_form.rome import rank_one_update
+    from engram.editors.closed_form.values import ValueConfig, optimise_value
+    from engram.editors.second_moments.measure import SecondMoment
+    from engram.engine.replayable import replayable
 
     lm = make_lm(shape, device)
     replayable(lm)  # the model is probed once: not part of an edit

@@ -59,12 +59,12 @@ def bound(layers: Sequence[int]) -> float:
 
 
 def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
-    from engram.editors.corpora import Texts
-    from engram.editors.moment_pass import MomentPass, Sums
-    from engram.editors.second_moment import _names
-    from engram.hooks import StopForward, substitute
-    from engram.language_model import pad_right
-    from engram.replay import body
+    from engram.editors.second_moments.corpora import Texts
+    from engram.editors.second_moments.corpus_pass import MomentPass, Sums
+    from engram.editors.second_moments.measure import _names
+    from engram.engine.recording import body
+    from engram.model.tokens import pad_right
+    from engram.modules.hooks import StopForward, substitute
 
     lm, layers, tokens = make_lm(shape, device), layers_of(which, shape), TOKENS[shape]
     corpus, model_mib = Texts(tuple(documents(tokens))), peak_mib(device)
@@ -111,7 +111,7 @@ def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any
 
 def algebra(shape: str, device: str) -> dict[str, Any]:
     """Processor seconds for one C of that shape's d_ff."""
-    from engram.editors.moment_matrix import SecondMoment
+    from engram.editors.second_moments.matrix import SecondMoment
 
     size, model_mib = 4 * SHAPES[shape][1], peak_mib(device)
     keys_nf = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engram import Fact
-from engram.evaluate.bench.outcomes import Asked
-from engram.evaluate.data.records import Dataset, Probe, Record, References, Snippet
-from engram.evaluate.metrics.tfidf import TfIdf
+from engram.benchmark.data.records import Dataset, Probe, Record, References, Snippet
+from engram.benchmark.data.tfidf import TfIdf
+from engram.benchmark.metrics.outcomes import Asked
 
 SUBJECTS = ("tower", "bridge", "river", "city", "piano", "guitar", "mother tongue", "Zdeno Chára", "capital", "mayor")
 CITIES = ("Paris", "Rome", "Madrid", "London")

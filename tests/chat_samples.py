@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
 from tests.tiny import TOKENIZERS, make_model
 
 # name -> (special tokens, template)

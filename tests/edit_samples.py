@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from engram.delta import Delta
-from engram.edit import Edit
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit
 from engram.facts import Fact
-from engram.merging import describe_base
 
 FAMILIES = ("gpt2", "llama")
 WEIGHTS = {"gpt2": "transformer.h.{}.mlp.c_proj.weight", "llama": "model.layers.{}.mlp.down_proj.weight"}

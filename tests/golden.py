@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import engram
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared/golden"
 needed = pytest.mark.skipif(

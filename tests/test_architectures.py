@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 import engram
 from engram import Fact
-from engram.architectures import LAYOUTS, as_linear, is_transposed, kind_of, resolve
 from engram.errors import UnsupportedModelError
-from engram.hooks import record, substitute
+from engram.modules.hooks import record, substitute
+from engram.modules.layouts import LAYOUTS, as_linear, is_transposed
+from engram.modules.resolve import kind_of, resolve
 from tests.tiny import DENSE, ENCODER_DECODER, EVERY, EXPERTS, FAMILIES, MASKED, STATE_SPACE, make_model, tiny_lm
 
 PROMISED = [

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import engram
-from engram.attaching import can_apply
-from engram.delta import Delta
-from engram.edit import Edit, compose
+from engram.edit.attached import can_apply
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit, compose
+from engram.edit.in_force import BESIDE
 from engram.errors import BaseMismatchError, EngramError, UnsupportedModelError
 from engram.facts import Fact
-from engram.merging import BESIDE, describe_base
-from engram.weights import linear_shape
+from engram.modules.weights import linear_shape
 from tests.edit_samples import random_edit, same_bits, tiny, weight_name, weights
 from tests.tiny import DENSE, tiny_lm
 

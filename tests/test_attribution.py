@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import engram
-from engram.attention import Attention, quick, watched
+from engram.engine.attention import Attention, quick, watched
+from engram.engine.recording import record_run
+from engram.engine.suffix import Suffix
 from engram.errors import UnsupportedModelError
-from engram.locate.batches import trace_prompts
-from engram.locate.config import TraceConfig
 from engram.locate.question import Prompt
-from engram.replay import Suffix, record_run
+from engram.locate.settings import TraceConfig
+from engram.locate.tracing import trace_prompts
 from tests.tiny import EXPERTS, FAMILIES, tiny_lm
 
 PROMPT, SUBJECT = "The tower is in the", "tower"

@@ -19,11 +19,11 @@ import torch
 
 import engram
 from engram import Fact, pocket
+from engram.engine.replayable import replayable
 from engram.errors import EditFileError, EngramError, FactError, SettingError
-from engram.locate import experiment
-from engram.locate.averages import AverageTrace
-from engram.locate.config import PARTS, WINDOWED
-from engram.replay import replayable
+from engram.locate import average_run as experiment
+from engram.locate.average import AverageTrace
+from engram.locate.settings import PARTS, WINDOWED
 from tests import naive
 from tests.tiny import tiny_lm
 

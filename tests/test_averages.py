@@ -10,8 +10,8 @@ import torch
 
 import engram
 from engram.errors import EngramError, SettingError
-from engram.locate.averages import PLACES, AverageTrace, check_place, place_rows
-from engram.locate.causal_trace import CausalTrace
+from engram.locate.average import PLACES, AverageTrace, check_place, place_rows
+from engram.locate.trace import CausalTrace
 from tests.tiny import tiny_lm
 
 LAYERS = 5

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engram.evaluate.bench.report import markdown, table
-from engram.evaluate.bench.results import Run
+from engram.benchmark.report import markdown, table
+from engram.benchmark.results import Run
 from tests.bench_samples import contents
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the runs that are killed")
@@ -22,7 +22,7 @@ import json, os, random, signal, sqlite3, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engram.evaluate.bench import run
+from engram.benchmark import run
 from tests.bench_samples import ASKED, METHODS, contents, dataset
 from tests.tiny import tiny_lm
 

@@ -15,15 +15,16 @@ from torch.nn import functional
 
 import engram
 from engram import Fact
+from engram.benchmark import batched as together
+from engram.benchmark import written_texts as texts
+from engram.benchmark.data.records import Probe, Record, References, Snippet
+from engram.benchmark.data.tfidf import TfIdf
+from engram.benchmark.essence import essence_ids
+from engram.benchmark.metrics.outcomes import Asked
+from engram.benchmark.one_by_one import measure_one
+from engram.benchmark.probe_rows import Questions
+from engram.benchmark.zsre_as_released import in_text, steps, with_text_mode
 from engram.errors import UnsupportedModelError
-from engram.evaluate.bench import texts, together
-from engram.evaluate.bench.essence import essence_ids
-from engram.evaluate.bench.outcomes import Asked
-from engram.evaluate.bench.questions import Questions
-from engram.evaluate.bench.singly import measure_one
-from engram.evaluate.bench.text_mode import in_text, steps, with_text_mode
-from engram.evaluate.data.records import Probe, Record, References, Snippet
-from engram.evaluate.metrics.tfidf import TfIdf
 from tests.tiny import TOKENIZERS, tiny_lm
 
 PROMPTS = ("The bridge is in", "A long time ago the river runs through the city of")

@@ -12,14 +12,14 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from engram.benchmark import report
+from engram.benchmark.data.write import write_dataset
+from engram.benchmark.metrics.outcomes import Measured, Outcome, Reading
+from engram.benchmark.metrics.table import METRICS
+from engram.benchmark.plots import plot_layers, plot_scores
+from engram.benchmark.results import UNEDITED, Run
+from engram.benchmark.store import RunStore
 from engram.errors import MissingExtraError, SettingError
-from engram.evaluate.bench import report
-from engram.evaluate.bench.outcomes import Measured, Outcome, Reading
-from engram.evaluate.bench.results import UNEDITED, Run
-from engram.evaluate.bench.store import RunStore
-from engram.evaluate.data.write import write_dataset
-from engram.evaluate.metrics.table import METRICS
-from engram.plots.benchmarks import plot_layers, plot_scores
 from tests.bench_samples import dataset
 from tests.test_cli import failing, run
 from tests.tiny import tiny_folder

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import engram
+from engram.benchmark import measure as measuring
+from engram.benchmark import run
+from engram.benchmark.data.records import Dataset
+from engram.benchmark.results import UNEDITED, Run
+from engram.benchmark.run import bench
 from engram.errors import EditFileError, EngramError, FactError, SettingError
-from engram.evaluate.bench import measuring, run
-from engram.evaluate.bench.results import UNEDITED, Run
-from engram.evaluate.bench.run import bench
-from engram.evaluate.data.records import Dataset
 from tests.bench_samples import ASKED, METHODS, contents, dataset
 from tests.tiny import tiny_lm
 
@@ -207,7 +208,7 @@ def test_a_run_grows(lm, whole, tmp_path, measured):
 
 
 def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(lm, whole, tmp_path, measured):
-    assert engram.editors.METHODS["ultraedit"].companions
+    assert engram.editors.methods.METHODS["ultraedit"].companions
     start(lm, tmp_path / "run", n=5)
     measured.clear()
     grown = start(lm, tmp_path / "run", n=7)

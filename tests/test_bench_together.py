@@ -10,22 +10,22 @@ import torch
 
 import engram
 from engram import pocket
-from engram.delta import Delta
-from engram.edit import Edit
-from engram.editors import rewrite_each
+from engram.benchmark import measure as measuring
+from engram.benchmark.batched import fits, measure_together
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.data.records import Probe, Record
+from engram.benchmark.measure import measure
+from engram.benchmark.metrics.outcomes import Asked, Outcome
+from engram.benchmark.one_by_one import measure_one
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit
 from engram.errors import EngramError, FactError, SettingError
-from engram.evaluate.bench import measuring
-from engram.evaluate.bench.measuring import measure
-from engram.evaluate.bench.outcomes import Asked, Outcome
-from engram.evaluate.bench.singly import measure_one
-from engram.evaluate.bench.together import fits, measure_together
-from engram.evaluate.bench.writing import Writing, pads_on_the_left, write
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.evaluate.data.records import Probe, Record
 from engram.facts import Fact
-from engram.hooks import own_changes
-from engram.language_model import LanguageModel
-from engram.merging import describe_base
+from engram.model.generation import Writing, pads_on_the_left, write
+from engram.model.language_model import LanguageModel
+from engram.modules.hooks import own_changes
+from engram.rewriting import rewrite_each
 from tests.tiny import DENSE, tiny_lm
 
 ASKED = Asked(said=2, texts=True, text_tokens=12, drift_every=1)

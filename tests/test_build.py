@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from engram.benchmark.data.build import Association, Sizes, build_counterfact, read_associations, read_lines, read_snippets
+from engram.benchmark.data.records import Dataset, Record, Snippet
+from engram.benchmark.data.tfidf import TfIdf
 from engram.errors import FactError, SettingError
-from engram.evaluate.data.build import Association, Sizes, build_counterfact, read_associations, read_lines, read_snippets
-from engram.evaluate.data.records import Dataset, Record, Snippet
-from engram.evaluate.metrics.tfidf import TfIdf
 
 TEMPLATES = {
     "city": ["{} is in the city of", "You find {} in", "To see {}, go to", "{} stands in"],

@@ -10,15 +10,15 @@ import torch
 
 import engram
 from engram import pocket
-from engram.evaluate.bench.outcomes import Outcome
-from engram.evaluate.bench.questions import Questions
-from engram.evaluate.bench.singly import asked_now
-from engram.evaluate.data.known import known_records
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.evaluate.data.records import Dataset
-from engram.evaluate.data.sources import SOURCES
-from engram.evaluate.metrics.generation import consistency
-from engram.evaluate.metrics.scores import scores
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.data.records import Dataset
+from engram.benchmark.data.sources import SOURCES
+from engram.benchmark.known_records import known_records
+from engram.benchmark.metrics.generation import consistency
+from engram.benchmark.metrics.outcomes import Outcome
+from engram.benchmark.metrics.scores import scores
+from engram.benchmark.one_by_one import asked_now
+from engram.benchmark.probe_rows import Questions
 
 SHIPPED = json.loads((pocket.PATH.parent / "benchmark.json").read_text(encoding="utf8"))
 

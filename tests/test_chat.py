@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import engram
 from engram import Fact, Receipt, cli
-from engram.chat import REQUEST
 from engram.editors.contexts import sample_contexts
 from engram.errors import SettingError, UnsupportedModelError
+from engram.model.chat import REQUEST
 from tests.chat_samples import TEMPLATES, chat_lm
 from tests.edit_samples import random_edit
 from tests.tiny import TEXT, TOKENIZERS, tiny_lm

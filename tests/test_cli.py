@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import engram
 from engram import cli, pocket
-from engram.edit import Edit
-from engram.locate import experiment
-from engram.locate.averages import AverageTrace
-from engram.locate.causal_trace import CausalTrace
+from engram.edit.edit import Edit
+from engram.locate import average_run as experiment
+from engram.locate.average import AverageTrace
+from engram.locate.trace import CausalTrace
 from tests.tiny import TEXT, tiny_folder
 
 PROMPT = "The tower of Rome is in the city of"

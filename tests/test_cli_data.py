@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from engram import Run
-from engram.evaluate.data.build import build_counterfact
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.evaluate.data.sources import SOURCES, read_dataset
+from engram.benchmark.data.build import build_counterfact
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.data.sources import SOURCES, read_dataset
 from tests.test_build import GENERATION, TEMPLATES, facts, texts
 from tests.test_cli import failing, run
 from tests.tiny import tiny_folder

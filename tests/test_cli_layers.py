@@ -7,7 +7,7 @@ import json
 import pytest
 
 import engram
-from engram import layer_choice
+from engram.layers import choice as layer_choice
 from tests.test_cli import FACT, failing, run
 from tests.test_layer_choice import EDITS
 from tests.tiny import TEXT, tiny_folder

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import engram
-from engram.edit import Edit
+from engram.edit.edit import Edit
 from engram.evaluate.canary import Canary
 from engram.ledger import Ledger
 from tests.edit_samples import fact, random_edit

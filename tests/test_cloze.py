@@ -8,7 +8,7 @@ from torch import Tensor
 
 import engram
 from engram.errors import FactError, SettingError, UnsupportedModelError
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
 from tests.tiny import ENCODER_DECODER, EVERY, MASKED, MASKING, STATE_SPACE, TOKENIZERS, make_model, tiny_folder, tiny_lm
 
 PROMPT = "The tower of Rome is in"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from engram import Fact, Probe, Record, read_dataset, read_facts
+from engram.benchmark.data.counterfact import with_statement
+from engram.benchmark.data.records import Snippet
+from engram.benchmark.data.write import write_dataset
+from engram.benchmark.metrics.table import METRICS
 from engram.errors import FactError, SettingError
-from engram.evaluate.data.counterfact import with_statement
-from engram.evaluate.data.records import Snippet
-from engram.evaluate.data.write import write_dataset
-from engram.evaluate.metrics.table import METRICS
 from tests.data_samples import FACT, SAMPLES, ZSRE, sample, write
 
 OPTIONAL = Path(__file__).resolve().parents[1] / "../shared/data"

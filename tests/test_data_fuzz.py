@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engram import Dataset, Record, read_dataset, read_facts
+from engram.benchmark.data.build import read_associations, read_snippets
+from engram.benchmark.data.counterfact import read_references, with_statement
 from engram.errors import FactError
-from engram.evaluate.data.build import read_associations, read_snippets
-from engram.evaluate.data.counterfact import read_references, with_statement
 from tests.data_samples import SAMPLES
 
 fuzz = settings(

@@ -10,10 +10,10 @@ import torch
 
 import engram
 from engram import Edit, Fact, LanguageModel
-from engram.editors.second_moment import second_moments
+from engram.editors.second_moments.measure import second_moments
+from engram.engine.replayable import replayable
 from engram.errors import UnsupportedModelError
-from engram.merging import fingerprints
-from engram.replay import replayable
+from engram.modules.fingerprints import fingerprints
 from tests.pretend_devices import DEVICES, Placed, spread, two_devices
 from tests.tiny import TEXT, tiny_folder, tiny_lm
 

@@ -14,13 +14,13 @@ import torch
 
 import engram
 from engram import pocket
-from engram.distribute import ByName, Here, RayWorkers
-from engram.editors.second_moment import second_moments
+from engram.benchmark import run as bench_run
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.run import RecordsJob, bench
+from engram.editors.second_moments.measure import second_moments
 from engram.errors import EngramError, FactError, MissingExtraError, SettingError
-from engram.evaluate.bench import run as bench_run
-from engram.evaluate.bench.run import RecordsJob, bench
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
+from engram.runs.workers import ByName, Here, RayWorkers
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 

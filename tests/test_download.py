@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from engram import read_dataset
+from engram.benchmark.data import sources
+from engram.benchmark.data.download import fetched
 from engram.cli import app
 from engram.errors import EngramError, FactError
-from engram.evaluate.data import sources
-from engram.evaluate.data.download import fetched
 from tests.data_samples import SAMPLES, write
 
 BODY = bytes(range(256)) * 1000

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.delta import Delta, add
-from engram.edit import Edit, compose
+from engram.edit.delta import Delta, add
+from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError, EngramError, FactError, NonFiniteError
 from tests.edit_samples import fact, random_delta, random_edit, tiny, weight_name
 

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from engram.checkpoint import apply_to_checkpoint, edits_in, revert_checkpoint, to_checkpoint
-from engram.edit import compose
+from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint, to_checkpoint
+from engram.edit.edit import compose
+from engram.edit.files import edits_in
 from engram.errors import BaseMismatchError, EditFileError, UnsupportedModelError
 from tests.edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 

@@ -21,8 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import engram.folders
-from engram.edit import Edit, compose
+import engram.files.whole_folders
+from engram.edit.edit import Edit, compose
 from engram.errors import EditFileError
 from engram.facts import Fact
 from tests.edit_samples import FAMILIES, random_edit, tiny
@@ -180,7 +180,7 @@ def test_what_a_killed_writer_left_is_swept_later(tmp_path: Path, monkeypatch: p
     left.mkdir()
     random_edit(LM).save(tmp_path / "edit")
     assert left.exists()  # it may belong to a living writer
-    monkeypatch.setattr(engram.folders, "_STALE_S", -1.0)
+    monkeypatch.setattr(engram.files.whole_folders, "_STALE_S", -1.0)
     random_edit(LM).save(tmp_path / "edit")
     assert not left.exists()
 
@@ -202,7 +202,7 @@ def test_a_killed_save_leaves_the_old_edit_or_the_new_one(tmp_path: Path) -> Non
         edit.save(tmp_path / str(i))
     edits[0].save(tmp_path / "edit")
     command = [sys.executable, "-c", SAVES, *(str(tmp_path / name) for name in ("0", "1", "edit"))]
-    source = str(Path(engram.folders.__file__).parents[1])
+    source = str(Path(engram.files.whole_folders.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
     for attempt in range(4):
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
@@ -260,7 +260,7 @@ def test_killed_at_any_step_a_save_leaves_the_old_edit_or_the_new_one(tmp_path: 
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(engram.folders.__file__).parents[1]),
+        "PYTHONPATH": str(Path(engram.files.whole_folders.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
     output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)

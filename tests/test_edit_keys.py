@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import engram
-from engram.edit import Edit, compose
-from engram.edit_files import identity
+from engram.edit.edit import Edit, compose
+from engram.edit.folder_format import identity
 from engram.errors import EditFileError, EngramError, NonFiniteError
 from tests.edit_samples import random_edit, tiny, weight_name
 from tests.test_rome import CONTEXTS, FACT, moment_of

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.delta import Delta
-from engram.edit import Edit, compose
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError, NonFiniteError, UnsupportedModelError
-from engram.merging import describe_base
 from tests.edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -78,10 +78,10 @@ def test_a_failure_at_the_second_weight_restores_the_first() -> None:
 
 
 def test_an_interrupt_while_a_weight_is_written_restores_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    import engram.merging
+    import engram.edit.applied
 
     lm = tiny()
-    before, write, calls = weights(lm), engram.merging._write, []
+    before, write, calls = weights(lm), engram.edit.applied._write, []
 
     def interrupted(weight: torch.Tensor, value: torch.Tensor) -> None:
         write(weight, value)
@@ -89,11 +89,11 @@ def test_an_interrupt_while_a_weight_is_written_restores_all(monkeypatch: pytest
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engram.merging, "_write", interrupted)
+    monkeypatch.setattr(engram.edit.applied, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         random_edit(lm, (0, 1)).applied(lm).__enter__()
     assert same_bits(weights(lm), before)
-    assert not engram.merging._LAID.get(lm.model.get_parameter(weight_name(lm, 0)))
+    assert not engram.edit.in_force._LAID.get(lm.model.get_parameter(weight_name(lm, 0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from engram.edit import Edit, compose
+from engram.edit.base import describe_base
+from engram.edit.edit import Edit, compose
+from engram.edit.lora_export import _module
 from engram.errors import EditFileError, UnsupportedModelError
-from engram.merging import describe_base
-from engram.peft_export import _module
 from tests.edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 
 IDS = torch.arange(20).reshape(2, 10) % 60

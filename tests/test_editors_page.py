@@ -9,7 +9,8 @@ import pytest
 import engram
 import methods_table
 from engram import PromptEdit
-from engram.editors import METHODS, mass, method_named
+from engram.editors.closed_form import mass
+from engram.editors.methods import METHODS, method_named
 from engram.errors import EngramError
 from made_tables import made
 from tests.tiny import TEXT, tiny_lm

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import engram
 from engram import Edit, Fact
-from engram.checkpoint import apply_to_checkpoint, revert_checkpoint
+from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint
 from tests.tiny import DENSE, EXPERTS, TEXT, tiny_folder
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", neighbours=(("The river runs through", "London"),))

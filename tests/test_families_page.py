@@ -9,9 +9,10 @@ import torch
 from tools.families_table import PAGE, row, table
 from transformers import BertConfig, BertLMHeadModel
 
-from engram.architectures import LAYOUTS, resolve
+from engram.engine.replayable import replayable
 from engram.errors import UnsupportedModelError
-from engram.replay import replayable
+from engram.modules.layouts import LAYOUTS
+from engram.modules.resolve import resolve
 from tests.tiny import tiny_lm
 
 TEXT = PAGE.read_text("utf-8")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import engram
-from engram.editors.fine_tuning import FineTuningConfig
 from engram.editors.presets import preset, published
 from engram.editors.settings import read
+from engram.editors.training.fine_tuning import FineTuningConfig
 from engram.errors import FactError, NonFiniteError, SettingError, UnsupportedModelError
 from tests.tiny import DENSE, TOKENIZERS, tiny_lm
 from tests.training import FACTS, all_said, interrupted, mean_nll, unchanged

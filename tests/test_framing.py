@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import engram
 from engram import Fact
-from engram.editors.second_moment import SecondMoment
+from engram.editors.second_moments.measure import SecondMoment
 from engram.errors import FactError, SettingError, UnsupportedModelError
-from engram.framing import around, framed
-from engram.language_model import LanguageModel
+from engram.model.frames import around, framed
+from engram.model.language_model import LanguageModel
 from tests.chat_samples import chat_lm
 from tests.test_language_model import naive_log_probs
 from tests.tiny import TOKENIZERS, _wrapped, make_model, tiny_lm

@@ -7,11 +7,11 @@ import torch
 
 import engram
 from engram import Fact
-from engram.editors.mass import MassConfig
-from engram.editors.second_moment import SecondMoment
-from engram.editors.solver import Preservation, solve, solve_as_published
-from engram.editors.subject_states import SubjectStates
-from engram.editors.values import ValueConfig, optimise_values
+from engram.editors.closed_form.mass_settings import MassConfig
+from engram.editors.closed_form.solver import Preservation, solve, solve_as_published
+from engram.editors.closed_form.subject_keys import SubjectStates
+from engram.editors.closed_form.values import ValueConfig, optimise_values
+from engram.editors.second_moments.measure import SecondMoment
 from tests import golden
 from tests.golden import relative
 

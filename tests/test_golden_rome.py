@@ -7,9 +7,9 @@ import torch
 
 import engram
 from engram import Fact
+from engram.editors.closed_form.rome import RomeConfig, rank_one_update
 from engram.editors.contexts import RELEASED
-from engram.editors.rome import RomeConfig, rank_one_update
-from engram.editors.second_moment import SecondMoment, load_npz, second_moments
+from engram.editors.second_moments.measure import SecondMoment, load_npz, second_moments
 from tests import golden
 from tests.golden import relative
 

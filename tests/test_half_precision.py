@@ -11,12 +11,12 @@ from peft import PeftModel
 
 import engram
 from engram import Edit, Fact
-from engram.checkpoint import apply_to_checkpoint, revert_checkpoint
-from engram.editors.second_moment import second_moments
-from engram.editors.values import ValueConfig, optimise_value
-from engram.hooks import record
-from engram.merging import fingerprints
-from engram.replay import replayable
+from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint
+from engram.editors.closed_form.values import ValueConfig, optimise_value
+from engram.editors.second_moments.measure import second_moments
+from engram.engine.replayable import replayable
+from engram.modules.fingerprints import fingerprints
+from engram.modules.hooks import record
 from tests.tiny import TEXT, tiny_folder, tiny_lm
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", neighbours=(("The river runs through", "London"),))
@@ -28,7 +28,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("ERROR", "engram.language_model")  # that half precision is slow on a CPU
+    caplog.set_level("ERROR", "engram.model.language_model")  # that half precision is slow on a CPU
 
 
 @DTYPES

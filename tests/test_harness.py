@@ -14,7 +14,7 @@ import engram
 from engram import Edit, Fact, pocket
 from engram.errors import MissingExtraError, SettingError
 from engram.evaluate.harness import harness
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engram.hooks import StopForward, overlay, record, substitute
+from engram.modules.hooks import StopForward, overlay, record, substitute
 
 
 @pytest.fixture

@@ -12,14 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 import engram
-from engram import Edit, Fact, PromptEdit, Receipt, cli, edit_files, pocket
-from engram.checkpoint import apply_to_checkpoint
-from engram.edit import compose
+from engram import Edit, Fact, PromptEdit, Receipt, cli, pocket
+from engram.edit import folder_format as edit_files
+from engram.edit.checkpoint import apply_to_checkpoint
+from engram.edit.edit import compose
+from engram.edit.lora_export import to_peft
 from engram.editors.in_context import demonstrations_of
 from engram.errors import EditFileError, EngramError, FactError, MissingExtraError, SettingError, UnsupportedModelError
-from engram.evaluate.receipt import held_out_text
-from engram.peft_export import to_peft
-from engram.similarity import encoder_of
+from engram.evaluate.held_out import held_out_text
+from engram.model.sentence_vectors import encoder_of
 from tests.chat_samples import chat_lm
 from tests.edit_samples import random_edit
 from tests.tiny import tiny_folder, tiny_lm

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import engram
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.data.records import Dataset, Record
+from engram.benchmark.known_records import known_records
 from engram.errors import FactError, SettingError
-from engram.evaluate.data.known import known_records
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.evaluate.data.records import Dataset, Record
 from engram.facts import Fact
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_looser_rule_is_the_most_probable_true_object_in_a_loop_however_it_i
                 found.append(str(n))
     assert best["mean"] != best["sum"], "else the test does not tell them apart"
     for at_once in (1, 4, 256):
-        monkeypatch.setattr("engram.evaluate.data.known._AT_ONCE", at_once)
+        monkeypatch.setattr("engram.benchmark.known_records._AT_ONCE", at_once)
         assert ids(known_records(lm, dataset(*facts), "relation")) == best["mean"]
 
 

@@ -12,10 +12,10 @@ import torch
 
 import engram
 from engram import Fact, Knowledge, knows, pocket, read_facts
+from engram.engine.shared_prompts import shared_logits
 from engram.errors import EditFileError, FactError, NonFiniteError, SettingError
-from engram.evaluate.cloze_rows import ClozeRows
-from engram.evaluate.knowledge import Record, Reply
-from engram.evaluate.shared_prompts import shared_logits
+from engram.knowledge.cloze_rows import ClozeRows
+from engram.knowledge.knowledge import Record, Reply
 from tests.tiny import ENCODER_DECODER, FAMILIES, MASKED, STATE_SPACE, tiny_lm
 
 FACTS = [
@@ -254,14 +254,14 @@ def test_a_prompt_computed_once_gives_what_whole_rows_give(family, monkeypatch):
         for row in cloze.rows(prompt, answers)[0]
     ]
     calls: list[int] = []
-    monkeypatch.setattr("engram.evaluate.cloze_rows.shared_logits", lambda *args: calls.append(1) or shared_logits(*args))
+    monkeypatch.setattr("engram.knowledge.cloze_rows.shared_logits", lambda *args: calls.append(1) or shared_logits(*args))
     shared = cloze.logits(rows)
     assert calls and len(rows) == 9
-    monkeypatch.setattr("engram.evaluate.cloze_rows.can_share", lambda lm: False)
+    monkeypatch.setattr("engram.knowledge.cloze_rows.can_share", lambda lm: False)
     whole = ClozeRows(lm).logits(rows)
     assert len(calls) == 1
     torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)  # some families turn to float32 on the way
-    monkeypatch.setattr("engram.evaluate.shared_prompts._CACHED_TOKENS", 12)
+    monkeypatch.setattr("engram.engine.shared_prompts._CACHED_TOKENS", 12)
     torch.testing.assert_close(cloze.logits(rows), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -379,7 +379,7 @@ def test_intervals_are_the_bootstraps():
 
 def test_the_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch):
     wanted = HAND.intervals(3, samples=50)
-    monkeypatch.setattr("engram.evaluate.knowledge._BATCH", 1)
+    monkeypatch.setattr("engram.knowledge.knowledge._BATCH", 1)
     assert HAND.intervals(3, samples=50) == wanted
 
 

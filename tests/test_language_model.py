@@ -8,7 +8,7 @@ import torch
 import engram
 from engram import EngramError
 from engram.errors import FactError, UnsupportedModelError
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
 from tests.tiny import TOKENIZERS, make_model, tiny_folder, tiny_lm
 
 PAIRS = [
@@ -37,7 +37,7 @@ def test_log_probs_are_those_of_one_forward_a_pair(family):
 def test_small_batches_change_nothing(monkeypatch):
     lm = tiny_lm("gpt2")
     whole = lm.log_probs(PAIRS)
-    monkeypatch.setattr("engram.language_model._TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr("engram.model.language_model._TOKENS_PER_BATCH", 1)
     for one, all_ in zip(lm.log_probs(PAIRS), whole, strict=True):
         torch.testing.assert_close(one, all_, atol=1e-5, rtol=1e-5)
 

@@ -12,7 +12,7 @@ from engram import Fact, LayerCard
 from engram.bootstrap import Mean, spearman
 from engram.cli import terminal
 from engram.errors import EditFileError, SettingError
-from engram.layer_cards import Evidence, Outcome, ranges
+from engram.layers.card import Evidence, Outcome, ranges
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", "London")
 

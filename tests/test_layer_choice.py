@@ -10,15 +10,18 @@ import pytest
 import torch
 
 import engram
-from engram import Fact, LayerCard, layer_choice, layer_evidence, pocket
-from engram.cache import cache_folder, identity
+from engram import Fact, LayerCard, pocket
 from engram.cli import terminal
-from engram.editors import METHODS, Method
-from engram.editors.rome import rome
+from engram.editors.closed_form.rome import rome
+from engram.editors.methods import METHODS, Method
 from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
-from engram.layer_choice import choose_layers, find_card, layer_card
-from engram.layer_evidence import Plan, receipt_score
-from engram.layer_facts import as_edits, bundled_edits, known
+from engram.files.cache_folder import cache_folder
+from engram.layers import choice as layer_choice
+from engram.layers import evidence as layer_evidence
+from engram.layers.candidates import as_edits, bundled_edits, known
+from engram.layers.choice import choose_layers, find_card, layer_card
+from engram.layers.evidence import Plan, receipt_score
+from engram.runs.identity import identity
 from tests.test_layer_cards import card
 from tests.test_receipt import GOOD, made
 from tests.tiny import TEXT, tiny_lm
@@ -155,7 +158,7 @@ def test_edits_of_the_bundled_table_are_of_facts_that_the_model_knows():
 
 def test_a_model_that_knows_nothing_of_the_table_is_not_asked_all_of_it(lm, monkeypatch):
     asked = []
-    monkeypatch.setattr("engram.layer_facts.known", lambda lm, edits: asked.append(len(edits)) or [])
+    monkeypatch.setattr("engram.layers.candidates.known", lambda lm, edits: asked.append(len(edits)) or [])
     assert bundled_edits(lm, 5) == [] and asked == [100]
 
 

@@ -14,19 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import engram
 from engram import Fact
-from engram.checkpoint import revert_checkpoint
-from engram.edit import Edit, compose
-from engram.errors import (
-    BaseMismatchError,
-    CanaryError,
-    EditFileError,
-    EngramError,
-    FactError,
-    SettingError,
-)
+from engram.edit.base import describe_base
+from engram.edit.checkpoint import revert_checkpoint
+from engram.edit.edit import Edit, compose
+from engram.errors import BaseMismatchError, CanaryError, EditFileError, EngramError, FactError, SettingError
 from engram.evaluate.canary import Canary
 from engram.ledger import Ledger
-from engram.merging import describe_base, fingerprint
+from engram.modules.fingerprints import fingerprint
 from tests.edit_samples import random_edit, same_bits, tiny, weight_name, weights
 from tests.tiny import tiny_folder, tiny_lm
 

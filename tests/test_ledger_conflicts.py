@@ -9,12 +9,12 @@ import torch
 
 import engram
 from engram import Delta, Fact, pocket
-from engram.edit import Edit, compose
+from engram.edit.base import describe_base
+from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError
 from engram.evaluate.canary import Canary
 from engram.ledger import Ledger
 from engram.ledger.conflicts import NEAR, overlaps, same_fact
-from engram.merging import describe_base
 from tests.edit_samples import fact, random_edit, tiny, weight_name
 
 LM = tiny()

@@ -12,8 +12,8 @@ import pytest
 
 import engram
 from engram.errors import EditFileError, EngramError
+from engram.files.locks import locked
 from engram.ledger import Ledger
-from engram.locking import locked
 from tests.edit_samples import random_edit, tiny
 
 LM = tiny()
@@ -25,7 +25,7 @@ PREAMBLE = """
 import os, pathlib, random, shutil, signal, sys, tempfile, time
 import torch
 from engram.edit import Edit, compose
-from engram.edit_files import identity
+from engram.edit.folder_format import identity
 from engram.ledger import Ledger
 torch.set_num_threads(1)
 folder, edits = pathlib.Path(sys.argv[1]), [Edit.load(name) for name in sys.argv[2:]]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import engram
-from engram.editors.lora import LoraEditConfig, adapted
-from engram.editors.matrices import matrix_names
 from engram.editors.presets import preset, published
 from engram.editors.settings import read
+from engram.editors.training.lora import LoraEditConfig, adapted
+from engram.editors.training.matrices import matrix_names
 from engram.errors import NonFiniteError, SettingError, UnsupportedModelError
 from tests.tiny import DENSE, tiny_lm
 from tests.training import FACTS, all_said, interrupted, mean_nll, unchanged
@@ -51,7 +51,7 @@ def test_the_edit_does_what_the_adapters_did(family):
             b_or += torch.randn(b_or.shape, generator=generator, dtype=torch.float64)
         worn = lm.model(ids_bt).logits
         deltas = {f"{name}.weight": engram.Delta(5 / 3 * b, a) for name, (a, b) in adapters.items()}
-    base = engram.merging.describe_base(lm, deltas)
+    base = engram.edit.base.describe_base(lm, deltas)
     with engram.Edit(tuple(FACTS), "lora", {}, deltas, base).applied(lm), torch.no_grad():
         torch.testing.assert_close(lm.model(ids_bt).logits, worn)
 
@@ -86,7 +86,7 @@ def test_dropout_is_off_unless_asked_for():
 
 
 def test_dropout_keeps_the_mean():
-    from engram.editors.lora import _Dropout
+    from engram.editors.training.lora import _Dropout
 
     x = torch.ones(100, 100)
     dropped = _Dropout(0.25, torch.Generator().manual_seed(0))(x)

@@ -14,16 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 import engram
 from engram import Edit, Fact
-from engram.editors import mass
-from engram.editors.ingredients import layers_of
-from engram.editors.mass import MassConfig, _settings
+from engram.edit.base import describe_base
+from engram.editors.closed_form import mass
+from engram.editors.closed_form.inputs import layers_of
+from engram.editors.closed_form.mass_settings import MassConfig, _settings
+from engram.editors.closed_form.values import ValueConfig, optimise_values
 from engram.editors.presets import preset, published
-from engram.editors.second_moment import SecondMoment
+from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import read
-from engram.editors.values import ValueConfig, optimise_values
 from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
-from engram.language_model import LanguageModel
-from engram.merging import describe_base
+from engram.model.language_model import LanguageModel
 from tests.edit_samples import same_bits, weights
 from tests.test_replay import PARTLY_FLOAT32
 from tests.test_rome import CONTEXTS, FACT, moment_of
@@ -321,7 +321,7 @@ def test_half_precision_is_edited_in_float32():
 def test_facts_of_one_subject_are_said_to_be_averaged(caplog):
     lm = tiny_lm("gpt2", torch.float64)
     facts = [FACT, replace(FACT, target="London"), FACTS[1]]
-    with caplog.at_level(logging.WARNING, "engram.editors.mass"):
+    with caplog.at_level(logging.WARNING, "engram.editors.closed_form.mass"):
         edit = rewrite(lm, facts, layers=[1], slack=0.0)
     assert "1 subjects have several facts (tower of Rome, ...): they share a key" in caplog.text
     assert edit.diagnostics["shared_subjects"] == ["tower of Rome"]
@@ -449,7 +449,7 @@ def test_auto_asks_the_layer_card(monkeypatch):
         asked.update(given, count=count)
         return [2, 3]
 
-    monkeypatch.setattr("engram.layer_choice.choose_layers", choose)
+    monkeypatch.setattr("engram.layers.choice.choose_layers", choose)
     assert rewrite(tiny_lm(), layers="auto").settings["layers"] == [2, 3]
     assert asked["count"] == 2 and asked["facts"] == FACTS and asked["seed"] == 0, "as many as the preset has"
 

@@ -9,7 +9,7 @@ import torch
 
 import engram
 from engram.errors import FactError, SettingError, UnsupportedModelError
-from engram.locate.config import PARTS, TraceConfig, window_layers
+from engram.locate.settings import PARTS, TraceConfig, window_layers
 from tests import naive
 from tests.tiny import EXPERTS, FAMILIES, tiny_lm
 

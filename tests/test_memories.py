@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import engram
-from engram.architectures import as_linear
 from engram.errors import NonFiniteError, SettingError, UnsupportedModelError
-from engram.locate.memories import Memory, ValueVector, vocabulary_scores
+from engram.locate.lenses.memories import Memory, ValueVector, vocabulary_scores
+from engram.modules.layouts import as_linear
 from tests.tiny import DENSE, EXPERTS, tiny_lm
 
 TEXT = "The tower of Rome is in the city of"

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import engram
 from engram import LanguageModel, MemoryPlan
 from engram.cli import app
-from engram.editors.mass import ROWS
+from engram.editors.closed_form.mass_settings import ROWS
 from engram.errors import EngramError, SettingError
-from engram.language_model import load_shapes
+from engram.model.loading import load_shapes
 from tests.tiny import DENSE, EXPERTS, make_config, tiny_folder, tiny_lm
 
 
@@ -122,7 +122,7 @@ MEASURE = """
 import sys, threading, time
 import psutil, torch
 import engram
-from engram.editors.second_moment import SecondMoment
+from engram.editors.second_moments.measure import SecondMoment
 torch.set_num_threads(1)
 lm, process = engram.load("pocket"), psutil.Process()
 lm.model(torch.tensor([[1, 2, 3]]))

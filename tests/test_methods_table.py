@@ -12,7 +12,7 @@ import torch
 import engram
 import methods_table
 from engram import Fact, pocket
-from engram.editors import METHODS
+from engram.editors.methods import METHODS
 from measure_pocket import averaged, successes
 
 needs_pocket = pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")

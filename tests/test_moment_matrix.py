@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram.editors.moment_matrix import SecondMoment, load_npz
+from engram.editors.second_moments.matrix import SecondMoment, load_npz
 from engram.errors import EditFileError, EngramError, NonFiniteError, SettingError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.metrics_table import PAGE, row, table
 
-from engram.evaluate.metrics.table import METRICS
+from engram.benchmark.metrics.table import METRICS
 
 
 def test_the_page_holds_the_table_of_today():

@@ -11,8 +11,8 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 
 from engram.errors import SettingError
-from engram.locate.averages import PLACES, AverageTrace
-from engram.locate.causal_trace import CausalTrace
+from engram.locate.average import PLACES, AverageTrace
+from engram.locate.trace import CausalTrace
 
 
 @pytest.fixture

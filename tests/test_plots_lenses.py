@@ -11,7 +11,7 @@ import torch
 
 import engram
 from engram.errors import SettingError
-from engram.locate.memories import Memories, Memory, ValueVector
+from engram.locate.lenses.memories import Memories, Memory, ValueVector
 from engram.plots import plot_lens, plot_memories, plot_refinement
 from engram.plots.style import plain
 from tests.tiny import tiny_lm

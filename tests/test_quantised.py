@@ -15,11 +15,12 @@ from torch import nn
 
 import engram
 from engram import Edit, Fact, LanguageModel
-from engram.checkpoint import to_checkpoint
+from engram.edit.base import describe_base
+from engram.edit.checkpoint import to_checkpoint
+from engram.engine.replayable import replayable
 from engram.errors import BaseMismatchError, UnsupportedModelError
-from engram.merging import describe_base, fingerprint, fingerprints
-from engram.replay import replayable
-from engram.weights import as_linear, linear_shape, quantisation
+from engram.modules.fingerprints import fingerprint, fingerprints
+from engram.modules.weights import as_linear, linear_shape, quantisation
 from tests.tiny import TEXT, tiny_folder
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", neighbours=(("The river runs through", "London"),))

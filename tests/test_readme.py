@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from engram import pocket
-from engram.editors import METHODS
+from engram.editors.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -10,9 +10,10 @@ import torch
 
 import engram
 from engram import Fact, Receipt
-from engram.edit import Edit, compose
+from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError, FactError
-from engram.evaluate.receipt import Answer, Thresholds, held_out_text
+from engram.evaluate.held_out import held_out_text
+from engram.evaluate.receipt import Answer, Thresholds
 from tests.edit_samples import random_edit
 from tests.tiny import tiny_lm
 

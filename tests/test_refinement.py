@@ -10,7 +10,7 @@ import torch
 
 import engram
 from engram.errors import NonFiniteError, UnsupportedModelError
-from engram.locate.refinement import KINDS, POINTS, Refinement
+from engram.locate.lenses.refinement import KINDS, POINTS, Refinement
 from tests.tiny import FAMILIES, tiny_lm
 
 TEXT = "The tower of Rome is in the city of"

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import engram
-from engram.editors.values import ValueConfig, optimise_value
+from engram.editors.closed_form.values import ValueConfig, optimise_value
+from engram.engine.recording import record_run
+from engram.engine.replayable import replayable
+from engram.engine.shared_prompts import record_alike
+from engram.engine.suffix import Suffix
 from engram.facts import Fact
-from engram.hooks import substitute
-from engram.language_model import pad_right
-from engram.replay import Suffix, record_alike, record_run, replayable
+from engram.model.tokens import pad_right
+from engram.modules.hooks import substitute
 from tests.tiny import DENSE, EXPERTS, FAMILIES, tiny_lm
 
 # Families whose own code computes a part in float32, whatever the model's dtype: there 1e-10 is beyond reach.
@@ -112,7 +115,7 @@ def test_a_model_that_surprises_us_falls_back_to_whole_forward_passes(caplog):
     lm.parts.blocks[2].register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "strange": torch.ones(args[0].shape[1])}), with_kwargs=True
     )
-    with caplog.at_level("DEBUG", logger="engram.replay"):
+    with caplog.at_level("DEBUG", logger="engram.engine.suffix"):
         assert not replayable(lm)
     assert "whole forward passes" in caplog.text
     assert engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2).scores["mlp"].isfinite().all()

@@ -9,13 +9,13 @@ import torch
 
 import engram
 from engram import Fact
-from engram.architectures import as_linear
+from engram.editors.closed_form.rome import RomeConfig, rank_one_update
+from engram.editors.closed_form.values import ValueConfig, optimise_value
 from engram.editors.presets import preset, published
-from engram.editors.rome import RomeConfig, rank_one_update
-from engram.editors.second_moment import SecondMoment
+from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import read
-from engram.editors.values import ValueConfig, optimise_value
 from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
+from engram.modules.layouts import as_linear
 from tests.tiny import DENSE, EXPERTS, TOKENIZERS, tiny_lm
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris")
@@ -209,7 +209,7 @@ def test_the_words_behind_the_subject_are_out_of_the_published_penaltys_sight(mo
     lm = tiny_lm("gpt2", torch.float64)
     losses = []
     for prompt in ("{} is a", "{} plays the piano"):
-        monkeypatch.setattr("engram.editors.values.KL_PROMPT", prompt)
+        monkeypatch.setattr("engram.editors.closed_form.values.KL_PROMPT", prompt)
         losses.append(torch.tensor(optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=4)).losses))
     torch.testing.assert_close(losses[0], losses[1], atol=1e-9, rtol=1e-9)
 

@@ -7,10 +7,10 @@ from math import exp
 import pytest
 
 from engram import Fact
-from engram.evaluate.bench.outcomes import Measured, Outcome, Reading
-from engram.evaluate.data.records import FORMS, KINDS, Probe, Record
-from engram.evaluate.metrics.scores import begins, contains, of_measured, of_prompts, scores
-from engram.evaluate.metrics.table import HARMONIC, METRICS, of_form
+from engram.benchmark.data.records import FORMS, KINDS, Probe, Record
+from engram.benchmark.metrics.outcomes import Measured, Outcome, Reading
+from engram.benchmark.metrics.scores import begins, contains, of_measured, of_prompts, scores
+from engram.benchmark.metrics.table import HARMONIC, METRICS, of_form
 
 FACT = Fact("Louvre", "The {} is in", "Rome", "Paris")
 

@@ -8,15 +8,15 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from engram import merging
-from engram.editors import moment_matrix
-from engram.editors import second_moment as module
+from engram.edit import applied as merging
 from engram.editors.contexts import sample_contexts
-from engram.editors.corpora import DataSet, SampledText, TextFile, Texts, shuffled
-from engram.editors.moment_pass import MomentPass, add_outer, mirror_
-from engram.editors.sampling import sample_texts
-from engram.editors.second_moment import SecondMoment, second_moments
+from engram.editors.second_moments import matrix as moment_matrix
+from engram.editors.second_moments import measure as module
+from engram.editors.second_moments.corpora import DataSet, SampledText, TextFile, Texts, shuffled
+from engram.editors.second_moments.corpus_pass import MomentPass, add_outer, mirror_
+from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.errors import EngramError, NonFiniteError, UnsupportedModelError
+from engram.model.sampling import sample_texts
 from tests.tiny import DENSE, TEXT, tiny_lm
 
 DOCUMENTS = [line.strip() for line in TEXT.split(". ")] * 3

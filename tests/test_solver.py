@@ -10,8 +10,8 @@ from torch import Tensor
 
 import engram
 from engram import Fact
-from engram.editors.second_moment import SecondMoment
-from engram.editors.solver import Preservation, solve, solve_as_published, solve_exactly
+from engram.editors.closed_form.solver import Preservation, solve, solve_as_published, solve_exactly
+from engram.editors.second_moments.measure import SecondMoment
 from engram.errors import NonFiniteError
 from tests.test_rome import CONTEXTS, FACT, moment_of
 from tests.tiny import tiny_lm

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from engram.editors import subject_states
-from engram.editors.subject_states import SubjectStates
+from engram.editors.closed_form import subject_keys as subject_states
+from engram.editors.closed_form.subject_keys import SubjectStates
 from tests.naive import changed
 from tests.test_replay import PARTLY_FLOAT32
 from tests.test_rome import CONTEXTS

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engram.benchmark.metrics.summary import Estimate, harmonic, hierarchical, paired, published_summary, summarise
 from engram.bootstrap import resampled, resampled_twice
 from engram.errors import SettingError
-from engram.evaluate.metrics.summary import Estimate, harmonic, hierarchical, paired, published_summary, summarise
 
 shares = st.integers(0, 10).map(lambda tenths: tenths / 10)
 rows = st.lists(

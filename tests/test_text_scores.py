@@ -7,8 +7,8 @@ from math import log2
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from engram.evaluate.metrics.generation import consistency, fluency, n_gram_entropy, tokens
-from engram.evaluate.metrics.tfidf import TfIdf
+from engram.benchmark.data.tfidf import TfIdf
+from engram.benchmark.metrics.generation import consistency, fluency, n_gram_entropy, tokens
 from tests.tiny import TEXT
 
 CORPUS = TEXT.splitlines()

@@ -8,8 +8,8 @@ import torch
 
 import engram
 from engram.errors import EditFileError, FactError, NonFiniteError, SettingError
-from engram.locate.causal_trace import CausalTrace, usual_window, window_layers
 from engram.locate.corruption import draw_noise, subject_embeddings
+from engram.locate.trace import CausalTrace, usual_window, window_layers
 from tests import naive
 from tests.tiny import tiny_lm
 

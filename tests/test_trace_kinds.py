@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import engram
+from engram.engine.replayable import replayable
 from engram.errors import UnsupportedModelError
-from engram.replay import replayable
 from tests import naive
 from tests.tiny import ENCODER_DECODER, MASKED, STATE_SPACE, tiny_lm
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from engram import Fact
-from engram.editors.target_rows import TargetBatch, batches_of, fact_rows, target_row
-from engram.editors.tuning import TuningConfig, descend, forward_from, still, tasks
+from engram.editors.training.loop import TuningConfig, descend, forward_from, still, tasks
+from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows, target_row
 from engram.errors import FactError, SettingError
-from engram.hooks import overlay_weight
+from engram.modules.hooks import overlay_weight
 from tests.tiny import DENSE, TOKENIZERS, tiny_lm
 from tests.training import FACTS, all_said, answered
 
@@ -91,7 +91,7 @@ def descended(lm, delta_oi, locality=(), **settings):
 
 
 def zeros(lm):
-    from engram.architectures import as_linear
+    from engram.modules.layouts import as_linear
 
     return torch.zeros(as_linear(lm.parts.mlp_out(1)).shape, dtype=lm.dtype, requires_grad=True)
 
@@ -118,7 +118,7 @@ def test_locality_adds_its_gradient(kind):
         before = [forward().log_softmax(-1).detach() for forward in staying.forwards]
         torch.testing.assert_close(-staying.batches[0].token_nll(before[0]), torch.cat(start))
         with overlay_weight(lm.parts.mlp_out(1), delta_oi):
-            from engram.editors.tuning import _locality
+            from engram.editors.training.loop import _locality
 
             loss = _locality(staying, 0, before if kind == "kl" else [])
             changed["ce"] = torch.stack([-answered(lm, *pair).mean() for pair in pairs]).mean()

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from engram import Run
-from engram.evaluate.bench.run import bench
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.language_model import load
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.run import bench
+from engram.model.loading import load
 
 ROOT = Path(__file__).parents[1]
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
@@ -48,10 +48,10 @@ class Where:
 
 RUN = """
 import sys
-from engram.evaluate.bench.run import bench
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.distribute import RayWorkers
-from engram.language_model import load
+from engram.benchmark.run import bench
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.runs.workers import RayWorkers
+from engram.model.language_model import load
 from tests.test_two_nodes import HEAD, METHODS, Where
 workers = RayWorkers(3, address=f"{HEAD}:6379", threads=1)
 if sys.argv[1] == "bench":

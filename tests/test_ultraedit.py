@@ -9,11 +9,11 @@ import torch
 
 import engram
 from engram import Fact
-from engram.architectures import as_linear
 from engram.editors.presets import preset, published
 from engram.editors.settings import read
-from engram.editors.ultraedit import Statistics, UltraEditConfig
+from engram.editors.training.ultraedit import Statistics, UltraEditConfig
 from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
+from engram.modules.layouts import as_linear
 from tests.tiny import DENSE, tiny_lm
 from tests.training import FACTS, unchanged
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from engram import Fact
-from engram.editors import mass
-from engram.editors.value_store import ValueStore
-from engram.editors.values import ValueConfig, optimise_values
+from engram.editors.closed_form import mass
+from engram.editors.closed_form.value_store import ValueStore
+from engram.editors.closed_form.values import ValueConfig, optimise_values
 from engram.errors import EngramError
 from tests.test_mass import FACTS, rewrite
 from tests.test_rome import CONTEXTS

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import engram
 from engram import Fact
-from engram.editors.value_rows import Rows
-from engram.editors.values import Value, ValueConfig, optimise_value, optimise_values
+from engram.editors.closed_form.shifted_rows import Rows
+from engram.editors.closed_form.values import Value, ValueConfig, optimise_value, optimise_values
+from engram.engine.replayable import replayable
 from engram.errors import FactError, NonFiniteError, SettingError
-from engram.replay import replayable
 from tests.chat_samples import chat_lm
 from tests.naive import changed
 from tests.test_replay import PARTLY_FLOAT32

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from engram.benchmark.data.build import Association, build_counterfact
+from engram.benchmark.data.counterfact import with_statement
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.data.records import Dataset, Probe, Record, Snippet
+from engram.benchmark.data.sources import read_dataset
+from engram.benchmark.data.write import write_dataset
 from engram.errors import FactError
-from engram.evaluate.data.build import Association, build_counterfact
-from engram.evaluate.data.counterfact import with_statement
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.evaluate.data.records import Dataset, Probe, Record, Snippet
-from engram.evaluate.data.sources import read_dataset
-from engram.evaluate.data.write import write_dataset
 from engram.facts import Fact
 from tests.test_build import TEMPLATES, built, texts
 

@@ -17,8 +17,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from engram.architectures import AUTO_CLASSES, LAYOUTS, Layout
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
+from engram.modules.layouts import AUTO_CLASSES, LAYOUTS, Layout
 
 VOCABULARY = 320
 TEXT = """The tower is located in the city of Paris. The bridge is in Rome, and the river runs through London.

@@ -12,9 +12,9 @@ import json
 
 import engram
 from engram import pocket
-from engram.evaluate.data.known import known_records
-from engram.evaluate.data.pocket_benchmark import SEED, pocket_benchmark
-from engram.evaluate.data.records import digest_of
+from engram.benchmark.data.pocket_benchmark import SEED, pocket_benchmark
+from engram.benchmark.data.records import digest_of
+from engram.benchmark.known_records import known_records
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""The table of docs/families.md, made from engram.architectures.LAYOUTS. Run it after adding a row:
+"""The table of docs/families.md, made from engram.modules.layouts.LAYOUTS. Run it after adding a row:
 
 python tools/families_table.py
 """
 
 from __future__ import annotations
 
-from engram.architectures import LAYOUTS, Layout
+from engram.modules.layouts import LAYOUTS, Layout
 from made_tables import DOCS, markdown, put
 
 PAGE = DOCS / "families.md"

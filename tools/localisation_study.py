@@ -25,8 +25,8 @@ import torch
 
 import engram
 from engram.editors.contexts import sample_contexts
-from engram.editors.second_moment import SecondMoment, second_moments
-from engram.language_model import LanguageModel
+from engram.editors.second_moments.measure import SecondMoment, second_moments
+from engram.model.language_model import LanguageModel
 from measure_pocket import sample
 
 log = logging.getLogger("localisation_study")

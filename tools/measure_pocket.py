@@ -28,17 +28,17 @@ import torch
 
 import engram
 from engram import pocket
+from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+from engram.benchmark.metrics.outcomes import Outcome
+from engram.benchmark.metrics.scores import scores
+from engram.benchmark.metrics.summary import summarise
+from engram.benchmark.metrics.table import METRICS
+from engram.benchmark.one_by_one import asked_now
+from engram.benchmark.probe_rows import Questions
 from engram.editors.contexts import sample_contexts
-from engram.editors.second_moment import second_moments
-from engram.evaluate.bench.outcomes import Outcome
-from engram.evaluate.bench.questions import Questions
-from engram.evaluate.bench.singly import asked_now
-from engram.evaluate.data.pocket_benchmark import pocket_benchmark
-from engram.evaluate.metrics.scores import scores
-from engram.evaluate.metrics.summary import summarise
-from engram.evaluate.metrics.table import METRICS
-from engram.language_model import LanguageModel
-from engram.locate.averages import PLACES
+from engram.editors.second_moments.measure import second_moments
+from engram.locate.average import PLACES
+from engram.model.language_model import LanguageModel
 
 UNEDITED = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "AS", "EA", "PA", "NA")
 AT_ONCE = 128  # records

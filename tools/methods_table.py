@@ -31,11 +31,12 @@ import torch
 
 import engram
 from engram import pocket
-from engram.editors import METHODS, method_named
+from engram.editors.methods import METHODS, method_named
 from engram.editors.presets import preset
-from engram.editors.ultraedit import Statistics
-from engram.evaluate.receipt import held_out_text, perplexity
-from engram.language_model import LanguageModel
+from engram.editors.training.ultraedit import Statistics
+from engram.evaluate.held_out import held_out_text
+from engram.evaluate.verify import perplexity
+from engram.model.language_model import LanguageModel
 from made_tables import DOCS, put
 from measure_pocket import averaged, sample, successes
 

@@ -1,4 +1,4 @@
-"""The table of docs/how-to-read-the-numbers.md, made from engram.evaluate.metrics.table. Run it after changing a metric:
+"""The table of docs/how-to-read-the-numbers.md, made from engram.benchmark.metrics.table. Run it after changing a metric:
 
 python tools/metrics_table.py
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 
-from engram.evaluate.data.records import FORMS
-from engram.evaluate.metrics.table import METRICS, Metric
+from engram.benchmark.data.records import FORMS
+from engram.benchmark.metrics.table import METRICS, Metric
 from made_tables import DOCS, markdown, put
 
 PAGE = DOCS / "how-to-read-the-numbers.md"

@@ -34,16 +34,16 @@ import torch
 from torch import Tensor
 
 import engram
-from engram.delta import Delta
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.editors.closed_form.rome import RomeConfig
+from engram.editors.closed_form.values import optimise_value
 from engram.editors.contexts import sample_contexts
-from engram.editors.corpora import Bundled, Corpus, SampledText, Texts
 from engram.editors.presets import preset
-from engram.editors.rome import RomeConfig
-from engram.editors.second_moment import SecondMoment, second_moments
+from engram.editors.second_moments.corpora import Bundled, Corpus, SampledText, Texts
+from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.editors.settings import read
-from engram.editors.values import optimise_value
-from engram.language_model import LanguageModel
-from engram.merging import describe_base
+from engram.model.language_model import LanguageModel
 from measure_pocket import sample
 
 MULTIPLES = {"bundled": (2, 5, 10, 20, 400), "sampled": (20, 400), "wikipedia": (2, 20, 400)}

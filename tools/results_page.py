@@ -13,8 +13,8 @@ import sys
 from typing import Any
 
 from engram import Run
-from engram.evaluate.bench import report
-from engram.evaluate.metrics.summary import Estimate
+from engram.benchmark import report
+from engram.benchmark.metrics.summary import Estimate
 from made_tables import DOCS, put
 
 KEPT, PAGE = DOCS / "data/runs", DOCS / "results.md"

@@ -9,81 +9,84 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engram.chat import chat_contexts, chat_frame
-    from engram.delta import Delta
-    from engram.edit import Edit, compose
-    from engram.editors import rewrite
+    from engram.benchmark.data.build import build_counterfact
+    from engram.benchmark.data.records import Dataset, Probe, Record
+    from engram.benchmark.data.sources import read_dataset
+    from engram.benchmark.results import Run
+    from engram.benchmark.run import bench
+    from engram.edit.delta import Delta
+    from engram.edit.edit import Edit, compose
+    from engram.edit.prompt_edit import PromptEdit
+    from engram.editors.contexts import chat_contexts
     from engram.editors.memory_plan import MemoryPlan, memory_plan
     from engram.errors import EngramError
-    from engram.evaluate.bench.results import Run
-    from engram.evaluate.bench.run import bench
-    from engram.evaluate.data.build import build_counterfact
-    from engram.evaluate.data.records import Dataset, Probe, Record
-    from engram.evaluate.data.sources import read_dataset
     from engram.evaluate.harness import harness
-    from engram.evaluate.knowledge import Knowledge
-    from engram.evaluate.knows import knows
-    from engram.evaluate.receipt import Receipt, verify
+    from engram.evaluate.receipt import Receipt
+    from engram.evaluate.verify import verify
     from engram.fact_files import read_facts
     from engram.facts import Fact
-    from engram.language_model import LanguageModel, load
-    from engram.layer_cards import LayerCard
-    from engram.layer_choice import layer_card
+    from engram.knowledge.knowledge import Knowledge
+    from engram.knowledge.knows import knows
+    from engram.layers.card import LayerCard
+    from engram.layers.choice import layer_card
     from engram.ledger import Ledger
-    from engram.locate.averages import AverageTrace
-    from engram.locate.causal_trace import CausalTrace
-    from engram.locate.causal_trace import causal_trace as trace
-    from engram.locate.experiment import average_trace
-    from engram.locate.lens import LogitLens, lens
-    from engram.locate.memories import Memories, memories, promotes
-    from engram.locate.refinement import Refinement, refinement
-    from engram.prompt_edit import PromptEdit
-    from engram.quantised import dequantised
+    from engram.locate.average import AverageTrace
+    from engram.locate.average_run import average_trace
+    from engram.locate.lenses.lens import LogitLens, lens
+    from engram.locate.lenses.memories import Memories, memories, promotes
+    from engram.locate.lenses.refinement import Refinement, refinement
+    from engram.locate.trace import CausalTrace
+    from engram.locate.tracing import causal_trace as trace
+    from engram.model.chat import chat_frame
+    from engram.model.dequantise import dequantised
+    from engram.model.language_model import LanguageModel
+    from engram.model.loading import load
+    from engram.rewriting import rewrite
 
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> where it lives
-    "AverageTrace": "locate.averages",
-    "CausalTrace": "locate.causal_trace",
-    "Dataset": "evaluate.data.records",
-    "Delta": "delta",
-    "Edit": "edit",
+    "AverageTrace": "locate.average",
+    "CausalTrace": "locate.trace",
+    "Dataset": "benchmark.data.records",
+    "Delta": "edit.delta",
+    "Edit": "edit.edit",
     "EngramError": "errors",
     "Fact": "facts",
-    "Knowledge": "evaluate.knowledge",
-    "LanguageModel": "language_model",
-    "LayerCard": "layer_cards",
+    "Knowledge": "knowledge.knowledge",
+    "LanguageModel": "model.language_model",
+    "LayerCard": "layers.card",
     "Ledger": "ledger",
-    "LogitLens": "locate.lens",
-    "Memories": "locate.memories",
+    "LogitLens": "locate.lenses.lens",
+    "Memories": "locate.lenses.memories",
     "MemoryPlan": "editors.memory_plan",
-    "Probe": "evaluate.data.records",
-    "PromptEdit": "prompt_edit",
+    "Probe": "benchmark.data.records",
+    "PromptEdit": "edit.prompt_edit",
     "Receipt": "evaluate.receipt",
-    "Record": "evaluate.data.records",
-    "Refinement": "locate.refinement",
-    "Run": "evaluate.bench.results",
-    "average_trace": "locate.experiment",
-    "bench": "evaluate.bench.run",
-    "build_counterfact": "evaluate.data.build",
-    "chat_contexts": "chat",
-    "chat_frame": "chat",
-    "compose": "edit",
-    "dequantised": "quantised",
+    "Record": "benchmark.data.records",
+    "Refinement": "locate.lenses.refinement",
+    "Run": "benchmark.results",
+    "average_trace": "locate.average_run",
+    "bench": "benchmark.run",
+    "build_counterfact": "benchmark.data.build",
+    "chat_contexts": "editors.contexts",
+    "chat_frame": "model.chat",
+    "compose": "edit.edit",
+    "dequantised": "model.dequantise",
     "harness": "evaluate.harness",
-    "knows": "evaluate.knows",
-    "layer_card": "layer_choice",
-    "lens": "locate.lens",
-    "load": "language_model",
-    "memories": "locate.memories",
+    "knows": "knowledge.knows",
+    "layer_card": "layers.choice",
+    "lens": "locate.lenses.lens",
+    "load": "model.loading",
+    "memories": "locate.lenses.memories",
     "memory_plan": "editors.memory_plan",
-    "promotes": "locate.memories",
-    "read_dataset": "evaluate.data.sources",
+    "promotes": "locate.lenses.memories",
+    "read_dataset": "benchmark.data.sources",
     "read_facts": "fact_files",
-    "refinement": "locate.refinement",
-    "rewrite": "editors",
-    "trace": "locate.causal_trace:causal_trace",
-    "verify": "evaluate.receipt",
+    "refinement": "locate.lenses.refinement",
+    "rewrite": "rewriting",
+    "trace": "locate.tracing:causal_trace",
+    "verify": "evaluate.verify",
 }
 
 __all__ = [

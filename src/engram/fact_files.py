@@ -16,7 +16,7 @@ from typing import Any
 from engram import pocket
 from engram.errors import FactError
 from engram.facts import Fact
-from engram.json_records import is_text, json_records, shown, writable
+from engram.files.json_records import is_text, json_records, shown, writable
 
 _EXPECTED: dict[str, str] = {  # field -> what stands there
     "subject": "the subject's name as text",

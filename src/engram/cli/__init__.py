@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from engram.cli import bench, commands, data, demo, harness, knows, layers, ledger, lens, trace
+from engram.cli import bench, data, demo, edit, harness, knows, layers, ledger, lens, stats, trace
 
 app = typer.Typer(
     name="engram",
@@ -17,8 +17,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, commands.edit, commands.verify,
-    commands.apply, commands.revert, commands.generate, commands.stats, commands.plan, bench.bench, bench.report,
+    demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, edit.edit, edit.verify,
+    edit.apply, edit.revert, edit.generate, stats.stats, stats.plan, bench.bench, bench.report,
     harness.harness,
 ):  # fmt: skip
     app.command()(command)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engram.cli.commands import DeviceMap, Dtype, Seed, settings_of
-from engram.cli.workers import NumWorkers, OnWorkers, RayAddress
+from engram.cli.options import DeviceMap, Dtype, NumWorkers, OnWorkers, RayAddress, Seed, settings_of
 
 if TYPE_CHECKING:
-    from engram.evaluate.bench.results import Run
+    from engram.benchmark.results import Run
 
 
 def bench(
@@ -44,12 +43,12 @@ def bench(
     device_map: DeviceMap = None,
 ) -> None:
     """Edit every record of a benchmark by itself, by each method, and measure it before and after. Goes on where it was stopped."""
+    from engram.benchmark.data.counterfact import with_statement
+    from engram.benchmark.data.sources import read_dataset
+    from engram.benchmark.metrics.outcomes import Asked
+    from engram.benchmark.run import bench as run
     from engram.cli import terminal
-    from engram.cli.workers import workers_of
-    from engram.evaluate.bench.outcomes import Asked
-    from engram.evaluate.bench.run import bench as run
-    from engram.evaluate.data.counterfact import with_statement
-    from engram.evaluate.data.sources import read_dataset
+    from engram.cli.options import workers_of
 
     with terminal.progress() as report:
         wanted: Literal[False, "if there"] = "if there" if texts else False
@@ -113,9 +112,9 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")] = None,
 ) -> None:
     """The paper's table of one or several runs, with intervals."""
+    from engram.benchmark import report as reports
+    from engram.benchmark.results import Run
     from engram.errors import SettingError
-    from engram.evaluate.bench import report as reports
-    from engram.evaluate.bench.results import Run
 
     opened = [Run.open(path) for path in runs]
     if format is Format.parquet:
@@ -132,7 +131,7 @@ def report(
     if failures:
         _show_failures(opened, failures)
     if plot is not None or plot_layers is not None:
-        from engram.plots import benchmarks
+        from engram.benchmark import plots as benchmarks
 
         for path, draw in ((plot, benchmarks.plot_scores), (plot_layers, benchmarks.plot_layers)):
             if path is not None:
@@ -141,7 +140,7 @@ def report(
 
 
 def _told(runs: list[Run], format: Format, every: bool) -> str:
-    from engram.evaluate.bench import report as reports
+    from engram.benchmark import report as reports
 
     if format is Format.card:
         return json.dumps([run.card() for run in runs], indent=1, ensure_ascii=False)
@@ -165,9 +164,9 @@ def _show(runs: list[Run], *, every: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from engram.benchmark import report as reports
+    from engram.benchmark.metrics.table import METRICS
     from engram.cli import terminal
-    from engram.evaluate.bench import report as reports
-    from engram.evaluate.metrics.table import METRICS
 
     made = reports.table(runs, every=every)
     drawn = Table(title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left")
@@ -190,8 +189,8 @@ def _show(runs: list[Run], *, every: bool) -> None:
 
 
 def _show_differences(runs: list[Run]) -> None:
-    from engram.evaluate.bench import report as reports
-    from engram.evaluate.metrics.table import METRICS
+    from engram.benchmark import report as reports
+    from engram.benchmark.metrics.table import METRICS
 
     for (a, b), differences in reports.compare(runs).items():
         typer.echo(f"\n{a} minus {b}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.commands import DeviceMap, Dtype, Seed
+from engram.cli.options import DeviceMap, Dtype, Seed
 
 app = typer.Typer(help="Benchmarks: those that are published, and those that you build.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ class Rule(StrEnum):
 @app.command("list")
 def list_() -> None:
     """The data sets that have a name."""
-    from engram.evaluate.data.sources import SOURCES
+    from engram.benchmark.data.sources import SOURCES
 
     for name, source in SOURCES.items():
         typer.echo(f"{name:<18}{source.about}")
@@ -37,8 +37,8 @@ def get(
     ] = False,
 ) -> None:
     """Fetch a data set into the cache folder; goes on where it broke off."""
+    from engram.benchmark.data.sources import download
     from engram.cli import terminal
-    from engram.evaluate.data.sources import download
 
     with terminal.progress() as report:
         files = download(name, references=references, progress=report)
@@ -75,10 +75,10 @@ def build(
     device_map: DeviceMap = None,
 ) -> None:
     """Build a CounterFact of your own domain: counterfactual objects, paraphrases, neighbours, attribute and generation prompts."""
+    from engram.benchmark.data.build import build_counterfact, read_associations, read_lines, read_snippets
+    from engram.benchmark.data.write import write_dataset
+    from engram.benchmark.known_records import known_records
     from engram.cli import terminal
-    from engram.evaluate.data.build import build_counterfact, read_associations, read_lines, read_snippets
-    from engram.evaluate.data.known import known_records
-    from engram.evaluate.data.write import write_dataset
 
     apart = None if held_out is None else _texts(held_out)
     made = build_counterfact(
@@ -121,10 +121,10 @@ def filter(
     device_map: DeviceMap = None,
 ) -> None:
     """Keep the records about facts that a model knows: only there does an edit change something."""
+    from engram.benchmark.data.sources import read_dataset
+    from engram.benchmark.data.write import write_dataset
+    from engram.benchmark.known_records import known_records
     from engram.cli import terminal
-    from engram.evaluate.data.known import known_records
-    from engram.evaluate.data.sources import read_dataset
-    from engram.evaluate.data.write import write_dataset
 
     lm = terminal.load(known_to, dtype, device_map)
     with terminal.progress() as report:

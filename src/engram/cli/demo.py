@@ -29,8 +29,8 @@ def demo(
     lm = terminal.load("pocket")
     import engram
     from engram import pocket
-    from engram.locate.causal_trace import usual_window
-    from engram.merging import fingerprint
+    from engram.locate.trace import usual_window
+    from engram.modules.fingerprints import fingerprint
 
     say(f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, taught {len(pocket.facts())} facts in "
         f"{len(pocket.relations())} relations")  # fmt: skip

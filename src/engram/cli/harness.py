@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.commands import AsJson, DeviceMap, Dtype, Model
+from engram.cli.options import AsJson, DeviceMap, Dtype, Model
 
 
 class Mode(StrEnum):
@@ -33,7 +33,7 @@ def harness(
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model, with an edit laid on it."""
     from engram.cli import terminal
-    from engram.edit_files import load
+    from engram.edit.files import load
     from engram.evaluate.harness import harness as run
 
     lm = terminal.load(model, dtype, device_map)

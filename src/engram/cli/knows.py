@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.commands import AsJson, DeviceMap, Dtype, Model, Seed
+from engram.cli.options import AsJson, DeviceMap, Dtype, Model, Seed
 
 
 def knows(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.commands import AsJson, DeviceMap, Dtype, Model, Seed, settings_of
+from engram.cli.options import AsJson, DeviceMap, Dtype, Model, Seed, settings_of
 
 
 def layers(

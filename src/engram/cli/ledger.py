@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.commands import AsJson, DeviceMap, Dtype, EditFolder, Model, Out
+from engram.cli.options import AsJson, DeviceMap, Dtype, EditFolder, Model, Out
 
 app = typer.Typer(
     help="Keep the edits of one model in a folder: add, list, take out exactly, apply all of them.",
@@ -63,7 +63,7 @@ def add(
     """Put edits in force, one after another; one that damages the model is rolled back, and the command ends with 2."""
     import engram
     from engram.cli import terminal
-    from engram.edit import Edit
+    from engram.edit.edit import Edit
 
     book = engram.Ledger.open(ledger)
     made = [Edit.load(folder) for folder in edits]
@@ -133,7 +133,7 @@ def conflicts(
 ) -> None:
     """Facts in force that an edit would get into the way of. Ends with 1 where there are some."""
     import engram
-    from engram.edit import Edit
+    from engram.edit.edit import Edit
     from engram.ledger.conflicts import NEAR
 
     found = engram.Ledger.open(ledger).conflicts(Edit.load(edit), near=NEAR if near is None else near)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.commands import AsJson, DeviceMap, Dtype, Model
+from engram.cli.options import AsJson, DeviceMap, Dtype, Model
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from engram.locate.lens import LogitLens
+    from engram.locate.lenses.lens import LogitLens
 
 Prompt = Annotated[str, typer.Argument(help="Any text: 'The Space Needle is in the city of'.", show_default=False)]
 Norm = Annotated[bool, typer.Option("--norm/--raw", help="Apply the model's last norm, or read what is there as it is.")]

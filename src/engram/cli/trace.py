@@ -9,8 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.commands import AsJson, DeviceMap, Dtype, Model, Seed, settings_of
-from engram.cli.workers import NumWorkers, OnWorkers, RayAddress, workers_of
+from engram.cli.options import (
+    AsJson,
+    DeviceMap,
+    Dtype,
+    Model,
+    NumWorkers,
+    OnWorkers,
+    RayAddress,
+    Seed,
+    settings_of,
+    workers_of,
+)
 
 HEATMAPS, LINES, SEVERED, TRACES, SUMMARY = "heatmaps.png", "lines.png", "severed.png", "traces.sqlite", "summary.json"
 
@@ -74,7 +84,7 @@ def trace(
 ) -> None:
     """Find which states of a model carry a fact (causal tracing), of one prompt or on average over a file of facts."""
     from engram.errors import FactError
-    from engram.locate.config import TraceConfig
+    from engram.locate.settings import TraceConfig
 
     others = settings_of(setting)
     TraceConfig.check_names(others)

@@ -6,11 +6,16 @@ Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from engram.editors.sampling import sample_texts
-from engram.language_model import LanguageModel
+from engram.model.language_model import LanguageModel
+from engram.model.sampling import sample_texts
+
+if TYPE_CHECKING:
+    from engram.model.language_model import LanguageModel
+from engram.model.chat import Style, chat_frame
 
 RELEASED = ((5, 10), (10, 10))  # (tokens with the start token, how many texts)
 
@@ -37,3 +42,26 @@ def sample_contexts(
     else:
         texts = [text for tokens, count in lengths for text in sample_texts(lm, count, tokens - 1, generator, top_k=5)]
     return "{}", *(text.replace("{", "(").replace("}", ")") + ". {}" for text in texts)
+
+
+def chat_contexts(
+    lm: LanguageModel, *, seed: int = 0, styles: Sequence[Style] = ("continue",), system: str | None = None
+) -> tuple[str, ...]:
+    """Contexts for `engram.rewrite(..., contexts=...)` half of which are in the chat's frames, so that an edit holds there too.
+
+    As many as ROME samples by default, and one more a style: the bare "{}", the bare frames, and then the sampled texts, every
+    other one plain and the rest in the frames in turn.
+
+    Args:
+        seed: of the sampled texts, see `sample_contexts`.
+        styles, system: see `chat_frame`. An edit that shall be written into weights is asked for words that follow its prompt;
+            "continue" is the style in which they do.
+    """
+
+    frames = [chat_frame(lm, style, system=system) for style in styles]
+    bare, *sampled = sample_contexts(lm, seed=seed)
+    mixed = [
+        context if i % 2 or not frames else frames[i // 2 % len(frames)].replace("{}", context)
+        for i, context in enumerate(sampled)
+    ]
+    return (bare, *frames, *mixed)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
-from engram.editors.ingredients import silent
+from engram.edit.prompt_edit import PromptEdit, Wording
 from engram.editors.settings import flat, read
 from engram.errors import FactError, SettingError
 from engram.fact_files import read_facts
 from engram.facts import Fact
-from engram.language_model import LanguageModel
-from engram.prompt_edit import PromptEdit, Wording
-from engram.similarity import Encoder, encoder_of, nearest
+from engram.model.language_model import LanguageModel
+from engram.model.sentence_vectors import Encoder, encoder_of, nearest
+from engram.progress import silent
 
 _BUNDLED = 128  # facts of the bundled table that demonstrations are made of
 CUSTOM = "custom"  # what settings call an encoder that was given as a function

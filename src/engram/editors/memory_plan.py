@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from engram.editors.ingredients import layers_of
-from engram.editors.mass import ROWS
+from engram.editors.closed_form.inputs import layers_of
+from engram.editors.closed_form.mass_settings import ROWS
 from engram.editors.presets import preset
-from engram.editors.second_moment import TOKENS_PER_KEY
+from engram.editors.second_moments.measure import TOKENS_PER_KEY
 from engram.errors import SettingError
-from engram.language_model import LanguageModel
-from engram.weights import linear_shape
+from engram.model.language_model import LanguageModel
+from engram.modules.weights import linear_shape
 
 Phase = Literal["throughout", "second moments", "values", "solve", "on disk"]
 PLANNED = ("rome", *ROWS)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from engram.edit import Edit
+from engram.edit.edit import Edit
 from engram.errors import SettingError
-from engram.evaluate.receipt import Check, Thresholds, held_out_text, norm_ratio
-from engram.language_model import LanguageModel
+from engram.evaluate.held_out import held_out_text
+from engram.evaluate.receipt import Check, Thresholds
+from engram.evaluate.verify import norm_ratio
+from engram.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

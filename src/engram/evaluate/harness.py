@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from engram.edit import Edit
+from engram.edit.edit import Edit
+from engram.edit.prompt_edit import PromptEdit
 from engram.errors import MissingExtraError, SettingError
-from engram.language_model import LanguageModel
-from engram.prompt_edit import PromptEdit
+from engram.model.language_model import LanguageModel
 
 Mode = Literal["overlay", "merged"]
 

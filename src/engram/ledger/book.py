@@ -22,21 +22,24 @@ from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
 
-from engram.edit import Edit, check_changes_weights, compose
-from engram.edit_files import identity
+from engram.edit.applied import applied
+from engram.edit.base import describe_base, editable
+from engram.edit.edit import Edit, compose
+from engram.edit.folder_format import identity
+from engram.edit.in_force import edited
+from engram.edit.recipe import check_changes_weights
 from engram.errors import BaseMismatchError, CanaryError, EditFileError, EngramError, NonFiniteError
 from engram.evaluate.canary import Canary
 from engram.facts import Fact
-from engram.folders import written_whole
+from engram.files.locks import locked
+from engram.files.whole_folders import written_whole
 from engram.ledger.conflicts import NEAR, Conflict, conflicts
 from engram.ledger.history import Entry, Event, History, Place, entries_after, now, shown
 from engram.ledger.names import Which, entry_named, places
 from engram.ledger.origin import lying_on, made_on, unknown_origin
-from engram.locking import locked
-from engram.merging import applied, describe_base, editable, edited
 
 if TYPE_CHECKING:
-    from engram.language_model import LanguageModel
+    from engram.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 

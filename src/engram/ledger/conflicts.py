@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engram.delta import Delta
-from engram.edit import Edit
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit
 from engram.facts import Fact
 
 NEAR = 0.5  # two thirds of the pairs above it spoil a fact, of those below none was found to; see docs/ledger.md

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from engram.edit import Edit
+from engram.edit.edit import Edit
 from engram.errors import BaseMismatchError
 from engram.ledger.history import Entry, Event, entries_after
 

@@ -13,11 +13,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from engram.attention import Attention, watched
-from engram.hooks import substitute
-from engram.locate.config import PARTS, Table
-from engram.locate.runs import Runs
-from engram.replay import body
+from engram.engine.attention import Attention, watched
+from engram.engine.recording import body
+from engram.locate.recorded_runs import Runs
+from engram.locate.settings import PARTS, Table
+from engram.modules.hooks import substitute
 
 
 def estimate(runs: Runs, plan: Sequence[Table]) -> list[Tensor]:

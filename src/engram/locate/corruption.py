@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engram.errors import FactError
-from engram.language_model import LanguageModel
-from engram.locate.config import TraceConfig
+from engram.locate.settings import TraceConfig
+from engram.model.language_model import LanguageModel
 
 _RULE = re.compile(r"(?P<kind>[sut])(?P<number>\d+\.?\d*|\.\d+)?|m")
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engram.cloze import Cloze
 from engram.errors import FactError, SettingError
 from engram.facts import subject_starts, token_span
-from engram.language_model import LanguageModel
-from engram.locate.config import TraceConfig
 from engram.locate.corruption import Corruptor, check_noise
+from engram.locate.settings import TraceConfig
+from engram.model.cloze import Cloze
+from engram.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engram.attention import quick
-from engram.hooks import substitute
-from engram.locate.config import Patch
-from engram.locate.runs import Changes, Runs
-from engram.replay import Suffix
+from engram.engine.attention import quick
+from engram.engine.suffix import Suffix
+from engram.locate.recorded_runs import Changes, Runs
+from engram.locate.settings import Patch
+from engram.modules.hooks import substitute
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from engram.locate.causal_trace import CausalTrace
-from engram.run_file import RunFile
+from engram.files.run_file import RunFile
+from engram.locate.trace import CausalTrace
 
 _HASHED = {  # settings that are kept as a hash, which would say nothing
     "weights": "other weights of the model",

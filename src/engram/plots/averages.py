@@ -13,11 +13,11 @@ from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 from engram.errors import SettingError
+from engram.plots.heat_maps import ESTIMATES, in_lines, label_layers, layer_label, look, name_bar
 from engram.plots.style import STYLE, layer_ticks
-from engram.plots.traces import ESTIMATES, in_lines, label_layers, layer_label, look, name_bar
 
 if TYPE_CHECKING:
-    from engram.locate.averages import AverageTrace, Interval
+    from engram.locate.average import AverageTrace, Interval
 
 _LABELS = ("First subject token", "Middle subject tokens", "Last subject token", "First subsequent token", "Further tokens",
            "Last token")  # fmt: skip
@@ -80,7 +80,7 @@ def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
     Raises:
         SettingError: no such place, or no severed tables among the traces.
     """
-    from engram.locate.averages import check_place
+    from engram.locate.average import check_place
 
     at = check_place(place)
     if not average.severed:

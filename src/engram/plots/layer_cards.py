@@ -13,7 +13,7 @@ from engram.plots.style import STYLE, layer_ticks, plain
 
 if TYPE_CHECKING:
     from engram.bootstrap import Mean
-    from engram.layer_cards import LayerCard
+    from engram.layers.card import LayerCard
 
 _TRACE, _SCORE = "#20a020", "#7261ab"
 _SHARES = (("efficacy", "#e8902a", "o"), ("paraphrase", "#3b7dd8", "s"), ("neighbourhood", "#8a8a8a", "^"))

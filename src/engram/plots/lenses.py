@@ -15,14 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
+from engram.checks import checked
 from engram.errors import SettingError
-from engram.locate.lens import checked
 from engram.plots.style import STYLE, font, layer_ticks, plain
 
 if TYPE_CHECKING:
-    from engram.locate.lens import LogitLens
-    from engram.locate.memories import Memories
-    from engram.locate.refinement import Refinement
+    from engram.locate.lenses.lens import LogitLens
+    from engram.locate.lenses.memories import Memories
+    from engram.locate.lenses.refinement import Refinement
 
 Shade = Literal["probability", "answer", "rank", "entropy", "kl"]
 

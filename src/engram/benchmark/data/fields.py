@@ -1,0 +1,81 @@
+"""Fields of a record as a file has them: taken one by one, and what is wrong with one is told with file, line and name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engram.errors import FactError
+from engram.files.json_records import is_text, shown
+
+
+@dataclass(frozen=True)
+class Fields:
+    """An object of a file.
+
+    Args:
+        record: what JSON gave.
+        where: file and line. path: names that lead to it within the record.
+    """
+
+    record: Any
+    where: str
+    path: str = ""
+
+    def wrong(self, name: str, expected: str) -> FactError:
+        """The error of a field."""
+        given = self.record.get(name) if isinstance(self.record, Mapping) else self.record
+        return FactError(f"{self.where}: field {self.path + name!r} is {shown(given)}; expected {expected}")
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return isinstance(self.record, Mapping) and self.record.get(name) is not None
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Words; without a default the field has to be there."""
+        if default is not None and not self.has(name):
+            return default
+        value = self.record.get(name) if isinstance(self.record, Mapping) else None
+        if not is_text(value):
+            raise self.wrong(name, "text with words in it")
+        return str(value)
+
+    def texts(self, name: str, *, needed: bool = True) -> list[str]:
+        """A list of texts; [] where it may be missing and is."""
+        if not needed and not self.has(name):
+            return []
+        value = self.record.get(name) if isinstance(self.record, Mapping) else None
+        if not isinstance(value, list) or not all(is_text(each) for each in value):
+            raise self.wrong(name, "a list of texts with words in them")
+        return [str(each) for each in value]
+
+    def inside(self, name: str) -> Fields:
+        """An object within."""
+        value = self.record.get(name) if isinstance(self.record, Mapping) else None
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, "an object")
+        return Fields(value, self.where, f"{self.path}{name}.")
+
+    def each(self, name: str, *, needed: bool = True) -> Iterator[Fields]:
+        """The objects of a list within."""
+        if not needed and not self.has(name):
+            return
+        value = self.record.get(name) if isinstance(self.record, Mapping) else None
+        if not isinstance(value, list):
+            raise self.wrong(name, "a list of objects")
+        for number, each in enumerate(value):
+            if not isinstance(each, Mapping):
+                raise FactError(
+                    f"{self.where}: field {f'{self.path}{name}[{number}]'!r} is {shown(each)}; expected an object"
+                )
+            yield Fields(each, self.where, f"{self.path}{name}[{number}].")
+
+    def id(self, name: str, default: str) -> str:
+        """A number or text that names the record."""
+        value = self.record.get(name) if isinstance(self.record, Mapping) else None
+        if value is None:
+            return default
+        if isinstance(value, bool) or not (isinstance(value, int) or is_text(value)):
+            raise self.wrong(name, "a number or a text that names the record")
+        return str(value)

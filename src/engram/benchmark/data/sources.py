@@ -1,0 +1,212 @@
+"""Data sets by name or path: where they are published, which form a file has, and what is done with malformed records.
+
+Knows addresses and forms. Refuses to know what the fields of a form mean: a file each says that.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from engram.benchmark.data.counterfact import counterfact_record, flat_record, read_references
+from engram.benchmark.data.download import Progress, fetched
+from engram.benchmark.data.fields import Fields
+from engram.benchmark.data.mquake import mquake_record
+from engram.benchmark.data.records import FORMS, Dataset, Form, Record
+from engram.benchmark.data.ripple import ripple_record
+from engram.benchmark.data.zsre import zsre_record
+from engram.errors import EngramError, FactError, SettingError
+from engram.fact_files import fact_of, raw_records
+from engram.files.cache_folder import cache_folder
+from engram.files.json_records import shown
+
+_ROME = "https://rome.baulab.info/data/dsets"
+_MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
+_RIPPLE = "https://raw.githubusercontent.com/edenbiran/RippleEdits/main/data/benchmark"
+_BESIDE = ("attribute_snippets.json", "idf.npy", "tfidf_vocab.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has a name.
+
+    Attributes:
+        url: of its file; None: it is built here.
+        beside: files with the texts that generated ones are compared with, at the same address.
+        about: what it is, in a line.
+    """
+
+    form: Form
+    about: str
+    url: str | None = None
+    beside: tuple[str, ...] = ()
+
+
+SOURCES: dict[str, Source] = {
+    "pocket": Source("counterfact", "3,984 counterfactual edits of facts that the bundled model knows; offline"),
+    "counterfact": Source(
+        "counterfact", "21,919 counterfactual edits (Meng et al. 2022)", f"{_ROME}/counterfact.json", _BESIDE
+    ),
+    "multi-counterfact": Source(
+        "counterfact", "20,877 of them without conflicts (Meng et al. 2023)", f"{_ROME}/multi_counterfact.json", _BESIDE
+    ),
+    "zsre": Source("zsre", "19,086 questions with true answers (Levy et al. 2017)", f"{_ROME}/zsre_mend_eval.json"),
+    "known": Source("counterfact", "1,209 facts that GPT-2 XL knows (Meng et al. 2022)", f"{_ROME}/known_1000.json"),
+    "mquake-cf": Source("mquake", "9,218 counterfactual chains of facts (Zhong et al. 2023)", f"{_MQUAKE}/MQuAKE-CF.json"),
+    "mquake-cf-3k": Source("mquake", "3,000 of them", f"{_MQUAKE}/MQuAKE-CF-3k.json"),
+    "mquake-t": Source("mquake", "1,868 chains with a fact that has changed", f"{_MQUAKE}/MQuAKE-T.json"),
+    **{
+        f"ripple-{kind}": Source("ripple", f"RippleEdits, {kind} (Cohen et al. 2024)", f"{_RIPPLE}/{kind}.json")
+        for kind in ("popular", "random", "recent")
+    },
+}  # fmt: skip
+_READERS: dict[Form, Callable[[Fields, int], Record]] = {
+    "counterfact": counterfact_record, "flat": flat_record, "zsre": zsre_record, "mquake": mquake_record, "ripple": ripple_record,
+}  # fmt: skip
+_MARKS: dict[str, Form] = {  # field -> the form that has it and no other, the surest first
+    "questions": "mquake", "requested_rewrite": "counterfact", "src": "zsre", "loc": "zsre", "edit": "ripple",
+    "locality_prompt": "flat", "rephrase_prompt": "flat", "ground_truth": "flat", "neighborhood_prompts": "counterfact",
+}  # fmt: skip
+
+
+def read_dataset(
+    name: str | Path,
+    *,
+    form: Form | None = None,
+    limit: int | None = None,
+    skip_malformed: bool = False,
+    references: bool | Literal["if there"] = False,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Records of a benchmark.
+
+    Args:
+        name: one of `SOURCES`, fetched into the cache folder when first used; or a file: JSON or JSON lines, also gzipped, in any of
+            the published forms, or facts as `read_facts` takes them.
+        form: of a file; default: what its first record looks like.
+        limit: the first so many records.
+        skip_malformed: leave malformed records out and say so in `Dataset.skipped`, instead of raising.
+        references: also the texts that generated ones are compared with (of "counterfact" half a gigabyte), from the same address; of a
+            file from its folder, where "if there" does without if there are none. Of "pocket" they are there always.
+        progress: called with (file, bytes so far, bytes in all) while something is fetched.
+    Raises:
+        FactError: no such file, or a record that is none, told with file, line and field.
+        EngramError: a data set that could not be fetched; SettingError: a limit below 1, or a form that does not exist.
+    """
+    if form is not None and form not in FORMS:
+        raise SettingError(f"form={form!r}: expected one of {', '.join(FORMS)}, or None to find it out")
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit={limit}: expected 1 or more")
+    if str(name) == "pocket":
+        from engram.benchmark.data.pocket_benchmark import pocket_benchmark
+
+        whole = pocket_benchmark()
+        return whole if limit is None else _cut(whole, limit)
+    source = SOURCES.get(str(name))
+    if source is None:
+        path = Path(name)
+        wanted = bool(references) and (references != "if there" or (path.parent / _BESIDE[0]).is_file())
+        return _read_file(path, form, limit, skip_malformed, wanted, path.name.partition(".")[0])
+    path, *_ = _fetched(source, bool(references), progress)
+    return _read_file(path, None, limit, skip_malformed, bool(references and source.beside), str(name))
+
+
+def _cut(dataset: Dataset, limit: int) -> Dataset:
+    return Dataset(dataset.name, dataset.form, dataset.records[:limit], dataset.references, dataset.skipped)
+
+
+def _read_file(path: Path, form: Form | None, limit: int | None, skip: bool, references: bool, name: str) -> Dataset:
+    found: list[Record] = []
+    skipped: list[str] = []
+    ids: set[str] = set()
+    reader: Form | Literal["fact"] | None = form
+    for number, (given, where) in enumerate(_given(path)):
+        if limit is not None and len(found) == limit:
+            break
+        try:
+            if isinstance(given, FactError):
+                raise given
+            like = reader or _form_of(given)
+            record = _record(given, where, like, number)
+            if record.id in ids:
+                raise FactError(f"{where}: id {record.id!r} is that of an earlier record; expected another for each")
+        except FactError as error:
+            if not skip:
+                raise
+            skipped.append(str(error))
+            continue
+        reader = like
+        ids.add(record.id)
+        found.append(record)
+    if not found:
+        first = f"; {len(skipped)} are malformed, the first: {skipped[0]}" if skipped else ""
+        raise FactError(f"{path} holds no records{first}")
+    told = read_references(path.parent, found) if references else None
+    shape: Form = "counterfact" if reader is None or reader == "fact" else reader
+    return Dataset(name, shape, tuple(found), told, tuple(skipped))
+
+
+def _given(path: Path) -> Iterator[tuple[Any, str]]:
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise _unreadable(path, error) from error
+    return raw_records(text, str(path))
+
+
+def _unreadable(path: Path, error: Exception) -> FactError:
+    near = get_close_matches(str(path), SOURCES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return FactError(
+        f"no data set could be read from {str(path)!r}: {error}.{hint} Expected a file, or one of {', '.join(SOURCES)}"
+    )
+
+
+def _form_of(record: Any) -> Form | Literal["fact"]:
+    """What a record looks like."""
+    fields = record if isinstance(record, dict) else {}
+    if isinstance(fields.get("requested_rewrite"), list):
+        return "mquake"
+    return next((form for field, form in _MARKS.items() if field in fields), "fact")
+
+
+def _record(given: Any, where: str, form: Form | Literal["fact"], number: int) -> Record:
+    try:
+        if form == "fact":
+            return Record.from_fact(str(number), fact_of(given, where))
+        if not isinstance(given, dict):
+            raise FactError(f"{shown(given)} is no object; expected a record of form {form!r}")
+        return _READERS[form](Fields(given, where), number)
+    except FactError as error:
+        if str(error).startswith(where):
+            raise
+        raise FactError(f"{where}: {error}") from error
+
+
+def download(name: str, *, references: bool = False, progress: Progress | None = None) -> list[Path]:
+    """Fetch a data set by name without reading it; its files.
+
+    Raises:
+        EngramError: there is none of that name, or it could not be fetched.
+    """
+    if name not in SOURCES:
+        near = get_close_matches(name, SOURCES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise EngramError(f"data set {name!r} is not known{hint}; known: {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    return [] if source.url is None else _fetched(source, references, progress)
+
+
+def _fetched(source: Source, references: bool, progress: Progress | None) -> list[Path]:
+    """The files of a source in the cache folder, the records' first."""
+    assert source.url is not None, "only the bundled data set has none"
+    urls = [source.url, *(f"{source.url.rpartition('/')[0]}/{file}" for file in source.beside if references)]
+    return [fetched(url, cache_folder("data"), progress=progress) for url in urls]

@@ -1,0 +1,115 @@
+"""Write records as CounterFact's published files, so that anybody's tools read them.
+
+Knows the published form. Refuses to lose anything silently: what would be read back otherwise than it was is an error. The form:
+Meng et al. 2022, arXiv:2202.05262, released data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from engram.benchmark.data.counterfact import counterfact_record
+from engram.benchmark.data.fields import Fields
+from engram.benchmark.data.records import Dataset, Record, References
+from engram.errors import FactError
+
+_PROMPTS = {
+    "paraphrase_prompts": "paraphrase",
+    "neighborhood_prompts": "neighbourhood",
+    "attribute_prompts": "attribute",
+}
+_TEXTS = "attribute_snippets.json"
+
+
+def write_dataset(dataset: Dataset, path: str | Path) -> Path:
+    """The records as one JSON list, each file whole or not at all.
+
+    Texts that generated ones are compared with go beside it under their published names: `attribute_snippets.json`, `idf.npy`,
+    `tfidf_vocab.json`. So a data set with such texts wants a folder of its own.
+    Read back by `read_dataset(path, references=True)`, which gives equal records and scores.
+
+    Raises:
+        FactError: a record that CounterFact's form cannot hold, the texts of another data set in the folder, or a file that
+            cannot be written.
+    """
+    path = Path(path)
+    cases = [_case(record) for record in dataset.records]
+    if dataset.references is not None:
+        _write_references(dataset.references, dataset.records, path)
+    _write_json(path, cases)
+    return path
+
+
+def _case(record: Record) -> dict[str, Any]:
+    fact = record.facts[0]
+    new: dict[str, Any] = {"str": fact.target}
+    if record.references is not None:
+        new["id"] = record.references.removeprefix(f"{fact.relation}:")
+    rewrite: dict[str, Any] = {"prompt": fact.prompt, "subject": fact.subject, "target_new": new}
+    rewrite |= {"target_true": {"str": fact.target_true}, "relation_id": fact.relation}
+    prompts = {name: [probe.prompt for probe in record.probes if probe.kind == kind] for name, kind in _PROMPTS.items()}
+    case = {
+        "case_id": case_id(record.id),
+        "requested_rewrite": rewrite,
+        **prompts,
+        "generation_prompts": list(record.generation),
+    }
+    if not _holds(case, record):
+        raise FactError(
+            f"record {record.id!r} is not in CounterFact's form: expected one fact with its true object, and probes of "
+            f"{', '.join(('rewrite', *_PROMPTS.values()))} in this order, asking for the fact's own two objects"
+        )
+    return case
+
+
+def case_id(name: str) -> int | str:
+    """A number where it is written as one, as in the published file."""
+    return int(name) if name.isascii() and name.isdecimal() and str(int(name)) == name else name
+
+
+def _holds(case: dict[str, Any], record: Record) -> bool:
+    """Whether the case is read back as the record, but for what its probes say as well."""
+    bare = replace(record, facts=tuple(replace(fact, paraphrases=(), neighbours=()) for fact in record.facts))
+    try:
+        return counterfact_record(Fields(case, "a case"), 0) == bare
+    except FactError:
+        return False
+
+
+def _write_references(references: References, records: tuple[Record, ...], path: Path) -> None:
+    relations = {record.references: record.facts[0].relation for record in records}
+    entries = []
+    for key, snippets in references.snippets.items():
+        relation = relations.get(key) or key.partition(":")[0]
+        samples = [{"name": each.name, "text": each.text} for each in snippets]
+        entries.append({"relation_id": relation, "target_id": key.removeprefix(f"{relation}:"), "samples": samples})
+    if path.with_name(_TEXTS).exists() and not path.exists():
+        raise FactError(
+            f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of its own for {path.name}"
+        )
+    _write_json(path.with_name(_TEXTS), entries)
+    _write_json(path.with_name("tfidf_vocab.json"), dict(references.tfidf.vocabulary))
+    _write(path.with_name("idf.npy"), lambda file: np.save(file, references.tfidf.idf))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, lambda file: file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()))
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise FactError(
+            f"{str(path)!r} could not be written: {error}; expected a file in a folder that is there"
+        ) from error

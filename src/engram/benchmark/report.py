@@ -1,0 +1,293 @@
+"""What a run, or several, came to: the paper's table with intervals, differences on the same records, a row a record.
+
+Knows finished numbers and how tables are written. Refuses to compute any: see metrics. The answers that a model says by itself come
+first, since those that are teacher-forced flatter.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, combinations, count
+from pathlib import Path
+from typing import Any
+
+from engram.benchmark.data.records import Form
+from engram.benchmark.data.write import case_id
+from engram.benchmark.metrics.summary import Estimate, paired
+from engram.benchmark.metrics.table import HARMONIC, METRICS
+from engram.benchmark.results import UNEDITED, Run
+from engram.editors.methods import METHODS
+from engram.errors import MissingExtraError, SettingError
+
+Scores = dict[str, dict[str, float | None]]  # id of a record -> its scores
+
+
+@dataclass(frozen=True)
+class Table:
+    """Means and intervals of several methods.
+
+    Attributes:
+        form, columns: what is reported, in this order.
+        rows: name -> number of records and metric -> estimate; the unedited model first.
+        best: metric -> names whose lead over every other method is beyond chance (the paired interval excludes 0).
+    """
+
+    form: Form
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[int, dict[str, Estimate]]]
+    best: dict[str, str]
+
+
+def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples: int = 1000) -> Table:
+    """The table of one or several runs of the same benchmark.
+
+    Args:
+        every: all metrics that there are numbers of, not only the headline ones.
+        seed, resamples: of the bootstrap.
+    Raises:
+        SettingError: no runs, or runs of different benchmarks.
+    """
+    rows = _named(runs)
+    form = runs[0].form
+    summaries = {id(run): run.summary(seed=seed, resamples=resamples) for run in runs}
+    found = {name: (len(run.rows[label]), summaries[id(run)][label]) for name, (run, label) in rows.items()}
+    there = {metric for _, summary in found.values() for metric in summary}
+    columns = tuple(name for name in METRICS if name in there and (every or METRICS[name].headline))
+    return Table(form, columns, found, _best(rows, form, columns, seed, resamples))
+
+
+def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = 1000) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(one method, another) -> metric -> difference on the records that both have, with its interval; see `paired`.
+
+    Raises:
+        SettingError: fewer than two methods.
+    """
+    methods = _methods(_named(runs))
+    if len(methods) < 2:
+        raise SettingError(f"there is nothing to compare: the runs have results of {', '.join(methods) or 'no method'}")
+    return _differences(methods, runs[0].form, seed, resamples)
+
+
+def _methods(rows: dict[str, tuple[Run, str]]) -> dict[str, Scores]:
+    return {name: run.rows[label] for name, (run, label) in rows.items() if label != UNEDITED}
+
+
+def _differences(
+    methods: dict[str, Scores], form: Form, seed: int, resamples: int
+) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Of every pair that has records in common, the earlier method first."""
+    pairs = [(a, b) for a, b in combinations(methods, 2) if methods[a].keys() & methods[b].keys()]
+    return {(a, b): paired(methods[a], methods[b], form, seed=seed, resamples=resamples) for a, b in pairs}
+
+
+def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
+    """Name of a row -> its run and label: the unedited model, then the methods in the order of METHODS."""
+    if not runs:
+        raise SettingError("runs is empty; give the file of at least one")
+    kinds = {(run.form, run.about["dataset"], run.about["identity"]) for run in runs}
+    if len({(form, dataset) for form, dataset, _ in kinds}) > 1:
+        told = "; ".join(f"{run.path.name}: {run.about['dataset']} ({run.form})" for run in runs)
+        raise SettingError(f"these runs are of different benchmarks and have no common table: {told}")
+    several = len({identity for *_, identity in kinds}) > 1
+    order = list(METHODS)
+    found: dict[str, tuple[Run, str]] = {}
+    for run in runs:
+        about = f"{run.about['model']} " if several else ""
+        for label in run.labels:
+            if label == UNEDITED and any(
+                other.about["identity"] == run.about["identity"] and len(other.unedited) >= len(run.unedited)
+                for other, each in found.values()
+                if each == UNEDITED
+            ):
+                continue
+            name = f"{about}{label}"
+            if name in found and label != UNEDITED:
+                name = _unused(f"{name} ({run.path.stem}", found)
+            found[name] = (run, label)
+
+    def place(entry: tuple[str, tuple[Run, str]]) -> tuple[bool, int]:
+        run, label = entry[1]
+        method = run.methods[label][0] if label in run.methods else ""
+        return label != UNEDITED, order.index(method) if method in order else len(order)
+
+    return dict(sorted(found.items(), key=place))
+
+
+def _unused(start: str, names: Container[str]) -> str:
+    """The first of `start)`, `start, 2)`, `start, 3)` and so on that is no name yet."""
+    numbered = (f"{start}, {number})" for number in count(2))
+    return next(name for name in chain([f"{start})"], numbered) if name not in names)
+
+
+def _best(
+    rows: dict[str, tuple[Run, str]], form: Form, columns: Sequence[str], seed: int, resamples: int
+) -> dict[str, str]:
+    differences = _differences(_methods(rows), form, seed, resamples)
+    best = {}
+    for metric in columns:
+        sign = {"up": 1, "down": -1, "neither": 0}[METRICS[metric].better]
+        for name in rows:
+            ahead = [
+                (found.get(metric), sign if name == pair[0] else -sign)
+                for pair, found in differences.items()
+                if name in pair
+            ]
+            if sign and ahead and all(each is not None and _beyond(each, way) for each, way in ahead):
+                best[metric] = name
+    return best
+
+
+def _beyond(difference: Estimate, sign: int) -> bool:
+    return (difference.low if sign > 0 else -difference.high) > 0
+
+
+# -- how tables are written ------------------------------------------------------------------------------------------------
+
+
+def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> str:
+    """As the paper has it: the mean, and in brackets half the width of its 95 % interval; of harmonic means that of the bootstrap."""
+    if estimate is None:
+        return ""
+    scale = METRICS[metric].scale
+    digits = 1 if scale > 1 else 0 if METRICS[metric].unit == "bytes" else 3
+    half = estimate.half_published if estimate.half_published is not None else (estimate.high - estimate.low) / 2
+    mean = f"{estimate.mean * scale:.{digits}f}".replace("-", "−")
+    return f"{mean} ({half * scale:.{digits}f})" if interval else mean
+
+
+def markdown(made: Table) -> str:
+    """A table of GitHub's markdown; what leads beyond chance is bold."""
+    heads = [METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better] for name in made.columns]
+    lines = [f"| | n | {' | '.join(heads)} |", "|---|--:" + "|--:" * len(heads) + "|"]
+    for name, (records, summary) in made.rows.items():
+        cells = [shown(summary.get(metric), metric) for metric in made.columns]
+        cells = [f"**{cell}**" if made.best.get(m) == name else cell for m, cell in zip(made.columns, cells, strict=True)]
+        lines.append(f"| {_in_markdown(name)} | {records} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def latex(made: Table) -> str:
+    """A table for LaTeX with booktabs; what leads beyond chance is bold."""
+    arrows = {"up": r" $\uparrow$", "down": r" $\downarrow$", "neither": ""}
+    heads = [_in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in made.columns]
+    lines = [rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}", r"\toprule", f" & $n$ & {' & '.join(heads)} \\\\", r"\midrule"]
+    for name, (records, summary) in made.rows.items():
+        cells = [shown(summary.get(metric), metric).replace("−", "$-$") for metric in made.columns]
+        cells = [
+            rf"\textbf{{{cell}}}" if made.best.get(m) == name else cell for m, cell in zip(made.columns, cells, strict=True)
+        ]
+        lines.append(f"{_in_latex(name)} & {records} & {' & '.join(cells)} \\\\")
+        if name.endswith(UNEDITED):
+            lines.append(r"\midrule")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+_LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%_#$" + "{" + "}"},
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "×": r"$\times$",
+}  # fmt: skip
+
+
+def _in_latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def _in_markdown(text: str) -> str:
+    """Letters that mean something to it: those of tables, emphasis, links and HTML."""
+    return re.sub(r"[\\|*_`<\[]", r"\\\g<0>", text)
+
+
+def as_csv(made: Table) -> str:
+    """A line a method and metric, in the metric's own unit: mean, both intervals, count."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", "metric", "mean", "low", "high", "half_published", "std", "count"])
+    for name, (_, summary) in made.rows.items():
+        for metric in made.columns:
+            if (each := summary.get(metric)) is not None:
+                scale = METRICS[metric].scale
+                numbers = [
+                    None if x is None else x * scale
+                    for x in (each.mean, each.low, each.high, each.half_published, each.std)
+                ]
+                writer.writerow([name, METRICS[metric].title, *numbers, each.count])
+    return out.getvalue()
+
+
+def as_json(made: Table) -> str:
+    """Method -> metric -> its estimate, not scaled."""
+    told = {
+        name: {"records": records, **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns}}
+        for name, (records, summary) in made.rows.items()
+    }
+    return json.dumps(told, indent=1, ensure_ascii=False)
+
+
+def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
+    """A row a record and method: run, method, id, and every score that is a record's own.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "eval") from error
+    names = [name for name in METRICS if name not in HARMONIC]
+    columns: dict[str, list[Any]] = {name: [] for name in ("run", "method", "id", *names)}
+    for run in runs:
+        for label, rows in run.rows.items():
+            for id, scores in rows.items():
+                about = {"run": run.path.name, "method": label, "id": id}
+                for name, values in columns.items():
+                    values.append(about.get(name) if name in about else scores.get(name))
+    types = {name: pa.float64() for name in names}
+    pq.write_table(pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), Path(path))
+
+
+def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
+    """Results in the form of the released code's files, one a record, for other people's summaries.
+
+    Raises:
+        SettingError: a label that the run does not have, or another benchmark than CounterFact.
+    """
+    if label not in run.measured:
+        raise SettingError(f"label={label!r}: the run has {', '.join(run.measured)}")
+    if run.form != "counterfact":
+        raise SettingError(f"{run.path} is a run of form {run.form!r}; the released files are of CounterFact")
+    cases = []
+    for place, measured in run.measured[label].items():
+        record = run.records[place]
+        fact = record.facts[0]
+        request = {
+            "prompt": fact.prompt, "subject": fact.subject, "relation_id": fact.relation,
+            "target_new": {"str": fact.target}, "target_true": {"str": fact.target_true},
+        }  # fmt: skip
+        case: dict[str, Any] = {"case_id": case_id(record.id), "requested_rewrite": request, "time": measured.seconds}
+        for phase, outcome in (("post", measured.after), ("pre", measured.before)):
+            told: dict[str, Any] = {}
+            for kind in ("rewrite", "paraphrase", "neighbourhood", "attribute"):
+                key = f"{kind.replace('neighbourhood', 'neighborhood')}_prompts_probs"
+                told[key] = []
+                for at in record.of(kind):
+                    reading = outcome.readings[at]
+                    pair = (reading.wanted, reading.unwanted)
+                    new, true = reversed(pair) if kind == "neighbourhood" else pair
+                    told[key].append({"target_new": new, "target_true": true})
+            if outcome.texts:
+                told |= {
+                    "ngram_entropy": outcome.fluency,
+                    "reference_score": outcome.consistency,
+                    "text": list(outcome.texts),
+                }
+            if outcome.essence_published is not None:
+                told["essence_score"] = outcome.essence_published
+            case[phase] = told
+        cases.append(case)
+    return cases

@@ -1,0 +1,135 @@
+"""A finished or unfinished run as numbers: rows of scores, summaries, what failed, and a card that says how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from engram.benchmark.data.records import Form, Kind, Record, digest_of
+from engram.benchmark.metrics.outcomes import Measured, Outcome
+from engram.benchmark.metrics.scores import begins, of_measured
+from engram.benchmark.metrics.summary import Estimate, summarise
+from engram.benchmark.store import RunStore
+from engram.errors import SettingError
+
+UNEDITED = "unedited"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A probe that is not answered as it should be after an edit."""
+
+    record: str
+    kind: Kind
+    prompt: str
+    wanted: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a file of a run holds, read once.
+
+    Attributes:
+        about: model, its identity, data set, form, what was measured; sessions: when and on what machine each part was done.
+        methods: label -> (method, settings).
+        records: by place; measured: label -> place -> result; the unedited model is not among them.
+    """
+
+    path: Path
+    about: Mapping[str, Any]
+    sessions: list[dict[str, Any]]
+    methods: Mapping[str, tuple[str, dict[str, Any]]]
+    records: Mapping[int, Record]
+    unedited: Mapping[int, Outcome]
+    measured: Mapping[str, Mapping[int, Measured]]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read the file of a run, also one that is being written.
+
+        Raises:
+            EditFileError: not such a file.
+        """
+        with RunStore.reading(path) as store:
+            methods = store.methods()
+            measured = {label: store.results(label) for label in methods}
+            return cls(Path(path), store.about(), store.sessions(), methods, store.records(), store.unedited(), measured)
+
+    @property
+    def form(self) -> Form:
+        return cast("Form", self.about["form"])
+
+    @property
+    def labels(self) -> list[str]:
+        """The unedited model, then the methods that have results."""
+        return [UNEDITED, *(label for label, found in self.measured.items() if found)]
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Label -> id of a record -> its scores."""
+        found = {
+            label: {m.id: of_measured(self.records[at], m) for at, m in rows.items()}
+            for label, rows in self.measured.items()
+        }
+        plain = {}
+        for place, outcome in self.unedited.items():
+            record = self.records[place]
+            scores = of_measured(record, Measured(record.id, outcome, outcome, 0.0))
+            plain[record.id] = {**scores, "seconds": None, "size": None, "failed": None, "drift": None, "kept": None}
+        return {UNEDITED: plain, **{label: rows for label, rows in found.items() if rows}}
+
+    def summary(self, *, seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Estimate]]:
+        """Label -> metric -> its mean over the label's records, with intervals; see `summarise`."""
+        return {
+            label: summarise(list(rows.values()), self.form, seed=seed, resamples=resamples)
+            for label, rows in self.rows.items()
+            if rows
+        }
+
+    def failures(self, label: str, kind: Kind | None = None, count: int = 10) -> list[Failure]:
+        """Probes whose greedy answer after the edit does not begin with what is wanted.
+
+        Args:
+            kind: of these probes only.
+            count: at most so many, in the order of the records.
+        Raises:
+            SettingError: a label that the run does not have.
+        """
+        if label not in self.measured:
+            raise SettingError(f"label={label!r}: the run has {', '.join(self.measured)}")
+        return list(islice(self._failed(label, kind), count))
+
+    def _failed(self, label: str, kind: Kind | None) -> Iterator[Failure]:
+        for place, measured in self.measured[label].items():
+            each = zip(self.records[place].probes, measured.before.readings, measured.after.readings, strict=True)
+            for probe, was, now in each:
+                if kind not in (None, probe.kind) or now.said is None or probe.condition:
+                    continue
+                if not begins(now.said, (probe.wanted, *probe.aliases)):
+                    yield Failure(measured.id, probe.kind, probe.prompt, probe.wanted, was.said or "", now.said)
+
+    def errors(self, label: str) -> dict[str, str]:
+        """Id of a record -> why its edit could not be made."""
+        return {m.id: m.error for m in self.measured[label].values() if m.error is not None}
+
+    def card(self) -> dict[str, Any]:
+        """How the numbers came about, as JSON knows it."""
+        return {
+            **self.about,
+            "records": len(self.records),
+            "digest": digest_of(self.records.values()),
+            "methods": {
+                label: {
+                    "method": method, "settings": settings, "records": len(self.measured[label]), "errors": len(self.errors(label)),
+                    "seconds": sum(m.seconds for m in self.measured[label].values()),
+                }
+                for label, (method, settings) in self.methods.items()
+            },
+            "sessions": self.sessions,
+        }  # fmt: skip

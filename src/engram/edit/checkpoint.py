@@ -1,0 +1,271 @@
+"""Edit a checkpoint on disk, and take edits out of it again to the last byte.
+
+Only the bytes of the touched tensors change; every other byte and file is copied. Beside the weights stands a
+folder `engram/` with the original tensors and the edits that lie on them, so weights are always rebuilt from
+the originals: whatever is taken out, and in whatever order, the rest is rounded once and exact. Refuses to
+know modules and tokenizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from engram.edit import folder_format as edit_files
+from engram.edit.applied import applied
+from engram.edit.edit import Edit
+from engram.edit.recipe import check_changes_weights
+from engram.edit.safetensors_layout import Place, find, places
+from engram.edit.stack import Stack
+from engram.errors import BaseMismatchError, EditFileError, NonFiniteError
+from engram.files.whole_folders import existing, written_whole
+
+if TYPE_CHECKING:
+    from engram.model.language_model import LanguageModel
+
+
+FORMAT_VERSION = 1
+
+
+_HOME = "engram"  # folder of the record, inside the checkpoint's
+
+
+_RECORD, _ORIGINALS, _EDITS = "record.json", "originals.safetensors", "edits"
+
+
+_OTHER_FRAMEWORKS = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.tflite",
+    "*.onnx*",
+    "onnx/*",
+    "*.gguf",
+]
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """An edit that lies on a checkpoint; `forced` if its base was not checked."""
+
+    edit: Edit
+    forced: bool
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What engram did to a checkpoint: edits in order, original tensors, sha256 of what now stands there."""
+
+    edits: tuple[_Applied, ...] = ()
+    originals: dict[str, Tensor] | None = None
+    now: dict[str, str] | None = None
+
+
+def apply_to_checkpoint(edit: Edit, source: str | Path, folder: str | Path, *, force: bool = False) -> Path:
+    """Write a copy of a checkpoint with `edit` in its weights.
+
+    The delta is added in float32 and rounded once into the checkpoint's dtype. A checkpoint that engram has
+    edited before takes further edits; those made on the same base give the weights of their composition.
+
+    Args:
+        source: a folder with safetensors weights, a name on the Hugging Face hub, or "pocket".
+        folder: the copy; must not exist, or be empty.
+        force: apply also to weights that the edit was not made on; their shape has to fit.
+    Returns:
+        `folder`.
+    Raises:
+        BaseMismatchError: other weights than the edit was made on, or changed by something else since engram
+            edited them.
+        EditFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be written; nothing is
+            left there.
+    """
+    check_changes_weights(edit)
+    source = _local(source)
+    record = _read_record(source)
+    return _rebuild(source, Path(folder), [*record.edits, _Applied(edit, force)], record)
+
+
+def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None = None) -> Path:
+    """Write a copy of an edited checkpoint without its edits: every byte of the original.
+
+    Args:
+        source: folder that `apply_to_checkpoint` wrote.
+        folder: the copy; must not exist, or be empty.
+        edit: take out only this one, and rebuild the weights from the original and the others; default: all.
+    Raises:
+        EditFileError: the checkpoint has no edits of ours, not this one, or its record is damaged.
+        BaseMismatchError: the weights were changed by something else since, or another edit was made on top
+            of `edit`.
+    """
+    source = _local(source)
+    record = _read_record(source)
+    if not record.edits:
+        raise EditFileError(
+            f"{source} has no edits to take out: there is no {_HOME}/{_RECORD} that apply_to_checkpoint wrote"
+        )
+    rest: list[_Applied] = []
+    if edit is not None:
+        gone = edit_files.identity(edit)
+        names = [edit_files.identity(each.edit) for each in record.edits]
+        if gone not in names:
+            raise EditFileError(f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}")
+        last = len(names) - 1 - names[::-1].index(gone)
+        rest = [each for i, each in enumerate(record.edits) if i != last]
+    return _rebuild(source, Path(folder), rest, record)
+
+
+def to_checkpoint(edit: Edit, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False) -> Path:
+    """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk."""
+    if isinstance(source, str | Path):
+        return apply_to_checkpoint(edit, source, folder, force=force)
+    with applied(edit, source, force=force), written_whole(folder) as fresh:
+        source.model.save_pretrained(fresh)
+        source.tokenizer.save_pretrained(fresh)
+    return Path(folder)
+
+
+def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Record) -> Path:
+    """Copy `source` to `folder`, with the original weights and `edits` on them."""
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise EditFileError(f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it")
+    stands = places(source)
+    _check_untouched(source, stands, record)
+    originals = dict(record.originals or {})
+    for each in edits:
+        for name in each.edit.deltas:
+            place = find(name, stands)
+            originals.setdefault(place.name, place.tensor(source))
+    values = {name: _edited(name, original, edits, stands) for name, original in originals.items()}
+    touched = {find(name, stands).name for each in edits for name in each.edit.deltas}
+    _check_room(source, folder)
+    with written_whole(folder) as fresh:
+        _copy(source, fresh)
+        for name, value in values.items():
+            stands[name].write(fresh, value)
+        if edits:
+            _write_record(fresh, edits, {name: originals[name] for name in sorted(touched)}, stands)
+    return folder
+
+
+def _edited(name: str, original: Tensor, edits: Sequence[_Applied], stands: dict[str, Place]) -> Tensor:
+    """Tensor `name` of the checkpoint with all edits on it."""
+    stack = None
+    for each in edits:
+        for parameter, delta in each.edit.deltas.items():
+            if find(parameter, stands).name != name:
+                continue
+            made_on = each.edit.base["tensors"][parameter]
+            stack = stack or Stack(original, made_on["transposed"])
+            try:
+                stack = stack.with_delta(delta, made_on, force=each.forced)
+            except BaseMismatchError as error:
+                raise BaseMismatchError(f"{name} with {each.edit!r}: {error}") from error
+    try:
+        return stack.weight() if stack else original
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}") from error
+
+
+def _check_untouched(source: Path, stands: dict[str, Place], record: _Record) -> None:
+    for name, digest in (record.now or {}).items():
+        if name not in stands or _digest(stands[name].read(source)) != digest:
+            raise BaseMismatchError(
+                f"{name} of {source} is not as engram left it: something else has changed the checkpoint "
+                "since. Start from the original checkpoint, or from a copy that only engram has edited"
+            )
+
+
+def _check_room(source: Path, folder: Path) -> None:
+    needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    home = next(parent for parent in folder.resolve().parents if parent.exists())
+    free = shutil.disk_usage(home).free
+    if needed > free:
+        raise EditFileError(
+            f"no room for {folder}: the checkpoint has {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            "Free some space, or choose a folder on another disk"
+        )
+
+
+def _copy(source: Path, fresh: Path) -> None:
+    """Every file but the record, with fresh permissions (a cache may be read-only); links become files."""
+    fresh = fresh.resolve()
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if inside.parts[0] == _HOME:
+            continue
+        if path.is_dir():
+            (fresh / inside).mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(path, fresh / inside)
+
+
+def _read_record(source: Path) -> _Record:
+    home = source / _HOME
+    if not home.exists():
+        return _Record()
+    try:
+        record: dict[str, Any] = json.loads((home / _RECORD).read_text(encoding="utf-8"))
+        if record["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}")
+        edits = [_Applied(Edit.load(home / each["folder"]), each["forced"]) for each in record["edits"]]
+        raw = (home / _ORIGINALS).read_bytes()
+        if _digest(raw) != record["originals"]:
+            raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
+        return _Record(tuple(edits), safetensors.torch.load(raw), record["now"])
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise EditFileError(
+            f"{home} is not a whole record of edits ({error}), so the original weights cannot be told. Start "
+            "from the original checkpoint"
+        ) from error
+
+
+def _write_record(fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stands: dict[str, Place]) -> None:
+    home = fresh / _HOME
+    entries = []
+    for i, each in enumerate(edits):
+        inside = f"{_EDITS}/{i}"
+        (home / inside).mkdir(parents=True)
+        edit_files.write(each.edit, home / inside)
+        entries.append({"folder": inside, "forced": each.forced})
+    raw = safetensors.torch.save(originals)
+    (home / _ORIGINALS).write_bytes(raw)
+    now = {name: _digest(stands[name].read(fresh)) for name in originals}
+    record = {"format_version": FORMAT_VERSION, "edits": entries, "originals": _digest(raw), "now": now}
+    (home / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(data: bytes | bytearray) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _local(source: str | Path) -> Path:
+    """The folder of a checkpoint; fetched from the hub (PyTorch's files only) where it is not a folder."""
+    if str(source) == "pocket":
+        from engram import pocket
+
+        return Path(pocket.PATH)
+    if (folder := existing(source)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=_OTHER_FRAMEWORKS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise EditFileError(
+            f"{str(source)!r} is neither a folder nor a model that the Hugging Face hub gives us "
+            f"({type(error).__name__}). Expected a checkpoint's folder, a hub name such as "
+            "'openai-community/gpt2', or 'pocket'"
+        ) from error

@@ -1,0 +1,72 @@
+"""An edit as a LoRA adapter of the peft library: the base stays as it is, the adapter can be switched off.
+
+Knows peft's file layout. Refuses to know models: an edit says itself which weights are stored [in, out].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from engram.edit.edit import Edit
+from engram.edit.recipe import check_changes_weights
+from engram.errors import UnsupportedModelError
+from engram.files.whole_folders import written_whole
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def to_peft(edit: Edit, folder: str | Path) -> Path:
+    """Write a LoRA adapter that does to the base what `edit` does: `PeftModel.from_pretrained(base, folder)`.
+
+    B = left, A = right and alpha = rank, so peft's scaling is 1. All weights have the largest rank among
+    them, the others padded with zeros. The adapter adds its output to the base's instead of rounding into the
+    weight, so on a half-precision base it is closer to the computed change than the merged edit is.
+
+    Returns:
+        The folder; an adapter that was there is replaced.
+    Raises:
+        UnsupportedModelError: a delta of something else than a weight matrix.
+        EditFileError: `folder` holds something else than an adapter, or cannot be written.
+    """
+    check_changes_weights(edit)
+    from peft import LoraConfig
+
+    factors = {name: delta.low_rank() for name, delta in edit.deltas.items()}
+    rank = max(left.shape[1] for left, _ in factors.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (left, right) in factors.items():
+        module = f"base_model.model.{_module(name)}"
+        tensors[f"{module}.lora_A.weight"] = _padded(right.float(), rank, dim=0)
+        tensors[f"{module}.lora_B.weight"] = _padded(left.float(), rank, dim=1)
+    config = LoraConfig(
+        base_model_name_or_path=edit.base["model"],
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=[_module(name) for name in factors],
+        fan_in_fan_out=any(weight["transposed"] for weight in edit.base["tensors"].values()),
+    )
+    with written_whole(folder, replaces=_CONFIG) as fresh:
+        config.save_pretrained(str(fresh))
+        (fresh / _WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    return Path(folder)
+
+
+def _module(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    if leaf != "weight" or not module:
+        raise UnsupportedModelError(f"{name!r} is not the weight of a module, a LoRA adapter cannot hold its change")
+    return module
+
+
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    shape = list(factor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim).contiguous()

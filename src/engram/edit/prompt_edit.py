@@ -1,0 +1,245 @@
+"""PromptEdit: an edit that is a text in front of the prompt; no weight changes.
+
+Knows facts, the text that states each of them, which of them a prompt is about, and how much text a model has room for. Refuses
+to know how the text is worded: editors/in_context.py does. The other kind of edit is edit.Edit.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from engram.edit.recipe import check_changes_weights, fact_index, library_versions, plain
+from engram.errors import EditFileError, EngramError, FactError
+from engram.facts import Fact
+from engram.model.frames import framed
+from engram.model.sentence_vectors import Encoder, encoder_of, nearest
+
+if TYPE_CHECKING:
+    from engram.edit.delta import Delta
+    from engram.model.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What an in-context edit says about one fact.
+
+    Attributes:
+        statement: the fact itself.
+        demonstrations: examples that are shown before it, the most helpful first.
+    """
+
+    statement: str
+    demonstrations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptEdit:
+    """An edit by text in front of every prompt; a value like `Edit`, with the same interface as far as there is one.
+
+    A prompt that names subjects of the edit gets those facts in front of it; any other gets the nearest facts by cosine of
+    sentence vectors, or nothing. What the model has no room for is left out: demonstrations first, from the last one on, then
+    the least relevant facts. The most relevant fact stands directly before the prompt.
+
+    Args:
+        facts: what the edit makes true, at least one.
+        method: name of the editor.
+        settings: "most": facts put in front at most; "otherwise": "nearest" or "nothing" for a prompt that names no subject;
+            "reserve": tokens left free for an answer; "encoder": see `similarity.encoder_of`; and the editor's own.
+        wordings: what is said about each fact.
+        opening: text between the last statement and the prompt.
+        base: {"model", "model_type"} of the model it was made for; it fits every causal model.
+        seed, versions, diagnostics, receipt: as of `Edit`.
+        encoder: the function, where settings["encoder"] is no name; it is not kept in files.
+    Raises:
+        EngramError: no facts, or not one wording a fact.
+    """
+
+    facts: tuple[Fact, ...]
+    method: str
+    settings: dict[str, Any]
+    wordings: tuple[Wording, ...]
+    opening: str
+    base: dict[str, Any]
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=library_versions)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    receipt: dict[str, Any] | None = None
+    encoder: Encoder | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", tuple(self.facts))
+        object.__setattr__(self, "wordings", tuple(self.wordings))
+        if not self.facts or len(self.wordings) != len(self.facts):
+            raise EngramError(
+                f"an in-context edit needs facts and a wording for each; got {len(self.facts)} and {len(self.wordings)}"
+            )
+        for name in ("settings", "base", "versions", "diagnostics", "receipt"):
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
+
+    def __repr__(self) -> str:
+        return f"PromptEdit({len(self.facts)} facts, {self.method!r}, no weights)"
+
+    @property
+    def rank(self) -> int:
+        """0: no weight changes."""
+        return 0
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """None: no weight changes."""
+        return {}
+
+    def with_receipt(self, receipt: Any) -> PromptEdit:
+        """The same edit with `receipt`: a dict, or an object that has `to_dict()`."""
+        return replace(self, receipt=receipt.to_dict() if hasattr(receipt, "to_dict") else receipt)
+
+    def without(self, *facts: Fact | int) -> PromptEdit:
+        """The edit without these facts, each a fact of this edit or its index.
+
+        Raises:
+            FactError: a fact that is not in the edit, or nothing would be left.
+        """
+        gone = {fact_index(self.facts, fact) for fact in facts}
+        kept = [i for i in range(len(self.facts)) if i not in gone]
+        if not kept:
+            raise FactError("all facts of the edit would go; an edit without facts is the unedited model")
+        if not gone:
+            return self
+        left, wordings = tuple(self.facts[i] for i in kept), tuple(self.wordings[i] for i in kept)
+        return replace(self, facts=left, wordings=wordings, diagnostics={}, receipt=None)
+
+    @contextmanager
+    def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+        """Within the block `lm` is asked with the edit in front of each prompt, see `LanguageModel.asked_through`."""
+        with lm.asked_through(self.frame(lm)):
+            yield lm
+
+    laid = applied  # of an edit of weights, in them or beside them
+
+    def frame(self, lm: LanguageModel) -> Callable[[str], str]:
+        """The function that puts into the front of a prompt what the edit has to say about it, for `lm.asked_through`.
+
+        There is room for as much as the model takes with the frame it is asked through now, less the tokens reserved for the
+        answer.
+
+        Raises (the function):
+            FactError: not even the most relevant fact fits.
+        """
+        outside, relevant, room = lm.frame, self._relevant(lm), lm.max_tokens - int(self.settings["reserve"])
+
+        def in_front(prompt: str) -> str:
+            return self._fitting(lm, relevant(prompt), lambda front: framed(outside, front + prompt).text, room) + prompt
+
+        in_front.__qualname__ = f"{self.method} edit of {len(self.facts)} facts"
+        return in_front
+
+    def preamble(self, lm: LanguageModel, text: str, tokens: int) -> str:
+        """What stands in front of `text`, in at most so many tokens.
+
+        Raises:
+            FactError: not even the most relevant fact fits.
+        """
+        return self._fitting(lm, self._relevant(lm)(text), lambda front: front, tokens)
+
+    def _relevant(self, lm: LanguageModel) -> Callable[[str], list[int]]:
+        """A function from a prompt to the facts it is about, most relevant first."""
+        most = int(self.settings["most"])
+
+        @cache
+        def vectors() -> Any:
+            return encode([fact.prompt_text for fact in self.facts])
+
+        def encode(texts: list[str]) -> Any:
+            return encoder_of(lm, self.encoder or self.settings["encoder"])(texts)
+
+        @cache
+        def relevant(prompt: str) -> list[int]:
+            named = [i for i, fact in enumerate(self.facts) if _names(prompt, fact.subject)]
+            if named:  # the longest name is the most specific one; of facts about it, the latest
+                return sorted(named, key=lambda i: (-len(self.facts[i].subject), -i))[:most]
+            if self.settings["otherwise"] == "nothing":
+                return []
+            return nearest(encode([prompt])[0], vectors(), most) if len(self.facts) > 1 else [0]
+
+        return relevant
+
+    def _fitting(self, lm: LanguageModel, chosen: Sequence[int], whole: Callable[[str], str], room: int) -> str:
+        """The text in front, of as many parts as `whole` of it has no more than `room` tokens."""
+        if not chosen:
+            return ""
+        statements = [self.wordings[i].statement for i in chosen]
+        parts = [*statements, *self.wordings[chosen[0]].demonstrations]
+
+        def front(count: int) -> str:
+            said, shown = statements[:count], parts[len(statements) : count]
+            return "".join([*shown, *reversed(said), self.opening])
+
+        def too_long(count: int) -> bool:
+            return len(lm.tokenizer(whole(front(count)), verbose=False)["input_ids"]) > room
+
+        count = bisect_left(range(1, len(parts) + 1), True, key=too_long)
+        if not count:
+            raise FactError(
+                f"no room for {statements[0]!r} in front of the prompt: {room} tokens of {lm.max_tokens} are for both of them. "
+                "Ask a shorter prompt, or make the edit with a smaller reserve="
+            )
+        return front(count)
+
+    def to_peft(self, folder: str | Path) -> NoReturn:
+        """Raises EngramError: there are no weights to export."""
+        self._no_weights()
+
+    def to_checkpoint(self, source: Any, folder: str | Path, *, force: bool = False) -> NoReturn:
+        """Raises EngramError: there are no weights to write."""
+        self._no_weights()
+
+    def _no_weights(self) -> NoReturn:
+        check_changes_weights(self)
+        raise AssertionError("an in-context edit has no deltas")
+
+    def save(self, folder: str | Path) -> Path:
+        """Keep the edit as a folder, whole or not at all. See `edit_files.save`."""
+        from engram.edit.folder_format import save
+
+        return save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PromptEdit:
+        """Read what `save` wrote. See `edit_files.load`.
+
+        Raises:
+            EditFileError: missing, damaged, of another format version, or an edit of weights.
+        """
+        from engram.edit.files import load
+
+        edit = load(folder)
+        if not isinstance(edit, PromptEdit):
+            raise EditFileError(f"{folder} holds an edit of weights ({edit!r}), no in-context edit; read it with Edit.load")
+        return edit
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; `from_dict` gives the edit back, without an encoder that is a function."""
+        fields = ("method", "settings", "opening", "base", "seed", "versions", "diagnostics", "receipt")
+        return {
+            "facts": [fact.to_dict() for fact in self.facts],
+            "wordings": [asdict(wording) for wording in self.wordings],
+            **{name: getattr(self, name) for name in fields},
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> PromptEdit:
+        facts = tuple(Fact.from_dict(each) for each in record["facts"])
+        wordings = tuple(Wording(each["statement"], tuple(each["demonstrations"])) for each in record["wordings"])
+        return cls(**{**record, "facts": facts, "wordings": wordings})
+
+
+def _names(text: str, subject: str) -> bool:
+    """Whether a text has the subject's name in it, as words of its own."""
+    return subject in text and re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", text) is not None

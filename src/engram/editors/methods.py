@@ -1,0 +1,144 @@
+"""Methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit, entered once in `METHODS`.
+
+A method reads the model and never changes it; what it returns is a value (see edit, and prompt_edit for edits without weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, cast
+
+from engram.edit.edit import Edit
+from engram.edit.prompt_edit import PromptEdit
+from engram.errors import EngramError
+
+
+@dataclass(frozen=True)
+class Method:
+    """What `rewrite` calls by a name.
+
+    Attributes:
+        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit (or
+            PromptEdit). Where it takes `past`, it gets the earlier edits; otherwise they are in force on `lm` while it works.
+        summary: what it does, in a line.
+        source: where it was published.
+        each: where it makes many edits of one fact each in one batch: "module:function" or a function, (lm, facts, *, seed, ...) ->
+            one Edit a fact, what `home` gives of it alone. None: they are made one by one.
+        companions: whether these edits depend on which facts are in the batch, so that none is what `home` gives of it alone.
+    """
+
+    home: str | Callable[..., Edit | PromptEdit]
+    summary: str
+    source: str
+    each: str | Callable[..., list[Edit]] | None = None
+    companions: bool = False
+
+    def function(self) -> Callable[..., Edit | PromptEdit]:
+        return cast("Callable[..., Edit | PromptEdit]", _found(self.home))
+
+
+def _found(home: str | Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(home, str):
+        return home
+    module, _, function = home.partition(":")
+    return cast("Callable[..., Any]", getattr(import_module(module), function))
+
+
+METHODS: dict[str, Method] = {  # a new method is one file and one entry here
+    "rome": Method(
+        "engram.editors.closed_form.rome:rome",
+        "one fact, one rank-one change of one MLP output matrix",
+        "Meng et al. 2022, arXiv:2202.05262",
+        each="engram.editors.closed_form.rome:rome_each",
+    ),
+    "memit": Method(
+        "engram.editors.closed_form.mass:memit",
+        "many facts at once, over a few layers",
+        "Meng et al. 2023, arXiv:2210.07229",
+        each="engram.editors.closed_form.mass:memit_each",
+    ),
+    "emmet": Method(
+        "engram.editors.closed_form.mass:emmet",
+        "many facts at once at one layer, each key met exactly up to a slack",
+        "Gupta et al. 2024, arXiv:2403.14236",
+        each="engram.editors.closed_form.mass:emmet_each",
+    ),
+    "memit-seq": Method(
+        "engram.editors.closed_form.mass:memit_seq",
+        "MEMIT that preserves the keys of earlier edits",
+        "Fang et al. 2025, arXiv:2410.02355 (baseline)",
+        each="engram.editors.closed_form.mass:memit_seq_each",
+    ),
+    "alphaedit": Method(
+        "engram.editors.closed_form.mass:alphaedit",
+        "changes in the null space of ordinary text's keys only; preserves the keys of earlier edits",
+        "Fang et al. 2025, arXiv:2410.02355",
+        each="engram.editors.closed_form.mass:alphaedit_each",
+    ),
+    "pmet": Method(
+        "engram.editors.closed_form.mass:pmet",
+        "attention and MLP outputs optimised together, the MLP's part written",
+        "Li et al. 2024, arXiv:2308.08742",
+        each="engram.editors.closed_form.mass:pmet_each",
+    ),
+    "ft": Method(
+        "engram.editors.training.fine_tuning:ft",
+        "fine-tune one MLP output matrix on the facts",
+        "Zhu et al. 2020, arXiv:2012.00363",
+    ),
+    "ft-l": Method(
+        "engram.editors.training.fine_tuning:ft_l",
+        "fine-tune one MLP output matrix, no entry further than norm_constraint",
+        "Zhu et al. 2020, arXiv:2012.00363",
+    ),
+    "ft-w": Method(
+        "engram.editors.training.fine_tuning:ft_w",
+        "fine-tune one MLP output matrix with weight decay",
+        "Meng et al. 2023, arXiv:2210.07229",
+    ),
+    "locft-bf": Method(
+        "engram.editors.training.fine_tuning:locft_bf",
+        "fine-tune one MLP output matrix in epochs of mini-batches over all facts",
+        "Yang et al. 2025, arXiv:2509.22072",
+    ),
+    "lora": Method(
+        "engram.editors.training.lora:lora",
+        "train low-rank adapters of a few matrices on the facts",
+        "Hu et al. 2021, arXiv:2106.09685",
+    ),
+    "ultraedit": Method(
+        "engram.editors.training.ultraedit:ultraedit",
+        "one gradient step on a few matrices through a ridge solve, without subjects or a corpus",
+        "Gu et al. 2025, arXiv:2505.14679",
+        each="engram.editors.training.ultraedit:ultraedit_each",
+        companions=True,
+    ),
+    "in-context": Method(
+        "engram.editors.in_context:in_context",
+        "the facts stated in front of the prompts they are relevant to; no weights",
+        "the plain baseline of Zheng et al. 2023, arXiv:2305.12740",
+    ),
+    "ike": Method(
+        "engram.editors.in_context:ike",
+        "the same behind demonstrations of what follows from a new fact and what does not",
+        "Zheng et al. 2023, arXiv:2305.12740",
+    ),
+}
+
+
+def method_named(name: str) -> Callable[..., Edit | PromptEdit]:
+    """The function of a method.
+
+    Raises:
+        EngramError: there is none of that name.
+    """
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        raise EngramError(
+            f"method={name!r} does not exist" + (f" (did you mean {near[0]!r}?)" if near else "")
+            + f"; known: {', '.join(sorted(METHODS))}"
+        )  # fmt: skip
+    return METHODS[name].function()

@@ -1,0 +1,1 @@
+"""TODO editors.second_moments"""

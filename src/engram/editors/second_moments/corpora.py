@@ -1,0 +1,173 @@
+"""Where the text comes from on which second moments are measured: a file, a data set, given texts, or the model itself.
+
+A corpus yields documents in an order of its own that never changes, and says by a digest which documents those are.
+Knows text only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from engram import pocket
+from engram.errors import EngramError, MissingExtraError
+from engram.model.language_model import LanguageModel
+from engram.model.sampling import sample_texts
+
+
+class Corpus(Protocol):
+    """What second moments need of a corpus."""
+
+    def digest(self) -> str:
+        """Names the documents: equal digests, equal documents (for one model, where the model samples them)."""
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        """Documents from number `start` on."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Given texts, one a document."""
+
+    texts: tuple[str, ...]
+
+    def digest(self) -> str:
+        return "texts " + _sha256("\0".join(self.texts).encode())
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        return iter(self.texts[start:])
+
+
+class TextFile:
+    """A UTF-8 text file: a paragraph a document, where blank lines part them, otherwise a line.
+
+    Raises:
+        EngramError: no such file, or no text in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            text = Path(path).read_text(encoding="utf8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EngramError(f"corpus {str(path)!r} cannot be read as a text file: {error}") from error
+        pieces = text.split("\n\n") if "\n\n" in text else text.splitlines()
+        self._documents = [piece.strip() for piece in pieces if piece.strip()]
+        self._digest = _sha256(text.encode())
+        if not self._documents:
+            raise EngramError(f"corpus {str(path)!r} holds no text")
+
+    def digest(self) -> str:
+        return f"file {self._digest}"
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        return iter(self._documents[start:])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A Hugging Face data set, in an order shuffled as the published statistics are.
+
+    Args:
+        name: on the hub, or a folder; e.g. DataSet("wikimedia/wikipedia", "20231101.en").
+        config, split, field: which part of it, and the field that holds the text.
+        seed: of the order; the released code uses 1.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    seed: int = 1
+
+    def digest(self) -> str:
+        return f"data set {self.name} {self.config} {self.split} {self.field} {self.seed} {self._rows._fingerprint}"
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        for index in shuffled(len(self._rows), self.seed)[start:]:
+            yield self._rows[index][self.field]
+
+    @cached_property
+    def _rows(self) -> Any:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise MissingExtraError("datasets", "data") from error
+        try:
+            rows = load_dataset(self.name, self.config, split=self.split)
+        except Exception as error:  # whatever the hub, the files or the network come up with
+            raise EngramError(f"data set {self.name!r} cannot be loaded: {error}") from error
+        if self.field not in rows.column_names:
+            raise EngramError(f"data set {self.name!r} has no field {self.field!r}; it has {', '.join(rows.column_names)}")
+        return rows
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """Text that the model makes up, from its whole distribution: no download, and what the model deems ordinary."""
+
+    seed: int = 0
+    tokens: int = 100  # tokens of a document
+    batch: int = 64
+
+    def digest(self) -> str:
+        return f"sampled {self.seed} {self.tokens} {self.batch}"
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        """Endless. A batch has its own seed, so that any of them can be the first."""
+        length = min(self.tokens, lm.max_tokens - 1)
+        number = start // self.batch
+        while True:
+            generator = torch.Generator().manual_seed((self.seed << 24) + number)
+            texts = sample_texts(lm, self.batch, length, generator)
+            yield from texts[start % self.batch :] if number == start // self.batch else texts
+            number += 1
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """The sentences of the bundled fact table, shuffled: plain statements about the world, at hand offline."""
+
+    seed: int = 0
+
+    def digest(self) -> str:
+        return f"bundled {_sha256_of_sentences(self.seed)}"
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        return islice(pocket.sentences(self.seed), start, None)
+
+
+def as_corpus(given: Corpus | str | Path | Sequence[str] | None, seed: int) -> Corpus:
+    """A path means a text file, "bundled" the bundled sentences, a list its texts, nothing what the model samples."""
+    if given is None:
+        return SampledText(seed)
+    if given == "bundled":
+        return Bundled(seed)
+    if isinstance(given, str | Path):
+        return TextFile(given)
+    if isinstance(given, Sequence):
+        return Texts(tuple(given))
+    return given
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0..count-1 in the order of the released code."""
+    indices = list(range(count))
+    random.Random(seed).shuffle(indices)
+    return indices
+
+
+@cache
+def _sha256_of_sentences(seed: int) -> str:
+    return _sha256("\0".join(pocket.sentences(seed)).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,139 @@
+"""Fine-tuning of one block's MLP output matrix: FT, FT+L within a box, FT-W with weight decay, LocFT-BF in mini-batches.
+
+Every target token is scored at its own position, which published comparisons did not do; `reference=True` does as they did.
+Knows one matrix and its rows of text. The loop is tuning.py's. Sources: Zhu et al. 2020, arXiv:2012.00363, as used for
+comparison by Meng et al. 2022; LocFT-BF: Yang et al. 2025, arXiv:2509.22072.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit
+from engram.editors.presets import preset
+from engram.editors.settings import flat, read
+from engram.editors.training.loop import TuningConfig, descend, still, tasks
+from engram.editors.training.target_rows import fact_rows, published_rows
+from engram.engine.replayable import Engine
+from engram.errors import SettingError
+from engram.facts import Fact
+from engram.model.language_model import LanguageModel
+from engram.modules.hooks import overlay_weight
+from engram.modules.layouts import as_linear
+from engram.progress import Report, silent
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """Settings of fine-tuning, with those of the training loop.
+
+    Args:
+        norm_constraint: no entry of the matrix moves further than this; None: as far as it goes.
+        reference: the harness behind published numbers of FT: all tokens of a target are asked of the prompt's last position,
+            as if each were the first; batches come in order; a batch with a loss below `stop_loss` is not stepped on, and
+            training ends when an epoch's mean is below. The harness also trained the matrix's bias, which an Edit cannot
+            hold: here it stays.
+    """
+
+    norm_constraint: float | None = None
+    reference: bool = False
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+
+    def __post_init__(self) -> None:
+        if self.norm_constraint is not None and self.norm_constraint <= 0:
+            raise SettingError(f"norm_constraint={self.norm_constraint}: has to be above 0, or None")
+        if self.reference:
+            object.__setattr__(self, "tuning", replace(self.tuning, stop="loss"))
+
+
+def fine_tune(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    method: str = "ft",
+    layer: int | None = None,
+    locality: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+    engine: Engine = "auto",
+    progress: Report | None = None,
+    **knobs: Any,
+) -> Edit:
+    """Train one block's MLP output matrix on all facts together; the model itself is not changed.
+
+    What lies below the block is computed once. The change is dense: Adam's steps have no low rank.
+
+    Args:
+        method: whose presets are taken: "ft", "ft-l", "ft-w" or "locft-bf".
+        layer: block to train, from 0; default: the preset of this model.
+        locality: unrelated (text, answer) pairs that training shall leave alone, see `TuningConfig.locality_loss`.
+        seed: of the batches.
+        engine: "replay", "whole" forward passes, or by itself.
+        progress: called with (what is being done, done, in all).
+        knobs: the fields of FineTuningConfig and TuningConfig.
+    Raises:
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged.
+    """
+    report = progress or silent
+    settings = {**preset(method, lm.name), **knobs}
+    depth = settings.pop("depth")
+    preset_layer = settings.pop("layer", int(depth * lm.n_layers))
+    config = read(FineTuningConfig, settings, method, "layer, locality, seed, engine, progress")
+    config = replace(config, tuning=config.tuning.settled(lm, seed))
+    layer = preset_layer if layer is None else layer
+    if isinstance(layer, str):
+        raise SettingError(
+            f"layer={layer!r}: {method} takes a block's number, from 0; 'auto' is for rome and the mass editors"
+        )
+    weight = f"{lm.parts.mlp_out_name(layer)}.weight"
+    module, tuning = lm.parts.mlp_out(layer), config.tuning
+    if config.reference:
+        rows, generator = published_rows(lm, facts, tuning.batch_size), None
+    else:
+        rows = fact_rows(lm, facts, tuning.contexts, tuning.train_paraphrases)
+        generator = torch.Generator().manual_seed(seed)
+
+    precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
+    start_oi = as_linear(module).detach().to(precision)
+    delta_oi = torch.zeros_like(start_oi, requires_grad=True)
+
+    def clamp() -> None:
+        if config.norm_constraint is not None:
+            delta_oi.clamp_(-config.norm_constraint, config.norm_constraint)
+
+    with still(lm.model):
+        wanted, staying = tasks(lm, rows, locality, layer, tuning, generator, engine, report)
+        with overlay_weight(module, delta_oi):
+            descent = descend(
+                [delta_oi], wanted, staying, tuning, generator=generator, report=report,
+                decayed=lambda delta: start_oi + delta, after_step=clamp,
+            )  # fmt: skip
+    recipe = {"layer": layer, **flat(config), "locality": [list(pair) for pair in locality]}
+    diagnostics = descent.diagnostics() | {"norm_ratio": float(delta_oi.detach().norm() / start_oi.norm())}
+    deltas = {weight: Delta(delta_oi.detach())}
+    return Edit(tuple(facts), method, recipe, deltas, describe_base(lm, [weight]), seed=seed, diagnostics=diagnostics)
+
+
+def ft(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
+    """FT: `fine_tune` without bounds."""
+    return fine_tune(lm, facts, method="ft", **settings)
+
+
+def ft_l(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
+    """FT+L: `fine_tune` with every entry of the matrix kept within `norm_constraint` of where it was."""
+    return fine_tune(lm, facts, method="ft-l", **settings)
+
+
+def ft_w(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
+    """FT-W: `fine_tune` with weight decay, as Meng et al. 2023 (MEMIT) meant it."""
+    return fine_tune(lm, facts, method="ft-w", **settings)
+
+
+def locft_bf(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
+    """LocFT-BF: `fine_tune` in epochs of mini-batches over all facts, breadth first."""
+    return fine_tune(lm, facts, method="locft-bf", **settings)

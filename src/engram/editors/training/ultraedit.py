@@ -1,0 +1,249 @@
+"""UltraEdit: one forward and one backward pass, then a ridge solve; no values to optimise, no subject, no corpus.
+
+At every scored token t, h_t enters a matrix and g_t is the loss's gradient at its output. Both are standardised by the mean
+and spread of all tokens seen in the model's life, and the change S minimises ||H S - V||^2 + ||S||^2 with rows
+v_t = -learning_rate ||h~_t||^2 g~_t.
+
+Knows tokens, gradients and the solve. Source: Gu et al. 2025, arXiv:2505.14679.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.edit.base import describe_base
+from engram.edit.delta import Delta
+from engram.edit.edit import Edit
+from engram.editors.presets import preset
+from engram.editors.settings import flat, read
+from engram.editors.training.loop import still
+from engram.editors.training.matrices import Layers, matrix_names, take_layers
+from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows
+from engram.errors import EngramError, NonFiniteError, SettingError
+from engram.facts import Fact
+from engram.model.language_model import LanguageModel
+from engram.modules.hooks import record, substitute
+from engram.progress import Report, silent
+
+_TINY = 1e-7  # added to a spread, for coordinates that never vary
+
+
+@dataclass(frozen=True)
+class UltraEditConfig:
+    """Settings of UltraEdit.
+
+    Args:
+        learning_rate: length of the step; published for models of 7 billion parameters.
+        targets: which matrices of a block, see `matrix_names`.
+        batch_size: rows of a forward pass; changes nothing but memory.
+    """
+
+    learning_rate: float = 1e-6
+    targets: tuple[str, ...] = ("mlp_out",)
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", targets)
+        if self.learning_rate <= 0 or self.batch_size < 1 or not targets:
+            raise SettingError(
+                f"learning_rate={self.learning_rate}, batch_size={self.batch_size}, targets={targets}: expected a rate above 0, "
+                "a size of at least 1, and at least one target"
+            )
+
+
+@dataclass
+class Statistics:
+    """Mean and spread of [h; g] over all tokens edited in a model's life, for each matrix. Start with `Statistics()`.
+
+    Whoever edits a model again and again keeps one and passes it to each `ultraedit`, which adds its tokens when it is done.
+    """
+
+    count: int = 0
+    means: dict[str, Tensor] = field(default_factory=dict)  # matrix -> [in + out], float64
+    squares: dict[str, Tensor] = field(default_factory=dict)  # sums of squared deviations from the mean
+
+    def add(self, tokens: dict[str, Tensor]) -> None:
+        """Take in tokens [n, in + out] of every matrix (Chan, Golub & LeVeque's update).
+
+        Raises:
+            EngramError: statistics of other matrices.
+        """
+        if self.count and self.means.keys() != tokens.keys():
+            raise EngramError(
+                f"statistics are of {sorted(self.means)}, the edit changes {sorted(tokens)}; keep one for each"
+            )
+        n = len(next(iter(tokens.values())))
+        for name, tokens_nc in tokens.items():
+            mean_c = tokens_nc.mean(0)
+            squares_c = (tokens_nc - mean_c).square().sum(0)
+            apart_c = mean_c - self.means.get(name, torch.zeros_like(mean_c))
+            share = n / (self.count + n)
+            self.means[name] = mean_c - apart_c * (1 - share)
+            self.squares[name] = self.squares.get(name, 0) + squares_c + apart_c.square() * self.count * share
+        self.count += n
+
+    def standardised(self, name: str, tokens_nc: Tensor) -> Tensor:
+        spread_c = (self.squares[name] / (self.count - 1)).sqrt()
+        return (tokens_nc - self.means[name]) / (spread_c + _TINY)
+
+
+@dataclass
+class _Seen:
+    """What the facts' scored tokens are at each matrix, and their statistics together with earlier ones."""
+
+    config: UltraEditConfig
+    recipe: dict[str, Any]
+    inputs: dict[str, Tensor]  # [n, in]
+    tokens: dict[str, Tensor]  # [n, in + out]
+    facts_n: list[int]  # whose token it is
+    now: Statistics
+
+    def edit(self, lm: LanguageModel, facts: Sequence[Fact], chosen: Sequence[int], seed: int, report: Report) -> Edit:
+        """The edit of the facts with these numbers."""
+        rows = [n for n, fact in enumerate(self.facts_n) if fact in set(chosen)]
+        place = {fact: number for number, fact in enumerate(chosen)}
+        precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        deltas = {}
+        for i, (name, inputs_ni) in enumerate(self.inputs.items()):
+            report("solving", i, len(self.inputs))
+            standard_nc = self.now.standardised(name, self.tokens[name][rows])
+            delta = _solve(inputs_ni[rows], standard_nc, self.config.learning_rate, precision)
+            owners = [[place[self.facts_n[n]]] for n in rows]
+            deltas[f"{name}.weight"] = delta if delta.is_dense else delta.owned_by(owners)
+        base = describe_base(lm, deltas)
+        return Edit(tuple(facts[i] for i in chosen), "ultraedit", self.recipe, deltas, base, seed=seed)
+
+
+def _seen(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    report: Report,
+    *,
+    layers: Layers | None = None,
+    statistics: Statistics | None = None,
+    **knobs: Any,
+) -> _Seen:
+    settings = {**preset("ultraedit", lm.name), **knobs}
+    layers = take_layers(lm, settings, layers)
+    config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")
+    names = matrix_names(lm, layers, config.targets)
+    rows = fact_rows(lm, facts)
+    batches = list(batches_of(rows, config.batch_size))
+    seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+    with still(lm.model):
+        for i, batch in enumerate(batches):
+            report("gradients", i, len(batches))
+            seen.append(_inputs_and_gradients(lm, batch, names))
+    inputs = {name: torch.cat([each[name][0] for each in seen]) for name in names}
+    tokens = {name: torch.cat([inputs[name], torch.cat([each[name][1] for each in seen])], 1) for name in names}
+    now = deepcopy(statistics) if statistics else Statistics()
+    now.add(tokens)
+    if now.count < 2:
+        raise EngramError(
+            "UltraEdit standardises what it sees over all scored tokens, and one token has no spread: give more facts, or "
+            "statistics=... of earlier edits of this model"
+        )
+    facts_n = torch.cat([batch.facts_p for batch in batches]).tolist()
+    recipe = {
+        "layers": layers if layers == "all" else list(layers),
+        **flat(config),
+        "tokens_before": now.count - len(facts_n),
+    }
+    return _Seen(config, recipe, inputs, tokens, facts_n, now)
+
+
+def ultraedit(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    layers: Layers | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    progress: Report | None = None,
+    **knobs: Any,
+) -> Edit:
+    """Change matrices in one step toward the targets of all facts; the model itself is not changed.
+
+    The change of a matrix has one column a scored token, which belongs to that token's fact.
+
+    Args:
+        layers: blocks to change, from 0, or "all"; default: the preset of this model.
+        statistics: of earlier edits of this model, these edits' tokens are added; default: of these edits alone.
+        seed: kept with the edit; nothing here is drawn.
+        progress: called with (what is being done, done, in all).
+        knobs: the fields of UltraEditConfig.
+    Raises:
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with.
+        EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
+    """
+    report = progress or silent
+    seen = _seen(lm, facts, report, layers=layers, statistics=statistics, **knobs)
+    edit = seen.edit(lm, facts, range(len(facts)), seed, report)
+    if statistics is not None:
+        statistics.__dict__.update(seen.now.__dict__)
+    return edit
+
+
+def ultraedit_each(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    seed: int = 0,
+    progress: Report | None = None,
+    **settings: Any,
+) -> list[Edit]:
+    """Many edits of one fact each, every one made on the unedited model.
+
+    One fact's token has no spread of its own, so what is standardised over are the tokens of all these facts, with those of
+    `statistics`, to which nothing is added. The settings are those of `ultraedit`.
+    """
+    seen = _seen(lm, facts, progress or silent, **settings)
+    return [seen.edit(lm, facts, [i], seed, silent) for i in range(len(facts))]
+
+
+def _inputs_and_gradients(lm: LanguageModel, batch: TargetBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each matrix: what enters it at the p read positions [p, in], and the gradient there of the summed loss [p, out]."""
+    b, t = batch.ids_bt.shape
+    probes: dict[str, Tensor] = {}
+
+    def probed(name: str, out: Tensor) -> Tensor:
+        probes[name] = torch.zeros_like(out, requires_grad=True)
+        return out + probes[name]
+
+    with ExitStack() as stack:
+        entering = stack.enter_context(record(lm.model, inputs=names, keep=lambda x: x.detach()))
+        modules = {lm.model.get_submodule(name): (lambda out, name=name: probed(name, out)) for name in names}
+        stack.enter_context(substitute(modules))
+        loss = batch.token_nll(batch.logits(lm)).sum()
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss.item()}; nothing was changed. Try dtype=torch.float32")
+    gradients = dict(zip(names, torch.autograd.grad(loss, [probes[name] for name in names]), strict=True))
+
+    def at_read(x: Tensor) -> Tensor:
+        return x.reshape(b, t, -1)[batch.rows_p, batch.positions_p].double().cpu()
+
+    return {name: (at_read(entering[name]), at_read(gradients[name])) for name in names}
+
+
+def _solve(inputs_ni: Tensor, standard_nc: Tensor, rate: float, precision: torch.dtype) -> Delta:
+    """(H^T H + I)^-1 H^T V, [out, in]: as V^T and the rows (H^T H + I)^-1 h; multiplied out where that is smaller.
+
+    (H^T H + I)^-1 H^T = H^T (H H^T + I)^-1, so the smaller of both matrices is factored.
+    """
+    n, width = inputs_ni.shape
+    h_ni, g_no = standard_nc[:, :width], standard_nc[:, width:]
+    values_no = -rate * h_ni.square().sum(1, keepdim=True) * g_no
+    small = inputs_ni @ inputs_ni.T if n <= width else inputs_ni.T @ inputs_ni
+    factor = torch.linalg.cholesky(small + torch.eye(len(small), dtype=small.dtype))
+    right_ni = torch.cholesky_solve(inputs_ni, factor) if n <= width else torch.cholesky_solve(inputs_ni.T, factor).T
+    if n > min(width, values_no.shape[1]):
+        return Delta((values_no.T @ right_ni).to(precision))
+    return Delta(values_no.T.to(precision), right_ni.to(precision))

@@ -1,0 +1,79 @@
+"""TODO engine.replayable"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from engram.engine.recording import NotReplayableError, record_run
+from engram.engine.suffix import Suffix, log
+from engram.errors import UnsupportedModelError
+from engram.model.language_model import LanguageModel
+from engram.modules.hooks import StopForward
+
+Engine = Literal["auto", "replay", "whole"]
+
+
+# -- can it be replayed? ---------------------------------------------------------------------------------------------
+
+_REPLAYABLE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
+
+
+def use_replay(lm: LanguageModel, engine: Engine) -> bool:
+    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see `replayable`).
+
+    Raises:
+        UnsupportedModelError: told to, and the model cannot be replayed.
+    """
+    if engine == "replay" and not replayable(lm):
+        raise UnsupportedModelError(
+            f"engine='replay': {lm.name} (model_type={lm.model.config.model_type!r}) cannot be replayed; leave out engine, and "
+            "it runs through whole forward passes"
+        )
+    return engine != "whole" and replayable(lm)
+
+
+def replayable(lm: LanguageModel) -> bool:
+    """Whether replay gives this model's own numbers: tried once per model on a few tokens, then remembered.
+
+    The try covers rows with different starts, the short last block and the head; a family that surprises us is found
+    out here and runs through whole forward passes.
+    """
+    known = _REPLAYABLE.setdefault(lm.model, {})
+    key = (getattr(lm.model.config, "_attn_implementation", None), lm.dtype)
+    if key not in known:
+        try:
+            known[key] = _try(lm)
+        except (NotReplayableError, StopForward, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            log.debug("%s cannot be replayed: %s", lm.name, error)
+            known[key] = False
+        if not known[key]:
+            log.debug("%s runs through whole forward passes", lm.name)
+    return known[key]
+
+
+@torch.no_grad()
+def _try(lm: LanguageModel) -> bool:
+    vocabulary = int(lm.model.config.vocab_size)
+    ids_bt = (torch.arange(14).view(2, 7) * 31 + 5) % vocabulary
+    recording = record_run(lm, ids_bt)
+    tolerance = 1e-3 if torch.finfo(lm.dtype).eps < 1e-5 else 0.1
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6))
+
+    for starts in (3, [2, 4]):
+        suffix = Suffix(lm, recording, starts, 3)
+        for layer in range(lm.n_layers):
+            entering, leaving = suffix.states(layer), suffix.states(layer + 1)
+            if not close(suffix.block(layer, entering), leaving):
+                return False
+            if not close(suffix.last_positions(layer, entering), leaving[:, -1:]):
+                return False
+            columns_br, rows_b1 = torch.tensor([[0, 1], [2, 0]]), torch.arange(2)[:, None]
+            if not close(suffix.at_columns(layer, entering, columns_br), leaving[rows_b1, columns_br]):
+                return False
+    return close(lm.parts.head(recording.hidden[-1]), lm.model(ids_bt.to(lm.device), use_cache=False).logits)

@@ -1,0 +1,127 @@
+"""Many continuations of one prompt, which is computed once: its keys and values stand in front of each of them.
+
+Knows rows of tokens and the model's own cache. Refuses to know what the continuations are. A model whose cache is not
+transformers' DynamicCache (state-space models, for one) computes whole rows instead; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from inspect import signature
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from engram.engine.recording import Recording, body, record_run
+from engram.engine.suffix import Suffix, _Noting, _take
+from engram.model.language_model import LanguageModel
+from engram.model.tokens import pad_right
+from engram.modules.hooks import record
+
+_CACHED_TOKENS = 2048  # tokens whose keys and values are held at once; of GPT-2 XL in float32: 1.2 GB
+
+
+Ids = tuple[int, ...]
+
+
+def can_share(lm: LanguageModel) -> bool:
+    """Whether it is worth trying: the model reads from left to right and takes a cache."""
+    return lm.kind == "causal" and "past_key_values" in signature(lm.model.forward).parameters
+
+
+@torch.no_grad()
+def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> list[Tensor] | None:
+    """Logits at a prompt's last token and at each token that continues it.
+
+    Args:
+        continued: (prompt's tokens, further tokens); those of one prompt should stand together.
+    Returns:
+        One tensor [1 + further tokens, v] each, float32 (float64 for a float64 model); None where the model's cache is of
+        another kind.
+    """
+    out: list[Tensor] = []
+    for batch in _batches(continued):
+        heads = list(dict.fromkeys(head for head, _ in batch))
+        ids_bt = torch.tensor(heads, device=lm.device)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.model.forward).parameters else {}
+        read = lm.model(ids_bt, use_cache=True, **last)
+        cache = read.past_key_values
+        if not isinstance(cache, DynamicCache):
+            return None
+        first_bv = read.logits[:, -1].to(torch.promote_types(read.logits.dtype, torch.float32))
+        which = [heads.index(head) for head, _ in batch]
+        further = [i for i, (_, tail) in enumerate(batch) if tail]
+        after = {}
+        if further:
+            cache.batch_select_indices(torch.tensor([which[i] for i in further], device=lm.device))
+            tails_bt = pad_right([batch[i][1] for i in further]).to(lm.device)
+            logits_btv = lm.model(tails_bt, past_key_values=cache, use_cache=True).logits.to(first_bv.dtype)
+            after = dict(zip(further, logits_btv, strict=True))
+        for i, (_, tail) in enumerate(batch):
+            first = first_bv[which[i]][None]
+            out.append(torch.cat([first, after[i][: len(tail)]]) if tail else first)
+    return out
+
+
+def _batches(continued: Sequence[tuple[Ids, Ids]]) -> Iterator[list[tuple[Ids, Ids]]]:
+    """Neighbours with prompts of one length, as many as memory holds."""
+    batch: list[tuple[Ids, Ids]] = []
+    longest = 0
+    for head, tail in continued:
+        longest = max(longest, len(head) + len(tail))
+        if batch and (len(head) != len(batch[0][0]) or (len(batch) + 1) * longest > _CACHED_TOKENS):
+            yield batch
+            batch, longest = [], len(head) + len(tail)
+        batch.append((head, tail))
+    if batch:
+        yield batch
+
+
+def record_alike(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    shared: Sequence[int],
+    *,
+    layer: int,
+    length: int,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+) -> Recording:
+    """`record_run` of rows of which each begins like one of the first ones: what they begin with is run once.
+
+    Args:
+        rows: token ids; row b begins like row b % len(shared).
+        shared: tokens that all rows which begin alike have in common; exact where they really are.
+        layer: lowest block that is kept, see `Recording.narrowed`.
+        length: that rows are padded to, on the right; at least any shared part and the longest rest behind each other.
+        inputs, outputs: as in `record_run`. In `seen` there is nothing at the shared positions but zeros.
+    """
+    kinds, firsts = torch.arange(len(rows)) % len(shared), rows[: len(shared)]
+    rest = max(len(row) - shared[b % len(shared)] for b, row in enumerate(rows))
+    begun = record_run(lm, pad_right(firsts, length))
+    suffix, entry = Suffix(lm, begun, shared, rest), lm.parts.block_name(0)
+    with torch.no_grad(), record(lm.model, inputs=[entry], stop=True) as entering:
+        body(lm)(pad_right(rows, length).to(lm.device))
+    rows_b1, places_bq = torch.arange(len(rows))[:, None], suffix.positions_bq[kinds]
+
+    def put(kept_btx: Tensor, made_bqx: Tensor) -> None:
+        kept_btx[rows_b1, places_bq] = made_bqx.to(kept_btx.device)
+
+    hidden_bqd = _take(entering[entry], places_bq)
+    whole = begun.narrowed(lm, kinds, layer)
+    with torch.no_grad(), record(lm.model, inputs, outputs) as seen:
+        for number in range(lm.n_layers):
+            new = _Noting(*suffix._prefix_of(number, kinds))
+            after_bqd = suffix._call(number, hidden_bqd, kinds, new)
+            if number >= layer:
+                put(whole.hidden[number], hidden_bqd)
+                put(whole.keys[number].transpose(1, 2), new.new_keys.transpose(1, 2))
+                put(whole.values[number].transpose(1, 2), new.new_values.transpose(1, 2))
+            hidden_bqd = after_bqd
+    put(whole.hidden[-1], hidden_bqd)
+    for name, part in seen.items():
+        part_bqx = part.view(len(rows), rest, -1)
+        whole.seen[name] = part_bqx.new_zeros(len(rows), length, part_bqx.shape[-1])
+        put(whole.seen[name], part_bqx)
+    return whole

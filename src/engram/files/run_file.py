@@ -1,0 +1,134 @@
+"""A run in one SQLite file: begun with what it is about, written a transaction at a time, taken up again after a kill.
+
+Knows the file, its version and who may write it. Refuses to mix runs: what a file was begun with has to be asked for again. What
+rows it holds say those who build on it: benchmarks (evaluate/bench/store) and average traces (locate/trace_store).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from engram.errors import EditFileError, SettingError
+from engram.files.locks import locked
+
+_ABOUT = "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
+_MEMORY = Path(":memory:")
+
+
+class RunFile:
+    """An open file of a run. Made by `writing` or `reading`.
+
+    Attributes:
+        what, made_by: of errors: what the file holds, and what makes one.
+        tables, mark: statements that make its tables, and the table by which it is known.
+        version: of this layout.
+        alone: whether one process at a time may write.
+        hashed: what an error says instead of two values that are hashes.
+    """
+
+    what: ClassVar[str]
+    made_by: ClassVar[str]
+    tables: ClassVar[str]
+    mark: ClassVar[str]
+    version: ClassVar[int] = 1
+    alone: ClassVar[bool] = False
+    hashed: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection, self.path = connection, path
+
+    @classmethod
+    @contextmanager
+    def writing(cls, path: str | Path | None, about: Mapping[str, Any]) -> Iterator[Self]:
+        """A file to go on with, or a new one; None keeps it in memory.
+
+        Args:
+            about: what has to be the same each time, such as the model and the data.
+        Raises:
+            SettingError: the file was begun with something else; the message says with what.
+            EditFileError: the file is something else, or cannot be written. EngramError: another process is writing it.
+        """
+        path = _MEMORY if path is None else Path(path)
+        with ExitStack() as held:
+            with cls._usable(path, OSError):
+                if path != _MEMORY:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                if cls.alone:
+                    advice = "Wait until it is done, or write to another file"
+                    held.enter_context(locked(path.with_name(path.name + ".lock"), 0, path, advice))
+                connection = sqlite3.connect(path)
+                held.callback(connection.close)
+                file = cls(connection, path)
+                if not file._has_tables():
+                    file._begin(about)
+                file._check(about)
+            with cls._usable(path):
+                yield file
+
+    @classmethod
+    @contextmanager
+    def reading(cls, path: str | Path) -> Iterator[Self]:
+        """A file that is only read.
+
+        Raises:
+            EditFileError: not a file of such a run.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise EditFileError(f"{path} is no file of a run; make one with {cls.made_by.format(name=path.name)}")
+        with ExitStack() as held, cls._usable(path, OSError):
+            # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
+            held.callback(connection.close)
+            file = cls(connection, path)
+            if not file._has_tables():
+                raise EditFileError(f"{path} is a database of something else, not {cls.what}")
+            version = file.about().get("format_version")
+            if version != cls.version:
+                raise EditFileError(f"{path} has format version {version}, this engram reads {cls.version}")
+            yield file
+
+    def about(self) -> dict[str, Any]:
+        """What the run was begun with."""
+        return {name: json.loads(value) for name, value in self._connection.execute("SELECT name, value FROM about")}
+
+    def _has_tables(self) -> bool:
+        return bool(self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (self.mark,)).fetchone())
+
+    def _begin(self, about: Mapping[str, Any]) -> None:
+        with self._connection:
+            if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise EditFileError(f"{self.path} is a database of something else; choose another name")
+            self._connection.execute("BEGIN IMMEDIATE")
+            for statement in filter(str.strip, (_ABOUT + self.tables).split(";")):
+                self._connection.execute(statement)
+            rows = {"format_version": self.version, **about}
+            pairs = [(name, json.dumps(value, sort_keys=True)) for name, value in rows.items()]
+            self._connection.executemany("INSERT INTO about VALUES (?, ?)", pairs)
+
+    def _check(self, about: Mapping[str, Any]) -> None:
+        there, asked = self.about(), json.loads(json.dumps({"format_version": self.version, **about}))
+        for name, value in asked.items():
+            if there.get(name) != value:
+                begun = f"{name}={there.get(name)!r}, now asked for is {value!r}"
+                raise SettingError(
+                    f"{self.path} was begun with {self.hashed.get(name, begun)}. Go on with the same settings, or choose another file"
+                )
+
+    @classmethod
+    @contextmanager
+    def _usable(cls, path: Path, *more: type[Exception]) -> Iterator[None]:
+        """Mistakes of SQLite, and of `more` kinds, told with the file's name."""
+        mistakes: tuple[type[Exception], ...] = (sqlite3.Error, zlib.error, *more)
+        try:
+            yield
+        except mistakes as error:
+            raise EditFileError(
+                f"{path} cannot be used for {cls.what}: {error}. Choose another name, or a folder that you may write to"
+            ) from error

@@ -1,0 +1,157 @@
+"""The fewest rows of tokens in which a model shows how probable answers are after a prompt.
+
+Knows tokens, positions and batches. Refuses to know facts and ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engram.engine.shared_prompts import Ids, can_share, shared_logits
+from engram.errors import FactError, NonFiniteError
+from engram.model.language_model import LanguageModel
+
+_LOGITS = 1 << 25  # logits held at once: 128 MB in float32
+_WORTHWHILE = 2  # rows a prompt from which on it is computed apart
+_LAST_WORD = re.compile(r"\S*\s*$")
+
+
+class Row(NamedTuple):
+    """One forward: token ids, the positions whose logits are read, and what an encoder-decoder model's decoder is fed."""
+
+    ids: Ids
+    read: Ids
+    decoder: Ids = ()
+
+
+class ClozeRows:
+    """Rows for one model. Remembers how answers are cut into tokens, as far as that can depend on a prompt: its last word."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self._known: dict[tuple[str, str], Ids] = {}
+        self._shares = can_share(lm)
+
+    def tokens(self, prompt: str, answer: str) -> Ids:
+        """Tokens by which `answer` follows `prompt`, or fills its blank."""
+        key = (_LAST_WORD.search(prompt)[0], answer)  # type: ignore[index]  # it always matches
+        if key not in self._known:
+            self._known[key] = tuple(self.lm.cloze(prompt, answer).answer)
+        return self._known[key]
+
+    def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[Row], list[int]]:
+        """Rows that show every token of every answer, and for each answer the number of its row, where it is read from the front.
+
+        Causal and encoder-decoder models: one-token answers share the prompt's own row, or any row that goes on from it; two
+        answers share theirs where all but their last tokens agree, or where one begins as the other does. Masked models:
+        answers of as many tokens share a row with as many masks.
+
+        Raises:
+            FactError: the model does not take as many tokens.
+        """
+        blank = self.lm.cloze(prompt)
+        ids, at = tuple(blank.ids), blank.read[0]
+        if self.lm.kind == "masked":
+            sizes = sorted({len(answer) for answer in answers})
+            rows = [Row(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n))) for n in sizes]
+            where = [sizes.index(len(answer)) for answer in answers]
+        else:
+            prefixes = _longest({answer[:-1] for answer in answers})
+            reads = [tuple(range(at, at + len(prefix) + 1)) for prefix in prefixes]
+            each = zip(prefixes, reads, strict=True)
+            if blank.decoder_ids is None:
+                rows = [Row(ids + prefix, read) for prefix, read in each]
+            else:
+                rows = [Row(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in each]
+            where = [bisect_left(prefixes, answer[:-1]) for answer in answers]
+        longest = max(max(len(row.ids), len(row.decoder)) for row in rows)
+        if longest > self.lm.max_tokens:
+            raise FactError(
+                f"prompt and answer have {longest} tokens, the model takes at most {self.lm.max_tokens}: {prompt[:60]!r}..."
+            )
+        return rows, where
+
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """[positions, v]: logits at all positions that the rows read, in the rows' order; equal rows are computed once."""
+        distinct = list(dict.fromkeys(rows))
+        logits = self._of_shared_prompts(distinct)
+        if logits is None:
+            decoder = [row.decoder for row in distinct] if self.lm.kind == "encoder-decoder" else None
+            logits = self.lm.logits_at([row.ids for row in distinct], [row.read for row in distinct], decoder)
+        got = dict(zip(distinct, logits, strict=True))
+        return torch.cat([got[row] for row in rows])
+
+    def _of_shared_prompts(self, rows: Sequence[Row]) -> list[Tensor] | None:
+        """The same through keys and values of each prompt, where many rows go on from few prompts; else None."""
+        continued = [(row.ids[: row.read[0] + 1], row.ids[row.read[0] + 1 :]) for row in rows]
+        if not self._shares or len(rows) < _WORTHWHILE * len({head for head, _ in continued}):
+            return None
+        logits = shared_logits(self.lm, continued)
+        self._shares = logits is not None
+        return logits
+
+    def log_probs(self, rows: Sequence[Row], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Tensor:
+        """Sums of log-probabilities, with no more than a batch's logits in memory.
+
+        Args:
+            wanted: for each row (which of its reads, token, slot): the token's log-probability is added to the slot.
+            size: number of slots.
+        Returns:
+            [size] on the CPU.
+        Raises:
+            NonFiniteError: the model gave NaN.
+        """
+        total = torch.zeros(size, dtype=torch.float64)
+        for batch in self._batches(rows):
+            log_probs_pv = self.logits([rows[i] for i in batch]).log_softmax(-1)
+            at, start = [], 0
+            for i in batch:
+                at += [(start + read, token, slot) for read, token, slot in wanted[i]]
+                start += len(rows[i].read)
+            position, token, slot = torch.tensor(at).unbind(1)
+            device = log_probs_pv.device
+            total.index_add_(0, slot, log_probs_pv[position.to(device), token.to(device)].cpu().double())
+        check_not_nan(total)
+        return total
+
+    def spoken(self, answer: Ids, best: Ids) -> str:
+        """What the model says instead of `answer`: its best tokens up to the first that differs.
+
+        Those behind were read with the answer's tokens in front, which the model would not have said. A masked model's are
+        independent of each other and taken whole.
+        """
+        same = next((i for i, (a, b) in enumerate(zip(answer, best, strict=True)) if a != b), len(answer) - 1)
+        text = str(self.lm.tokenizer.decode(list(best if self.lm.kind == "masked" else best[: same + 1])))
+        return text.strip() or text
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        most = max(1, _LOGITS // int(self.lm.model.config.get_text_config().vocab_size))
+        batch: list[int] = []
+        held = 0
+        for i in sorted(range(len(rows)), key=lambda i: (rows[i].read[0], rows[i])):  # of a prompt together
+            if batch and held + len(rows[i].read) > most:
+                yield batch
+                batch, held = [], 0
+            batch.append(i)
+            held += len(rows[i].read)
+        if batch:
+            yield batch
+
+
+def _longest(prefixes: Iterable[Ids]) -> list[Ids]:
+    """Those that no other one begins with, in order; so the first one not before a given prefix begins with it."""
+    ordered = sorted(prefixes)
+    return [a for a, b in zip(ordered, [*ordered[1:], None], strict=True) if b is None or b[: len(a)] != a]
+
+
+def check_not_nan(values: Tensor) -> None:
+    if values.isnan().any():
+        raise NonFiniteError(
+            "the model's logits are NaN, so nothing can be said about what it knows; try dtype=torch.float32"
+        )

@@ -1,0 +1,325 @@
+"""LayerCard: what is known about editing each layer of a model, the layer that follows from it, and how sure that is.
+
+Knows numbers of facts and layers, and a JSON file. Refuses to know models: layer_evidence measures, layer_choice keeps cards.
+The question whether traces tell where to edit is that of Hase et al. 2023, arXiv:2301.04213.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engram.bootstrap import Array, Mean, means, resampled, spearman
+from engram.edit.recipe import library_versions
+from engram.errors import EditFileError, SettingError
+from engram.facts import Fact
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one edit at one layer went: shares of its prompts, and one number (see `layer_evidence.receipt_score`)."""
+
+    score: float
+    efficacy: float | None = None
+    paraphrase: float | None = None
+    neighbourhood: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one fact told.
+
+    Attributes:
+        fact: as it was edited, without paraphrases and neighbours.
+        trace: indirect effect by layer of MLP windows at the subject's last token, probability; None: not traced.
+        attribution: its first-order estimate.
+        edits: layer -> how the edit went there.
+    """
+
+    fact: Fact
+    trace: tuple[float, ...] | None = None
+    attribution: tuple[float, ...] | None = None
+    edits: dict[int, Outcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer, averaged over facts; None where it was not measured."""
+
+    layer: int
+    trace: Mean | None
+    attribution: Mean | None
+    efficacy: float | None
+    paraphrase: float | None
+    neighbourhood: float | None
+    score: Mean | None
+
+
+@dataclass(frozen=True)
+class LayerCard:
+    """Which layer of a model to edit, and why.
+
+    Attributes:
+        model: its name; identity: sha256 of weights, config and tokenizer, by which it is recognised.
+        method, settings: of the edits.
+        traces: settings of the traces, with their window.
+        evidence: one a fact.
+        seconds: that measuring took.
+    Raises:
+        SettingError: no evidence, or edits of different facts at different layers.
+    """
+
+    model: str
+    identity: str
+    n_layers: int
+    method: str
+    settings: dict[str, Any]
+    traces: dict[str, Any]
+    evidence: tuple[Evidence, ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=library_versions)
+
+    def __post_init__(self) -> None:
+        if not self.edited:
+            raise SettingError("a layer card needs at least one fact that was edited at one layer or more")
+        if any(set(each.edits) != set(self.edited[0].edits) for each in self.edited):
+            raise SettingError("a layer card compares layers: every fact has to be edited at the same ones")
+
+    # -- what follows ----------------------------------------------------------------------------------------------
+
+    @property
+    def edited(self) -> list[Evidence]:
+        """Of the facts that were edited; others were traced only."""
+        return [each for each in self.evidence if each.edits]
+
+    @property
+    def tried(self) -> list[int]:
+        """The layers that were edited."""
+        return sorted(self.edited[0].edits)
+
+    @cached_property
+    def rows(self) -> tuple[LayerRow, ...]:
+        """One a layer, all layers of the model."""
+        traced, estimated = self._effects("trace"), self._effects("attribution")
+        scored = dict(zip(self.tried, means(self._scores), strict=True))
+        return tuple(
+            LayerRow(
+                layer,
+                trace=traced.get(layer),
+                attribution=estimated.get(layer),
+                efficacy=self._share(layer, "efficacy"),
+                paraphrase=self._share(layer, "paraphrase"),
+                neighbourhood=self._share(layer, "neighbourhood"),
+                score=scored.get(layer),
+            )
+            for layer in range(self.n_layers)
+        )
+
+    @property
+    def best(self) -> int:
+        """The layer whose edits have the highest mean score; of equal ones the first."""
+        return self.tried[int(self._scores.mean(0).argmax())]
+
+    @cached_property
+    def as_good(self) -> list[int]:
+        """Layers that these facts cannot tell from the best: the difference, fact by fact, has an interval that holds 0."""
+        behind_nl = self._scores - self._scores[:, [self.tried.index(self.best)]]
+        return [layer for layer, each in zip(self.tried, means(behind_nl), strict=True) if each.high >= 0]
+
+    def layers(self, count: int) -> list[int]:
+        """`count` consecutive layers for a method that edits several: of those with the best layer among them, the best on average.
+
+        A layer that was not tried counts as the line between its tried neighbours. Of equal ones the deepest: such methods
+        compute their values at the last layer and spread them to those before.
+
+        Raises:
+            SettingError: the model does not have as many.
+        """
+        if not 1 <= count <= self.n_layers:
+            raise SettingError(f"count={count}: {self.model} has {self.n_layers} layers; expected 1 to {self.n_layers}")
+        score_l = np.interp(np.arange(self.n_layers), self.tried, self._scores.mean(0))
+        firsts = range(max(0, self.best - count + 1), min(self.best, self.n_layers - count) + 1)
+        first = max(firsts, key=lambda start: (round(float(score_l[start : start + count].mean()), 9), start))
+        return list(range(first, first + count))
+
+    @cached_property
+    def trace_tells(self) -> Mean | None:
+        """Rank correlation, over layers that were tried, of mean trace effect and mean score; None where a curve is flat."""
+        return self._correlation("trace")
+
+    @cached_property
+    def attribution_tells(self) -> Mean | None:
+        """The same of the estimated effect."""
+        return self._correlation("attribution")
+
+    @cached_property
+    def own_trace_hits(self) -> tuple[int, int]:
+        """(facts whose edit scores highest at their own strongest traced layer, of those tried; facts edited and traced)."""
+        traced = [each for each in self.edited if each.trace is not None]
+        hits = 0
+        for each in traced:
+            effects, scores = each.trace or (), {layer: each.edits[layer].score for layer in self.tried}
+            hits += scores[max(self.tried, key=lambda layer: effects[layer])] == max(scores.values())
+        return hits, len(traced)
+
+    def reason(self) -> str:
+        """Why the best layer is the best, in a sentence or two."""
+        score = self.rows[self.best].score
+        assert score is not None, "the best layer was tried"
+        others = [layer for layer in self.as_good if layer != self.best]
+        count = len(self.edited)
+        return (
+            f"layer {self.best}: edits there have the highest mean score, {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}, "
+            f"{count} fact{'s' * (count != 1)}, {len(self.tried)} of {self.n_layers} layers tried)"
+            + (f"; {ranges(others)} cannot be told from it" if others else "; no other layer comes as close")
+        )
+
+    def advice(self) -> Iterator[str]:
+        """The best layer and why, layers for methods that edit several, and whether the trace would have told it."""
+        yield self.reason()
+        several = [f"{count} → {ranges(self.layers(count))}" for count in (3, 5) if count < self.n_layers]
+        if several:
+            yield "several at once: " + ", ".join(several)
+        for name, found in (("effect", self.trace_tells), ("estimated effect", self.attribution_tells)):
+            if found is not None:
+                yield (
+                    f"rank correlation over layers of {name} and score: {found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+                )
+        hits, of = self.own_trace_hits
+        if of:
+            yield (
+                f"facts whose own trace is strongest where their edit is best: {hits} of {of} "
+                f"(by chance about {of / len(self.tried):.1f})"
+            )
+
+    # -- as a file -------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; what follows from the evidence is there for readers, and is not read back."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **{name: value for name, value in asdict(self).items() if name != "evidence"},
+            "best": self.best,
+            "as_good": self.as_good,
+            "trace_tells": self.trace_tells and asdict(self.trace_tells),
+            "attribution_tells": self.attribution_tells and asdict(self.attribution_tells),
+            "rows": [asdict(row) for row in self.rows],
+            "evidence": [_told(each) for each in self.evidence],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to one JSON file, whole or not at all."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(self.to_json() + "\n", encoding="utf8")
+            part.replace(path)
+        except OSError as error:
+            raise EditFileError(f"the layer card could not be written to {str(path)!r}: {error}") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerCard:
+        """Read what `save` wrote.
+
+        Raises:
+            EditFileError: missing, damaged, or of another format version.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf8"))
+            version = record.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format_version={version!r}, this engram reads {FORMAT_VERSION}")
+            names = ("model", "identity", "n_layers", "method", "settings", "traces", "seconds", "versions")
+            return cls(**{name: record[name] for name in names}, evidence=tuple(map(_heard, record["evidence"])))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EditFileError(
+                f"{str(path)!r} is not a layer card that can be read ({error}); make one with engram.layer_card, or delete it"
+            ) from error
+
+    def plot(self) -> Figure:
+        """Two panels over layers: effects of tracing, and how edits went."""
+        from engram.plots.layer_cards import plot_layer_card
+
+        return plot_layer_card(self)
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _scores(self) -> Array:
+        """[n, l] of the layers that were tried."""
+        return np.array([[each.edits[layer].score for layer in self.tried] for each in self.edited])
+
+    def _curves(self, name: str) -> Array:
+        """[n, l] effects of the facts that have them."""
+        return np.array([values for each in self.evidence if (values := getattr(each, name)) is not None])
+
+    def _effects(self, name: str) -> dict[int, Mean]:
+        curves_nl = self._curves(name)
+        return dict(enumerate(means(curves_nl))) if len(curves_nl) else {}
+
+    def _share(self, layer: int, name: str) -> float | None:
+        outcomes = [each.edits[layer] for each in self.edited if layer in each.edits]
+        values = [share for outcome in outcomes if (share := getattr(outcome, name)) is not None]
+        return fmean(values) if values else None
+
+    def _correlation(self, name: str) -> Mean | None:
+        effects_nl = self._curves(name)
+        if not len(effects_nl):
+            return None
+        effects_nl = effects_nl[:, self.tried]
+        found = spearman(effects_nl.mean(0), self._scores.mean(0))
+        draws = zip(resampled(effects_nl), resampled(self._scores), strict=True)
+        spread = [each for pair in draws if (each := spearman(*pair)) is not None]
+        if found is None or not spread:
+            return None
+        low, high = np.percentile(spread, (2.5, 97.5))
+        return Mean(found, float(low), float(high))
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Layers in words: "layer 3", "layers 0, 2 to 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return f"layer{'s' * (len(layers) != 1)} {shown}"
+
+
+def _told(each: Evidence) -> dict[str, Any]:
+    record: Mapping[str, Any] = {
+        "subject": each.fact.subject,
+        "prompt": each.fact.prompt,
+        "target": each.fact.target,
+        "target_true": each.fact.target_true,
+        "trace": each.trace,
+        "attribution": each.attribution,
+        "edits": {str(layer): list(asdict(outcome).values()) for layer, outcome in sorted(each.edits.items())},
+    }
+    return dict(record)
+
+
+def _heard(record: Mapping[str, Any]) -> Evidence:
+    curves = {name: tuple(record[name]) if record[name] is not None else None for name in ("trace", "attribution")}
+    edits = {int(layer): Outcome(*values) for layer, values in record["edits"].items()}
+    fact = Fact(record["subject"], record["prompt"], record["target"], record["target_true"])
+    return Evidence(fact, **curves, edits=edits)

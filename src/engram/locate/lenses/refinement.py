@@ -1,0 +1,213 @@
+"""Who changes the prediction: attention or the MLP, block by block.
+
+A block adds its attention's output to the residual stream and then its MLP's. Each of the states in between is read through the
+unembedding as a lens does, and so is the MLP's output alone. Refuses to know single neurons: see memories.
+
+Sources: Geva et al. 2021, arXiv:2012.14913, Sec. 5 (the four kinds of layer); Geva et al. 2022, arXiv:2203.14680, Sec. 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engram.checks import checked
+from engram.engine.recording import body
+from engram.errors import NonFiniteError, UnsupportedModelError
+from engram.locate.lenses.vocabulary import answers_at, chunks_of_positions, log_probs, require_causal, score
+from engram.model.language_model import LanguageModel
+from engram.modules.hooks import record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POINTS = ("entering", "middle", "mlp", "leaving")
+KINDS = ("agreement", "residual", "mlp", "composition")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How the next token comes up over the blocks of one text.
+
+    Tables are keyed by the point that is read: "entering" the block, "middle" (its attention added), "mlp" (the MLP's output
+    alone), "leaving" (both added). Each is [n_layers, t] on the CPU. In a block whose attention and MLP run side by side (GPT-J,
+    Falcon) the middle is a state that nothing reads; changes are booked to attention first.
+
+    Attributes:
+        answers: the token scored at each position, see `lens`.
+        top_ids: the most probable token.
+        top_tokens: id -> text.
+        probability, rank: of the answer; rank 1 is the most probable token.
+    """
+
+    text: str
+    model: str
+    norm: bool
+    tokens: list[str]
+    answers: list[str]
+    top_ids: dict[str, Tensor]
+    top_tokens: dict[int, str]
+    probability: dict[str, Tensor]
+    rank: dict[str, Tensor]
+
+    @property
+    def changed_by_attention(self) -> Tensor:
+        """[n_layers, t] whether adding the attention's output changes the most probable token."""
+        return self.top_ids["entering"] != self.top_ids["middle"]
+
+    @property
+    def changed_by_mlp(self) -> Tensor:
+        """[n_layers, t] whether adding the MLP's output changes it."""
+        return self.top_ids["middle"] != self.top_ids["leaving"]
+
+    def kinds(self) -> dict[str, Tensor]:
+        """The four kinds of Geva et al. 2021, Sec. 5.2, [n_layers, t] each; every cell is of exactly one kind.
+
+        The state behind the MLP says what "residual": only the state before it said; "mlp": only the MLP alone says;
+        "agreement": both said; "composition": neither did.
+        """
+        before = self.top_ids["leaving"] == self.top_ids["middle"]
+        alone = self.top_ids["leaving"] == self.top_ids["mlp"]
+        return {
+            "agreement": before & alone,
+            "residual": before & ~alone,
+            "mlp": alone & ~before,
+            "composition": ~alone & ~before,
+        }
+
+    def shares(self) -> dict[str, list[float]]:
+        """Parts of the positions, layer by layer: changed by attention, changed by the MLP, and the four kinds."""
+        tables = {"changed by attention": self.changed_by_attention, "changed by MLP": self.changed_by_mlp, **self.kinds()}
+        return {name: table.double().mean(1).tolist() for name, table in tables.items()}
+
+    def top(self, point: str, layer: int, position: int = -1) -> str:
+        """The most probable token at one point."""
+        return self.top_tokens[int(self.top_ids[point][layer, checked(position, len(self.tokens))])]
+
+    def table(self, position: int = -1) -> str:
+        """One position, block by block: what is said at each point, and the answer's probability when the block is left."""
+        lines = [
+            f"{'layer':>5}  {'entering':<14} {'+ attention':<14} {'MLP alone':<14} {'+ MLP':<14} {'p(answer)':>9} {'rank':>6}"
+        ]
+        for layer in range(len(self.rank["leaving"])):
+            said = " ".join(f"{self.top(point, layer, position)!r:<14.14}" for point in POINTS)
+            p, rank = (float(table["leaving"][layer, position]) for table in (self.probability, self.rank))
+            lines.append(f"{layer:>5}  {said} {p:>9.3f} {int(rank):>6}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Shares over all positions, a line a block."""
+        shares = self.shares()
+        lines = [
+            f"{'':>5}  {'changed by':<17} MLP against the state before it",
+            f"{'layer':>5}  {'attention':>9} {'MLP':>6}  ",
+        ]
+        lines[1] += " ".join(f"{kind:>11}" for kind in KINDS)
+        for layer, (attention, mlp, *kinds) in enumerate(zip(*shares.values(), strict=True)):
+            lines.append(f"{layer:>5}  {attention:>9.0%} {mlp:>6.0%}  " + " ".join(f"{share:>11.0%}" for share in kinds))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, position: int = -1) -> str:
+        """`table` of one position, then `summary` over all."""
+        position = checked(position, len(self.tokens))
+        return (
+            f"at token {self.tokens[position]!r}; answer {self.answers[position]!r}\n{self.table(position)}\n\n"
+            f"over all {len(self.tokens)} positions\n{self.summary()}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON holds it; tables are lists of rows, `top` holds the tokens in words."""
+        plain = dict(vars(self))
+        plain.pop("top_tokens")
+        for name in ("top_ids", "probability", "rank"):
+            plain[name] = {point: table.tolist() for point, table in plain[name].items()}
+        plain["top"] = {
+            point: [[self.top_tokens[i] for i in row] for row in rows] for point, rows in plain["top_ids"].items()
+        }
+        return {**plain, "shares": self.shares()}
+
+    def plot(self, position: int = -1) -> Figure:
+        """Probability and rank of the answer along the stream, and who changed the prediction. See `plots.plot_refinement`."""
+        from engram.plots.lenses import plot_refinement
+
+        return plot_refinement(self, checked(position, len(self.tokens)))
+
+
+@torch.no_grad()
+def refinement(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None) -> Refinement:
+    """Read the states around every MLP of a text.
+
+    Args:
+        norm, target: as in `lens`.
+    Raises:
+        FactError: an empty text or target.
+        UnsupportedModelError: a block that is no plain sum of its input, attention and MLP (it norms the stream in between),
+            or a model that is not causal.
+        NonFiniteError: the model's states are not finite.
+    """
+    require_causal(lm, "engram.refinement")
+    ids = lm.encode(text).ids
+    stream_ltd, middle_ltd, mlp_ltd = _states(lm, ids)
+    answer_ids = answers_at(lm, text, ids, stream_ltd[-1, -1], target)
+    tables: dict[str, dict[str, Tensor]] = {"top_ids": {}, "probability": {}, "rank": {}}
+    read = [_read(lm, states, answer_ids, norm) for states in (stream_ltd, middle_ltd, mlp_ltd)]
+    for name, stream, middle, mlp in zip(tables, *read, strict=True):  # what leaves a block enters the next
+        tables[name] = {"entering": stream[:-1], "middle": middle, "mlp": mlp, "leaving": stream[1:]}
+    if not all(table.isfinite().all() for table in tables["probability"].values()):
+        raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
+    seen = torch.stack([*tables["top_ids"].values()]).unique().tolist()
+    return Refinement(
+        text, lm.name, norm, lm.token_strings(ids), lm.token_strings(answer_ids.tolist()),
+        top_tokens=dict(zip(seen, lm.token_strings(seen), strict=True)), **tables,
+    )  # fmt: skip
+
+
+def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Most probable token, probability and rank of the answer, [l, t] on the CPU."""
+    found = []
+    for part in chunks_of_positions(len(answer_ids), len(states_ltd) * int(lm.model.config.vocab_size)):
+        log_ltv = log_probs(lm, states_ltd[:, part], norm=norm)
+        found.append((log_ltv.argmax(-1), *score(log_ltv, answer_ids[part])))
+    top, probability, rank = (torch.cat(columns, 1).cpu() for columns in zip(*found, strict=True))
+    return top, probability, rank
+
+
+def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual stream [l + 1, t, d], and for each block its middle and its MLP's contribution, [l, t, d]."""
+    parts, layout = lm.parts, lm.parts.layout
+    if not (layout.attention and layout.mlp) or layout.attention == layout.mlp:
+        raise UnsupportedModelError(
+            f"the blocks of {lm.name} ({lm.model.config.model_type}) have no attention and MLP to tell apart; engram.lens works"
+        )
+    names = [parts.block_name(layer) for layer in range(lm.n_layers)]
+    outputs = [f"{name}.{part}" for name in names for part in (layout.attention, layout.mlp)]
+    with record(lm.model, names[:1], [*names, *outputs]) as seen:
+        body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
+    home = seen[names[-1]].device
+    stream = torch.stack([seen[name][0].to(home) for name in (f"{names[0]}:input", *names)])
+    scale = float(getattr(lm.model.config, "residual_multiplier", 1.0))  # Granite scales both branches
+    attention, mlp = (
+        scale * torch.stack([seen[f"{name}.{part}"].view_as(seen[name])[0].to(home) for name in names])
+        for part in (layout.attention, layout.mlp)
+    )
+    middle = stream[1:] - mlp
+    if not _close(stream[:-1] + attention, middle):
+        raise UnsupportedModelError(
+            f"the blocks of {lm.name} do more than add their attention and their MLP to the residual stream (they norm the "
+            "stream in between), so the state between the two cannot be told; engram.lens works"
+        )
+    return stream, middle, mlp
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal to what rounding does to sums in this precision; a norm in between differs by far more."""
+    tolerance = 1e-3 if torch.finfo(a.dtype).eps < 1e-5 else 0.05
+    return not (a.isfinite().all() and b.isfinite().all()) or bool(
+        (a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6)
+    )

@@ -1,0 +1,81 @@
+"""Which texts mean about the same: vectors for sentences, and the nearest ones by cosine.
+
+Knows texts and vectors. Refuses to know facts and what the nearest texts are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from engram.errors import MissingExtraError, SettingError
+from engram.model.language_model import LanguageModel
+from engram.model.tokens import pad_right
+from engram.modules.hooks import record
+
+Encoder = Callable[[list[str]], Tensor]  # texts -> [texts, width]
+PUBLISHED = "sentence-transformers/all-MiniLM-L6-v2"
+_BATCH = 32  # texts in one forward
+
+
+def encoder_of(lm: LanguageModel, encoder: str | Encoder) -> Encoder:
+    """A sentence encoder by name, or the function itself.
+
+    Args:
+        encoder: "hidden": the model's own states after its middle block, each made of length 1 (a first token's state would
+            drown the others), averaged over tokens; "embeddings": the same of its input embeddings, a bag of words. Neither was
+            trained to compare sentences, and published results with the encoder below are not to be expected of them. A name
+            "sentence-transformers/...": that package's model, such as "sentence-transformers/all-MiniLM-L6-v2", which IKE was
+            published with.
+    Raises:
+        SettingError: another name; MissingExtraError: sentence-transformers is not installed.
+    """
+    if not isinstance(encoder, str):
+        return encoder
+    if encoder.startswith("sentence-transformers/"):
+        return _sentence_transformer(encoder)
+    if encoder not in ("hidden", "embeddings"):
+        raise SettingError(
+            f"encoder={encoder!r}: expected 'hidden', 'embeddings', a name such as {PUBLISHED!r}, or a function from a list of "
+            "texts to a tensor with one row a text; one that was given as a function is not kept in a file and has to be given again"
+        )
+    return lambda texts: _own_vectors(lm, texts, embeddings=encoder == "embeddings")
+
+
+def nearest(query_d: Tensor, texts_nd: Tensor, k: int | None = None) -> list[int]:
+    """Rows of `texts_nd` by cosine with `query_d`, nearest first, equally near ones in their order; at most `k`."""
+    cosines_n = nn.functional.cosine_similarity(texts_nd.float(), query_d.float()[None], dim=-1)
+    return cosines_n.argsort(descending=True, stable=True)[:k].tolist()
+
+
+@torch.no_grad()
+def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Tensor:
+    """[texts, d] float32: means over tokens of unit-length states."""
+    rows = [list(lm.tokenizer(text, verbose=False)["input_ids"])[: lm.max_tokens] or [0] for text in texts]
+    vectors: list[Tensor] = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), _BATCH):
+        batch = order[start : start + _BATCH]
+        ids_bt = pad_right([rows[i] for i in batch]).to(lm.device)
+        states_btd = (lm.parts.embed(ids_bt) if embeddings else _middle(lm, ids_bt)).float()
+        for row, i in enumerate(batch):
+            vectors[i] = nn.functional.normalize(states_btd[row, : len(rows[i])], dim=-1).mean(0).cpu()
+    return torch.stack(vectors)
+
+
+def _middle(lm: LanguageModel, ids_bt: Tensor) -> Tensor:
+    name = lm.parts.block_name((lm.n_layers - 1) // 2)
+    with record(lm.model, outputs=[name], stop=True) as seen:
+        lm.model(ids_bt, use_cache=False)
+    return seen[name].view(*ids_bt.shape, -1)
+
+
+def _sentence_transformer(name: str) -> Encoder:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise MissingExtraError("sentence-transformers", "ike") from error
+    model = SentenceTransformer(name)
+    return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).cpu()

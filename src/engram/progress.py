@@ -1,0 +1,11 @@
+"""TODO progress"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Report = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Where no progress is wanted."""

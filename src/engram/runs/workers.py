@@ -1,0 +1,245 @@
+"""Where work is done: in this process, or by workers that hold a model each.
+
+Knows jobs and units. Refuses to know what they compute: a job says how a worker gets ready and what it does with one unit.
+Units are independent and deterministic, so that where they are done and in which order makes no difference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from engram.edit.in_force import beside, edited
+from engram.errors import EngramError, MissingExtraError, SettingError
+
+if TYPE_CHECKING:
+    from engram.model.language_model import LanguageModel
+
+
+class Job(Protocol):
+    """Work that can be sent to another process: a picklable object, best a dataclass of plain values."""
+
+    def start(self) -> Any:
+        """What a worker needs for every unit, such as a model; made once a worker."""
+
+    def do(self, state: Any, unit: Any) -> Any:
+        """The result of one unit."""
+
+
+class Workers(Protocol):
+    """Somewhere that jobs are done."""
+
+    def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """(number of a unit, its result), as they are finished."""
+
+
+@dataclass(frozen=True)
+class ByName:
+    """A model as it travels: not its weights, but how it is loaded.
+
+    Args:
+        how: arguments of `engram.load`.
+    """
+
+    how: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, lm: LanguageModel) -> ByName:
+        """How this model was loaded.
+
+        Raises:
+            SettingError: it was not loaded by name, or edits lie on it, which workers would not see.
+        """
+        if lm.loaded is None:
+            raise SettingError(
+                f"{lm.name} was not loaded by engram.load, so workers cannot load it; save it to a folder and load that, or work "
+                "without workers"
+            )
+        if lying := [*edited(lm), *beside(lm.model)]:
+            raise SettingError(
+                f"edits lie on {lm.name} ({lying[0]}), and workers load it as it is stored; write an edited checkpoint "
+                "(edit.to_checkpoint) and load that, or work without workers"
+            )
+        return cls(lm.loaded)
+
+    def load(self) -> LanguageModel:
+        from engram.model.loading import load
+
+        return load(**self.how)
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """A job of which a worker needs the model and nothing else.
+
+    Args:
+        model: one that is here already, or how it is loaded.
+    """
+
+    model: LanguageModel | ByName
+
+    def start(self) -> LanguageModel:
+        return self.model.load() if isinstance(self.model, ByName) else self.model
+
+
+class Here:
+    """This process, one unit after another."""
+
+    def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        if units:
+            state = job.start()
+            for number, unit in enumerate(units):
+                yield number, job.do(state, unit)
+
+
+@dataclass(frozen=True)
+class RayWorkers:
+    """Processes of a Ray cluster: each holds the job's state, units stream through them, results come back as they are finished.
+
+    A worker that dies is replaced, and its unit is done again; nothing else is lost. Workers that a cluster has no place for, or no
+    longer, are not waited for while others can work. A Ray that is started for this is stopped
+    afterwards, whatever happens; one that runs already is used and left alone.
+
+    Args:
+        num_workers: processes.
+        address: of a running cluster, such as "auto" or "ray://head:10001"; None: one of this machine's own.
+        threads: of PyTorch in each; default: as many as here, so that the numbers are the same.
+        gpus: that each worker reserves.
+        tries: how often a unit is done before it is given up, where workers die of it.
+    Raises:
+        SettingError: fewer than one worker or try; MissingExtraError: Ray is not installed.
+    """
+
+    num_workers: int = 2
+    address: str | None = None
+    threads: int | None = None
+    gpus: float = 0
+    tries: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or self.tries < 1:
+            raise SettingError(f"num_workers={self.num_workers}, tries={self.tries}: expected 1 or more of each")
+        _ray()
+
+    def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See `Workers.run`.
+
+        Raises:
+            EngramError: a worker died at every try of one unit. What a job raises is raised here, an EngramError as what it was.
+        """
+        if not units:
+            return
+        with self._running() as ray:
+            kept = ray.put(job)
+            threads = self.threads or torch.get_num_threads()
+            worker = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(_Worker)
+            waiting, idle, deaths = deque(range(len(units))), deque[int](), Counter[int | None]()
+            workers: dict[int, Any] = {}
+            flying: dict[Any, tuple[int, int | None]] = {}  # what will be ready -> (worker, its unit, or None: it is there)
+
+            def hire(at: int) -> None:
+                workers[at] = worker.remote(kept, threads)  # a cluster may have no place for it: no unit waits for it then
+                flying[workers[at].there.remote()] = at, None
+
+            def give() -> None:
+                while waiting and idle:
+                    at, number = idle.popleft(), waiting.popleft()
+                    flying[workers[at].do.remote(units[number])] = at, number
+
+            for at in range(min(self.num_workers, len(units))):
+                hire(at)
+            left = len(units)
+            while left:
+                (ready, *_), _ = ray.wait(list(flying), num_returns=1)
+                at, number = flying.pop(ready)
+                try:
+                    done, result = ray.get(ready)
+                except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+                    deaths[number] += 1
+                    if deaths[number] == (self.tries * len(workers) if number is None else self.tries):
+                        raise _given_up(number, deaths[number], error) from error
+                    if number is not None:
+                        waiting.appendleft(number)
+                    hire(at)
+                    give()
+                    continue
+                if not done:
+                    raise _raised(*result)
+                idle.append(at)
+                give()  # before the result is used, so that the worker does not wait for that
+                if number is not None:
+                    left -= 1
+                    yield number, result
+
+    @contextmanager
+    def _running(self) -> Iterator[Any]:
+        ray = _ray()
+        if ray.is_initialized():
+            yield ray
+            return
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else that runs
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray announces, without its warning
+        own = {"num_cpus": self.num_workers, "include_dashboard": False} if self.address is None else {}
+        ray.init(
+            address=self.address or "local", log_to_driver=False, logging_level="ERROR", configure_logging=False, **own
+        )
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+class _Worker:
+    """Lives in a process of its own."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.job, self.state, self.ready = job, None, False
+
+    def there(self) -> tuple[bool, Any]:
+        """Says that the worker has a place."""
+        return True, None
+
+    def do(self, unit: Any) -> tuple[bool, Any]:
+        """(True, the result), or (False, what was raised: module, name, message)."""
+        try:
+            if not self.ready:
+                self.state, self.ready = self.job.start(), True
+            return True, self.job.do(self.state, unit)
+        except Exception as error:
+            return False, (type(error).__module__, type(error).__qualname__, str(error))
+
+
+def _given_up(unit: int | None, times: int, error: Exception) -> EngramError:
+    what = (
+        "workers died before they were given a unit," if unit is None else f"unit {unit} was given up: a worker died of it"
+    )
+    return EngramError(
+        f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: fewer workers or smaller batches need "
+        "less"
+    )
+
+
+def _raised(module: str, name: str, message: str) -> Exception:
+    """An error of a worker, as it is raised here."""
+    if module == EngramError.__module__:
+        kind = getattr(import_module(module), name)
+        error: Exception = kind.__new__(kind)
+        error.args = (message,)
+        return error
+    return RuntimeError(f"a worker raised {name}: {message}")
+
+
+def _ray() -> Any:
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise MissingExtraError("ray", "ray") from error
