@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import engram
 from engram import Edit, Fact, PromptEdit, Receipt, cli, pocket
-from engram.edit import folder_format as edit_files
 from engram.edit.checkpoint import apply_to_checkpoint
 from engram.edit.edit import compose
+from engram.edit.files import load
 from engram.edit.lora_export import to_peft
 from engram.editors.in_context import demonstrations_of
 from engram.errors import EditFileError, EngramError, FactError, MissingExtraError, SettingError, UnsupportedModelError
@@ -238,7 +238,7 @@ def test_what_is_loaded_equals_what_was_saved(lm, settings, tmp_path):
     edit = engram.rewrite(lm, [FACT, RIVER], **settings).with_receipt({"passed": True})
     edit.save(tmp_path / "edit")
     assert [path.name for path in (tmp_path / "edit").iterdir()] == ["edit.json"]
-    assert PromptEdit.load(tmp_path / "edit") == edit == edit_files.load(tmp_path / "edit")
+    assert PromptEdit.load(tmp_path / "edit") == edit == load(tmp_path / "edit")
     assert asked(lm, PromptEdit.load(tmp_path / "edit"), "A river") == asked(lm, edit, "A river")
 
 
@@ -251,7 +251,7 @@ def test_each_kind_of_edit_says_where_the_other_is_read(lm, tmp_path):
         Edit.load(tmp_path / "prompt")
     with pytest.raises(EditFileError, match=r"holds an edit of weights \(.*\), no in-context edit; read it with Edit.load"):
         PromptEdit.load(tmp_path / "weights")
-    assert isinstance(edit_files.load(tmp_path / "weights"), Edit)
+    assert isinstance(load(tmp_path / "weights"), Edit)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_damage_is_named(lm, tmp_path, change, message):
     change(record)
     path.write_text(json.dumps(record))
     with pytest.raises(EditFileError, match=f"is damaged: .*{message}"):
-        edit_files.load(tmp_path / "edit")
+        load(tmp_path / "edit")
 
 
 def test_an_encoder_that_is_a_function_has_to_be_given_again(roomy, tmp_path):

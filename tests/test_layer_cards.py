@@ -10,7 +10,7 @@ import pytest
 
 from engram import Fact, LayerCard
 from engram.bootstrap import Mean, spearman
-from engram.cli import terminal
+from engram.cli import show
 from engram.errors import EditFileError, SettingError
 from engram.layers.card import Evidence, Outcome, ranges
 
@@ -186,11 +186,11 @@ def test_the_picture_shows_the_means():
 def test_a_card_without_traces_or_effects_has_its_picture_and_table(traces, tmp_path):
     made = card([[0.5, 0.9]], traces, n_layers=2)
     made.plot().savefig(tmp_path / "card.png")
-    terminal.show_layer_card(made)
+    show.show_layer_card(made)
 
 
 def test_the_table_points_at_the_best_layer(capsys):
-    terminal.show_layer_card(card([[0.5, 0.9, 0.1]] * 3, [[0.3, 0.2, 0.1]] * 3, model="a[b]"))
+    show.show_layer_card(card([[0.5, 0.9, 0.1]] * 3, [[0.3, 0.2, 0.1]] * 3, model="a[b]"))
     told = capsys.readouterr().out
     assert "a[b], 3 layers; edits by rome of 3 facts" in told
     (row,) = (line for line in told.splitlines() if "→ 1" in line)

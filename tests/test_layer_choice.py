@@ -11,7 +11,7 @@ import torch
 
 import engram
 from engram import Fact, LayerCard, pocket
-from engram.cli import terminal
+from engram.cli import show
 from engram.editors.closed_form.rome import rome
 from engram.editors.methods import METHODS, Method
 from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
@@ -368,7 +368,7 @@ def test_auto_on_the_bundled_model_goes_by_the_bundled_card(cache, monkeypatch):
 
 
 def test_the_page_shows_the_bundled_card(capsys):
-    terminal.show_layer_card(LayerCard.load(pocket.LAYER_CARD))
+    show.show_layer_card(LayerCard.load(pocket.LAYER_CARD))
     page = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf8")
     shown = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert all(f"    {line}" in page.splitlines() for line in shown), "\n".join(shown)

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import engram
 from engram.errors import FactError, NonFiniteError, SettingError, UnsupportedModelError
-from engram.locate.lenses import lens as module
+from engram.locate.lenses import vocabulary as module
 from engram.locate.lenses.lens import LogitLens
 from engram.locate.lenses.vocabulary import log_probs, residual_stream, score, settled
 from tests.tiny import FAMILIES, tiny_lm

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import engram
 from engram import Edit, Fact
 from engram.edit.base import describe_base
-from engram.editors.closed_form import mass
+from engram.editors.closed_form import mass, mass_settings
 from engram.editors.closed_form.inputs import layers_of
 from engram.editors.closed_form.mass_settings import MassConfig, _settings
 from engram.editors.closed_form.values import ValueConfig, optimise_values
@@ -583,7 +583,7 @@ def test_a_model_without_numbers_is_refused():
 
 def test_the_released_order_of_operations_is_to_be_had_whatever_a_preset_says(monkeypatch):
     monkeypatch.setattr(mass, "preset", lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0})
-    assert mass._settings("memit", "tiny", {"reference": True})["keys"] == "halves"
+    assert mass_settings._settings("memit", "tiny", {"reference": True})["keys"] == "halves"
 
 
 def test_a_published_table_can_be_passed_on_as_settings():

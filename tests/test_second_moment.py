@@ -8,7 +8,6 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from engram.edit import applied as merging
 from engram.editors.contexts import sample_contexts
 from engram.editors.second_moments import matrix as moment_matrix
 from engram.editors.second_moments import measure as module
@@ -17,6 +16,7 @@ from engram.editors.second_moments.corpus_pass import MomentPass, add_outer, mir
 from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.errors import EngramError, NonFiniteError, UnsupportedModelError
 from engram.model.sampling import sample_texts
+from engram.modules import fingerprints
 from tests.tiny import DENSE, TEXT, tiny_lm
 
 DOCUMENTS = [line.strip() for line in TEXT.split(". ")] * 3
@@ -143,7 +143,7 @@ def test_memory_is_bounded_in_bytes_and_lets_go_of_what_was_used_longest_ago(tmp
 
 def test_only_weights_that_are_reached_are_hashed(tmp_path, monkeypatch):
     lm, hashed = tiny_lm("gpt2"), []
-    monkeypatch.setattr(merging, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x")
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x")
     moments_of(lm, [0, 1], 50, tmp_path)
     names = {name for name, weight in lm.model.named_parameters() if weight.data_ptr() in hashed}
     assert {"transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"} <= names

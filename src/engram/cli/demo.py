@@ -21,7 +21,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")] = Path("engram-demo"),
 ) -> None:
     """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, revert. No network."""
-    from engram.cli import terminal
+    from engram.cli import show, terminal
 
     began = time.monotonic()
     say = terminal.console.print
@@ -29,7 +29,7 @@ def demo(
     lm = terminal.load("pocket")
     import engram
     from engram import pocket
-    from engram.locate.trace import usual_window
+    from engram.locate.settings import usual_window
     from engram.modules.fingerprints import fingerprint
 
     say(f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, taught {len(pocket.facts())} facts in "
@@ -40,7 +40,7 @@ def demo(
 
     say("\n[bold]2. Where is it?[/]  Corrupt the subject, restore one state at a time, watch the answer come back")
     trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, window=usual_window(lm.n_layers))
-    terminal.show_trace(trace)
+    show.show_trace(trace)
     out.mkdir(parents=True, exist_ok=True)
     trace.plot().savefig(out / "trace.png")
 
@@ -49,7 +49,7 @@ def demo(
     with terminal.progress() as report:
         edit = engram.rewrite(lm, fact, progress=report)
         receipt = engram.verify(lm, edit, progress=report)
-    terminal.show_receipt(receipt)
+    show.show_receipt(receipt)
 
     folder = edit.with_receipt(receipt).save(out / "edit")
     say(f"\n[bold]4. Keep it[/]  {edit!r}")

@@ -50,7 +50,7 @@ def edit(
 ) -> None:
     """Rewrite a fact, take the receipt, and keep the edit as a small folder. The model itself is not changed."""
     import engram
-    from engram.cli import terminal
+    from engram.cli import show, terminal
 
     wanted = _facts(subject, prompt, target, true, facts)
     settings = {**settings_of(setting), "seed": seed, **({"corpus": corpus} if corpus else {})}
@@ -70,7 +70,7 @@ def edit(
         typer.echo(json.dumps({"plain": told[0], "chat": told[1]} if chat else told[0]))
     else:
         for receipt in receipts:
-            terminal.show_receipt(receipt)
+            show.show_receipt(receipt)
     if out is not None:
         made.save(out)
         typer.echo(f"edit: {out} ({terminal.size(out)})", err=as_json)
@@ -87,7 +87,7 @@ def verify(
 ) -> None:
     """Measure what an edit does: a receipt. Ends with 1 where it fails."""
     import engram
-    from engram.cli import terminal
+    from engram.cli import show, terminal
     from engram.errors import EngramError
 
     made = _loaded(edits)
@@ -99,7 +99,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     else:
-        terminal.show_receipt(receipt)
+        show.show_receipt(receipt)
     if store:
         made.with_receipt(receipt).save(edits[0])
     if not receipt.passed:
@@ -208,19 +208,19 @@ def _takes(setting: str, method: str) -> bool:
 
 def _loaded(folders: list[Path]) -> Edit | PromptEdit:
     """The edit of one folder, or several edits of weights as one."""
-    from engram.edit import folder_format as edit_files
     from engram.edit.edit import Edit, compose
+    from engram.edit.files import load
 
     if len(folders) == 1:
-        return edit_files.load(folders[0])
+        return load(folders[0])
     return compose([Edit.load(folder) for folder in folders])
 
 
 def _nested(folders: list[Path]) -> list[Edit | PromptEdit]:
     """The edits of all folders in blocks that nest: those of weights as one, then each in-context edit."""
-    from engram.edit import folder_format as edit_files
     from engram.edit.edit import Edit, compose
+    from engram.edit.files import load
 
-    edits = [edit_files.load(folder) for folder in folders]
+    edits = [load(folder) for folder in folders]
     weights = [each for each in edits if isinstance(each, Edit)]
     return [*([compose(weights)] if weights else []), *(each for each in edits if not isinstance(each, Edit))]

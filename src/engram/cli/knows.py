@@ -35,7 +35,7 @@ def knows(
 ) -> None:
     """Ask which facts a model knows: P@1, P@k, MRR, and whether it answers every wording alike."""
     import engram
-    from engram.cli import terminal
+    from engram.cli import show, terminal
 
     table = engram.read_facts(facts)
     asked = random.Random(seed).sample(table, limit) if limit is not None and limit < len(table) else table
@@ -49,7 +49,7 @@ def knows(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
-        terminal.show_knowledge(found, seed)
+        show.show_knowledge(found, seed)
     if out is not None:
         found.save(out)
         typer.echo(f"answers: {out}", err=as_json)

@@ -39,7 +39,7 @@ def layers(
 ) -> None:
     """Measure which layer to edit: trace facts that a model knows, and edit them at every layer. Kept; --layer auto goes by it."""
     import engram
-    from engram.cli import terminal
+    from engram.cli import show, terminal
 
     table = None if facts is None else engram.read_facts(facts)
     others = settings_of(setting)
@@ -52,7 +52,7 @@ def layers(
     if as_json:
         typer.echo(card.to_json())
     else:
-        terminal.show_layer_card(card)
+        show.show_layer_card(card)
     if out is not None:
         typer.echo(f"card: {card.save(out)}", err=as_json)
     if plot is not None:

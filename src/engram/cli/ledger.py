@@ -97,7 +97,7 @@ def show(
 ) -> None:
     """An entry: its facts, when it came, what was measured, what it was made on, and its receipt."""
     import engram
-    from engram.cli import terminal
+    from engram.cli import show
     from engram.evaluate.receipt import Receipt
 
     book = engram.Ledger.open(ledger)
@@ -107,7 +107,7 @@ def show(
     for name, value in entry.canary.items():
         typer.echo(f"{name.replace('_', ' ')} with everything in force then: {value:.3f}")
     if edit.receipt is not None:
-        terminal.show_receipt(Receipt.from_dict(edit.receipt))
+        show.show_receipt(Receipt.from_dict(edit.receipt))
     if out is not None:
         typer.echo(f"edit: {edit.save(out)}")
 

@@ -113,7 +113,7 @@ def _one(
     as_json: bool, dtype: str | None, device_map: str | None,
 ) -> None:  # fmt: skip
     import engram
-    from engram.cli import terminal
+    from engram.cli import show, terminal
 
     lm = terminal.load(model, dtype, device_map)
     with terminal.progress() as report:
@@ -123,7 +123,7 @@ def _one(
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        terminal.show_trace(found)
+        show.show_trace(found)
     if out is not None:
         found.plot().savefig(out)
         typer.echo(f"picture: {out}", err=as_json)
@@ -137,7 +137,7 @@ def _average(
     dtype: str | None, device_map: str | None,
 ) -> None:  # fmt: skip
     import engram
-    from engram.cli import terminal
+    from engram.cli import show, terminal
 
     table = engram.read_facts(facts)
     asked.setdefault("noise_subjects", tuple(fact.subject for fact in table))  # of the whole file, as published
@@ -154,7 +154,7 @@ def _average(
     if as_json:
         typer.echo(json.dumps(average.summary()))
     else:
-        terminal.show_average(average)
+        show.show_average(average)
     if out is not None:
         (out / SUMMARY).write_text(json.dumps(average.summary(), indent=1) + "\n", encoding="utf8")
         all_places = average.layered and asked.get("positions", "all") == "all"
