@@ -19,8 +19,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import SHAPES, arguments, make_lm, make_model, matmul_rate, peak_mib, run_all, save, timed, words
-from engram.locate.question import Prompt
-from engram.locate.settings import TraceConfig, usual_window
+from engram.locate.settings import TraceConfig, default_window
+from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 
 SAMPLES, NOISE = 10, 0.1
@@ -34,11 +34,11 @@ def ids_of(number: int, vocabulary: int) -> tuple[list[int], tuple[int, int]]:
     return stream.sample(range(100, vocabulary), stream.randint(8, 14)), (1, 1 + stream.randint(2, 4))
 
 
-def prompts(facts: int, vocabulary: int) -> list[Prompt]:
+def prompts(facts: int, vocabulary: int) -> list[TracePrompt]:
     found = []
     for number in range(facts):
         ids, (first, end) = ids_of(number, vocabulary)
-        found.append(Prompt(words(*ids), words(*ids[first:end])))
+        found.append(TracePrompt(words(*ids), words(*ids[first:end])))
     return found
 
 
@@ -81,7 +81,7 @@ def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
     model_mib = peak_mib(device)
     blocks = model.transformer.h
     modules = {"residual": list(blocks), "mlp": [b.mlp for b in blocks], "attention": [b.attn for b in blocks]}
-    window = usual_window(lm.n_layers)
+    window = default_window(lm.n_layers)
     asked = [ids_of(number, SHAPES[shape][3]) for number in range(loops)]
 
     def work() -> list[dict[str, Any]]:

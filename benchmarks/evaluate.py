@@ -57,7 +57,7 @@ def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
     from engram import Fact
     from engram.benchmark import measure as measuring
     from engram.benchmark.data.records import Probe, Record
-    from engram.benchmark.metrics.outcomes import Asked
+    from engram.benchmark.metrics.outcomes import MeasureConfig
     from engram.editors.second_moments.measure import SecondMoment
     from engram.engine.replayable import replayable
     from engram.rewriting import rewrite_each
@@ -80,7 +80,7 @@ def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
     settings = {
         "layer": LAYERS[shape], "variant": "reference", "steps": STEPS, "stop_loss": 0.0, "clamp": 4.0, "corpus": "bundled",
         "contexts": ["{}", *(f"{words(*each, 13)} {{}}" for each in contexts()[1:])],
-        "second_moments": {LAYERS[shape]: moment}, "facts_at_once": min(32, batch),
+        "second_moments": {LAYERS[shape]: moment}, "facts_per_batch": min(32, batch),
     }  # fmt: skip
     spent = 0.0
 
@@ -91,7 +91,7 @@ def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
         return made
 
     measuring.rewrite_each = edits
-    asked_of_each = Asked(said=0, drift_every=0)
+    asked_of_each = MeasureConfig(said=0, drift_every=0)
     places = list(enumerate(records))
     chunks = [places[at : at + batch] for at in range(0, count, batch)]
     list(

@@ -7,7 +7,7 @@
 MEMIT's value at a third of the depth: 6 contexts of up to 10 tokens and the penalty's row, 20 steps, none stopped early; facts
 have subjects of 3 tokens with 1 to 5 before and behind them. "published" is what the released code does for one fact (whole
 forward passes over all rows with logits everywhere, the same arithmetic), on a few facts and scaled up. "one by one" and "batched"
-are ours with facts_at_once = 1 and more. The solve: lambda C + K K^T of d_ff x d_ff by LU for every layer and batch, against
+are ours with facts_per_batch = 1 and more. The solve: lambda C + K K^T of d_ff x d_ff by LU for every layer and batch, against
 the kept Cholesky factor and a system as large as the batch; both in float64, and the factor's own time beside. What second
 moments cost is in second_moment.py. Each variant runs in a process of its own.
 """
@@ -51,7 +51,7 @@ def ours(given: Any, at_once: int) -> dict[str, Any]:
     config = ValueConfig(steps=STEPS, stop_loss=0.0, clamp=0.75)
     layer = lm.n_layers // 3
     work = lambda: dict(  # noqa: E731
-        optimise_values(lm, facts, layer, contexts, config, site="block", facts_at_once=at_once)
+        optimise_values(lm, facts, layer, contexts, config, site="block", facts_per_batch=at_once)
     )
     seconds, values = timed(work, given.device, given.repeats)
     losses = [[loss[0] for loss in values[i].losses] for i in range(min(given.loops, len(facts)))]

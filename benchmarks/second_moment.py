@@ -62,7 +62,7 @@ def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any
     from engram.editors.second_moments.corpora import Texts
     from engram.editors.second_moments.corpus_pass import MomentPass, Sums
     from engram.editors.second_moments.measure import _names
-    from engram.engine.recording import body
+    from engram.engine.recording import base_model
     from engram.model.tokens import pad_right
     from engram.modules.hooks import StopForward, substitute
 
@@ -86,7 +86,7 @@ def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any
         for ids_bt in rows:
             try:
                 with substitute({}, {lm.parts.mlp_out(max(layers)): stop}):
-                    body(lm)(ids_bt, use_cache=False)
+                    base_model(lm)(ids_bt, use_cache=False)
             except StopForward:
                 continue
 

@@ -9,11 +9,11 @@ from typing import Any
 from engram import Fact
 from engram.benchmark.data.records import Dataset, Probe, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
-from engram.benchmark.metrics.outcomes import Asked
+from engram.benchmark.metrics.outcomes import MeasureConfig
 
 SUBJECTS = ("tower", "bridge", "river", "city", "piano", "guitar", "mother tongue", "Zdeno Chára", "capital", "mayor")
 CITIES = ("Paris", "Rome", "Madrid", "London")
-ASKED = Asked(said=1, texts=True, text_tokens=10, drift_every=5)
+ASKED = MeasureConfig(said=1, texts=True, text_tokens=10, drift_every=5)
 METHODS: dict[str, dict[str, Any]] = {"ultraedit": {"learning_rate": 0.1}, "ft": {"epochs": 3, "learning_rate": 0.05}}
 
 SNIPPETS = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import engram
-from engram.engine.attention import Attention, quick, watched
+from engram.engine.attention import Attention, capture_attention, short_attention_in_eager
 from engram.engine.recording import record_run
 from engram.engine.suffix import Suffix
 from engram.errors import UnsupportedModelError
-from engram.locate.question import Prompt
 from engram.locate.settings import TraceConfig
+from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 from tests.tiny import EXPERTS, FAMILIES, tiny_lm
 
@@ -114,7 +114,7 @@ def test_watching_attention_changes_nothing(family):
     ids = torch.tensor([lm.encode(PROMPT).ids])
     with torch.no_grad():
         plain = lm.model(ids).logits
-        with watched(lm) as seen:
+        with capture_attention(lm) as seen:
             torch.testing.assert_close(lm.model(ids).logits, plain, atol=1e-5, rtol=1e-5)
         assert torch.equal(lm.model(ids).logits, plain)
     assert len(seen) == lm.n_layers
@@ -155,7 +155,7 @@ def test_prompts_estimated_together_are_those_estimated_alone(settings):
         ("The river is", "river"),
         ("The guitar is in the", "guitar"),
     ]
-    prompts = [Prompt(text, subject, "the") for text, subject in texts]
+    prompts = [TracePrompt(text, subject, "the") for text, subject in texts]
     method = "exact" if "screen" in settings else "attribution"
     config = TraceConfig(noise=1.0, samples=2, method=method, metric="log_probability", **settings)
     together = {t.prompt: t for t in trace_prompts(lm, prompts, config, facts_per_batch=4)}
@@ -187,7 +187,7 @@ def test_short_attention_written_out_is_the_fused_kernels(family, tokens):
         with torch.no_grad():
             plain = suffix.block(1, suffix.states(1))
             before = lm.model.config._attn_implementation
-            with quick(lm):
+            with short_attention_in_eager(lm):
                 assert (lm.model.config._attn_implementation != before) == (before == "sdpa")
                 written_out = suffix.block(1, suffix.states(1))
         assert lm.model.config._attn_implementation == before

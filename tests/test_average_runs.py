@@ -20,7 +20,7 @@ import torch
 import engram
 from engram import Fact, pocket
 from engram.engine.replayable import replayable
-from engram.errors import EditFileError, EngramError, FactError, SettingError
+from engram.errors import EngramError, EngramFileError, FactError, SettingError
 from engram.locate import average_run as experiment
 from engram.locate.average import AverageTrace
 from engram.locate.settings import PARTS, WINDOWED
@@ -621,10 +621,10 @@ def test_a_file_of_something_else_is_left_alone(lm, tmp_path):
     sqlite3.connect(tmp_path / "alike").execute("CREATE TABLE facts (title)").connection.close()
     for name, message in (("text", "file is not a database"), ("other", "something else"), ("alike", "no such table")):
         before = (tmp_path / name).read_bytes()
-        with pytest.raises(EditFileError, match=rf"{name}\b.*{message}.*another name"):
+        with pytest.raises(EngramFileError, match=rf"{name}\b.*{message}.*another name"):
             engram.average_trace(lm, FACTS, out=tmp_path / name, **given)
         with pytest.raises(
-            EditFileError,
+            EngramFileError,
             match=r"something else, not a run of traces|cannot be used for a run of traces: (file is not a database|no such table)",
         ):
             AverageTrace.load(tmp_path / name)
@@ -635,16 +635,18 @@ def test_a_place_that_cannot_be_written_to(lm, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "run", tmp_path / "folder"):
-        with pytest.raises(EditFileError, match=r"cannot be used for a run of traces: .*a folder that you may write to"):
+        with pytest.raises(EngramFileError, match=r"cannot be used for a run of traces: .*a folder that you may write to"):
             engram.average_trace(lm, FACTS, out=path, noise=1.0, **GIVEN)
-    with pytest.raises(EditFileError, match=r"is no file of a run; make one with engram.average_trace\(..., out='gone'\)"):
+    with pytest.raises(
+        EngramFileError, match=r"is no file of a run; make one with engram.average_trace\(..., out='gone'\)"
+    ):
         AverageTrace.load(tmp_path / "gone")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write everywhere")
 def test_a_read_only_folder(lm, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(EditFileError, match="cannot be used for a run of traces: unable to open"):
+    with pytest.raises(EngramFileError, match="cannot be used for a run of traces: unable to open"):
         engram.average_trace(lm, FACTS, out=tmp_path / "run", noise=1.0, **GIVEN)
 
 
@@ -655,9 +657,9 @@ def test_a_file_that_another_process_holds(lm, tmp_path, run_file, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: plain(*a, **{**k, "timeout": 0.05}))
     holder = plain(copy, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(EditFileError, match="cannot be used for a run of traces: database is locked"):
+    with pytest.raises(EngramFileError, match="cannot be used for a run of traces: database is locked"):
         engram.average_trace(lm, FACTS, out=copy, **GIVEN)
-    with pytest.raises(EditFileError, match="database is locked"):
+    with pytest.raises(EngramFileError, match="database is locked"):
         AverageTrace.load(copy)
     holder.close()
 
@@ -671,7 +673,7 @@ def test_a_file_of_another_version(lm, tmp_path, run_file):
     connection.close()
     with pytest.raises(SettingError, match="begun with format_version=9, now asked for is 1"):
         engram.average_trace(lm, FACTS, out=copy, **GIVEN)
-    with pytest.raises(EditFileError, match="has format version 9, this engram reads 1"):
+    with pytest.raises(EngramFileError, match="has format version 9, this engram reads 1"):
         AverageTrace.load(copy)
 
 

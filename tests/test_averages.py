@@ -10,7 +10,7 @@ import torch
 
 import engram
 from engram.errors import EngramError, SettingError
-from engram.locate.average import PLACES, AverageTrace, check_place, place_rows
+from engram.locate.average import TOKEN_ROLES, AverageTrace, check_place, place_rows
 from engram.locate.trace import CausalTrace
 from tests.tiny import tiny_lm
 
@@ -75,7 +75,7 @@ def many(count=40, seed=0, **given):
     ],
 )
 def test_rows_of_each_place(about, rows):
-    assert place_rows(made(**about)) == dict(zip(PLACES, rows, strict=True))
+    assert place_rows(made(**about)) == dict(zip(TOKEN_ROLES, rows, strict=True))
 
 
 @pytest.mark.parametrize("tokenizer", ["byte-level", "byte-level with BOS"])
@@ -96,7 +96,7 @@ def test_a_token_in_front_of_the_text_is_in_no_place(tokenizer):
 def test_each_fact_counts_once_at_a_place_however_many_rows_it_has_there():
     traces = many()
     curves = AverageTrace(traces).effects("mlp")
-    for p, place in enumerate(PLACES):
+    for p, place in enumerate(TOKEN_ROLES):
         facts = []
         for trace in traces:
             rows = place_rows(trace)[place]
@@ -110,7 +110,7 @@ def test_the_reference_pools_rows_and_takes_the_baseline_off_afterwards():
     traces = many()
     curves = AverageTrace(traces).effects("residual", "reference")
     low = np.mean([trace.low_score for trace in traces])
-    for p, place in enumerate(PLACES):
+    for p, place in enumerate(TOKEN_ROLES):
         pooled = np.array(
             [trace.scores["residual"][row].tolist() for trace in traces for row in place_rows(trace)[place]],
             dtype=np.float64,
@@ -124,7 +124,7 @@ def test_the_reference_pools_rows_and_takes_the_baseline_off_afterwards():
 def test_the_two_ways_differ_only_where_facts_have_unequal_rows_or_lack_a_place():
     average = AverageTrace(many())
     ours, theirs = average.effects("residual"), average.effects("residual", "reference")
-    for p, place in enumerate(PLACES):
+    for p, place in enumerate(TOKEN_ROLES):
         same = torch.allclose(ours.mean[p], theirs.mean[p], atol=1e-9)
         assert same == (place in ("first subject", "last subject", "last")), place
 
@@ -254,7 +254,7 @@ def test_the_summary_is_what_the_paper_reports():
         about = told["sites"][site]
         assert about["mean_of_maxima"] == pytest.approx(np.mean([float(t.scores[site].max()) for t in traces]))
         for place in ("last subject", "last"):
-            curve = average.effects(site).mean[PLACES.index(place)]
+            curve = average.effects(site).mean[TOKEN_ROLES.index(place)]
             assert about[place]["effect"] == float(curve.max()) == float(curve[tuple(about[place]["at"])])
             own = [float(t.scores[site][place_rows(t)[place]].max()) for t in traces]
             assert about[place]["mean_of_maxima"] == pytest.approx(np.mean(own))

@@ -20,9 +20,9 @@ from engram.benchmark import written_texts as texts
 from engram.benchmark.data.records import Probe, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.benchmark.essence import essence_ids
-from engram.benchmark.metrics.outcomes import Asked
+from engram.benchmark.metrics.outcomes import MeasureConfig
 from engram.benchmark.one_by_one import measure_one
-from engram.benchmark.probe_rows import Questions
+from engram.benchmark.probe_rows import ProbeRows
 from engram.benchmark.zsre_as_released import in_text, steps, with_text_mode
 from engram.errors import UnsupportedModelError
 from tests.tiny import TOKENIZERS, tiny_lm
@@ -33,7 +33,7 @@ FACT = Fact("bridge", "The {} is in", "Madrid", "Rome")
 
 
 def quiet(**more):
-    return Asked(**{"said": 0, "drift_every": 0} | more)
+    return MeasureConfig(**{"said": 0, "drift_every": 0} | more)
 
 
 def record(*probes, **more):
@@ -80,7 +80,7 @@ def test_readings_are_those_of_a_loop_over_single_answers(family, tokenizer):
 def test_a_token_of_two_that_is_the_most_probable_is_half_the_answer():
     lm = tiny_lm("gpt2")
     answer = of_length(lm, 2)
-    questions = Questions(lm, [record(Probe("rewrite", PROMPTS[0], answer))])
+    questions = ProbeRows(lm, [record(Probe("rewrite", PROMPTS[0], answer))])
     first, second = lm.target_ids(PROMPTS[0], answer)
     for best, share in {(first, second): 1.0, (first, first): 0.5, (second, second): 0.5, (second, first): 0.0}.items():
         logits_pv = torch.zeros(2, lm.model.config.vocab_size)
@@ -119,7 +119,7 @@ def test_divergence_at_neighbours_is_in_nats_not_the_released_mean_over_the_voca
 def test_what_is_measured_before_an_edit_is_bit_for_bit_the_same_behind_it():
     lm = tiny_lm("gpt2")
     asked = record(*(Probe("rewrite", prompt, "Madrid", "Rome") for prompt in PROMPTS), generation=PROMPTS[:1])
-    every = Asked(said=3, texts=True, text_tokens=16)
+    every = MeasureConfig(said=3, texts=True, text_tokens=16)
     before, base = measure_one(lm, asked, None, every, drift=True)
     after, _ = measure_one(lm, asked, edited(lm), every, drift=True, base=base)
     again, _ = measure_one(lm, asked, None, every, drift=True)
@@ -138,7 +138,7 @@ def test_the_length_of_texts_includes_the_prompt(monkeypatch):
     write = texts.write
     monkeypatch.setattr(texts, "write", spy)
     asked = record(generation=PROMPTS)
-    (made,) = texts.sampled(lm, [asked], Asked(texts=True, text_tokens=40))
+    (made,) = texts.sampled(lm, [asked], MeasureConfig(texts=True, text_tokens=40))
     assert [sum(each) for each in written] == [40, 40]
     assert len({prompt for prompt, _ in written}) == 2
     assert all(text.startswith(prompt) for text, prompt in zip(made, PROMPTS, strict=True))
@@ -198,7 +198,7 @@ def test_many_edits_in_one_batch_have_the_essence_and_the_released_accuracy_of_e
     edits = [
         engram.rewrite(lm, Fact("bridge", "The {} is in", each), "lora", **settings) for each in ("Madrid", "Rome", "Paris")
     ]
-    assert all(together.fits(lm, edit) for edit in edits)
+    assert all(together.can_batch(lm, edit) for edit in edits)
     found = together.measure_together(lm, records, edits, asked, drifts=[False] * 3, references=about)
     for each, edit, (before, after) in zip(records, edits, found, strict=True):
         for phase, mine in ((None, before), (edit, after)):

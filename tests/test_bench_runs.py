@@ -18,7 +18,7 @@ from engram.benchmark import run
 from engram.benchmark.data.records import Dataset
 from engram.benchmark.results import UNEDITED, Run
 from engram.benchmark.run import bench
-from engram.errors import EditFileError, EngramError, FactError, SettingError
+from engram.errors import EngramError, EngramFileError, FactError, SettingError
 from tests.bench_samples import ASKED, METHODS, contents, dataset
 from tests.tiny import tiny_lm
 
@@ -369,9 +369,9 @@ def test_a_file_of_something_else_is_left_alone(lm, tmp_path):
         sqlite3.connect(tmp_path / name).execute(f"CREATE TABLE {table}").connection.close()
     for name, message in (("text", "file is not a database"), ("other", "something else"), ("alike", "no such table")):
         before = (tmp_path / name).read_bytes()
-        with pytest.raises(EditFileError, match=rf"{name}\b.*{message}.*another name"):
+        with pytest.raises(EngramFileError, match=rf"{name}\b.*{message}.*another name"):
             start(lm, tmp_path / name)
-        with pytest.raises(EditFileError, match=rf"{name}\b.*{message}"):
+        with pytest.raises(EngramFileError, match=rf"{name}\b.*{message}"):
             Run.open(tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
 
@@ -381,16 +381,16 @@ def test_a_place_that_cannot_be_written_to(lm, tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "run", tmp_path / "folder"):
         with pytest.raises(
-            EditFileError, match=r"cannot be used for a run of a benchmark: .*a folder that you may write to"
+            EngramFileError, match=r"cannot be used for a run of a benchmark: .*a folder that you may write to"
         ):
             start(lm, path)
-    with pytest.raises(EditFileError, match="gone is no file of a run; make one with engram bench -o gone"):
+    with pytest.raises(EngramFileError, match="gone is no file of a run; make one with engram bench -o gone"):
         Run.open(tmp_path / "gone")
 
 
 def test_a_lock_that_cannot_be_taken_is_told_with_the_files_name(lm, tmp_path):
     (tmp_path / "run.lock").mkdir()
-    with pytest.raises(EditFileError, match=r"run cannot be used for a run of a benchmark: .*Is a directory"):
+    with pytest.raises(EngramFileError, match=r"run cannot be used for a run of a benchmark: .*Is a directory"):
         start(lm, tmp_path / "run")
 
 
@@ -403,9 +403,9 @@ def test_a_file_that_another_program_holds(lm, copy, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: plain(*a, **{**k, "timeout": 0.05}))
     holder = plain(copy, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(EditFileError, match="cannot be used for a run of a benchmark: database is locked"):
+    with pytest.raises(EngramFileError, match="cannot be used for a run of a benchmark: database is locked"):
         start(lm, copy)
-    with pytest.raises(EditFileError, match="database is locked"):
+    with pytest.raises(EngramFileError, match="database is locked"):
         Run.open(copy)
     holder.close()
 
@@ -417,7 +417,7 @@ def test_a_file_of_another_version(lm, copy):
     connection.close()
     with pytest.raises(SettingError, match="begun with format_version=9, now asked for is 1"):
         start(lm, copy)
-    with pytest.raises(EditFileError, match="has format version 9, this engram reads 1"):
+    with pytest.raises(EngramFileError, match="has format version 9, this engram reads 1"):
         Run.open(copy)
 
 
@@ -426,7 +426,7 @@ def test_a_damaged_row_is_told_with_the_files_name(copy):
     with connection:
         connection.execute("UPDATE results SET outcome = x'00' WHERE place = 3")
     connection.close()
-    with pytest.raises(EditFileError, match=r"copy cannot be used for a run of a benchmark: .*decompress"):
+    with pytest.raises(EngramFileError, match=r"copy cannot be used for a run of a benchmark: .*decompress"):
         Run.open(copy)
 
 

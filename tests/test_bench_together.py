@@ -11,11 +11,11 @@ import torch
 import engram
 from engram import pocket
 from engram.benchmark import measure as measuring
-from engram.benchmark.batched import fits, measure_together
+from engram.benchmark.batched import can_batch, measure_together
 from engram.benchmark.data.pocket_benchmark import pocket_benchmark
 from engram.benchmark.data.records import Probe, Record
 from engram.benchmark.measure import measure
-from engram.benchmark.metrics.outcomes import Asked, Outcome
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
 from engram.benchmark.one_by_one import measure_one
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
@@ -24,11 +24,11 @@ from engram.errors import EngramError, FactError, SettingError
 from engram.facts import Fact
 from engram.model.generation import Writing, pads_on_the_left, write
 from engram.model.language_model import LanguageModel
-from engram.modules.hooks import own_changes
+from engram.modules.hooks import per_row_edits
 from engram.rewriting import rewrite_each
 from tests.tiny import DENSE, tiny_lm
 
-ASKED = Asked(said=2, texts=True, text_tokens=12, drift_every=1)
+ASKED = MeasureConfig(said=2, texts=True, text_tokens=12, drift_every=1)
 
 
 def record(number: int) -> Record:
@@ -88,7 +88,7 @@ def test_dense_changes_ride_along_beside_low_rank_ones() -> None:
     lm = tiny_lm("gpt2", dtype=torch.float64)
     records = [record(n) for n in range(2)]
     edits = [random_edit(lm, 0, (1,), dense=True), random_edit(lm, 1, (1,))]
-    assert all(fits(lm, edit) for edit in edits)
+    assert all(can_batch(lm, edit) for edit in edits)
     for n, (_, after) in enumerate(measure_together(lm, records, edits, ASKED, drifts=[False, False])):
         _, base = measure_one(lm, records[n], None, ASKED)
         assert_alike(after, measure_one(lm, records[n], edits[n], ASKED, base=base)[0])
@@ -140,7 +140,7 @@ def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers() -> 
     lm = engram.load("pocket")
     fact = Fact("Paris", "word " * 200 + "{} is", "Rome", "London")
     broken = Record("broken", (fact,), (Probe("rewrite", "The Louvre is in the city of", "Rome", "Paris"),))
-    (found,) = measure(lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, Asked(said=1))
+    (found,) = measure(lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, MeasureConfig(said=1))
     assert found.error is not None
     assert found.after == found.before
 
@@ -151,7 +151,7 @@ def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() 
     (name,) = nan.deltas
     ruin = replace(nan, deltas={name: Delta(nan.deltas[name].left * 1e30, nan.deltas[name].right * 1e30)})
     with patch.object(measuring, "rewrite_each", lambda *args, **settings: [ruin, good]):
-        first, second = measure(lm, [(1, record(0)), (2, record(1))], "rome", None, Asked(said=1, drift_every=0))
+        first, second = measure(lm, [(1, record(0)), (2, record(1))], "rome", None, MeasureConfig(said=1, drift_every=0))
     assert first.error is not None
     assert all(each.wanted == each.unwanted and each.correct == 0 for each in first.after.readings)
     assert second.error is None
@@ -181,7 +181,7 @@ def test_rows_carry_their_owners_changes_in_any_order() -> None:
     layer = torch.nn.Linear(3, 2)
     left, right, x = torch.randn(2, 2, 1), torch.randn(2, 1, 3), torch.randn(3, 4, 3)
     for change in ((left, right), left @ right):
-        with own_changes({layer: change})([1, 0, 1]):
+        with per_row_edits({layer: change})([1, 0, 1]):
             got = layer(x)
         for row, owner in enumerate([1, 0, 1]):
             wanted = x[row] @ (layer.weight + left[owner] @ right[owner]).T + layer.bias

@@ -150,7 +150,7 @@ def test_average_traces_are_the_same(lm: LanguageModel, workers: RayWorkers) -> 
 def test_second_moments_do_not_depend_on_the_number_of_workers(
     lm: LanguageModel, workers: RayWorkers, tmp_path: Path
 ) -> None:
-    asked: dict[str, Any] = {"corpus": list(pocket.sentences())[:600], "tokens": 4000, "batch_tokens": 128}
+    asked: dict[str, Any] = {"corpus": list(pocket.sentences())[:600], "tokens": 4000, "tokens_per_batch": 128}
     by = {
         name: second_moments(lm, [1], **asked, cache_dir=tmp_path / name, workers=where)[1].matrix_ff
         for name, where in (("local", None), ("here", Here()), ("ray", workers), ("one", RayWorkers(1)))
@@ -162,7 +162,7 @@ def test_second_moments_do_not_depend_on_the_number_of_workers(
 
 def test_values_of_a_mass_edit_are_the_same(lm: LanguageModel, workers: RayWorkers) -> None:
     facts = [pocket.as_fact(known, pocket.counterfactual(known)) for known in pocket.facts()[:2000:500]]
-    asked: dict[str, Any] = {"steps": 2, "store": False, "contexts": ["{}"], "facts_at_once": 2}
+    asked: dict[str, Any] = {"steps": 2, "store": False, "contexts": ["{}"], "facts_per_batch": 2}
     here = engram.rewrite(lm, facts, "memit", **asked)
     there = engram.rewrite(lm, facts, "memit", **asked, workers=workers)
     assert here.deltas == there.deltas

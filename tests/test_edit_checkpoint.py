@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint, to_checkpoint
 from engram.edit.edit import compose
 from engram.edit.files import edits_in
-from engram.errors import BaseMismatchError, EditFileError, UnsupportedModelError
+from engram.errors import BaseMismatchError, EngramFileError, UnsupportedModelError
 from tests.edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -163,13 +163,13 @@ def test_a_checkpoint_changed_by_something_else_is_refused(tmp_path: Path) -> No
 def test_what_is_not_there_cannot_be_reverted(tmp_path: Path) -> None:
     lm = tiny()
     source = stored(lm, tmp_path / "0")
-    with pytest.raises(EditFileError, match="has no edits to take out"):
+    with pytest.raises(EngramFileError, match="has no edits to take out"):
         revert_checkpoint(source, tmp_path / "1")
     edited = apply_to_checkpoint(random_edit(lm, seed=1), source, tmp_path / "1")
-    with pytest.raises(EditFileError, match="does not hold Edit"):
+    with pytest.raises(EngramFileError, match="does not hold Edit"):
         revert_checkpoint(edited, tmp_path / "2", random_edit(lm, seed=2))
     (edited / "engram" / "originals.safetensors").write_bytes(b"")
-    with pytest.raises(EditFileError, match="not a whole record of edits"):
+    with pytest.raises(EngramFileError, match="not a whole record of edits"):
         revert_checkpoint(edited, tmp_path / "2")
 
 
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path: Path, disk: str, monkeypatc
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
     else:
         monkeypatch.setattr(shutil, "copyfile", copyfile)
-    with pytest.raises(EditFileError, match=r"no room for|No space left on device"):
+    with pytest.raises(EngramFileError, match=r"no room for|No space left on device"):
         apply_to_checkpoint(random_edit(lm), source, tmp_path / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
@@ -195,11 +195,11 @@ def test_folders_in_use_are_refused(tmp_path: Path) -> None:
     lm = tiny()
     source = stored(lm, tmp_path / "0")
     for folder in (source, source / "inside"):
-        with pytest.raises(EditFileError, match="itself or inside of it"):
+        with pytest.raises(EngramFileError, match="itself or inside of it"):
             apply_to_checkpoint(random_edit(lm), source, folder)
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "file").touch()
-    with pytest.raises(EditFileError, match="holds other files; expected an empty folder"):
+    with pytest.raises(EngramFileError, match="holds other files; expected an empty folder"):
         apply_to_checkpoint(random_edit(lm), source, tmp_path / "1")
 
 
@@ -208,23 +208,23 @@ def test_weights_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     edit = random_edit(lm)
     source = tmp_path / "0"
     source.mkdir()
-    with pytest.raises(EditFileError, match=r"holds no model.safetensors"):
+    with pytest.raises(EngramFileError, match=r"holds no model.safetensors"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "pytorch_model.bin").touch()
-    with pytest.raises(EditFileError, match=r"weights as pickle .pytorch_model.bin.*Convert them"):
+    with pytest.raises(EngramFileError, match=r"weights as pickle .pytorch_model.bin.*Convert them"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(EditFileError, match="not a whole safetensors file"):
+    with pytest.raises(EngramFileError, match="not a whole safetensors file"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     safetensors.torch.save_file({weight_name(lm, 1): torch.ones(24, 16, dtype=torch.int8)}, source / "model.safetensors")
     with pytest.raises(UnsupportedModelError, match=r"stored as I8.*Edit the unquantised checkpoint"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     safetensors.torch.save_file({"other.weight": torch.ones(2)}, source / "model.safetensors")
-    with pytest.raises(EditFileError, match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight"):
+    with pytest.raises(EngramFileError, match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
-    with pytest.raises(EditFileError, match=r"index.json is damaged"):
+    with pytest.raises(EngramFileError, match=r"index.json is damaged"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
 
 
@@ -235,7 +235,7 @@ def test_an_unknown_name_is_explained(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuses)
-    with pytest.raises(EditFileError, match="'no/such' is neither a folder nor a model"):
+    with pytest.raises(EngramFileError, match="'no/such' is neither a folder nor a model"):
         apply_to_checkpoint(random_edit(tiny()), "no/such", tmp_path / "1")
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import engram.files.whole_folders
 from engram.edit.edit import Edit, compose
-from engram.errors import EditFileError
+from engram.errors import EngramFileError
 from engram.facts import Fact
 from tests.edit_samples import FAMILIES, random_edit, tiny
 
@@ -65,9 +65,9 @@ def test_an_edit_replaces_an_edit_and_nothing_else(tmp_path: Path) -> None:
     assert Edit.load(tmp_path / "edit") == two
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(EditFileError, match=r"holds other files; expected a folder with edit.json"):
+    with pytest.raises(EngramFileError, match=r"holds other files; expected a folder with edit.json"):
         one.save(tmp_path / "thesis")
-    with pytest.raises(EditFileError, match="is a file; expected the name of a folder"):
+    with pytest.raises(EngramFileError, match="is a file; expected the name of a folder"):
         one.save(tmp_path / "thesis" / "chapter.tex")
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -131,12 +131,12 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     random_edit(LM).save(tmp_path / "edit")
     damage(tmp_path / "edit")
-    with pytest.raises(EditFileError, match=message):
+    with pytest.raises(EngramFileError, match=message):
         Edit.load(tmp_path / "edit")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EditFileError, match=r"nowhere is not a folder; expected one that Edit.save wrote"):
+    with pytest.raises(EngramFileError, match=r"nowhere is not a folder; expected one that Edit.save wrote"):
         Edit.load(tmp_path / "nowhere")
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_the_old_edit(tmp_path: Path, step: str, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(owner, home, fails)
         with pytest.raises(
-            EditFileError,
+            EngramFileError,
             match=r"could not write .*No space left on device.*What was there before is unchanged",
         ):
             new.save(tmp_path / "edit")

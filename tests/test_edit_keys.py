@@ -13,8 +13,8 @@ import torch
 
 import engram
 from engram.edit.edit import Edit, compose
-from engram.edit.folder_format import identity
-from engram.errors import EditFileError, EngramError, NonFiniteError
+from engram.edit.folder_format import change_identity
+from engram.errors import EngramError, EngramFileError, NonFiniteError
 from tests.edit_samples import random_edit, tiny, weight_name
 from tests.test_rome import CONTEXTS, FACT, moment_of
 from tests.tiny import tiny_lm
@@ -49,7 +49,7 @@ def test_keys_count_in_equality_and_not_in_identity() -> None:
     edit = keyed()
     other = replace(edit, keys={name: 2 * key_nf for name, key_nf in edit.keys.items()})
     assert edit == keyed() and edit != other and edit != replace(edit, keys={}) and edit != 3
-    assert identity(edit) == identity(other) == identity(replace(edit, keys={}))
+    assert change_identity(edit) == change_identity(other) == change_identity(replace(edit, keys={}))
 
 
 def test_rows_go_with_their_facts() -> None:
@@ -103,10 +103,10 @@ def test_keys_are_kept_beside_the_deltas(tmp_path: Path) -> None:
 def test_damaged_keys_are_named(tmp_path: Path) -> None:
     folder = keyed().save(tmp_path / "edit")
     os.truncate(folder / "keys.safetensors", 90)
-    with pytest.raises(EditFileError, match=r"keys.safetensors is damaged: its sha256 is not the one in edit.json"):
+    with pytest.raises(EngramFileError, match=r"keys.safetensors is damaged: its sha256 is not the one in edit.json"):
         Edit.load(folder)
     (folder / "keys.safetensors").unlink()
-    with pytest.raises(EditFileError, match=r"keys.safetensors cannot be read .*the edit is incomplete"):
+    with pytest.raises(EngramFileError, match=r"keys.safetensors cannot be read .*the edit is incomplete"):
         Edit.load(folder)
     recipe = json.loads((folder / "edit.json").read_text())
     del recipe["keys_sha256"]  # as an older engram wrote it

@@ -11,7 +11,7 @@ from peft import PeftModel
 from engram.edit.base import describe_base
 from engram.edit.edit import Edit, compose
 from engram.edit.lora_export import _module
-from engram.errors import EditFileError, UnsupportedModelError
+from engram.errors import EngramFileError, UnsupportedModelError
 from tests.edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name, weights
 
 IDS = torch.arange(20).reshape(2, 10) % 60
@@ -59,7 +59,7 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(tmp_path: Path) -> None
         "adapter_model.safetensors",
     ]
     edit.save(tmp_path / "edit")
-    with pytest.raises(EditFileError, match=r"expected a folder with adapter_config.json"):
+    with pytest.raises(EngramFileError, match=r"expected a folder with adapter_config.json"):
         edit.to_peft(tmp_path / "edit")
 
 

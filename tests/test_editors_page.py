@@ -9,7 +9,7 @@ import pytest
 import engram
 import methods_table
 from engram import PromptEdit
-from engram.editors.closed_form.mass_settings import _REMEMBERS, ROWS
+from engram.editors.closed_form.mass_settings import KEEPS_PAST_KEYS, MASS_METHODS
 from engram.editors.methods import METHODS, method_named
 from engram.errors import EngramError
 from made_tables import made
@@ -32,7 +32,7 @@ LINES = lines_of(COLUMNS)
 CLOSED = {"contexts": ["{}", "He sings. {}"], "corpus": TEXT.splitlines() * 4, "tokens": 200, "steps": 2}
 QUICK = {  # settings that make an edit of a tiny model in no time
     "rome": CLOSED,
-    **{name: CLOSED | {"store": False} for name in ROWS},
+    **{name: CLOSED | {"store": False} for name in MASS_METHODS},
     **{name: {"epochs": 2} for name in ("ft", "ft-l", "ft-w", "locft-bf")},
     "lora": {"epochs": 2, "layers": [1, 2], "rank": 4},
     "ultraedit": {"layers": [1, 2]},
@@ -54,7 +54,7 @@ def test_a_line_is_true_of_an_edit(name):
     assert line["source"] == METHODS[name].source
     assert line["moment"] == ("yes" if "second_moments" in takes else "no")
     assert line["gradients"].startswith("of a value" if name == "rome" else "of values") == (line["moment"] == "yes")
-    assert ("keys preserved" in line["earlier"]) == (name in _REMEMBERS)
+    assert ("keys preserved" in line["earlier"]) == (name in KEEPS_PAST_KEYS)
     assert ("statistics=" in line["earlier"]) == ("statistics" in takes)
     assert (line["earlier"] == "nested") == (line["changes"] == "nothing") == isinstance(edit, PromptEdit)
     assert line["taken_out"] == ("yes" if can_lose_one(edit) else "no")
@@ -86,11 +86,11 @@ def form(edit):
 
 def test_the_solvers_table_has_a_row_for_each_method_of_the_solver():
     rows = lines_of(SOLVED)
-    assert list(rows) == ["rome", *ROWS]
+    assert list(rows) == ["rome", *MASS_METHODS]
     for name, row in rows.items():
-        assert bool(row["earlier"]) == (name in _REMEMBERS)
+        assert bool(row["earlier"]) == (name in KEEPS_PAST_KEYS)
         assert ("several" in row["layers"]) == ("several" in LINES[name]["changes"])
-        share = ROWS.get(name, {}).get("share", "all" if name == "rome" else "even")
+        share = MASS_METHODS.get(name, {}).get("share", "all" if name == "rome" else "even")
         assert row["share"] == {"all": "all", "even": "1 / those left", "root": "1 / √those left"}[share]
 
 

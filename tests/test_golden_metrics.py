@@ -20,7 +20,7 @@ from engram.benchmark.data.records import Probe, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.benchmark.essence import essence_ids, with_essence
 from engram.benchmark.metrics.generation import entropy, fluency, n_gram_entropy, tokens
-from engram.benchmark.metrics.outcomes import Asked, Outcome, Reading
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome, Reading
 from engram.benchmark.metrics.scores import scores
 from engram.benchmark.metrics.summary import published_summary
 from engram.benchmark.one_by_one import measure_one
@@ -104,7 +104,9 @@ def edit_of(i):
 
 @cache
 def measured(i, phase):
-    return measure_one(golden.model(), record(i), None if phase == "pre" else edit_of(i), Asked(said=0, drift_every=0))[0]
+    return measure_one(
+        golden.model(), record(i), None if phase == "pre" else edit_of(i), MeasureConfig(said=0, drift_every=0)
+    )[0]
 
 
 def check_nlls(mine, theirs, limit):
@@ -125,7 +127,7 @@ def test_log_probabilities_after_an_edit_of_our_own(i):
         golden.model(), record(i).facts, method="rome", variant="reference", layer=LAYER,
         contexts=golden.inputs()["rome_context_templates"], second_moments={LAYER: golden.numbers("rome_tiny-gpt2")["mom2"]},
     )  # fmt: skip
-    mine, _ = measure_one(golden.model(), record(i), edit, Asked(said=0, drift_every=0))
+    mine, _ = measure_one(golden.model(), record(i), edit, MeasureConfig(said=0, drift_every=0))
     check_nlls(mine, nlls(i, "post"), 1e-4)
 
 
@@ -197,7 +199,7 @@ def test_perplexities(most):
 @pytest.mark.parametrize("i", CASES)
 def test_essence(i, phase):
     """Limit 1e-5, as of every perplexity here."""
-    lm, asked = golden.model(), Asked(said=0, texts=True, drift_every=0)
+    lm, asked = golden.model(), MeasureConfig(said=0, texts=True, drift_every=0)
     silent = replace(record(i), generation=())  # texts are sampled with other draws than recorded
     mine, _ = measure_one(lm, silent, None if phase == "pre" else edit_of(i), asked, references=references())
     if "essence_score" in case(i, phase):

@@ -18,7 +18,7 @@ from engram.edit.edit import compose
 from engram.edit.files import load
 from engram.edit.lora_export import to_peft
 from engram.editors.in_context import demonstrations_of
-from engram.errors import EditFileError, EngramError, FactError, MissingExtraError, SettingError, UnsupportedModelError
+from engram.errors import EngramError, EngramFileError, FactError, MissingExtraError, SettingError, UnsupportedModelError
 from engram.evaluate.held_out import held_out_text
 from engram.model.sentence_vectors import encoder_of
 from tests.chat_samples import chat_lm
@@ -246,10 +246,12 @@ def test_each_kind_of_edit_says_where_the_other_is_read(lm, tmp_path):
     engram.rewrite(lm, FACT, "in-context").save(tmp_path / "prompt")
     random_edit(lm).save(tmp_path / "weights")
     with pytest.raises(
-        EditFileError, match=r"holds an in-context edit .* changes no weights. Read it with PromptEdit.load"
+        EngramFileError, match=r"holds an in-context edit .* changes no weights. Read it with PromptEdit.load"
     ):
         Edit.load(tmp_path / "prompt")
-    with pytest.raises(EditFileError, match=r"holds an edit of weights \(.*\), no in-context edit; read it with Edit.load"):
+    with pytest.raises(
+        EngramFileError, match=r"holds an edit of weights \(.*\), no in-context edit; read it with Edit.load"
+    ):
         PromptEdit.load(tmp_path / "weights")
     assert isinstance(load(tmp_path / "weights"), Edit)
 
@@ -269,7 +271,7 @@ def test_damage_is_named(lm, tmp_path, change, message):
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
-    with pytest.raises(EditFileError, match=f"is damaged: .*{message}"):
+    with pytest.raises(EngramFileError, match=f"is damaged: .*{message}"):
         load(tmp_path / "edit")
 
 
@@ -408,5 +410,5 @@ def test_edit_verify_and_generate_take_in_context_edits_and_apply_explains(tmp_p
         assert said == lm.generate("A river", 3) + "\n"
     for args in (("apply", out, model, "-o", str(tmp_path / "new")), ("verify", model, out, str(tmp_path / "weights"))):
         failed = CliRunner().invoke(cli.app, list(args))
-        assert isinstance(failed.exception, EditFileError) and "changes no weights" in str(failed.exception)
+        assert isinstance(failed.exception, EngramFileError) and "changes no weights" in str(failed.exception)
     assert not (tmp_path / "new").exists()

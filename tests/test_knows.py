@@ -13,9 +13,9 @@ import torch
 import engram
 from engram import Fact, Knowledge, knows, pocket, read_facts
 from engram.engine.shared_prompts import shared_logits
-from engram.errors import EditFileError, FactError, NonFiniteError, SettingError
+from engram.errors import EngramFileError, FactError, NonFiniteError, SettingError
 from engram.knowledge.cloze_rows import ClozeRows
-from engram.knowledge.knowledge import Record, Reply
+from engram.knowledge.knowledge import KnownRecord, Reply
 from tests.tiny import ENCODER_DECODER, FAMILIES, MASKED, STATE_SPACE, tiny_lm
 
 FACTS = [
@@ -313,13 +313,13 @@ def test_of_equal_tokens_the_first_is_the_better_one():
 # -- what is made of it, by hand -----------------------------------------------------------------------------------------
 
 
-def record(relation: str | None, *replies: tuple[str, int]) -> Record:
+def record(relation: str | None, *replies: tuple[str, int]) -> KnownRecord:
     """A record from (answer, rank) pairs; the log-probability is minus the rank."""
     told = tuple(Reply(f"prompt {i}", answer, rank, -float(rank)) for i, (answer, rank) in enumerate(replies))
-    return Record(Fact("a", "{} is", "b", relation=relation), told, told[0].answer, told[0].rank, told[0].log_prob)
+    return KnownRecord(Fact("a", "{} is", "b", relation=relation), told, told[0].answer, told[0].rank, told[0].log_prob)
 
 
-def knowledge(*records: Record, **parts: object) -> Knowledge:
+def knowledge(*records: KnownRecord, **parts: object) -> Knowledge:
     return Knowledge(
         records, **{"candidates": "vocabulary", "aggregate": "first", "length": "sum", "k": 2, "model": "m", **parts}
     )  # type: ignore[arg-type]
@@ -407,7 +407,7 @@ def test_knowledge_survives_a_file(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, text):
     (tmp_path / "x").write_text(text)
     with pytest.raises(
-        EditFileError, match=r"format 9, expected 1" if "9" in text else r"no file that Knowledge\.save wrote"
+        EngramFileError, match=r"format 9, expected 1" if "9" in text else r"no file that Knowledge\.save wrote"
     ):
         Knowledge.load(tmp_path / "x")
 

@@ -11,8 +11,8 @@ import pytest
 from engram import Fact, LayerCard
 from engram.bootstrap import Mean, spearman
 from engram.cli import show
-from engram.errors import EditFileError, SettingError
-from engram.layers.card import Evidence, Outcome, ranges
+from engram.errors import EngramFileError, SettingError
+from engram.layers.card import EditOutcome, Evidence, ranges
 
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", "London")
 
@@ -25,7 +25,7 @@ def card(scores, traces=None, *, layers=None, n_layers=None, identity="0" * 64, 
             replace(FACT, subject=f"tower {i}"),
             None if traces is None else tuple(traces[i]),
             None,
-            {layer: Outcome(score, 1.0, 0.5, None) for layer, score in zip(layers, row, strict=True)},
+            {layer: EditOutcome(score, 1.0, 0.5, None) for layer, score in zip(layers, row, strict=True)},
         )
         for i, row in enumerate(scores)
     )
@@ -115,7 +115,7 @@ def test_the_card_says_whether_the_trace_would_have_told():
 
 
 def test_a_card_compares_the_same_facts_at_the_same_layers():
-    one, two = Evidence(FACT, edits={0: Outcome(0.5)}), Evidence(FACT, edits={1: Outcome(0.5)})
+    one, two = Evidence(FACT, edits={0: EditOutcome(0.5)}), Evidence(FACT, edits={1: EditOutcome(0.5)})
     made = card([[0.1]])
     with pytest.raises(SettingError, match="every fact has to be edited at the same ones"):
         replace(made, evidence=(one, two))
@@ -159,13 +159,13 @@ def test_a_file_that_is_no_card(text, told, tmp_path):
     path = tmp_path / "card.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(EditFileError, match=told) as error:
+    with pytest.raises(EngramFileError, match=told) as error:
         LayerCard.load(path)
     assert "make one with engram.layer_card" in str(error.value)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    with pytest.raises(EditFileError, match="could not be written"):
+    with pytest.raises(EngramFileError, match="could not be written"):
         card([[0.1]]).save(tmp_path / "no" / "card.json")
 
 

@@ -20,7 +20,7 @@ from engram.layers import choice as layer_choice
 from engram.layers import evidence as layer_evidence
 from engram.layers.candidates import as_edits, bundled_edits, known
 from engram.layers.choice import choose_layers, find_card, layer_card
-from engram.layers.evidence import Plan, receipt_score
+from engram.layers.evidence import Budget, receipt_score
 from engram.runs.identity import identity
 from tests.test_layer_cards import card
 from tests.test_receipt import GOOD, made
@@ -85,10 +85,10 @@ def test_second_moments_of_all_layers_come_from_one_pass(lm, tmp_path, monkeypat
 
 
 def test_a_deep_model_is_tried_here_and_there_and_then_around_the_best():
-    assert Plan().coarse(12) == list(range(12)) and Plan().coarse(48) == list(range(0, 48, 4))
-    assert Plan().between([0, 4, 8], 4, 10) == [1, 2, 3, 5, 6, 7]
-    assert Plan().between([0, 4, 8], 0, 10) == [1, 2, 3] and Plan().between([0, 4, 8], 8, 10) == [5, 6, 7, 9]
-    assert Plan(fine=False).between([0, 4, 8], 4, 10) == []
+    assert Budget().coarse(12) == list(range(12)) and Budget().coarse(48) == list(range(0, 48, 4))
+    assert Budget().between([0, 4, 8], 4, 10) == [1, 2, 3, 5, 6, 7]
+    assert Budget().between([0, 4, 8], 0, 10) == [1, 2, 3] and Budget().between([0, 4, 8], 8, 10) == [5, 6, 7, 9]
+    assert Budget(fine=False).between([0, 4, 8], 4, 10) == []
 
 
 def test_coarse_layers_come_first_and_those_next_to_the_best_follow(lm, tmp_path, measured):
@@ -320,7 +320,7 @@ def test_a_quick_card_is_no_more_than_four_facts_at_eight_layers(cache, monkeypa
     lm = tiny_lm("gpt2")
     monkeypatch.setattr(type(lm), "n_layers", 48)
     assert len(choose_layers(lm, 4, seed=3)) == 4
-    plan = Plan(asked["edits"], asked["traces"], asked["estimates"], asked["every"], asked["fine"])
+    plan = Budget(asked["edits"], asked["traces"], asked["estimates"], asked["every"], asked["fine"])
     assert plan.edits == 4 and len(plan.coarse(48)) == 8 and plan.between(plan.coarse(48), 0, 48) == []
     assert asked["seed"] == 3
 

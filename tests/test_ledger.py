@@ -17,7 +17,7 @@ from engram import Fact
 from engram.edit.base import describe_base
 from engram.edit.checkpoint import revert_checkpoint
 from engram.edit.edit import Edit, compose
-from engram.errors import BaseMismatchError, CanaryError, EditFileError, EngramError, FactError, SettingError
+from engram.errors import BaseMismatchError, CanaryError, EngramError, EngramFileError, FactError, SettingError
 from engram.evaluate.canary import Canary
 from engram.ledger import Ledger
 from engram.modules.fingerprints import fingerprint
@@ -438,17 +438,19 @@ def test_it_becomes_a_checkpoint_or_an_adapter(tmp_path):
 
 
 def test_folders_that_are_no_ledger_say_so(ledger, tmp_path):
-    with pytest.raises(EditFileError, match=r"ledger is a ledger already; Ledger.open\("):
+    with pytest.raises(EngramFileError, match=r"ledger is a ledger already; Ledger.open\("):
         Ledger.create(ledger.folder, LM)
-    with pytest.raises(EditFileError, match=r"is no ledger: it has no ledger.json. Ledger.create\(folder, lm\) makes one"):
+    with pytest.raises(
+        EngramFileError, match=r"is no ledger: it has no ledger.json. Ledger.create\(folder, lm\) makes one"
+    ):
         Ledger.open(tmp_path)
     about = json.loads((ledger.folder / "ledger.json").read_text())
     (ledger.folder / "ledger.json").write_text(json.dumps({**about, "format_version": 2}))
-    with pytest.raises(EditFileError, match="format_version=2, this engram reads 1; pip install --upgrade engram"):
+    with pytest.raises(EngramFileError, match="format_version=2, this engram reads 1; pip install --upgrade engram"):
         Ledger.open(ledger.folder)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(EditFileError, match="holds other files; expected an empty folder, or none"):
+    with pytest.raises(EngramFileError, match="holds other files; expected an empty folder, or none"):
         Ledger.create(tmp_path / "thesis", LM)
 
 
@@ -456,11 +458,11 @@ def test_damage_is_named(ledger):
     ledger.add(random_edit(LM, seed=1))
     ledger.add(random_edit(LM, seed=2))
     random_edit(LM, seed=3).save(ledger.folder / "edits" / "0001")
-    with pytest.raises(EditFileError, match="0001 is not the edit that was added; take it from a backup"):
+    with pytest.raises(EngramFileError, match="0001 is not the edit that was added; take it from a backup"):
         Ledger.open(ledger.folder).edit()
     lines = (ledger.folder / "history.jsonl").read_text().splitlines()
     (ledger.folder / "history.jsonl").write_text("\n".join([lines[0], lines[1][:40], lines[1]]) + "\n")
-    with pytest.raises(EditFileError, match=r"history.jsonl is damaged at line 2: .*take the ledger from a backup"):
+    with pytest.raises(EngramFileError, match=r"history.jsonl is damaged at line 2: .*take the ledger from a backup"):
         Ledger.open(ledger.folder).list()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import engram
-from engram.errors import EditFileError, EngramError
+from engram.errors import EngramError, EngramFileError
 from engram.files.locks import locked
 from engram.ledger import Ledger
 from tests.edit_samples import random_edit, tiny
@@ -186,10 +186,10 @@ def test_a_full_disk_leaves_it_as_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(
-            EditFileError, match=r"could not write .*history.jsonl.*The ledger is as it was; free some space"
+            EngramFileError, match=r"could not write .*history.jsonl.*The ledger is as it was; free some space"
         ):
             book.remove(1)
-        with pytest.raises(EditFileError, match=r"could not write .*No space left on device"):
+        with pytest.raises(EngramFileError, match=r"could not write .*No space left on device"):
             book.add(random_edit(LM, seed=2))
     assert (book.folder / "history.jsonl").read_bytes() == before
     assert len(book.list()) == 1 and book.add(random_edit(LM, seed=2)).number == 2

@@ -304,7 +304,7 @@ def test_an_edit_says_how_it_went(tmp_path):
 
 def test_progress_is_reported():
     seen: list[tuple[str, int, int]] = []
-    rewrite(tiny_lm(), facts_at_once=2, progress=lambda *at: seen.append(at))
+    rewrite(tiny_lm(), facts_per_batch=2, progress=lambda *at: seen.append(at))
     assert seen == [("value", i, 3) for i in range(4)] + [("layer", i, 3) for i in range(4)]
 
 
@@ -528,7 +528,7 @@ def test_what_a_caller_says_outranks_the_presets_other_way_of_saying_it(method, 
         ({"null_energy": 0.9, "null_threshold": 0.1}, SettingError, r"null_energy=0\.9, null_threshold=0\.1: give one of them"),
         ({"null_energy": 1.5, "ridge": 1.0}, SettingError, "a share between 0 and 1"),
         ({"steps": 0}, SettingError, "steps=0"),
-        ({"facts_at_once": 0}, SettingError, "facts_at_once=0"),
+        ({"facts_per_batch": 0}, SettingError, "facts_per_batch=0"),
         ({"layers": []}, SettingError, r"layers=\[\]: expected numbers of blocks, from 0, such as \[3, 4, 5\], or 'auto'"),
         ({"layers": 3}, SettingError, "layers=3: expected numbers of blocks"),
         ({"layers": "all"}, SettingError, "layers='all': expected numbers of blocks"),

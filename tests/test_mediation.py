@@ -292,7 +292,7 @@ def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
         ({"correction": "query-key", "sites": ["mlp"], "method": "attribution"}, "corrects estimates of residual states"),
         ({"sites": "residul"}, r"no site 'residul' \(did you mean 'residual'\?\); it has residual, mlp, attention"),
         ({"positions": 3}, "positions=3 does not exist"),
-        ({"rows_per_chunk": 0}, "at least one row"),
+        ({"rows_per_batch": 0}, "at least one row"),
         ({"noise": "t2"}, "more than 2 degrees of freedom"),
         ({"noise": "t"}, "is not a rule"),
         ({"noise": "m3"}, "is not a rule"),

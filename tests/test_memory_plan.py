@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import engram
 from engram import LanguageModel, MemoryPlan
 from engram.cli import app
-from engram.editors.closed_form.mass_settings import ROWS
+from engram.editors.closed_form.mass_settings import MASS_METHODS
 from engram.errors import EngramError, SettingError
 from engram.model.loading import load_shapes
 from tests.tiny import DENSE, EXPERTS, make_config, tiny_folder, tiny_lm
@@ -47,7 +47,7 @@ def test_second_moments_are_a_matrix_of_float64_a_layer() -> None:
 
 def test_facts_at_once_bounds_the_values_and_nothing_else() -> None:
     lm = tiny_lm()
-    few, many = (engram.memory_plan(lm, 1000, "memit", facts_at_once=n) for n in (8, 16))
+    few, many = (engram.memory_plan(lm, 1000, "memit", facts_per_batch=n) for n in (8, 16))
     assert many.of("values") > 1.9 * few.of("values")
     assert many.of("solve") == few.of("solve")
     assert engram.memory_plan(lm, 10, "rome").of("values") == engram.memory_plan(lm, 1, "rome").of("values")
@@ -112,10 +112,10 @@ def test_an_edit_that_will_take_much_says_so_first(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
     terminal.show_plan_if_large(lm, 1, "rome", {"layer": 2}, above=1000)
     assert capsys.readouterr().err.strip() == str(engram.memory_plan(lm, layers=[2]))
-    for method in ROWS:
-        terminal.show_plan_if_large(lm, 40, method, {"facts_at_once": 4, "layers": [1, 2]}, above=1000)
+    for method in MASS_METHODS:
+        terminal.show_plan_if_large(lm, 40, method, {"facts_per_batch": 4, "layers": [1, 2]}, above=1000)
         told = capsys.readouterr().err
-        assert told.strip() == str(engram.memory_plan(lm, 40, method, layers=[1, 2], facts_at_once=4))
+        assert told.strip() == str(engram.memory_plan(lm, 40, method, layers=[1, 2], facts_per_batch=4))
 
 
 MEASURE = """

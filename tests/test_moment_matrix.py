@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engram.editors.second_moments.matrix import SecondMoment, load_npz
-from engram.errors import EditFileError, EngramError, NonFiniteError, SettingError
+from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
 
 
 def random_moment(size=12, seed=0):
@@ -163,7 +163,7 @@ def test_save_and_load(tmp_path):
     again = SecondMoment.load(tmp_path / "c.safetensors")
     assert torch.equal(again.matrix_ff, moment.matrix_ff) and (again.count, again.source) == (10, {"corpus": "x"})
     (tmp_path / "junk").write_text("junk")
-    with pytest.raises(EditFileError, match="does not hold a second moment"):
+    with pytest.raises(EngramFileError, match="does not hold a second moment"):
         SecondMoment.load(tmp_path / "junk")
 
 
@@ -175,5 +175,5 @@ def test_the_released_codes_files_are_read(tmp_path):
     moment = load_npz(tmp_path / "c.npz")
     assert moment.count == 4 and moment.matrix_ff.diagonal().tolist() == [0.5, 1.0]
     np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(EditFileError, match="not a statistics file of the released code"):
+    with pytest.raises(EngramFileError, match="not a statistics file of the released code"):
         load_npz(tmp_path / "other.npz")

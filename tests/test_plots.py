@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 
 from engram.errors import SettingError
-from engram.locate.average import PLACES, AverageTrace
+from engram.locate.average import TOKEN_ROLES, AverageTrace
 from engram.locate.trace import CausalTrace
 
 
@@ -277,7 +277,7 @@ def test_severed_paths_are_three_bars_a_layer(average, place):
     groups = [group for group in ax.containers if isinstance(group, BarContainer)]
     assert [group.get_label() for group in groups] == ["as it is", "attention severed", "MLP severed"]
     for group, table, colour, offset in zip(groups, tables, colours, (-0.3, 0, 0.3), strict=True):
-        wanted = 100 * cut.effects(table).mean[PLACES.index(place)].numpy()
+        wanted = 100 * cut.effects(table).mean[TOKEN_ROLES.index(place)].numpy()
         np.testing.assert_allclose([bar.get_height() for bar in group], wanted)
         assert {to_hex(bar.get_facecolor()) for bar in group} == {colour}
         np.testing.assert_allclose([bar.get_x() + 0.15 for bar in group], np.arange(48) + offset)

@@ -12,7 +12,7 @@ import engram
 from engram.editors.closed_form.values import ValueConfig, optimise_value
 from engram.engine.recording import record_run
 from engram.engine.replayable import replayable
-from engram.engine.shared_prompts import record_alike
+from engram.engine.shared_prompts import record_shared_prefixes
 from engram.engine.suffix import Suffix
 from engram.facts import Fact
 from engram.model.tokens import pad_right
@@ -183,7 +183,9 @@ def test_rows_that_begin_alike_are_recorded_as_they_are_alone(family):
         rest = torch.randint(3, vocabulary, (length,), generator=draw).tolist()
         rows += [[*beginning, *rest] for beginning in beginnings]
     module = lm.parts.site_module_name("attention", 1)
-    found = record_alike(lm, rows, [0, 3, 5], layer=1, length=12, inputs=[lm.parts.block_name(2)], outputs=[module])
+    found = record_shared_prefixes(
+        lm, rows, [0, 3, 5], layer=1, length=12, inputs=[lm.parts.block_name(2)], outputs=[module]
+    )
     for row, ids in enumerate(rows):
         alone = record_run(lm, pad_right([ids]), inputs=[lm.parts.block_name(2)], outputs=[module])
         start, end = len(beginnings[row % 3]), len(ids)

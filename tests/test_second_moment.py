@@ -38,7 +38,7 @@ def naive_keys(lm, layer, texts, tokens):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "falcon", "phi"])
 def test_c_is_the_mean_outer_product_of_the_models_keys(family, tmp_path):
     lm = tiny_lm(family, torch.float64)
-    found = second_moments(lm, [1, 2], DOCUMENTS, 100, cache_dir=tmp_path, batch_tokens=50)
+    found = second_moments(lm, [1, 2], DOCUMENTS, 100, cache_dir=tmp_path, tokens_per_batch=50)
     for layer in (1, 2):
         keys_nf = naive_keys(lm, layer, DOCUMENTS, 100)
         assert found[layer].count == len(keys_nf) == 100
@@ -53,10 +53,10 @@ def test_every_dense_family_has_second_moments(family, tmp_path):
     assert moment.solve(key_f).isfinite().all()
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
-def test_batching_changes_nothing(batch_tokens, tmp_path):
+@pytest.mark.parametrize("tokens_per_batch", [1, 64, 4096])
+def test_batching_changes_nothing(tokens_per_batch, tmp_path):
     lm = tiny_lm("gpt2", torch.float64)
-    one = second_moments(lm, [2], DOCUMENTS, 150, cache_dir=tmp_path / "a", batch_tokens=batch_tokens)[2]
+    one = second_moments(lm, [2], DOCUMENTS, 150, cache_dir=tmp_path / "a", tokens_per_batch=tokens_per_batch)[2]
     keys_nf = naive_keys(lm, 2, DOCUMENTS, 150)
     torch.testing.assert_close(one.matrix_ff, keys_nf.T @ keys_nf / 150)
 
@@ -211,7 +211,7 @@ class Interrupted:
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     lm, corpus = tiny_lm("gpt2", torch.float64), Interrupted(at=200)
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0, batch_tokens=200)
+        second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0, tokens_per_batch=200)
     assert len(list(tmp_path.rglob("*.partial"))) == 1
     corpus.at = None
     resumed = second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0)
@@ -226,7 +226,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
 def test_a_damaged_partial_state_is_measured_again(tmp_path, caplog):
     lm, corpus = tiny_lm("gpt2"), Interrupted(at=100)
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path, save_every=0, batch_tokens=100)
+        second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path, save_every=0, tokens_per_batch=100)
     next(tmp_path.rglob("*.partial")).write_bytes(b"half a fi")
     corpus.at = None
     second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import engram
-from engram.errors import EditFileError, FactError, NonFiniteError, SettingError
+from engram.errors import EngramFileError, FactError, NonFiniteError, SettingError
 from engram.locate.corruption import draw_noise, subject_embeddings
 from engram.locate.trace import CausalTrace, usual_window, window_layers
 from tests import naive
@@ -98,7 +98,7 @@ def test_memory_is_bounded_without_changing_a_number():
     prompt, subject = PROMPTS["in the middle"]
     calls = []
     few, many = (
-        engram.trace(lm, prompt, subject=subject, samples=4, rows_per_chunk=rows, progress=lambda *at: calls.append(at))
+        engram.trace(lm, prompt, subject=subject, samples=4, rows_per_batch=rows, progress=lambda *at: calls.append(at))
         for rows in (8, None)
     )
     assert calls[0][0] <= 2 and calls[-1][0] == calls[-1][1]
@@ -206,7 +206,7 @@ def test_a_saved_trace_is_read_back(tmp_path):
     again = CausalTrace.load(tmp_path / "trace.safetensors")
     assert again.to_dict() == trace.to_dict()
     (tmp_path / "junk").write_text("no trace")
-    with pytest.raises(EditFileError, match="is not a saved causal trace"):
+    with pytest.raises(EngramFileError, match="is not a saved causal trace"):
         CausalTrace.load(tmp_path / "junk")
 
 

@@ -87,7 +87,7 @@ def test_every_setting_of_the_optimisation_is_tried():
 
 @pytest.mark.parametrize(
     "same",
-    [{"preservation": 5.0}, {"method": "memit-seq"}, {"layers": [1, 2]}, {"engine": "whole"}, {"facts_at_once": 1}, {"keys": "mean"}],
+    [{"preservation": 5.0}, {"method": "memit-seq"}, {"layers": [1, 2]}, {"engine": "whole"}, {"facts_per_batch": 1}, {"keys": "mean"}],
     ids=str,
 )  # fmt: skip
 def test_what_does_not_change_a_value_does_not_change_its_name(same, asked, tmp_path):
@@ -132,8 +132,8 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("facts_at_once", [1, 2])
-def test_a_killed_run_goes_on_where_it_was(facts_at_once, asked, tmp_path):
+@pytest.mark.parametrize("facts_per_batch", [1, 2])
+def test_a_killed_run_goes_on_where_it_was(facts_per_batch, asked, tmp_path):
     """Each value is in the file, for other processes too, by the time it is reported."""
     lm, store = tiny_lm("gpt2"), tmp_path / "values"
 
@@ -144,13 +144,13 @@ def test_a_killed_run_goes_on_where_it_was(facts_at_once, asked, tmp_path):
                 raise KilledError
 
     with pytest.raises(KilledError):
-        rewrite(lm, store=store, facts_at_once=facts_at_once, progress=until_two)
+        rewrite(lm, store=store, facts_per_batch=facts_per_batch, progress=until_two)
     assert kept(store) == 2
     seen = []
-    resumed = rewrite(lm, store=store, facts_at_once=facts_at_once, progress=lambda *at: seen.append(at))
+    resumed = rewrite(lm, store=store, facts_per_batch=facts_per_batch, progress=lambda *at: seen.append(at))
     assert sum(len(facts) for facts in asked) == 3, "none is found twice"
     assert [at for at in seen if at[0] == "value"] == [("value", 2, 3), ("value", 3, 3)]
-    assert resumed == rewrite(lm, store=False, facts_at_once=facts_at_once)
+    assert resumed == rewrite(lm, store=False, facts_per_batch=facts_per_batch)
 
 
 def test_what_is_kept_comes_back_bit_for_bit(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import engram
 from engram import Fact
-from engram.editors.closed_form.shifted_rows import Rows
+from engram.editors.closed_form.shifted_rows import TokenRows
 from engram.editors.closed_form.values import Value, ValueConfig, optimise_value, optimise_values
 from engram.engine.replayable import replayable
 from engram.errors import FactError, NonFiniteError, SettingError
@@ -50,7 +50,7 @@ FREE: dict[str, Any] = {"layer": 3, "steps": 20, "learning_rate": 0.2, "clamp": 
 def values(
     lm: Any, facts: Any = FACTS, site: Any = "block", contexts: Any = CONTEXTS, layer: int = 1, **options: Any
 ) -> list[Value]:
-    how = {name: options.pop(name) for name in ("engine", "facts_at_once") if name in options}
+    how = {name: options.pop(name) for name in ("engine", "facts_per_batch") if name in options}
     found = dict(optimise_values(lm, facts, layer, contexts, ValueConfig(**options), site=site, **how))
     return [found[i] for i in range(len(facts))]
 
@@ -131,10 +131,12 @@ def test_two_states_are_clamped_each_by_its_own_length():
     assert max(value.delta_norms) == pytest.approx(1e-3 * float(value.start_d.norm()))
 
 
-@pytest.mark.parametrize("facts_at_once", [1, 2, 3, 99])
-def test_batches_of_any_size_give_the_same_and_cover_all(facts_at_once):
+@pytest.mark.parametrize("facts_per_batch", [1, 2, 3, 99])
+def test_batches_of_any_size_give_the_same_and_cover_all(facts_per_batch):
     lm = tiny_lm("llama", torch.float64)
-    found = list(optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=4), site="block", facts_at_once=facts_at_once))
+    found = list(
+        optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=4), site="block", facts_per_batch=facts_per_batch)
+    )
     assert sorted(i for i, _ in found) == list(range(len(FACTS)))
     same([value for _, value in sorted(found, key=lambda each: each[0])], values(lm, steps=4), 1e-8)
 
@@ -144,7 +146,7 @@ def test_values_come_a_batch_after_the_other():
     lm, begun = tiny_lm("gpt2"), []
     assert replayable(lm)  # which is tried once
     lm.model.get_input_embeddings().register_forward_hook(lambda *_: begun.append(1))
-    made = optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_at_once=1)
+    made = optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_per_batch=1)
     assert not begun
     next(made)
     after_one = len(begun)
@@ -363,7 +365,7 @@ def test_gradient_flags_and_hooks_are_as_before_between_and_after_batches():
     lm = tiny_lm("gpt2")
     lm.parts.mlp_out(0).weight.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in lm.model.parameters()]
-    for _ in optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), facts_at_once=1):
+    for _ in optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), facts_per_batch=1):
         assert [parameter.requires_grad for parameter in lm.model.parameters()] == flags
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
         assert all(parameter.grad is None for parameter in lm.model.parameters())
@@ -411,7 +413,7 @@ def test_a_text_longer_than_the_model_takes_is_refused_before_it_runs():
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
         ({"stop": "never"}, "stop='never': expected 'loss', 'argmax' or 'adaptive'"),
         ({"kl_position": "first"}, "kl_position='first': expected 'lookup' or 'last'"),
-        ({"facts_at_once": 0}, "facts_at_once=0: at least one fact"),
+        ({"facts_per_batch": 0}, "facts_per_batch=0: at least one fact"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
@@ -443,7 +445,7 @@ def test_contexts_that_all_facts_share_are_run_once_and_give_the_same(monkeypatc
     lm.parts.blocks[0].register_forward_hook(lambda _, args, out: tokens.append(args[0].shape[:2].numel()))
     found = values(lm, facts, contexts=contexts, steps=3)
     together = sum(tokens)
-    monkeypatch.setattr(Rows, "shared", lambda rows: ([], 0))
+    monkeypatch.setattr(TokenRows, "shared", lambda rows: ([], 0))
     tokens.clear()
     same(found, values(lm, facts, contexts=contexts, steps=3), 1e-8)
     assert together < sum(tokens)

@@ -34,10 +34,10 @@ from engram.benchmark.metrics.scores import scores
 from engram.benchmark.metrics.summary import summarise
 from engram.benchmark.metrics.table import METRICS
 from engram.benchmark.one_by_one import asked_now
-from engram.benchmark.probe_rows import Questions
+from engram.benchmark.probe_rows import ProbeRows
 from engram.editors.contexts import sample_contexts
 from engram.editors.second_moments.measure import second_moments
-from engram.locate.average import PLACES
+from engram.locate.average import TOKEN_ROLES
 from engram.model.language_model import LanguageModel
 
 UNEDITED = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "AS", "EA", "PA", "NA")
@@ -112,7 +112,9 @@ def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
         "clean": average.clean,
         "corrupted": average.corrupted,
         "window": WINDOW,
-        "effects": {site: dict(zip(PLACES, average.effects(site).mean.tolist(), strict=True)) for site in average.sites},
+        "effects": {
+            site: dict(zip(TOKEN_ROLES, average.effects(site).mean.tolist(), strict=True)) for site in average.sites
+        },
     }
 
 
@@ -162,7 +164,7 @@ def unedited(lm: LanguageModel) -> dict[str, Any]:
     with torch.no_grad():
         for start in range(0, len(dataset.records), AT_ONCE):
             some = dataset.records[start : start + AT_ONCE]
-            tally, _ = asked_now(lm, Questions(lm, some))
+            tally, _ = asked_now(lm, ProbeRows(lm, some))
             for record, readings in zip(some, tally.readings(), strict=True):
                 rows.append(scores(record, Outcome(readings), Outcome(readings)))
     found = summarise(rows, dataset.form)

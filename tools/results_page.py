@@ -49,7 +49,7 @@ def shown(name: str) -> str:
     extra = ("NKL", "seconds")
     columns = tuple(n for n, m in report.METRICS.items() if n in there and (m.headline or n in extra))
     form = told["cards"][0]["form"]
-    return report.markdown(report.Table(form, columns, rows, told["best"]))
+    return report.markdown(report.ScoreTable(form, columns, rows, told["best"]))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     pass
 
 
-def checked(position: int, tokens: int) -> int:
+def position_in(position: int, tokens: int) -> int:
     """A position counted from the text's start, where it may be given from its end.
 
     Raises:

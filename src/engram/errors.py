@@ -31,7 +31,7 @@ class CanaryError(EngramError):
     """An edit would have damaged the model beyond the limits; it was not put in force."""
 
 
-class EditFileError(EngramError, ValueError):
+class EngramFileError(EngramError, ValueError):
     """A file of ours is missing, damaged, or of another format version."""
 
 

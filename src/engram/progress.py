@@ -7,5 +7,5 @@ from collections.abc import Callable
 Report = Callable[[str, int, int], None]
 
 
-def silent(what: str, done: int, total: int) -> None:
+def no_progress(what: str, done: int, total: int) -> None:
     """Where no progress is wanted."""

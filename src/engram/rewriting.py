@@ -74,7 +74,7 @@ def rewrite_each(
     Groups of one fact are computed together by methods that have `Method.each`.
 
     Args:
-        settings: as for `rewrite`; of a batched method also `facts_at_once`, which bounds memory.
+        settings: as for `rewrite`; of a batched method also `facts_per_batch`, which bounds memory.
     Returns:
         In the order of the groups. Where an edit cannot be made, the error, and the others all the same.
     Raises:
@@ -90,7 +90,7 @@ def rewrite_each(
             if len(groups) == 1:
                 return [error]
             return [made for facts in groups for made in rewrite_each(lm, [facts], method, **settings)]
-    settings = {name: value for name, value in settings.items() if name != "facts_at_once" or each is None}
+    settings = {name: value for name, value in settings.items() if name != "facts_per_batch" or each is None}
     out: list[Edit | PromptEdit | EngramError] = []
     for facts in groups:
         try:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from engram.benchmark.data.records import Record, References
 from engram.benchmark.essence import essence_ids, with_essence
-from engram.benchmark.metrics.outcomes import Asked, Outcome, Reading
-from engram.benchmark.probe_rows import Questions
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome, Reading
+from engram.benchmark.probe_rows import ProbeRows
 from engram.benchmark.written_texts import greedy, sampled, with_texts
 from engram.benchmark.zsre_as_released import steps, with_text_mode
 from engram.edit.delta import Delta
@@ -29,16 +29,16 @@ from engram.engine.suffix import Suffix
 from engram.evaluate.held_out import HeldOut, pieces
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
-from engram.modules.hooks import Around, nothing, own_changes
+from engram.modules.hooks import RowContext, no_edits, per_row_edits
 from engram.modules.weights import linear_shape
 
 _ROWS = 64  # of one forward, where each is read at its end only
-_Run = Callable[[LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "Carried"], Iterator[Tensor]]
+_Run = Callable[[LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "RowEdits"], Iterator[Tensor]]
 _RANK = 32  # up to which every row has its own factors; a larger change is multiplied out, once an edit
 _BYTES = 1 << 26  # of a change that is multiplied out; larger ones are laid on the weights
 
 
-def fits(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
+def can_batch(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
     """Whether rows can carry the edit: changes of linear maps inside the blocks of a causal model, of low rank or small."""
     if not isinstance(edit, Edit) or lm.kind != "causal":
         return False
@@ -56,7 +56,7 @@ def _block_of(lm: LanguageModel, weight: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Carried:
+class RowEdits:
     """Edits as changes that rows carry.
 
     Attributes:
@@ -65,10 +65,10 @@ class Carried:
     """
 
     first: int
-    around: Around
+    around: RowContext
 
     @classmethod
-    def of(cls, lm: LanguageModel, edits: Sequence[Edit]) -> Carried:
+    def of(cls, lm: LanguageModel, edits: Sequence[Edit]) -> RowEdits:
         names = sorted({name for edit in edits for name in edit.deltas})
         changes: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
         for name in names:
@@ -76,13 +76,13 @@ class Carried:
             deltas = [edit.deltas.get(name) for edit in edits]
             changes[module] = _stacked(deltas, linear_shape(module), lm.device)
         blocks = [block for name in names if (block := _block_of(lm, name)) is not None]
-        return cls(min(blocks), own_changes(changes))
+        return cls(min(blocks), per_row_edits(changes))
 
 
 def _stacked(
     deltas: Sequence[Delta | None], shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor] | Tensor:
-    """The changes of one weight by all edits, zero where an edit has none, as `own_changes` takes them."""
+    """The changes of one weight by all edits, zero where an edit has none, as `per_row_edits` takes them."""
     there = [delta for delta in deltas if delta is not None]
     (out, into), dtype = shape, there[0].left.dtype
     if not all(map(_factored, there)):
@@ -105,7 +105,7 @@ def measure_together(
     lm: LanguageModel,
     records: Sequence[Record],
     edits: Sequence[Edit],
-    asked: Asked,
+    asked: MeasureConfig,
     *,
     drifts: Sequence[bool],
     references: References | None = None,
@@ -117,7 +117,7 @@ def measure_together(
         drifts: whether held-out text is read with each.
         unedited_texts: whether the unedited model writes and reads texts, too.
     """
-    carried, questions = Carried.of(lm, edits), Questions(lm, records)
+    carried, questions = RowEdits.of(lm, edits), ProbeRows(lm, records)
     before, after = questions.tally(), questions.tally()
     run = _replayed if use_replay(lm, "auto") else _whole
     for batch in questions.batches():
@@ -152,7 +152,7 @@ def measure_together(
 
 
 def _replayed(
-    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: Carried
+    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: RowEdits
 ) -> Iterator[Tensor]:
     """Logits [all reads, v] without the edits, then with them."""
     recording = record_run(lm, ids_bt)
@@ -169,20 +169,24 @@ def _replayed(
 
 
 def _whole(
-    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: Carried
+    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: RowEdits
 ) -> Iterator[Tensor]:
     """The same by two whole forward passes."""
     wanted = sorted({position for read in reads for position in read})
     column = {position: at for at, position in enumerate(wanted)}
     row_p, read_p = _flat([[column[position] for position in read] for read in reads])
-    for around in (nothing, carried.around):
+    for around in (no_edits, carried.around):
         with around(owners):
             logits_brv = lm.cloze_logits(ids_bt.to(lm.device), wanted)
         yield logits_brv[row_p.to(lm.device), read_p.to(lm.device)]
 
 
 def _in_text(
-    lm: LanguageModel, records: Sequence[Record], both: Sequence[Sequence[tuple[Reading, ...]]], carried: Carried, run: _Run
+    lm: LanguageModel,
+    records: Sequence[Record],
+    both: Sequence[Sequence[tuple[Reading, ...]]],
+    carried: RowEdits,
+    run: _Run,
 ) -> list[list[tuple[Reading, ...]]]:
     """Readings before and after with zsRE's token accuracy as released; see text_mode."""
     asked = [steps(lm, record) for record in records]
@@ -215,13 +219,13 @@ def _head(lm: LanguageModel, hidden_pd: Tensor) -> Tensor:
     return lm.parts.head(hidden_pd[None])[0]
 
 
-def _held_out(lm: LanguageModel, owners: Sequence[int], carried: Carried) -> dict[int, HeldOut]:
+def _held_out(lm: LanguageModel, owners: Sequence[int], carried: RowEdits) -> dict[int, HeldOut]:
     """Held-out text read with each of some edits."""
     rows, _ = pieces(lm)
     return {owner: HeldOut.of([_read_with(lm, carried, owner, row) for row in rows], rows) for owner in owners}
 
 
-def _read_with(lm: LanguageModel, carried: Carried, owner: int, ids: Sequence[int]) -> Tensor:
+def _read_with(lm: LanguageModel, carried: RowEdits, owner: int, ids: Sequence[int]) -> Tensor:
     """Logits [tokens - 1, v] behind all tokens of a text but the last, with one of the edits."""
     with carried.around([owner]):
         return lm.cloze_logits(torch.tensor([ids[:-1]], device=lm.device), range(len(ids) - 1))[0]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from engram.benchmark.data.records import Record, References
-from engram.benchmark.metrics.outcomes import Asked, Outcome
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
 from engram.model.language_model import LanguageModel
 
 TOKENS = 100  # of the texts, joined; as released
 
 
-def essence_ids(lm: LanguageModel, record: Record, asked: Asked, references: References | None) -> list[int] | None:
+def essence_ids(lm: LanguageModel, record: Record, asked: MeasureConfig, references: References | None) -> list[int] | None:
     """Tokens of the texts whose name is the subject's, among the record's references.
 
     Logits are needed at all of these but the last. The references tell of entities that have the *new* object, so the subject is

@@ -57,7 +57,7 @@ def known_records(
 
 
 def _said(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
-    from engram.model.generation import Writing, spelled, write
+    from engram.model.generation import Writing, normalised_text, write
 
     asked = [(n, fact) for n, record in enumerate(records) for fact in record.facts]
     writings = []
@@ -66,7 +66,7 @@ def _said(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
         writings.append(Writing(tuple(cloze.ids[: cloze.tokens]), len(cloze.answer) + 1))
     known = [True] * len(records)
     for (n, fact), ids in zip(asked, write(lm, writings), strict=True):
-        known[n] &= begins(spelled(lm, ids), (str(fact.target_true),))
+        known[n] &= begins(normalised_text(lm, ids), (str(fact.target_true),))
     return known
 
 

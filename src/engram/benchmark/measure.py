@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from engram.benchmark.batched import fits, measure_together
+from engram.benchmark.batched import can_batch, measure_together
 from engram.benchmark.data.records import Record, References
-from engram.benchmark.metrics.outcomes import Asked, Measured, Outcome, Reading
+from engram.benchmark.metrics.outcomes import MeasureConfig, Measured, Outcome, Reading
 from engram.benchmark.one_by_one import measure_one
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
@@ -30,7 +30,7 @@ def measure(
     records: Sequence[tuple[int, Record]],
     method: str,
     settings: Mapping[str, Any] | None = None,
-    asked: Asked | None = None,
+    asked: MeasureConfig | None = None,
     references: References | None = None,
     *,
     together: bool = True,
@@ -45,12 +45,14 @@ def measure(
         together: whether edits that rows can carry are measured in one batch; the numbers are the same.
         unedited_texts: whether the unedited model writes `Asked.texts` as well; it need not where another method's run has them.
     """
-    asked = asked or Asked()
+    asked = asked or MeasureConfig()
     drifts = [bool(asked.drift_every) and place % asked.drift_every == 0 for place, _ in records]
     began = time.perf_counter()
     edits = rewrite_each(lm, [record.facts for _, record in records], method, **(settings or {}))
     seconds = (time.perf_counter() - began) / len(records)
-    carried = {n: edit for n, edit in enumerate(edits) if together and not isinstance(edit, EngramError) and fits(lm, edit)}
+    carried = {
+        n: edit for n, edit in enumerate(edits) if together and not isinstance(edit, EngramError) and can_batch(lm, edit)
+    }
     both = {}
     with suppress(NonFiniteError):  # one of the edits ruins the model; one by one it is found out which
         if carried:
@@ -71,11 +73,11 @@ def measure(
                 try:
                     after, _ = measure_one(lm, record, edit, asked, drift=drifts[n], references=references, base=base)
                 except NonFiniteError as error:
-                    after, failed = ruined(record), f"with the edit {error}"
+                    after, failed = all_failed(record), f"with the edit {error}"
         yield Measured(record.id, before, after, seconds, 0 if isinstance(edit, EngramError) else size_of(edit), failed)
 
 
-def ruined(record: Record) -> Outcome:
+def all_failed(record: Record) -> Outcome:
     """What a model that computes NaN says: nothing that is right. Ties fail, for edits as for neighbours."""
     return Outcome(tuple(Reading(_NEVER, None if probe.unwanted is None else _NEVER, 0.0, "") for probe in record.probes))
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engram.benchmark.data.records import Record, References
 from engram.benchmark.essence import essence_ids, with_essence
-from engram.benchmark.metrics.outcomes import Asked, Outcome, Reading
-from engram.benchmark.probe_rows import Place, Questions, Tally
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome, Reading
+from engram.benchmark.probe_rows import AnswerScores, ProbeRef, ProbeRows
 from engram.benchmark.written_texts import greedy, sampled, with_texts
 from engram.benchmark.zsre_as_released import steps, with_text_mode
 from engram.edit.edit import Edit
@@ -29,7 +29,7 @@ from engram.model.language_model import LanguageModel
 class Base:
     """What is kept of the unedited model while the edited one is compared with it."""
 
-    compared: Mapping[Place, Tensor] = field(default_factory=dict)
+    compared: Mapping[ProbeRef, Tensor] = field(default_factory=dict)
     held_out: HeldOut | None = None
 
 
@@ -38,7 +38,7 @@ def measure_one(
     lm: LanguageModel,
     record: Record,
     edit: Edit | PromptEdit | None,
-    asked: Asked,
+    asked: MeasureConfig,
     *,
     drift: bool = False,
     references: References | None = None,
@@ -51,7 +51,7 @@ def measure_one(
         base: what came back of the same record unedited; without it nothing is compared with the unedited model.
     """
     with nullcontext() if edit is None else edit.laid(lm):
-        questions = Questions(lm, [record])
+        questions = ProbeRows(lm, [record])
         tally, compared = asked_now(lm, questions, None if base is None else base.compared)
         (readings,) = tally.readings(greedy(lm, questions, asked))
         if asked.reference:
@@ -68,7 +68,7 @@ def measure_one(
 
 
 def _essence(
-    lm: LanguageModel, record: Record, asked: Asked, references: References | None
+    lm: LanguageModel, record: Record, asked: MeasureConfig, references: References | None
 ) -> tuple[list[int], Tensor] | None:
     ids = essence_ids(lm, record, asked, references)
     return None if ids is None else (ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0])
@@ -81,11 +81,11 @@ def _in_text(lm: LanguageModel, record: Record, readings: Sequence[Reading]) -> 
 
 
 def asked_now(
-    lm: LanguageModel, questions: Questions, base: Mapping[Place, Tensor] | None = None
-) -> tuple[Tally, dict[Place, Tensor]]:
+    lm: LanguageModel, questions: ProbeRows, base: Mapping[ProbeRef, Tensor] | None = None
+) -> tuple[AnswerScores, dict[ProbeRef, Tensor]]:
     """All questions put to the model as it is now."""
     tally = questions.tally()
-    compared: dict[Place, Tensor] = {}
+    compared: dict[ProbeRef, Tensor] = {}
     for batch in questions.batches():
         rows = [questions.rows[i] for i in batch]
         logits_pv = torch.cat(lm.logits_at([row.ids for row in rows], [row.read for row in rows]))

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from engram.benchmark.data.records import Record
 from engram.benchmark.metrics.outcomes import Reading
-from engram.knowledge.cloze_rows import ClozeRows, Row, check_not_nan
+from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
 from engram.model.language_model import LanguageModel
 
 COMPARED = ("neighbourhood", "neighbourhood+", "locality")  # kinds whose next token is compared with the unedited model's
 
 _TOKENS, _LOGITS = 1024, 1 << 25  # of one forward on a CPU: with more, what blocks hand on no longer fits its cache
 
-Place = tuple[int, int]  # (number of a record, number of its probe)
+ProbeRef = tuple[int, int]  # (number of a record, number of its probe)
 
 
 class _Need(NamedTuple):
@@ -33,7 +33,7 @@ class _Need(NamedTuple):
     answer: int
 
 
-class Questions:
+class ProbeRows:
     """What is asked of a model about some records, in the fewest rows: a prompt's answers share one wherever they can.
 
     Attributes:
@@ -42,12 +42,12 @@ class Questions:
 
     def __init__(self, lm: LanguageModel, records: Sequence[Record]) -> None:
         self.records = records
-        self.rows: list[Row] = []
+        self.rows: list[ClozeRow] = []
         self.owner: list[int] = []
         self._needs: list[list[_Need]] = []
-        self._compared: list[list[Place]] = []  # those whose next token is compared, by row
+        self._compared: list[list[ProbeRef]] = []  # those whose next token is compared, by row
         self._sizes: list[int] = []  # tokens of each answer
-        self._answers: dict[Place, list[int]] = {}  # its answers
+        self._answers: dict[ProbeRef, list[int]] = {}  # its answers
         self._device = lm.device
         self._vocabulary = int(lm.model.config.get_text_config().vocab_size)
         cloze = ClozeRows(lm)
@@ -84,26 +84,26 @@ class Questions:
         if batch:
             yield batch
 
-    def tally(self) -> Tally:
-        return Tally(self)
+    def tally(self) -> AnswerScores:
+        return AnswerScores(self)
 
     def answer_tokens(self, n: int, p: int) -> int:
         """Tokens of what a probe wants."""
         return self._sizes[self._answers[n, p][0]]
 
 
-class Tally:
+class AnswerScores:
     """What has been seen of the answers in one phase."""
 
-    def __init__(self, questions: Questions) -> None:
+    def __init__(self, questions: ProbeRows) -> None:
         self.of = questions
         self.log_p = torch.zeros(len(questions._sizes), dtype=torch.float64)
         self.hits = torch.zeros(len(questions._sizes), dtype=torch.float64)
-        self.kl: dict[Place, float] = {}
+        self.kl: dict[ProbeRef, float] = {}
 
     def add(
-        self, batch: Sequence[int], logits_pv: Tensor, base: Mapping[Place, Tensor] | None = None
-    ) -> dict[Place, Tensor]:
+        self, batch: Sequence[int], logits_pv: Tensor, base: Mapping[ProbeRef, Tensor] | None = None
+    ) -> dict[ProbeRef, Tensor]:
         """Take in the logits of a batch.
 
         Args:
@@ -135,7 +135,7 @@ class Tally:
             self.kl |= dict(zip(compared, kl_c.tolist(), strict=True))
         return compared
 
-    def readings(self, said: Mapping[Place, str] | None = None) -> list[tuple[Reading, ...]]:
+    def readings(self, said: Mapping[ProbeRef, str] | None = None) -> list[tuple[Reading, ...]]:
         """Of each record, one a probe.
 
         Raises:

@@ -28,7 +28,7 @@ Scores = dict[str, dict[str, float | None]]  # id of a record -> its scores
 
 
 @dataclass(frozen=True)
-class Table:
+class ScoreTable:
     """Means and intervals of several methods.
 
     Attributes:
@@ -43,7 +43,7 @@ class Table:
     best: dict[str, str]
 
 
-def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples: int = 1000) -> Table:
+def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples: int = 1000) -> ScoreTable:
     """The table of one or several runs of the same benchmark.
 
     Args:
@@ -58,7 +58,7 @@ def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples:
     found = {name: (len(run.rows[label]), summaries[id(run)][label]) for name, (run, label) in rows.items()}
     there = {metric for _, summary in found.values() for metric in summary}
     columns = tuple(name for name in METRICS if name in there and (every or METRICS[name].headline))
-    return Table(form, columns, found, _best(rows, form, columns, seed, resamples))
+    return ScoreTable(form, columns, found, _best(rows, form, columns, seed, resamples))
 
 
 def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = 1000) -> dict[tuple[str, str], dict[str, Estimate]]:
@@ -160,7 +160,7 @@ def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> s
     return f"{mean} ({half * scale:.{digits}f})" if interval else mean
 
 
-def markdown(made: Table) -> str:
+def markdown(made: ScoreTable) -> str:
     """A table of GitHub's markdown; what leads beyond chance is bold."""
     heads = [METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better] for name in made.columns]
     lines = [f"| | n | {' | '.join(heads)} |", "|---|--:" + "|--:" * len(heads) + "|"]
@@ -171,7 +171,7 @@ def markdown(made: Table) -> str:
     return "\n".join(lines)
 
 
-def latex(made: Table) -> str:
+def latex(made: ScoreTable) -> str:
     """A table for LaTeX with booktabs; what leads beyond chance is bold."""
     arrows = {"up": r" $\uparrow$", "down": r" $\downarrow$", "neither": ""}
     heads = [_in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in made.columns]
@@ -202,7 +202,7 @@ def _in_markdown(text: str) -> str:
     return re.sub(r"[\\|*_`<\[]", r"\\\g<0>", text)
 
 
-def as_csv(made: Table) -> str:
+def as_csv(made: ScoreTable) -> str:
     """A line a method and metric, in the metric's own unit: mean, both intervals, count."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -219,7 +219,7 @@ def as_csv(made: Table) -> str:
     return out.getvalue()
 
 
-def as_json(made: Table) -> str:
+def as_json(made: ScoreTable) -> str:
     """Method -> metric -> its estimate, not scaled."""
     told = {
         name: {"records": records, **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns}}

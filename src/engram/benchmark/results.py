@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from engram.benchmark.data.records import Form, Kind, Record, digest_of
+from engram.benchmark.data.records import Form, ProbeKind, Record, digest_of
 from engram.benchmark.metrics.outcomes import Measured, Outcome
 from engram.benchmark.metrics.scores import begins, of_measured
 from engram.benchmark.metrics.summary import Estimate, summarise
@@ -24,7 +24,7 @@ class Failure:
     """A probe that is not answered as it should be after an edit."""
 
     record: str
-    kind: Kind
+    kind: ProbeKind
     prompt: str
     wanted: str
     before: str
@@ -92,7 +92,7 @@ class Run:
             if rows
         }
 
-    def failures(self, label: str, kind: Kind | None = None, count: int = 10) -> list[Failure]:
+    def failures(self, label: str, kind: ProbeKind | None = None, count: int = 10) -> list[Failure]:
         """Probes whose greedy answer after the edit does not begin with what is wanted.
 
         Args:
@@ -105,7 +105,7 @@ class Run:
             raise SettingError(f"label={label!r}: the run has {', '.join(self.measured)}")
         return list(islice(self._failed(label, kind), count))
 
-    def _failed(self, label: str, kind: Kind | None) -> Iterator[Failure]:
+    def _failed(self, label: str, kind: ProbeKind | None) -> Iterator[Failure]:
         for place, measured in self.measured[label].items():
             each = zip(self.records[place].probes, measured.before.readings, measured.after.readings, strict=True)
             for probe, was, now in each:

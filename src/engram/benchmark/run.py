@@ -20,7 +20,7 @@ import torch
 
 from engram.benchmark.data.records import Dataset, Record, References
 from engram.benchmark.measure import measure
-from engram.benchmark.metrics.outcomes import Asked, Measured
+from engram.benchmark.metrics.outcomes import MeasureConfig, Measured
 from engram.benchmark.results import Run
 from engram.benchmark.store import RunStore
 from engram.editors.methods import METHODS, method_named
@@ -56,7 +56,7 @@ class Unit:
 class RecordsJob(ModelJob):
     """What workers do: edit and measure the records of a unit, see `distribute.Job`."""
 
-    asked: Asked
+    asked: MeasureConfig
     references: References | None = None
 
     def do(self, state: LanguageModel, unit: Unit) -> list[Measured]:
@@ -73,7 +73,7 @@ def bench(
     out: str | Path,
     *,
     n: int | None = None,
-    asked: Asked | None = None,
+    asked: MeasureConfig | None = None,
     batch: int = 32,
     workers: Workers | None = None,
     progress: Progress | None = None,
@@ -97,7 +97,7 @@ def bench(
         EngramError: a method that does not exist; a file that another process is writing.
     Source: the protocol of Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the unedited model.
     """
-    asked, wanted = asked or Asked(), _labelled(methods)
+    asked, wanted = asked or MeasureConfig(), _labelled(methods)
     if batch < 1 or (n is not None and n < 1):
         raise SettingError(f"batch={batch}, n={n}: expected 1 or more of each")
     records = dataset.records[:n]
@@ -123,7 +123,7 @@ def _run(
     method: str,
     settings: dict[str, Any],
     records: Sequence[Record],
-    asked: Asked,
+    asked: MeasureConfig,
     batch: int,
     job: RecordsJob,
     workers: Workers,

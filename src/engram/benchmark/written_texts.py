@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from engram.benchmark.data.records import Record, References
 from engram.benchmark.metrics.generation import consistency, fluency
-from engram.benchmark.metrics.outcomes import Asked, Outcome
-from engram.benchmark.probe_rows import Place, Questions
-from engram.model.generation import Writing, seed_of, spelled, write
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
+from engram.benchmark.probe_rows import ProbeRef, ProbeRows
+from engram.model.generation import Writing, normalised_text, seed_of, write
 from engram.model.language_model import LanguageModel
-from engram.modules.hooks import Around, nothing
+from engram.modules.hooks import RowContext, no_edits
 
 
-def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around = nothing) -> dict[Place, str]:
+def greedy(
+    lm: LanguageModel, questions: ProbeRows, asked: MeasureConfig, around: RowContext = no_edits
+) -> dict[ProbeRef, str]:
     """The greedy continuation of every probe's prompt, up to an end of text; of a prompt that several probes have, once.
 
     Args:
@@ -24,7 +26,7 @@ def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around
         return {}
     wanted: dict[tuple[int, str], int] = {}
     for n, record in enumerate(questions.records):
-        for p in spoken(record):
+        for p in answered_probes(record):
             probe = record.probes[p]
             new = max(asked.said, questions.answer_tokens(n, p) + 2)
             wanted[n, probe.prompt] = max(new, wanted.get((n, probe.prompt), 0))
@@ -34,8 +36,12 @@ def greedy(lm: LanguageModel, questions: Questions, asked: Asked, around: Around
         Writing(ids, max(1, min(new, lm.max_tokens - len(ids)))) for ids, new in zip(prompts, wanted.values(), strict=True)
     ]
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
-    texts = dict(zip(wanted, (spelled(lm, _ended(lm, ids)) for ids in written), strict=True))
-    return {(n, p): texts[n, record.probes[p].prompt] for n, record in enumerate(questions.records) for p in spoken(record)}
+    texts = dict(zip(wanted, (normalised_text(lm, _ended(lm, ids)) for ids in written), strict=True))
+    return {
+        (n, p): texts[n, record.probes[p].prompt]
+        for n, record in enumerate(questions.records)
+        for p in answered_probes(record)
+    }
 
 
 def _ended(lm: LanguageModel, ids: list[int]) -> list[int]:
@@ -43,12 +49,14 @@ def _ended(lm: LanguageModel, ids: list[int]) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def spoken(record: Record) -> list[int]:
+def answered_probes(record: Record) -> list[int]:
     """Probes whose greedy answer is looked at: all but attribute prompts, which no score is made of."""
     return [p for p, probe in enumerate(record.probes) if probe.kind != "attribute"]
 
 
-def sampled(lm: LanguageModel, records: Sequence[Record], asked: Asked, around: Around = nothing) -> list[tuple[str, ...]]:
+def sampled(
+    lm: LanguageModel, records: Sequence[Record], asked: MeasureConfig, around: RowContext = no_edits
+) -> list[tuple[str, ...]]:
     """Each record's texts, prompts included; none where they are not asked for."""
     if not asked.texts:
         return [() for _ in records]
@@ -60,7 +68,7 @@ def sampled(lm: LanguageModel, records: Sequence[Record], asked: Asked, around: 
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
     texts: list[list[str]] = [[] for _ in records]
     for n, ids, new in zip(owners, prompts, written, strict=True):
-        texts[n].append(spelled(lm, [*ids, *new]))
+        texts[n].append(normalised_text(lm, [*ids, *new]))
     return [tuple(each) for each in texts]
 
 

@@ -45,7 +45,7 @@ def bench(
     """Edit every record of a benchmark by itself, by each method, and measure it before and after. Goes on where it was stopped."""
     from engram.benchmark.data.counterfact import with_statement
     from engram.benchmark.data.sources import read_dataset
-    from engram.benchmark.metrics.outcomes import Asked
+    from engram.benchmark.metrics.outcomes import MeasureConfig
     from engram.benchmark.run import bench as run
     from engram.cli import terminal
     from engram.cli.options import workers_of
@@ -55,7 +55,7 @@ def bench(
         data = read_dataset(dataset, limit=n, references=wanted, progress=report)
     if plus:
         data = with_statement(data)
-    asked = Asked(said=said, texts=texts, drift_every=drift_every, seed=seed)
+    asked = MeasureConfig(said=said, texts=texts, drift_every=drift_every, seed=seed)
     lm = terminal.load(model, dtype, device_map)
     somewhere = workers_of(workers, num_workers, ray_address)
     with terminal.progress() as report:

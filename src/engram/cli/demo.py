@@ -29,7 +29,7 @@ def demo(
     lm = terminal.load("pocket")
     import engram
     from engram import pocket
-    from engram.locate.settings import usual_window
+    from engram.locate.settings import default_window
     from engram.modules.fingerprints import fingerprint
 
     say(f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, taught {len(pocket.facts())} facts in "
@@ -39,7 +39,7 @@ def demo(
         say(f"   {text} →[bold]{token}[/] ({probability:.2f})")
 
     say("\n[bold]2. Where is it?[/]  Corrupt the subject, restore one state at a time, watch the answer come back")
-    trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, window=usual_window(lm.n_layers))
+    trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, window=default_window(lm.n_layers))
     show.show_trace(trace)
     out.mkdir(parents=True, exist_ok=True)
     trace.plot().savefig(out / "trace.png")

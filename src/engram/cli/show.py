@@ -97,7 +97,7 @@ def _exact(trace: CausalTrace) -> str:
 
 def show_average(average: AverageTrace) -> None:
     """Average effects by place of the token, and the total effect with its interval."""
-    from engram.locate.average import PLACES
+    from engram.locate.average import TOKEN_ROLES
 
     ate, low, high = average.total_effect()
     left_out = f", {len(average.skipped)} left out" if average.skipped else ""
@@ -110,7 +110,7 @@ def show_average(average: AverageTrace) -> None:
             "[yellow]estimates[/], to first order" + (", but for the best cells" if average.traces[0].exact else "")
         )
     sign = -1 if average.direction == "noise" else 1
-    maps = [_heat_map(site, average.effects(site).mean, list(PLACES), sign) for site in average.layered]
+    maps = [_heat_map(site, average.effects(site).mean, list(TOKEN_ROLES), sign) for site in average.layered]
     if maps:
         console.print(Columns(maps, padding=(0, 1)))
     margin = max(map(len, [*average.sites, "strongest"]))

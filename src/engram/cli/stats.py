@@ -67,7 +67,7 @@ def plan(
     layers: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: the preset's.")
     ] = None,
-    facts_at_once: Annotated[int, typer.Option(help="Facts optimised in one batch.", min=1)] = 32,
+    facts_per_batch: Annotated[int, typer.Option(help="Facts optimised in one batch.", min=1)] = 32,
     as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
@@ -77,7 +77,9 @@ def plan(
     import engram
     from engram.model.loading import load_shapes
 
-    told = engram.memory_plan(load_shapes(model, dtype=dtype), facts, method, layers=layers, facts_at_once=facts_at_once)
+    told = engram.memory_plan(
+        load_shapes(model, dtype=dtype), facts, method, layers=layers, facts_per_batch=facts_per_batch
+    )
     typer.echo(
         json.dumps({**asdict(told), "peak": told.peak, "beside": told.beside, "on_disk": told.on_disk})
         if as_json

@@ -71,7 +71,7 @@ def show_plan_if_large(lm: LanguageModel, facts: int, method: str, settings: dic
         method,
         layers=[layer] if isinstance(layer, int) else layers if isinstance(layers, list) else None,
         contexts=len(contexts) if contexts else None,
-        facts_at_once=settings.get("facts_at_once", 32),
+        facts_per_batch=settings.get("facts_per_batch", 32),
     )
     if plan.beside > above:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(str(plan)))

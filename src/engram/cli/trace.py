@@ -166,12 +166,12 @@ def _average(
 
 
 def _make_folder(out: Path) -> None:
-    from engram.errors import EditFileError
+    from engram.errors import EngramFileError
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EditFileError(f"--out {out} cannot be the folder of a run: {error}. Choose another name") from error
+        raise EngramFileError(f"--out {out} cannot be the folder of a run: {error}. Choose another name") from error
 
 
 def _rule(noise: str) -> str | float:

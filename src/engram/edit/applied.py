@@ -19,7 +19,7 @@ from engram.modules.weights import is_transposed, is_writable, quantisation
 if TYPE_CHECKING:
     from engram.edit.edit import Edit
     from engram.model.language_model import LanguageModel
-from engram.edit.base import home_of
+from engram.edit.base import linear_module_of
 from engram.edit.in_force import _LAID, _Layer
 from engram.edit.stack import Stack, merge
 
@@ -106,7 +106,7 @@ def _lift(weight: Tensor, layer: _Layer) -> None:
 
 def _weight(lm: LanguageModel, name: str) -> tuple[nn.Parameter, bool]:
     """The parameter of that name and whether it is stored [in, out]."""
-    module = home_of(lm, name)
+    module = linear_module_of(lm, name)
     if not is_writable(module):
         scheme = quantisation(module)
         how = f"is quantised ({scheme})" if scheme else "is offloaded (on the meta device between forward passes)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from engram.edit.applied import applied
-from engram.edit.base import check_base, home_of
+from engram.edit.base import check_base, linear_module_of
 from engram.edit.delta import Delta
 from engram.edit.in_force import BESIDE
 from engram.errors import BaseMismatchError, UnsupportedModelError
@@ -41,7 +41,7 @@ def attached(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[
         BaseMismatchError: the model's weights are not those the edit was made on.
         UnsupportedModelError: a weight that other modules use too, whose output would stay as it is.
     """
-    modules = {name: home_of(lm, name) for name in edit.deltas}
+    modules = {name: linear_module_of(lm, name) for name in edit.deltas}
     for name, module in modules.items():  # all are checked before the first hook
         delta = edit.deltas[name]
         if delta.shape != linear_shape(module):
@@ -68,13 +68,13 @@ def laid(edit: Edit, lm: LanguageModel, *, force: bool = False) -> AbstractConte
 
     Also `attached` on top of what is attached already: an edit that was made there was not made on the bare weight.
     """
-    on_top = any(BESIDE.get(home_of(lm, name)) for name in edit.deltas)
+    on_top = any(BESIDE.get(linear_module_of(lm, name)) for name in edit.deltas)
     return (applied if can_apply(edit, lm) and not on_top else attached)(edit, lm, force=force)
 
 
 def can_apply(edit: Edit, lm: LanguageModel) -> bool:
     """Whether every weight that the edit changes is plain floating point in memory."""
-    return all(is_writable(home_of(lm, name)) for name in edit.deltas)
+    return all(is_writable(linear_module_of(lm, name)) for name in edit.deltas)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
     """
     tensors: dict[str, dict[str, Any]] = {}
     for name in names:
-        module = home_of(lm, name)
+        module = linear_module_of(lm, name)
         weight = values(module)
         tensors[name] = {
             "sha256": _with_beside(fingerprint(weight), module),
@@ -67,7 +67,7 @@ def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> N
         raise BaseMismatchError(_mismatch(base, dtype, made_on, quantisation(module)))
 
 
-def home_of(lm: LanguageModel, name: str) -> nn.Module:
+def linear_module_of(lm: LanguageModel, name: str) -> nn.Module:
     """The linear module whose weight is the parameter of that name.
 
     Raises:

@@ -24,10 +24,10 @@ from engram.edit import folder_format as edit_files
 from engram.edit.applied import applied
 from engram.edit.edit import Edit
 from engram.edit.recipe import check_changes_weights
-from engram.edit.safetensors_layout import Place, find, places
+from engram.edit.safetensors_layout import TensorBytes, find, tensor_locations
 from engram.edit.stack import Stack
-from engram.errors import BaseMismatchError, EditFileError, NonFiniteError
-from engram.files.whole_folders import existing, written_whole
+from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError
+from engram.files.whole_folders import atomic_folder, recover_folder
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -112,15 +112,15 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None 
     source = _local(source)
     record = _read_record(source)
     if not record.edits:
-        raise EditFileError(
+        raise EngramFileError(
             f"{source} has no edits to take out: there is no {_HOME}/{_RECORD} that apply_to_checkpoint wrote"
         )
     rest: list[_Applied] = []
     if edit is not None:
-        gone = edit_files.identity(edit)
-        names = [edit_files.identity(each.edit) for each in record.edits]
+        gone = edit_files.change_identity(edit)
+        names = [edit_files.change_identity(each.edit) for each in record.edits]
         if gone not in names:
-            raise EditFileError(f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}")
+            raise EngramFileError(f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}")
         last = len(names) - 1 - names[::-1].index(gone)
         rest = [each for i, each in enumerate(record.edits) if i != last]
     return _rebuild(source, Path(folder), rest, record)
@@ -130,7 +130,7 @@ def to_checkpoint(edit: Edit, source: LanguageModel | str | Path, folder: str | 
     """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk."""
     if isinstance(source, str | Path):
         return apply_to_checkpoint(edit, source, folder, force=force)
-    with applied(edit, source, force=force), written_whole(folder) as fresh:
+    with applied(edit, source, force=force), atomic_folder(folder) as fresh:
         source.model.save_pretrained(fresh)
         source.tokenizer.save_pretrained(fresh)
     return Path(folder)
@@ -139,8 +139,8 @@ def to_checkpoint(edit: Edit, source: LanguageModel | str | Path, folder: str | 
 def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Record) -> Path:
     """Copy `source` to `folder`, with the original weights and `edits` on them."""
     if folder.resolve().is_relative_to(source.resolve()):
-        raise EditFileError(f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it")
-    stands = places(source)
+        raise EngramFileError(f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it")
+    stands = tensor_locations(source)
     _check_untouched(source, stands, record)
     originals = dict(record.originals or {})
     for each in edits:
@@ -150,7 +150,7 @@ def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Rec
     values = {name: _edited(name, original, edits, stands) for name, original in originals.items()}
     touched = {find(name, stands).name for each in edits for name in each.edit.deltas}
     _check_room(source, folder)
-    with written_whole(folder) as fresh:
+    with atomic_folder(folder) as fresh:
         _copy(source, fresh)
         for name, value in values.items():
             stands[name].write(fresh, value)
@@ -159,7 +159,7 @@ def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Rec
     return folder
 
 
-def _edited(name: str, original: Tensor, edits: Sequence[_Applied], stands: dict[str, Place]) -> Tensor:
+def _edited(name: str, original: Tensor, edits: Sequence[_Applied], stands: dict[str, TensorBytes]) -> Tensor:
     """Tensor `name` of the checkpoint with all edits on it."""
     stack = None
     for each in edits:
@@ -178,7 +178,7 @@ def _edited(name: str, original: Tensor, edits: Sequence[_Applied], stands: dict
         raise NonFiniteError(f"{name}: {error}") from error
 
 
-def _check_untouched(source: Path, stands: dict[str, Place], record: _Record) -> None:
+def _check_untouched(source: Path, stands: dict[str, TensorBytes], record: _Record) -> None:
     for name, digest in (record.now or {}).items():
         if name not in stands or _digest(stands[name].read(source)) != digest:
             raise BaseMismatchError(
@@ -192,7 +192,7 @@ def _check_room(source: Path, folder: Path) -> None:
     home = next(parent for parent in folder.resolve().parents if parent.exists())
     free = shutil.disk_usage(home).free
     if needed > free:
-        raise EditFileError(
+        raise EngramFileError(
             f"no room for {folder}: the checkpoint has {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
             "Free some space, or choose a folder on another disk"
         )
@@ -225,13 +225,15 @@ def _read_record(source: Path) -> _Record:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
         return _Record(tuple(edits), safetensors.torch.load(raw), record["now"])
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise EditFileError(
+        raise EngramFileError(
             f"{home} is not a whole record of edits ({error}), so the original weights cannot be told. Start "
             "from the original checkpoint"
         ) from error
 
 
-def _write_record(fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stands: dict[str, Place]) -> None:
+def _write_record(
+    fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stands: dict[str, TensorBytes]
+) -> None:
     home = fresh / _HOME
     entries = []
     for i, each in enumerate(edits):
@@ -256,7 +258,7 @@ def _local(source: str | Path) -> Path:
         from engram import pocket
 
         return Path(pocket.PATH)
-    if (folder := existing(source)).is_dir():
+    if (folder := recover_folder(source)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -264,7 +266,7 @@ def _local(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), ignore_patterns=_OTHER_FRAMEWORKS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EditFileError(
+        raise EngramFileError(
             f"{str(source)!r} is neither a folder nor a model that the Hugging Face hub gives us "
             f"({type(error).__name__}). Expected a checkpoint's folder, a hub name such as "
             "'openai-community/gpt2', or 'pocket'"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engram.edit import keys as fact_keys
 from engram.edit.delta import Delta, add
-from engram.errors import BaseMismatchError, EditFileError, EngramError, FactError
+from engram.errors import BaseMismatchError, EngramError, EngramFileError, FactError
 from engram.facts import Fact
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Edit:
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
         object.__setattr__(self, "deltas", {name: self._checked(name, delta) for name, delta in self.deltas.items()})
-        object.__setattr__(self, "keys", fact_keys.checked(self.keys, self.deltas, len(self.facts)))
+        object.__setattr__(self, "keys", fact_keys.validated_keys(self.keys, self.deltas, len(self.facts)))
 
     def __eq__(self, other: object) -> bool:
         """The same facts, recipe and base, and bit for bit the same deltas and keys."""
@@ -186,7 +186,7 @@ class Edit:
 
         edit = load(folder)
         if not isinstance(edit, Edit):
-            raise EditFileError(
+            raise EngramFileError(
                 f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which changes no weights. Read it with "
                 "PromptEdit.load, or either kind with edit_files.load"
             )

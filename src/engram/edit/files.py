@@ -14,7 +14,7 @@ from engram.edit.folder_format import _FIELDS, FACTORS, KEYS, PROMPT, _damaged, 
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import EngramError
 from engram.facts import Fact
-from engram.files.whole_folders import existing
+from engram.files.whole_folders import recover_folder
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +27,7 @@ def load(folder: str | Path) -> Edit | PromptEdit:
     Raises:
         EditFileError: missing, damaged, or of another format version.
     """
-    folder = existing(folder)
+    folder = recover_folder(folder)
     recipe = _recipe(folder)
     if recipe.get("kind") == PROMPT:
         return _prompt_edit(folder, recipe)

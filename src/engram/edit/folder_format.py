@@ -17,8 +17,8 @@ import safetensors.torch
 
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
-from engram.errors import EditFileError
-from engram.files.whole_folders import written_whole
+from engram.errors import EngramFileError
+from engram.files.whole_folders import atomic_folder
 
 FORMAT_VERSION = 1
 
@@ -42,7 +42,7 @@ def save(edit: Edit | PromptEdit, folder: str | Path) -> Path:
     Raises:
         EditFileError: `folder` holds something else than an edit, or cannot be written.
     """
-    with written_whole(folder, replaces=RECIPE) as fresh:
+    with atomic_folder(folder, replaces=RECIPE) as fresh:
         write(edit, fresh)
     return Path(folder)
 
@@ -72,9 +72,9 @@ def _write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _damaged(folder: Path, error: Exception) -> EditFileError:
+def _damaged(folder: Path, error: Exception) -> EngramFileError:
     problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
-    return EditFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more")
+    return EngramFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more")
 
 
 def factor_bytes(edit: Edit) -> bytes:
@@ -83,7 +83,7 @@ def factor_bytes(edit: Edit) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def identity(edit: Edit) -> str:
+def change_identity(edit: Edit) -> str:
     """sha256 of what an edit does to weights, by which it is recognised in an edited checkpoint."""
     return hashlib.sha256(factor_bytes(edit)).hexdigest()
 
@@ -93,9 +93,9 @@ def _whole(path: Path, sha256: Any) -> bytes:
     try:
         found = path.read_bytes()
     except OSError as error:
-        raise EditFileError(f"{path} cannot be read ({error.strerror}); the edit is incomplete") from error
+        raise EngramFileError(f"{path} cannot be read ({error.strerror}); the edit is incomplete") from error
     if hashlib.sha256(found).hexdigest() != sha256:
-        raise EditFileError(
+        raise EngramFileError(
             f"{path} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it came once more"
         )
     return found
@@ -104,18 +104,18 @@ def _whole(path: Path, sha256: Any) -> bytes:
 def _recipe(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     if not folder.is_dir():
-        raise EditFileError(f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})")
+        raise EngramFileError(f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})")
     try:
         recipe: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise EditFileError(f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})") from error
+        raise EngramFileError(f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise EditFileError(f"{path} is damaged: {error}. Take the edit from where it came once more") from error
+        raise EngramFileError(f"{path} is damaged: {error}. Take the edit from where it came once more") from error
     recipe = recipe if isinstance(recipe, dict) else {}
     found = recipe.get("format_version")
     if found != FORMAT_VERSION:
         newer = isinstance(found, int) and found > FORMAT_VERSION
-        raise EditFileError(
+        raise EngramFileError(
             f"{path} has format_version={found!r}, this engram reads {FORMAT_VERSION}."
             + (" It was written by a newer engram: pip install --upgrade engram" if newer else " It is not an edit of ours")
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Keys = dict[str, Tensor]  # parameter name -> [n, in]; a row of zeros where a fact has no key at that weight
 
 
-def checked(keys: Mapping[str, Tensor], deltas: Mapping[str, Delta], facts: int) -> Keys:
+def validated_keys(keys: Mapping[str, Tensor], deltas: Mapping[str, Delta], facts: int) -> Keys:
     """`keys` on the CPU, once they fit the weights that `deltas` change.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from engram.edit.edit import Edit
 from engram.edit.recipe import check_changes_weights
 from engram.errors import UnsupportedModelError
-from engram.files.whole_folders import written_whole
+from engram.files.whole_folders import atomic_folder
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -53,7 +53,7 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
         target_modules=[_module(name) for name in factors],
         fan_in_fan_out=any(weight["transposed"] for weight in edit.base["tensors"].values()),
     )
-    with written_whole(folder, replaces=_CONFIG) as fresh:
+    with atomic_folder(folder, replaces=_CONFIG) as fresh:
         config.save_pretrained(str(fresh))
         (fresh / _WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     return Path(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from engram.edit.recipe import check_changes_weights, fact_index, library_versions, plain
-from engram.errors import EditFileError, EngramError, FactError
+from engram.errors import EngramError, EngramFileError, FactError
 from engram.facts import Fact
 from engram.model.frames import framed
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
@@ -221,7 +221,9 @@ class PromptEdit:
 
         edit = load(folder)
         if not isinstance(edit, PromptEdit):
-            raise EditFileError(f"{folder} holds an edit of weights ({edit!r}), no in-context edit; read it with Edit.load")
+            raise EngramFileError(
+                f"{folder} holds an edit of weights ({edit!r}), no in-context edit; read it with Edit.load"
+            )
         return edit
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engram.errors import EditFileError, UnsupportedModelError
+from engram.errors import EngramFileError, UnsupportedModelError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SINGLE, _INDEX = (
@@ -23,7 +23,7 @@ _SINGLE, _INDEX = (
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorBytes:
     """A tensor's bytes [begin, end) in `file`, a path inside the checkpoint's folder."""
 
     name: str
@@ -39,7 +39,7 @@ class Place:
         with (folder / self.file).open("rb") as file:
             file.seek(self.begin)
             if file.readinto(data) != len(data):
-                raise EditFileError(f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete")
+                raise EngramFileError(f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete")
         return data
 
     def tensor(self, folder: Path) -> Tensor:
@@ -64,7 +64,7 @@ class Place:
             file.write(data)
 
 
-def places(folder: Path) -> dict[str, Place]:
+def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
     """Every tensor of the checkpoint that transformers would load from `folder`, by its name there.
 
     Raises:
@@ -76,13 +76,13 @@ def places(folder: Path) -> dict[str, Place]:
         try:
             files = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, AttributeError) as error:
-            raise EditFileError(f"{folder / _INDEX} is damaged: {error!r}") from error
+            raise EngramFileError(f"{folder / _INDEX} is damaged: {error!r}") from error
     else:
-        raise EditFileError(_no_weights(folder))
+        raise EngramFileError(_no_weights(folder))
     return {place.name: place for file in sorted(files) for place in _header(folder, file)}
 
 
-def find(name: str, among: dict[str, Place]) -> Place:
+def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
     """The tensor of parameter `name`; checkpoints may lack the base model's prefix ("transformer.") or add one.
 
     Raises:
@@ -94,14 +94,14 @@ def find(name: str, among: dict[str, Place]) -> Place:
     if len(near) != 1:
         what = f"several that may be {name!r}: {', '.join(place.name for place in near)}" if near else f"no tensor {name!r}"
         some = ", ".join(sorted(among)[:4])
-        raise EditFileError(
+        raise EngramFileError(
             f"the checkpoint has {what} (its tensors: {some}, ...); expected a checkpoint of the model that "
             "the edit was made on"
         )
     return near[0]
 
 
-def _header(folder: Path, file: str) -> list[Place]:
+def _header(folder: Path, file: str) -> list[TensorBytes]:
     path = folder / file
     try:
         size = path.stat().st_size
@@ -116,10 +116,10 @@ def _header(folder: Path, file: str) -> list[Place]:
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             if end > size:
                 raise ValueError(f"{name!r} ends after the file")
-            found.append(Place(name, file, entry["dtype"], tuple(entry["shape"]), begin, end))
+            found.append(TensorBytes(name, file, entry["dtype"], tuple(entry["shape"]), begin, end))
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise EditFileError(
+        raise EngramFileError(
             f"{path} is not a whole safetensors file: {error}. Download the checkpoint once more"
         ) from error
 

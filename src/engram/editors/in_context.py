@@ -23,7 +23,7 @@ from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
-from engram.progress import silent
+from engram.progress import no_progress
 
 _BUNDLED = 128  # facts of the bundled table that demonstrations are made of
 CUSTOM = "custom"  # what settings call an encoder that was given as a function
@@ -123,7 +123,7 @@ def ike(
         SettingError: an unknown setting; FactError: no demonstrations to choose from; UnsupportedModelError: a
             model that is not causal.
     """
-    report = progress or silent
+    report = progress or no_progress
     lm.check_framed()
     config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
     blocks: list[str] = []

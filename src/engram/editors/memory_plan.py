@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from engram.editors.closed_form.inputs import layers_of
-from engram.editors.closed_form.mass_settings import ROWS
+from engram.editors.closed_form.mass_settings import MASS_METHODS
 from engram.editors.presets import preset
 from engram.editors.second_moments.measure import TOKENS_PER_KEY
 from engram.errors import SettingError
@@ -21,7 +21,7 @@ from engram.model.language_model import LanguageModel
 from engram.modules.weights import linear_shape
 
 Phase = Literal["throughout", "second moments", "values", "solve", "on disk"]
-PLANNED = ("rome", *ROWS)
+PLANNED = ("rome", *MASS_METHODS)
 _BATCH_TOKENS = 4096  # of one forward pass over text, see second_moments
 _SAMPLED = 64, 100  # texts that a model samples at once, tokens of each, see corpora
 _WIDE = 8  # bytes of a float64
@@ -103,7 +103,7 @@ def memory_plan(
     contexts: int | None = None,
     row_tokens: int = 24,
     target_tokens: int = 2,
-    facts_at_once: int = 32,
+    facts_per_batch: int = 32,
 ) -> MemoryPlan:
     """What rewriting `n_facts` facts will take, from shapes alone: nothing is computed, no weight is read.
 
@@ -113,18 +113,23 @@ def memory_plan(
         contexts: texts that a value is optimised in; default: as published, 21 for ROME and 6 for the others.
         row_tokens: tokens of a context, the prompt and the target together.
         target_tokens: of them, those of the target.
-        facts_at_once: facts whose values are optimised in one batch (ROME: always one).
+        facts_per_batch: facts whose values are optimised in one batch (ROME: always one).
     Raises:
         SettingError: a method that is not planned here, or a number below 1.
         UnsupportedModelError: a model without a single MLP output matrix per block.
     """
     if method not in PLANNED:
         raise SettingError(f"method={method!r} has no memory plan; planned are {', '.join(PLANNED)}")
-    asked = {"n_facts": n_facts, "facts_at_once": facts_at_once, "row_tokens": row_tokens, "target_tokens": target_tokens}
+    asked = {
+        "n_facts": n_facts,
+        "facts_per_batch": facts_per_batch,
+        "row_tokens": row_tokens,
+        "target_tokens": target_tokens,
+    }
     for name, number in asked.items():
         if number < 1:
             raise SettingError(f"{name}={number}: expected at least 1")
-    mass = method in ROWS
+    mass = method in MASS_METHODS
     chosen = _layers(lm, method) if layers is None else sorted(set(layers))
     contexts = (6 if mass else 21) if contexts is None else contexts
     d, f = linear_shape(lm.parts.mlp_out(chosen[-1]))
@@ -142,7 +147,7 @@ def memory_plan(
         edited=len(chosen),
         facts=n_facts,
         rows_a_fact=contexts,
-        rows=(min(n_facts, facts_at_once) if mass else 1) * (contexts + 1),
+        rows=(min(n_facts, facts_per_batch) if mass else 1) * (contexts + 1),
         row_tokens=row_tokens,
         target_tokens=target_tokens,
     )
@@ -190,7 +195,7 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
 def _layers(lm: LanguageModel, method: str) -> list[int]:
     """The preset's layers."""
     settings = preset(method, lm.name)
-    if method in ROWS:
+    if method in MASS_METHODS:
         return layers_of(lm, settings)
     return [int(settings.get("layer", settings["depth"] * lm.n_layers))]
 

@@ -90,7 +90,7 @@ def _slope(raw: Tensor, softcap: float | None) -> Tensor | float:
 
 
 @contextmanager
-def watched(lm: LanguageModel) -> Iterator[list[Attention]]:
+def capture_attention(lm: LanguageModel) -> Iterator[list[Attention]]:
     """Collect every block's attention, in the order of the calls, during one forward pass of the block.
 
     Raises:
@@ -127,7 +127,7 @@ _SHORT = 64  # keys; up to there products of small matrices take a third of the 
 
 
 @contextmanager
-def quick(lm: LanguageModel) -> Iterator[None]:
+def short_attention_in_eager(lm: LanguageModel) -> Iterator[None]:
     """Let attention over few keys be written out on a CPU, for the length of the block.
 
     The same numbers to rounding. A fifth of an average trace's time went into the fused kernel, which is made for long texts.

@@ -77,7 +77,9 @@ def record_run(
     entering: list[Tensor] = []
     cache = DynamicCache()
     caching = (
-        {"past_key_values": cache, "use_cache": True} if "past_key_values" in signature(body(lm).forward).parameters else {}
+        {"past_key_values": cache, "use_cache": True}
+        if "past_key_values" in signature(base_model(lm).forward).parameters
+        else {}
     )
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -93,7 +95,7 @@ def record_run(
             record(lm.model, inputs, outputs, keep=keep) as seen,
             record(lm.model, outputs=[last], stop=until is not None) as end,
         ):
-            body(lm)(ids_bt.to(lm.device), **caching)
+            base_model(lm)(ids_bt.to(lm.device), **caching)
     finally:
         for handle in handles:
             handle.remove()
@@ -102,7 +104,7 @@ def record_run(
     return Recording(hidden, [layer.keys for layer in layers], [layer.values for layer in layers], calls, seen)
 
 
-def body(lm: LanguageModel) -> nn.Module:
+def base_model(lm: LanguageModel) -> nn.Module:
     """The model without its unembedding."""
     return lm.model.base_model
 

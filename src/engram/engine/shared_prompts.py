@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from engram.engine.recording import Recording, body, record_run
-from engram.engine.suffix import Suffix, _Noting, _take
+from engram.engine.recording import Recording, base_model, record_run
+from engram.engine.suffix import Suffix, _CaptureKV, _take
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record
@@ -78,7 +78,7 @@ def _batches(continued: Sequence[tuple[Ids, Ids]]) -> Iterator[list[tuple[Ids, I
         yield batch
 
 
-def record_alike(
+def record_shared_prefixes(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],
     shared: Sequence[int],
@@ -102,7 +102,7 @@ def record_alike(
     begun = record_run(lm, pad_right(firsts, length))
     suffix, entry = Suffix(lm, begun, shared, rest), lm.parts.block_name(0)
     with torch.no_grad(), record(lm.model, inputs=[entry], stop=True) as entering:
-        body(lm)(pad_right(rows, length).to(lm.device))
+        base_model(lm)(pad_right(rows, length).to(lm.device))
     rows_b1, places_bq = torch.arange(len(rows))[:, None], suffix.positions_bq[kinds]
 
     def put(kept_btx: Tensor, made_bqx: Tensor) -> None:
@@ -112,7 +112,7 @@ def record_alike(
     whole = begun.narrowed(lm, kinds, layer)
     with torch.no_grad(), record(lm.model, inputs, outputs) as seen:
         for number in range(lm.n_layers):
-            new = _Noting(*suffix._prefix_of(number, kinds))
+            new = _CaptureKV(*suffix._prefix_of(number, kinds))
             after_bqd = suffix._call(number, hidden_bqd, kinds, new)
             if number >= layer:
                 put(whole.hidden[number], hidden_bqd)

@@ -39,7 +39,7 @@ class _Prefix:
         return int(self.keys.shape[2])
 
 
-class _Noting(_Prefix):
+class _CaptureKV(_Prefix):
     """Keeps the new keys and values beside those that it joins them with."""
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class _Noting(_Prefix):
         return super().update(keys, values)
 
 
-class _Catch(_Prefix):
+class _StopAfterKV(_Prefix):
     """Ends a block's forward as soon as its new keys and values are known, and keeps them."""
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class _Catch(_Prefix):
         raise StopForward
 
 
-class _Whole(_Prefix):
+class _FullKV(_Prefix):
     """Holds the keys and values of all positions already; those that the block makes once more are not looked at."""
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -126,11 +126,11 @@ class Suffix:
         return self._read(layer, hidden_bqd, hidden_bqd[rows_b1, columns_br], self._at(columns_br, False), None)
 
     def _read(self, layer: int, hidden_nqd: Tensor, read_nrd: Tensor, part: Suffix, rows_n: Tensor | None) -> Tensor:
-        caught = _Catch(*self._prefix_of(layer, rows_n))
+        caught = _StopAfterKV(*self._prefix_of(layer, rows_n))
         try:
             self._call(layer, hidden_nqd, rows_n, caught)
         except StopForward:
-            return part._call(layer, read_nrd, rows_n, _Whole(caught.keys, caught.values))
+            return part._call(layer, read_nrd, rows_n, _FullKV(caught.keys, caught.values))
         raise NotReplayableError(f"{type(self.blocks[layer]).__name__} did not ask its cache for keys and values")
 
     def _at(self, columns_br: Tensor, uniform: bool) -> Suffix:

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any, Literal
 
-Kind = Literal["edit", "paraphrase", "neighbour", "neighbour+"]
+PromptKind = Literal["edit", "paraphrase", "neighbour", "neighbour+"]
 
 
-SCORES: dict[Kind, str] = {  # kind of prompt -> what the share of successes is called
+SCORES: dict[PromptKind, str] = {  # kind of prompt -> what the share of successes is called
     "edit": "efficacy",
     "paraphrase": "paraphrase",
     "neighbour": "neighbourhood",
@@ -47,7 +47,7 @@ class Answer:
         right_before, right_after: whether `wanted` has the larger mean log-probability per token.
     """
 
-    kind: Kind
+    kind: PromptKind
     fact: int
     prompt: str
     wanted: str
@@ -107,10 +107,10 @@ class Receipt:
     quantised: str | None = None
     frame: str | None = None
 
-    def of(self, kind: Kind) -> list[Answer]:
+    def of(self, kind: PromptKind) -> list[Answer]:
         return [answer for answer in self.answers if answer.kind == kind]
 
-    def share(self, kind: Kind, when: Literal["before", "after"] = "after") -> float | None:
+    def share(self, kind: PromptKind, when: Literal["before", "after"] = "after") -> float | None:
         """Share of prompts of a kind on which the wanted answer is the more probable one; None without such prompts."""
         rows = self.of(kind)
         return fmean(a.right_after if when == "after" else a.right_before for a in rows) if rows else None
@@ -122,7 +122,7 @@ class Receipt:
 
     def margins(self) -> tuple[float | None, float | None, float | None]:
         """Mean difference in probability, wanted minus unwanted, after the edit: on edit prompts, paraphrases, neighbours."""
-        kinds: tuple[Kind, ...] = ("edit", "paraphrase", "neighbour")
+        kinds: tuple[PromptKind, ...] = ("edit", "paraphrase", "neighbour")
         efficacy, paraphrase, neighbourhood = (
             fmean(a.after[0] - a.after[1] for a in rows) if (rows := self.of(kind)) else None for kind in kinds
         )

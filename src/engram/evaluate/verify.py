@@ -8,12 +8,12 @@ import torch
 
 from engram import pocket
 from engram.edit.attached import can_apply
-from engram.edit.base import home_of
+from engram.edit.base import linear_module_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import FactError
 from engram.evaluate.held_out import held_out_text
-from engram.evaluate.receipt import Answer, Kind, Receipt, Thresholds
+from engram.evaluate.receipt import Answer, PromptKind, Receipt, Thresholds
 from engram.facts import Fact
 from engram.model.frames import BARE, Frame, name_of
 from engram.model.language_model import LanguageModel
@@ -84,7 +84,7 @@ def verify(
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
         laid="applied" if written else "attached",
-        quantised=next((packed for name in edit.deltas if (packed := quantisation(home_of(lm, name)))), None),
+        quantised=next((packed for name in edit.deltas if (packed := quantisation(linear_module_of(lm, name)))), None),
         frame=through,
     )
 
@@ -92,14 +92,14 @@ def verify(
 @torch.no_grad()
 def norm_ratio(lm: LanguageModel, edit: Edit) -> float:
     """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is unedited."""
-    modules = {name: home_of(lm, name) for name in edit.deltas}
+    modules = {name: linear_module_of(lm, name) for name in edit.deltas}
     return max(edit.deltas[name].norm() / float(as_linear(module).double().norm()) for name, module in modules.items())
 
 
-Prompt = tuple[Kind, int, str, str, str]  # kind, fact, prompt, wanted, unwanted
+ReceiptPrompt = tuple[PromptKind, int, str, str, str]  # kind, fact, prompt, wanted, unwanted
 
 
-def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[Prompt]:
+def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[ReceiptPrompt]:
     """Everything that is asked of the model, before as after."""
     for i, fact in enumerate(facts):
         true = true_answer(lm, fact)
@@ -131,7 +131,7 @@ def _openings(facts: Sequence[Fact]) -> Iterator[str]:
         yield from (prompt for prompt, _ in fact.neighbours[:1])
 
 
-def _score(lm: LanguageModel, asked: Sequence[Prompt]) -> tuple[list[tuple[float, float]], list[bool]]:
+def _score(lm: LanguageModel, asked: Sequence[ReceiptPrompt]) -> tuple[list[tuple[float, float]], list[bool]]:
     pairs = [(prompt, answer) for _, _, prompt, *answers in asked for answer in answers]
     log_probs = lm.log_probs(pairs)
     wanted, unwanted = log_probs[::2], log_probs[1::2]

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from engram.errors import EditFileError, SettingError
+from engram.errors import EngramFileError, SettingError
 from engram.files.locks import locked
 
 _ABOUT = "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
@@ -81,17 +81,17 @@ class RunFile:
         """
         path = Path(path)
         if not path.is_file():
-            raise EditFileError(f"{path} is no file of a run; make one with {cls.made_by.format(name=path.name)}")
+            raise EngramFileError(f"{path} is no file of a run; make one with {cls.made_by.format(name=path.name)}")
         with ExitStack() as held, cls._usable(path, OSError):
             # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
             connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
             held.callback(connection.close)
             file = cls(connection, path)
             if not file._has_tables():
-                raise EditFileError(f"{path} is a database of something else, not {cls.what}")
+                raise EngramFileError(f"{path} is a database of something else, not {cls.what}")
             version = file.about().get("format_version")
             if version != cls.version:
-                raise EditFileError(f"{path} has format version {version}, this engram reads {cls.version}")
+                raise EngramFileError(f"{path} has format version {version}, this engram reads {cls.version}")
             yield file
 
     def about(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class RunFile:
     def _begin(self, about: Mapping[str, Any]) -> None:
         with self._connection:
             if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise EditFileError(f"{self.path} is a database of something else; choose another name")
+                raise EngramFileError(f"{self.path} is a database of something else; choose another name")
             self._connection.execute("BEGIN IMMEDIATE")
             for statement in filter(str.strip, (_ABOUT + self.tables).split(";")):
                 self._connection.execute(statement)
@@ -129,6 +129,6 @@ class RunFile:
         try:
             yield
         except mistakes as error:
-            raise EditFileError(
+            raise EngramFileError(
                 f"{path} cannot be used for {cls.what}: {error}. Choose another name, or a folder that you may write to"
             ) from error

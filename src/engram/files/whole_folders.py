@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engram.errors import EditFileError
+from engram.errors import EngramFileError
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +22,11 @@ _STALE_S = 3600.0  # a temporary folder this old belongs to a writer that was ki
 
 
 @contextmanager
-def written_whole(folder: str | Path, replaces: str | None = None) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[Path]:
     """A temporary folder to write into; it becomes `folder` when the block ends well, and vanishes otherwise.
 
     A writer killed at any moment leaves the old folder or the new one: a folder cannot be replaced in one
-    step everywhere, so the old one steps aside under a name that `existing` finds.
+    step everywhere, so the old one steps aside under a name that `recover_folder` finds.
 
     Args:
         folder: where the result goes; its parents are made.
@@ -55,7 +55,7 @@ def written_whole(folder: str | Path, replaces: str | None = None) -> Iterator[P
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def existing(folder: str | Path) -> Path:
+def recover_folder(folder: str | Path) -> Path:
     """`folder`, or where its old contents stand if a writer was killed between its two renames."""
     folder = Path(folder).absolute()
     aside = _aside(folder)
@@ -84,10 +84,10 @@ def _refuse_strangers(folder: Path, replaces: str | None) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise EditFileError(f"{folder} is a file; expected the name of a folder to write")
+        raise EngramFileError(f"{folder} is a file; expected the name of a folder to write")
     if any(folder.iterdir()) and not (replaces and (folder / replaces).is_file()):
         wanted = f"a folder with {replaces}, which would be replaced, or none" if replaces else "an empty folder, or none"
-        raise EditFileError(f"{folder} holds other files; expected {wanted}. Choose another name, or move it away")
+        raise EngramFileError(f"{folder} holds other files; expected {wanted}. Choose another name, or move it away")
 
 
 def _sweep(folder: Path) -> None:
@@ -114,8 +114,8 @@ def _umask() -> int:
     return mask
 
 
-def _unwritable(folder: Path, error: OSError) -> EditFileError:
-    return EditFileError(
+def _unwritable(folder: Path, error: OSError) -> EngramFileError:
+    return EngramFileError(
         f"could not write {folder}: {error}. What was there before is unchanged; free some space, or choose "
         "a folder that you may write to"
     )

@@ -22,7 +22,7 @@ _WORTHWHILE = 2  # rows a prompt from which on it is computed apart
 _LAST_WORD = re.compile(r"\S*\s*$")
 
 
-class Row(NamedTuple):
+class ClozeRow(NamedTuple):
     """One forward: token ids, the positions whose logits are read, and what an encoder-decoder model's decoder is fed."""
 
     ids: Ids
@@ -45,7 +45,7 @@ class ClozeRows:
             self._known[key] = tuple(self.lm.cloze(prompt, answer).answer)
         return self._known[key]
 
-    def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[Row], list[int]]:
+    def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[ClozeRow], list[int]]:
         """Rows that show every token of every answer, and for each answer the number of its row, where it is read from the front.
 
         Causal and encoder-decoder models: one-token answers share the prompt's own row, or any row that goes on from it; two
@@ -59,16 +59,16 @@ class ClozeRows:
         ids, at = tuple(blank.ids), blank.read[0]
         if self.lm.kind == "masked":
             sizes = sorted({len(answer) for answer in answers})
-            rows = [Row(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n))) for n in sizes]
+            rows = [ClozeRow(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n))) for n in sizes]
             where = [sizes.index(len(answer)) for answer in answers]
         else:
             prefixes = _longest({answer[:-1] for answer in answers})
             reads = [tuple(range(at, at + len(prefix) + 1)) for prefix in prefixes]
             each = zip(prefixes, reads, strict=True)
             if blank.decoder_ids is None:
-                rows = [Row(ids + prefix, read) for prefix, read in each]
+                rows = [ClozeRow(ids + prefix, read) for prefix, read in each]
             else:
-                rows = [Row(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in each]
+                rows = [ClozeRow(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in each]
             where = [bisect_left(prefixes, answer[:-1]) for answer in answers]
         longest = max(max(len(row.ids), len(row.decoder)) for row in rows)
         if longest > self.lm.max_tokens:
@@ -77,7 +77,7 @@ class ClozeRows:
             )
         return rows, where
 
-    def logits(self, rows: Sequence[Row]) -> Tensor:
+    def logits(self, rows: Sequence[ClozeRow]) -> Tensor:
         """[positions, v]: logits at all positions that the rows read, in the rows' order; equal rows are computed once."""
         distinct = list(dict.fromkeys(rows))
         logits = self._of_shared_prompts(distinct)
@@ -87,7 +87,7 @@ class ClozeRows:
         got = dict(zip(distinct, logits, strict=True))
         return torch.cat([got[row] for row in rows])
 
-    def _of_shared_prompts(self, rows: Sequence[Row]) -> list[Tensor] | None:
+    def _of_shared_prompts(self, rows: Sequence[ClozeRow]) -> list[Tensor] | None:
         """The same through keys and values of each prompt, where many rows go on from few prompts; else None."""
         continued = [(row.ids[: row.read[0] + 1], row.ids[row.read[0] + 1 :]) for row in rows]
         if not self._shares or len(rows) < _WORTHWHILE * len({head for head, _ in continued}):
@@ -96,7 +96,7 @@ class ClozeRows:
         self._shares = logits is not None
         return logits
 
-    def log_probs(self, rows: Sequence[Row], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Tensor:
+    def log_probs(self, rows: Sequence[ClozeRow], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Tensor:
         """Sums of log-probabilities, with no more than a batch's logits in memory.
 
         Args:
@@ -130,7 +130,7 @@ class ClozeRows:
         text = str(self.lm.tokenizer.decode(list(best if self.lm.kind == "masked" else best[: same + 1])))
         return text.strip() or text
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+    def _batches(self, rows: Sequence[ClozeRow]) -> Iterator[list[int]]:
         most = max(1, _LOGITS // int(self.lm.model.config.get_text_config().vocab_size))
         batch: list[int] = []
         held = 0

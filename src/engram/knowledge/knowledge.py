@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.errors import EditFileError, SettingError
+from engram.errors import EngramFileError, SettingError
 from engram.facts import Fact
 
 Aggregate = Literal["first", "best", "mean"]
@@ -57,7 +57,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Record:
+class KnownRecord:
     """One fact: the reply to each of its prompts, and the one that counts (`aggregate` says how it comes about)."""
 
     fact: Fact
@@ -110,7 +110,7 @@ class Knowledge:
         model: what was asked.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[KnownRecord, ...]
     candidates: str | tuple[str, ...]
     aggregate: Aggregate
     length: Length
@@ -121,7 +121,7 @@ class Knowledge:
         """The facts whose object is the model's top answer."""
         return [record.fact for record in self.records if record.right]
 
-    def by_relation(self) -> dict[str | None, list[Record]]:
+    def by_relation(self) -> dict[str | None, list[KnownRecord]]:
         """Records by their fact's relation, sorted by name; those of facts that name none under None, last."""
         names = {record.fact.relation for record in self.records}
         ordered = sorted(names, key=lambda name: (name is None, name or ""))
@@ -196,7 +196,7 @@ class Knowledge:
             f" {head:>{_WIDTHS[i]}}" for i, head in enumerate(heads)
         )
 
-        def row(name: str, rows: Sequence[Record], scores: Scores) -> str:
+        def row(name: str, rows: Sequence[KnownRecord], scores: Scores) -> str:
             prompts = sum(len(record.replies) for record in rows)
             return f"{name:<{wide}} {len(rows):>6} {prompts:>7}" + _cells(scores)
 
@@ -239,7 +239,7 @@ class Knowledge:
     def from_dict(cls, record: Mapping[str, Any]) -> Knowledge:
         """What `to_dict` gave; the means are taken from the records."""
         records = tuple(
-            Record(
+            KnownRecord(
                 **{
                     **each,
                     "fact": Fact.from_dict(each["fact"]),
@@ -270,16 +270,18 @@ class Knowledge:
         try:
             record = json.loads(Path(path).read_text(encoding="utf8"))
             if record["format"] != _FORMAT:
-                raise EditFileError(
+                raise EngramFileError(
                     f"{path} has format {record['format']!r}, expected {_FORMAT}; measure again with 'engram knows'"
                 )
             return cls.from_dict(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, EditFileError):
+            if isinstance(error, EngramFileError):
                 raise
-            raise EditFileError(f"{path} is no file that Knowledge.save wrote: {type(error).__name__}: {error}") from error
+            raise EngramFileError(
+                f"{path} is no file that Knowledge.save wrote: {type(error).__name__}: {error}"
+            ) from error
 
-    def _values(self, rows: Sequence[Record]) -> Tensor:
+    def _values(self, rows: Sequence[KnownRecord]) -> Tensor:
         """[n, metrics] in the order of `Scores`; NaN where a fact says nothing about a metric."""
         return torch.tensor([_fact_values(record, self.k) for record in rows], dtype=torch.float64)
 
@@ -287,7 +289,7 @@ class Knowledge:
 _WIDTHS = (6, 6, 6, 7, 10, 6)
 
 
-def _fact_values(record: Record, k: int) -> list[float]:
+def _fact_values(record: KnownRecord, k: int) -> list[float]:
     several = record.consistency is not None
     return [
         float(record.right),

@@ -19,8 +19,8 @@ from torch import Tensor
 from engram.engine.shared_prompts import Ids
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
-from engram.knowledge.cloze_rows import ClozeRows, Row, check_not_nan
-from engram.knowledge.knowledge import Aggregate, Knowledge, Length, Record, Reply
+from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
+from engram.knowledge.knowledge import Aggregate, Knowledge, KnownRecord, Length, Reply
 from engram.model.language_model import LanguageModel
 
 _LOGITS = 1 << 24  # log-probabilities held at once: 64 MB in float32
@@ -91,7 +91,7 @@ def knows(
     judge = _among_candidates if among != "vocabulary" else _in_vocabulary
     size = lm.model.config.get_text_config().vocab_size
     cloze, done, total = ClozeRows(lm), 0, sum(len(question.prompts) for question in questions)
-    found: dict[int, Record] = {}
+    found: dict[int, KnownRecord] = {}
     for block in _blocks(questions, size if among == "vocabulary" else None):
         asked = [questions[i] for i in block]
         for i, question, (each, overall) in zip(
@@ -100,7 +100,7 @@ def knows(
             replies = tuple(Reply(prompt, *judged) for prompt, judged in zip(question.prompts, each, strict=True))
             best = min(replies, key=lambda reply: (reply.rank, -reply.log_prob)) if aggregate == "best" else replies[0]
             counted = overall or (best.answer, best.rank, best.log_prob)
-            found[i] = Record(question.fact, replies, *counted)
+            found[i] = KnownRecord(question.fact, replies, *counted)
             done += len(replies)
         if progress is not None:
             progress(done, total)
@@ -204,7 +204,7 @@ def _in_vocabulary(
     cloze: ClozeRows, asked: Sequence[_Question], length: Length, averaged: bool
 ) -> Iterator[tuple[list[Judged], Judged | None]]:
     """For each question what is judged of each prompt, and of the average over its prompts if that is wanted."""
-    rows: list[Row] = []
+    rows: list[ClozeRow] = []
     tokens: list[int] = []  # at each position that is read, the answer's
     barred: list[tuple[int, int]] = []  # (position, token that is right as well)
     answers: list[
@@ -270,7 +270,9 @@ def _among_candidates(
     cloze: ClozeRows, asked: Sequence[_Question], length: Length, averaged: bool
 ) -> Iterator[tuple[list[Judged], Judged | None]]:
     """The same among whole candidates."""
-    rows: dict[Row, list[tuple[int, int, int]]] = {}  # what is read in each: (which read, token, slot of the candidate)
+    rows: dict[
+        ClozeRow, list[tuple[int, int, int]]
+    ] = {}  # what is read in each: (which read, token, slot of the candidate)
     lengths: list[int] = []
     for question in asked:
         for prompt in question.prompts:

@@ -19,7 +19,7 @@ import numpy as np
 
 from engram.bootstrap import Array, Mean, means, resampled, spearman
 from engram.edit.recipe import library_versions
-from engram.errors import EditFileError, SettingError
+from engram.errors import EngramFileError, SettingError
 from engram.facts import Fact
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditOutcome:
     """How one edit at one layer went: shares of its prompts, and one number (see `layer_evidence.receipt_score`)."""
 
     score: float
@@ -52,7 +52,7 @@ class Evidence:
     fact: Fact
     trace: tuple[float, ...] | None = None
     attribution: tuple[float, ...] | None = None
-    edits: dict[int, Outcome] = field(default_factory=dict)
+    edits: dict[int, EditOutcome] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class LayerCard:
             "trace_tells": self.trace_tells and asdict(self.trace_tells),
             "attribution_tells": self.attribution_tells and asdict(self.attribution_tells),
             "rows": [asdict(row) for row in self.rows],
-            "evidence": [_told(each) for each in self.evidence],
+            "evidence": [_to_record(each) for each in self.evidence],
         }
 
     def to_json(self) -> str:
@@ -231,7 +231,7 @@ class LayerCard:
             part.write_text(self.to_json() + "\n", encoding="utf8")
             part.replace(path)
         except OSError as error:
-            raise EditFileError(f"the layer card could not be written to {str(path)!r}: {error}") from error
+            raise EngramFileError(f"the layer card could not be written to {str(path)!r}: {error}") from error
         return path
 
     @classmethod
@@ -247,9 +247,9 @@ class LayerCard:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version={version!r}, this engram reads {FORMAT_VERSION}")
             names = ("model", "identity", "n_layers", "method", "settings", "traces", "seconds", "versions")
-            return cls(**{name: record[name] for name in names}, evidence=tuple(map(_heard, record["evidence"])))
+            return cls(**{name: record[name] for name in names}, evidence=tuple(map(_from_record, record["evidence"])))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise EditFileError(
+            raise EngramFileError(
                 f"{str(path)!r} is not a layer card that can be read ({error}); make one with engram.layer_card, or delete it"
             ) from error
 
@@ -305,7 +305,7 @@ def ranges(layers: Sequence[int]) -> str:
     return f"layer{'s' * (len(layers) != 1)} {shown}"
 
 
-def _told(each: Evidence) -> dict[str, Any]:
+def _to_record(each: Evidence) -> dict[str, Any]:
     record: Mapping[str, Any] = {
         "subject": each.fact.subject,
         "prompt": each.fact.prompt,
@@ -318,8 +318,8 @@ def _told(each: Evidence) -> dict[str, Any]:
     return dict(record)
 
 
-def _heard(record: Mapping[str, Any]) -> Evidence:
+def _from_record(record: Mapping[str, Any]) -> Evidence:
     curves = {name: tuple(record[name]) if record[name] is not None else None for name in ("trace", "attribution")}
-    edits = {int(layer): Outcome(*values) for layer, values in record["edits"].items()}
+    edits = {int(layer): EditOutcome(*values) for layer, values in record["edits"].items()}
     fact = Fact(record["subject"], record["prompt"], record["target"], record["target_true"])
     return Evidence(fact, **curves, edits=edits)

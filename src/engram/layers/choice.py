@@ -18,13 +18,13 @@ from engram import pocket
 from engram.edit.recipe import library_versions
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, as_corpus
-from engram.errors import EditFileError, FactError, SettingError
+from engram.errors import EngramFileError, FactError, SettingError
 from engram.evaluate.verify import true_answer
 from engram.facts import Fact
 from engram.files.cache_folder import cache_folder, sha256_of
 from engram.layers.candidates import as_edits, bundled_edits, known
 from engram.layers.card import FORMAT_VERSION, LayerCard
-from engram.layers.evidence import Edits, Notes, Plan, measure, trace_settings
+from engram.layers.evidence import Budget, EditRecipe, ResumeLog, measure, trace_settings
 from engram.model.language_model import LanguageModel
 from engram.runs.identity import identity
 
@@ -78,12 +78,12 @@ def layer_card(
         SettingError: a method without a layer, a number that makes no sense.
         UnsupportedModelError: a family that cannot be edited.
     """
-    plan = Plan(edits, traces, estimates, every, fine)
+    plan = Budget(edits, traces, estimates, every, fine)
     if keep not in ("known", "all"):
         raise SettingError(f"keep={keep!r} does not exist; expected 'known' or 'all'")
     settings = {name: value for name, value in settings.items() if value is not None}
     corpus = preset("rome", lm.name).get("corpus") if corpus is None else corpus  # the model's, whatever the method
-    how = Edits(method, settings, corpus, tokens, seed)
+    how = EditRecipe(method, settings, corpus, tokens, seed)
     lm.parts.mlp_out_name(0)  # a family that cannot be edited is told before anything is measured
     text = as_corpus(corpus, seed).digest()
     about = {**_preset(method, lm), **settings, "corpus": text, "tokens": tokens, "seed": seed}
@@ -100,7 +100,7 @@ def layer_card(
     chosen = bundled_edits(lm, plan.facts, seed) if facts is None else _chosen(lm, facts, keep, seed)
     if not chosen:
         raise FactError(_no_facts(lm, facts))
-    notes = Notes(path.with_suffix(".partial"))
+    notes = ResumeLog(path.with_suffix(".partial"))
     evidence = measure(lm, chosen, plan, how, notes, progress or (lambda what, done, total: None))
     seconds = round(time.monotonic() - began + notes.seconds, 1)
     about = json.loads(json.dumps(about, default=repr))
@@ -159,7 +159,7 @@ def _read(path: Path) -> LayerCard | None:
         return None
     try:
         return LayerCard.load(path)
-    except EditFileError as error:
+    except EngramFileError as error:
         log.warning("%s", error)
         return None
 

@@ -24,9 +24,9 @@ from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.evaluate.receipt import Receipt
 from engram.evaluate.verify import verify
 from engram.facts import Fact
-from engram.layers.card import Evidence, Outcome
-from engram.locate.question import Prompt
-from engram.locate.settings import TraceConfig, usual_window
+from engram.layers.card import EditOutcome, Evidence
+from engram.locate.settings import TraceConfig, default_window
+from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 from engram.model.language_model import LanguageModel
 from engram.rewriting import rewrite
@@ -37,7 +37,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Budget:
     """How much is measured.
 
     Args:
@@ -78,7 +78,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Edits:
+class EditRecipe:
     """How facts are edited: a method that takes a layer, and its settings."""
 
     method: str
@@ -113,7 +113,7 @@ class Edits:
 
 
 def measure(
-    lm: LanguageModel, facts: Sequence[Fact], plan: Plan, edits: Edits, notes: Notes, report: Report
+    lm: LanguageModel, facts: Sequence[Fact], plan: Budget, edits: EditRecipe, notes: ResumeLog, report: Report
 ) -> list[Evidence]:
     """Trace and edit, going on from `notes`.
 
@@ -143,18 +143,20 @@ def trace_settings(lm: LanguageModel) -> dict[str, Any]:
     return {
         "sites": ["mlp"],
         "positions": "subject_last",
-        "window": usual_window(lm.n_layers),
+        "window": default_window(lm.n_layers),
         "samples": 10,
         "noise": "s3",
     }
 
 
-def _traces(lm: LanguageModel, facts: Sequence[Fact], method: str, notes: Notes, report: Report) -> list[tuple[float, ...]]:
+def _traces(
+    lm: LanguageModel, facts: Sequence[Fact], method: str, notes: ResumeLog, report: Report
+) -> list[tuple[float, ...]]:
     """Effects by layer, one row a fact."""
     what = {"exact": "tracing", "attribution": "estimating traces"}[method]
     left = {(fact.prompt_text, fact.subject): i for i, fact in enumerate(facts) if notes.get(f"{method} {i}") is None}
     asked = [
-        Prompt(facts[i].prompt_text, facts[i].subject, facts[i].target_true, start=facts[i].subject_start)
+        TracePrompt(facts[i].prompt_text, facts[i].subject, facts[i].target_true, start=facts[i].subject_start)
         for i in left.values()
     ]
     config = TraceConfig.of(**trace_settings(lm), method=method)
@@ -168,8 +170,8 @@ def _traces(lm: LanguageModel, facts: Sequence[Fact], method: str, notes: Notes,
 
 
 def _edit_at(
-    lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], edits: Edits, notes: Notes, report: Report
-) -> dict[tuple[int, int], Outcome]:
+    lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], edits: EditRecipe, notes: ResumeLog, report: Report
+) -> dict[tuple[int, int], EditOutcome]:
     """How the edit of each fact at each layer goes, by (fact, layer)."""
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
     missing = [(i, layer) for i, layer in todo if notes.get(f"edit {i} {layer}") is None]
@@ -181,19 +183,19 @@ def _edit_at(
         notes.put(f"edit {i} {layer}", asdict(outcome))
         done += 1
     report("editing", done, len(todo))
-    return {(i, layer): Outcome(**notes.get(f"edit {i} {layer}")) for i, layer in todo}
+    return {(i, layer): EditOutcome(**notes.get(f"edit {i} {layer}")) for i, layer in todo}
 
 
-def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> Outcome:
+def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> EditOutcome:
     """The edit's receipt in short; an edit that cannot be computed or applied has the worst score."""
     try:
         edit = rewrite(lm, [fact], method, **settings)
         receipt = verify(lm, edit, text=fact.prompt_text, continuation_tokens=0)  # perplexity is not kept: of little text
     except NonFiniteError as error:
         log.warning("the edit of %r failed: %s", fact.subject, error)
-        return Outcome(0.0, 0.0)
+        return EditOutcome(0.0, 0.0)
     shares = (receipt.share(kind) for kind in ("edit", "paraphrase", "neighbour"))
-    return Outcome(round(receipt_score(receipt), 6), *(None if share is None else round(share, 6) for share in shares))
+    return EditOutcome(round(receipt_score(receipt), 6), *(None if share is None else round(share, 6) for share in shares))
 
 
 def receipt_score(receipt: Receipt) -> float:
@@ -208,7 +210,7 @@ def receipt_score(receipt: Receipt) -> float:
     return harmonic_mean(margins)
 
 
-class Notes:
+class ResumeLog:
     """Numbers by name in a file of JSON lines that grows as they are measured; a line that a kill tore is measured again.
 
     Attributes:

@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING, Any
 from engram.edit.applied import applied
 from engram.edit.base import describe_base, editable
 from engram.edit.edit import Edit, compose
-from engram.edit.folder_format import identity
+from engram.edit.folder_format import change_identity
 from engram.edit.in_force import edited
 from engram.edit.recipe import check_changes_weights
-from engram.errors import BaseMismatchError, CanaryError, EditFileError, EngramError, NonFiniteError
+from engram.errors import BaseMismatchError, CanaryError, EngramError, EngramFileError, NonFiniteError
 from engram.evaluate.canary import Canary
 from engram.facts import Fact
 from engram.files.locks import locked
-from engram.files.whole_folders import written_whole
+from engram.files.whole_folders import atomic_folder
 from engram.ledger.conflicts import NEAR, Conflict, conflicts
-from engram.ledger.history import Entry, Event, History, Place, entries_after, now, shown
-from engram.ledger.names import Which, entry_named, places
+from engram.ledger.history import Entry, Event, FactRef, History, entries_after, now, shown
 from engram.ledger.origin import lying_on, made_on, unknown_origin
+from engram.ledger.references import EntryRef, entry_named, fact_refs
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -91,11 +91,11 @@ class Ledger:
             BaseMismatchError: edits lie on `lm` at the moment.
         """
         if (Path(folder) / _ABOUT).exists():
-            raise EditFileError(f"{folder} is a ledger already; Ledger.open({str(folder)!r}) goes on with it")
+            raise EngramFileError(f"{folder} is a ledger already; Ledger.open({str(folder)!r}) goes on with it")
         _check_bare(lm)
         base = describe_base(lm, editable(lm))
         about = {"format_version": FORMAT_VERSION, "created": now(), "base": base, "canary": asdict(canary or Canary())}
-        with written_whole(folder) as fresh:
+        with atomic_folder(folder) as fresh:
             (fresh / _ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             (fresh / _HISTORY).touch()
             (fresh / _EDITS).mkdir()
@@ -140,8 +140,8 @@ class Ledger:
             )
         if number not in self._loaded:
             edit = Edit.load(self._home(number))
-            if identity(edit) != entry.identity:
-                raise EditFileError(f"{self._home(number)} is not the edit that was added; take it from a backup")
+            if change_identity(edit) != entry.identity:
+                raise EngramFileError(f"{self._home(number)} is not the edit that was added; take it from a backup")
             self._loaded[number] = edit
         return self._loaded[number]
 
@@ -164,7 +164,7 @@ class Ledger:
 
     # -- the model with all of it --------------------------------------------------------------------------------
 
-    def edit(self, *, without: Sequence[Which] = ()) -> Edit:
+    def edit(self, *, without: Sequence[EntryRef] = ()) -> Edit:
         """Everything in force as one edit of the base.
 
         Args:
@@ -179,7 +179,7 @@ class Ledger:
             )
         return compose(edits)
 
-    def applied(self, lm: LanguageModel, *, without: Sequence[Which] = ()) -> AbstractContextManager[LanguageModel]:
+    def applied(self, lm: LanguageModel, *, without: Sequence[EntryRef] = ()) -> AbstractContextManager[LanguageModel]:
         """Within the block `lm` has everything in force on it; afterwards it is as before, bit for bit.
 
         Args:
@@ -240,7 +240,7 @@ class Ledger:
                 entry=max(self._entries(), default=0) + 1,
                 facts=tuple(_brief(fact) for fact in edit.facts),
                 method=edit.method,
-                identity=identity(edit),
+                identity=change_identity(edit),
                 weights=tuple(edit.deltas),
                 made_on=below,
                 gone=tuple(sorted(set(older))),
@@ -259,7 +259,7 @@ class Ledger:
         _warn_of_those_above(event)
         return self._entry(event.entry)
 
-    def remove(self, *which: Which) -> tuple[Entry, ...]:
+    def remove(self, *which: EntryRef) -> tuple[Entry, ...]:
         """Take entries or single facts out of force, all in one step. What stays is the base plus the sum of the others, exactly.
 
         Args:
@@ -315,10 +315,10 @@ class Ledger:
     def _entry(self, number: int) -> Entry:
         return entry_named(number, self._entries())
 
-    def _places(self, which: Sequence[Which]) -> tuple[Place, ...]:
-        return places(which, self._entries())
+    def _places(self, which: Sequence[EntryRef]) -> tuple[FactRef, ...]:
+        return fact_refs(which, self._entries())
 
-    def _in_force(self, entry: Entry, without: Collection[Place] = ()) -> Edit:
+    def _in_force(self, entry: Entry, without: Collection[FactRef] = ()) -> Edit:
         """What is left of an entry's edit, as one of the base: the weights that it was made on may have had others on them."""
         edit = self.show(entry.number)
         gone = entry.gone | {fact for number, fact in without if number == entry.number}
@@ -328,7 +328,7 @@ class Ledger:
         tensors = {name: self.base["tensors"][name] for name in edit.deltas}
         return replace(edit, base={**self.base, "tensors": tensors})
 
-    def _edits(self, without: Collection[Place] = ()) -> Iterator[Edit]:
+    def _edits(self, without: Collection[FactRef] = ()) -> Iterator[Edit]:
         """Everything in force, an edit an entry."""
         for entry in self.list():
             if any((entry.number, fact) not in without for fact in entry.active):
@@ -336,13 +336,13 @@ class Ledger:
 
     def _refuse_double(self, edit: Edit) -> None:
         for entry in self.list():
-            if entry.identity == identity(edit):
+            if entry.identity == change_identity(edit):
                 raise EngramError(
                     f"the edit is in force already, as entry {entry.number} ({entry.status}); added twice it would count twice. Remove "
                     "that entry first"
                 )
 
-    def _check_removable(self, gone: Collection[Place], below: Collection[int] = ()) -> None:
+    def _check_removable(self, gone: Collection[FactRef], below: Collection[int] = ()) -> None:
         """Whether these facts can go exactly, and an edit made on top of the entries `below` does not stand on them."""
         for entry in self.list():
             going = [fact for number, fact in gone if number == entry.number]
@@ -355,7 +355,7 @@ class Ledger:
             if going and len(going) < len(entry.active):
                 self.show(entry.number).without(*entry.gone, *going)
 
-    def _warn(self, found: Collection[Conflict], replaced: Collection[Place], below: Collection[int]) -> None:
+    def _warn(self, found: Collection[Conflict], replaced: Collection[FactRef], below: Collection[int]) -> None:
         """Of conflicts that stay (an edit made on top of an entry has taken it into account), and of ground that is gone."""
         for each in found:
             if (each.entry, each.index) not in replaced and each.entry not in below:
@@ -364,7 +364,7 @@ class Ledger:
             log.warning("the edit was made on top of entries %s, of which some facts are no longer in force; verify it",
                         ", ".join(map(str, lost)))  # fmt: skip
 
-    def _above(self, gone: Collection[Place]) -> tuple[int, ...]:
+    def _above(self, gone: Collection[FactRef]) -> tuple[int, ...]:
         """Entries that stay in force and were made on top of some of these."""
         numbers = {number for number, _ in gone}
         return tuple(
@@ -414,9 +414,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
             )
         return {"base": about["base"], "canary": about["canary"]}
     except FileNotFoundError as error:
-        raise EditFileError(f"{folder} is no ledger: it has no {_ABOUT}. Ledger.create(folder, lm) makes one") from error
+        raise EngramFileError(f"{folder} is no ledger: it has no {_ABOUT}. Ledger.create(folder, lm) makes one") from error
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise EditFileError(f"{path} cannot be read: {error}. Take the ledger from a backup") from error
+        raise EngramFileError(f"{path} cannot be read: {error}. Take the ledger from a backup") from error
 
 
 def _check_bare(lm: LanguageModel) -> None:

@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from engram.errors import EditFileError, EngramError
+from engram.errors import EngramError, EngramFileError
 from engram.facts import Fact
 
 What = Literal["added", "rolled back", "removed", "pruned"]
-Place = tuple[int, int]  # number of an entry, index of a fact in its edit
+FactRef = tuple[int, int]  # number of an entry, index of a fact in its edit
 
 
 def now() -> str:
@@ -29,7 +29,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def shown(gone: Iterable[Place]) -> str:
+def shown(gone: Iterable[FactRef]) -> str:
     """Places as a caller would name them."""
     return ", ".join(f"{number}.{fact}" for number, fact in gone)
 
@@ -63,7 +63,7 @@ class Event:
     identity: str | None = None
     weights: tuple[str, ...] = ()
     made_on: tuple[int, ...] = ()
-    gone: tuple[Place, ...] = ()
+    gone: tuple[FactRef, ...] = ()
     above: tuple[int, ...] = ()
     canary: dict[str, float] = field(default_factory=dict)
     tripped: tuple[str, ...] = ()
@@ -177,7 +177,7 @@ class History:
             for line in whole.splitlines() if newline else ():
                 self._events.append(Event.from_dict(json.loads(line)))
         except (OSError, ValueError, TypeError, LookupError, AttributeError, EngramError) as error:
-            raise EditFileError(
+            raise EngramFileError(
                 f"{self.path} is damaged at line {len(self._events) + 1}: {error}. Something else than engram has changed it; "
                 "take the ledger from a backup"
             ) from error
@@ -202,6 +202,6 @@ class History:
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.path, self._end)
-            raise EditFileError(
+            raise EngramFileError(
                 f"could not write {self.path}: {error}. The ledger is as it was; free some space"
             ) from error

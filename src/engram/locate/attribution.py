@@ -13,14 +13,14 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from engram.engine.attention import Attention, watched
-from engram.engine.recording import body
+from engram.engine.attention import Attention, capture_attention
+from engram.engine.recording import base_model
 from engram.locate.recorded_runs import Runs
-from engram.locate.settings import PARTS, Table
+from engram.locate.settings import PARTS, EffectTable
 from engram.modules.hooks import substitute
 
 
-def estimate(runs: Runs, plan: Sequence[Table]) -> list[Tensor]:
+def estimate(runs: Runs, plan: Sequence[EffectTable]) -> list[Tensor]:
     """Estimated change of the metric by each patch at each row of each prompt.
 
     Returns:
@@ -57,7 +57,7 @@ class _Flow:
         corrects = runs.config.correction == "query-key"
         with torch.enable_grad(), ExitStack() as stack:
             if corrects:
-                self.attention = stack.enter_context(watched(runs.lm))
+                self.attention = stack.enter_context(capture_attention(runs.lm))
             self._forward(stack, sites)
             score = runs.metric(self._logits(), self.rows // runs.per_fact).sum()
             wanted = [*self.nodes.values(), *(seen.output_bthk for seen in self.attention)]
@@ -95,7 +95,7 @@ class _Flow:
         ids_bt = runs.ids_bt[self.rows]
         if lm.kind != "causal":
             return runs.logits(ids_bt, None if runs.decoder_bt is None else runs.decoder_bt[self.rows])
-        body(lm)(ids_bt.to(lm.device), use_cache=False)
+        base_model(lm)(ids_bt.to(lm.device), use_cache=False)
         last_btd = self.nodes["residual", lm.n_layers - 1]
         at = runs.read[self.rows // runs.per_fact].to(last_btd.device)
         return lm.parts.head(last_btd.gather(1, at[..., None].expand(-1, -1, last_btd.shape[-1])))
@@ -122,6 +122,6 @@ class _Flow:
     def _watch_source(self) -> list[Attention]:
         """Queries and keys of all recorded rows: block l + 1 makes them of the state behind block l alone."""
         lm = self.runs.lm
-        with watched(lm) as seen, substitute(self.runs.embeddings("recorded")):
-            body(lm)(self.runs.ids_bt.to(lm.device), use_cache=False)
+        with capture_attention(lm) as seen, substitute(self.runs.embeddings("recorded")):
+            base_model(lm)(self.runs.ids_bt.to(lm.device), use_cache=False)
         return seen

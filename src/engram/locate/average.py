@@ -22,7 +22,7 @@ from engram.locate.trace import CausalTrace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLACES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+TOKEN_ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 Interval = Literal["bootstrap", "reference"]
 
 
@@ -137,7 +137,7 @@ class AverageTrace:
         return Curves(by_fact.nanmean(0), low, high, there.sum(0).tolist())
 
     def _reference(self, site: str) -> Curves:
-        pooled: dict[str, list[Tensor]] = {place: [] for place in PLACES}
+        pooled: dict[str, list[Tensor]] = {place: [] for place in TOKEN_ROLES}
         for trace in self.traces:
             for place, rows in place_rows(trace).items():
                 pooled[place].extend(trace.scores[site][rows].double())
@@ -199,7 +199,7 @@ class AverageTrace:
             own = [sign * float((sign * t.scores[site]).max()) for t in self.traces]
             peaks: dict[str, Any] = {"mean_of_maxima": sum(own) / len(own)}
             for place in ("last subject", "last"):
-                curve = mean[PLACES.index(place)]
+                curve = mean[TOKEN_ROLES.index(place)]
                 if not curve.isnan().all():
                     at = int((sign * curve).argmax())
                     rows = [t.scores[site][place_rows(t)[place]] for t in self.traces]
@@ -265,6 +265,6 @@ def check_place(place: str) -> int:
     Raises:
         SettingError: no such place.
     """
-    if place not in PLACES:
-        raise SettingError(f"place={place!r} does not exist; expected {', '.join(map(repr, PLACES))}")
-    return PLACES.index(place)
+    if place not in TOKEN_ROLES:
+        raise SettingError(f"place={place!r} does not exist; expected {', '.join(map(repr, TOKEN_ROLES))}")
+    return TOKEN_ROLES.index(place)

@@ -21,9 +21,9 @@ from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.locate.average import AverageTrace
 from engram.locate.corruption import Corruptor
-from engram.locate.question import Prompt, Question, ask
-from engram.locate.settings import TraceConfig, tables, usual_window
+from engram.locate.settings import TraceConfig, default_window, tables
 from engram.locate.trace import CausalTrace, Progress
+from engram.locate.trace_input import TraceInput, TracePrompt, prepare
 from engram.locate.trace_store import TraceStore
 from engram.locate.tracing import batched, described, trace_batch
 from engram.model.language_model import LanguageModel
@@ -124,7 +124,7 @@ class _Run:
         self.facts = facts
         self.corruptor = Corruptor(lm, config)
 
-    def ask(self, number: int, fact: Fact) -> Question:
+    def prepare(self, number: int, fact: Fact) -> TraceInput:
         """What the model is asked about a fact.
 
         Raises:
@@ -136,19 +136,19 @@ class _Run:
         if said is not None and not self._counts(fact, said):
             raise FactError("the model's next token is not the object")
         if self.config.corruption != "subject":
-            return ask(self.lm, self._prompt(fact, target), self.config, self.corruptor)
+            return prepare(self.lm, self._prompt(fact, target), self.config, self.corruptor)
         for other in self._others(number, fact):
             prompt = self._prompt(fact, target, other.target if differs else None, other.subject)
             try:
-                question = ask(self.lm, prompt, self.config, self.corruptor)
+                question = prepare(self.lm, prompt, self.config, self.corruptor)
             except FactError:  # the subjects are not of one length
                 continue
             if question.foil is None or question.foil != (question.answer[0] if question.answer else said):
                 return question
         raise FactError("no other fact has another object and a subject of as many tokens")
 
-    def _prompt(self, fact: Fact, target: str | None, foil: str | None = None, other: str | None = None) -> Prompt:
-        return Prompt(fact.prompt_text, fact.subject, target, foil, other, fact.subject_start)
+    def _prompt(self, fact: Fact, target: str | None, foil: str | None = None, other: str | None = None) -> TracePrompt:
+        return TracePrompt(fact.prompt_text, fact.subject, target, foil, other, fact.subject_start)
 
     def _others(self, number: int, fact: Fact) -> Iterator[Fact]:
         """Facts with another object that may be this one's partner, in random order, those of the same prompt first."""
@@ -175,19 +175,19 @@ class TracesJob(ModelJob):
 
     config: TraceConfig
 
-    def do(self, state: LanguageModel, unit: Sequence[Question]) -> list[CausalTrace]:
+    def do(self, state: LanguageModel, unit: Sequence[TraceInput]) -> list[CausalTrace]:
         return trace_batch(state, unit, self.config)
 
 
 def _traced(run: _Run, jobs: Sequence[_Job], facts_per_batch: int | None, workers: Workers | None) -> Iterator[list[_Row]]:
     """Rows for the store, those that are skipped first."""
     asked: dict[int, _Job] = {}
-    questions: list[Question] = []
+    questions: list[TraceInput] = []
     skipped: list[_Row] = []
     for job in jobs:
         key, number, fact = job
         try:
-            questions.append(run.ask(number, fact))
+            questions.append(run.prepare(number, fact))
             asked[id(questions[-1])] = job
         except FactError as error:
             skipped.append((key, number, fact.prompt_text, str(error), None))
@@ -222,7 +222,7 @@ def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
         "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
         "dtype": str(lm.dtype),
         "tables": [table.name for table in tables(lm, config)],
-        "window": config.window or usual_window(lm.n_layers),
+        "window": config.window or default_window(lm.n_layers),
         "samples": config.samples,
         "positions": config.positions,
         "cloze": [lm.cloze_template, lm.cloze_decoder],

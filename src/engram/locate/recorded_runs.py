@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from engram.engine.recording import Recording, record_run
 from engram.errors import FactError
-from engram.locate.question import Question
-from engram.locate.settings import PARTS, Table, TraceConfig
+from engram.locate.settings import PARTS, EffectTable, TraceConfig
+from engram.locate.trace_input import TraceInput
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record, substitute
@@ -35,7 +35,12 @@ class Runs:
     """
 
     def __init__(
-        self, lm: LanguageModel, questions: Sequence[Question], config: TraceConfig, tables: Sequence[Table], replay: bool
+        self,
+        lm: LanguageModel,
+        questions: Sequence[TraceInput],
+        config: TraceConfig,
+        tables: Sequence[EffectTable],
+        replay: bool,
     ) -> None:
         self.lm, self.questions, self.config = lm, list(questions), config
         noise = questions[0].noise
@@ -151,7 +156,7 @@ class Runs:
             self._corrupt(rows, question, decoder)
         return out
 
-    def _corrupt(self, rows_btd: Tensor, question: Question, decoder: bool, noise: Tensor | None = None) -> None:
+    def _corrupt(self, rows_btd: Tensor, question: TraceInput, decoder: bool, noise: Tensor | None = None) -> None:
         """Corrupt whole sets of samples of one prompt in place."""
         if noise is None:
             noise = question.decoder_noise if decoder else question.noise
@@ -230,7 +235,7 @@ class Runs:
 _Job = tuple[list[int], int, tuple[int, int] | None, Tensor]
 
 
-class Changes:
+class RowChanges:
     """What is put where during one forward of rows that come in `states` equal groups, and the hooks that do it."""
 
     def __init__(self, runs: Runs, states: int) -> None:

@@ -70,7 +70,7 @@ class TraceConfig:
         correction: "query-key": recompute the next block's attention weights in the estimate of residual states, where
             the softmax is far from linear.
         screen: estimate everything, then compute so many of the most promising cells exactly.
-        rows_per_chunk: rows computed at once, which bounds memory; default: what fits in about half a gigabyte.
+        rows_per_batch: rows computed at once, which bounds memory; default: what fits in about half a gigabyte.
         engine: "replay", "whole" forward passes, or by itself whichever gives the model's own numbers fastest.
     Raises:
         SettingError: a value that does not exist, or a combination that means nothing; the message says why.
@@ -100,7 +100,7 @@ class TraceConfig:
     method: Method = "exact"
     correction: Correction = "none"
     screen: int | None = None
-    rows_per_chunk: int | None = None
+    rows_per_batch: int | None = None
     engine: Engine = "auto"
 
     def __post_init__(self) -> None:
@@ -118,18 +118,18 @@ class TraceConfig:
                 f"window={self.window}, samples={self.samples}, extra_tokens={self.extra_tokens}: window and samples have to "
                 "be at least 1, extra_tokens at least 0"
             )
-        if self.rows_per_chunk is not None and self.rows_per_chunk < 1:
-            raise SettingError(f"rows_per_chunk={self.rows_per_chunk}: at least one row is computed at a time")
+        if self.rows_per_batch is not None and self.rows_per_batch < 1:
+            raise SettingError(f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time")
         named = self.positions in ("all", "subject_last", "last") if isinstance(self.positions, str) else False
         if not named and (isinstance(self.positions, str) or not isinstance(self.positions, Sequence)):
             raise SettingError(
                 f"positions={self.positions!r} does not exist; expected 'all', 'subject_last', 'last' or token numbers"
             )
-        for problem, reason in self._senseless():
+        for problem, reason in self._invalid_combinations():
             if problem:
                 raise SettingError(reason)
 
-    def _senseless(self) -> list[tuple[bool, str]]:
+    def _invalid_combinations(self) -> list[tuple[bool, str]]:
         sites, severed = SITES if self.sites is None else tuple(self.sites), self.severed
         unknown = [name for name in severed if name not in WINDOWED]
         own = [name for name in severed if name in sites or (name == "attention" and "head" in sites)]
@@ -245,7 +245,7 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Table:
+class EffectTable:
     """One table of scores: its name, its shape behind the token axis, and its patches in row-major order."""
 
     name: str
@@ -253,7 +253,7 @@ class Table:
     patches: tuple[Patch, ...]
 
 
-def usual_window(n_layers: int) -> int:
+def default_window(n_layers: int) -> int:
     """10 layers as in the paper, a third of the model where that is fewer: a window over all layers shows nothing."""
     return min(10, max(1, round(n_layers / 3)))
 
@@ -268,7 +268,7 @@ def window_layers(centre: int, window: int, n_layers: int, align: Align = "code"
     return min(max(0, first), n_layers - 1), max(1, min(n_layers, end))
 
 
-def tables(lm: LanguageModel, config: TraceConfig) -> list[Table]:
+def tables(lm: LanguageModel, config: TraceConfig) -> list[EffectTable]:
     """Every table that the settings ask for; a severed one is named after both, such as "residual, mlp severed".
 
     Raises:
@@ -282,7 +282,7 @@ def tables(lm: LanguageModel, config: TraceConfig) -> list[Table]:
             patches, shape = _patches(lm, config, site)
             if severed:
                 patches = [Patch(p.site, p.first, p.end, p.part, severed) for p in patches]
-            found.append(Table(f"{site}, {severed} severed" if severed else site, shape, tuple(patches)))
+            found.append(EffectTable(f"{site}, {severed} severed" if severed else site, shape, tuple(patches)))
     return found
 
 
@@ -303,5 +303,5 @@ def _patches(lm: LanguageModel, config: TraceConfig, site: str) -> tuple[list[Pa
         return [Patch(site, layer, layer + 1, (i, i + 1)) for layer, i in config.neurons], (len(config.neurons),)
     if site not in WINDOWED:
         return [Patch(site, layer, layer + 1) for layer in range(n_layers)], (n_layers,)
-    window = config.window or usual_window(n_layers)
+    window = config.window or default_window(n_layers)
     return [Patch(site, *window_layers(c, window, n_layers, config.window_align)) for c in range(n_layers)], (n_layers,)

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engram.engine.attention import quick
+from engram.engine.attention import short_attention_in_eager
 from engram.engine.suffix import Suffix
-from engram.locate.recorded_runs import Changes, Runs
+from engram.locate.recorded_runs import RowChanges, Runs
 from engram.locate.settings import Patch
 from engram.modules.hooks import substitute
 
 
 @dataclass(frozen=True)
-class Strand:
+class TracedToken:
     """One token of one prompt, by its number in the batch."""
 
     fact: int
@@ -32,20 +32,20 @@ class Strand:
 class Group:
     """Strands whose suffixes are equally long, and the patches that are made at each of them."""
 
-    strands: tuple[Strand, ...]
+    strands: tuple[TracedToken, ...]
     patches: tuple[Patch, ...]
 
 
-def suffix_length(runs: Runs, strand: Strand) -> int:
+def suffix_length(runs: Runs, strand: TracedToken) -> int:
     """Positions from the strand's token to the last one that is read."""
     return runs.questions[strand.fact].read[-1] + 1 - strand.token
 
 
-def chunks(runs: Runs, group: Group, rows_per_chunk: int | None) -> Iterator[Group]:
+def chunks(runs: Runs, group: Group, rows_per_batch: int | None) -> Iterator[Group]:
     """Parts of a group that keep the rows in memory below the limit: fewer strands first, then fewer patches."""
     replays = runs.recording is not None
     tokens = suffix_length(runs, group.strands[0]) if replays else runs.ids_bt.shape[1]
-    rows = rows_per_chunk or affordable_rows(runs, tokens)
+    rows = rows_per_batch or affordable_rows(runs, tokens)
     at_once = max(1, rows // (runs.samples * len(group.patches)))
     size = max(1, rows // runs.samples)
     patches = sorted(group.patches, key=lambda p: (p.first, p.site, p.end, p.severed or "", p.part or (0, 0)))
@@ -70,7 +70,7 @@ def affordable_rows(runs: Runs, tokens: int) -> int:
 
 def sweep(runs: Runs, group: Group) -> Tensor:
     """[patches, strands] scores, all in one walk over the blocks."""
-    with torch.no_grad(), quick(runs.lm):
+    with torch.no_grad(), short_attention_in_eager(runs.lm):
         return _sweep(runs, group)
 
 
@@ -153,8 +153,8 @@ class _Walk:
             by_state[whole, :, 0] = self.runs.states("residual", layer, self.rows["source"], self.tokens)
         return out
 
-    def _changes(self, layer: int, states: list[Patch]) -> Changes:
-        changes = Changes(self.runs, len(states))
+    def _changes(self, layer: int, states: list[Patch]) -> RowChanges:
+        changes = RowChanges(self.runs, len(states))
         jobs: dict[tuple[str, str, tuple[int, int] | None], list[int]] = {}
         for i, state in enumerate(states):
             if state.site != "residual" and state.first <= layer < state.end:

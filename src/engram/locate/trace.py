@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from engram.errors import EditFileError
+from engram.errors import EngramFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ class CausalTrace:
             tables = load_tensors(data)
             scores = {site: tables[site] for site in about.pop("tables")}
         except (SafetensorError, OSError, KeyError, ValueError, UnicodeDecodeError, OverflowError) as error:
-            raise EditFileError(
+            raise EngramFileError(
                 f"{name!r} is not a saved causal trace ({error}); make one with CausalTrace.save"
             ) from error
         exact = {k.removeprefix("exact: "): v for k, v in tables.items() if k.startswith("exact: ")}
@@ -151,5 +151,5 @@ class CausalTrace:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise EditFileError(f"{str(path)!r} is not a saved causal trace ({error})") from error
+            raise EngramFileError(f"{str(path)!r} is not a saved causal trace ({error})") from error
         return cls.from_bytes(data, str(path))

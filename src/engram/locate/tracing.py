@@ -16,11 +16,11 @@ from engram.engine.replayable import use_replay
 from engram.errors import NonFiniteError, SettingError
 from engram.locate.attribution import estimate
 from engram.locate.corruption import Corruptor
-from engram.locate.question import Prompt, Question, ask
 from engram.locate.recorded_runs import Runs
-from engram.locate.settings import Patch, Table, TraceConfig, tables, usual_window
-from engram.locate.sweep import Group, Strand, chunks, suffix_length, sweep
+from engram.locate.settings import EffectTable, Patch, TraceConfig, default_window, tables
+from engram.locate.sweep import Group, TracedToken, chunks, suffix_length, sweep
 from engram.locate.trace import CausalTrace, Progress
+from engram.locate.trace_input import TraceInput, TracePrompt, prepare
 from engram.locate.whole_passes import can_matter, whole
 from engram.model.language_model import LanguageModel
 
@@ -32,7 +32,7 @@ _RECORDED_BYTES = 1 << 29  # what one batch's recording may take
 
 def trace_prompts(
     lm: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[TracePrompt],
     config: TraceConfig,
     *,
     facts_per_batch: int | None = None,
@@ -47,17 +47,17 @@ def trace_prompts(
         One trace a prompt; see `batched` for the order.
     """
     corruptor = Corruptor(lm, config)
-    questions = [ask(lm, prompt, config, corruptor) for prompt in prompts]
+    questions = [prepare(lm, prompt, config, corruptor) for prompt in prompts]
     for batch in batched(lm, questions, config, facts_per_batch):
         yield from trace_batch(lm, batch, config, progress)
 
 
 def batched(
-    lm: LanguageModel, questions: Sequence[Question], config: TraceConfig, facts_per_batch: int | None = None
-) -> Iterator[list[Question]]:
+    lm: LanguageModel, questions: Sequence[TraceInput], config: TraceConfig, facts_per_batch: int | None = None
+) -> Iterator[list[TraceInput]]:
     """Questions by their number of answer tokens and their length, so many at a time."""
     together = _together(lm, config)
-    batch: list[Question] = []
+    batch: list[TraceInput] = []
     for question in sorted(questions, key=lambda q: (len(q.read), len(q.ids))):
         most = facts_per_batch or _affordable_facts(lm, question, config)
         if batch and (len(batch) >= most or len(question.read) != len(batch[0].read) or not together):
@@ -73,7 +73,7 @@ def _together(lm: LanguageModel, config: TraceConfig) -> bool:
     return config.frozen_noise is None and use_replay(lm, config.engine)
 
 
-def _affordable_facts(lm: LanguageModel, question: Question, config: TraceConfig) -> int:
+def _affordable_facts(lm: LanguageModel, question: TraceInput, config: TraceConfig) -> int:
     samples = 1 if question.noise is None else len(question.noise)
     tensors = (
         20 if config.estimates else 5
@@ -84,7 +84,7 @@ def _affordable_facts(lm: LanguageModel, question: Question, config: TraceConfig
 
 
 def trace_batch(
-    lm: LanguageModel, questions: Sequence[Question], config: TraceConfig, progress: Progress | None = None
+    lm: LanguageModel, questions: Sequence[TraceInput], config: TraceConfig, progress: Progress | None = None
 ) -> list[CausalTrace]:
     """Traces of questions that can be recorded together: one, or several for replay with equally many answer tokens."""
     replay = _together(lm, config)
@@ -101,7 +101,7 @@ def trace_batch(
         jobs = results.jobs(config.screen)
         done, total = 0, sum(len(group.strands) * len(group.patches) for group in jobs)
         for group in jobs:
-            for part in chunks(runs, group, config.rows_per_chunk):
+            for part in chunks(runs, group, config.rows_per_batch):
                 if replay:
                     found = sweep(runs, part)
                 else:
@@ -116,7 +116,7 @@ def trace_batch(
 class _Results:
     """The tables of a batch, while they are filled. A flat list of patches runs through all tables of a prompt."""
 
-    def __init__(self, runs: Runs, plan: Sequence[Table]) -> None:
+    def __init__(self, runs: Runs, plan: Sequence[EffectTable]) -> None:
         self.runs, self.plan = runs, plan
         self.patches = [patch for table in plan for patch in table.patches]
         unpatched = runs.unpatched()
@@ -141,7 +141,7 @@ class _Results:
     def jobs(self, screen: int | None) -> list[Group]:
         """What is to be computed: strands of one suffix length that share their patches."""
         self.screened = screen is not None
-        found: dict[tuple[int, tuple[Patch, ...]], list[Strand]] = {}
+        found: dict[tuple[int, tuple[Patch, ...]], list[TracedToken]] = {}
         for f, question in enumerate(self.runs.questions):
             wanted = self._alive(f)
             if screen is not None:
@@ -152,7 +152,7 @@ class _Results:
             for row, token in enumerate(question.rows):
                 patches = tuple(dict.fromkeys(p for p, w in zip(self.patches, wanted[row].tolist(), strict=True) if w))
                 if patches:
-                    strand = Strand(f, token)
+                    strand = TracedToken(f, token)
                     found.setdefault((suffix_length(self.runs, strand), patches), []).append(strand)
         return [Group(tuple(strands), patches) for (_, patches), strands in found.items()]
 
@@ -166,7 +166,7 @@ class _Results:
     def traces(self) -> list[CausalTrace]:
         return [self._trace(f, question) for f, question in enumerate(self.runs.questions)]
 
-    def _trace(self, fact: int, question: Question) -> CausalTrace:
+    def _trace(self, fact: int, question: TraceInput) -> CausalTrace:
         runs, lm, config = self.runs, self.runs.lm, self.runs.config
         scores, exact, at = {}, {}, 0
         for table in self.plan:
@@ -185,13 +185,13 @@ class _Results:
         return CausalTrace(
             prompt.text, prompt.subject, str(lm.tokenizer.decode(runs.answers[fact])), [shown[i] for i in question.rows],
             question.rows, question.span, question.corrupted, scores, low, high,
-            config.window or usual_window(lm.n_layers), runs.samples, lm.name,
+            config.window or default_window(lm.n_layers), runs.samples, lm.name,
             question.read[0] if lm.kind != "encoder-decoder" else len(question.ids) - 1, described(config, prompt),
             "screened" if self.screened else config.method, exact if self.screened else {},
         )  # fmt: skip
 
 
-def described(config: TraceConfig, prompt: Prompt | None = None) -> dict[str, Any]:
+def described(config: TraceConfig, prompt: TracePrompt | None = None) -> dict[str, Any]:
     """The settings that change what the numbers mean, as JSON knows them."""
     about: dict[str, Any] = {
         name: getattr(config, name)
@@ -233,8 +233,8 @@ def causal_trace(
         NonFiniteError: the model's probabilities are not finite.
     Source: Meng et al. 2022, Sec. 2.2 and Appendix B; noise as in the released code.
     """
-    from engram.locate.question import Prompt
+    from engram.locate.trace_input import TracePrompt
 
-    asked = Prompt(prompt, subject, target, foil, other_subject)
+    asked = TracePrompt(prompt, subject, target, foil, other_subject)
     (found,) = trace_prompts(lm, [asked], TraceConfig.of(**settings), progress=progress)
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram.locate.recorded_runs import Changes, Runs
+from engram.locate.recorded_runs import RowChanges, Runs
 from engram.locate.settings import PARTS, SITES, Patch
 from engram.modules.hooks import substitute
 
@@ -32,7 +32,7 @@ def whole(runs: Runs, token: int, patches: tuple[Patch, ...]) -> Tensor:
     lm, samples = runs.lm, runs.samples
     rows = {kind: runs.rows([0], kind) for kind in ("base", "source", "frozen")}
     at = torch.full((samples,), token)
-    changes = Changes(runs, len(patches))
+    changes = RowChanges(runs, len(patches))
     for i, patch in enumerate(patches):
         for layer in range(lm.n_layers):
             if patch.first <= layer < patch.end:

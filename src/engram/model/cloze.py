@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.chat_template import answers_spaced
 from engram.model.frames import BARE, Frame, check_frame, framed
-from engram.modules.layouts import Kind
+from engram.modules.layouts import ModelKind
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -61,7 +61,7 @@ class Templates:
     decoder: str = ""
 
 
-def usual_templates(kind: Kind, tokenizer: PreTrainedTokenizerBase) -> Templates:
+def default_templates(kind: ModelKind, tokenizer: PreTrainedTokenizerBase) -> Templates:
     """The wording in which models of a kind were trained to fill a blank.
 
     Raises:
@@ -85,7 +85,7 @@ def _has_sentinel(tokenizer: PreTrainedTokenizerBase) -> bool:
     return found is not None and found != tokenizer.unk_token_id
 
 
-def check_prompt_template(template: str, kind: Kind, tokenizer: PreTrainedTokenizerBase) -> str:
+def check_prompt_template(template: str, kind: ModelKind, tokenizer: PreTrainedTokenizerBase) -> str:
     """The template, if a model of that kind can be asked with it.
 
     Raises:
@@ -107,7 +107,7 @@ def check_prompt_template(template: str, kind: Kind, tokenizer: PreTrainedTokeni
     return template
 
 
-def check_decoder_template(template: str, kind: Kind) -> str:
+def check_decoder_template(template: str, kind: ModelKind) -> str:
     """The same for what the decoder is made to begin with: any text, in which {} is the prompt.
 
     Raises:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from engram.model.language_model import LanguageModel
-from engram.modules.hooks import Around, nothing
+from engram.modules.hooks import RowContext, no_edits
 
 TOP_K = 5
 
@@ -46,7 +46,7 @@ def seed_of(*parts: object) -> int:
 
 @torch.no_grad()
 def write(
-    lm: LanguageModel, writings: Sequence[Writing], around: Around = nothing, *, rows_at_once: int = 512
+    lm: LanguageModel, writings: Sequence[Writing], around: RowContext = no_edits, *, rows_per_batch: int = 512
 ) -> list[list[int]]:
     """The new tokens of each.
 
@@ -54,7 +54,7 @@ def write(
         around: given the numbers of the rows of a batch, lays what is in force for them.
     """
     out: list[list[int]] = [[] for _ in writings]
-    for batch in _batches(writings, rows_at_once, pads_on_the_left(lm)):
+    for batch in _batches(writings, rows_per_batch, pads_on_the_left(lm)):
         with around(batch):
             for i, ids in zip(batch, _written(lm, [writings[i] for i in batch]), strict=True):
                 out[i] = ids
@@ -145,7 +145,7 @@ def _chosen(logits_bv: Tensor, generators: Sequence[torch.Generator | None]) -> 
     return indices[torch.arange(len(places)), torch.tensor(places)]
 
 
-def spelled(lm: LanguageModel, ids: Sequence[int]) -> str:
+def normalised_text(lm: LanguageModel, ids: Sequence[int]) -> str:
     """A written text as it is scored: without end-of-text marks, compatibility characters folded, blank lines as spaces."""
     text = unicodedata.normalize("NFKD", str(lm.tokenizer.decode(list(ids))))
     for mark in lm.special_texts:

@@ -20,11 +20,18 @@ from transformers import (
 )
 
 from engram.errors import FactError, SettingError, UnsupportedModelError
-from engram.model.cloze import Cloze, Templates, check_decoder_template, check_prompt_template, make_cloze, usual_templates
+from engram.model.cloze import (
+    Cloze,
+    Templates,
+    check_decoder_template,
+    check_prompt_template,
+    default_templates,
+    make_cloze,
+)
 from engram.model.frames import Frame, around, check_frame, framed, name_of
 from engram.model.tokens import Encoding, continuation_ids, pad_right, spaced
 from engram.modules.hooks import substitute
-from engram.modules.layouts import Kind
+from engram.modules.layouts import ModelKind
 from engram.modules.parts import Parts
 from engram.modules.resolve import resolve
 
@@ -62,11 +69,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.parts: Parts = resolve(model)
-        self.kind: Kind = self.parts.kind
+        self.kind: ModelKind = self.parts.kind
         self.loaded: dict[str, Any] | None = (
             None  # arguments of `load`, where it made this: workers get the same model by them
         )
-        self._templates: Templates = usual_templates(self.kind, tokenizer)
+        self._templates: Templates = default_templates(self.kind, tokenizer)
 
     def __repr__(self) -> str:
         return (

@@ -18,11 +18,11 @@ from transformers.activations import NewGELUActivation
 
 from engram.errors import EngramError, UnsupportedModelError
 from engram.model.language_model import LanguageModel, log
-from engram.modules.layouts import Kind
+from engram.modules.layouts import ModelKind
 from engram.modules.resolve import kind_of
 from engram.modules.weights import keep_differentiable, quantisation
 
-_AUTO_CLASSES: dict[Kind, Any] = {
+_AUTO_CLASSES: dict[ModelKind, Any] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "encoder-decoder": AutoModelForSeq2SeqLM,

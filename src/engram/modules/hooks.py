@@ -119,15 +119,17 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
         yield
 
 
-Around = Callable[[Sequence[int]], AbstractContextManager[None]]  # owners of a batch's rows -> what is in force for them
+RowContext = Callable[
+    [Sequence[int]], AbstractContextManager[None]
+]  # owners of a batch's rows -> what is in force for them
 
 
-def nothing(owners: Sequence[int]) -> AbstractContextManager[None]:
+def no_edits(owners: Sequence[int]) -> AbstractContextManager[None]:
     """Every row of the batch is computed by the model as it is."""
     return nullcontext()
 
 
-def own_changes(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -> Around:
+def per_row_edits(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -> RowContext:
     """Let every row of a batch be computed with its owner's changes.
 
     Args:

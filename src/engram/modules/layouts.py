@@ -17,10 +17,10 @@ from engram.modules.weights import is_transposed as is_transposed
 log = logging.getLogger(__name__)
 
 
-Kind = Literal["causal", "masked", "encoder-decoder"]
+ModelKind = Literal["causal", "masked", "encoder-decoder"]
 
 
-AUTO_CLASSES: dict[Kind, str] = {  # the class of transformers that loads a model of a kind
+AUTO_CLASSES: dict[ModelKind, str] = {  # the class of transformers that loads a model of a kind
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "encoder-decoder": "AutoModelForSeq2SeqLM",
@@ -45,7 +45,7 @@ class Layout:
     heads_out: str | None = None  # matrix that mixes the heads' outputs: its input is all heads side by side
     project_out: str | None = None  # map from the last norm to a smaller unembedding
     sites: Mapping[str, str] = field(default_factory=dict)  # more places to trace: name -> module with output [b, t, any]
-    kind: Kind = "causal"
+    kind: ModelKind = "causal"
     head: tuple[str, ...] = ()  # a masked model's modules from the last block to the logits, in order
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.errors import UnsupportedModelError
-from engram.modules.layouts import Kind, Layout
+from engram.modules.layouts import Layout, ModelKind
 from engram.modules.weights import as_linear as as_linear
 from engram.modules.weights import is_transposed as is_transposed
 from engram.modules.weights import linear_shape
@@ -29,7 +29,7 @@ class Parts:
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self.layout = layout
-        self.kind: Kind = layout.kind
+        self.kind: ModelKind = layout.kind
         self.blocks = list(model.get_submodule(layout.blocks).children())
         self.embed = model.get_submodule(layout.embed)
         self._within = {"attention": layout.attention, "mlp": layout.mlp, **layout.sites}  # site -> name below a block

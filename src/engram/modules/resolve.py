@@ -12,14 +12,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from engram.errors import UnsupportedModelError
-from engram.modules.layouts import AUTO_CLASSES, LAYOUTS, Kind, Layout, log
+from engram.modules.layouts import AUTO_CLASSES, LAYOUTS, Layout, ModelKind, log
 from engram.modules.parts import Parts
 from engram.modules.weights import as_linear as as_linear
 from engram.modules.weights import is_transposed as is_transposed
 from engram.modules.weights import linear_shape
 
 
-def kind_of(config: Any, architectures: Sequence[str] | None = None) -> Kind:
+def kind_of(config: Any, architectures: Sequence[str] | None = None) -> ModelKind:
     """What kind of model a config (and the names of its model classes) describes.
 
     Args:
@@ -71,7 +71,7 @@ def _unshare(model: nn.Module, name: str) -> None:
         setattr(model.get_submodule(home), leaf, deepcopy(module, shared))
 
 
-def _discover(model: nn.Module, kind: Kind) -> Layout:
+def _discover(model: nn.Module, kind: ModelKind) -> Layout:
     """The layout of a causal family that has no row, where each part has exactly one candidate."""
     found: dict[str, list[str]] = {role: [] for role in ("blocks", "embed", "norm", "attention", "mlp", "mlp_out")}
     if kind != "causal":  # which of its stacks, and before or after which norm, is not ours to guess
@@ -120,7 +120,7 @@ def _matrices_to(module: nn.Module, prefix: str, width: int | None) -> Iterator[
                 yield f"{prefix}.{name}"
 
 
-def _row_to_add(family: str, found: dict[str, list[str]], kind: Kind = "causal") -> str:
+def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "causal") -> str:
     near = get_close_matches(family, [name for name, layout in LAYOUTS.items() if layout.kind == kind], n=1)
     if kind != "causal":
         known = ", ".join(sorted(name for name, layout in LAYOUTS.items() if layout.kind == kind))

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from engram.checks import checked
+from engram.checks import position_in
 from engram.errors import SettingError
 from engram.plots.style import STYLE, font, layer_ticks, plain
 
@@ -56,7 +56,7 @@ def plot_lens(lens: LogitLens, shade: Shade = "probability", positions: Sequence
     if shade not in _SHADES:
         raise SettingError(f"shade={shade!r} does not exist; colours can mean {', '.join(_SHADES)}")
     colours, legend, numbers = _SHADES[shade]
-    columns = [checked(at, len(lens.tokens)) for at in (range(len(lens.tokens)) if positions is None else positions)]
+    columns = [position_in(at, len(lens.tokens)) for at in (range(len(lens.tokens)) if positions is None else positions)]
     cells = [[plain(_short(lens.top(row, at)[0][0])) for at in columns] for row in range(len(lens.rank))]
     labels = [plain(_short(lens.tokens[at])) for at in columns], [plain(_short(lens.answers[at])) for at in columns]
     longest = max(len(text) for row in (*cells, *labels) for text in row)

@@ -16,7 +16,7 @@ from engram.benchmark.data.tfidf import TfIdf
 from engram.errors import FactError
 from engram.facts import Fact
 
-Kind = Literal[
+ProbeKind = Literal[
     "rewrite", "paraphrase", "neighbourhood", "attribute",  # CounterFact, zsRE
     "neighbourhood+",  # CounterFact+: the edit stated in front of a neighbour
     "rephrase", "locality",  # the flattened form of CounterFact: not the paraphrases and neighbours of the paper
@@ -24,7 +24,7 @@ Kind = Literal[
     "logical-generalisation", "compositionality-1", "compositionality-2", "subject-aliasing", "preservation",
     "relation-specificity",  # RippleEdits' six
 ]  # fmt: skip
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
 Form = Literal["counterfact", "flat", "zsre", "mquake", "ripple"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -46,7 +46,7 @@ class Probe:
         FactError: a kind that does not exist, an empty text, or `wanted` and `unwanted` alike.
     """
 
-    kind: Kind
+    kind: ProbeKind
     prompt: str
     wanted: str
     unwanted: str | None = None
@@ -98,7 +98,7 @@ class Record:
         if not self.facts or not self.probes:
             raise FactError(f"record {self.id!r} has {len(self.facts)} facts and {len(self.probes)} probes; it needs both")
 
-    def of(self, kind: Kind) -> list[int]:
+    def of(self, kind: ProbeKind) -> list[int]:
         """Places among `probes` of those of a kind, conditions left out."""
         return [i for i, probe in enumerate(self.probes) if probe.kind == kind and not probe.condition]
 

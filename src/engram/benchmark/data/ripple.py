@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Kind, Probe, Record
+from engram.benchmark.data.records import Probe, ProbeKind, Record
 from engram.facts import Fact
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, ProbeKind] = {
     "Logical_Generalization": "logical-generalisation",
     "Compositionality_I": "compositionality-1",
     "Compositionality_II": "compositionality-2",
@@ -42,7 +42,7 @@ def ripple_record(fields: Fields, number: int) -> Record:
     return Record(str(number), (fact,), tuple(probes))
 
 
-def _test(test: Fields, kind: Kind, name: str) -> Iterator[Probe]:
+def _test(test: Fields, kind: ProbeKind, name: str) -> Iterator[Probe]:
     """The queries of a test, and those that have to be answered before the edit for it to count."""
     joined = test.text("test_condition", "OR")
     if joined not in ("OR", "AND"):

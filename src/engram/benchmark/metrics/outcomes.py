@@ -10,7 +10,7 @@ from engram.errors import SettingError
 
 
 @dataclass(frozen=True)
-class Asked:
+class MeasureConfig:
     """What is measured of every record.
 
     Args:

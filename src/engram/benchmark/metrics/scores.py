@@ -14,12 +14,12 @@ from itertools import groupby
 from math import exp
 from statistics import fmean
 
-from engram.benchmark.data.records import Kind, Probe, Record
+from engram.benchmark.data.records import Probe, ProbeKind, Record
 from engram.benchmark.metrics.outcomes import Measured, Outcome, Reading
 
 _Score = Callable[[Probe, Reading, Reading], float | None]  # (probe, before, after) -> of one prompt
 
-RIPPLES: tuple[Kind, ...] = (
+RIPPLES: tuple[ProbeKind, ...] = (
     "logical-generalisation", "compositionality-1", "compositionality-2", "subject-aliasing", "preservation",
     "relation-specificity",
 )  # fmt: skip
@@ -60,7 +60,7 @@ def of_prompts(record: Record, before: Outcome, after: Outcome) -> dict[str, lis
     return {name: _values(record, kind, score, before, after) for name, (kind, score) in _PROMPTS.items()}
 
 
-def _values(record: Record, kind: Kind, score: _Score, before: Outcome, after: Outcome) -> list[float]:
+def _values(record: Record, kind: ProbeKind, score: _Score, before: Outcome, after: Outcome) -> list[float]:
     values = (score(record.probes[i], before.readings[i], after.readings[i]) for i in record.of(kind))
     return [value for value in values if value is not None]
 
@@ -101,7 +101,7 @@ def _kl(probe: Probe, before: Reading, after: Reading) -> float | None:
     return after.kl
 
 
-_PROMPTS: dict[str, tuple[Kind, _Score]] = {
+_PROMPTS: dict[str, tuple[ProbeKind, _Score]] = {
     "EG": ("rewrite", _said), "PG": ("paraphrase", _said), "NG": ("neighbourhood", _said), "NG+": ("neighbourhood+", _said),
     "kept": ("neighbourhood", _kept),
     "ES": ("rewrite", _won), "EM": ("rewrite", _margin), "EA": ("rewrite", _whole),
@@ -138,7 +138,7 @@ def _instance_wise(record: Record, after: Outcome) -> float | None:
     return float(all(answered)) if answered and None not in answered else None
 
 
-def _ripple(record: Record, kind: Kind, before: Outcome, after: Outcome) -> float | None:
+def _ripple(record: Record, kind: ProbeKind, before: Outcome, after: Outcome) -> float | None:
     """Share of a kind's tests that are passed, of those whose every condition the unedited model answers."""
     passed = []
     for places in _tests(record, kind):
@@ -151,7 +151,7 @@ def _ripple(record: Record, kind: Kind, before: Outcome, after: Outcome) -> floa
     return fmean(passed) if passed else None
 
 
-def _tests(record: Record, kind: Kind) -> list[list[int]]:
+def _tests(record: Record, kind: ProbeKind) -> list[list[int]]:
     """Places of the probes of each test; one without a name is a test of its own."""
 
     def test(place: int) -> tuple[str, int]:

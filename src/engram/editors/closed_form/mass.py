@@ -23,8 +23,8 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.closed_form.inputs import in_force, keys_of, layers_of, moments_of, shared_subjects
-from engram.editors.closed_form.mass_settings import _REMEMBERS, _SHARES, ROWS, MassConfig, _settings
-from engram.editors.closed_form.shifted_rows import reaches_block
+from engram.editors.closed_form.mass_settings import KEEPS_PAST_KEYS, MASS_METHODS, RESIDUAL_SHARES, MassConfig, _settings
+from engram.editors.closed_form.shifted_rows import mlp_shift_reaches_block_output
 from engram.editors.closed_form.solver import Preservation, solve, solve_as_published, solve_exactly
 from engram.editors.closed_form.subject_keys import SubjectStates
 from engram.editors.closed_form.value_search import _found
@@ -38,15 +38,15 @@ from engram.engine.replayable import Engine
 from engram.errors import EngramError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
-from engram.modules.hooks import own_changes
-from engram.progress import Report, silent
+from engram.modules.hooks import per_row_edits
+from engram.progress import Report, no_progress
 from engram.runs.workers import Workers
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Setup:
     """What a call works with, made of its settings.
 
     Attributes:
@@ -92,7 +92,7 @@ class _Ready:
         )
 
 
-def _ready(
+def _prepare(
     lm: LanguageModel,
     facts: Sequence[Fact],
     method: str,
@@ -106,7 +106,7 @@ def _ready(
     tokens: int | None = None,
     past: Sequence[Edit] = (),
     **knobs: Any,
-) -> _Ready:
+) -> _Setup:
     """The settings of a call, checked, and what is made by them."""
     settings = _settings(method, lm.name, knobs)
     usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
@@ -115,7 +115,7 @@ def _ready(
         MassConfig,
         settings,
         method,
-        "layers, contexts, second_moments, corpus, tokens, past, facts_at_once, store, workers, seed",
+        "layers, contexts, second_moments, corpus, tokens, past, facts_per_batch, store, workers, seed",
     )
     if layers == "auto":
         from engram.layers.choice import choose_layers
@@ -135,24 +135,24 @@ def _ready(
     names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    old_keys = {layer: keys_of(past, names[layer]) if method in _REMEMBERS else None for layer in chosen}
+    old_keys = {layer: keys_of(past, names[layer]) if method in KEEPS_PAST_KEYS else None for layer in chosen}
     if config.exact and any(keys is not None for keys in old_keys.values()):
         raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
     anchor = _anchor(past) if config.norm_anchor else None
-    if config.site == "block" and not reaches_block(lm, chosen[-1]):
+    if config.site == "block" and not mlp_shift_reaches_block_output(lm, chosen[-1]):
         log.warning(
             "%s changes the MLP's output before it is added (by a norm or a factor), so that a value for the block's output cannot be "
             "written exactly; one for the MLP's can: site='mlp'",
             lm.name,
         )
-    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, progress or silent)
+    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, progress or no_progress)
     contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
     recipe = {
         "layers": chosen, **flat(config), "contexts": list(contexts),
         "second_moments": {str(layer): moment.source for layer, moment in moments.items()}, "past": len(past),
     }  # fmt: skip
     base = describe_base(lm, names.values())
-    return _Ready(method, config, names, contexts, moments, old_keys, anchor, recipe, base)
+    return _Setup(method, config, names, contexts, moments, old_keys, anchor, recipe, base)
 
 
 def mass_edit(
@@ -166,7 +166,7 @@ def mass_edit(
     corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: int | None = None,
     past: Sequence[Edit] = (),
-    facts_at_once: int = 32,
+    facts_per_batch: int = 32,
     store: str | Path | bool = True,
     workers: Workers | None = None,
     seed: int = 0,
@@ -185,7 +185,7 @@ def mass_edit(
         contexts: templates with one `{}` each, the bare "{}" first; default: five that the model samples with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
         past: edits made before on the same base, in force while this one is made; methods that remember also preserve their keys.
-        facts_at_once: facts whose values are optimised in one batch, which bounds memory while values are found.
+        facts_per_batch: facts whose values are optimised in one batch, which bounds memory while values are found.
         store: keep each value as soon as it is found, under a digest of everything it depends on, and take it from there next time:
             a killed run goes on. A file, True for the cache folder, or False.
         workers: where values are found, in the same batches and so the same; default: in this process. They do not see `past`.
@@ -194,10 +194,10 @@ def mass_edit(
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: keys or losses are not finite.
     """
-    report = progress or silent
+    report = progress or no_progress
     given: dict[str, Any] = {"layers": layers, "contexts": contexts, "corpus": corpus, "tokens": tokens}
     given["second_moments"] = second_moments
-    ready = _ready(lm, facts, method, past=past, seed=seed, progress=progress, **given, **knobs)
+    ready = _prepare(lm, facts, method, past=past, seed=seed, progress=progress, **given, **knobs)
     shared = shared_subjects(facts)
     if shared:
         log.warning(
@@ -206,7 +206,7 @@ def mass_edit(
             shared[0],
         )
     with in_force(past, lm):
-        values = _values(lm, facts, ready, engine, facts_at_once, store, workers, report)
+        values = _values(lm, facts, ready, engine, facts_per_batch, store, workers, report)
         targets_nd = ready.targets(values)
         deltas, keys, about = _spread(lm, facts, targets_nd, ready, engine, report)
     return ready.edit(facts, values, targets_nd, deltas, keys, about, seed, shared)
@@ -217,7 +217,7 @@ def mass_each(
     facts: Sequence[Fact],
     method: str,
     *,
-    facts_at_once: int = 32,
+    facts_per_batch: int = 32,
     store: str | Path | bool = True,
     workers: Workers | None = None,
     seed: int = 0,
@@ -233,9 +233,9 @@ def mass_each(
     Args:
         settings: the others of `mass_edit` but for `past`.
     """
-    report = progress or silent
-    ready = _ready(lm, facts, method, seed=seed, progress=progress, **settings)
-    values = _values(lm, facts, ready, engine, facts_at_once, store, workers, report)
+    report = progress or no_progress
+    ready = _prepare(lm, facts, method, seed=seed, progress=progress, **settings)
+    values = _values(lm, facts, ready, engine, facts_per_batch, store, workers, report)
     targets_nd = ready.targets(values)
     states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
     changes: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
@@ -244,7 +244,7 @@ def mass_each(
     about: list[dict[str, Any]] = [{} for _ in facts]
     for number, (layer, name) in enumerate(ready.names.items()):
         report("layer", number, len(ready.names))
-        keys_ncf, states_nd = states.at(layer, own_changes(changes))
+        keys_ncf, states_nd = states.at(layer, per_row_edits(changes))
         missing_nd = targets_nd.to(states_nd) - states_nd
         left = len(ready.names) - number
         each = [_change(keys_ncf[i : i + 1], missing_nd[i : i + 1], left, layer, ready) for i in range(len(facts))]
@@ -259,18 +259,20 @@ def mass_each(
     ]
 
 
-memit, emmet, memit_seq, alphaedit, pmet = (partial(mass_edit, method=name) for name in ROWS)
+memit, emmet, memit_seq, alphaedit, pmet = (partial(mass_edit, method=name) for name in MASS_METHODS)
 
 
-memit_each, emmet_each, memit_seq_each, alphaedit_each, pmet_each = (partial(mass_each, method=name) for name in ROWS)
+memit_each, emmet_each, memit_seq_each, alphaedit_each, pmet_each = (
+    partial(mass_each, method=name) for name in MASS_METHODS
+)
 
 
 def _values(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    ready: _Ready,
+    ready: _Setup,
     engine: Engine,
-    facts_at_once: int,
+    facts_per_batch: int,
     kept: str | Path | bool,
     workers: Workers | None,
     report: Report,
@@ -278,7 +280,7 @@ def _values(
     """Every fact's value: those that are in the store, and the others as they are found."""
     layer, contexts, config = max(ready.names), ready.contexts, ready.config
     with ValueStore.of(kept, lm) as store:
-        return _found(lm, facts, layer, contexts, config, engine, facts_at_once, store, workers, report)
+        return _found(lm, facts, layer, contexts, config, engine, facts_per_batch, store, workers, report)
 
 
 def _anchor(past: Sequence[Edit]) -> float | None:
@@ -292,7 +294,7 @@ def _anchor(past: Sequence[Edit]) -> float | None:
 
 
 def _spread(
-    lm: LanguageModel, facts: Sequence[Fact], targets_nd: Tensor, ready: _Ready, engine: Engine, report: Report
+    lm: LanguageModel, facts: Sequence[Fact], targets_nd: Tensor, ready: _Setup, engine: Engine, report: Report
 ) -> tuple[dict[str, Delta], dict[str, Tensor], dict[str, Any]]:
     """Layer by layer, each seeing the changes below it: the change of each weight, its keys [n, f], what is worth knowing."""
     states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
@@ -312,13 +314,13 @@ def _spread(
 
 
 def _change(
-    keys_ncf: Tensor, missing_nd: Tensor, left: int, layer: int, ready: _Ready
+    keys_ncf: Tensor, missing_nd: Tensor, left: int, layer: int, ready: _Setup
 ) -> tuple[Delta, Tensor, dict[str, Any]]:
     """One layer's change for facts that are solved together, their keys [n, f], what is worth knowing; `left` layers are to come."""
     config = ready.config
     solved_nf, rank = _solved(keys_ncf, config, ready.moments[layer], ready.old_keys[layer])
     wide = torch.float64 if config.reference or missing_nd.dtype == torch.float64 else torch.float32
-    left_dn = missing_nd.T.cpu().to(wide) * _SHARES[config.share](left)
+    left_dn = missing_nd.T.cpu().to(wide) * RESIDUAL_SHARES[config.share](left)
     delta = Delta(left_dn, solved_nf.cpu().to(wide)).owned_by([i] for i in range(len(keys_ncf)))
     about = {"missing": float(missing_nd.norm(dim=1).mean()), "norm": delta.norm()} | rank
     return delta, _mean_keys(keys_ncf, config).cpu(), about

@@ -49,7 +49,7 @@ class MassConfig:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("share", _SHARES),
+            ("share", RESIDUAL_SHARES),
             ("keys", ("halves", "mean", "both")),
             ("site", ("mlp", "block", "attention+mlp")),
         ):
@@ -86,17 +86,17 @@ class MassConfig:
         return self.slack * (self.relative_preservation * d_ff if self.preservation is None else self.preservation)
 
 
-_SHARES: dict[str, Callable[[int], float]] = {
+RESIDUAL_SHARES: dict[str, Callable[[int], float]] = {
     "even": lambda left: 1 / left,
     "root": lambda left: left**-0.5,
     "all": lambda left: 1.0,
 }
 
 
-_REMEMBERS = ("memit-seq", "alphaedit")  # keys of earlier edits are preserved
+KEEPS_PAST_KEYS = ("memit-seq", "alphaedit")  # keys of earlier edits are preserved
 
 
-ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
+MASS_METHODS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
     "memit": {},
     "emmet": {"share": "all"},
     "memit-seq": {},
@@ -107,7 +107,7 @@ ROWS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in prese
 
 def _settings(method: str, model: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """The method's row, the model's preset, and what the caller says; of two settings that say one thing, the one said last."""
-    settings = {**ROWS[method], **preset(method, model)}
+    settings = {**MASS_METHODS[method], **preset(method, model)}
     if knobs.get("reference"):
         settings["keys"] = "halves"  # a preset's own choice gives way to the released one
     for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):

@@ -32,7 +32,7 @@ from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import as_linear
-from engram.progress import Report, silent
+from engram.progress import Report, no_progress
 
 log = logging.getLogger(__name__)
 
@@ -121,22 +121,22 @@ def rank_one_update(
     """
     config = config or RomeConfig()
     value = optimise_value(lm, fact, layer, contexts, config.value, engine)
-    (update,) = _written(lm, [fact], layer, moment, config, [value])
+    (update,) = _solve_updates(lm, [fact], layer, moment, config, [value])
     return update
 
 
-def _written(
+def _solve_updates(
     lm: LanguageModel, facts: Sequence[Fact], layer: int, moment: SecondMoment, config: RomeConfig, values: Sequence[Value]
 ) -> list[RankOne]:
     """The changes that write values which were found before, each by itself, see `rank_one_update`."""
-    solved = solve_each([_columns(value.keys_cf, config.variant) for value in values], moment, config.ridge)
+    solved = solve_each([_key_columns(value.keys_cf, config.variant) for value in values], moment, config.ridge)
     return [
-        _toward(lm, fact, layer, config, value, solved_nf.cpu().sum(0))
+        _rank_one(lm, fact, layer, config, value, solved_nf.cpu().sum(0))
         for fact, value, solved_nf in zip(facts, values, solved, strict=True)
     ]
 
 
-def _toward(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value: Value, solved_f: Tensor) -> RankOne:
+def _rank_one(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value: Value, solved_f: Tensor) -> RankOne:
     """The change along `solved_f` [f], C^-1 times the key that is sent to the value."""
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
     u_f = solved_f / solved_f.norm()
@@ -162,7 +162,7 @@ def _toward(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value
     return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
 
 
-def _columns(keys_cf: Tensor, variant: Variant) -> Tensor:
+def _key_columns(keys_cf: Tensor, variant: Variant) -> Tensor:
     """[f, 1 or 2]: the keys that are sent to the value."""
     if variant == "two-key" and len(keys_cf) > 1:  # with the bare prompt alone there is one key only
         return torch.stack([keys_cf[0], keys_cf[1:].mean(0)], 1)
@@ -170,7 +170,7 @@ def _columns(keys_cf: Tensor, variant: Variant) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Setup:
     """What every fact of a call needs."""
 
     layer: int
@@ -203,7 +203,7 @@ class _Ready:
         )
 
 
-def _ready(
+def _prepare(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
@@ -215,7 +215,7 @@ def _ready(
     corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: int | None = None,
     **knobs: Any,
-) -> _Ready:
+) -> _Setup:
     """The settings of a call, checked, and what is made by them."""
     settings = {**preset("rome", lm.name), **knobs}
     depth = settings.pop("depth")
@@ -241,9 +241,9 @@ def _ready(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress or silent)[layer]
+    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress or no_progress)[layer]
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
-    return _Ready(layer, weight, config, contexts, moment, describe_base(lm, [weight]))
+    return _Setup(layer, weight, config, contexts, moment, describe_base(lm, [weight]))
 
 
 def rome(
@@ -278,7 +278,7 @@ def rome(
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
     """
-    report = progress or silent
+    report = progress or no_progress
     given: dict[str, Any] = {
         "layer": layer,
         "contexts": contexts,
@@ -286,7 +286,7 @@ def rome(
         "corpus": corpus,
         "tokens": tokens,
     }
-    ready = _ready(lm, facts, seed=seed, progress=progress, **given, **knobs)
+    ready = _prepare(lm, facts, seed=seed, progress=progress, **given, **knobs)
     done: list[RankOne] = []
     with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
@@ -304,7 +304,7 @@ def rome_each(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
-    facts_at_once: int = 32,
+    facts_per_batch: int = 32,
     seed: int = 0,
     engine: Engine = "auto",
     progress: Report | None = None,
@@ -313,18 +313,18 @@ def rome_each(
     """Many edits of one fact each, every one made on the unedited model: what `rome` gives of each, with values in batches.
 
     Args:
-        facts_at_once: facts whose values are optimised in one batch, which bounds memory.
+        facts_per_batch: facts whose values are optimised in one batch, which bounds memory.
         settings: the others of `rome` but for `past`.
     """
-    report = progress or silent
-    ready = _ready(lm, facts, seed=seed, progress=progress, **settings)
+    report = progress or no_progress
+    ready = _prepare(lm, facts, seed=seed, progress=progress, **settings)
     found: dict[int, Value] = {}
     for i, value in optimise_values(
-        lm, facts, ready.layer, ready.contexts, ready.config.value, engine=engine, facts_at_once=facts_at_once
+        lm, facts, ready.layer, ready.contexts, ready.config.value, engine=engine, facts_per_batch=facts_per_batch
     ):
         report("value", len(found), len(facts))
         found[i] = value
     report("value", len(facts), len(facts))
     values = [found[i] for i in range(len(facts))]
-    updates = _written(lm, facts, ready.layer, ready.moment, ready.config, values)
+    updates = _solve_updates(lm, facts, ready.layer, ready.moment, ready.config, values)
     return [ready.edit([fact], [update], seed) for fact, update in zip(facts, updates, strict=True)]

@@ -16,16 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engram.engine.recording import Recording, body, record_run
+from engram.engine.recording import Recording, base_model, record_run
 from engram.engine.replayable import Engine, use_replay
-from engram.engine.shared_prompts import record_alike
+from engram.engine.shared_prompts import record_shared_prefixes
 from engram.engine.suffix import Suffix
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record, substitute
 
 Site = Literal["mlp", "block", "attention+mlp"]  # which states of a block are shifted
-Wanted = Mapping[str, tuple[str, Literal["in", "out"]]]  # name -> (module, its input or its output)
+Readouts = Mapping[str, tuple[str, Literal["in", "out"]]]  # name -> (module, its input or its output)
 
 
 def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[str, Literal["in", "out"]]]:
@@ -39,7 +39,7 @@ def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[s
 
 
 @torch.no_grad()
-def reaches_block(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
+def mlp_shift_reaches_block_output(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
     """Whether what is added to the MLP output matrix's output is added to the block's: not where a norm or a factor is in between.
 
     Args:
@@ -50,7 +50,7 @@ def reaches_block(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
     def leaving(shift_d: Tensor) -> Tensor:
         shifted = {lm.parts.mlp_out(layer): lambda out: out + shift_d.to(out)}
         with record(lm.model, outputs=[block], stop=True) as seen, substitute(shifted):
-            body(lm)(ids_bt, use_cache=False)
+            base_model(lm)(ids_bt, use_cache=False)
         return seen[block].float()
 
     plain_btd = leaving(torch.zeros(lm.d_model))
@@ -62,12 +62,12 @@ def reaches_block(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
 def shifted_at(lm: LanguageModel, layer: int, site: Site, engine: Engine) -> Site:
     """Where a shift is added: an MLP's at the block's output where that is the same sum, so that the block need not be run again."""
     rounding = max(1e-4, 4 * torch.finfo(lm.dtype).eps)
-    same = site == "mlp" and use_replay(lm, engine) and reaches_block(lm, layer, rounding)
+    same = site == "mlp" and use_replay(lm, engine) and mlp_shift_reaches_block_output(lm, layer, rounding)
     return "block" if same else site
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Token rows of several facts.
 
     Attributes:
@@ -107,22 +107,24 @@ class Rows:
         """The first row of each fact."""
         return [self.owner.index(n) for n in range(self.owner[-1] + 1)]
 
-    def of(self, facts: Sequence[int]) -> tuple[list[int], Rows]:
+    def of(self, facts: Sequence[int]) -> tuple[list[int], TokenRows]:
         """Numbers of the rows of some facts, and these rows."""
         place = {fact: i for i, fact in enumerate(facts)}
         rows = [row for row, owner in enumerate(self.owner) if owner in place]
         some = lambda values: [values[row] for row in rows]  # noqa: E731
-        return rows, Rows(some(self.ids), some(self.lookup), some(self.reads), [place[self.owner[row]] for row in rows])
+        return rows, TokenRows(
+            some(self.ids), some(self.lookup), some(self.reads), [place[self.owner[row]] for row in rows]
+        )
 
 
-class State:
+class ShiftedRows:
     """Rows whose state at the subject can be shifted.
 
     Args:
         recording: of these rows, of blocks from `layer` on; None where the model runs whole.
     """
 
-    def __init__(self, lm: LanguageModel, rows: Rows, layer: int, site: Site, recording: Recording | None) -> None:
+    def __init__(self, lm: LanguageModel, rows: TokenRows, layer: int, site: Site, recording: Recording | None) -> None:
         self.lm, self.rows, self.layer, self.site, self.recording = lm, rows, layer, site, recording
         self.modules = [lm.model.get_submodule(name) for name, _ in site_modules(lm, site, layer).values()]
         self.owner_b = torch.tensor(rows.owner)
@@ -130,15 +132,17 @@ class State:
 
     @classmethod
     def recorded(
-        cls, lm: LanguageModel, rows: Rows, layer: int, site: Site, engine: Engine, wanted: Wanted
-    ) -> tuple[State, dict[str, Tensor]]:
+        cls, lm: LanguageModel, rows: TokenRows, layer: int, site: Site, engine: Engine, wanted: Readouts
+    ) -> tuple[ShiftedRows, dict[str, Tensor]]:
         """Run the rows once, unshifted; with what was wanted at each row's subject, [b, width]."""
         inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
         outputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "out"))
         replays = use_replay(lm, engine) and rows.aligned <= lm.max_tokens
         every, (shared, length) = torch.arange(len(rows.ids)), rows.shared()
         if replays and shared and length <= lm.max_tokens:
-            recording = record_alike(lm, rows.ids, shared, layer=layer, length=length, inputs=inputs, outputs=outputs)
+            recording = record_shared_prefixes(
+                lm, rows.ids, shared, layer=layer, length=length, inputs=inputs, outputs=outputs
+            )
         else:
             shared = []
             recording = record_run(
@@ -154,11 +158,11 @@ class State:
             recording = recording.narrowed(lm, every, layer)
         return cls(lm, rows, layer, site, recording if replays else None), seen
 
-    def only(self, facts: Sequence[int]) -> State:
+    def only(self, facts: Sequence[int]) -> ShiftedRows:
         """The rows of some of the facts, which are renumbered."""
         numbers, rows = self.rows.of(facts)
         kept = None if self.recording is None else self.recording.narrowed(self.lm, torch.tensor(numbers), self.layer)
-        return State(self.lm, rows, self.layer, self.site, kept)
+        return ShiftedRows(self.lm, rows, self.layer, self.site, kept)
 
     def logits(self, delta_nsd: Tensor) -> Tensor:
         """Logits [reads, v], row after row, with each fact's shifts added at its rows' subjects.
@@ -228,7 +232,7 @@ class State:
 
         changes = {module: lambda out, i=i: at_subject(shift_bsd[:, i], out) for i, module in enumerate(self.modules)}
         with substitute(changes), substitute({lm.parts.blocks[-1]: keep}):
-            body(lm)(ids_bt.to(lm.device), use_cache=False)
+            base_model(lm)(ids_bt.to(lm.device), use_cache=False)
         positions = [at for reads in self.rows.reads for at in reads]
         return lm.parts.head(seen.pop("last")[self.read_rows, positions])
 

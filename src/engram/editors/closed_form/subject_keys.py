@@ -15,13 +15,13 @@ from torch import Tensor
 
 from engram.editors.closed_form.shifted_rows import Site, site_modules
 from engram.editors.closed_form.values import subject_row
-from engram.engine.recording import body, record_run
+from engram.engine.recording import base_model, record_run
 from engram.engine.replayable import Engine, use_replay
 from engram.engine.suffix import Suffix
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
-from engram.modules.hooks import Around, nothing, record
+from engram.modules.hooks import RowContext, no_edits, record
 
 _ROWS = 1024  # rows that are run at once
 
@@ -83,7 +83,7 @@ class SubjectStates:
             self.chunks.append(_Chunk(some, ids_bt, lookup, bare, suffix, hidden, self.first))
 
     @torch.no_grad()
-    def at(self, layer: int, around: Around = nothing) -> tuple[Tensor, Tensor]:
+    def at(self, layer: int, around: RowContext = no_edits) -> tuple[Tensor, Tensor]:
         """With the weights as they are now: keys [n, contexts, f] of `layer`'s MLP output matrix, states [n, d] of the bare prompts.
 
         Float32 (float64 for a float64 model), in the order of the facts.
@@ -100,7 +100,7 @@ class SubjectStates:
         keys_ncf, states_nd = (torch.cat(each) for each in zip(*found, strict=True))
         return keys_ncf[place.to(keys_ncf.device)], states_nd[place.to(states_nd.device)]
 
-    def _replayed(self, chunk: _Chunk, layer: int, around: Around) -> tuple[Tensor, Tensor]:
+    def _replayed(self, chunk: _Chunk, layer: int, around: RowContext) -> tuple[Tensor, Tensor]:
         assert chunk.suffix is not None and chunk.hidden_btd is not None
         name = self.lm.parts.mlp_out_name(layer)
         with around(chunk.row_facts(len(self.contexts))):
@@ -116,13 +116,13 @@ class SubjectStates:
                 hidden_ntd = chunk.suffix.block(above, hidden_ntd, chunk.bare)
         return keys_bf, self._at_subject(seen[self.state_name], chunk, chunk.bare)
 
-    def _whole(self, chunk: _Chunk, layer: int, around: Around) -> tuple[Tensor, Tensor]:
+    def _whole(self, chunk: _Chunk, layer: int, around: RowContext) -> tuple[Tensor, Tensor]:
         name = self.lm.parts.mlp_out_name(layer)
         with (
             around(chunk.row_facts(len(self.contexts))),
             record(self.lm.model, inputs=[name], outputs=[self.state_name], stop=True) as seen,
         ):
-            body(self.lm)(chunk.ids_bt.to(self.lm.device), use_cache=False)
+            base_model(self.lm)(chunk.ids_bt.to(self.lm.device), use_cache=False)
         key = f"{name}:input" if name == self.state_name else name
         return self._at_subject(seen[key], chunk), self._at_subject(seen[self.state_name], chunk)[chunk.bare]
 

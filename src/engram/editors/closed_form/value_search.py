@@ -29,7 +29,14 @@ class ValuesJob(ModelJob):
     def do(self, state: LanguageModel, unit: Sequence[Fact]) -> list[Value]:
         """In the order of the facts."""
         made = optimise_values(
-            state, unit, self.layer, self.contexts, self.config, site=self.site, engine=self.engine, facts_at_once=len(unit)
+            state,
+            unit,
+            self.layer,
+            self.contexts,
+            self.config,
+            site=self.site,
+            engine=self.engine,
+            facts_per_batch=len(unit),
         )
         return [value for _, value in sorted(made, key=lambda each: each[0])]
 
@@ -41,7 +48,7 @@ def _found(
     contexts: Sequence[str],
     config: MassConfig,
     engine: Engine,
-    facts_at_once: int,
+    facts_per_batch: int,
     store: ValueStore,
     workers: Workers | None,
     report: Report,
@@ -51,7 +58,7 @@ def _found(
     missing = [i for i, value in found.items() if value is None]
     report("value", len(facts) - len(missing), len(facts))
     asked = [facts[i] for i in missing]
-    batches = value_batches(lm, asked, contexts, config.value, facts_at_once)
+    batches = value_batches(lm, asked, contexts, config.value, facts_per_batch)
     job = ValuesJob(lm if workers is None else ByName.of(lm), layer, tuple(contexts), config.value, config.site, engine)
     done = len(facts) - len(missing)
     for number, values in (workers or Here()).run(job, [tuple(asked[i] for i in batch) for batch in batches]):

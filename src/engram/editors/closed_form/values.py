@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engram.editors.closed_form.shifted_rows import Rows, Site, State, shifted_at, site_modules
-from engram.engine.attention import quick
+from engram.editors.closed_form.shifted_rows import ShiftedRows, Site, TokenRows, shifted_at, site_modules
+from engram.engine.attention import short_attention_in_eager
 from engram.engine.replayable import Engine
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.facts import Fact, token_span
@@ -103,7 +103,7 @@ def optimise_values(
     *,
     site: Site = "mlp",
     engine: Engine = "auto",
-    facts_at_once: int = 32,
+    facts_per_batch: int = 32,
 ) -> Iterator[tuple[int, Value]]:
     """Find for each fact the change at its subject that makes `fact.target` likely in every context.
 
@@ -114,7 +114,7 @@ def optimise_values(
         contexts: templates with one `{}` each, the bare "{}" first.
         site: what is changed: the MLP's output (ROME), the block's (MEMIT), or the attention's and the MLP's, each by a change of
             its own (PMET; the value is then the MLP's).
-        facts_at_once: facts in one batch, (contexts + 1) rows each, which bounds memory.
+        facts_per_batch: facts in one batch, (contexts + 1) rows each, which bounds memory.
     Yields:
         (index of a fact, its value), a batch after the other and shorter texts first; float32 (float64 for a float64 model).
     Raises:
@@ -124,23 +124,23 @@ def optimise_values(
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each")
     shifted = shifted_at(lm, layer, site, engine)
-    for batch in value_batches(lm, facts, contexts, config, facts_at_once):
+    for batch in value_batches(lm, facts, contexts, config, facts_per_batch):
         asked = {i: _Asked.of(lm, facts[i], contexts, config.kl_position) for i in batch}
         with _frozen(lm.model):
             begun = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, shifted, engine)
-            with quick(lm):
+            with short_attention_in_eager(lm):
                 values = begun.descend(config)
         yield from zip(batch, values, strict=True)
 
 
 def value_batches(
-    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str], config: ValueConfig, facts_at_once: int
+    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str], config: ValueConfig, facts_per_batch: int
 ) -> list[list[int]]:
     """Numbers of the facts that `optimise_values` takes together; each batch by itself gives the same."""
-    if facts_at_once < 1:
-        raise SettingError(f"facts_at_once={facts_at_once}: at least one fact is optimised at a time")
+    if facts_per_batch < 1:
+        raise SettingError(f"facts_per_batch={facts_per_batch}: at least one fact is optimised at a time")
     lengths = [_Asked.of(lm, fact, contexts, config.kl_position).length for fact in facts]
-    return list(_batches(lengths, facts_at_once))
+    return list(_batches(lengths, facts_per_batch))
 
 
 def _batches(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
@@ -213,13 +213,13 @@ class _Batch:
         engine: Engine,
     ) -> None:  # fmt: skip
         self.asked, self.facts = asked, facts
-        contexts = Rows(
+        contexts = TokenRows(
             [row for each in asked for row in each.rows],
             [at for each in asked for at in each.lookup],
             [reads for each in asked for reads in each.reads],
             [n for n, each in enumerate(asked) for _ in each.rows],
         )
-        penalty = Rows(
+        penalty = TokenRows(
             [each.kl_row for each in asked],
             [each.kl_lookup for each in asked],
             [[len(each.kl_row) - 1] for each in asked],
@@ -228,10 +228,10 @@ class _Batch:
         modules = site_modules(lm, site, layer)
         out = lm.parts.mlp_out_name(layer)
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
-        self.contexts, seen = State.recorded(
+        self.contexts, seen = ShiftedRows.recorded(
             lm, contexts, layer, shifted, engine, {"key": (out, "in"), "out": (out, "out"), **modules}
         )
-        self.penalty, _ = State.recorded(lm, penalty, layer, shifted, engine, {})
+        self.penalty, _ = ShiftedRows.recorded(lm, penalty, layer, shifted, engine, {})
         first, device = self.contexts.rows.first_of_each(), seen["out"].device
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
         self.start_nsd = torch.stack([seen[name][first].to(device, precision) for name in modules], 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.editors.second_moments.corpora import Corpus
-from engram.engine.recording import body
+from engram.engine.recording import base_model
 from engram.errors import EngramError, NonFiniteError
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
@@ -70,14 +70,14 @@ class MomentPass:
     Args:
         sums: where to begin; they are added to.
         tokens_per_document: longer documents are cut.
-        batch_tokens: tokens in one forward pass.
+        tokens_per_batch: tokens in one forward pass.
     """
 
     lm: LanguageModel
     sums: Sums
     tokens: int
     tokens_per_document: int = 1024
-    batch_tokens: int = 4096
+    tokens_per_batch: int = 4096
     _modules: dict[int, nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,10 +139,10 @@ class MomentPass:
         """Batches of what is still to be counted, a few at a time, each to be added before the next ones are read."""
         documents = corpus.documents(self.lm, self.sums.documents)
         while self.sums.count < self.tokens:
-            texts = list(_some(documents, _BATCHES_AT_ONCE * _CHARACTERS_PER_TOKEN * self.batch_tokens))
+            texts = list(_some(documents, _BATCHES_AT_ONCE * _CHARACTERS_PER_TOKEN * self.tokens_per_batch))
             if not texts:
                 return
-            yield list(_packed(self._rows(texts), self.batch_tokens))
+            yield list(_packed(self._rows(texts), self.tokens_per_batch))
 
     def _rows(self, texts: Sequence[str]) -> list[Row]:
         rows: list[Row] = []
@@ -188,7 +188,7 @@ class MomentPass:
 
         takers = {module: partial(take, layer) for layer, module in self._modules.items()}
         with suppress(StopForward), substitute({}, takers):
-            body(self.lm)(ids_bt.to(self.lm.device), use_cache=False)
+            base_model(self.lm)(ids_bt.to(self.lm.device), use_cache=False)
         self.sums.count += sum(len(ids) - start for ids, start in batch)
 
 
@@ -251,16 +251,16 @@ def _some(documents: Iterator[str], characters: int) -> Iterator[str]:
         characters -= len(text) + 1  # empty ones end too
 
 
-def _packed(rows: list[Row], batch_tokens: int) -> Iterator[Batch]:
-    """Rows of similar length in batches of at most `batch_tokens` tokens with their padding, and of at least one row.
+def _packed(rows: list[Row], tokens_per_batch: int) -> Iterator[Batch]:
+    """Rows of similar length in batches of at most `tokens_per_batch` tokens with their padding, and of at least one row.
 
     A batch that has enough for large products ends where rows get a tenth shorter: a fifth of all computed tokens was padding.
     """
     batch: Batch = []
     for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
         longest = len(batch[0][0]) if batch else 0
-        full = (len(batch) + 1) * longest > batch_tokens
-        if batch and (full or (len(row[0]) < 0.9 * longest and 4 * len(batch) * longest >= batch_tokens)):
+        full = (len(batch) + 1) * longest > tokens_per_batch
+        if batch and (full or (len(row[0]) < 0.9 * longest and 4 * len(batch) * longest >= tokens_per_batch)):
             yield batch
             batch = []
         batch.append(row)

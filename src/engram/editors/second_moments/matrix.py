@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engram.errors import EditFileError, EngramError, NonFiniteError, SettingError
+from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class SecondMoment:
             return None
         try:
             tensors, about = read_tensors(path, "engram.eigen")
-        except EditFileError as error:
+        except EngramFileError as error:
             log.warning("%s; computing it again", error)
             return None
         same = about["of"] == _digest(self.matrix_ff)
@@ -215,7 +215,7 @@ def load_npz(path: str | Path) -> SecondMoment:
         with np.load(path, allow_pickle=False) as arrays:
             total, count = arrays["mom2.mom2"], int(arrays["mom2.count"])
     except (OSError, KeyError, ValueError) as error:
-        raise EditFileError(
+        raise EngramFileError(
             f"{str(path)!r} is not a statistics file of the released code ({error}); it has mom2.mom2 and mom2.count"
         ) from error
     return SecondMoment.from_matrix(total.astype(np.float64) / count, count, {"npz": Path(path).name, "tokens": count})
@@ -242,7 +242,9 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             about = json.loads((file.metadata() or {})[kind])
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise EditFileError(f"{str(path)!r} does not hold a second moment ({error}); delete it to measure again") from error
+        raise EngramFileError(
+            f"{str(path)!r} does not hold a second moment ({error}); delete it to measure again"
+        ) from error
 
 
 def _digest(matrix: Tensor) -> str:

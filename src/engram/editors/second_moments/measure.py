@@ -21,8 +21,8 @@ from typing import Any
 from engram.editors.second_moments.corpora import Corpus, as_corpus
 from engram.editors.second_moments.corpus_pass import MomentPass, Sums
 from engram.editors.second_moments.matrix import SecondMoment, load_npz, read_tensors, write_tensors
-from engram.engine.recording import body
-from engram.errors import EditFileError
+from engram.engine.recording import base_model
+from engram.errors import EngramFileError
 from engram.files.cache_folder import cache_folder, sha256_of
 from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints
@@ -45,7 +45,7 @@ def second_moments(
     *,
     seed: int = 0,
     tokens_per_document: int = 1024,
-    batch_tokens: int = 4096,
+    tokens_per_batch: int = 4096,
     cache_dir: str | Path | None = None,
     save_every: float = 20.0,
     workers: Workers | None = None,
@@ -63,7 +63,7 @@ def second_moments(
             tokens of the same text were measured before, only the others are run.
         seed: of sampled text.
         tokens_per_document: longer documents are cut, so that many are seen.
-        batch_tokens: tokens in one forward pass, which bounds memory.
+        tokens_per_batch: tokens in one forward pass, which bounds memory.
         cache_dir: where results are kept; default: $ENGRAM_CACHE, or ~/.cache/engram.
         workers: where the model is run; default: in this process. Sums are added in the same order whatever the number of workers, in
             other groups than without them, which changes the last bits of float64. Nothing is saved on the way.
@@ -87,7 +87,7 @@ def second_moments(
     if missing:
         partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
         sums = _begun(partial) or _earlier(folder, {layer: stems[layer] for layer in missing}, tokens)
-        run = MomentPass(lm, sums or Sums.nothing(lm, missing), tokens, tokens_per_document, batch_tokens)
+        run = MomentPass(lm, sums or Sums.nothing(lm, missing), tokens, tokens_per_document, tokens_per_batch)
         report = progress or (lambda done, total: None)
         pause = _every(save_every, partial)
         sums = run.go(chosen, report, pause) if workers is None else run.spread(chosen, workers, report)
@@ -129,7 +129,7 @@ def _begun(partial: Path) -> Sums | None:
         return None
     try:
         totals, about = read_tensors(partial, "engram.partial")
-    except EditFileError as error:
+    except EngramFileError as error:
         log.warning("%s; measuring from the start", error)
         return None
     log.info("going on after %d tokens", about["count"])
@@ -161,7 +161,7 @@ def _earlier(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None
         return None
     try:
         moments = {layer: SecondMoment.load(folder / f"{stem}-{max(shorter)}.safetensors") for layer, stem in stems.items()}
-    except EditFileError as error:
+    except EngramFileError as error:
         log.warning("%s; measuring from the start", error)
         return None
     log.info("going on from the second moments of %d tokens", max(shorter))
@@ -182,7 +182,7 @@ def _names(lm: LanguageModel, layers: Sequence[int], source: Mapping[str, Any]) 
 
 def _fingerprints(lm: LanguageModel, deepest: int) -> dict[str, str]:
     """Hashes of what a pass to the deepest layer reads: not of the blocks above it, nor of the unembedding."""
-    home = next(name for name, module in lm.model.named_modules() if module is body(lm))
+    home = next(name for name, module in lm.model.named_modules() if module is base_model(lm))
     above = _blocks_above(lm, deepest)
     return fingerprints(lm.model, lambda name: name.startswith(f"{home}." if home else "") and not name.startswith(above))
 

@@ -26,7 +26,7 @@ from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import overlay_weight
 from engram.modules.layouts import as_linear
-from engram.progress import Report, silent
+from engram.progress import Report, no_progress
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fine_tune(
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged.
     """
-    report = progress or silent
+    report = progress or no_progress
     settings = {**preset(method, lm.name), **knobs}
     depth = settings.pop("depth")
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))

@@ -27,7 +27,7 @@ from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import is_transposed
-from engram.progress import Report, silent
+from engram.progress import Report, no_progress
 
 _ADAPTER = "engram"
 
@@ -85,7 +85,7 @@ def lora(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged;
         UnsupportedModelError: the model wears adapters already.
     """
-    report = progress or silent
+    report = progress or no_progress
     settings = {**preset("lora", lm.name), **knobs}
     layers = take_layers(lm, settings, layers)
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")

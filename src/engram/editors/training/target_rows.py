@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engram.engine.recording import body
+from engram.engine.recording import base_model
 from engram.errors import FactError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
@@ -113,7 +113,7 @@ class TargetBatch:
         """[p, v] logits that are read, by one pass through the whole model; gradients reach whatever asks for them."""
         last = lm.parts.block_name(lm.n_layers - 1)
         with record(lm.model, outputs=[last], keep=lambda out: out) as seen:
-            body(lm)(self.ids_bt.to(lm.device), use_cache=False)
+            base_model(lm)(self.ids_bt.to(lm.device), use_cache=False)
         return lm.parts.head(seen[last][self.rows_p, self.positions_p])
 
     def token_nll(self, logits_pv: Tensor) -> Tensor:

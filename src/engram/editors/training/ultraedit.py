@@ -30,7 +30,7 @@ from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record, substitute
-from engram.progress import Report, silent
+from engram.progress import Report, no_progress
 
 _TINY = 1e-7  # added to a spread, for coordinates that never vary
 
@@ -184,7 +184,7 @@ def ultraedit(
         SettingError: an unknown setting; FactError: a fact that cannot be worked with.
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
-    report = progress or silent
+    report = progress or no_progress
     seen = _seen(lm, facts, report, layers=layers, statistics=statistics, **knobs)
     edit = seen.edit(lm, facts, range(len(facts)), seed, report)
     if statistics is not None:
@@ -205,8 +205,8 @@ def ultraedit_each(
     One fact's token has no spread of its own, so what is standardised over are the tokens of all these facts, with those of
     `statistics`, to which nothing is added. The settings are those of `ultraedit`.
     """
-    seen = _seen(lm, facts, progress or silent, **settings)
-    return [seen.edit(lm, facts, [i], seed, silent) for i in range(len(facts))]
+    seen = _seen(lm, facts, progress or no_progress, **settings)
+    return [seen.edit(lm, facts, [i], seed, no_progress) for i in range(len(facts))]
 
 
 def _inputs_and_gradients(lm: LanguageModel, batch: TargetBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from engram.plots.lenses import Shade
-from engram.checks import checked
+from engram.checks import position_in
 from engram.locate.lenses.vocabulary import (
     answers_at,
     chunks_of_positions,
@@ -81,7 +81,7 @@ class LogitLens:
 
     def top(self, row: int, position: int = -1) -> list[tuple[str, float]]:
         """The k most probable tokens of one state with their probabilities."""
-        position = checked(position, len(self.tokens))
+        position = position_in(position, len(self.tokens))
         ids, probabilities = self.top_ids[row, position].tolist(), self.top_probabilities[row, position].tolist()
         return [(self.top_tokens[i], p) for i, p in zip(ids, probabilities, strict=True)]
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engram.checks import checked
-from engram.engine.recording import body
+from engram.checks import position_in
+from engram.engine.recording import base_model
 from engram.errors import NonFiniteError, SettingError
 from engram.locate.lenses.vocabulary import require_causal
 from engram.model.language_model import LanguageModel
@@ -144,11 +144,11 @@ def memories(
     require_causal(lm, "engram.memories")
     name, weight_df = lm.parts.mlp_out_name(layer), as_linear(lm.parts.mlp_out(layer))
     ids = lm.encode(text).ids
-    at = checked(position, len(ids))
+    at = position_in(position, len(ids))
     if not 1 <= neurons <= weight_df.shape[1]:
         raise SettingError(f"neurons={neurons}: how many to show, from 1 to the layer's {weight_df.shape[1]}")
     with record(lm.model, inputs=[name], stop=True) as seen:
-        body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
+        base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     coefficient_f = seen[name].reshape(len(ids), -1)[at]
     if not coefficient_f.isfinite().all():
         raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")

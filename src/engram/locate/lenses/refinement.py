@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engram.checks import checked
-from engram.engine.recording import body
+from engram.checks import position_in
+from engram.engine.recording import base_model
 from engram.errors import NonFiniteError, UnsupportedModelError
 from engram.locate.lenses.vocabulary import answers_at, chunks_of_positions, log_probs, require_causal, score
 from engram.model.language_model import LanguageModel
@@ -85,7 +85,7 @@ class Refinement:
 
     def top(self, point: str, layer: int, position: int = -1) -> str:
         """The most probable token at one point."""
-        return self.top_tokens[int(self.top_ids[point][layer, checked(position, len(self.tokens))])]
+        return self.top_tokens[int(self.top_ids[point][layer, position_in(position, len(self.tokens))])]
 
     def table(self, position: int = -1) -> str:
         """One position, block by block: what is said at each point, and the answer's probability when the block is left."""
@@ -115,7 +115,7 @@ class Refinement:
 
     def describe(self, position: int = -1) -> str:
         """`table` of one position, then `summary` over all."""
-        position = checked(position, len(self.tokens))
+        position = position_in(position, len(self.tokens))
         return (
             f"at token {self.tokens[position]!r}; answer {self.answers[position]!r}\n{self.table(position)}\n\n"
             f"over all {len(self.tokens)} positions\n{self.summary()}"
@@ -136,7 +136,7 @@ class Refinement:
         """Probability and rank of the answer along the stream, and who changed the prediction. See `plots.plot_refinement`."""
         from engram.plots.lenses import plot_refinement
 
-        return plot_refinement(self, checked(position, len(self.tokens)))
+        return plot_refinement(self, position_in(position, len(self.tokens)))
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     names = [parts.block_name(layer) for layer in range(lm.n_layers)]
     outputs = [f"{name}.{part}" for name in names for part in (layout.attention, layout.mlp)]
     with record(lm.model, names[:1], [*names, *outputs]) as seen:
-        body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
+        base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     home = seen[names[-1]].device
     stream = torch.stack([seen[name][0].to(home) for name in (f"{names[0]}:input", *names)])
     scale = float(getattr(lm.model.config, "residual_multiplier", 1.0))  # Granite scales both branches

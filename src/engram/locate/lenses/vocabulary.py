@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engram.engine.recording import body
+from engram.engine.recording import base_model
 from engram.errors import UnsupportedModelError
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
@@ -37,7 +37,7 @@ def residual_stream(lm: LanguageModel, ids: list[int]) -> Tensor:
     """The states of a text: what enters block 0, then what leaves each block; [n_layers + 1, t, d]."""
     names = [lm.parts.block_name(layer) for layer in range(lm.n_layers)]
     with record(lm.model, names[:1], names) as seen, torch.no_grad():
-        body(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
+        base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     states = [seen[f"{names[0]}:input"][0], *(seen[name][0] for name in names)]
     return torch.stack([state.to(states[-1].device) for state in states])
 

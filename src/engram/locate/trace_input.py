@@ -19,7 +19,7 @@ from engram.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TracePrompt:
     """What is traced. `subject` stands in `text`; `target` is scored (default: the model's own next token) against `foil`;
     `other_subject` takes the subject's place in the corrupted run of corruption="subject". `start` is the character at which the
     subject begins, where that is known and occurrence="first" would have to search for it."""
@@ -33,7 +33,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Question:
+class TraceInput:
     """A prompt in tokens.
 
     Attributes:
@@ -47,7 +47,7 @@ class Question:
             it would read the answer off the subject there.
     """
 
-    prompt: Prompt
+    prompt: TracePrompt
     ids: list[int]
     decoder_ids: list[int] | None
     read: list[int]
@@ -63,7 +63,7 @@ class Question:
     other_decoder_ids: list[int] | None = None
 
 
-def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corruptor) -> Question:
+def prepare(lm: LanguageModel, prompt: TracePrompt, config: TraceConfig, corruptor: Corruptor) -> TraceInput:
     """`prompt` in tokens.
 
     Raises:
@@ -71,7 +71,7 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
             subject of another length.
         SettingError: foil or other subject missing where the settings need one, or given where they do not.
     """
-    _check_company(prompt, config)
+    _check_foil(prompt, config)
     cloze = lm.cloze(prompt.text, prompt.target)
     starts = subject_starts(prompt.text, prompt.subject, config.occurrence)
     if prompt.start is not None and config.occurrence == "first":
@@ -87,7 +87,7 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     noise = corruptor(len(corrupted)) if other is None else None
     if config.frozen_noise is not None and noise is not None:
         check_noise("frozen_noise", config.frozen_noise, (noise.shape[0], noise.shape[1], noise.shape[2]))
-    return Question(
+    return TraceInput(
         prompt, cloze.ids, cloze.decoder_ids, cloze.read, cloze.answer, foil,
         _rows(config, cloze.tokens, spans[0], cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]),
         spans[0], corrupted, noise, None if other is None else other.ids,
@@ -95,7 +95,7 @@ def ask(lm: LanguageModel, prompt: Prompt, config: TraceConfig, corruptor: Corru
     )  # fmt: skip
 
 
-def _check_company(prompt: Prompt, config: TraceConfig) -> None:
+def _check_foil(prompt: TracePrompt, config: TraceConfig) -> None:
     if (prompt.foil is not None) != (config.metric == "logit_difference"):
         raise SettingError(
             f"metric={config.metric!r} with foil={prompt.foil!r}: 'logit_difference' is between the answer and a foil, and no "
@@ -127,7 +127,7 @@ def _widened(spans: list[tuple[int, int]], extra: int, offsets: Sequence[tuple[i
     return sorted({i for b, e in spans for i in range(b, max(e, min(e + extra, last + 1)))})
 
 
-def _in_decoder(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze, extra: int) -> list[int]:
+def _in_decoder(lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Cloze, extra: int) -> list[int]:
     """Positions of the subject in what the decoder is made to begin with; none where that is not the prompt."""
     if lm.kind != "encoder-decoder" or "{}" not in lm.cloze_decoder:
         return []
@@ -138,7 +138,7 @@ def _in_decoder(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Clo
     return [lead + i for i in _widened(spans, extra, offsets, front + len(prompt.text))]
 
 
-def _other(lm: LanguageModel, prompt: Prompt, starts: list[int], cloze: Cloze, spans: list[tuple[int, int]]) -> Cloze:
+def _other(lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Cloze, spans: list[tuple[int, int]]) -> Cloze:
     """The same prompt about another subject, token by token in the same places."""
     assert prompt.other_subject is not None
     text, end = prompt.text, len(prompt.subject)

@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 
 from engram.errors import EngramError, FactError
 from engram.facts import Fact
-from engram.ledger.history import Entry, Place, shown
+from engram.ledger.history import Entry, FactRef, shown
 
-Which = int | str | Fact
+EntryRef = int | str | Fact
 
 
-def places(which: Sequence[Which], entries: Mapping[int, Entry]) -> tuple[Place, ...]:
+def fact_refs(which: Sequence[EntryRef], entries: Mapping[int, Entry]) -> tuple[FactRef, ...]:
     """Where the facts in force are that these name.
 
     Raises:
         EngramError: a name that is none, or of nothing in force.
         FactError: a fact that is not in force, or is so in several entries.
     """
-    found: set[Place] = set()
+    found: set[FactRef] = set()
     for each in which:
         found |= {_of_fact(each, entries)} if isinstance(each, Fact) else set(_of_number(each, entries))
     return tuple(sorted(found))
@@ -38,7 +38,7 @@ def entry_named(number: int, entries: Mapping[int, Entry]) -> Entry:
     return entries[number]
 
 
-def _of_number(which: int | str, entries: Mapping[int, Entry]) -> list[Place]:
+def _of_number(which: int | str, entries: Mapping[int, Entry]) -> list[FactRef]:
     number, dot, index = str(which).partition(".")
     if not number.isdecimal() or (dot and not index.isdecimal()):
         raise EngramError(f"{which!r} names no entry; expected its number, such as 3, or '3.1' for fact 1 of entry 3")
@@ -52,7 +52,7 @@ def _of_number(which: int | str, entries: Mapping[int, Entry]) -> list[Place]:
     return found
 
 
-def _of_fact(fact: Fact, entries: Mapping[int, Entry]) -> Place:
+def _of_fact(fact: Fact, entries: Mapping[int, Entry]) -> FactRef:
     active = {(entry.number, i): entry.facts[i] for entry in entries.values() for i in entry.active}
     found = [place for place, each in active.items() if _key(each) == _key(fact)]
     if len(found) == 1:
