@@ -1,10 +1,13 @@
-"""How good the estimate by attribution is, on the bundled model: rank correlation with the exact tables, what a screen finds.
+"""How good the estimate by attribution is, on the bundled model: rank correlation with the exact
+tables, what a screen finds.
 
-    python benchmarks/attribution.py                 100 facts that the model knows, residual, MLP and attention
+    python benchmarks/attribution.py                 100 facts that the model knows, residual, MLP
+    and attention
 
-How fast it is: benchmarks/average.py. Cells are all tokens from the subject's first on x layers x sites: in front of the
-subject all effects are zero. Spearman's rank correlation is taken a fact and averaged; "averages" is that of the average
-tables (places x layers).
+How fast it is: benchmarks/average.py. Cells are all tokens from the subject's first on x layers x
+    sites: in front of the
+subject all effects are zero. Spearman's rank correlation is taken a fact and averaged; "averages"
+is that of the average tables (places x layers).
 A screen of k cells finds an exact top-10 cell if it is among the k largest estimates.
 """
 
@@ -40,7 +43,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def found(exact: CausalTrace, estimate: CausalTrace, k: int) -> float:
     """Share of the ten largest exact effects of all sites among the k largest estimates."""
-    one, two = (torch.cat([cells(trace, site) for site in exact.scores]).abs() for trace in (exact, estimate))
+    one, two = (
+        torch.cat([cells(trace, site) for site in exact.scores]).abs()
+        for trace in (exact, estimate)
+    )
     best = set(one.topk(10).indices.tolist())
     return len(best & set(two.topk(min(k, len(two))).indices.tolist())) / 10
 
@@ -49,17 +55,30 @@ def compare(exact: AverageTrace, estimate: AverageTrace) -> dict[str, Any]:
     pairs = list(zip(exact.traces, estimate.traces, strict=True))
     about: dict[str, Any] = {}
     for site in exact.sites:
-        each = torch.tensor([spearman(cells(a, site), cells(b, site)) for a, b in pairs], dtype=torch.float64)
+        each = torch.tensor(
+            [spearman(cells(a, site), cells(b, site)) for a, b in pairs], dtype=torch.float64
+        )
         means = [average.effects(site).mean.flatten() for average in (exact, estimate)]
         there = ~means[0].isnan()
-        size = torch.tensor([float((cells(a, site) - cells(b, site)).norm() / cells(a, site).norm()) for a, b in pairs])
+        size = torch.tensor(
+            [
+                float((cells(a, site) - cells(b, site)).norm() / cells(a, site).norm())
+                for a, b in pairs
+            ]
+        )
         about[site] = {
-            "spearman_mean": float(each.mean()), "spearman_median": float(each.median()), "relative_error_median": float(size.median()),
+            "spearman_mean": float(each.mean()),
+            "spearman_median": float(each.median()),
+            "relative_error_median": float(size.median()),
             "averages_spearman": spearman(means[0][there], means[1][there]),
-        }  # fmt: skip
-    all_sites = [[torch.cat([cells(t, site) for site in exact.sites]) for t in pair] for pair in pairs]
+        }
+    all_sites = [
+        [torch.cat([cells(t, site) for site in exact.sites]) for t in pair] for pair in pairs
+    ]
     about["all sites"] = {"spearman_mean": sum(spearman(a, b) for a, b in all_sites) / len(pairs)}
-    about["top 10 found by a screen of"] = {str(k): sum(found(a, b, k) for a, b in pairs) / len(pairs) for k in SCREENS}
+    about["top 10 found by a screen of"] = {
+        str(k): sum(found(a, b, k) for a, b in pairs) / len(pairs) for k in SCREENS
+    }
     return about
 
 
@@ -77,7 +96,10 @@ def main() -> None:
             record[metric][name] = about
             print(f"  {name}")
             for site, numbers in about.items():
-                print(f"    {site}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+                print(
+                    f"    {site}: "
+                    + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+                )
     save("attribution", given, record)
 
 

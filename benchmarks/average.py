@@ -1,12 +1,15 @@
-"""Tracing many facts: in batches and one by one, against the loop over cells; and the estimate by attribution.
+"""Tracing many facts: in batches and one by one, against the loop over cells; and the estimate by
+attribution.
 
-    python benchmarks/average.py                            the bundled model's shape, 32 facts, CPU, 2 threads
-    python benchmarks/average.py --shape small --facts 8 --loops 1 --repeats 1     GPT-2 small shape
-    python benchmarks/average.py --shape xl --device cuda   GPT-2 XL shape on a GPU
+    python benchmarks/average.py                            the bundled model's shape, 32 facts,
+    CPU, 2 threads python benchmarks/average.py --shape small --facts 8 --loops 1 --repeats 1
+    GPT-2 small shape python benchmarks/average.py --shape xl --device cuda   GPT-2 XL shape on a
+    GPU
 
-Prompts of 8 to 14 random words, subjects of 2 to 4 of them from the second on, 10 noise samples, residual, MLP and attention
-with windows of a third of the layers (10 at most). The loop (tests/naive.py, one forward pass of 11 rows a cell, logits at all
-positions) runs on `--loops` of the facts and is extrapolated by time a fact. Each variant runs in a process of its own.
+Prompts of 8 to 14 random words, subjects of 2 to 4 of them from the second on, 10 noise samples,
+residual, MLP and attention with windows of a third of the layers (10 at most). The loop
+(tests/naive.py, one forward pass of 11 rows a cell, logits at all positions) runs on `--loops` of
+the facts and is extrapolated by time a fact. Each variant runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +21,18 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import SHAPES, arguments, make_lm, make_model, matmul_rate, peak_mib, run_all, save, timed, words
+from common import (
+    SHAPES,
+    arguments,
+    make_lm,
+    make_model,
+    matmul_rate,
+    peak_mib,
+    run_all,
+    save,
+    timed,
+    words,
+)
 from engram.locate.settings import TraceConfig, default_window
 from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
@@ -31,7 +45,10 @@ BATCHES = (1, 8, 32)
 def ids_of(number: int, vocabulary: int) -> tuple[list[int], tuple[int, int]]:
     """Token ids of a random prompt and its subject's span."""
     stream = random.Random(number)
-    return stream.sample(range(100, vocabulary), stream.randint(8, 14)), (1, 1 + stream.randint(2, 4))
+    return stream.sample(range(100, vocabulary), stream.randint(8, 14)), (
+        1,
+        1 + stream.randint(2, 4),
+    )
 
 
 def prompts(facts: int, vocabulary: int) -> list[TracePrompt]:
@@ -48,9 +65,11 @@ def ours(kind: str, shape: str, device: str, facts: int, loops: int) -> dict[str
     model_mib = peak_mib(device)
     kind, _, size = kind.partition(" ")
     config = TraceConfig(
-        noise=NOISE, samples=SAMPLES, method="attribution" if kind in ("attribution", "corrected") else "exact",
+        noise=NOISE,
+        samples=SAMPLES,
+        method="attribution" if kind in ("attribution", "corrected") else "exact",
         correction="query-key" if kind == "corrected" else "none",
-    )  # fmt: skip
+    )
     asked = prompts(facts, SHAPES[shape][3])
     list(trace_prompts(lm, asked[:1], config))  # the model is probed once: not part of a trace
 
@@ -61,14 +80,19 @@ def ours(kind: str, shape: str, device: str, facts: int, loops: int) -> dict[str
 
     seconds, traces = timed(work, device)
     by_prompt = {trace.prompt: trace for trace in traces}
-    tables = [{site: by_prompt[p.text].scores[site].tolist() for site in SITES} for p in asked[:loops]]
+    tables = [
+        {site: by_prompt[p.text].scores[site].tolist() for site in SITES} for p in asked[:loops]
+    ]
     peak = peak_mib(device)
     with FlopCounterMode(display=False) as counter:
         list(trace_prompts(lm, asked[:loops], config))
     return {
-        "seconds": seconds / facts, "model_mib": model_mib, "peak_mib": peak, "tables": tables,
+        "seconds": seconds / facts,
+        "model_mib": model_mib,
+        "peak_mib": peak,
+        "tables": tables,
         "flops": counter.get_total_flops() / loops,
-    }  # fmt: skip
+    }
 
 
 def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
@@ -80,7 +104,11 @@ def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
     model = make_model(shape, device)
     model_mib = peak_mib(device)
     blocks = model.transformer.h
-    modules = {"residual": list(blocks), "mlp": [b.mlp for b in blocks], "attention": [b.attn for b in blocks]}
+    modules = {
+        "residual": list(blocks),
+        "mlp": [b.mlp for b in blocks],
+        "attention": [b.attn for b in blocks],
+    }
     window = default_window(lm.n_layers)
     asked = [ids_of(number, SHAPES[shape][3]) for number in range(loops)]
 
@@ -89,17 +117,32 @@ def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
         for ids, span in asked:
             noise = draw_noise(lm, NOISE, (SAMPLES, span[1] - span[0])).to(device)
             answer = [int(model(torch.tensor([ids])).logits[0, -1].argmax())]
-            tables.append({
-                site: naive.trace(
-                    model, model.transformer.wte, modules[site], ids, len(ids), span, noise, answer,
-                    1 if site == "residual" else window,
-                ).tolist() for site in SITES
-            })  # fmt: skip
+            tables.append(
+                {
+                    site: naive.trace(
+                        model,
+                        model.transformer.wte,
+                        modules[site],
+                        ids,
+                        len(ids),
+                        span,
+                        noise,
+                        answer,
+                        1 if site == "residual" else window,
+                    ).tolist()
+                    for site in SITES
+                }
+            )
         return tables
 
     with torch.device(device), torch.no_grad():
         seconds, tables = timed(work, device)
-    return {"seconds": seconds / loops, "model_mib": model_mib, "peak_mib": peak_mib(device), "tables": tables}
+    return {
+        "seconds": seconds / loops,
+        "model_mib": model_mib,
+        "peak_mib": peak_mib(device),
+        "tables": tables,
+    }
 
 
 def largest_gap(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> float:
@@ -124,7 +167,9 @@ def main() -> None:
     rate = matmul_rate(given.device)
     sizes = [size for size in BATCHES if size <= given.facts]
     exact = ["alone", *(f"batch {size}" for size in sizes)]
-    estimates = list(dict.fromkeys(["attribution 1", f"attribution {sizes[-1]}", f"corrected {sizes[-1]}"]))
+    estimates = list(
+        dict.fromkeys(["attribution 1", f"attribution {sizes[-1]}", f"corrected {sizes[-1]}"])
+    )
     results = run_all([*exact, *estimates, "loop"], given)
     gaps = {name: largest_gap(results[name]["tables"], results["loop"]["tables"]) for name in exact}
     for result in results.values():

@@ -1,4 +1,6 @@
-"""What the benchmarks share: a GPT-2 with random weights, variants run one by one in processes of their own, results as JSON."""
+"""What the benchmarks share: a GPT-2 with random weights, variants run one by one in processes of
+their own, results as JSON.
+"""
 
 from __future__ import annotations
 
@@ -101,15 +103,19 @@ def published_value(
     steps: int,
     device: str,
 ) -> tuple[torch.Tensor, list[float]]:
-    """One value as the released code finds it, and its losses: whole forward passes over all rows with every position's logits.
+    """One value as the released code finds it, and its losses: whole forward passes over all rows
+    with every position's logits.
 
     Args:
-        module: whose output is shifted by one delta at `lookup` of every row; the last row is the penalty's.
+        module: whose output is shifted by one delta at `lookup` of every row; the last row is the
+            penalty's.
         ends: position of the other rows that predicts `target`.
     """
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor(
+        [[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device
+    )
     at, number = torch.tensor(lookup, device=device), torch.arange(len(rows), device=device)
     last = torch.tensor(ends, device=device)
     delta = torch.zeros(model.config.n_embd, device=device, requires_grad=True)
@@ -148,14 +154,24 @@ def published_value(
 
 
 def arguments(doc: str, shape: str = "small", **more: dict[str, Any]) -> argparse.Namespace:
-    """The options of every benchmark, with its usual shape; `more` adds --NAME with these arguments of `add_argument`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options of every benchmark, with its usual shape; `more` adds --NAME with these arguments
+    of `add_argument`.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default=shape)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="of our own variants; the slow ones run once")
-    parser.add_argument("--variant", help="run this one alone and print JSON; what the benchmark does to itself")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/NAME-SHAPE-DEVICE.json")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of our own variants; the slow ones run once"
+    )
+    parser.add_argument(
+        "--variant", help="run this one alone and print JSON; what the benchmark does to itself"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/NAME-SHAPE-DEVICE.json"
+    )
     for name, about in more.items():
         parser.add_argument(f"--{name}", **about)
     given = parser.parse_args()
@@ -168,7 +184,16 @@ def run_all(variants: Sequence[str], given: argparse.Namespace) -> dict[str, dic
     """Each variant in a process of its own, one after another: name -> what it printed."""
     results = {}
     for name in variants:
-        command = [sys.executable, sys.argv[0], "--variant", name, "--shape", given.shape, "--device", given.device]
+        command = [
+            sys.executable,
+            sys.argv[0],
+            "--variant",
+            name,
+            "--shape",
+            given.shape,
+            "--device",
+            given.device,
+        ]
         command += ["--threads", str(given.threads), "--repeats", str(given.repeats), *given.more]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -187,21 +212,34 @@ def _shown(result: dict[str, Any]) -> str:
 def save(name: str, given: argparse.Namespace, record: dict[str, Any]) -> None:
     """Write the record with machine and versions."""
     machine = {
-        "processor": _processor(), "cpus": os.cpu_count(), "threads": given.threads, "system": platform.platform(terse=True),
-        "python": platform.python_version(), **{p: version(p) for p in ("engram", "torch", "transformers")},
-    }  # fmt: skip
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "threads": given.threads,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("engram", "torch", "transformers")},
+    }
     if given.device != "cpu":
         machine["accelerator"] = torch.cuda.get_device_name()
     RESULTS.mkdir(exist_ok=True)
     path = given.out or RESULTS / f"{name}-{given.shape}-{given.device}.json"
-    path.write_text(json.dumps({"benchmark": name, "shape": given.shape, "machine": machine, **record}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(
+            {"benchmark": name, "shape": given.shape, "machine": machine, **record}, indent=1
+        )
+        + "\n"
+    )
     print(f"results: {path}")
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if info.exists()
         else []
     )

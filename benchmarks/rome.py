@@ -1,10 +1,14 @@
-"""One ROME edit: value optimisation by replay against 20 full forward passes over all rows, with logits everywhere.
+"""One ROME edit: value optimisation by replay against 20 full forward passes over all rows, with
+logits everywhere.
 
-    python benchmarks/rome.py                              GPT-2 small shape, layer 5, CPU, 2 threads
-    python benchmarks/rome.py --shape xl --device cuda     GPT-2 XL shape, layer 17, on a GPU
+    python benchmarks/rome.py                              GPT-2 small shape, layer 5, CPU, 2
+    threads python benchmarks/rome.py --shape xl --device cuda     GPT-2 XL shape, layer 17, on a
+    GPU
 
-21 contexts (10 of 4 sampled tokens and 10 of 9, as released) and the penalty's row; a subject of 3 tokens. What replay saves
-depends on where the subject stands: "short" has 4 tokens before it and 1 behind ("The mother tongue of {} is"), "typical" 1 and
+21 contexts (10 of 4 sampled tokens and 10 of 9, as released) and the penalty's row; a subject of 3
+tokens. What replay saves
+depends on where the subject stands: "short" has 4 tokens before it and 1 behind ("The mother tongue
+    of {} is"), "typical" 1 and
 3, about CounterFact's mean, "long" 1 and 7. The slow variant is what the published code
 does with the same arithmetic, written out here. Each runs in a process of its own.
 """
@@ -17,10 +21,25 @@ from typing import Any
 
 import torch
 
-from common import arguments, make_lm, make_model, matmul_rate, peak_mib, published_value, run_all, save, timed, words
+from common import (
+    arguments,
+    make_lm,
+    make_model,
+    matmul_rate,
+    peak_mib,
+    published_value,
+    run_all,
+    save,
+    timed,
+    words,
+)
 
 LAYERS = {"small": 5, "xl": 17}
-LENGTHS = {"short": (4, 1), "typical": (1, 3), "long": (1, 7)}  # tokens before the subject and behind it
+LENGTHS = {
+    "short": (4, 1),
+    "typical": (1, 3),
+    "long": (1, 7),
+}  # tokens before the subject and behind it
 STEPS = 20
 
 
@@ -48,32 +67,46 @@ def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
     templates = ["{}", *(f"{words(*context, 13)} {{}}" for context in contexts[1:])]
     layer = LAYERS[shape]
     config = ValueConfig(stop_loss=0.0)
-    seconds, value = timed(lambda: optimise_value(lm, fact, layer, templates, config), device, repeats)
+    seconds, value = timed(
+        lambda: optimise_value(lm, fact, layer, templates, config), device, repeats
+    )
     width = 4 * lm.d_model
     moment = SecondMoment.from_matrix(torch.eye(width))
     moment.solve(torch.ones(width))  # one factorisation a model and layer
     whole, _ = timed(lambda: rank_one_update(lm, fact, layer, moment, templates), device)
     return {
-        "seconds": seconds, "edit_seconds": whole, "model_mib": model_mib, "peak_mib": peak_mib(device),
+        "seconds": seconds,
+        "edit_seconds": whole,
+        "model_mib": model_mib,
+        "peak_mib": peak_mib(device),
         "losses": [loss[0] for loss in value.losses],
-    }  # fmt: skip
+    }
 
 
 def full(length: str, shape: str, device: str) -> dict[str, Any]:
     model = make_model(shape, device).requires_grad_(False)
     model_mib = peak_mib(device)
     contexts, before, subject, after, target = request(length)
-    prompts = [[*context, *([13] if context else []), *before, *subject, *after] for context in contexts]
+    prompts = [
+        [*context, *([13] if context else []), *before, *subject, *after] for context in contexts
+    ]
     rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
     lookup = [len(row) - len(after) - 1 for row in prompts] + [len(subject) - 1]
     ends = [len(row) - 1 for row in prompts]
     mlp = model.transformer.h[LAYERS[shape]].mlp
 
     def optimise() -> list[float]:
-        return published_value(model, mlp, rows, lookup, ends, target[0], clamp=4, steps=STEPS, device=device)[1]
+        return published_value(
+            model, mlp, rows, lookup, ends, target[0], clamp=4, steps=STEPS, device=device
+        )[1]
 
     seconds, losses = timed(optimise, device)
-    return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "losses": losses}
+    return {
+        "seconds": seconds,
+        "model_mib": model_mib,
+        "peak_mib": peak_mib(device),
+        "losses": losses,
+    }
 
 
 def main() -> None:
@@ -90,7 +123,9 @@ def main() -> None:
         )
         return
     rate = matmul_rate(given.device)
-    results = run_all([f"{kind} {length}" for length in LENGTHS for kind in ("replay", "full")], given)
+    results = run_all(
+        [f"{kind} {length}" for length in LENGTHS for kind in ("replay", "full")], given
+    )
     ratios, gaps = {}, {}
     for length in LENGTHS:
         fast, slow = results[f"replay {length}"], results[f"full {length}"]
@@ -98,8 +133,15 @@ def main() -> None:
         pairs = zip(fast.pop("losses"), slow.pop("losses"), strict=True)
         gaps[f"{length} prompt"] = max(abs(a - b) / abs(b) for a, b in pairs)
     for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.1f}, largest relative difference of a step's loss {gaps[name.partition(':')[0]]:.1e}")
-    record = {"variants": results, "ratios": ratios, "largest_loss_differences": gaps, "float32_matmul_flops": rate}
+        print(
+            f"{name}: {ratio:.1f}, largest relative difference of a step's loss {gaps[name.partition(':')[0]]:.1e}"
+        )
+    record = {
+        "variants": results,
+        "ratios": ratios,
+        "largest_loss_differences": gaps,
+        "float32_matmul_flops": rate,
+    }
     save("rome", given, record)
 
 

@@ -1,12 +1,13 @@
-"""Causal tracing of one prompt: the sweep against the loop over cells as the published code runs it.
+"""Causal tracing of one prompt: the sweep against the loop over cells as the published code runs
+it.
 
     python benchmarks/trace.py                              GPT-2 small shape, CPU, 2 threads
     python benchmarks/trace.py --shape xl --device cuda     GPT-2 XL shape on a GPU
 
-12 tokens, subject at tokens 2 to 5, 10 noise samples, windows of 10. The loop is one forward pass of 11 rows a cell with
-logits at all positions (tests/naive.py). Each variant runs in a process of its own, so that peak memory is its own. The
-PyPI package causal-tracer takes part where it is installed (pip install --no-deps causal-tracer; it asks for an older
-transformers).
+12 tokens, subject at tokens 2 to 5, 10 noise samples, windows of 10. The loop is one forward pass
+of 11 rows a cell with logits at all positions (tests/naive.py). Each variant runs in a process of
+its own, so that peak memory is its own. The PyPI package causal-tracer takes part where it is
+installed (pip install --no-deps causal-tracer; it asks for an older transformers).
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from typing import Any
 
 import torch
 
-from common import arguments, make_lm, make_model, make_tokenizer, matmul_rate, peak_mib, run_all, save, timed, words
+from common import (
+    arguments,
+    make_lm,
+    make_model,
+    make_tokenizer,
+    matmul_rate,
+    peak_mib,
+    run_all,
+    save,
+    timed,
+    words,
+)
 
 IDS = random.Random(0).sample(range(1000, 50000), 12)
 SPAN = (2, 6)
@@ -28,7 +40,9 @@ LOOPS = {"residual": "loop residual", "mlp": "loop mlp", "attention": "loop atte
 
 def noise(width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return 0.1 * torch.randn(SAMPLES, SPAN[1] - SPAN[0], width, generator=generator, dtype=torch.float64)
+    return 0.1 * torch.randn(
+        SAMPLES, SPAN[1] - SPAN[0], width, generator=generator, dtype=torch.float64
+    )
 
 
 def ours(sites: list[str], shape: str, device: str, repeats: int) -> dict[str, Any]:
@@ -37,13 +51,23 @@ def ours(sites: list[str], shape: str, device: str, repeats: int) -> dict[str, A
     lm = make_lm(shape, device)
     model_mib = peak_mib(device)
     prompt, subject = words(*IDS), words(*IDS[SPAN[0] : SPAN[1]])
-    given: dict[str, Any] = {"subject": subject, "noise": noise(lm.d_model), "window": WINDOW, "sites": sites}
+    given: dict[str, Any] = {
+        "subject": subject,
+        "noise": noise(lm.d_model),
+        "window": WINDOW,
+        "sites": sites,
+    }
     engram.trace(
         lm, words(1, 2, 3), subject="w2", samples=1, sites=["residual"]
     )  # the model is probed once: not part of a trace
     seconds, trace = timed(lambda: engram.trace(lm, prompt, **given), device, repeats)
     tables = {site: trace.scores[site].tolist() for site in sites}
-    return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "tables": tables}
+    return {
+        "seconds": seconds,
+        "model_mib": model_mib,
+        "peak_mib": peak_mib(device),
+        "tables": tables,
+    }
 
 
 def loop(site: str, shape: str, device: str) -> dict[str, Any]:
@@ -52,16 +76,32 @@ def loop(site: str, shape: str, device: str) -> dict[str, Any]:
     model = make_model(shape, device)
     model_mib = peak_mib(device)
     blocks = model.transformer.h
-    modules = {"residual": list(blocks), "mlp": [b.mlp for b in blocks], "attention": [b.attn for b in blocks]}[site]
+    modules = {
+        "residual": list(blocks),
+        "mlp": [b.mlp for b in blocks],
+        "attention": [b.attn for b in blocks],
+    }[site]
     with torch.device(device):
         clean = model(torch.tensor([IDS])).logits[0, -1]
         answer = [int(clean.argmax())]
         work = lambda: naive.trace(  # noqa: E731
-            model, model.transformer.wte, modules, IDS, len(IDS), SPAN, noise(model.config.n_embd).to(device), answer,
+            model,
+            model.transformer.wte,
+            modules,
+            IDS,
+            len(IDS),
+            SPAN,
+            noise(model.config.n_embd).to(device),
+            answer,
             1 if site == "residual" else WINDOW,
-        )  # fmt: skip
+        )
         seconds, table = timed(work, device)
-    return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "tables": {site: table.tolist()}}
+    return {
+        "seconds": seconds,
+        "model_mib": model_mib,
+        "peak_mib": peak_mib(device),
+        "tables": {site: table.tolist()},
+    }
 
 
 def peer(shape: str, device: str) -> dict[str, Any]:
@@ -71,7 +111,9 @@ def peer(shape: str, device: str) -> dict[str, Any]:
     model_mib = peak_mib(device)
     tracer = CausalTracer(model, make_tokenizer(), noise=0.1, device=device)
     prompt, subject = words(*IDS), words(*IDS[SPAN[0] : SPAN[1]])
-    work = lambda: tracer.calculate_hidden_flow(prompt, subject=subject, kind="hidden", samples=SAMPLES)  # noqa: E731
+    work = lambda: tracer.calculate_hidden_flow(
+        prompt, subject=subject, kind="hidden", samples=SAMPLES
+    )
     seconds, _ = timed(work, device)
     return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "tables": {}}
 
@@ -81,13 +123,24 @@ def main() -> None:
     if given.variant:
         kind, _, site = given.variant.partition(" ")
         if kind == "sweep":
-            result = ours(list(SITES) if site == "three" else [site], given.shape, given.device, given.repeats)
+            result = ours(
+                list(SITES) if site == "three" else [site], given.shape, given.device, given.repeats
+            )
         else:
-            result = loop(site, given.shape, given.device) if kind == "loop" else peer(given.shape, given.device)
+            result = (
+                loop(site, given.shape, given.device)
+                if kind == "loop"
+                else peer(given.shape, given.device)
+            )
         print(json.dumps(result))
         return
     rate = matmul_rate(given.device)
-    names = [*(f"sweep {site}" for site in SITES), "sweep three", *LOOPS.values(), "causal-tracer residual"]
+    names = [
+        *(f"sweep {site}" for site in SITES),
+        "sweep three",
+        *LOOPS.values(),
+        "causal-tracer residual",
+    ]
     results = run_all(names, given)
     gaps = {}
     for site, name in LOOPS.items():
@@ -98,14 +151,26 @@ def main() -> None:
     for result in results.values():
         result.pop("tables", None)
     seconds = {name: result["seconds"] for name, result in results.items() if "seconds" in result}
-    ratios = {f"{site}: loop / sweep": seconds[f"loop {site}"] / seconds[f"sweep {site}"] for site in SITES}
-    ratios["three sites: loops / one sweep"] = sum(seconds[name] for name in LOOPS.values()) / seconds["sweep three"]
+    ratios = {
+        f"{site}: loop / sweep": seconds[f"loop {site}"] / seconds[f"sweep {site}"]
+        for site in SITES
+    }
+    ratios["three sites: loops / one sweep"] = (
+        sum(seconds[name] for name in LOOPS.values()) / seconds["sweep three"]
+    )
     if "causal-tracer residual" in seconds:
-        ratios["residual: causal-tracer / sweep"] = seconds["causal-tracer residual"] / seconds["sweep residual"]
+        ratios["residual: causal-tracer / sweep"] = (
+            seconds["causal-tracer residual"] / seconds["sweep residual"]
+        )
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.1f}")
     print(f"largest difference of a probability: {max(gaps.values()):.1e}")
-    record = {"variants": results, "ratios": ratios, "largest_differences": gaps, "float32_matmul_flops": rate}
+    record = {
+        "variants": results,
+        "ratios": ratios,
+        "largest_differences": gaps,
+        "float32_matmul_flops": rate,
+    }
     save("trace", given, record)
 
 

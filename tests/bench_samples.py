@@ -11,18 +11,37 @@ from engram.benchmark.data.records import Dataset, Probe, Record, References, Sn
 from engram.benchmark.data.tfidf import TfIdf
 from engram.benchmark.metrics.outcomes import MeasureConfig
 
-SUBJECTS = ("tower", "bridge", "river", "city", "piano", "guitar", "mother tongue", "Zdeno Chára", "capital", "mayor")
+SUBJECTS = (
+    "tower",
+    "bridge",
+    "river",
+    "city",
+    "piano",
+    "guitar",
+    "mother tongue",
+    "Zdeno Chára",
+    "capital",
+    "mayor",
+)
 CITIES = ("Paris", "Rome", "Madrid", "London")
 ASKED = MeasureConfig(said=1, texts=True, text_tokens=10, drift_every=5)
-METHODS: dict[str, dict[str, Any]] = {"ultraedit": {"learning_rate": 0.1}, "ft": {"epochs": 3, "learning_rate": 0.05}}
+METHODS: dict[str, dict[str, Any]] = {
+    "ultraedit": {"learning_rate": 0.1},
+    "ft": {"epochs": 3, "learning_rate": 0.05},
+}
 
 SNIPPETS = {
-    f"P1:{city}": (Snippet(f"{city}'s mayor", f"The mayor of {city} plays the piano in {city}."),) for city in CITIES
+    f"P1:{city}": (Snippet(f"{city}'s mayor", f"The mayor of {city} plays the piano in {city}."),)
+    for city in CITIES
 }
-REFERENCES = References(SNIPPETS, TfIdf.fit(each.text for some in SNIPPETS.values() for each in some))
+REFERENCES = References(
+    SNIPPETS, TfIdf.fit(each.text for some in SNIPPETS.values() for each in some)
+)
 
 
-def dataset(count: int = 10, name: str = "cities", prompt: str = "The {} is in the city of") -> Dataset:
+def dataset(
+    count: int = 10, name: str = "cities", prompt: str = "The {} is in the city of"
+) -> Dataset:
     """Records of several lengths, with everything that CounterFact has."""
     return Dataset(name, "counterfact", tuple(_record(n, prompt) for n in range(count)), REFERENCES)
 
@@ -30,14 +49,20 @@ def dataset(count: int = 10, name: str = "cities", prompt: str = "The {} is in t
 def _record(n: int, prompt: str) -> Record:
     subject, other = SUBJECTS[n % len(SUBJECTS)], SUBJECTS[(n + 3) % len(SUBJECTS)]
     new, true = CITIES[n % 4], CITIES[(n + 1 + n // 4 % 3) % 4]
-    fact = Fact(subject, prompt, new, true, relation="P1", paraphrases=(f"She sings in the {subject} of",))
+    fact = Fact(
+        subject, prompt, new, true, relation="P1", paraphrases=(f"She sings in the {subject} of",)
+    )
     more = [
         Probe("neighbourhood", f"The {other} is in the city of", true, new),
         Probe("neighbourhood", f"It's said that the {other} is in", true, new),
         Probe("attribute", f"The {other} of", new, true),
     ]
     return Record.from_fact(
-        str(n), fact, probes=more, generation=(f"The {subject}", f"He sings: the {subject}"), references=f"P1:{new}"
+        str(n),
+        fact,
+        probes=more,
+        generation=(f"The {subject}", f"He sings: the {subject}"),
+        references=f"P1:{new}",
     )
 
 

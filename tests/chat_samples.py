@@ -37,8 +37,12 @@ TEMPLATES: dict[str, tuple[list[str], str]] = {
 
 
 @cache
-def chat_lm(template: str = "chatml", tokenizer: str = "byte-level", family: str = "llama") -> LanguageModel:
-    """A tiny model with that template; special tokens are new rows of its embedding. Shared: leave its template alone."""
+def chat_lm(
+    template: str = "chatml", tokenizer: str = "byte-level", family: str = "llama"
+) -> LanguageModel:
+    """A tiny model with that template; special tokens are new rows of its embedding. Shared: leave
+    its template alone.
+    """
     specials, text = TEMPLATES[template]
     made = deepcopy(TOKENIZERS[tokenizer]())
     made.add_special_tokens({"extra_special_tokens": specials})

@@ -18,7 +18,10 @@ COUNTERFACT: dict[str, Any] = {
         "target_new": {"str": "Peru", "id": "Q419"},
         "target_true": {"str": "Switzerland", "id": "Q39"},
     },
-    "paraphrase_prompts": ["It rained. Matterhorn is a mountain of", "Where is the Matterhorn? It is in"],
+    "paraphrase_prompts": [
+        "It rained. Matterhorn is a mountain of",
+        "Where is the Matterhorn? It is in",
+    ],
     "neighborhood_prompts": ["The Eiger lies in", "The Jungfrau is in"],
     "attribute_prompts": ["Huascarán lies in"],
     "generation_prompts": ["Matterhorn is known for", "Matterhorn is known for"],
@@ -82,7 +85,11 @@ MQUAKE: dict[str, Any] = {
             "question": "What did Emmy Noether work on?",
         },
     ],
-    "questions": ["What is the field of the author of Emma?", "What did Emma's author work on?", "Emma's author's field?"],
+    "questions": [
+        "What is the field of the author of Emma?",
+        "What did Emma's author work on?",
+        "Emma's author's field?",
+    ],
     "answer": "literature",
     "answer_alias": [],
     "new_answer": "law",
@@ -116,22 +123,36 @@ RIPPLE: dict[str, Any] = {
         "subject_id": "Q1",
         "relation": "MOTHER",
         "target_id": "Q2",
-        "original_fact": {"prompt": "The name of the mother of Leo is Ida.", "subject_id": "Q1", "relation": "MOTHER"},
+        "original_fact": {
+            "prompt": "The name of the mother of Leo is Ida.",
+            "subject_id": "Q1",
+            "relation": "MOTHER",
+        },
     },
     "Relation_Specificity": [_TEST],
-    "Logical_Generalization": [{**_TEST, "test_condition": "AND", "test_queries": [_QUERY, _QUERY]}],
+    "Logical_Generalization": [
+        {**_TEST, "test_condition": "AND", "test_queries": [_QUERY, _QUERY]}
+    ],
     "Subject_Aliasing": [],
     "Compositionality_I": [{**_TEST, "test_queries": [_BARE, _QUERY]}],
     "Compositionality_II": [_TEST],
     "Forgetfulness": [{**_TEST, "condition_queries": []}],
 }
 SAMPLES = {
-    "counterfact": COUNTERFACT, "flat": FLAT, "zsre": ZSRE, "known": KNOWN, "facts": FACT, "mquake": MQUAKE, "ripple": RIPPLE,
-}  # fmt: skip
+    "counterfact": COUNTERFACT,
+    "flat": FLAT,
+    "zsre": ZSRE,
+    "known": KNOWN,
+    "facts": FACT,
+    "mquake": MQUAKE,
+    "ripple": RIPPLE,
+}
 
 
 def sample(name: str, **changes: Any) -> dict[str, Any]:
-    """A fresh copy, with other values of some fields; one that is `...` is taken out. "a.b" is field b within a."""
+    """A fresh copy, with other values of some fields; one that is `...` is taken out. "a.b" is
+    field b within a.
+    """
     record: dict[str, Any] = copy.deepcopy(SAMPLES[name])
     for field, value in changes.items():
         *outer, last = field.split(".")

@@ -1,4 +1,6 @@
-"""Numbers that the published implementations compute on a tiny model; optional, since they are kept outside the project."""
+"""Numbers that the published implementations compute on a tiny model; optional, since they are kept
+outside the project.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from engram.model.language_model import LanguageModel
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared/golden"
 needed = pytest.mark.skipif(
-    not FOLDER.exists(), reason="the published implementations' numbers (shared/golden) are not here"
+    not FOLDER.exists(),
+    reason="the published implementations' numbers (shared/golden) are not here",
 )
 
 

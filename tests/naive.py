@@ -1,5 +1,7 @@
-"""Causal tracing the slow way, as the published code does it: one whole forward pass of 1 + samples rows a cell, logits at
-all positions. What the sweep is held against, in tests and in benchmarks. Independent of engram's hooks and engine.
+"""Causal tracing the slow way, as the published code does it: one whole forward pass of 1 + samples
+rows a cell, logits at
+all positions. What the sweep is held against, in tests and in benchmarks. Independent of engram's
+hooks and engine.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ def changed(modules: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[No
             return (change(output[0]), *output[1:])
         return change(output)
 
-    handles = [m.register_forward_hook(lambda m, a, out, f=f: hook(m, a, out, f)) for m, f in modules.items()]
+    handles = [
+        m.register_forward_hook(lambda m, a, out, f=f: hook(m, a, out, f))
+        for m, f in modules.items()
+    ]
     try:
         yield
     finally:
@@ -38,7 +43,9 @@ def run(
     restored: Sequence[nn.Module],
     token: int,
 ) -> Tensor:
-    """Logits [1 + samples, t, v]: row 0 is clean; in the others the subject is corrupted and `token` is put back in `restored`."""
+    """Logits [1 + samples, t, v]: row 0 is clean; in the others the subject is corrupted and
+    `token` is put back in `restored`.
+    """
 
     def corrupt(out: Tensor) -> Tensor:
         out = out.clone()
@@ -61,10 +68,19 @@ def probability(logits: Tensor, answer: Sequence[int]) -> Tensor:
 
 
 def trace(
-    model: nn.Module, embed: nn.Module, sites: Sequence[nn.Module], ids: Sequence[int], prompt_tokens: int,
-    span: tuple[int, int], noise_snd: Tensor, answer: Sequence[int], window: int,
-) -> Tensor:  # fmt: skip
-    """[prompt tokens, layers] mean probability of `answer` with `window` layers of a site restored around each layer."""
+    model: nn.Module,
+    embed: nn.Module,
+    sites: Sequence[nn.Module],
+    ids: Sequence[int],
+    prompt_tokens: int,
+    span: tuple[int, int],
+    noise_snd: Tensor,
+    answer: Sequence[int],
+    window: int,
+) -> Tensor:
+    """[prompt tokens, layers] mean probability of `answer` with `window` layers of a site restored
+    around each layer.
+    """
     table = torch.zeros(prompt_tokens, len(sites))
     for token in range(prompt_tokens):
         for layer in range(len(sites)):
@@ -74,12 +90,16 @@ def trace(
     return table
 
 
-# -- causal mediation in general: one forward pass a cell and a sample, nothing shared ---------------------------------
+# -- causal mediation in general: one forward pass a cell and a sample, nothing shared -------------
 
 
 @torch.no_grad()
-def states(model: nn.Module, ids: Sequence[int], modules: Sequence[nn.Module], inputs: bool, embed: dict) -> list[Tensor]:
-    """[t, c] outputs (or inputs) of modules in one run; `embed` holds a hook for the embedding, or nothing."""
+def states(
+    model: nn.Module, ids: Sequence[int], modules: Sequence[nn.Module], inputs: bool, embed: dict
+) -> list[Tensor]:
+    """[t, c] outputs (or inputs) of modules in one run; `embed` holds a hook for the embedding, or
+    nothing.
+    """
     seen: dict[nn.Module, Tensor] = {}
     handles = []
     for module in modules:
@@ -87,7 +107,9 @@ def states(model: nn.Module, ids: Sequence[int], modules: Sequence[nn.Module], i
             hook = module.register_forward_pre_hook(lambda m, a: seen.__setitem__(m, a[0].clone()))
         else:
             hook = module.register_forward_hook(
-                lambda m, a, out: seen.__setitem__(m, (out[0] if isinstance(out, tuple) else out).clone())
+                lambda m, a, out: seen.__setitem__(
+                    m, (out[0] if isinstance(out, tuple) else out).clone()
+                )
             )
         handles.append(hook)
     try:
@@ -101,10 +123,19 @@ def states(model: nn.Module, ids: Sequence[int], modules: Sequence[nn.Module], i
 
 @torch.no_grad()
 def patched(
-    model: nn.Module, ids: Sequence[int], embed: dict, modules: Sequence[nn.Module], values: Sequence[Tensor], token: int,
-    part: slice, inputs: bool, frozen: Sequence[tuple[nn.Module, Tensor]] = (),
-) -> Tensor:  # fmt: skip
-    """Logits [t, v] of a run in which `token` of each module's output (or input) is the value's, and frozen outputs are too."""
+    model: nn.Module,
+    ids: Sequence[int],
+    embed: dict,
+    modules: Sequence[nn.Module],
+    values: Sequence[Tensor],
+    token: int,
+    part: slice,
+    inputs: bool,
+    frozen: Sequence[tuple[nn.Module, Tensor]] = (),
+) -> Tensor:
+    """Logits [t, v] of a run in which `token` of each module's output (or input) is the value's,
+    and frozen outputs are too.
+    """
 
     def put(tensor: Tensor, value: Tensor, cut: slice = slice(None)) -> Tensor:
         flat = tensor.clone().reshape(len(ids), -1)
@@ -115,7 +146,9 @@ def patched(
     handles = []
     for module, value in zip(modules, values, strict=True):
         if inputs:
-            hook = module.register_forward_pre_hook(lambda m, a, v=value: (put(a[0], v, part), *a[1:]))
+            hook = module.register_forward_pre_hook(
+                lambda m, a, v=value: (put(a[0], v, part), *a[1:])
+            )
             handles.append(hook)
         else:
             outputs[module] = lambda out, v=value: put(out, v, part)

@@ -1,4 +1,6 @@
-"""An edit that lies beside the weights computes what the edited weights would, and touches none of them."""
+"""An edit that lies beside the weights computes what the edited weights would, and touches none of
+them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def edit_of(lm: Any, layers: tuple[int, ...] = (1, 2), rank: int = 2, seed: int 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("family", DENSE)
-def test_attached_computes_what_applied_does_and_touches_no_weight(family: str, dtype: torch.dtype) -> None:
+def test_attached_computes_what_applied_does_and_touches_no_weight(
+    family: str, dtype: torch.dtype
+) -> None:
     lm = tiny_lm(family, dtype)
     before, plain = weights(lm), logits(lm)
     edit = compose([edit_of(lm, (1,), rank=2), edit_of(lm, (2,), rank=0)])  # the second one dense
@@ -54,7 +58,9 @@ def test_attached_computes_what_applied_does_and_touches_no_weight(family: str, 
         got = logits(lm)
         assert same_bits(weights(lm), before)
     assert torch.equal(logits(lm), plain)
-    tolerance = 1e-5 if dtype == torch.float64 else 1e-4  # the float32 factors are multiplied out in another order
+    tolerance = (
+        1e-5 if dtype == torch.float64 else 1e-4
+    )  # the float32 factors are multiplied out in another order
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     assert (expected - plain).abs().max() > 100 * (got - expected).abs().max()
 
@@ -67,7 +73,9 @@ def test_in_half_precision_attached_is_closer_to_the_computed_change(dtype: torc
         lm = tiny(dtype=dtype, d_ff=64, seed=seed)
         edit = random_edit(lm, rank=2, seed=seed + 1)
         (name,) = edit.deltas
-        edit = replace(edit, deltas={name: Delta(0.03 * edit.deltas[name].left, edit.deltas[name].right)})
+        edit = replace(
+            edit, deltas={name: Delta(0.03 * edit.deltas[name].left, edit.deltas[name].right)}
+        )
         module = lm.model.get_submodule(name.removesuffix(".weight"))
         x = torch.randn(50, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
         weight = module.weight.float() + edit.deltas[name].dense().T
@@ -103,7 +111,10 @@ def test_an_error_in_the_block_takes_the_edit_off(error: type[BaseException]) ->
 def test_another_base_is_refused_unless_forced() -> None:
     lm, other = tiny_lm(), tiny_lm(seed=1)
     edit, plain = edit_of(lm), logits(other)
-    with pytest.raises(BaseMismatchError, match=r"c_proj.weight of 'tiny-gpt2': not the weight that the edit was made on"):
+    with pytest.raises(
+        BaseMismatchError,
+        match=r"c_proj.weight of 'tiny-gpt2': not the weight that the edit was made on",
+    ):
         edit.attached(other).__enter__()
     assert torch.equal(logits(other), plain)
     with edit.attached(other, force=True):
@@ -113,7 +124,10 @@ def test_another_base_is_refused_unless_forced() -> None:
 def test_another_shape_is_refused_also_when_forced() -> None:
     edit = random_edit(tiny())
     for force in (False, True):
-        with pytest.raises(BaseMismatchError, match=r"is \[out, in\] = \[16, 40\], the edit changes one of \[16, 24\]"):
+        with pytest.raises(
+            BaseMismatchError,
+            match=r"is \[out, in\] = \[16, 40\], the edit changes one of \[16, 24\]",
+        ):
             edit.attached(tiny(d_ff=40), force=force).__enter__()
 
 
@@ -149,7 +163,9 @@ def test_a_weight_of_two_modules_is_refused() -> None:
     name = "lm_head.weight"
     delta = Delta(torch.ones(60, 1), torch.ones(1, 16))
     edit = Edit((FACT,), "m", {}, {name: delta}, describe_base(lm, [name]))
-    with pytest.raises(UnsupportedModelError, match=r"lm_head.weight is also model.embed_tokens.weight"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"lm_head.weight is also model.embed_tokens.weight"
+    ):
         edit.attached(lm).__enter__()
 
 
@@ -166,7 +182,9 @@ def test_a_weight_without_numbers_says_so() -> None:
     lm = tiny()
     edit, name = random_edit(lm), weight_name(lm, 1)
     lm.model.to("meta")
-    with pytest.raises(UnsupportedModelError, match=r"offloaded .*edit.attached\(lm\).*edit.to_peft"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"offloaded .*edit.attached\(lm\).*edit.to_peft"
+    ):
         edit.applied(lm).__enter__()
     with pytest.raises(UnsupportedModelError, match="on the meta device and has no numbers"):
         describe_base(lm, [name])
@@ -178,13 +196,19 @@ def test_a_weight_without_numbers_says_so() -> None:
 def test_an_edit_is_found_on_top_of_an_attached_one_as_on_an_applied_one(engine: str) -> None:
     lm = tiny_lm(dtype=torch.float64)
     settings: dict[str, Any] = {
-        "layer": 1, "contexts": ["{}", "He sings. {}"], "corpus": ["The tower is in Rome."] * 40, "tokens": 200, "steps": 3,
+        "layer": 1,
+        "contexts": ["{}", "He sings. {}"],
+        "corpus": ["The tower is in Rome."] * 40,
+        "tokens": 200,
+        "steps": 3,
         "engine": engine,
-    }  # fmt: skip
+    }
     under = edit_of(lm, layers=(1,))
     found = []
     for way in ("applied", "attached"):
         with getattr(under, way)(lm):
             found.append(engram.rewrite(lm, FACT, **settings))
     (name,) = found[0].deltas
-    torch.testing.assert_close(found[0].deltas[name].dense(), found[1].deltas[name].dense(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found[0].deltas[name].dense(), found[1].deltas[name].dense(), rtol=1e-4, atol=1e-6
+    )

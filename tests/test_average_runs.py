@@ -1,4 +1,5 @@
-"""Every number of an average is the same however its facts were traced: alone, batched, resumed after a kill, or one cell
+"""Every number of an average is the same however its facts were traced: alone, batched, resumed
+after a kill, or one cell
 after the other by a naive loop. And a run's file holds each fact once, and no other run's."""
 
 from __future__ import annotations
@@ -36,8 +37,21 @@ FACTS = [  # prompts of several lengths, objects of one to several tokens
 ]
 SUBJECTS = [fact.subject for fact in FACTS]
 GIVEN = {"keep": "all", "samples": 2, "window": 2}
-KINDS = ["gpt2", "llama", "gptj", "bloom", "gemma2", "mistral-short-window", "mixtral", "mamba", "bert", "t5"]
-LIMIT = {"mamba": 1e-5}  # keeps its stream in float32, whatever the model's dtype; tables are float32 everywhere
+KINDS = [
+    "gpt2",
+    "llama",
+    "gptj",
+    "bloom",
+    "gemma2",
+    "mistral-short-window",
+    "mixtral",
+    "mamba",
+    "bert",
+    "t5",
+]
+LIMIT = {
+    "mamba": 1e-5
+}  # keeps its stream in float32, whatever the model's dtype; tables are float32 everywhere
 
 
 def numbers(trace):
@@ -47,12 +61,19 @@ def numbers(trace):
 
 
 def same(one, two, limit):
-    """Two averages (or lists of traces) agree in every number of every fact, and in everything else exactly."""
+    """Two averages (or lists of traces) agree in every number of every fact, and in everything else
+    exactly.
+    """
     one, two = (list(getattr(each, "traces", each)) for each in (one, two))
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         words = [
-            {k: v for k, v in vars(t).items() if k not in ("scores", "exact", "low_score", "high_score")} for t in (a, b)
+            {
+                k: v
+                for k, v in vars(t).items()
+                if k not in ("scores", "exact", "low_score", "high_score")
+            }
+            for t in (a, b)
         ]
         assert words[0] == words[1]
         assert list(a.scores) == list(b.scores)
@@ -64,23 +85,34 @@ def alone(lm, facts, answer="model", **settings):
     settings = {"noise_subjects": [fact.subject for fact in facts], **settings}
     return [
         engram.trace(
-            lm, fact.prompt_text, subject=fact.subject, target=fact.target if answer == "object" else None, **settings
+            lm,
+            fact.prompt_text,
+            subject=fact.subject,
+            target=fact.target if answer == "object" else None,
+            **settings,
         )
         for fact in facts
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()
 def naive_tables(lm, fact, answer, trace, subjects):
-    """low score, high score and tables, by one forward pass of a clean and the corrupted rows a cell; noise drawn again.
+    """low score, high score and tables, by one forward pass of a clean and the corrupted rows a
+    cell; noise drawn again.
 
     The model's answer is scored by its probability, an object by its log-probability.
     """
     cloze = lm.cloze(fact.prompt_text, fact.target if answer == "object" else None)
     b, e = trace.subject_range
     ids = torch.tensor([cloze.ids] * (1 + trace.samples))
-    company = {} if cloze.decoder_ids is None else {"decoder_input_ids": torch.tensor([cloze.decoder_ids] * len(ids))}
-    embeddings = lm.parts.embed(torch.tensor([i for s in subjects for i in lm.encode(s).ids])).double()
+    company = (
+        {}
+        if cloze.decoder_ids is None
+        else {"decoder_input_ids": torch.tensor([cloze.decoder_ids] * len(ids))}
+    )
+    embeddings = lm.parts.embed(
+        torch.tensor([i for s in subjects for i in lm.encode(s).ids])
+    ).double()
     shape = (trace.samples, e - b, embeddings.shape[-1])
     noise = torch.from_numpy(np.random.RandomState(1).randn(*shape)) * 3 * float(embeddings.std())
 
@@ -107,25 +139,40 @@ def naive_tables(lm, fact, answer, trace, subjects):
     for site in lm.parts.site_names():
         if site in PARTS:
             continue
-        modules = [lm.model.get_submodule(lm.parts.site_module_name(site, layer)) for layer in range(lm.n_layers)]
+        modules = [
+            lm.model.get_submodule(lm.parts.site_module_name(site, layer))
+            for layer in range(lm.n_layers)
+        ]
         reach = trace.window if site in WINDOWED else 1
-        windows = [modules[max(0, c - reach // 2) : c + (reach + 1) // 2] for c in range(lm.n_layers)]
-        cells = [[scores(window, token)[1:].mean() for window in windows] for token in range(cloze.tokens)]
+        windows = [
+            modules[max(0, c - reach // 2) : c + (reach + 1) // 2] for c in range(lm.n_layers)
+        ]
+        cells = [
+            [scores(window, token)[1:].mean() for window in windows]
+            for token in range(cloze.tokens)
+        ]
         tables[site] = torch.tensor(cells)
     return float(plain[1:].mean()), float(plain[0]), tables
 
 
-# -- the same numbers ------------------------------------------------------------------------------------------------------
+# -- the same numbers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("family", "answer"),
-    [*((family, "object") for family in KINDS), *((family, "model") for family in ("gpt2", "bloom", "bert", "t5"))],
+    [
+        *((family, "object") for family in KINDS),
+        *((family, "model") for family in ("gpt2", "bloom", "bert", "t5")),
+    ],
 )
 def test_alone_batched_and_by_the_naive_loop(family, answer):
-    """Prompts of different lengths and objects of different numbers of tokens; the loop on one of them."""
+    """Prompts of different lengths and objects of different numbers of tokens; the loop on one of
+    them.
+    """
     lm = tiny_lm(family, torch.float64)
-    metric, limit = ("probability", LIMIT.get(family, 1e-6)) if answer == "model" else ("log_probability", 1e-5)
+    metric, limit = (
+        ("probability", LIMIT.get(family, 1e-6)) if answer == "model" else ("log_probability", 1e-5)
+    )
     given = {"answer": answer, "metric": metric}
     one, three, many = (
         engram.average_trace(lm, FACTS, facts_per_batch=size, **given, **GIVEN)
@@ -141,7 +188,9 @@ def test_alone_batched_and_by_the_naive_loop(family, answer):
     assert list(many.traces[i].scores) == list(tables)
     for site, table in tables.items():
         torch.testing.assert_close(many.traces[i].scores[site], table.float(), atol=limit, rtol=0)
-    moved = max(float(trace.effects(site).abs().max()) for trace in many.traces for site in trace.scores)
+    moved = max(
+        float(trace.effects(site).abs().max()) for trace in many.traces for site in trace.scores
+    )
     assert moved > 100 * limit, "nothing changes: the comparison would be empty"
     assert len({len(trace.tokens) for trace in many.traces}) > 1
 
@@ -170,7 +219,9 @@ def pocket_runs(tmp_path_factory):
     settings = {"samples": 2, "noise_subjects": [fact.subject for fact in facts], "keep": "all"}
     path = tmp_path_factory.mktemp("pocket") / "run.sqlite"
     with pytest.raises(KeyboardInterrupt):
-        engram.average_trace(lm, facts, out=path, facts_per_batch=3, progress=stop_after(1), **settings)
+        engram.average_trace(
+            lm, facts, out=path, facts_per_batch=3, progress=stop_after(1), **settings
+        )
     assert rows_in(path) == 3
     resumed = engram.average_trace(lm, facts, out=path, facts_per_batch=3, **settings)
     return lm, facts, settings, resumed
@@ -185,22 +236,35 @@ def test_of_the_bundled_model_too(pocket_runs):
 
 def test_the_naive_loop_on_five_facts_of_the_bundled_model(pocket_runs):
     lm, facts, _, resumed = pocket_runs
-    embeddings = lm.parts.embed(torch.tensor([i for fact in facts for i in lm.encode(fact.subject).ids])).detach().double()
+    embeddings = (
+        lm.parts.embed(torch.tensor([i for fact in facts for i in lm.encode(fact.subject).ids]))
+        .detach()
+        .double()
+    )
     seen = []
     for trace in resumed.traces[:5]:
         ids, (b, e) = lm.encode(trace.prompt).ids, trace.subject_range
-        noise = torch.from_numpy(np.random.RandomState(1).randn(2, e - b, lm.d_model)) * 3 * float(embeddings.std())
+        noise = (
+            torch.from_numpy(np.random.RandomState(1).randn(2, e - b, lm.d_model))
+            * 3
+            * float(embeddings.std())
+        )
         answer = [int(lm.logits_at([ids], [[len(ids) - 1]])[0][0].argmax())]
         for site in ("residual", "mlp", "attention"):
-            modules = [lm.model.get_submodule(lm.parts.site_module_name(site, layer)) for layer in range(lm.n_layers)]
+            modules = [
+                lm.model.get_submodule(lm.parts.site_module_name(site, layer))
+                for layer in range(lm.n_layers)
+            ]
             window = trace.window if site in WINDOWED else 1
-            table = naive.trace(lm.model, lm.parts.embed, modules, ids, len(ids), (b, e), noise, answer, window)
+            table = naive.trace(
+                lm.model, lm.parts.embed, modules, ids, len(ids), (b, e), noise, answer, window
+            )
             torch.testing.assert_close(trace.scores[site], table, atol=1e-5, rtol=0)
             seen.append(float(trace.effects(site).abs().max()))
     assert max(seen) > 0.1
 
 
-# -- resumed ---------------------------------------------------------------------------------------------------------------
+# -- resumed ---------------------------------------------------------------------------------------
 
 
 def rows_in(path):
@@ -306,25 +370,46 @@ RUN = {"keep": "all", "samples": 2, "window": 2, "facts_per_batch": 2, "noise": 
 
 def long_list():
     """32 facts of several lengths, some of them twice."""
-    subjects = ["tower", "bridge", "river", "city", "Zdeno Chára", "mother tongue", "piano", "guitar"]
+    subjects = [
+        "tower",
+        "bridge",
+        "river",
+        "city",
+        "Zdeno Chára",
+        "mother tongue",
+        "piano",
+        "guitar",
+    ]
     prompts = ["The {} is in", "The {} is located in the", "It's {} in", "The {} is in"]
     return [Fact(subject, prompt, "London") for prompt in prompts for subject in subjects]
 
 
 def test_a_killed_run_goes_on_and_traces_nothing_twice(lm, tmp_path):
-    """SIGKILL at three random moments. What is in the file in the end is what an undisturbed run writes, byte for byte."""
+    """SIGKILL at three random moments. What is in the file in the end is what an undisturbed run
+    writes, byte for byte.
+    """
     out = tmp_path / "run.sqlite"
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
+        "OMP_NUM_THREADS": "1",
+    }
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, str(out), "7"], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", KILLED, str(out), "7"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
     there = json.loads(ended.stdout)
     counts = [count for count, _ in there]
     assert there[0][1] and counts == sorted(counts) and 0 < counts[0] < len(long_list())
     last = json.loads(Path(f"{out}.last").read_text())
-    assert len(last) == len(long_list()) - counts[-1], "only what was not in the file has been traced"
+    assert len(last) == len(long_list()) - counts[-1], (
+        "only what was not in the file has been traced"
+    )
     assert rows_in(out) == len(long_list())
     engram.average_trace(lm, long_list(), out=tmp_path / "undisturbed.sqlite", **RUN)
     assert bytes_in(out) == bytes_in(tmp_path / "undisturbed.sqlite")
@@ -353,19 +438,29 @@ def test_progress_counts_what_was_there(lm, tmp_path):
     calls = []
     engram.average_trace(lm, FACTS[:3], out=tmp_path / "run", noise=1.0, **GIVEN)
     engram.average_trace(
-        lm, FACTS, out=tmp_path / "run", noise=1.0, facts_per_batch=2, progress=lambda *call: calls.append(call), **GIVEN
+        lm,
+        FACTS,
+        out=tmp_path / "run",
+        noise=1.0,
+        facts_per_batch=2,
+        progress=lambda *call: calls.append(call),
+        **GIVEN,
     )
     assert calls == [(5, 5)]
 
 
 def test_what_is_loaded_is_what_was_returned(lm, tmp_path):
     facts = [*FACTS, Fact("piano", "The {} is in", "nowhere")]
-    returned = engram.average_trace(lm, facts, out=tmp_path / "deep/er/run", keep="all", corruption="subject", samples=1)
+    returned = engram.average_trace(
+        lm, facts, out=tmp_path / "deep/er/run", keep="all", corruption="subject", samples=1
+    )
     loaded = AverageTrace.load(tmp_path / "deep/er/run")
     same(returned, loaded, 0)
     assert loaded.skipped == returned.skipped and loaded.summary() == returned.summary()
     for site in returned.sites:
-        torch.testing.assert_close(returned.effects(site).low, loaded.effects(site).low, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            returned.effects(site).low, loaded.effects(site).low, rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_the_second_start_traces_nothing(lm, tmp_path, traced):
@@ -390,7 +485,9 @@ def test_a_shorter_list_is_averaged_alone(lm, tmp_path):
 
 
 def test_a_fact_given_twice_counts_twice(lm, tmp_path):
-    twice = engram.average_trace(lm, [*FACTS, FACTS[0], FACTS[0]], out=tmp_path / "run", noise=1.0, **GIVEN)
+    twice = engram.average_trace(
+        lm, [*FACTS, FACTS[0], FACTS[0]], out=tmp_path / "run", noise=1.0, **GIVEN
+    )
     assert [trace.prompt for trace in twice.traces].count(FACTS[0].prompt_text) == 3
     same([twice.traces[0]] * 2, twice.traces[-2:], 1e-6)
     once = engram.average_trace(lm, FACTS, noise=1.0, **GIVEN)
@@ -413,7 +510,7 @@ def test_two_runs_at_once_leave_each_fact_once(lm, tmp_path):
     assert rows_in(out) == len(FACTS) == len(average.traces)
 
 
-# -- which facts, and what they are asked ------------------------------------------------------------------------------------
+# -- which facts, and what they are asked ----------------------------------------------------------
 
 
 def says(monkeypatch, lm, word):
@@ -442,15 +539,18 @@ def test_known_facts_are_those_whose_object_begins_with_the_models_next_token(mo
     known = engram.average_trace(lm, facts, samples=1)
     assert [trace.prompt for trace in known.traces] == ["The bridge is in"]
     assert known.skipped == [
-        (prompt, "the model's next token is not the object") for prompt in ("The tower is in", "The river is in")
+        (prompt, "the model's next token is not the object")
+        for prompt in ("The tower is in", "The river is in")
     ]
-    with pytest.raises(EngramError, match="no trace to average: the model's next token is not the object"):
+    with pytest.raises(
+        EngramError, match="no trace to average: the model's next token is not the object"
+    ):
         engram.average_trace(lm, facts, keep="exact", samples=1)  # several tokens are never one
     says(monkeypatch, lm, "city")
     for keep in ("known", "exact"):
-        assert [trace.prompt for trace in engram.average_trace(lm, facts, keep=keep, samples=1).traces] == [
-            "The tower is in"
-        ]
+        assert [
+            trace.prompt for trace in engram.average_trace(lm, facts, keep=keep, samples=1).traces
+        ] == ["The tower is in"]
     assert len(engram.average_trace(lm, facts, keep="all", samples=1).traces) == 3
 
 
@@ -485,13 +585,20 @@ def test_each_fact_is_paired_with_one_of_as_many_tokens(lm):
     facts = {fact.subject: fact for fact in PAIRED}
     average = engram.average_trace(lm, PAIRED, keep="all", corruption="subject", answer="object")
     assert [prompt for prompt, _ in average.skipped] == ["The bridge is in"]
-    assert {why for _, why in average.skipped} == {"no other fact has another object and a subject of as many tokens"}
+    assert {why for _, why in average.skipped} == {
+        "no other fact has another object and a subject of as many tokens"
+    }
     for trace in average.traces:
         own, other = facts[trace.subject], facts[trace.settings["other_subject"]]
         assert own.target != other.target
         (single,) = alone(
-            lm, [own], "object", corruption="subject", other_subject=other.subject, noise_subjects=None
-        )  # fmt: skip
+            lm,
+            [own],
+            "object",
+            corruption="subject",
+            other_subject=other.subject,
+            noise_subjects=None,
+        )
         torch.testing.assert_close(numbers(trace), numbers(single), atol=1e-6, rtol=0)
 
 
@@ -505,17 +612,23 @@ def test_a_partner_has_the_same_prompt_where_there_is_one():
 
 
 def test_logits_are_compared_with_the_paired_facts_object(lm):
-    average = engram.average_trace(lm, PAIRED, keep="all", answer="object", corruption="subject", metric="logit_difference")
+    average = engram.average_trace(
+        lm, PAIRED, keep="all", answer="object", corruption="subject", metric="logit_difference"
+    )
     facts = {fact.subject: fact for fact in PAIRED}
     for trace in average.traces:
         own, other = facts[trace.subject], facts[trace.settings["other_subject"]]
         assert trace.settings["foil"] == other.target
         (logits,) = lm.logits_at([lm.encode(trace.prompt).ids], [[trace.last]])
         answer, foil = (lm.target_ids(trace.prompt, fact.target)[0] for fact in (own, other))
-        assert trace.high_score == pytest.approx(float(logits[0, answer] - logits[0, foil]), abs=1e-5)
+        assert trace.high_score == pytest.approx(
+            float(logits[0, answer] - logits[0, foil]), abs=1e-5
+        )
         swapped = trace.prompt.replace(own.subject, other.subject)
         (logits,) = lm.logits_at([lm.encode(swapped).ids], [[trace.last]])
-        assert trace.low_score == pytest.approx(float(logits[0, answer] - logits[0, foil]), abs=1e-5)
+        assert trace.low_score == pytest.approx(
+            float(logits[0, answer] - logits[0, foil]), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("answer", ["model", "object"])
@@ -527,7 +640,11 @@ def test_objects_that_begin_alike_are_no_pair(monkeypatch, answer):
     facts = [Fact(s, "The {} is in", t) for s, t in zip(("tower", "river"), objects, strict=True)]
     given = {"keep": "all", "answer": answer, "corruption": "subject"}
     assert len(engram.average_trace(lm, facts, **given).traces) == 2
-    with pytest.raises(EngramError, match="no other fact has another object") if answer == "object" else nullcontext():
+    with (
+        pytest.raises(EngramError, match="no other fact has another object")
+        if answer == "object"
+        else nullcontext()
+    ):
         found = engram.average_trace(lm, facts, metric="logit_difference", **given)
         assert [trace.subject for trace in found.traces] == ["river"]
 
@@ -539,7 +656,9 @@ def test_estimates_and_screened_cells_are_those_of_single_facts(lm):
         same(average, singles, 1e-6)
         assert {trace.method for trace in average.traces} == {singles[0].method}
         if "screen" in settings:
-            assert all(sum(int(t.sum()) for t in trace.exact.values()) >= 5 for trace in average.traces)
+            assert all(
+                sum(int(t.sum()) for t in trace.exact.values()) >= 5 for trace in average.traces
+            )
 
 
 @pytest.mark.parametrize(
@@ -556,12 +675,14 @@ def test_estimates_and_screened_cells_are_those_of_single_facts(lm):
     ids=lambda settings: " ".join(settings),
 )
 def test_whatever_is_asked_of_one_fact_can_be_asked_of_many(lm, settings, tmp_path):
-    average = engram.average_trace(lm, FACTS, out=tmp_path / "run", facts_per_batch=3, **settings, **GIVEN)
+    average = engram.average_trace(
+        lm, FACTS, out=tmp_path / "run", facts_per_batch=3, **settings, **GIVEN
+    )
     same(average, alone(lm, FACTS, samples=2, window=2, **settings), 2e-6)
     same(average, AverageTrace.load(tmp_path / "run"), 0)
 
 
-# -- mistakes --------------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -576,15 +697,24 @@ def test_whatever_is_asked_of_one_fact_can_be_asked_of_many(lm, settings, tmp_pa
         ({"window": 3}, "begun with window=2"),
         ({"noise": "s2"}, "begun with noise='s3'"),
         ({"seed": 2}, "begun with seed=1"),
-        ({"sites": ["mlp"]}, r"begun with tables=\['residual', 'mlp', 'attention'\], now asked for is \['mlp'\]"),
+        (
+            {"sites": ["mlp"]},
+            r"begun with tables=\['residual', 'mlp', 'attention'\], now asked for is \['mlp'\]",
+        ),
         ({"positions": "last"}, "begun with positions='all'"),
         ({"direction": "noise"}, "begun with direction='denoise'"),
         ({"metric": "log_probability"}, "begun with metric='probability'"),
         ({"method": "attribution"}, "begun with method='exact'"),
         ({"screen": 3}, "begun with screen=None"),
         ({"noise_subjects": ["Rome"]}, "begun with noise measured on other subjects"),
-        ({"facts": FACTS[:3]}, r"begun with noise measured on other subjects \(the list's own, unless noise_subjects says"),
-        ({"lm": tiny_lm("gpt2", torch.float64)}, "begun with other weights of the model|begun with dtype='torch.float32'"),
+        (
+            {"facts": FACTS[:3]},
+            r"begun with noise measured on other subjects \(the list's own, unless noise_subjects says",
+        ),
+        (
+            {"lm": tiny_lm("gpt2", torch.float64)},
+            "begun with other weights of the model|begun with dtype='torch.float32'",
+        ),
         ({"lm": tiny_lm("gpt2", seed=1)}, "begun with other weights of the model"),
         ({"lm": tiny_lm("llama")}, "begun with model='tiny-gpt2', now asked for is 'tiny-llama'"),
     ],
@@ -610,7 +740,9 @@ def run_file(lm, tmp_path_factory):
 def test_other_pairs_are_another_run(lm, tmp_path):
     given = {"keep": "all", "corruption": "subject", "out": tmp_path / "run"}
     engram.average_trace(lm, PAIRED[:3], **given)
-    with pytest.raises(SettingError, match="begun with another list of facts, so that other facts are paired"):
+    with pytest.raises(
+        SettingError, match="begun with another list of facts, so that other facts are paired"
+    ):
         engram.average_trace(lm, PAIRED, **given)
 
 
@@ -619,7 +751,11 @@ def test_a_file_of_something_else_is_left_alone(lm, tmp_path):
     (tmp_path / "text").write_text("not a database, and longer than the header of one: " * 20)
     sqlite3.connect(tmp_path / "other").execute("CREATE TABLE songs (title)").connection.close()
     sqlite3.connect(tmp_path / "alike").execute("CREATE TABLE facts (title)").connection.close()
-    for name, message in (("text", "file is not a database"), ("other", "something else"), ("alike", "no such table")):
+    for name, message in (
+        ("text", "file is not a database"),
+        ("other", "something else"),
+        ("alike", "no such table"),
+    ):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(EngramFileError, match=rf"{name}\b.*{message}.*another name"):
             engram.average_trace(lm, FACTS, out=tmp_path / name, **given)
@@ -635,15 +771,21 @@ def test_a_place_that_cannot_be_written_to(lm, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "run", tmp_path / "folder"):
-        with pytest.raises(EngramFileError, match=r"cannot be used for a run of traces: .*a folder that you may write to"):
+        with pytest.raises(
+            EngramFileError,
+            match=r"cannot be used for a run of traces: .*a folder that you may write to",
+        ):
             engram.average_trace(lm, FACTS, out=path, noise=1.0, **GIVEN)
     with pytest.raises(
-        EngramFileError, match=r"is no file of a run; make one with engram.average_trace\(..., out='gone'\)"
+        EngramFileError,
+        match=r"is no file of a run; make one with engram.average_trace\(..., out='gone'\)",
     ):
         AverageTrace.load(tmp_path / "gone")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write everywhere"
+)
 def test_a_read_only_folder(lm, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(EngramFileError, match="cannot be used for a run of traces: unable to open"):
@@ -657,7 +799,9 @@ def test_a_file_that_another_process_holds(lm, tmp_path, run_file, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: plain(*a, **{**k, "timeout": 0.05}))
     holder = plain(copy, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(EngramFileError, match="cannot be used for a run of traces: database is locked"):
+    with pytest.raises(
+        EngramFileError, match="cannot be used for a run of traces: database is locked"
+    ):
         engram.average_trace(lm, FACTS, out=copy, **GIVEN)
     with pytest.raises(EngramFileError, match="database is locked"):
         AverageTrace.load(copy)
@@ -685,7 +829,9 @@ def test_what_a_kill_left_half_written_is_rolled_back_before_reading(tmp_path, r
     connection.execute("PRAGMA cache_size=2")
     connection.execute("BEGIN IMMEDIATE")
     for i in range(50):
-        connection.execute("INSERT INTO facts VALUES (?, ?, 'p', NULL, ?)", (f"half {i}", i, b"x" * 5000))
+        connection.execute(
+            "INSERT INTO facts VALUES (?, ?, 'p', NULL, ?)", (f"half {i}", i, b"x" * 5000)
+        )
     killed = tmp_path / "killed"
     shutil.copy(copy, killed)
     shutil.copy(f"{copy}-journal", f"{killed}-journal")
@@ -709,10 +855,26 @@ def test_a_file_that_was_begun_and_not_written(lm, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"keep": "some"}, SettingError, "keep='some' does not exist; expected 'known' or 'exact' or 'all'"),
-        ({"answer": "true"}, SettingError, "answer='true' does not exist; expected 'model' or 'object'"),
-        ({"metric": "logit_difference"}, SettingError, "takes the paired fact's object for the foil"),
-        ({"noise": torch.zeros(1, 1, 32)}, SettingError, "noise as a tensor fits subjects of one length"),
+        (
+            {"keep": "some"},
+            SettingError,
+            "keep='some' does not exist; expected 'known' or 'exact' or 'all'",
+        ),
+        (
+            {"answer": "true"},
+            SettingError,
+            "answer='true' does not exist; expected 'model' or 'object'",
+        ),
+        (
+            {"metric": "logit_difference"},
+            SettingError,
+            "takes the paired fact's object for the foil",
+        ),
+        (
+            {"noise": torch.zeros(1, 1, 32)},
+            SettingError,
+            "noise as a tensor fits subjects of one length",
+        ),
         ({"noise": "loud"}, FactError, "noise='loud' is not a rule"),
         ({"facts_per_batch": 0}, SettingError, "facts_per_batch=0: at least one"),
         ({"site": ["mlp"]}, SettingError, "did you mean 'sites'"),
@@ -720,7 +882,9 @@ def test_a_file_that_was_begun_and_not_written(lm, tmp_path):
 )
 def test_a_mistake_is_told_before_anything_is_written(lm, tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
-        engram.average_trace(lm, FACTS, out=tmp_path / "run", keep=settings.pop("keep", "all"), **settings)
+        engram.average_trace(
+            lm, FACTS, out=tmp_path / "run", keep=settings.pop("keep", "all"), **settings
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,6 @@
-"""A run that is killed, at any moment or at any statement that changes its file, ends as one that nobody disturbed."""
+"""A run that is killed, at any moment or at any statement that changes its file, ends as one that
+nobody disturbed.
+"""
 
 from __future__ import annotations
 
@@ -127,23 +129,34 @@ print(json.dumps(told))
 
 def run(script: str, folder: Path, kills: int, records: int) -> list[list[object]]:
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-c", script, str(folder), str(kills), str(records)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=280, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 
 
 def rows(run: Run) -> dict[str, dict[str, dict[str, float | None]]]:
     """Every score of every record but how long the edit took."""
-    return {label: {id: {**scores, "seconds": None} for id, scores in found.items()} for label, found in run.rows.items()}
+    return {
+        label: {id: {**scores, "seconds": None} for id, scores in found.items()}
+        for label, found in run.rows.items()
+    }
 
 
 def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_path):
     kills = int(os.environ.get("ENGRAM_KILLS", "3"))
     told = run(AT_RANDOM, tmp_path, kills, records=10)
     assert sum(how == "killed" for how, _, _ in told) >= kills
-    assert any(how == "killed" and 0 < count < 20 for how, _, count in told), "no kill was in the middle of a run"
+    assert any(how == "killed" and 0 < count < 20 for how, _, count in told), (
+        "no kill was in the middle of a run"
+    )
     undisturbed = Run.open(tmp_path / "undisturbed")
     for number in range(told[-1][1] + 1):
         counts = [count for _, file, count in told if file == number]
@@ -154,7 +167,9 @@ def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_pa
         assert {at: m.after.texts for at, m in resumed.measured["ft"].items()} == {
             at: m.after.texts for at, m in undisturbed.measured["ft"].items()
         }
-        assert markdown(table([resumed], resamples=50)) == markdown(table([undisturbed], resamples=50))
+        assert markdown(table([resumed], resamples=50)) == markdown(
+            table([undisturbed], resamples=50)
+        )
         assert len(resumed.sessions) <= len(counts), "a session a start, of those that got so far"
 
 
@@ -163,4 +178,6 @@ def test_killed_at_any_statement_the_file_goes_on_to_the_same_rows(tmp_path):
     assert len(told) > 40, "statements of a run"
     assert [how for how, *_ in told] == ["killed"] * (len(told) - 1) + [0]
     assert all(same for *_, same in told)
-    assert {count for _, count, _ in told} == {0, 3, 5, 8, 10}, "a unit's results are in the file all or none"
+    assert {count for _, count, _ in told} == {0, 3, 5, 8, 10}, (
+        "a unit's results are in the file all or none"
+    )

@@ -1,4 +1,6 @@
-"""Reports say what the rows of a run come to, in every format, and nothing beyond chance is called best."""
+"""Reports say what the rows of a run come to, in every format, and nothing beyond chance is called
+best.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +31,38 @@ WELL, BADLY, ONE_BADLY = [True] * 8, [False] * 8, [True] * 7 + [False]
 
 
 def outcome(record, edited: bool, texts: bool = True) -> Outcome:
-    """All that the new object is wanted for is answered with it, or none; neighbours always with their own."""
+    """All that the new object is wanted for is answered with it, or none; neighbours always with
+    their own.
+    """
 
     def reading(probe):
         right = probe.kind == "neighbourhood" or edited
         pair = (0.5, 2.0) if right else (2.0, 0.5)
-        return Reading(*pair, correct=float(right), said=f" {probe.wanted if right else probe.unwanted} and", kl=0.1)
+        return Reading(
+            *pair,
+            correct=float(right),
+            said=f" {probe.wanted if right else probe.unwanted} and",
+            kl=0.1,
+        )
 
     said = tuple(f"{prompt} sings" for prompt in record.generation) if texts else ()
-    return Outcome(tuple(reading(probe) for probe in record.probes), said, 1.5 if texts else None, 0.25 if texts else None)
+    return Outcome(
+        tuple(reading(probe) for probe in record.probes),
+        said,
+        1.5 if texts else None,
+        0.25 if texts else None,
+    )
 
 
 def write(path, methods, data=DATA, model="tiny", **settings):
     """A run whose edits work or not: label, or label=method -> a flag a record."""
-    about = {"model": model, "identity": model, "dataset": data.name, "form": data.form, "asked": {}}
+    about = {
+        "model": model,
+        "identity": model,
+        "dataset": data.name,
+        "form": data.form,
+        "asked": {},
+    }
     with RunStore.writing(path, about) as store:
         store.add_records(data.records)
         for number, (label, flags) in enumerate(methods.items()):
@@ -52,7 +72,12 @@ def write(path, methods, data=DATA, model="tiny", **settings):
                 (
                     at,
                     Measured(
-                        record.id, outcome(record, False), outcome(record, flag), 0.5 + number, 64, None if flag else "no"
+                        record.id,
+                        outcome(record, False),
+                        outcome(record, flag),
+                        0.5 + number,
+                        64,
+                        None if flag else "no",
                     ),
                 )
                 for at, (record, flag) in enumerate(zip(data.records, flags, strict=False))
@@ -64,10 +89,13 @@ def write(path, methods, data=DATA, model="tiny", **settings):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """MEMIT was run first; ROME does what is asked, FT but once, MEMIT never."""
-    return write(tmp_path_factory.mktemp("run") / "made.sqlite", {"memit": BADLY, "ft": ONE_BADLY, "rome": WELL})
+    return write(
+        tmp_path_factory.mktemp("run") / "made.sqlite",
+        {"memit": BADLY, "ft": ONE_BADLY, "rome": WELL},
+    )
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_the_unedited_model_comes_first_and_methods_in_the_order_of_the_library(made):
@@ -118,15 +146,24 @@ def test_cells_are_the_papers_mean_and_half_width_times_100(made):
     assert report.shown(None, "ES") == ""
     low_high = summary["S"]
     assert low_high.half_published is None
-    assert report.shown(low_high, "S").endswith(f"({100 * (low_high.high - low_high.low) / 2:.1f})"), "of the bootstrap"
+    assert report.shown(low_high, "S").endswith(
+        f"({100 * (low_high.high - low_high.low) / 2:.1f})"
+    ), "of the bootstrap"
 
 
-# -- several runs --------------------------------------------------------------------------------------------------------
+# -- several runs ----------------------------------------------------------------------------------
 
 
 def test_runs_of_one_model_have_one_unedited_row(made, tmp_path):
     more = write(tmp_path / "more.sqlite", {"rome": BADLY, "lora": WELL})
-    assert list(report.table([made, more]).rows) == [UNEDITED, "rome", "rome (more)", "memit", "ft", "lora"]
+    assert list(report.table([made, more]).rows) == [
+        UNEDITED,
+        "rome",
+        "rome (more)",
+        "memit",
+        "ft",
+        "lora",
+    ]
 
 
 def test_the_unedited_row_is_of_the_run_with_the_most_records(made, tmp_path):
@@ -139,7 +176,14 @@ def test_the_unedited_row_is_of_the_run_with_the_most_records(made, tmp_path):
 def test_runs_of_several_models_name_the_model(made, tmp_path):
     other = write(tmp_path / "other", {"rome": BADLY}, model="small")
     names = list(report.table([made, other]).rows)
-    assert names == ["tiny unedited", "small unedited", "tiny rome", "small rome", "tiny memit", "tiny ft"]
+    assert names == [
+        "tiny unedited",
+        "small unedited",
+        "tiny rome",
+        "small rome",
+        "tiny memit",
+        "tiny ft",
+    ]
 
 
 def test_no_run_is_lost_where_files_have_the_same_name(tmp_path):
@@ -148,20 +192,25 @@ def test_no_run_is_lost_where_files_have_the_same_name(tmp_path):
         for folder, flags in zip("abc", (WELL, BADLY, ONE_BADLY), strict=True)
     ]
     rows = report.table(runs).rows
-    assert [summary["ES"].mean for name, (_, summary) in rows.items() if name != UNEDITED] == [1, 0, 7 / 8]
+    assert [summary["ES"].mean for name, (_, summary) in rows.items() if name != UNEDITED] == [
+        1,
+        0,
+        7 / 8,
+    ]
 
 
 def test_runs_of_different_benchmarks_have_no_common_table(made, tmp_path):
     other = write(tmp_path / "other", {"rome": WELL}, dataset(8, "towns"))
     with pytest.raises(
-        SettingError, match=r"no common table: made.sqlite: cities \(counterfact\); other: towns \(counterfact\)"
+        SettingError,
+        match=r"no common table: made.sqlite: cities \(counterfact\); other: towns \(counterfact\)",
     ):
         report.table([made, other])
     with pytest.raises(SettingError, match="runs is empty"):
         report.table([])
 
 
-# -- comparisons ---------------------------------------------------------------------------------------------------------
+# -- comparisons -----------------------------------------------------------------------------------
 
 
 def test_differences_are_of_the_same_records(made):
@@ -185,7 +234,7 @@ def test_one_method_has_nothing_to_be_compared_with(tmp_path):
         report.compare([write(tmp_path / "run", {"rome": WELL})])
 
 
-# -- formats -------------------------------------------------------------------------------------------------------------
+# -- formats ---------------------------------------------------------------------------------------
 
 ODD = r"rome_3 & {50%} $x^2~y\z #1 | [late] <b>"
 
@@ -202,7 +251,11 @@ def test_markdown_has_a_cell_a_column(made, odd):
         assert {len(cells) for cells in lines} == {2 + len(table.columns)}
         assert [re.sub(r"\\(.)", r"\1", cell.strip()) for cell, *_ in lines[2:]] == list(table.rows)
     at = 2 + table.columns.index("ES")
-    assert [cells[at].strip() for cells in lines[2:]] == ["0.0 (0.0)", "**100.0 (0.0)**", "0.0 (0.0)"]
+    assert [cells[at].strip() for cells in lines[2:]] == [
+        "0.0 (0.0)",
+        "**100.0 (0.0)**",
+        "0.0 (0.0)",
+    ]
     assert lines[0][at].strip() == "ES ↑"
 
 
@@ -231,7 +284,11 @@ def test_csv_has_the_numbers_in_their_unit(made):
         each, scale = table.rows[line["method"]][1][name], METRICS[name].scale
         for column in ("mean", "low", "high", "half_published", "std"):
             value = getattr(each, column)
-            assert line[column] == "" if value is None else float(line[column]) == pytest.approx(scale * value)
+            assert (
+                line[column] == ""
+                if value is None
+                else float(line[column]) == pytest.approx(scale * value)
+            )
         assert int(line["count"]) == each.count
 
 
@@ -245,7 +302,9 @@ def test_json_is_json_to_every_reader(made, odd):
         assert list(told) == list(table.rows)
         for name, (count, summary) in table.rows.items():
             assert told[name].pop("records") == count
-            assert {metric: each["mean"] for metric, each in told[name].items()} == {m: e.mean for m, e in summary.items()}
+            assert {metric: each["mean"] for metric, each in told[name].items()} == {
+                m: e.mean for m, e in summary.items()
+            }
         json.dumps(one.card(), allow_nan=False)
 
 
@@ -257,7 +316,9 @@ def test_parquet_has_a_row_a_record_and_method(made, tmp_path):
     for row in rows:
         assert row["run"] == "made.sqlite"
         expected = made.rows[row["method"]][row["id"]]
-        assert {name: row[name] for name in METRICS if name in row} == {n: expected.get(n) for n in METRICS if n in row}
+        assert {name: row[name] for name in METRICS if name in row} == {
+            n: expected.get(n) for n in METRICS if n in row
+        }
     assert "ES" in rows[0]
     assert "S" not in rows[0], "no record has one by itself"
 
@@ -278,13 +339,27 @@ def test_published_cases_give_other_peoples_summaries_the_same_scores(made):
         assert case["time"] == 1.5
         for phase, label in (("pre", UNEDITED), ("post", "ft")):
             told, scores = case[phase], made.rows[label][record.id]
-            probs = {kind: told[f"{kind}_prompts_probs"] for kind in ("rewrite", "paraphrase", "neighborhood", "attribute")}
+            probs = {
+                kind: told[f"{kind}_prompts_probs"]
+                for kind in ("rewrite", "paraphrase", "neighborhood", "attribute")
+            }
             assert [len(each) for each in probs.values()] == [1, 1, 2, 1]
-            for kind, score, margin in (("rewrite", "ES", "EM"), ("paraphrase", "PS", "PM"), ("attribute", "AS", "AM")):
-                assert fmean(x["target_true"] > x["target_new"] for x in probs[kind]) == scores[score]
-                apart = fmean(np.exp(-x["target_new"]) - np.exp(-x["target_true"]) for x in probs[kind])
+            for kind, score, margin in (
+                ("rewrite", "ES", "EM"),
+                ("paraphrase", "PS", "PM"),
+                ("attribute", "AS", "AM"),
+            ):
+                assert (
+                    fmean(x["target_true"] > x["target_new"] for x in probs[kind]) == scores[score]
+                )
+                apart = fmean(
+                    np.exp(-x["target_new"]) - np.exp(-x["target_true"]) for x in probs[kind]
+                )
                 assert apart == pytest.approx(scores[margin])
-            assert fmean(x["target_true"] < x["target_new"] for x in probs["neighborhood"]) == scores["NS"]
+            assert (
+                fmean(x["target_true"] < x["target_new"] for x in probs["neighborhood"])
+                == scores["NS"]
+            )
             assert (told["ngram_entropy"], told["reference_score"]) == (1.5, 0.25)
             assert told["text"] == [f"{prompt} sings" for prompt in record.generation]
 
@@ -292,7 +367,9 @@ def test_published_cases_give_other_peoples_summaries_the_same_scores(made):
 def test_published_cases_hold_the_essence_where_there_is_one(tmp_path, monkeypatch):
     plain = outcome
     told = {"essence": 9.0, "essence_published": 8.0}
-    monkeypatch.setitem(globals(), "outcome", lambda *args: Outcome(**{**plain(*args).__dict__, **told}))
+    monkeypatch.setitem(
+        globals(), "outcome", lambda *args: Outcome(**{**plain(*args).__dict__, **told})
+    )
     (case, *_) = report.published_cases(write(tmp_path / "run", {"rome": WELL}), "rome")
     assert case["post"]["essence_score"] == case["pre"]["essence_score"] == 8.0
 
@@ -305,7 +382,7 @@ def test_only_counterfact_has_published_cases(made, tmp_path):
         report.published_cases(zsre, "rome")
 
 
-# -- failures and pictures -----------------------------------------------------------------------------------------------
+# -- failures and pictures -------------------------------------------------------------------------
 
 
 def test_failures_are_the_answers_that_are_not_what_is_wanted(made):
@@ -324,9 +401,18 @@ def test_failures_are_the_answers_that_are_not_what_is_wanted(made):
 
 def test_bars_are_the_scores_by_method(made):
     (axes,) = plot_scores([made], ["ES", "NS"]).axes
-    heights = [[round(bar.get_height(), 6) for bar in group] for group in axes.containers if hasattr(group, "patches")]
+    heights = [
+        [round(bar.get_height(), 6) for bar in group]
+        for group in axes.containers
+        if hasattr(group, "patches")
+    ]
     assert heights == [[0, 100, 0, 87.5], [100] * 4]
-    assert [label.get_text() for label in axes.get_xticklabels()] == [UNEDITED, "rome", "memit", "ft"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        UNEDITED,
+        "rome",
+        "memit",
+        "ft",
+    ]
     with pytest.raises(SettingError, match=r"metrics=.*the runs have"):
         plot_scores([made], ["multi-hop"])
 
@@ -334,17 +420,24 @@ def test_bars_are_the_scores_by_method(made):
 def test_scores_against_the_layer_that_settings_name(tmp_path, made):
     at = {f"rome-{layer}": {"layer": layer} for layer in (3, 1, 2)}
     swept = write(
-        tmp_path / "run", dict(zip((f"{label}=rome" for label in at), (WELL, BADLY, ONE_BADLY), strict=True)), **at
+        tmp_path / "run",
+        dict(zip((f"{label}=rome" for label in at), (WELL, BADLY, ONE_BADLY), strict=True)),
+        **at,
     )
     (axes,) = plot_layers([swept], ["ES"]).axes
-    (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3 and line.get_marker() == "o"]
+    (line,) = [
+        line for line in axes.lines if len(line.get_xdata()) == 3 and line.get_marker() == "o"
+    ]
     assert list(line.get_xdata()) == [1, 2, 3]
     assert list(line.get_ydata()) == [0, 87.5, 100]
-    with pytest.raises(SettingError, match=r"results at layers \[\]; expected two or more, as by --method rome-1=rome"):
+    with pytest.raises(
+        SettingError,
+        match=r"results at layers \[\]; expected two or more, as by --method rome-1=rome",
+    ):
         plot_layers([made])
 
 
-# -- commands ------------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +461,14 @@ def ran(tmp_path_factory):
         "-o",
         str(folder / "run.sqlite"),
     ]
-    settings = ["--set", "strong:epochs=8", "--set", "strong:learning_rate=0.05", "--set", "ft:epochs=2"]
+    settings = [
+        "--set",
+        "strong:epochs=8",
+        "--set",
+        "strong:learning_rate=0.05",
+        "--set",
+        "ft:epochs=2",
+    ]
     return [*options, "--method", "ft", "--method", "strong=ft", *settings], folder / "run.sqlite"
 
 
@@ -380,7 +480,12 @@ def test_a_benchmark_in_one_command_and_its_report_in_another(ran, tmp_path):
     made = Run.open(path)
     assert made.methods["strong"] == ("ft", {"epochs": 8, "learning_rate": 0.05})
     assert len(made.measured["strong"]) == 3
-    assert made.about["asked"] == {**made.about["asked"], "said": 2, "texts": False, "drift_every": 0}
+    assert made.about["asked"] == {
+        **made.about["asked"],
+        "said": 2,
+        "texts": False,
+        "drift_every": 0,
+    }
     run(*options)
     assert len(Run.open(path).measured["ft"]) == 4, "it went on"
 
@@ -391,7 +496,10 @@ def test_a_benchmark_in_one_command_and_its_report_in_another(ran, tmp_path):
         ("json", "t.json"),
         ("parquet", "t.parquet"),
     ):
-        assert f"written: {tmp_path / name}" in run("report", str(path), "-f", format, "-o", str(tmp_path / name)).output
+        assert (
+            f"written: {tmp_path / name}"
+            in run("report", str(path), "-f", format, "-o", str(tmp_path / name)).output
+        )
         assert (tmp_path / name).stat().st_size > 100
     table = report.table([Run.open(path)])
     assert (tmp_path / "t.md").read_text() == report.markdown(table) + "\n"
@@ -406,8 +514,23 @@ def test_a_benchmark_in_one_command_and_its_report_in_another(ran, tmp_path):
 def test_a_report_compares_shows_failures_and_draws(ran, tmp_path):
     options, path = ran
     run(*options)
-    told = run("report", str(path), "--compare", "--failures", "2", "--all", "--plot", str(tmp_path / "scores.png")).output
-    for shown in ("ft minus strong", "4 records", "strong: prompts that fail after the edit", "wanted '", "picture: "):
+    told = run(
+        "report",
+        str(path),
+        "--compare",
+        "--failures",
+        "2",
+        "--all",
+        "--plot",
+        str(tmp_path / "scores.png"),
+    ).output
+    for shown in (
+        "ft minus strong",
+        "4 records",
+        "strong: prompts that fail after the edit",
+        "wanted '",
+        "picture: ",
+    ):
         assert shown in told
     assert told.count("wanted '") == 4
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
@@ -416,7 +539,10 @@ def test_a_report_compares_shows_failures_and_draws(ran, tmp_path):
 def test_a_sweep_over_layers_is_drawn(tmp_path):
     at = {"rome-1": {"layer": 1}, "rome-2": {"layer": 2}}
     swept = write(tmp_path / "run", {"rome-1=rome": BADLY, "rome-2=rome": WELL}, **at)
-    assert "picture: " in run("report", str(swept.path), "--plot-layers", str(tmp_path / "layers.png")).output
+    assert (
+        "picture: "
+        in run("report", str(swept.path), "--plot-layers", str(tmp_path / "layers.png")).output
+    )
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -427,7 +553,10 @@ def test_labels_are_shown_as_they_are(odd):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--set", "rome:layer=3"], r"--set 'rome:layer=3': expected LABEL:NAME=VALUE with one of ft, strong as label"),
+        (
+            ["--set", "rome:layer=3"],
+            r"--set 'rome:layer=3': expected LABEL:NAME=VALUE with one of ft, strong as label",
+        ),
         (["--set", "epochs=3"], r"--set 'epochs=3': expected LABEL:NAME=VALUE"),
         (["--method", "roem"], r"method='roem' does not exist \(did you mean 'rome'\?\)"),
         (["--seed", "3"], r"was begun with asked="),
@@ -441,5 +570,7 @@ def test_a_mistake_in_a_benchmark_ends_with_a_line(ran, monkeypatch, capsys, mor
 
 def test_a_mistake_in_a_report_ends_with_a_line(ran, tmp_path, monkeypatch, capsys):
     run(*ran[0])
-    assert "give -o FILE.parquet" in failing(monkeypatch, capsys, "report", str(ran[1]), "-f", "parquet")
+    assert "give -o FILE.parquet" in failing(
+        monkeypatch, capsys, "report", str(ran[1]), "-f", "parquet"
+    )
     assert "is no file of a run" in failing(monkeypatch, capsys, "report", str(tmp_path / "gone"))

@@ -1,4 +1,6 @@
-"""A run holds each record once by each method, and no other run's; it goes on, grows and gets further methods; see test_bench_kills."""
+"""A run holds each record once by each method, and no other run's; it goes on, grows and gets
+further methods; see test_bench_kills.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def copy(whole, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """(label, places, whether the unedited model wrote texts) of every unit that is done from now on."""
+    """(label, places, whether the unedited model wrote texts) of every unit that is done from now
+    on.
+    """
     seen: list[tuple[str, list[int], bool]] = []
     do = run.RecordsJob.do
 
@@ -74,17 +78,21 @@ def alike(one: Run, two: Run) -> None:
     for label, results in two.measured.items():
         for at, each in results.items():
             assert one.measured[label][at].after.texts == each.after.texts
-            assert [r.said for r in one.measured[label][at].after.readings] == [r.said for r in each.after.readings]
+            assert [r.said for r in one.measured[label][at].after.readings] == [
+                r.said for r in each.after.readings
+            ]
 
 
-# -- what a run holds ----------------------------------------------------------------------------------------------------
+# -- what a run holds ------------------------------------------------------------------------------
 
 
 def test_every_record_once_by_every_method_before_and_after(whole, lm):
     found = Run.open(whole)
     assert list(found.records.values()) == list(DATA.records)
     assert found.labels == [UNEDITED, *METHODS]
-    assert [label for label in found.measured if list(found.measured[label]) == list(range(7))] == list(METHODS)
+    assert [
+        label for label in found.measured if list(found.measured[label]) == list(range(7))
+    ] == list(METHODS)
     for label in METHODS:
         for at, each in found.measured[label].items():
             assert each.before == found.unedited[at]
@@ -93,19 +101,26 @@ def test_every_record_once_by_every_method_before_and_after(whole, lm):
             assert len(each.after.texts) == len(each.before.texts) == 2
             assert each.seconds > 0
             assert each.size > 0
-    assert {at for at, each in found.unedited.items() if each.perplexity} == {0, 5}, "every fifth, as was asked for"
+    assert {at for at, each in found.unedited.items() if each.perplexity} == {0, 5}, (
+        "every fifth, as was asked for"
+    )
 
 
 def test_the_numbers_are_those_of_measuring_each_record_by_itself(whole, lm):
     found = Run.open(whole)
     for label, settings in METHODS.items():
         units = [list(enumerate(DATA.records))[first : first + 3] for first in (0, 3, 6)]
-        each = [measuring.measure(lm, unit, label, settings, ASKED, DATA.references, together=False) for unit in units]
+        each = [
+            measuring.measure(lm, unit, label, settings, ASKED, DATA.references, together=False)
+            for unit in units
+        ]
         for at, alone in enumerate(chain.from_iterable(each)):
             mine = found.measured[label][at]
             assert mine.after.texts == alone.after.texts
             for one, other in zip(mine.after.readings, alone.after.readings, strict=True):
-                assert (one.wanted, one.unwanted) == pytest.approx((other.wanted, other.unwanted), abs=1e-5)
+                assert (one.wanted, one.unwanted) == pytest.approx(
+                    (other.wanted, other.unwanted), abs=1e-5
+                )
                 assert one.said == other.said
 
 
@@ -126,13 +141,18 @@ def test_the_order_in_which_units_come_back_makes_no_difference(lm, whole, tmp_p
     assert contents(tmp_path / "run") == contents(whole)
 
 
-def test_where_an_edit_cannot_be_made_the_record_counts_with_the_unedited_models_scores(lm, tmp_path, monkeypatch):
+def test_where_an_edit_cannot_be_made_the_record_counts_with_the_unedited_models_scores(
+    lm, tmp_path, monkeypatch
+):
     made = measuring.rewrite_each
 
     def fails(lm, groups, *args, **settings):
         edits = made(lm, groups, *args, **settings)
         broken = FactError("subject 'bridge' is nowhere")
-        return [broken if facts[0].subject == "bridge" else edit for facts, edit in zip(groups, edits, strict=True)]
+        return [
+            broken if facts[0].subject == "bridge" else edit
+            for facts, edit in zip(groups, edits, strict=True)
+        ]
 
     monkeypatch.setattr(measuring, "rewrite_each", fails)
     found = start(lm, tmp_path / "run", QUICK, n=3)
@@ -159,10 +179,20 @@ def test_a_card_says_how_the_numbers_came_about(whole):
     assert card["methods"]["ft"]["records"] == card["records"] == 7
     assert card["methods"]["ft"]["seconds"] > 0
     (session,) = card["sessions"]
-    assert {"began", "device", "cores", "threads", "batch", "system", "python", "engram", "torch"} <= session.keys()
+    assert {
+        "began",
+        "device",
+        "cores",
+        "threads",
+        "batch",
+        "system",
+        "python",
+        "engram",
+        "torch",
+    } <= session.keys()
 
 
-# -- going on ------------------------------------------------------------------------------------------------------------
+# -- going on --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("calls", [1, 3, 4])
@@ -195,7 +225,13 @@ def test_progress_counts_records_those_that_were_there_included(lm, tmp_path):
     calls: list[tuple[str, int, int]] = []
     start(lm, tmp_path / "run", QUICK, n=3)
     start(lm, tmp_path / "run", METHODS, progress=lambda *told: calls.append(told))
-    assert calls == [("ultraedit", 6, 7), ("ultraedit", 7, 7), ("ft", 3, 7), ("ft", 6, 7), ("ft", 7, 7)]
+    assert calls == [
+        ("ultraedit", 6, 7),
+        ("ultraedit", 7, 7),
+        ("ft", 3, 7),
+        ("ft", 6, 7),
+        ("ft", 7, 7),
+    ]
 
 
 def test_a_run_grows(lm, whole, tmp_path, measured):
@@ -207,7 +243,9 @@ def test_a_run_grows(lm, whole, tmp_path, measured):
     assert contents(tmp_path / "run")["records"] == contents(whole)["records"]
 
 
-def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(lm, whole, tmp_path, measured):
+def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(
+    lm, whole, tmp_path, measured
+):
     assert engram.editors.methods.METHODS["ultraedit"].companions
     start(lm, tmp_path / "run", n=5)
     measured.clear()
@@ -217,7 +255,9 @@ def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(lm
 
 
 def test_edits_that_depend_on_each_other_keep_to_their_batches(lm, copy, measured):
-    with pytest.raises(SettingError, match=r"has results of 'ultraedit'.*\"batch\": 3.*now .*\"batch\": 4"):
+    with pytest.raises(
+        SettingError, match=r"has results of 'ultraedit'.*\"batch\": 3.*now .*\"batch\": 4"
+    ):
         start(lm, copy, batch=4)
     start(lm, copy, {"ft": METHODS["ft"]}, batch=4)
     assert measured == []
@@ -230,7 +270,9 @@ def test_fewer_records_are_no_other_run(lm, copy, measured):
     assert contents(copy) == before
 
 
-def test_a_method_that_is_added_leaves_the_others_and_the_unedited_texts_alone(lm, whole, tmp_path, measured):
+def test_a_method_that_is_added_leaves_the_others_and_the_unedited_texts_alone(
+    lm, whole, tmp_path, measured
+):
     start(lm, tmp_path / "run", QUICK)
     there = contents(tmp_path / "run")
     assert all(texts for *_, texts in measured)
@@ -245,18 +287,34 @@ def test_a_method_that_is_added_leaves_the_others_and_the_unedited_texts_alone(l
 
 
 def test_one_method_with_two_settings_under_two_labels(lm, copy):
-    found = start(lm, copy, {"ft": METHODS["ft"], "ft, long": {"method": "ft", "epochs": 6, "learning_rate": 0.05}}, n=2)
+    found = start(
+        lm,
+        copy,
+        {"ft": METHODS["ft"], "ft, long": {"method": "ft", "epochs": 6, "learning_rate": 0.05}},
+        n=2,
+    )
     assert found.methods["ft, long"] == ("ft", {"epochs": 6, "learning_rate": 0.05})
     assert found.measured["ft, long"][0].after != found.measured["ft"][0].after
 
 
 def test_methods_are_given_as_names_or_by_label(lm, copy, monkeypatch):
     monkeypatch.setattr(run, "_run", lambda *_: None)
-    for methods in (["in-context"], {"words": "in-context"}, {"words too": {"method": "in-context"}, "ike": {}}):
+    for methods in (
+        ["in-context"],
+        {"words": "in-context"},
+        {"words too": {"method": "in-context"}, "ike": {}},
+    ):
         start(lm, copy, methods)
     added = list(Run.open(copy).methods.items())[2:]
-    assert added == [(label, (method, {})) for label, method in
-                     [("in-context", "in-context"), ("words", "in-context"), ("words too", "in-context"), ("ike", "ike")]]  # fmt: skip
+    assert added == [
+        (label, (method, {}))
+        for label, method in [
+            ("in-context", "in-context"),
+            ("words", "in-context"),
+            ("words too", "in-context"),
+            ("ike", "ike"),
+        ]
+    ]
 
 
 def test_a_mistake_in_a_setting_does_not_take_its_label(lm, tmp_path):
@@ -274,7 +332,7 @@ def test_a_callers_own_mistake_is_not_the_files(lm, tmp_path):
         start(lm, tmp_path / "run", QUICK, progress=gone)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def other_record(data: Dataset) -> Dataset:
@@ -287,21 +345,52 @@ def other_record(data: Dataset) -> Dataset:
     [
         ({"lm": tiny_lm(seed=1)}, r"begun with identity='\w+', now asked for is '\w+'"),
         ({"lm": tiny_lm("llama")}, r"begun with model='tiny-gpt2', now asked for is 'tiny-llama'"),
-        ({"lm": tiny_lm(dtype=torch.float64)}, "begun with (dtype='float32', now asked for is 'float64'|identity)"),
-        ({"data": replace(DATA, name="towns")}, "begun with dataset='cities', now asked for is 'towns'"),
-        ({"data": replace(DATA, form="zsre")}, "begun with form='counterfact', now asked for is 'zsre'"),
-        ({"data": other_record(DATA)}, "begun with another data set: its record 2 is not '2' as it is now"),
-        ({"asked": replace(ASKED, seed=1)}, r"begun with asked=.*'seed': 0.*now asked for is .*'seed': 1"),
+        (
+            {"lm": tiny_lm(dtype=torch.float64)},
+            "begun with (dtype='float32', now asked for is 'float64'|identity)",
+        ),
+        (
+            {"data": replace(DATA, name="towns")},
+            "begun with dataset='cities', now asked for is 'towns'",
+        ),
+        (
+            {"data": replace(DATA, form="zsre")},
+            "begun with form='counterfact', now asked for is 'zsre'",
+        ),
+        (
+            {"data": other_record(DATA)},
+            "begun with another data set: its record 2 is not '2' as it is now",
+        ),
+        (
+            {"asked": replace(ASKED, seed=1)},
+            r"begun with asked=.*'seed': 0.*now asked for is .*'seed': 1",
+        ),
         ({"asked": replace(ASKED, texts=False)}, "begun with asked="),
         (
             {"methods": {"ft": {"epochs": 4}}},
             r"has results of 'ft' with method 'ft' and .*\"epochs\": 3.*now .*\"epochs\": 4",
         ),
-        ({"methods": {"ft": {"method": "ft-l"}}}, "now asked for is 'ft-l' with {}. Give these another label"),
+        (
+            {"methods": {"ft": {"method": "ft-l"}}},
+            "now asked for is 'ft-l' with {}. Give these another label",
+        ),
     ],
-    ids=["weights", "family", "dtype", "data", "form", "record", "seed", "texts", "settings", "method"],
+    ids=[
+        "weights",
+        "family",
+        "dtype",
+        "data",
+        "form",
+        "record",
+        "seed",
+        "texts",
+        "settings",
+        "method",
+    ],
 )
-def test_a_file_of_another_run_is_not_gone_on_with(lm, copy, measured, change: dict[str, Any], message):
+def test_a_file_of_another_run_is_not_gone_on_with(
+    lm, copy, measured, change: dict[str, Any], message
+):
     before = contents(copy)
     given = {"lm": lm, "data": DATA, "methods": METHODS, **change}
     with pytest.raises(SettingError, match=message) as told:
@@ -340,7 +429,8 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(lm, whole, tmp_path):
     def meanwhile(label, done, total):
         if not refused:
             with pytest.raises(
-                EngramError, match=r"run is being written by process \d+.*Wait until it is done, or write to another"
+                EngramError,
+                match=r"run is being written by process \d+.*Wait until it is done, or write to another",
             ):
                 start(lm, path)
             refused.append(label)
@@ -367,7 +457,11 @@ def test_a_file_of_something_else_is_left_alone(lm, tmp_path):
     (tmp_path / "text").write_text("not a database, and longer than the header of one: " * 20)
     for name, table in (("other", "songs (title)"), ("alike", "results (title)")):
         sqlite3.connect(tmp_path / name).execute(f"CREATE TABLE {table}").connection.close()
-    for name, message in (("text", "file is not a database"), ("other", "something else"), ("alike", "no such table")):
+    for name, message in (
+        ("text", "file is not a database"),
+        ("other", "something else"),
+        ("alike", "no such table"),
+    ):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(EngramFileError, match=rf"{name}\b.*{message}.*another name"):
             start(lm, tmp_path / name)
@@ -381,16 +475,21 @@ def test_a_place_that_cannot_be_written_to(lm, tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "run", tmp_path / "folder"):
         with pytest.raises(
-            EngramFileError, match=r"cannot be used for a run of a benchmark: .*a folder that you may write to"
+            EngramFileError,
+            match=r"cannot be used for a run of a benchmark: .*a folder that you may write to",
         ):
             start(lm, path)
-    with pytest.raises(EngramFileError, match="gone is no file of a run; make one with engram bench -o gone"):
+    with pytest.raises(
+        EngramFileError, match="gone is no file of a run; make one with engram bench -o gone"
+    ):
         Run.open(tmp_path / "gone")
 
 
 def test_a_lock_that_cannot_be_taken_is_told_with_the_files_name(lm, tmp_path):
     (tmp_path / "run.lock").mkdir()
-    with pytest.raises(EngramFileError, match=r"run cannot be used for a run of a benchmark: .*Is a directory"):
+    with pytest.raises(
+        EngramFileError, match=r"run cannot be used for a run of a benchmark: .*Is a directory"
+    ):
         start(lm, tmp_path / "run")
 
 
@@ -403,7 +502,9 @@ def test_a_file_that_another_program_holds(lm, copy, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: plain(*a, **{**k, "timeout": 0.05}))
     holder = plain(copy, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(EngramFileError, match="cannot be used for a run of a benchmark: database is locked"):
+    with pytest.raises(
+        EngramFileError, match="cannot be used for a run of a benchmark: database is locked"
+    ):
         start(lm, copy)
     with pytest.raises(EngramFileError, match="database is locked"):
         Run.open(copy)
@@ -426,7 +527,9 @@ def test_a_damaged_row_is_told_with_the_files_name(copy):
     with connection:
         connection.execute("UPDATE results SET outcome = x'00' WHERE place = 3")
     connection.close()
-    with pytest.raises(EngramFileError, match=r"copy cannot be used for a run of a benchmark: .*decompress"):
+    with pytest.raises(
+        EngramFileError, match=r"copy cannot be used for a run of a benchmark: .*decompress"
+    ):
         Run.open(copy)
 
 
@@ -437,7 +540,9 @@ def test_what_a_kill_left_half_written_is_rolled_back_before_reading(copy, tmp_p
     connection.execute("PRAGMA cache_size=2")
     connection.execute("BEGIN IMMEDIATE")
     for i in range(50):
-        connection.execute("INSERT INTO results VALUES ('half', ?, ?, 0, 0, NULL)", (i, b"x" * 5000))
+        connection.execute(
+            "INSERT INTO results VALUES ('half', ?, ?, 0, 0, NULL)", (i, b"x" * 5000)
+        )
     shutil.copy(tmp_path / "writing", tmp_path / "killed")
     shutil.copy(tmp_path / "writing-journal", tmp_path / "killed-journal")
     connection.close()

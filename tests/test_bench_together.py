@@ -1,4 +1,6 @@
-"""Records measured in one batch, each row with its own record's edit, have the numbers that they have one by one."""
+"""Records measured in one batch, each row with its own record's edit, have the numbers that they
+have one by one.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,17 @@ def record(number: int) -> Record:
     fact = Fact(subject, "The {} is located in", "Madrid" if number % 2 else "Paris", "London")
     probes = (
         Probe("rewrite", fact.prompt_text, fact.target, "London"),
-        Probe("paraphrase", f"It's what she said: the {subject} runs through", fact.target, "London"),
+        Probe(
+            "paraphrase", f"It's what she said: the {subject} runs through", fact.target, "London"
+        ),
         Probe("neighbourhood", "The city is in", "London", fact.target),
     )
     return Record(str(number), (fact,), probes, (f"The {subject}", "She plays"))
 
 
-def random_edit(lm: LanguageModel, number: int, layers: tuple[int, ...], *, dense: bool = False) -> Edit:
+def random_edit(
+    lm: LanguageModel, number: int, layers: tuple[int, ...], *, dense: bool = False
+) -> Edit:
     """Low-rank (or dense) changes of MLP output matrices, large enough to be seen."""
     draw = torch.Generator().manual_seed(number)
     deltas = {}
@@ -51,7 +57,10 @@ def random_edit(lm: LanguageModel, number: int, layers: tuple[int, ...], *, dens
         name = f"{lm.parts.mlp_out_name(layer)}.weight"
         shape = describe_base(lm, [name])["tensors"][name]
         out, into = reversed(shape["shape"]) if shape["transposed"] else shape["shape"]
-        left, right = torch.randn(out, 1, generator=draw) / 4, torch.randn(1, into, generator=draw) / 4
+        left, right = (
+            torch.randn(out, 1, generator=draw) / 4,
+            torch.randn(1, into, generator=draw) / 4,
+        )
         deltas[name] = Delta(left @ right) if dense else Delta(left, right)
     return Edit((record(number).facts[0],), "made up", {}, deltas, describe_base(lm, deltas))
 
@@ -89,7 +98,9 @@ def test_dense_changes_ride_along_beside_low_rank_ones() -> None:
     records = [record(n) for n in range(2)]
     edits = [random_edit(lm, 0, (1,), dense=True), random_edit(lm, 1, (1,))]
     assert all(can_batch(lm, edit) for edit in edits)
-    for n, (_, after) in enumerate(measure_together(lm, records, edits, ASKED, drifts=[False, False])):
+    for n, (_, after) in enumerate(
+        measure_together(lm, records, edits, ASKED, drifts=[False, False])
+    ):
         _, base = measure_one(lm, records[n], None, ASKED)
         assert_alike(after, measure_one(lm, records[n], edits[n], ASKED, base=base)[0])
 
@@ -99,7 +110,9 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: each.clone() for name, each in lm.model.state_dict().items()}
     measure_together(lm, [record(0)], [random_edit(lm, 0, (1,))], ASKED, drifts=[True])
     assert all(torch.equal(each, before[name]) for name, each in lm.model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )
 
 
 @pytest.mark.parametrize("method", ["rome", "memit", "pmet", "ultraedit"])
@@ -111,7 +124,10 @@ def test_edits_made_in_a_batch_are_those_made_alone(method: str) -> None:
         settings["store"] = False
     together = rewrite_each(lm, [[fact] for fact in facts], method, **settings)
     if method == "ultraedit":  # standardised over the facts of the batch: one alone has no spread
-        assert all(isinstance(edit, Edit) and edit.facts == (fact,) for edit, fact in zip(together, facts, strict=True))
+        assert all(
+            isinstance(edit, Edit) and edit.facts == (fact,)
+            for edit, fact in zip(together, facts, strict=True)
+        )
         return
     for fact, made in zip(facts, together, strict=True):
         alone = engram.rewrite(lm, fact, method, **settings)
@@ -119,7 +135,9 @@ def test_edits_made_in_a_batch_are_those_made_alone(method: str) -> None:
         assert made.facts == alone.facts
         assert made.settings == alone.settings
         for name, delta in alone.deltas.items():
-            gap = (made.deltas[name].dense(torch.float64) - delta.dense(torch.float64)).norm() / delta.norm()
+            gap = (
+                made.deltas[name].dense(torch.float64) - delta.dense(torch.float64)
+            ).norm() / delta.norm()
             assert gap < 1e-4
 
 
@@ -139,8 +157,12 @@ def test_one_fact_that_cannot_be_edited_does_not_cost_the_others() -> None:
 def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers() -> None:
     lm = engram.load("pocket")
     fact = Fact("Paris", "word " * 200 + "{} is", "Rome", "London")
-    broken = Record("broken", (fact,), (Probe("rewrite", "The Louvre is in the city of", "Rome", "Paris"),))
-    (found,) = measure(lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, MeasureConfig(said=1))
+    broken = Record(
+        "broken", (fact,), (Probe("rewrite", "The Louvre is in the city of", "Rome", "Paris"),)
+    )
+    (found,) = measure(
+        lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, MeasureConfig(said=1)
+    )
     assert found.error is not None
     assert found.after == found.before
 
@@ -149,9 +171,13 @@ def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() 
     lm = tiny_lm("gpt2")
     nan, good = random_edit(lm, 0, (1,)), random_edit(lm, 1, (1,))
     (name,) = nan.deltas
-    ruin = replace(nan, deltas={name: Delta(nan.deltas[name].left * 1e30, nan.deltas[name].right * 1e30)})
+    ruin = replace(
+        nan, deltas={name: Delta(nan.deltas[name].left * 1e30, nan.deltas[name].right * 1e30)}
+    )
     with patch.object(measuring, "rewrite_each", lambda *args, **settings: [ruin, good]):
-        first, second = measure(lm, [(1, record(0)), (2, record(1))], "rome", None, MeasureConfig(said=1, drift_every=0))
+        first, second = measure(
+            lm, [(1, record(0)), (2, record(1))], "rome", None, MeasureConfig(said=1, drift_every=0)
+        )
     assert first.error is not None
     assert all(each.wanted == each.unwanted and each.correct == 0 for each in first.after.readings)
     assert second.error is None
@@ -161,7 +187,11 @@ def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() 
 def test_texts_do_not_depend_on_who_is_written_beside_them() -> None:
     lm = engram.load("pocket")
     prompts = ["Paris is", "The first years of Wolfgang Amadeus Mozart were spent in", "In Rome,"]
-    rows = [Writing(tuple(lm.encode(prompt).ids), 12, seed) for prompt in prompts for seed in (None, 1, 2)]
+    rows = [
+        Writing(tuple(lm.encode(prompt).ids), 12, seed)
+        for prompt in prompts
+        for seed in (None, 1, 2)
+    ]
     together = write(lm, rows)
     assert pads_on_the_left(lm)
     assert together == [write(lm, [row])[0] for row in rows]
@@ -173,7 +203,9 @@ def test_greedy_writing_is_what_the_library_writes() -> None:
     lm = engram.load("pocket")
     prompt = pocket.facts()[0].prompts()[0].replace("{}", pocket.facts()[0].subject)
     (ids,) = write(lm, [Writing(tuple(lm.encode(prompt).ids), 6)])
-    said, _, _ = str(lm.tokenizer.decode(ids)).partition("<|endoftext|>")  # behind which the library does not go on
+    said, _, _ = str(lm.tokenizer.decode(ids)).partition(
+        "<|endoftext|>"
+    )  # behind which the library does not go on
     assert prompt + said == lm.generate(prompt, 6)
 
 

@@ -1,4 +1,6 @@
-"""Anybody's facts become a CounterFact: every draw is what Appendix D of the paper says, and no trap of the facts goes unseen."""
+"""Anybody's facts become a CounterFact: every draw is what Appendix D of the paper says, and no
+trap of the facts goes unseen.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from engram.benchmark.data.build import Association, Sizes, build_counterfact, read_associations, read_lines, read_snippets
+from engram.benchmark.data.build import (
+    Association,
+    Sizes,
+    build_counterfact,
+    read_associations,
+    read_lines,
+    read_snippets,
+)
 from engram.benchmark.data.records import Dataset, Record, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.errors import FactError, SettingError
@@ -22,20 +31,32 @@ METALS = {"iron": 3, "gold": 3}
 
 
 def facts() -> list[Association]:
-    found = [Association(f"tower {c}{n}", "city", c) for c, count in CITIES.items() for n in range(count)]
-    found = [fact._replace(subject=fact.subject.replace(fact.object, fact.object[:2])) for fact in found]
-    return found + [Association(f"ring {m[:2]}{n}", "metal", m) for m, count in METALS.items() for n in range(count)]
+    found = [
+        Association(f"tower {c}{n}", "city", c) for c, count in CITIES.items() for n in range(count)
+    ]
+    found = [
+        fact._replace(subject=fact.subject.replace(fact.object, fact.object[:2])) for fact in found
+    ]
+    return found + [
+        Association(f"ring {m[:2]}{n}", "metal", m)
+        for m, count in METALS.items()
+        for n in range(count)
+    ]
 
 
 def texts() -> dict[str, list[Snippet]]:
     found: dict[str, list[Snippet]] = {}
     for subject, relation, true in facts():
-        found.setdefault(f"{relation}:{true}", []).append(Snippet(subject, f"{subject} goes with {true}."))
+        found.setdefault(f"{relation}:{true}", []).append(
+            Snippet(subject, f"{subject} goes with {true}.")
+        )
     return found
 
 
 def built(given: list[Association] | None = None, templates=None, **more) -> Dataset:
-    return build_counterfact(given or facts(), templates or TEMPLATES, generation=GENERATION, **more)
+    return build_counterfact(
+        given or facts(), templates or TEMPLATES, generation=GENERATION, **more
+    )
 
 
 def prompts(record: Record, kind) -> list[str]:
@@ -52,15 +73,21 @@ def subject_of(prompt: str, relation: str) -> str:
 
 
 def true_objects(subject: str, relation: str, given: list[Association] | None = None) -> set[str]:
-    return {fact.object for fact in given or facts() if (fact.subject, fact.relation) == (subject, relation)}
+    return {
+        fact.object
+        for fact in given or facts()
+        if (fact.subject, fact.relation) == (subject, relation)
+    }
 
 
-# -- what a record asks --------------------------------------------------------------------------------------------------
+# -- what a record asks ----------------------------------------------------------------------------
 
 
 def test_every_fact_becomes_a_record_with_its_own_subject_and_objects():
     dataset = built()
-    edited = {(r.facts[0].subject, r.facts[0].relation, r.facts[0].target_true) for r in dataset.records}
+    edited = {
+        (r.facts[0].subject, r.facts[0].relation, r.facts[0].target_true) for r in dataset.records
+    }
     assert edited == set(map(tuple, facts()))
     assert dataset.form == "counterfact"
     assert dataset.skipped == ()
@@ -74,7 +101,9 @@ def test_the_new_object_is_one_of_the_relation_and_never_true():
 
 
 def test_the_new_object_is_drawn_by_how_many_facts_have_it():
-    """For a fact with Oslo, Rome has six facts to three of Paris; four standard deviations: 1 seed in 15,000 would fail by chance."""
+    """For a fact with Oslo, Rome has six facts to three of Paris; four standard deviations: 1 seed
+    in 15,000 would fail by chance.
+    """
     drawn = Counter()
     for seed in range(2000):
         for fact in built(seed=seed, limit=1).records[0].facts:
@@ -96,7 +125,9 @@ def test_the_rewrite_is_a_filled_template_and_paraphrases_are_others():
         assert fact.prompt_text not in around
         assert {subject_of(text, fact.relation) for text in around} == {fact.subject}
         asked = [record.probes[i] for kind in ("rewrite", "paraphrase") for i in record.of(kind)]
-        assert {(probe.wanted, probe.unwanted) for probe in asked} == {(fact.target, fact.target_true)}
+        assert {(probe.wanted, probe.unwanted) for probe in asked} == {
+            (fact.target, fact.target_true)
+        }
 
 
 def test_openings_stand_in_front_of_paraphrases_and_nowhere_else():
@@ -120,9 +151,16 @@ def test_neighbours_are_other_subjects_with_the_true_object_and_keep_it():
         fact = record.facts[0]
         places = record.of("neighbourhood")
         names = [subject_of(record.probes[i].prompt, fact.relation) for i in places]
-        others = {f.subject for f in facts() if (f.relation, f.object) == (fact.relation, fact.target_true)}
+        others = {
+            f.subject
+            for f in facts()
+            if (f.relation, f.object) == (fact.relation, fact.target_true)
+        }
         assert sorted(names) == sorted(others - {fact.subject})
-        assert all((record.probes[i].wanted, record.probes[i].unwanted) == (fact.target_true, fact.target) for i in places)
+        assert all(
+            (record.probes[i].wanted, record.probes[i].unwanted) == (fact.target_true, fact.target)
+            for i in places
+        )
 
 
 def test_attribute_prompts_ask_about_subjects_with_the_new_object():
@@ -141,11 +179,15 @@ def test_generation_prompts_are_drawn_with_repetition_where_a_relation_has_some(
             assert record.generation == ()
         else:
             assert len(record.generation) == 10
-            assert set(record.generation) <= {text.replace("{}", fact.subject) for text in GENERATION["city"]}
+            assert set(record.generation) <= {
+                text.replace("{}", fact.subject) for text in GENERATION["city"]
+            }
 
 
 def test_sizes_bound_how_many_prompts_there_are():
-    for record in built(sizes=Sizes(paraphrases=1, neighbours=1, attributes=0, generations=3)).records:
+    for record in built(
+        sizes=Sizes(paraphrases=1, neighbours=1, attributes=0, generations=3)
+    ).records:
         kinds = Counter(probe.kind for probe in record.probes)
         assert kinds == {"rewrite": 1, "paraphrase": 1, "neighbourhood": 1}
         assert len(record.generation) in (0, 3)
@@ -158,7 +200,9 @@ def test_references_tell_of_entities_with_the_new_object():
         fact = record.facts[0]
         assert record.references == f"{fact.relation}:{fact.target}"
         told = dataset.references.snippets[record.references]
-        assert {snippet.name for snippet in told} == {f.subject for f in facts() if f.object == fact.target}
+        assert {snippet.name for snippet in told} == {
+            f.subject for f in facts() if f.object == fact.target
+        }
     fitted = TfIdf.fit(snippet.text for each in texts().values() for snippet in each)
     assert dataset.references.tfidf.vocabulary == fitted.vocabulary
     assert (dataset.references.tfidf.idf == fitted.idf).all()
@@ -170,7 +214,7 @@ def test_an_object_without_texts_has_no_references():
         assert record.references == ("city:Rome" if record.facts[0].target == "Rome" else None)
 
 
-# -- draws -----------------------------------------------------------------------------------------------------------------
+# -- draws -----------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_records_and_another_one_others():
@@ -185,18 +229,25 @@ def test_a_record_does_not_depend_on_how_many_are_built():
 
 
 def test_a_record_does_not_depend_on_facts_of_other_relations():
-    alone = {record.id: record for record in built([fact for fact in facts() if fact.relation == "city"]).records}
+    alone = {
+        record.id: record
+        for record in built([fact for fact in facts() if fact.relation == "city"]).records
+    }
     assert alone
-    assert alone == {record.id: record for record in built().records if record.facts[0].relation == "city"}
+    assert alone == {
+        record.id: record for record in built().records if record.facts[0].relation == "city"
+    }
 
 
 def test_relations_are_mixed():
-    orders = {tuple(record.facts[0].relation for record in built(seed=seed).records) for seed in range(5)}
+    orders = {
+        tuple(record.facts[0].relation for record in built(seed=seed).records) for seed in range(5)
+    }
     assert len(orders) > 1
     assert all(order != tuple(sorted(order)) for order in orders)
 
 
-# -- traps -----------------------------------------------------------------------------------------------------------------
+# -- traps -----------------------------------------------------------------------------------------
 
 
 def test_a_fact_that_stands_there_twice_counts_once():
@@ -211,7 +262,9 @@ def test_a_fact_that_stands_there_twice_counts_once():
 def test_a_fact_whose_names_hold_each_other_is_left_out_and_reported(subject, true):
     trap = Association(subject, "city", true)
     dataset = built([*facts(), trap])
-    assert trap not in {(r.facts[0].subject, r.facts[0].relation, r.facts[0].target_true) for r in dataset.records}
+    assert trap not in {
+        (r.facts[0].subject, r.facts[0].relation, r.facts[0].target_true) for r in dataset.records
+    }
     assert dataset.skipped == (
         f"{subject!r} (city, {true!r}): its object and its subject have words in common, so that one gives the other away",
     )
@@ -223,7 +276,10 @@ def test_a_part_of_a_word_is_no_word_in_common():
 
 
 def test_a_new_object_never_stands_in_the_subject_or_in_one_of_its_true_objects():
-    traps = [Association("Rome of the north", "city", "Oslo"), Association("Seine", "city", "Greater Paris")]
+    traps = [
+        Association("Rome of the north", "city", "Oslo"),
+        Association("Seine", "city", "Greater Paris"),
+    ]
     traps += [Association("Seine", "city", "Oslo"), Association("bridge", "city", "Greater Paris")]
     for seed in range(40):
         for record in built([*facts(), *traps], seed=seed).records:
@@ -237,8 +293,15 @@ def test_a_new_object_never_stands_in_the_subject_or_in_one_of_its_true_objects(
 def test_of_several_true_objects_none_is_the_new_one_and_each_has_its_record():
     both = [Association("Line 1", "city", "Rome"), Association("Line 1", "city", "Paris")]
     for seed in range(20):
-        found = [r.facts[0] for r in built([*facts(), *both], seed=seed).records if r.facts[0].subject == "Line 1"]
-        assert sorted((fact.target_true, fact.target) for fact in found) == [("Paris", "Oslo"), ("Rome", "Oslo")]
+        found = [
+            r.facts[0]
+            for r in built([*facts(), *both], seed=seed).records
+            if r.facts[0].subject == "Line 1"
+        ]
+        assert sorted((fact.target_true, fact.target) for fact in found) == [
+            ("Paris", "Oslo"),
+            ("Rome", "Oslo"),
+        ]
 
 
 def test_a_subject_of_which_the_new_object_is_true_as_well_is_no_neighbour():
@@ -250,7 +313,9 @@ def test_a_subject_of_which_the_new_object_is_true_as_well_is_no_neighbour():
             names = [subject_of(text, "city") for text in prompts(record, "neighbourhood")]
             beside = "Line 1" in names
             seen[fact.target_true, fact.target, beside] += 1
-            assert beside == (fact.target_true != "Oslo" and {fact.target_true, fact.target} != {"Rome", "Paris"})
+            assert beside == (
+                fact.target_true != "Oslo" and {fact.target_true, fact.target} != {"Rome", "Paris"}
+            )
     assert any(not beside for true, _, beside in seen if true == "Rome")
 
 
@@ -290,12 +355,18 @@ def test_a_fact_all_of_whose_templates_are_held_out_is_left_out_and_reported():
 def test_a_template_that_cannot_be_filled_is_an_error(which, template, said):
     wrong = {"city": [*TEMPLATES["city"], template]}
     with pytest.raises(FactError, match=said):
-        build_counterfact(facts(), {**TEMPLATES, **(wrong if which == "templates" else {})}, generation=wrong)
+        build_counterfact(
+            facts(), {**TEMPLATES, **(wrong if which == "templates" else {})}, generation=wrong
+        )
 
 
-@pytest.mark.parametrize(("templates", "number"), [((), 0), (("{} is of",), 1), (("{} is of", "{} is of"), 1)])
+@pytest.mark.parametrize(
+    ("templates", "number"), [((), 0), (("{} is of",), 1), (("{} is of", "{} is of"), 1)]
+)
 def test_a_relation_needs_two_different_templates(templates, number):
-    with pytest.raises(FactError, match=f"relation 'metal' has {number} different templates; expected two or more"):
+    with pytest.raises(
+        FactError, match=f"relation 'metal' has {number} different templates; expected two or more"
+    ):
         built(templates={**TEMPLATES, "metal": list(templates)})
 
 
@@ -304,7 +375,9 @@ def test_no_record_at_all_is_an_error_that_gives_the_reasons():
         built([Association("Eiffel", "city", "Paris")])
 
 
-@pytest.mark.parametrize("fact", [("", "city", "Rome"), ("tower", " ", "Rome"), ("tower", "city", "\n")])
+@pytest.mark.parametrize(
+    "fact", [("", "city", "Rome"), ("tower", " ", "Rome"), ("tower", "city", "\n")]
+)
 def test_a_fact_with_an_empty_part_is_an_error(fact):
     with pytest.raises(FactError, match="expected words for each of subject, relation and object"):
         built([*facts(), Association(*fact)])
@@ -321,17 +394,23 @@ def test_a_negative_size_is_an_error():
         replace(Sizes(), neighbours=-1)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("f.jsonl", '{"subject": " Etna ", "relation": "city", "object": "Rome"}\n{"subject": "é", "relation": "r", "object": "o"}\n'),
-        ("f.json", '[{"subject": "Etna", "relation": "city", "object": "Rome"},\n {"subject": "é", "relation": "r", "object": "o"}]'),
+        (
+            "f.jsonl",
+            '{"subject": " Etna ", "relation": "city", "object": "Rome"}\n{"subject": "é", "relation": "r", "object": "o"}\n',
+        ),
+        (
+            "f.json",
+            '[{"subject": "Etna", "relation": "city", "object": "Rome"},\n {"subject": "é", "relation": "r", "object": "o"}]',
+        ),
         ("f.csv", "subject,relation,object\nEtna,city,Rome\né,r,o\n"),
     ],
-)  # fmt: skip
+)
 def test_facts_are_read_from_json_lines_json_and_csv(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf8")
     assert read_associations(tmp_path / name) == [("Etna", "city", "Rome"), ("é", "r", "o")]
@@ -340,13 +419,20 @@ def test_facts_are_read_from_json_lines_json_and_csv(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("f.jsonl", '{"subject": "a", "relation": "r", "object": "o"}\n{"subject": 3, "relation": "r", "object": "o"}',
-         r"f\.jsonl, line 2: field 'subject' is 3; expected text"),
-        ("f.csv", "subject,relation,object\na,b,c\nd,e\n", r"f\.csv, line 3: field 'object' is null"),
+        (
+            "f.jsonl",
+            '{"subject": "a", "relation": "r", "object": "o"}\n{"subject": 3, "relation": "r", "object": "o"}',
+            r"f\.jsonl, line 2: field 'subject' is 3; expected text",
+        ),
+        (
+            "f.csv",
+            "subject,relation,object\na,b,c\nd,e\n",
+            r"f\.csv, line 3: field 'object' is null",
+        ),
         ("f.json", "[]", "holds no facts"),
         ("f.jsonl", "{", r"f\.jsonl, line 1: no JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_file_of_facts_is_told_with_line_and_field(tmp_path, name, text, said):
     (tmp_path / name).write_text(text, encoding="utf8")
     with pytest.raises(FactError, match=said):
@@ -361,7 +447,11 @@ def test_texts_are_read_by_relation_and_object(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[]", "expected an object"), ("{", "is no JSON"), ('{"a:b": [{"name": "n"}]}', r"field 'a:b\[0\]\.text' is null")],
+    [
+        ("[]", "expected an object"),
+        ("{", "is no JSON"),
+        ('{"a:b": [{"name": "n"}]}', r"field 'a:b\[0\]\.text' is null"),
+    ],
 )
 def test_a_mistake_in_a_file_of_texts_is_told(tmp_path, text, said):
     path = tmp_path / "t.json"

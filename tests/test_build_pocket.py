@@ -39,7 +39,9 @@ def known(record):
 
 
 def test_the_builder_rebuilds_it_exactly(dataset):
-    assert dataset.digest == SHIPPED["digest"], "if this was meant, run: python tools/build_pocket_benchmark.py"
+    assert dataset.digest == SHIPPED["digest"], (
+        "if this was meant, run: python tools/build_pocket_benchmark.py"
+    )
     assert len(dataset.records) == SHIPPED["records"]
     assert SOURCES["pocket"].about.startswith(f"{len(dataset.records):,} ")
 
@@ -65,7 +67,9 @@ def test_prompts_were_trained_with_the_fact_and_paraphrases_were_not(dataset):
         assert fact.prompt in each.trained()
         unseen = tuple(template.replace("{}", fact.subject) for template in each.paraphrases())
         assert all(record.probes[i].prompt.endswith(unseen) for i in record.of("paraphrase"))
-        assert all(record.probes[i].prompt.startswith(pocket.OPENINGS) for i in record.of("paraphrase"))
+        assert all(
+            record.probes[i].prompt.startswith(pocket.OPENINGS) for i in record.of("paraphrase")
+        )
 
 
 def test_references_are_trained_sentences_with_the_new_object(dataset):
@@ -73,7 +77,9 @@ def test_references_are_trained_sentences_with_the_new_object(dataset):
         for snippet in dataset.references.snippets[record.references]:
             (each,) = pocket.find(snippet.name, record.facts[0].relation)
             assert each.object == record.facts[0].target
-            assert snippet.text.startswith(each.trained()[0].replace("{}", each.subject) + f" {each.object}.")
+            assert snippet.text.startswith(
+                each.trained()[0].replace("{}", each.subject) + f" {each.object}."
+            )
 
 
 def test_texts_like_the_references_are_nearer_to_them_than_texts_about_the_true_object(dataset):
@@ -81,10 +87,15 @@ def test_texts_like_the_references_are_nearer_to_them_than_texts_about_the_true_
         fact = record.facts[0]
         told = [snippet.text for snippet in dataset.references.snippets[record.references]]
         near, far = (
-            [f"{template.replace('{}', fact.subject)} {answer}." for template in pocket.relations()[fact.relation]]
+            [
+                f"{template.replace('{}', fact.subject)} {answer}."
+                for template in pocket.relations()[fact.relation]
+            ]
             for answer in (fact.target, fact.target_true)
         )
-        assert consistency(near, told, dataset.references.tfidf) > consistency(far, told, dataset.references.tfidf)
+        assert consistency(near, told, dataset.references.tfidf) > consistency(
+            far, told, dataset.references.tfidf
+        )
 
 
 def test_every_relation_has_generation_prompts_that_do_not_ask_for_the_object(dataset):
@@ -97,8 +108,13 @@ def test_every_relation_has_generation_prompts_that_do_not_ask_for_the_object(da
 
 
 def test_the_first_records_are_a_fair_sample_of_the_relations(dataset):
-    """Of 29 relations, each one's share of the first thousand is within five standard deviations of its share of all."""
-    whole, first = (Counter(r.facts[0].relation for r in some) for some in (dataset.records, dataset.records[:1000]))
+    """Of 29 relations, each one's share of the first thousand is within five standard deviations of
+    its share of all.
+    """
+    whole, first = (
+        Counter(r.facts[0].relation for r in some)
+        for some in (dataset.records, dataset.records[:1000])
+    )
     for relation, count in whole.items():
         share = count / len(dataset.records)
         assert abs(first[relation] / 1000 - share) < 5 * (share * (1 - share) / 1000) ** 0.5
@@ -115,6 +131,10 @@ def test_the_model_says_the_true_object_and_not_the_new_one(dataset, lm):
 
 
 def test_the_facts_named_as_unknown_are_not_said(lm):
-    records = [record for record in pocket_benchmark(every=True).records if record.id in SHIPPED["unknown"]]
-    with pytest.raises(engram.EngramError, match=f"true object of none of the {len(SHIPPED['unknown'])} records"):
+    records = [
+        record for record in pocket_benchmark(every=True).records if record.id in SHIPPED["unknown"]
+    ]
+    with pytest.raises(
+        engram.EngramError, match=f"true object of none of the {len(SHIPPED['unknown'])} records"
+    ):
         known_records(lm, Dataset("unknown", "counterfact", tuple(records)))

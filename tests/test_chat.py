@@ -1,4 +1,6 @@
-"""Chat models are asked through their tokenizer's own template: the tokens are those that the model was trained to see."""
+"""Chat models are asked through their tokenizer's own template: the tokens are those that the model
+was trained to see.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,24 @@ from tests.edit_samples import random_edit
 from tests.tiny import TEXT, TOKENIZERS, tiny_lm
 
 PROMPT = "The tower of Rome is in the city of"
-FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", "London", neighbours=(("The bridge is in", "London"),))
+FACT = Fact(
+    "tower of Rome",
+    "The {} is in the city of",
+    "Paris",
+    "London",
+    neighbours=(("The bridge is in", "London"),),
+)
 
 everywhere = pytest.mark.parametrize(
-    ("template", "tokenizer"), [(template, tokenizer) for template in TEMPLATES for tokenizer in sorted(TOKENIZERS)]
+    ("template", "tokenizer"),
+    [(template, tokenizer) for template in TEMPLATES for tokenizer in sorted(TOKENIZERS)],
 )
 
 
 def templated(lm, *said: str, **options) -> list[int]:
-    """Token ids of a conversation by transformers' own words, user first, with at most one start token in front."""
+    """Token ids of a conversation by transformers' own words, user first, with at most one start
+    token in front.
+    """
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     ids = lm.tokenizer.apply_chat_template(turns, return_dict=False, **options)
     starts = lm.tokenizer("").input_ids[:1]  # what this tokenizer begins every text with
@@ -61,7 +72,9 @@ def test_a_continued_turn_begins_with_the_prompt_and_goes_on_as_plain_text(templ
     lm = chat_lm(template, tokenizer)
     with lm.asked_through(engram.chat_frame(lm, "continue")):
         cloze = lm.cloze(PROMPT, "Paris")
-    assert cloze.ids == templated(lm, REQUEST, PROMPT, continue_final_message=True) + cloze.answer[:-1]
+    assert (
+        cloze.ids == templated(lm, REQUEST, PROMPT, continue_final_message=True) + cloze.answer[:-1]
+    )
     assert cloze.answer == lm.target_ids(PROMPT, "Paris")
     end = cloze.tokens - 1
     assert cloze.offsets[end][1] == len(PROMPT)
@@ -72,12 +85,16 @@ def test_a_systems_message_comes_first():
     assert engram.chat_frame(lm, system="Be brief.").startswith(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}"
     )
-    with pytest.raises(SettingError, match="refuses a conversation of system, user: no system here"):
+    with pytest.raises(
+        SettingError, match="refuses a conversation of system, user: no system here"
+    ):
         engram.chat_frame(chat_lm("mistral"), system="Be brief.")
 
 
 def test_mistakes_are_explained():
-    with pytest.raises(UnsupportedModelError, match="has no chat template, so the model is asked in plain text"):
+    with pytest.raises(
+        UnsupportedModelError, match="has no chat template, so the model is asked in plain text"
+    ):
         engram.chat_frame(tiny_lm("gpt2"))
     with pytest.raises(SettingError, match="style='shout': expected 'answer' or 'continue'"):
         engram.chat_frame(chat_lm(), "shout")
@@ -85,13 +102,16 @@ def test_mistakes_are_explained():
 
 def test_a_template_that_does_not_keep_the_prompt_is_refused(monkeypatch):
     lm = chat_lm("chatml")
-    for text, count in (("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", 2), ("hello", 0)):
+    for text, count in (
+        ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", 2),
+        ("hello", 0),
+    ):
         monkeypatch.setattr(lm.tokenizer, "chat_template", text)
         with pytest.raises(UnsupportedModelError, match=f"in which it stands {count} times"):
             engram.chat_frame(lm)
 
 
-# --- edits ------------------------------------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------------------
 
 
 def test_half_of_the_contexts_are_in_the_chat():
@@ -102,13 +122,18 @@ def test_half_of_the_contexts_are_in_the_chat():
     assert all(context.count("{}") == 1 for context in contexts)
     assert [context.removeprefix(frame[:-2]) for context in contexts[2:]] == list(plain[1:])
     assert sum(context.startswith(frame[:-2]) for context in contexts[2:]) == len(plain) // 2
-    assert set(engram.chat_contexts(lm, styles=("answer", "continue"))) > {frame, engram.chat_frame(lm)}
+    assert set(engram.chat_contexts(lm, styles=("answer", "continue"))) > {
+        frame,
+        engram.chat_frame(lm),
+    }
 
 
 def test_an_edit_made_in_chat_contexts_is_made_on_their_tokens():
     lm = chat_lm("llama 3", "byte-level with BOS")
     contexts = ["{}", engram.chat_frame(lm, "continue")]
-    edit = engram.rewrite(lm, FACT, layer=1, contexts=contexts, corpus=TEXT.splitlines() * 4, tokens=200, steps=3)
+    edit = engram.rewrite(
+        lm, FACT, layer=1, contexts=contexts, corpus=TEXT.splitlines() * 4, tokens=200, steps=3
+    )
     assert edit.settings["contexts"] == contexts
 
 
@@ -138,7 +163,7 @@ def test_a_receipt_through_a_function_has_its_name():
     assert engram.verify(lm, edit, frame=politely).frame.endswith("politely")
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +185,16 @@ def run(*args: str, ends: tuple[int, ...] = (0,)):
 def test_edit_verify_and_generate_in_the_chat(folder, tmp_path):
     corpus = tmp_path / "text.txt"
     corpus.write_text((TEXT + "\n") * 40, encoding="utf8")
-    fact = ["-s", "tower of Rome", "-p", "The {} is in the city of", "-t", "Paris", "--true", "London"]
+    fact = [
+        "-s",
+        "tower of Rome",
+        "-p",
+        "The {} is in the city of",
+        "-t",
+        "Paris",
+        "--true",
+        "London",
+    ]
     options = ["--layer", "1", "--corpus", str(corpus), "--set", "steps=3", "--set", "tokens=200"]
     out = str(tmp_path / "edit")
     told = json.loads(run("edit", folder, *fact, *options, "--chat", "--json", "-o", out).stdout)
@@ -171,8 +205,14 @@ def test_edit_verify_and_generate_in_the_chat(folder, tmp_path):
     assert Receipt.from_dict(edit.receipt) == Receipt.from_dict(told["chat"])
     assert edit.settings["contexts"] == list(engram.chat_contexts(lm))
 
-    assert json.loads(run("verify", folder, out, "--chat", "--json", ends=(0, 1)).stdout)["frame"] == frame
-    assert "asked through '<|im_start|>user" in run("verify", folder, out, "--chat", ends=(0, 1)).output
+    assert (
+        json.loads(run("verify", folder, out, "--chat", "--json", ends=(0, 1)).stdout)["frame"]
+        == frame
+    )
+    assert (
+        "asked through '<|im_start|>user"
+        in run("verify", folder, out, "--chat", ends=(0, 1)).output
+    )
     said = run("generate", folder, PROMPT, "-n", "3", "--chat", "--edit", out).stdout
     with lm.asked_through(frame), edit.applied(lm):
         assert said == lm.generate(PROMPT, 3) + "\n"

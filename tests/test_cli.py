@@ -65,7 +65,18 @@ def failing(monkeypatch, capsys, *args: str) -> str:
 
 def test_help_names_every_verb():
     told = run("--help").output
-    for verb in ("demo", "trace", "edit", "apply", "revert", "verify", "generate", "stats", "knows", "layers"):
+    for verb in (
+        "demo",
+        "trace",
+        "edit",
+        "apply",
+        "revert",
+        "verify",
+        "generate",
+        "stats",
+        "knows",
+        "layers",
+    ):
         assert re.search(rf"\b{verb}\b", told)
         assert run(verb, "--help").output
 
@@ -84,7 +95,13 @@ def test_trace_shows_heat_maps_and_writes_picture_and_numbers(model, tmp_path):
         "--save",
         str(tmp_path / "t.st"),
     )
-    for shown in ("residual, strongest", "mlp, strongest", "attention, strongest", "strongest at token", "picture: "):
+    for shown in (
+        "residual, strongest",
+        "mlp, strongest",
+        "attention, strongest",
+        "strongest at token",
+        "picture: ",
+    ):
         assert shown in told.output
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     saved = CausalTrace.load(tmp_path / "t.st")
@@ -94,7 +111,18 @@ def test_trace_shows_heat_maps_and_writes_picture_and_numbers(model, tmp_path):
 
 def test_trace_prints_json_and_nothing_else(model):
     found = json.loads(
-        run("trace", model, PROMPT, "-s", "tower of Rome", "--target", "Paris", "--samples", "2", "--json").stdout
+        run(
+            "trace",
+            model,
+            PROMPT,
+            "-s",
+            "tower of Rome",
+            "--target",
+            "Paris",
+            "--samples",
+            "2",
+            "--json",
+        ).stdout
     )
     assert found["answer"] == " Paris"
     assert len(found["scores"]["residual"]) == len(found["tokens"])
@@ -114,11 +142,30 @@ def fact_file(tmp_path_factory):
     return str(path)
 
 
-def test_an_average_makes_a_folder_and_a_second_start_traces_nothing(model, fact_file, tmp_path, monkeypatch):
-    args = ["trace", model, "--facts", fact_file, "--keep", "all", "--samples", "2", "-o", str(tmp_path / "run")]
+def test_an_average_makes_a_folder_and_a_second_start_traces_nothing(
+    model, fact_file, tmp_path, monkeypatch
+):
+    args = [
+        "trace",
+        model,
+        "--facts",
+        fact_file,
+        "--keep",
+        "all",
+        "--samples",
+        "2",
+        "-o",
+        str(tmp_path / "run"),
+    ]
     told = run(*args).output
     assert f"{tmp_path / 'run'}: traces.sqlite, summary.json, heatmaps.png, lines.png" in told
-    for shown in ("3 facts\n", "total effect ", "residual, strongest ", "last subject ", "at the last token"):
+    for shown in (
+        "3 facts\n",
+        "total effect ",
+        "residual, strongest ",
+        "last subject ",
+        "at the last token",
+    ):
         assert shown in told
     wanted = engram.average_trace(engram.load(model), FACTS, keep="all", samples=2)
     saved = AverageTrace.load(tmp_path / "run" / "traces.sqlite")
@@ -160,9 +207,22 @@ def test_an_average_of_some_facts_by_chance(model, fact_file):
 
 
 def test_severed_paths_get_their_bars(model, fact_file, tmp_path):
-    args = ["--keep", "all", "--samples", "1", "--site", "residual", "--severed", "mlp", "--severed", "attention"]
+    args = [
+        "--keep",
+        "all",
+        "--samples",
+        "1",
+        "--site",
+        "residual",
+        "--severed",
+        "mlp",
+        "--severed",
+        "attention",
+    ]
     told = run("trace", model, "--facts", fact_file, *args, "-o", str(tmp_path / "run")).output
-    assert "heatmaps.png, lines.png, severed.png" in told and "residual, attention severed  " in told
+    assert (
+        "heatmaps.png, lines.png, severed.png" in told and "residual, attention severed  " in told
+    )
     assert (tmp_path / "run" / "severed.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -176,14 +236,22 @@ def test_heads_alone_have_numbers_and_no_lines(model, fact_file, tmp_path):
 @pytest.mark.parametrize(
     ("options", "settings", "shown"),
     [
-        (["--site", "head"], {"sites": ["head"]}, [r"head at \S+, strongest", r"layer \d, head \d: [+-]"]),
+        (
+            ["--site", "head"],
+            {"sites": ["head"]},
+            [r"head at \S+, strongest", r"layer \d, head \d: [+-]"],
+        ),
         (
             ["--site", "neuron", "--set", "neurons=[[1, 3]]"],
             {"sites": ["neuron"], "neurons": [(1, 3)]},
             ["layer 1, neuron 3: "],
         ),
         (["--method", "attribution"], {"method": "attribution"}, ["^estimates, to first order$"]),
-        (["--screen", "5"], {"screen": 5}, [r"^estimates, to first order; \d+ of \d+ cells are exact$"]),
+        (
+            ["--screen", "5"],
+            {"screen": 5},
+            [r"^estimates, to first order; \d+ of \d+ cells are exact$"],
+        ),
         (
             ["--site", "residual", "--severed", "mlp"],
             {"sites": ["residual"], "severed": ["mlp"]},
@@ -191,7 +259,11 @@ def test_heads_alone_have_numbers_and_no_lines(model, fact_file, tmp_path):
         ),
         (["--noise", "0.1"], {"noise": 0.1}, []),
         (["--noise", "u0.5"], {"noise": "u0.5"}, []),
-        (["--corruption", "subject", "--other-subject", "river"], {"corruption": "subject", "other_subject": "river"}, []),
+        (
+            ["--corruption", "subject", "--other-subject", "river"],
+            {"corruption": "subject", "other_subject": "river"},
+            [],
+        ),
         (
             ["--direction", "noise", "--metric", "logit_difference", "--foil", "city"],
             {"direction": "noise", "metric": "logit_difference", "foil": "city"},
@@ -204,7 +276,9 @@ def test_heads_alone_have_numbers_and_no_lines(model, fact_file, tmp_path):
 def test_a_traces_options_are_its_settings(model, options, settings, shown):
     args = ["trace", model, "The tower is in the city of", "-s", "tower", "--samples", "2"]
     found = json.loads(run(*args, *options, "--json").stdout)
-    wanted = engram.trace(engram.load(model), "The tower is in the city of", subject="tower", samples=2, **settings)
+    wanted = engram.trace(
+        engram.load(model), "The tower is in the city of", subject="tower", samples=2, **settings
+    )
     assert found["scores"] == {site: table.tolist() for site, table in wanted.scores.items()}
     assert found["low_score"] == wanted.low_score and found["method"] == wanted.method
     told = run(*args, *options).output
@@ -214,12 +288,22 @@ def test_a_traces_options_are_its_settings(model, options, settings, shown):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--site", "head"], ["--site", "residual", "--severed", "mlp"], ["--direction", "noise", "--screen", "5"]],
+    [
+        [],
+        ["--site", "head"],
+        ["--site", "residual", "--severed", "mlp"],
+        ["--direction", "noise", "--screen", "5"],
+    ],
 )
 def test_traces_can_be_read_in_80_columns(model, fact_file, options, monkeypatch):
-    monkeypatch.setattr("engram.cli.terminal.console", Console(highlight=False, soft_wrap=True, width=80))
+    monkeypatch.setattr(
+        "engram.cli.terminal.console", Console(highlight=False, soft_wrap=True, width=80)
+    )
     given = ["--samples", "1", *options]
-    for args in (["The tower is in the city of", "-s", "tower"], ["--facts", fact_file, "--keep", "all"]):
+    for args in (
+        ["The tower is in the city of", "-s", "tower"],
+        ["--facts", fact_file, "--keep", "all"],
+    ):
         told = run("trace", model, *args, *given).output
         assert told and max(map(len, told.splitlines())) <= 80, told
 
@@ -232,10 +316,19 @@ def test_edit_keeps_an_edit_with_its_receipt(edited):
 
 def test_settings_and_facts_come_from_options_and_files(model, corpus, tmp_path):
     facts = tmp_path / "facts.json"
-    facts.write_text(json.dumps([
-        {"subject": "tower", "prompt": "The {} is in", "target": "Rome"},
-        {"subject": "bridge", "prompt": "The {} is in", "target": "Paris", "neighbours": [["The river runs through", "London"]]},
-    ]))  # fmt: skip
+    facts.write_text(
+        json.dumps(
+            [
+                {"subject": "tower", "prompt": "The {} is in", "target": "Rome"},
+                {
+                    "subject": "bridge",
+                    "prompt": "The {} is in",
+                    "target": "Paris",
+                    "neighbours": [["The river runs through", "London"]],
+                },
+            ]
+        )
+    )
     settings = ["--set", "steps=3", "--set", "variant=p-rome", "--layer", "1", "--corpus", corpus]
     run("edit", model, "--facts", str(facts), *settings, "-o", str(tmp_path / "e"))
     edit = Edit.load(tmp_path / "e")
@@ -258,9 +351,13 @@ def test_generate_uses_edits_and_seeds(model, edited):
     plain, again = (run("generate", model, PROMPT, "-n", "5").output for _ in range(2))
     assert plain == again and plain.startswith(PROMPT)
     with Edit.load(edited).applied(lm := engram.load(model)):
-        assert run("generate", model, PROMPT, "-n", "5", "--edit", edited).output == lm.generate(PROMPT, 5) + "\n"
+        assert (
+            run("generate", model, PROMPT, "-n", "5", "--edit", edited).output
+            == lm.generate(PROMPT, 5) + "\n"
+        )
     sampled = [
-        run("generate", model, PROMPT, "-n", "8", "--temperature", "1.5", "--seed", seed).output for seed in ("1", "1", "2")
+        run("generate", model, PROMPT, "-n", "8", "--temperature", "1.5", "--seed", seed).output
+        for seed in ("1", "1", "2")
     ]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -273,10 +370,24 @@ def test_verify_ends_with_one_where_an_edit_fails(model, edited):
 
 def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
     told = run(
-        "stats", model, "-l", "0", "-l", "2", "--corpus", corpus, "--tokens", "300", "-o", str(tmp_path / "c")
+        "stats",
+        model,
+        "-l",
+        "0",
+        "-l",
+        "2",
+        "--corpus",
+        corpus,
+        "--tokens",
+        "300",
+        "-o",
+        str(tmp_path / "c"),
     ).output
     assert [line.split()[0] for line in told.splitlines()[1:]] == ["0", "2"]
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["layer0.safetensors", "layer2.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "layer0.safetensors",
+        "layer2.safetensors",
+    ]
 
 
 def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
@@ -285,15 +396,36 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
         "subject,prompt,target,relation,paraphrases\ntower,The {} is in,Rome,city,See the tower in\n"
         "bridge,The {} is in,Paris,city,\nShe,{} plays the,piano,instrument,\n"
     )
-    told = run("knows", model, "--facts", str(facts), "--candidates", "relation", "-k", "2", "-o", str(tmp_path / "k.json"))
+    told = run(
+        "knows",
+        model,
+        "--facts",
+        str(facts),
+        "--candidates",
+        "relation",
+        "-k",
+        "2",
+        "-o",
+        str(tmp_path / "k.json"),
+    )
     wanted = engram.knows(engram.load(model), engram.read_facts(facts), candidates="relation", k=2)
-    assert told.output.startswith(wanted.table()) and f"answers: {tmp_path / 'k.json'}" in told.output
+    assert (
+        told.output.startswith(wanted.table()) and f"answers: {tmp_path / 'k.json'}" in told.output
+    )
     assert engram.Knowledge.load(tmp_path / "k.json") == wanted
 
     options = ["--facts", str(facts), "--limit", "2", "--paraphrases", "none", "--json"]
-    ones, same, others = (json.loads(run("knows", model, *options, "--seed", seed).stdout) for seed in ("1", "1", "4"))
-    assert ones == same and len(ones["records"]) == 2 and all(len(record["replies"]) == 1 for record in ones["records"])
-    assert [record["fact"] for record in ones["records"]] != [record["fact"] for record in others["records"]]
+    ones, same, others = (
+        json.loads(run("knows", model, *options, "--seed", seed).stdout) for seed in ("1", "1", "4")
+    )
+    assert (
+        ones == same
+        and len(ones["records"]) == 2
+        and all(len(record["replies"]) == 1 for record in ones["records"])
+    )
+    assert [record["fact"] for record in ones["records"]] != [
+        record["fact"] for record in others["records"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -307,32 +439,62 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
             "give either a PROMPT with --subject, or --facts FILE",
         ),
         (["trace", "MODEL", PROMPT], "--subject is missing"),
-        (["trace", "MODEL", "--facts", "pocket", "--target", "a", "-s", "b"], "--subject, --target speak of one prompt"),
+        (
+            ["trace", "MODEL", "--facts", "pocket", "--target", "a", "-s", "b"],
+            "--subject, --target speak of one prompt",
+        ),
         (["trace", "MODEL", "--facts", "pocket", "--save", "a"], "--save speak of one prompt"),
-        (["trace", "MODEL", "--facts", "/no/such/file"], "no facts could be read from '/no/such/file'"),
+        (
+            ["trace", "MODEL", "--facts", "/no/such/file"],
+            "no facts could be read from '/no/such/file'",
+        ),
         (["trace", "MODEL", "--facts", "pocket", "--keep", "some"], "keep='some' does not exist"),
         (
             ["trace", "MODEL", "--facts", "pocket", "--limit", "1", "-o", "/dev/null"],
             "/dev/null cannot be the folder of a run",
         ),
-        (["trace", "MODEL", PROMPT, "-s", "Rome", "--method", "fast"], "method='fast' does not exist"),
+        (
+            ["trace", "MODEL", PROMPT, "-s", "Rome", "--method", "fast"],
+            "method='fast' does not exist",
+        ),
         (["trace", "MODEL", PROMPT, "-s", "Rome", "--set", "windw=3"], "did you mean 'window'?"),
-        (["trace", "no/such/model", PROMPT, "-s", "Rome"], "no causal language model found as 'no/such/model'"),
+        (
+            ["trace", "no/such/model", PROMPT, "-s", "Rome"],
+            "no causal language model found as 'no/such/model'",
+        ),
         (["edit", "MODEL", "-s", "Rome"], "--prompt, --target missing"),
         (["edit", "MODEL", "-s", "Rome", "-p", "{} is in", "-t", " "], "target=' ' is empty"),
-        (["edit", "MODEL", "-s", "Rome", "-p", "It is in", "-t", "Paris"], "0 places for the subject"),
-        (["edit", "MODEL", *FACT, "--layer", "auto", "--method", "ft"], "layer='auto': ft takes a block's number"),
-        (["edit", "MODEL", *FACT, "--method", "lora", "--set", "layers=2"], "layers=2: expected numbers of blocks"),
+        (
+            ["edit", "MODEL", "-s", "Rome", "-p", "It is in", "-t", "Paris"],
+            "0 places for the subject",
+        ),
+        (
+            ["edit", "MODEL", *FACT, "--layer", "auto", "--method", "ft"],
+            "layer='auto': ft takes a block's number",
+        ),
+        (
+            ["edit", "MODEL", *FACT, "--method", "lora", "--set", "layers=2"],
+            "layers=2: expected numbers of blocks",
+        ),
         (["edit", "MODEL", *FACT, "--layer", "0,1"], "--layer '0,1': rome edits one layer"),
-        (["edit", "MODEL", *FACT, "--layer", "one"], "--layer 'one': expected a layer's number, from 0, several"),
+        (
+            ["edit", "MODEL", *FACT, "--layer", "one"],
+            "--layer 'one': expected a layer's number, from 0, several",
+        ),
         (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),
         (["edit", "MODEL", *FACT, "--set", "stps=3"], "did you mean 'steps'"),
         (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme' does not exist"),
-        (["edit", "MODEL", "--facts", "/no/such/file"], "Expected 'pocket', or a file: a JSON list"),
+        (
+            ["edit", "MODEL", "--facts", "/no/such/file"],
+            "Expected 'pocket', or a file: a JSON list",
+        ),
         (["verify", "MODEL", "/no/such/edit"], "/no/such/edit"),
         (["stats", "MODEL", "--corpus", "/no/such/text"], "cannot be read as a text file"),
         (["stats", "MODEL", "--corpus", "a", "--data-set", "b"], "give one of them"),
-        (["knows", "MODEL", "--facts", "/no/such/file"], "no facts could be read from '/no/such/file'"),
+        (
+            ["knows", "MODEL", "--facts", "/no/such/file"],
+            "no facts could be read from '/no/such/file'",
+        ),
         (["knows", "MODEL", "--candidates", "relations"], "did you mean 'relation'?"),
         (["knows", "MODEL", "--paraphrases", "bst"], "did you mean 'best'?"),
         (["demo", "-s", "Spaec Needle"], "knows nothing of 'Spaec Needle'; it knows Space Needle"),
@@ -341,7 +503,9 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
     ],
 )
 def test_mistakes_end_with_a_line(model, args, message, monkeypatch, capsys):
-    assert message in failing(monkeypatch, capsys, *(model if arg == "MODEL" else arg for arg in args))
+    assert message in failing(
+        monkeypatch, capsys, *(model if arg == "MODEL" else arg for arg in args)
+    )
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):

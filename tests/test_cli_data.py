@@ -22,8 +22,12 @@ def files(tmp_path):
     given = {
         "facts": "\n".join(json.dumps(fact._asdict()) for fact in facts()),
         "templates": json.dumps(TEMPLATES),
-        "generation": "\n".join(f"{relation} = {json.dumps(each)}" for relation, each in GENERATION.items()),
-        "references": json.dumps({key: [vars(snippet) for snippet in each] for key, each in texts().items()}),
+        "generation": "\n".join(
+            f"{relation} = {json.dumps(each)}" for relation, each in GENERATION.items()
+        ),
+        "references": json.dumps(
+            {key: [vars(snippet) for snippet in each] for key, each in texts().items()}
+        ),
         "openings": "It rained.\n\nNobody came.\n",
     }
     found = []
@@ -40,14 +44,22 @@ def test_build_writes_what_the_library_builds(files):
     told = run("data", "build", *given, "-n", "5", "--seed", "3", "-o", str(out)).output
     assert f"5 records: {out}" in told
     expected = build_counterfact(
-        facts(), TEMPLATES, generation=GENERATION, texts=texts(), openings=["It rained.", "Nobody came."], seed=3, limit=5
+        facts(),
+        TEMPLATES,
+        generation=GENERATION,
+        texts=texts(),
+        openings=["It rained.", "Nobody came."],
+        seed=3,
+        limit=5,
     )
     back = read_dataset(out, references=True)
     assert back.records == expected.records
     assert back.references is not None
 
 
-def test_build_asks_paraphrases_by_templates_that_are_held_out(files, tmp_path, monkeypatch, capsys):
+def test_build_asks_paraphrases_by_templates_that_are_held_out(
+    files, tmp_path, monkeypatch, capsys
+):
     given, out = files
     apart = tmp_path / "apart.json"
     apart.write_text(json.dumps({"city": ["Where is {}? In"]}), encoding="utf8")
@@ -57,7 +69,9 @@ def test_build_asks_paraphrases_by_templates_that_are_held_out(files, tmp_path, 
     assert {"paraphrase", "rewrite"} < {probe.kind for probe in probes}
     assert all(("Where is" in probe.prompt) == (probe.kind == "paraphrase") for probe in probes)
     apart.write_text(json.dumps({"city": ["Where is it?"]}), encoding="utf8")
-    told = failing(monkeypatch, capsys, "data", "build", *given, "--held-out", str(apart), "-o", str(out))
+    told = failing(
+        monkeypatch, capsys, "data", "build", *given, "--held-out", str(apart), "-o", str(out)
+    )
     assert "template 'Where is it?' of 'city': expected exactly one {}" in told
 
 
@@ -67,19 +81,46 @@ def test_build_says_which_facts_were_left_out(files):
         file.write('\n{"subject": "Bank of Rome", "relation": "city", "object": "Rome"}')
     told = run("data", "build", *given, "-o", str(out)).output
     assert f"{len(facts())} records" in told
-    assert "left out: 'Bank of Rome' (city, 'Rome'): its object and its subject have words in common" in told
+    assert (
+        "left out: 'Bank of Rome' (city, 'Rome'): its object and its subject have words in common"
+        in told
+    )
 
 
 def test_build_keeps_what_a_model_knows(tmp_path):
     rows = [("Louvre", "Paris"), ("Eiffel Tower", "Boston"), ("Space Needle", "Seattle")]
-    rows += [("Notre-Dame de Paris Tower", "Seattle"), ("Gare", "Paris"), ("Fenway", "Boston"), ("Harbor", "Boston")]
+    rows += [
+        ("Notre-Dame de Paris Tower", "Seattle"),
+        ("Gare", "Paris"),
+        ("Fenway", "Boston"),
+        ("Harbor", "Boston"),
+    ]
     known = tmp_path / "facts.json"
-    known.write_text(json.dumps([{"subject": s, "relation": "city", "object": o} for s, o in rows]), encoding="utf8")
+    known.write_text(
+        json.dumps([{"subject": s, "relation": "city", "object": o} for s, o in rows]),
+        encoding="utf8",
+    )
     templates = tmp_path / "templates.json"
-    templates.write_text(json.dumps({"city": ["The {} is in the city of", "The {} lies in the city of"]}), encoding="utf8")
+    templates.write_text(
+        json.dumps({"city": ["The {} is in the city of", "The {} lies in the city of"]}),
+        encoding="utf8",
+    )
     out = tmp_path / "own.json"
-    run("data", "build", "--facts", str(known), "--templates", str(templates), "--known-to", "pocket", "-o", str(out))
-    kept = {record.facts[0].subject: record.facts[0].target_true for record in read_dataset(out).records}
+    run(
+        "data",
+        "build",
+        "--facts",
+        str(known),
+        "--templates",
+        str(templates),
+        "--known-to",
+        "pocket",
+        "-o",
+        str(out),
+    )
+    kept = {
+        record.facts[0].subject: record.facts[0].target_true for record in read_dataset(out).records
+    }
     assert kept["Louvre"] == "Paris"
     assert kept["Space Needle"] == "Seattle"
     assert "Eiffel Tower" not in kept
@@ -87,7 +128,9 @@ def test_build_keeps_what_a_model_knows(tmp_path):
 
 def test_filter_keeps_the_records_that_a_model_knows(tmp_path):
     out = tmp_path / "known.json"
-    told = run("data", "filter", "pocket", "--known-to", "pocket", "-n", "20", "-o", str(out)).output
+    told = run(
+        "data", "filter", "pocket", "--known-to", "pocket", "-n", "20", "-o", str(out)
+    ).output
     assert "20 of the first 256 records are known by the rule 'greedy'" in told
     assert read_dataset(out, references=True).records == pocket_benchmark().records[:20]
 
@@ -95,7 +138,17 @@ def test_filter_keeps_the_records_that_a_model_knows(tmp_path):
 def test_filter_by_the_looser_rule_says_so(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
-    run("data", "filter", "pocket", "--known-to", "pocket", "-n", "8", "-o", str(whole / "some.json"))
+    run(
+        "data",
+        "filter",
+        "pocket",
+        "--known-to",
+        "pocket",
+        "-n",
+        "8",
+        "-o",
+        str(whole / "some.json"),
+    )
     told = run(
         "data",
         "filter",
@@ -111,12 +164,22 @@ def test_filter_by_the_looser_rule_says_so(tmp_path):
     assert read_dataset(tmp_path / "k.json", references="if there").references is None
 
 
-def test_filter_keeps_reference_texts_if_asked_and_a_benchmark_with_texts_reads_them(files, tmp_path):
+def test_filter_keeps_reference_texts_if_asked_and_a_benchmark_with_texts_reads_them(
+    files, tmp_path
+):
     given, out = files
     run("data", "build", *given, "-o", str(out))
     kept = tmp_path / "kept"
     kept.mkdir()
-    command = ["data", "filter", str(out), "--rule", "relation", "--known-to", str(tiny_folder(tmp_path / "model"))]
+    command = [
+        "data",
+        "filter",
+        str(out),
+        "--rule",
+        "relation",
+        "--known-to",
+        str(tiny_folder(tmp_path / "model")),
+    ]
     run(*command, "--references", "-o", str(kept / "own.json"))
     references = read_dataset(kept / "own.json", references="if there").references
     assert references is not None and references.snippets
@@ -166,4 +229,6 @@ def test_a_wrong_file_is_told_in_a_line(files, monkeypatch, capsys, option, text
 def test_a_missing_file_is_told_in_a_line(files, monkeypatch, capsys, tmp_path):
     given, out = files
     given[given.index("--openings") + 1] = str(tmp_path / "nowhere.txt")
-    assert "nowhere.txt' could not be read" in failing(monkeypatch, capsys, "data", "build", *given, "-o", str(out))
+    assert "nowhere.txt' could not be read" in failing(
+        monkeypatch, capsys, "data", "build", *given, "-o", str(out)
+    )

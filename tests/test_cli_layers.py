@@ -1,4 +1,6 @@
-"""`engram layers` shows the card, writes it and its picture, and `engram edit --layer auto` goes by it."""
+"""`engram layers` shows the card, writes it and its picture, and `engram edit --layer auto` goes by
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,31 @@ def args(tmp_path_factory):
     (folder / "facts.json").write_text(json.dumps([fact.to_dict() for fact in EDITS]))
     (folder / "text.txt").write_text((TEXT + "\n") * 3, encoding="utf8")
     counts = ["--keep", "all", "--edits", "2", "--traces", "2", "--estimates", "1"]
-    how = ["--corpus", str(folder / "text.txt"), "--tokens", "200", "--set", "steps=2", "--set", 'contexts=["{}"]']
-    return ["layers", str(tiny_folder(folder)), "--facts", str(folder / "facts.json"), *counts, *how]
+    how = [
+        "--corpus",
+        str(folder / "text.txt"),
+        "--tokens",
+        "200",
+        "--set",
+        "steps=2",
+        "--set",
+        'contexts=["{}"]',
+    ]
+    return [
+        "layers",
+        str(tiny_folder(folder)),
+        "--facts",
+        str(folder / "facts.json"),
+        *counts,
+        *how,
+    ]
 
 
 def test_the_card_is_shown_written_and_gone_by(args, tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
-    told = run(*args, "-o", str(tmp_path / "card.json"), "--plot", str(tmp_path / "card.png")).output
+    told = run(
+        *args, "-o", str(tmp_path / "card.json"), "--plot", str(tmp_path / "card.png")
+    ).output
     card = engram.LayerCard.load(tmp_path / "card.json")
     for shown in (
         "4 layers; edits by rome of 2 facts",

@@ -34,7 +34,9 @@ def test_lens_shows_a_grid_and_a_table_and_writes_a_picture(model, tmp_path):
     found = engram.lens(engram.load(model), TEXT)
     assert str(found) in told and "picture: " in told
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
-    assert run("lens", model, TEXT, "--raw").output.endswith(str(engram.lens(engram.load(model), TEXT, norm=False)) + "\n")
+    assert run("lens", model, TEXT, "--raw").output.endswith(
+        str(engram.lens(engram.load(model), TEXT, norm=False)) + "\n"
+    )
 
 
 @pytest.mark.parametrize("width", [20, 80, 400])
@@ -45,20 +47,38 @@ def test_the_grid_fits_the_terminal_and_holds_every_state(model, width):
     top = [line for line in lines if line.startswith("  3 ")]
     shown = [word for line in top for word in line[4:].split()]
     assert len(shown) == len(found.tokens)
-    assert [line.split()[0] for line in lines if line[:3].strip()] == ["3", "2", "1", "0", "in"] * len(top), "layers up"
+    assert [line.split()[0] for line in lines if line[:3].strip()] == [
+        "3",
+        "2",
+        "1",
+        "0",
+        "in",
+    ] * len(top), "layers up"
 
 
 def test_tokens_without_a_picture_stay_on_their_line():
-    assert [_visible(token) for token in (" Rome", "\n", " ", "", "a\tb", "中")] == ["Rome", "⏎", "␣", "␣", "a�b", "中"]
+    assert [_visible(token) for token in (" Rome", "\n", " ", "", "a\tb", "中")] == [
+        "Rome",
+        "⏎",
+        "␣",
+        "␣",
+        "a�b",
+        "中",
+    ]
 
 
 def test_json_and_nothing_else(model):
     lm = engram.load(model)
     told = json.loads(run("lens", model, TEXT, "--target", "Paris", "-k", "2", "--json").stdout)
-    assert told["rank"] == engram.lens(lm, TEXT, target="Paris").rank.tolist() and len(told["top"][0][0]) == 2
+    assert (
+        told["rank"] == engram.lens(lm, TEXT, target="Paris").rank.tolist()
+        and len(told["top"][0][0]) == 2
+    )
     told = json.loads(run("refinement", model, TEXT, "--json").stdout)
     assert told["shares"] == engram.refinement(lm, TEXT).shares()
-    told = json.loads(run("memories", model, TEXT, "--layer", "2", "-n", "3", "-k", "4", "--json").stdout)
+    told = json.loads(
+        run("memories", model, TEXT, "--layer", "2", "-n", "3", "-k", "4", "--json").stdout
+    )
     assert [each["value"]["neuron"] for each in told["neurons"]] == [
         each.value.neuron for each in engram.memories(lm, TEXT, 2, neurons=3).neurons
     ]

@@ -1,4 +1,6 @@
-"""Every kind of model is asked for an object in its own way, and answers as transformers' own forward pass does."""
+"""Every kind of model is asked for an object in its own way, and answers as transformers' own
+forward pass does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from torch import Tensor
 import engram
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.language_model import LanguageModel
-from tests.tiny import ENCODER_DECODER, EVERY, MASKED, MASKING, STATE_SPACE, TOKENIZERS, make_model, tiny_folder, tiny_lm
+from tests.tiny import (
+    ENCODER_DECODER,
+    EVERY,
+    MASKED,
+    MASKING,
+    STATE_SPACE,
+    TOKENIZERS,
+    make_model,
+    tiny_folder,
+    tiny_lm,
+)
 
 PROMPT = "The tower of Rome is in"
 PAIRS = [
@@ -29,13 +41,16 @@ def shown(lm: LanguageModel, ids: list[int]) -> list[str]:
 @torch.no_grad()
 def plain_logits(lm: LanguageModel, ids: list[int], decoder_ids: list[int] | None) -> Tensor:
     """[t, v] logits of one forward pass as transformers documents it."""
-    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
     if decoder_ids is not None:
         inputs["decoder_input_ids"] = torch.tensor([decoder_ids])
     return lm.model(**inputs).logits[0]
 
 
-# -- what is asked -----------------------------------------------------------------------------------------------------
+# -- what is asked ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -44,13 +59,19 @@ def test_a_causal_model_continues_the_prompt(tokenizer, target):
     lm = tiny_lm("llama", tokenizer=tokenizer)
     cloze, head = lm.cloze(PROMPT, target), lm.encode(PROMPT)
     answer = [] if target is None else lm.target_ids(PROMPT, target)
-    assert cloze.ids == head.ids + answer[:-1] and cloze.answer == answer and cloze.tokens == len(head.ids)
+    assert (
+        cloze.ids == head.ids + answer[:-1]
+        and cloze.answer == answer
+        and cloze.tokens == len(head.ids)
+    )
     assert cloze.read == list(range(len(head.ids) - 1, len(cloze.ids)))
     assert cloze.decoder_ids is None and cloze.offsets[: len(head.ids)] == head.offsets
 
 
 @pytest.mark.parametrize("target", [None, "Paris", "Madrid", "Zdeno Chára"])
-@pytest.mark.parametrize("tokenizer", [each for each in MASKING if "mask" in each or each == "word piece"])
+@pytest.mark.parametrize(
+    "tokenizer", [each for each in MASKING if "mask" in each or each == "word piece"]
+)
 def test_a_masked_model_gets_one_mask_for_each_token_of_the_target_in_its_place(tokenizer, target):
     lm = tiny_lm("bert", tokenizer=tokenizer)
     cloze, mask = lm.cloze(PROMPT, target), lm.tokenizer.mask_token_id
@@ -98,7 +119,11 @@ def test_a_model_that_was_tuned_to_answer_is_asked_the_bare_prompt():
     lm.cloze_template, lm.cloze_decoder = "{}", ""
     cloze = lm.cloze("Where is the tower of Rome?", "Paris")
     assert cloze.ids == lm.tokenizer("Where is the tower of Rome?")["input_ids"]
-    assert shown(lm, cloze.decoder_ids) == ["<pad>"] and shown(lm, cloze.answer) == ["▁Paris"] and cloze.read == [0]
+    assert (
+        shown(lm, cloze.decoder_ids) == ["<pad>"]
+        and shown(lm, cloze.answer) == ["▁Paris"]
+        and cloze.read == [0]
+    )
 
 
 def test_the_token_forced_on_a_decoder_comes_after_its_start():
@@ -122,7 +147,7 @@ def test_places_in_the_prompt_are_places_in_the_clozes_text(family, target):
             assert (a, b) == (0, 0)
 
 
-# -- what is answered --------------------------------------------------------------------------------------------------
+# -- what is answered ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -174,9 +199,14 @@ def test_an_encoder_decoder_model_generates_its_answer():
     lm = tiny_lm("bart")
     batch = lm.tokenizer(PROMPT, return_tensors="pt")
     expected = lm.model.generate(
-        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=5, do_sample=False
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=5,
+        do_sample=False,
     )
-    assert lm.generate(PROMPT, max_new_tokens=5) == lm.tokenizer.decode(expected[0], skip_special_tokens=True)
+    assert lm.generate(PROMPT, max_new_tokens=5) == lm.tokenizer.decode(
+        expected[0], skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize("family", ["roberta", "t5", "mamba"])
@@ -195,7 +225,7 @@ def test_positions_that_stand_for_padding_are_not_counted_as_room_for_text():
         lm.cloze(words)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
@@ -213,15 +243,21 @@ def test_a_template_begins_with_the_prompt(template):
 
 
 def test_a_template_has_the_blank_that_the_kind_needs():
-    with pytest.raises(SettingError, match=r"expected the mask token '\[MASK\]' once; a longer answer repeats it"):
+    with pytest.raises(
+        SettingError, match=r"expected the mask token '\[MASK\]' once; a longer answer repeats it"
+    ):
         tiny_lm("bert").cloze_template = "{} [MASK] [MASK]."
-    with pytest.raises(SettingError, match=r"frame='Q: A:' has 0 places for the prompt, expected exactly one '\{\}'"):
+    with pytest.raises(
+        SettingError,
+        match=r"frame='Q: A:' has 0 places for the prompt, expected exactly one '\{\}'",
+    ):
         tiny_lm("gpt2").cloze_template = "Q: A:"
 
 
 def test_only_an_encoder_decoder_model_has_a_decoder_to_begin_for():
     with pytest.raises(
-        SettingError, match="only an encoder-decoder model has a decoder to begin for; this is a masked one"
+        SettingError,
+        match="only an encoder-decoder model has a decoder to begin for; this is a masked one",
     ):
         tiny_lm("bert").cloze_decoder = "{}"
     with pytest.raises(SettingError, match=r"expected \{\}, the prompt, at most once"):
@@ -230,24 +266,35 @@ def test_only_an_encoder_decoder_model_has_a_decoder_to_begin_for():
 
 def test_a_decoder_whose_start_nobody_knows_is_refused():
     lm = tiny_lm("t5")
-    lm.model.config.decoder_start_token_id = lm.model.generation_config.decoder_start_token_id = None
+    lm.model.config.decoder_start_token_id = lm.model.generation_config.decoder_start_token_id = (
+        None
+    )
     with pytest.raises(
-        UnsupportedModelError, match=r"does not say which token its decoder starts with; set lm\.model\.config"
+        UnsupportedModelError,
+        match=r"does not say which token its decoder starts with; set lm\.model\.config",
     ):
         lm.cloze(PROMPT)
 
 
 def test_a_masked_model_needs_a_mask_token():
-    with pytest.raises(UnsupportedModelError, match="has no mask token, which a masked model is asked with"):
+    with pytest.raises(
+        UnsupportedModelError, match="has no mask token, which a masked model is asked with"
+    ):
         LanguageModel(make_model("bert"), TOKENIZERS["byte-level"]())
 
 
 def test_what_makes_no_sense_for_a_kind_says_so():
-    with pytest.raises(UnsupportedModelError, match="tiny-bert is a masked model: it fills blanks and does not write on"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="tiny-bert is a masked model: it fills blanks and does not write on",
+    ):
         tiny_lm("bert").generate(PROMPT)
     with pytest.raises(
-        UnsupportedModelError, match="tiny-bert is a masked model, and perplexity is that of reading a text"
+        UnsupportedModelError,
+        match="tiny-bert is a masked model, and perplexity is that of reading a text",
     ):
         tiny_lm("bert").perplexity(PROMPT)
-    with pytest.raises(UnsupportedModelError, match="tiny-t5 is an encoder-decoder model, and perplexity"):
+    with pytest.raises(
+        UnsupportedModelError, match="tiny-t5 is an encoder-decoder model, and perplexity"
+    ):
         tiny_lm("t5").perplexity(PROMPT)

@@ -1,4 +1,5 @@
-"""Whatever stands in a file, reading it gives records or a FactError that says what is wrong, and nothing else.
+"""Whatever stands in a file, reading it gives records or a FactError that says what is wrong, and
+nothing else.
 
 ENGRAM_FUZZ=10000 tries so many examples of each kind.
 """
@@ -26,13 +27,28 @@ from engram.errors import FactError
 from tests.data_samples import SAMPLES
 
 fuzz = settings(
-    deadline=None, max_examples=int(os.environ.get("ENGRAM_FUZZ", "200")), suppress_health_check=list(HealthCheck)
+    deadline=None,
+    max_examples=int(os.environ.get("ENGRAM_FUZZ", "200")),
+    suppress_health_check=list(HealthCheck),
 )
 forms = st.sampled_from(sorted(SAMPLES))
 texts = st.one_of(
     st.text(st.characters(), max_size=8),  # with halves of letters
     st.sampled_from(
-        ["", " ", "{}", "{} {}", "{0}", "\ud800", "\x00", "nq question: ", "Matterhorn", "Peru", "OR", "of X is Y."]
+        [
+            "",
+            " ",
+            "{}",
+            "{} {}",
+            "{0}",
+            "\ud800",
+            "\x00",
+            "nq question: ",
+            "Matterhorn",
+            "Peru",
+            "OR",
+            "of X is Y.",
+        ]
     ),
 )
 numbers = st.one_of(st.integers(), st.floats(), st.just(10**4000), st.booleans(), st.none())
@@ -48,12 +64,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-# -- what is tried -----------------------------------------------------------------------------------------------------
+# -- what is tried ---------------------------------------------------------------------------------
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Ways to every value within, by key and index."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, each in inner:
         yield (*path, key)
         yield from places(each, (*path, key))
@@ -87,8 +109,13 @@ def mutated(draw: st.DrawFn, form: str) -> Any:
 def mutated_files(draw: st.DrawFn) -> tuple[str, bytes]:
     """(name, bytes) of a file with valid records, mutated ones and others in any order."""
     form = draw(forms)
-    kinds = st.one_of(mutated(form), mutated(form), st.just(SAMPLES[form]), values, mutated(draw(forms)))
-    lines = [json.dumps(record, ensure_ascii=True) for record in draw(st.lists(kinds, min_size=1, max_size=4))]
+    kinds = st.one_of(
+        mutated(form), mutated(form), st.just(SAMPLES[form]), values, mutated(draw(forms))
+    )
+    lines = [
+        json.dumps(record, ensure_ascii=True)
+        for record in draw(st.lists(kinds, min_size=1, max_size=4))
+    ]
     name = draw(st.sampled_from(["a.json", "a.jsonl"]))
     text = "\n".join(lines) if name == "a.jsonl" else "[\n" + ",\n".join(lines) + "]"
     return name, text.encode()
@@ -96,12 +123,14 @@ def mutated_files(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @st.composite
 def damaged_files(draw: st.DrawFn, whole: bytes, names: tuple[str, ...]) -> tuple[str, bytes]:
-    """(name, bytes): those of a valid file with a piece taken out, put in or replaced; or any bytes at all."""
+    """(name, bytes): those of a valid file with a piece taken out, put in or replaced; or any bytes
+    at all.
+    """
     name = draw(st.sampled_from(names))
     if draw(st.integers(0, 4)) == 0:
-        return name, draw(st.sampled_from([b"", b"\x1f\x8b", b"[", b"{", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])) + draw(
-            st.binary()
-        )
+        return name, draw(
+            st.sampled_from([b"", b"\x1f\x8b", b"[", b"{", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
+        ) + draw(st.binary())
     data = gzip.compress(whole, mtime=0) if draw(st.booleans()) else whole
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(data)))
@@ -113,7 +142,7 @@ def listed(form: str) -> bytes:
     return json.dumps([SAMPLES[form], SAMPLES[form]]).encode()
 
 
-# -- what has to hold --------------------------------------------------------------------------------------------------
+# -- what has to hold ------------------------------------------------------------------------------
 
 
 def told(error: FactError, path: Path) -> None:
@@ -132,7 +161,10 @@ def tried(path: Path, read: Callable[[], Dataset]) -> Dataset | None:
 
 def usable(dataset: Dataset) -> None:
     """Records of a form, that can be named, kept as JSON and had back."""
-    assert len({record.id for record in dataset.records}) == len(dataset.records) and len(dataset.digest) == 64
+    assert (
+        len({record.id for record in dataset.records}) == len(dataset.records)
+        and len(dataset.digest) == 64
+    )
     for record in dataset.records:
         assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
         kinds = {probe.kind for probe in record.probes}
@@ -158,7 +190,11 @@ def test_mutated_records_are_read_or_told(folder: Path, file: tuple[str, bytes])
 
 
 @fuzz
-@given(file=forms.flatmap(lambda form: damaged_files(listed(form), ("a.json", "a.jsonl", "a.csv", "a.json.gz", "a"))))
+@given(
+    file=forms.flatmap(
+        lambda form: damaged_files(listed(form), ("a.json", "a.jsonl", "a.csv", "a.json.gz", "a"))
+    )
+)
 def test_damaged_files_are_read_or_told(folder: Path, file: tuple[str, bytes]) -> None:
     name, data = file
     path = folder / name
@@ -173,7 +209,11 @@ TABLE = b'subject,prompt,target,paraphrases\nOslo,"{} is in",Norway,a | b\nRome,
 
 
 @fuzz
-@given(file=st.one_of(damaged_files(TABLE, ("f.csv", "f.CSV.gz")), damaged_files(listed("facts"), ("f.json", "f"))))
+@given(
+    file=st.one_of(
+        damaged_files(TABLE, ("f.csv", "f.CSV.gz")), damaged_files(listed("facts"), ("f.json", "f"))
+    )
+)
 def test_damaged_facts_are_read_or_told(folder: Path, file: tuple[str, bytes]) -> None:
     name, data = file
     path = folder / name
@@ -192,7 +232,10 @@ TEXTS = json.dumps({"country:Norway": [{"name": "Oslo", "text": "Oslo is in Norw
 
 
 @fuzz
-@given(file=damaged_files(ASSOCIATIONS, ("b.csv", "b.json")), snippets=damaged_files(TEXTS, ("t.json",)))
+@given(
+    file=damaged_files(ASSOCIATIONS, ("b.csv", "b.json")),
+    snippets=damaged_files(TEXTS, ("t.json",)),
+)
 def test_damaged_files_of_a_builder_are_read_or_told(
     folder: Path, file: tuple[str, bytes], snippets: tuple[str, bytes]
 ) -> None:
@@ -214,12 +257,24 @@ def weights() -> bytes:
 @fuzz
 @given(
     idf=damaged_files(weights(), ("idf.npy",)),
-    words=st.one_of(st.just(b'{"peru": 1}'), values.map(lambda value: json.dumps(value).encode()), st.binary()),
+    words=st.one_of(
+        st.just(b'{"peru": 1}'), values.map(lambda value: json.dumps(value).encode()), st.binary()
+    ),
     entries=st.lists(
         st.one_of(
-            st.just({"relation_id": "P17", "target_id": "Q419", "samples": [{"name": "a", "text": "of Peru"}]}),
+            st.just(
+                {
+                    "relation_id": "P17",
+                    "target_id": "Q419",
+                    "samples": [{"name": "a", "text": "of Peru"}],
+                }
+            ),
             st.fixed_dictionaries(
-                {"relation_id": texts, "target_id": texts, "samples": st.one_of(values, st.lists(values))}
+                {
+                    "relation_id": texts,
+                    "target_id": texts,
+                    "samples": st.one_of(values, st.lists(values)),
+                }
             ),
             values,
         ),
@@ -229,9 +284,15 @@ def weights() -> bytes:
 def test_damaged_reference_texts_are_read_or_told(
     folder: Path, idf: tuple[str, bytes], words: bytes, entries: list[Any]
 ) -> None:
-    for name, data in (idf, ("tfidf_vocab.json", words), ("attribute_snippets.json", json.dumps(entries).encode())):
+    for name, data in (
+        idf,
+        ("tfidf_vocab.json", words),
+        ("attribute_snippets.json", json.dumps(entries).encode()),
+    ):
         (folder / name).write_bytes(data)
-    record = Record.from_fact("0", read_dataset("pocket", limit=1).records[0].facts[0], references="P17:Q419")
+    record = Record.from_fact(
+        "0", read_dataset("pocket", limit=1).records[0].facts[0], references="P17:Q419"
+    )
     try:
         references = read_references(folder, [record])
     except FactError as error:

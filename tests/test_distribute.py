@@ -22,7 +22,9 @@ from engram.errors import EngramError, FactError, MissingExtraError, SettingErro
 from engram.model.language_model import LanguageModel
 from engram.runs.workers import ByName, Here, RayWorkers
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,9 @@ def test_every_unit_is_done_once_and_comes_back_with_its_number(workers: RayWork
     assert sorted(workers.run(Squares(), range(20))) == list(Here().run(Squares(), range(20)))
 
 
-def test_a_worker_that_is_killed_costs_nothing_but_its_own_unit(workers: RayWorkers, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_nothing_but_its_own_unit(
+    workers: RayWorkers, tmp_path: Path
+) -> None:
     job = Squares(tmp_path / "died", dies_at=3)
     assert dict(workers.run(job, range(8))) == {n: n**2 for n in range(8)}
     assert (tmp_path / "died").exists()
@@ -130,7 +134,9 @@ def test_benchmark_records_are_the_same_here_and_there_though_a_worker_is_killed
     here = bench(lm, pocket_benchmark(), methods, tmp_path / "here.sqlite", n=8, batch=4)
     marker = tmp_path / "died"
     monkeypatch.setattr(bench_run, "RecordsJob", lambda *args: Dying(*args, marker=marker))
-    there = bench(lm, pocket_benchmark(), methods, tmp_path / "there.sqlite", n=8, batch=4, workers=workers)
+    there = bench(
+        lm, pocket_benchmark(), methods, tmp_path / "there.sqlite", n=8, batch=4, workers=workers
+    )
     assert marker.exists()
     assert here.unedited == there.unedited
     for label in methods:
@@ -141,7 +147,12 @@ def test_benchmark_records_are_the_same_here_and_there_though_a_worker_is_killed
 
 def test_average_traces_are_the_same(lm: LanguageModel, workers: RayWorkers) -> None:
     facts = engram.read_facts("pocket")[:6]
-    asked: dict[str, Any] = {"sites": ["residual"], "samples": 2, "positions": "subject_last", "facts_per_batch": 2}
+    asked: dict[str, Any] = {
+        "sites": ["residual"],
+        "samples": 2,
+        "positions": "subject_last",
+        "facts_per_batch": 2,
+    }
     here = engram.average_trace(lm, facts, **asked)
     there = engram.average_trace(lm, facts, **asked, workers=workers)
     assert [each.to_bytes() for each in here.traces] == [each.to_bytes() for each in there.traces]
@@ -150,10 +161,21 @@ def test_average_traces_are_the_same(lm: LanguageModel, workers: RayWorkers) -> 
 def test_second_moments_do_not_depend_on_the_number_of_workers(
     lm: LanguageModel, workers: RayWorkers, tmp_path: Path
 ) -> None:
-    asked: dict[str, Any] = {"corpus": list(pocket.sentences())[:600], "tokens": 4000, "tokens_per_batch": 128}
+    asked: dict[str, Any] = {
+        "corpus": list(pocket.sentences())[:600],
+        "tokens": 4000,
+        "tokens_per_batch": 128,
+    }
     by = {
-        name: second_moments(lm, [1], **asked, cache_dir=tmp_path / name, workers=where)[1].matrix_ff
-        for name, where in (("local", None), ("here", Here()), ("ray", workers), ("one", RayWorkers(1)))
+        name: second_moments(lm, [1], **asked, cache_dir=tmp_path / name, workers=where)[
+            1
+        ].matrix_ff
+        for name, where in (
+            ("local", None),
+            ("here", Here()),
+            ("ray", workers),
+            ("one", RayWorkers(1)),
+        )
     }
     assert torch.equal(by["ray"], by["one"])
     assert torch.equal(by["ray"], by["here"])
@@ -161,7 +183,9 @@ def test_second_moments_do_not_depend_on_the_number_of_workers(
 
 
 def test_values_of_a_mass_edit_are_the_same(lm: LanguageModel, workers: RayWorkers) -> None:
-    facts = [pocket.as_fact(known, pocket.counterfactual(known)) for known in pocket.facts()[:2000:500]]
+    facts = [
+        pocket.as_fact(known, pocket.counterfactual(known)) for known in pocket.facts()[:2000:500]
+    ]
     asked: dict[str, Any] = {"steps": 2, "store": False, "contexts": ["{}"], "facts_per_batch": 2}
     here = engram.rewrite(lm, facts, "memit", **asked)
     there = engram.rewrite(lm, facts, "memit", **asked, workers=workers)

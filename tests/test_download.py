@@ -1,4 +1,6 @@
-"""A published file is fetched once, gone on with where it broke off, and held against what it was when it first came."""
+"""A published file is fetched once, gone on with where it broke off, and held against what it was
+when it first came.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_is_fetched_once_and_its_checksum_noted(server, tmp_path):
     told: list[tuple[str, int, int]] = []
-    path = fetched(f"{server.url}/a.json", tmp_path / "new", progress=lambda *news: told.append(news))
+    path = fetched(
+        f"{server.url}/a.json", tmp_path / "new", progress=lambda *news: told.append(news)
+    )
     assert path.read_bytes() == BODY and names(tmp_path / "new") == ["a.json", "a.json.sha256"]
     assert path.with_name("a.json.sha256").read_text() == DIGEST + "\n"
     assert told[-1] == ("a.json", len(BODY), len(BODY)) and [done for _, done, _ in told] == sorted(
@@ -117,24 +121,36 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, tmp_path):
     server.breaks = [100_000, 1, 50_000]
     told: list[int] = []
     path = fetched(
-        f"{server.url}/a.json", tmp_path, progress=lambda _, done, total: told.append(done) or total == len(BODY) or 1 / 0
+        f"{server.url}/a.json",
+        tmp_path,
+        progress=lambda _, done, total: told.append(done) or total == len(BODY) or 1 / 0,
     )
     assert path.read_bytes() == BODY
-    assert [part for _, part in server.asked] == [None, "bytes=100000-", "bytes=100001-", "bytes=150001-"]
+    assert [part for _, part in server.asked] == [
+        None,
+        "bytes=100000-",
+        "bytes=100001-",
+        "bytes=150001-",
+    ]
     assert told == sorted(set(told)) and told[-1] == len(BODY)
 
 
 def test_a_download_given_up_goes_on_in_the_next_call(server, tmp_path):
     server.breaks = [10] * 4
     with pytest.raises(
-        EngramError, match=r"/a\.json could not be fetched: .*40 of 256000 bytes.* Try again \(what came is kept\)"
+        EngramError,
+        match=r"/a\.json could not be fetched: .*40 of 256000 bytes.* Try again \(what came is kept\)",
     ):
         fetched(f"{server.url}/a.json", tmp_path)
     assert (
-        names(tmp_path) == ["a.json.part", "a.json.part.version"] and (tmp_path / "a.json.part").read_bytes() == BODY[:40]
+        names(tmp_path) == ["a.json.part", "a.json.part.version"]
+        and (tmp_path / "a.json.part").read_bytes() == BODY[:40]
     )
     assert fetched(f"{server.url}/a.json", tmp_path).read_bytes() == BODY
-    assert server.asked[-1] == ("/a.json", "bytes=40-") and names(tmp_path) == ["a.json", "a.json.sha256"]
+    assert server.asked[-1] == ("/a.json", "bytes=40-") and names(tmp_path) == [
+        "a.json",
+        "a.json.sha256",
+    ]
 
 
 def test_a_server_that_sends_no_parts_is_asked_for_the_whole(server, tmp_path):
@@ -154,7 +170,9 @@ def test_what_was_left_whole_or_of_another_file_is_not_built_upon(server, tmp_pa
 
 
 def given_up(server: Server, folder: Path) -> None:
-    """A thousand bytes of the file came, and then it was replaced at the server by another one of the same length."""
+    """A thousand bytes of the file came, and then it was replaced at the server by another one of
+    the same length.
+    """
     server.breaks = [1000, 0, 0, 0]
     with pytest.raises(EngramError, match="could not be fetched"):
         fetched(f"{server.url}/a.json", folder)
@@ -162,13 +180,17 @@ def given_up(server: Server, folder: Path) -> None:
     server.files["/a.json"] = BODY[::-1]
 
 
-def test_a_file_that_has_changed_on_the_server_is_not_glued_to_the_part_of_the_old_one(server, tmp_path):
+def test_a_file_that_has_changed_on_the_server_is_not_glued_to_the_part_of_the_old_one(
+    server, tmp_path
+):
     given_up(server, tmp_path)
     assert fetched(f"{server.url}/a.json", tmp_path).read_bytes() == BODY[::-1]
     assert names(tmp_path) == ["a.json", "a.json.sha256"]
 
 
-def test_a_known_checksum_tells_what_was_glued_together_where_the_server_names_no_versions(server, tmp_path):
+def test_a_known_checksum_tells_what_was_glued_together_where_the_server_names_no_versions(
+    server, tmp_path
+):
     server.tagged = False
     given_up(server, tmp_path)
     wanted = hashlib.sha256(BODY[::-1]).hexdigest()
@@ -179,7 +201,10 @@ def test_a_known_checksum_tells_what_was_glued_together_where_the_server_names_n
 
 
 def test_a_file_that_is_not_what_was_promised_is_not_kept(server, tmp_path):
-    with pytest.raises(EngramError, match=f"has sha256 {DIGEST}, expected {'0' * 64}: the file has changed or was damaged"):
+    with pytest.raises(
+        EngramError,
+        match=f"has sha256 {DIGEST}, expected {'0' * 64}: the file has changed or was damaged",
+    ):
         fetched(f"{server.url}/a.json", tmp_path, sha256="0" * 64)
     assert names(tmp_path) == []
     assert fetched(f"{server.url}/a.json", tmp_path, sha256=DIGEST).read_bytes() == BODY
@@ -188,7 +213,9 @@ def test_a_file_that_is_not_what_was_promised_is_not_kept(server, tmp_path):
 def test_a_file_that_was_changed_afterwards_is_told(server, tmp_path):
     path = fetched(f"{server.url}/a.json", tmp_path)
     path.write_bytes(BODY + b" ")
-    with pytest.raises(EngramError, match=f"a.json has sha256 .*, expected {DIGEST}: it was changed. Delete it"):
+    with pytest.raises(
+        EngramError, match=f"a.json has sha256 .*, expected {DIGEST}: it was changed. Delete it"
+    ):
         fetched(f"{server.url}/a.json", tmp_path)
     path.unlink()
     assert fetched(f"{server.url}/a.json", tmp_path) == path and path.read_bytes() == BODY
@@ -206,7 +233,7 @@ def test_a_file_that_is_not_there_is_told(server, tmp_path):
         fetched(f"{server.url}/none.json", tmp_path)
 
 
-# -- data sets by name -------------------------------------------------------------------------------------------------
+# -- data sets by name -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -222,7 +249,9 @@ def published(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return server
 
 
-@pytest.mark.parametrize("name", [name for name, source in sources.SOURCES.items() if source.url is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, source in sources.SOURCES.items() if source.url is not None]
+)
 def test_every_named_data_set_is_fetched_and_has_the_form_that_is_said_of_it(published, name):
     source = sources.SOURCES[name]
     first, again = read_dataset(name), read_dataset(name)
@@ -238,7 +267,9 @@ def test_reference_texts_come_from_beside_the_file_and_only_if_asked_for(publish
     published.files[f"{folder}/tfidf_vocab.json"] = b'{"peru": 0}'
     published.files[f"{folder}/idf.npy"] = b"damaged"
     assert read_dataset("counterfact").references is None
-    with pytest.raises(FactError, match=r"idf\.npy is no numpy file: .*delete it, and it is fetched again"):
+    with pytest.raises(
+        FactError, match=r"idf\.npy is no numpy file: .*delete it, and it is fetched again"
+    ):
         read_dataset("counterfact", references=True)
     assert sorted(path for path, _ in published.asked) == sorted(
         [f"{folder}/counterfact.json", *(f"{folder}/{each}" for each in sources._BESIDE)]
@@ -259,6 +290,7 @@ def test_the_command_lists_every_name():
 
 def test_a_name_that_is_none_is_not_fetched():
     with pytest.raises(
-        EngramError, match=r"data set 'zsree' is not known \(did you mean 'zsre'\?\); known: pocket, counterfact"
+        EngramError,
+        match=r"data set 'zsree' is not known \(did you mean 'zsre'\?\); known: pocket, counterfact",
     ):
         sources.download("zsree")

@@ -13,7 +13,12 @@ from engram.errors import BaseMismatchError, EngramError, FactError, NonFiniteEr
 from tests.edit_samples import fact, random_delta, random_edit, tiny, weight_name
 
 
-@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_norm_is_that_of_the_matrix(out: int, into: int, rank: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(out * 100 + into * 10 + rank)
     delta = Delta(
@@ -80,7 +85,9 @@ def test_an_edit_says_what_does_not_fit_together() -> None:
 def test_a_receipt_is_added_without_changing_the_edit() -> None:
     edit = random_edit(tiny())
     proven = edit.with_receipt({"passed": True})
-    assert edit.receipt is None and proven.receipt == {"passed": True} and proven.deltas == edit.deltas
+    assert (
+        edit.receipt is None and proven.receipt == {"passed": True} and proven.deltas == edit.deltas
+    )
 
 
 @settings(deadline=None, max_examples=25)
@@ -133,7 +140,9 @@ def test_dense_changes_add_but_do_not_separate() -> None:
     both = compose([a, b])
     (name,) = both.deltas
     assert both.deltas[name].is_dense
-    torch.testing.assert_close(both.deltas[name].dense(), a.deltas[name].dense() + b.deltas[name].dense())
+    torch.testing.assert_close(
+        both.deltas[name].dense(), a.deltas[name].dense() + b.deltas[name].dense()
+    )
     with pytest.raises(EngramError, match="solved jointly"):
         both.without(0)
 

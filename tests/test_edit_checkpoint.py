@@ -46,7 +46,9 @@ def loaded(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shard", ["5GB", "8KB"], ids=["single", "shards"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_apply_then_revert_leaves_every_byte(tmp_path: Path, family: str, dtype: torch.dtype, shard: str) -> None:
+def test_apply_then_revert_leaves_every_byte(
+    tmp_path: Path, family: str, dtype: torch.dtype, shard: str
+) -> None:
     lm = tiny(family, dtype)
     source = stored(lm, tmp_path / "source", shard)
     assert len(list(source.glob("*.safetensors"))) > 1 or shard == "5GB"
@@ -68,7 +70,10 @@ def test_only_the_touched_bytes_change(tmp_path: Path) -> None:
     edited = apply_to_checkpoint(random_edit(lm), source, tmp_path / "edited")
     old, new = ((folder / "model.safetensors").read_bytes() for folder in (source, edited))
     differing = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    assert differing and differing[-1] - differing[0] < lm.model.get_parameter(weight_name(lm, 1)).numel() * 4
+    assert (
+        differing
+        and differing[-1] - differing[0] < lm.model.get_parameter(weight_name(lm, 1)).numel() * 4
+    )
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["without", "with"])
@@ -76,7 +81,10 @@ def test_names_may_lack_or_have_a_prefix(tmp_path: Path, prefixed: bool) -> None
     lm = tiny()
     source = stored(lm, tmp_path / "source")
     tensors = safetensors.torch.load_file(source / "model.safetensors")
-    renamed = {f"model.{name}" if prefixed else name.removeprefix("transformer."): value for name, value in tensors.items()}
+    renamed = {
+        f"model.{name}" if prefixed else name.removeprefix("transformer."): value
+        for name, value in tensors.items()
+    }
     safetensors.torch.save_file(renamed, source / "model.safetensors")
     edit = random_edit(lm)
     edited = apply_to_checkpoint(edit, source, tmp_path / "edited")
@@ -92,7 +100,9 @@ def test_names_may_lack_or_have_a_prefix(tmp_path: Path, prefixed: bool) -> None
 def test_edits_come_out_in_any_order_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
     lm = tiny(dtype=dtype)
     source = stored(lm, tmp_path / "0")
-    a, b, c = (random_edit(lm, layers, seed=seed) for seed, layers in enumerate([(0, 1), (1, 2), (1,)], 1))
+    a, b, c = (
+        random_edit(lm, layers, seed=seed) for seed, layers in enumerate([(0, 1), (1, 2), (1,)], 1)
+    )
     one = apply_to_checkpoint(a, source, tmp_path / "a")
     two = apply_to_checkpoint(b, one, tmp_path / "ab")
     three = apply_to_checkpoint(c, two, tmp_path / "abc")
@@ -123,7 +133,9 @@ def test_an_edit_that_others_rest_on_comes_out_after_them(tmp_path: Path) -> Non
     assert digests(revert_checkpoint(two, tmp_path / "a again", b)) == digests(tmp_path / "a")
 
 
-def test_an_edit_made_in_float32_rounds_once_into_a_half_precision_checkpoint(tmp_path: Path) -> None:
+def test_an_edit_made_in_float32_rounds_once_into_a_half_precision_checkpoint(
+    tmp_path: Path,
+) -> None:
     lm = tiny(dtype=torch.float16)
     source = stored(lm, tmp_path / "0")
     lm.model.float()
@@ -137,7 +149,9 @@ def test_an_edit_made_in_float32_rounds_once_into_a_half_precision_checkpoint(tm
 def test_other_weights_are_refused_unless_forced(tmp_path: Path) -> None:
     source = stored(tiny(seed=3), tmp_path / "0")
     edit = random_edit(tiny())
-    with pytest.raises(BaseMismatchError, match=r"transformer.h.1.mlp.c_proj.weight with Edit.*not the weight"):
+    with pytest.raises(
+        BaseMismatchError, match=r"transformer.h.1.mlp.c_proj.weight with Edit.*not the weight"
+    ):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     assert not (tmp_path / "1").exists()
     forced = apply_to_checkpoint(edit, source, tmp_path / "1", force=True)
@@ -174,7 +188,9 @@ def test_what_is_not_there_cannot_be_reverted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("disk", ["full", "fills up"])
-def test_a_full_disk_leaves_no_half_folder(tmp_path: Path, disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_folder(
+    tmp_path: Path, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = tiny()
     source = stored(lm, tmp_path / "0")
     usage = namedtuple("usage", "total used free")
@@ -211,16 +227,25 @@ def test_weights_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     with pytest.raises(EngramFileError, match=r"holds no model.safetensors"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "pytorch_model.bin").touch()
-    with pytest.raises(EngramFileError, match=r"weights as pickle .pytorch_model.bin.*Convert them"):
+    with pytest.raises(
+        EngramFileError, match=r"weights as pickle .pytorch_model.bin.*Convert them"
+    ):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(EngramFileError, match="not a whole safetensors file"):
         apply_to_checkpoint(edit, source, tmp_path / "1")
-    safetensors.torch.save_file({weight_name(lm, 1): torch.ones(24, 16, dtype=torch.int8)}, source / "model.safetensors")
-    with pytest.raises(UnsupportedModelError, match=r"stored as I8.*Edit the unquantised checkpoint"):
+    safetensors.torch.save_file(
+        {weight_name(lm, 1): torch.ones(24, 16, dtype=torch.int8)}, source / "model.safetensors"
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"stored as I8.*Edit the unquantised checkpoint"
+    ):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     safetensors.torch.save_file({"other.weight": torch.ones(2)}, source / "model.safetensors")
-    with pytest.raises(EngramFileError, match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight"):
+    with pytest.raises(
+        EngramFileError,
+        match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight",
+    ):
         apply_to_checkpoint(edit, source, tmp_path / "1")
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
@@ -270,4 +295,7 @@ def test_a_model_in_memory_becomes_an_edited_checkpoint(tmp_path: Path) -> None:
     assert same_bits(weights(lm), before)
     assert (folder / "tokenizer.json").is_file()
     source = stored(lm, tmp_path / "source")
-    assert same_bits(loaded(edit.to_checkpoint(source, tmp_path / "again"), torch.float32), loaded(folder, torch.float32))
+    assert same_bits(
+        loaded(edit.to_checkpoint(source, tmp_path / "again"), torch.float32),
+        loaded(folder, torch.float32),
+    )

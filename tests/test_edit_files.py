@@ -36,13 +36,23 @@ def names(folder: str | Path) -> list[str]:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from(FAMILIES), st.integers(0, 4), st.booleans(), words, words, st.integers(0, 2**40))
+@given(
+    st.sampled_from(FAMILIES), st.integers(0, 4), st.booleans(), words, words, st.integers(0, 2**40)
+)
 def test_what_is_loaded_equals_what_was_saved(
     family: str, rank: int, joint: bool, subject: str, target: str, seed: int
 ) -> None:
     edit = random_edit(tiny(family), (0, 2), rank=rank, joint=joint or rank == 0, seed=seed % 1000)
     facts = (Fact(subject, "{} is in", target, neighbours=(("x is in", "y"),)), *edit.facts[1:])
-    edit = Edit(facts, "m", {"a": (1, 2.5), "b": None}, edit.deltas, edit.base, seed, receipt={"passed": False})
+    edit = Edit(
+        facts,
+        "m",
+        {"a": (1, 2.5), "b": None},
+        edit.deltas,
+        edit.base,
+        seed,
+        receipt={"passed": False},
+    )
     with tempfile.TemporaryDirectory() as home:
         edit.save(Path(home) / "edit")
         assert Edit.load(Path(home) / "edit") == edit
@@ -65,7 +75,9 @@ def test_an_edit_replaces_an_edit_and_nothing_else(tmp_path: Path) -> None:
     assert Edit.load(tmp_path / "edit") == two
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(EngramFileError, match=r"holds other files; expected a folder with edit.json"):
+    with pytest.raises(
+        EngramFileError, match=r"holds other files; expected a folder with edit.json"
+    ):
         one.save(tmp_path / "thesis")
     with pytest.raises(EngramFileError, match="is a file; expected the name of a folder"):
         one.save(tmp_path / "thesis" / "chapter.tex")
@@ -105,13 +117,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _rewritten(f, lambda r: r.update(format_version=2)),
         "format_version=2, this engram reads 1.*upgrade",
     ),
-    "other": (lambda f: (f / "edit.json").write_text("[]"), "format_version=None.*not an edit of ours"),
+    "other": (
+        lambda f: (f / "edit.json").write_text("[]"),
+        "format_version=None.*not an edit of ours",
+    ),
     "no facts": (lambda f: _rewritten(f, lambda r: r.pop("facts")), "damaged: no entry 'facts'"),
     "bad fact": (
         lambda f: _rewritten(f, lambda r: r["facts"][0].update(prompt="no place")),
         "damaged: prompt='no place'",
     ),
-    "no base": (lambda f: _rewritten(f, lambda r: r["base"].update(tensors={})), "base does not describe"),
+    "no base": (
+        lambda f: _rewritten(f, lambda r: r["base"].update(tensors={})),
+        "base does not describe",
+    ),
     "bad base": (lambda f: _rewritten(f, lambda r: r.update(base=3)), "is damaged"),
     "owners": (
         lambda f: _rewritten(f, lambda r: r["owners"].update({NAME: [[0], [0]]})),
@@ -122,7 +140,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _factors(f, lambda t: t.update({f"{NAME}.left": torch.ones(3, 1)})),
         r"is \[out, in\] = \[3, 24\]",
     ),
-    "extra": (lambda f: _factors(f, lambda t: t.update(more=torch.ones(1))), "tensors of no delta: more"),
+    "extra": (
+        lambda f: _factors(f, lambda t: t.update(more=torch.ones(1))),
+        "tensors of no delta: more",
+    ),
 }
 
 
@@ -136,12 +157,16 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EngramFileError, match=r"nowhere is not a folder; expected one that Edit.save wrote"):
+    with pytest.raises(
+        EngramFileError, match=r"nowhere is not a folder; expected one that Edit.save wrote"
+    ):
         Edit.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("step", ["write_bytes", "write_text", "fsync", "rename 1", "rename 2"])
-def test_a_full_disk_leaves_the_old_edit(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_edit(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = random_edit(LM, seed=1), random_edit(LM, seed=2)
     old.save(tmp_path / "edit")
     home, _, number = step.partition(" ")
@@ -175,7 +200,9 @@ def test_a_writer_killed_between_its_renames_loses_nothing(tmp_path: Path) -> No
     assert names(tmp_path) == ["edit"]
 
 
-def test_what_a_killed_writer_left_is_swept_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_writer_left_is_swept_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = tmp_path / ".edit.new-abc"
     left.mkdir()
     random_edit(LM).save(tmp_path / "edit")
@@ -245,7 +272,9 @@ for step in range(1, 60):
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a writer for every step at which it is killed")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="forks a writer for every step at which it is killed"
+)
 def test_killed_at_any_step_a_save_leaves_the_old_edit_or_the_new_one(tmp_path: Path) -> None:
     old, new = random_edit(LM, seed=1), random_edit(LM, seed=2)
     for name, edit in {"old": old, "new": new}.items():
@@ -263,7 +292,9 @@ def test_killed_at_any_step_a_save_leaves_the_old_edit_or_the_new_one(tmp_path: 
         "PYTHONPATH": str(Path(engram.files.whole_folders.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    output = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
     assert output.returncode == 0, output.stderr
     lines = output.stdout.splitlines()
     assert len(lines) > 8 and lines[-1] == "new 0"

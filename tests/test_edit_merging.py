@@ -23,7 +23,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("d_ff", [24, 16])  # 16: a square matrix, which fits both ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_edited_inside_and_restored_outside(family: str, dtype: torch.dtype, d_ff: int) -> None:
+def test_weights_are_edited_inside_and_restored_outside(
+    family: str, dtype: torch.dtype, d_ff: int
+) -> None:
     lm = tiny(family, dtype, d_ff=d_ff)
     edit = random_edit(lm, (0, 2), rank=2)
     before = weights(lm)
@@ -69,7 +71,10 @@ def test_a_failure_at_the_second_weight_restores_the_first() -> None:
     with torch.no_grad():
         lm.model.get_parameter(second)[0, 0] += 1
     before = weights(lm)
-    with pytest.raises(BaseMismatchError, match=f"{second} of 'tiny-gpt2': not the weight that the edit was made on"):
+    with pytest.raises(
+        BaseMismatchError,
+        match=f"{second} of 'tiny-gpt2': not the weight that the edit was made on",
+    ):
         edit.applied(lm).__enter__()
     assert same_bits(weights(lm), before)
     with edit.applied(lm, force=True):
@@ -77,7 +82,9 @@ def test_a_failure_at_the_second_weight_restores_the_first() -> None:
     assert same_bits(weights(lm), before)
 
 
-def test_an_interrupt_while_a_weight_is_written_restores_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_a_weight_is_written_restores_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import engram.edit.applied
 
     lm = tiny()
@@ -107,7 +114,9 @@ def test_edits_of_one_base_nest_as_their_composition(dtype: torch.dtype) -> None
         after_a = weights(lm)
         with b.applied(lm):
             for name, value in weights(lm).items():
-                torch.testing.assert_close(value, together[name], rtol=torch.finfo(dtype).eps, atol=1e-12)
+                torch.testing.assert_close(
+                    value, together[name], rtol=torch.finfo(dtype).eps, atol=1e-12
+                )
         assert same_bits(weights(lm), after_a)
     assert same_bits(weights(lm), before)
 
@@ -120,7 +129,10 @@ def test_an_edit_made_within_a_block_needs_that_block() -> None:
         b = random_edit(lm, seed=2)
         with b.applied(lm):
             both = lm.model.get_parameter(name).clone()
-    expected = lm.model.get_parameter(name) + (a.deltas[name].dense(torch.float64) + b.deltas[name].dense(torch.float64)).T
+    expected = (
+        lm.model.get_parameter(name)
+        + (a.deltas[name].dense(torch.float64) + b.deltas[name].dense(torch.float64)).T
+    )
     torch.testing.assert_close(both, expected, rtol=0, atol=1e-12)
     with pytest.raises(BaseMismatchError, match="not the weight"), b.applied(lm):
         pass
@@ -167,14 +179,19 @@ def test_an_edit_of_a_half_precision_checkpoint_made_in_float32_fits_both() -> N
     with random_edit(full).applied(half):
         pass
     fine = tiny()
-    with pytest.raises(BaseMismatchError, match="rounding may be all"), random_edit(fine).applied(half):
+    with (
+        pytest.raises(BaseMismatchError, match="rounding may be all"),
+        random_edit(fine).applied(half),
+    ):
         pass
 
 
 def test_another_model_is_refused_by_name_and_by_shape() -> None:
     edit = random_edit(tiny())
     with (
-        pytest.raises(BaseMismatchError, match=r"has no parameter 'transformer.h.1.mlp.c_proj.weight'"),
+        pytest.raises(
+            BaseMismatchError, match=r"has no parameter 'transformer.h.1.mlp.c_proj.weight'"
+        ),
         edit.applied(tiny("llama")),
     ):
         pass
@@ -198,7 +215,9 @@ def test_a_weight_that_overflows_is_never_written() -> None:
     lm = tiny(dtype=torch.float16)
     edit = random_edit(lm)
     (name,) = edit.deltas
-    huge = replace(edit, deltas={name: Delta(1e9 * edit.deltas[name].left, edit.deltas[name].right)})
+    huge = replace(
+        edit, deltas={name: Delta(1e9 * edit.deltas[name].left, edit.deltas[name].right)}
+    )
     before = weights(lm)
     with pytest.raises(NonFiniteError, match="does not fit float16"), huge.applied(lm):
         pass
@@ -210,7 +229,9 @@ def test_a_weight_that_overflows_is_never_written() -> None:
     [(torch.float64, 0, 1e-12), (torch.float32, 0, 1e-5), (torch.bfloat16, 1e-3, 1)],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rounding_cost_is_what_rounding_lost(family: str, dtype: torch.dtype, least: float, most: float) -> None:
+def test_rounding_cost_is_what_rounding_lost(
+    family: str, dtype: torch.dtype, least: float, most: float
+) -> None:
     lm: Any = tiny(family, dtype)
     edit = random_edit(lm)
     (name,) = edit.deltas

@@ -20,10 +20,15 @@ IDS = torch.arange(20).reshape(2, 10) % 60
 @pytest.mark.parametrize("ranks", [(3, 3), (1, 4), (2, 0)], ids=["equal", "padded", "dense"])
 @pytest.mark.parametrize("d_ff", [24, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_adapter_gives_the_edited_logits(tmp_path: Path, family: str, d_ff: int, ranks: tuple[int, int]) -> None:
+def test_the_adapter_gives_the_edited_logits(
+    tmp_path: Path, family: str, d_ff: int, ranks: tuple[int, int]
+) -> None:
     lm = tiny(family, d_ff=d_ff)
     names = [weight_name(lm, layer) for layer in (1, 2)]
-    deltas = {name: random_delta(lm, name, rank, seed) for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))}
+    deltas = {
+        name: random_delta(lm, name, rank, seed)
+        for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))
+    }
     edit = Edit(tuple(map(fact, range(3))), "m", {}, deltas, describe_base(lm, names))
     with edit.applied(lm), torch.no_grad():
         expected = lm.model(IDS).logits
@@ -35,7 +40,9 @@ def test_the_adapter_gives_the_edited_logits(tmp_path: Path, family: str, d_ff: 
         assert (expected - unedited).abs().max() > 1e-3
         with adapted.disable_adapter():
             assert torch.equal(adapted(IDS).logits, unedited)
-    wrapped = {name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    wrapped = {
+        name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")
+    }
     assert wrapped == {f"base_model.model.{name.removesuffix('.weight')}" for name in names}
 
 

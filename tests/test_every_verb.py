@@ -1,4 +1,6 @@
-"""Every family goes through every verb, from a folder on disk as a user has it: trace, edit, verify, keep, apply, revert, export."""
+"""Every family goes through every verb, from a folder on disk as a user has it: trace, edit,
+verify, keep, apply, revert, export.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from engram import Edit, Fact
 from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint
 from tests.tiny import DENSE, EXPERTS, TEXT, tiny_folder
 
-FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", neighbours=(("The river runs through", "London"),))
+FACT = Fact(
+    "tower of Rome",
+    "The {} is in the city of",
+    "Paris",
+    neighbours=(("The river runs through", "London"),),
+)
 DOCUMENTS = TEXT.splitlines() * 4
 
 
@@ -23,7 +30,9 @@ def test_from_a_folder_to_an_adapter(family, tmp_path):
     trace = engram.trace(lm, FACT.prompt_text, subject=FACT.subject, samples=2, window=2)
     assert all(table.shape == (len(trace.tokens), lm.n_layers) for table in trace.scores.values())
 
-    edit = engram.rewrite(lm, FACT, layer=1, contexts=["{}", "He sings. {}"], corpus=DOCUMENTS, tokens=200, steps=3)
+    edit = engram.rewrite(
+        lm, FACT, layer=1, contexts=["{}", "He sings. {}"], corpus=DOCUMENTS, tokens=200, steps=3
+    )
     receipt = engram.verify(lm, edit, text="The river runs through London.", continuation_tokens=2)
     edit.with_receipt(receipt).save(tmp_path / "edit")
     edit = Edit.load(tmp_path / "edit")

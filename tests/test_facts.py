@@ -1,4 +1,6 @@
-"""A fact is checked when it is made, and its subject is found by characters, never by guessing pieces."""
+"""A fact is checked when it is made, and its subject is found by characters, never by guessing
+pieces.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +67,18 @@ def test_special_tokens_are_nobody():
 
 
 words = st.text(
-    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zs", "Zl", "Zp", "Cn")), min_size=1, max_size=12
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zs", "Zl", "Zp", "Cn")),
+    min_size=1,
+    max_size=12,
 )
 
 
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS))
 @settings(max_examples=60, deadline=None)
 @given(before=words, subject=words, after=words)
-def test_the_span_holds_the_subject_and_no_word_more_under_every_tokenizer(kind, before, subject, after):
+def test_the_span_holds_the_subject_and_no_word_more_under_every_tokenizer(
+    kind, before, subject, after
+):
     tokenizer = TOKENIZERS[kind]()
     text = f"{before} {subject} {after}"
     start = len(before) + 1

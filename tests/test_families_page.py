@@ -1,4 +1,6 @@
-"""The page about families says what the table of layouts says, and what is refused is refused in the words it quotes."""
+"""The page about families says what the table of layouts says, and what is refused is refused in
+the words it quotes.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,20 @@ def can(call, *args) -> bool:
 
 
 REFUSED = [
-    *(lambda family=family: tiny_lm(family).parts.mlp_out_name(0) for family in ("mixtral", "mamba", "bert", "t5")),
+    *(
+        lambda family=family: tiny_lm(family).parts.mlp_out_name(0)
+        for family in ("mixtral", "mamba", "bert", "t5")
+    ),
     lambda: tiny_lm("bert").generate("The tower is in"),
-    *(lambda family=family: tiny_lm(family).perplexity("The tower is in") for family in ("bert", "t5")),
+    *(
+        lambda family=family: tiny_lm(family).perplexity("The tower is in")
+        for family in ("bert", "t5")
+    ),
     lambda: tiny_lm("t5").parts.head(torch.zeros(1, 32)),
     lambda: tiny_lm("mamba").parts.site_module_name("mlp", 0),
-    lambda: resolve(BertLMHeadModel(BertConfig(num_hidden_layers=1, hidden_size=12, is_decoder=True))),
+    lambda: resolve(
+        BertLMHeadModel(BertConfig(num_hidden_layers=1, hidden_size=12, is_decoder=True))
+    ),
 ]
 
 
@@ -64,5 +74,9 @@ def test_refusals_are_quoted_word_for_word():
     for refused in REFUSED:
         with pytest.raises(UnsupportedModelError) as error:
             refused()
-        said |= {quote for quote in quotes if all(part.strip() in str(error.value) for part in quote.split("..."))}
+        said |= {
+            quote
+            for quote in quotes
+            if all(part.strip() in str(error.value) for part in quote.split("..."))
+        }
     assert said == set(quotes) and len(quotes) > 5

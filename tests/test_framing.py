@@ -1,4 +1,6 @@
-"""A causal model is asked through frames: the frame is read, the prompt's places stay places, and leaving the block ends it."""
+"""A causal model is asked through frames: the frame is read, the prompt's places stay places, and
+leaving the block ends it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def lm(request):
     return tiny_lm("llama", tokenizer=request.param)
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frame", [FRONT, in_front], ids=["template", "function"])
@@ -40,7 +42,9 @@ def test_prompts_are_asked_as_if_the_frame_had_been_written_around_them(lm, fram
     with lm.asked_through(frame):
         for got, expected in zip(lm.log_probs(PAIRS), wanted, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        assert lm.probabilities(PAIRS) == pytest.approx([float(each.sum().exp()) for each in wanted], rel=1e-4)
+        assert lm.probabilities(PAIRS) == pytest.approx(
+            [float(each.sum().exp()) for each in wanted], rel=1e-4
+        )
         assert lm.next_tokens(PROMPT) == probable
         assert lm.cloze(PROMPT, "Paris").ids == lm.cloze(in_front(PROMPT), "Paris", frame="{}").ids
 
@@ -49,7 +53,11 @@ def written(lm, text: str, tokens: int) -> str:
     """What a model writes after a text, by transformers' own means."""
     ids = torch.tensor([lm.encode(text).ids])
     out = lm.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
     )
     read, all_ = (lm.tokenizer.decode(each, skip_special_tokens=True) for each in (ids[0], out[0]))
     assert all_.startswith(read)
@@ -77,7 +85,9 @@ def test_places_in_the_prompt_are_places_in_the_clozes_text(lm, target):
     bare = lm.cloze(PROMPT, target)
     cloze = lm.cloze(PROMPT, target, frame="She sings: {}")
     assert cloze.text == bare.text and cloze.text.startswith(PROMPT)
-    assert cloze.ids == lm.cloze(f"She sings: {PROMPT}", target).ids and len(cloze.offsets) == len(cloze.ids)
+    assert cloze.ids == lm.cloze(f"She sings: {PROMPT}", target).ids and len(cloze.offsets) == len(
+        cloze.ids
+    )
     own = len(lm.encode("She sings:").ids)
     assert all(span == (0, 0) for span in cloze.offsets[:own])
     assert cloze.offsets[-len(PROMPT.split()) :] == bare.offsets[-len(PROMPT.split()) :]
@@ -102,7 +112,10 @@ def test_what_a_model_knows_is_asked_through_the_frame():
 
 
 def test_an_answer_behind_white_space_begins_without_a_space(lm):
-    for frame, whole in (("Q: {}\nA:\n", "Q: Where?\nA:\nParis"), ("Q: {}\nA:", "Q: Where?\nA: Paris")):
+    for frame, whole in (
+        ("Q: {}\nA:\n", "Q: Where?\nA:\nParis"),
+        ("Q: {}\nA:", "Q: Where?\nA: Paris"),
+    ):
         for target in ("Paris", " Paris"):
             cloze = lm.cloze("Where?", target, frame=frame)
             assert cloze.ids + cloze.answer[-1:] == lm.encode(whole).ids
@@ -131,7 +144,7 @@ def test_a_start_token_that_the_text_brings_is_not_doubled(lm):
     assert lm.cloze(PROMPT, frame=f"{start}{{}}").ids == ids
 
 
-# --- blocks -----------------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def test_leaving_the_block_ends_it_however_it_ends():
@@ -168,9 +181,12 @@ def test_editors_and_perplexity_do_not_notice():
     lm = tiny_lm("gpt2")
     width = lm.parts.mlp_width(1)
     settings = {
-        "layer": 1, "contexts": ["{}", "It is cold. {}"], "steps": 3, "seed": 0,
+        "layer": 1,
+        "contexts": ["{}", "It is cold. {}"],
+        "steps": 3,
+        "seed": 0,
         "second_moments": {1: SecondMoment.from_matrix(torch.eye(width, dtype=torch.float64))},
-    }  # fmt: skip
+    }
     fact = Fact("tower of Rome", "The {} is in the city of", "Paris")
     plain, perplexity = engram.rewrite(lm, fact, **settings), lm.perplexity(PROMPT)
     with lm.asked_through("Q: {}\nA:\n"):
@@ -180,7 +196,7 @@ def test_editors_and_perplexity_do_not_notice():
     assert torch.equal(edit.deltas[name].dense(), plain.deltas[name].dense())
 
 
-# --- perplexity behind a text -----------------------------------------------------------------------------------------------
+# --- perplexity behind a text ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
@@ -207,17 +223,22 @@ def test_pieces_of_a_size_are_scored_one_by_one():
     counts = torch.tensor([piece.shape[1] - 1 for piece in pieces])
     wanted = ((losses * counts).sum() / counts.sum()).exp()
     assert lm.perplexity(PROMPT, tokens=4) == pytest.approx(float(wanted), rel=1e-5)
-    with pytest.raises(FactError, match=r"pieces of 128 tokens behind a text of \d+: the model takes 128"):
+    with pytest.raises(
+        FactError, match=r"pieces of 128 tokens behind a text of \d+: the model takes 128"
+    ):
         lm.perplexity(PROMPT, behind="He sings.", tokens=128)
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frame", ["no place", "{} and {}"])
 def test_a_template_has_one_place_for_the_prompt(frame):
     lm = tiny_lm("gpt2")
-    with pytest.raises(SettingError, match=r"places for the prompt, expected exactly one '\{\}'"), lm.asked_through(frame):
+    with (
+        pytest.raises(SettingError, match=r"places for the prompt, expected exactly one '\{\}'"),
+        lm.asked_through(frame),
+    ):
         raise AssertionError("entered")
     with pytest.raises(SettingError, match="places for the prompt"):
         lm.cloze(PROMPT, frame=frame)
@@ -225,15 +246,26 @@ def test_a_template_has_one_place_for_the_prompt(frame):
 
 def test_a_function_leaves_the_prompt_as_it_is():
     lm = tiny_lm("gpt2")
-    with pytest.raises(SettingError, match="has to stay in it letter by letter"), lm.asked_through(str.upper):
+    with (
+        pytest.raises(SettingError, match="has to stay in it letter by letter"),
+        lm.asked_through(str.upper),
+    ):
         lm.next_tokens(PROMPT)
-    with pytest.raises(SettingError, match=r"frame=3: expected a text with one '\{\}', or a function"), lm.asked_through(3):
+    with (
+        pytest.raises(
+            SettingError, match=r"frame=3: expected a text with one '\{\}', or a function"
+        ),
+        lm.asked_through(3),
+    ):
         raise AssertionError("entered")
 
 
 def test_a_function_is_no_template():
     lm = tiny_lm("gpt2")
-    with lm.asked_through(in_front), pytest.raises(SettingError, match="through the function in_front at the moment"):
+    with (
+        lm.asked_through(in_front),
+        pytest.raises(SettingError, match="through the function in_front at the moment"),
+    ):
         _ = lm.cloze_template
 
 

@@ -1,4 +1,6 @@
-"""`reference=True` is the released MEMIT, number by number: values, losses, keys, what is missing, solutions, changes."""
+"""`reference=True` is the released MEMIT, number by number: values, losses, keys, what is missing,
+solutions, changes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ pytestmark = golden.needed
 
 
 def facts() -> list[Fact]:
-    return [Fact(r["subject"], r["prompt"], r["target_new"]["str"]) for r in golden.inputs()["memit_records"]]
+    return [
+        Fact(r["subject"], r["prompt"], r["target_new"]["str"])
+        for r in golden.inputs()["memit_records"]
+    ]
 
 
 def contexts() -> list[str]:
@@ -31,7 +36,9 @@ def contexts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def values():
-    return dict(optimise_values(golden.model(), facts(), LAYERS[-1], contexts(), CONFIG, site="block"))
+    return dict(
+        optimise_values(golden.model(), facts(), LAYERS[-1], contexts(), CONFIG, site="block")
+    )
 
 
 def moments() -> dict[int, torch.Tensor]:
@@ -43,7 +50,9 @@ def test_values_and_every_steps_losses(values):
     for i, value in values.items():
         assert relative(value.start_d, recorded["z_target_init"][:, i]) < 1e-5
         assert relative(value.star_d, recorded["zs"][:, i]) < 1e-4
-        cosine = torch.nn.functional.cosine_similarity(value.delta_d, recorded["z_delta"][:, i], dim=0)
+        cosine = torch.nn.functional.cosine_similarity(
+            value.delta_d, recorded["z_delta"][:, i], dim=0
+        )
         assert cosine > 0.9999
         losses = torch.tensor(value.losses, dtype=torch.float64)
         assert losses.shape == recorded[f"z{i}/losses"].shape, "another number of steps"
@@ -52,7 +61,9 @@ def test_values_and_every_steps_losses(values):
 
 def test_keys_and_what_is_missing_at_the_first_layer(values):
     recorded, lm = golden.numbers(NAME), golden.model()
-    keys_ncf, states_nd = SubjectStates(lm, facts(), contexts(), LAYERS, "block", "auto").at(LAYERS[0])
+    keys_ncf, states_nd = SubjectStates(lm, facts(), contexts(), LAYERS, "block", "auto").at(
+        LAYERS[0]
+    )
     keys_nf = (keys_ncf[:, 0] + keys_ncf[:, 1:].mean(1)) / 2
     assert relative(keys_nf.T, recorded["layer1/keys"]) < 1e-5
     assert relative(states_nd.T, recorded["layer1/cur_zs"]) < 1e-5
@@ -69,17 +80,35 @@ def test_solutions_given_the_recorded_keys(layer, route):
 
 @pytest.mark.parametrize("reference", [True, False])
 def test_the_edit_as_a_whole(reference):
-    """Through the public call: every layer's residuals and solutions, and what the edited model says."""
+    """Through the public call: every layer's residuals and solutions, and what the edited model
+    says.
+    """
     recorded, lm = golden.numbers(NAME), golden.model()
     edit = engram.rewrite(
-        lm, facts(), method="memit", layers=LAYERS, contexts=contexts(), second_moments=moments(), preservation=100.0,
-        steps=20, clamp=0.75, reference=reference, store=False,
-    )  # fmt: skip
+        lm,
+        facts(),
+        method="memit",
+        layers=LAYERS,
+        contexts=contexts(),
+        second_moments=moments(),
+        preservation=100.0,
+        steps=20,
+        clamp=0.75,
+        reference=reference,
+        store=False,
+    )
     for number, layer in enumerate(LAYERS):
         delta = edit.deltas[f"{lm.parts.mlp_out_name(layer)}.weight"]
-        assert relative(delta.left, recorded[f"layer{layer}/targets"] / (len(LAYERS) - number)) < 1e-3
+        assert (
+            relative(delta.left, recorded[f"layer{layer}/targets"] / (len(LAYERS) - number)) < 1e-3
+        )
         assert relative(delta.right.T, recorded[f"layer{layer}/adj_k"]) < 1e-3
-    assert relative(edit.deltas["transformer.h.1.mlp.c_proj.weight"].dense(), recorded["layer1/delta_w"]) < 1e-3
+    assert (
+        relative(
+            edit.deltas["transformer.h.1.mlp.c_proj.weight"].dense(), recorded["layer1/delta_w"]
+        )
+        < 1e-3
+    )
     with edit.applied(lm):
         for kind in ("new", "true"):
             pairs = [
@@ -87,7 +116,9 @@ def test_the_edit_as_a_whole(reference):
                 for fact, record in zip(facts(), golden.inputs()["memit_records"], strict=True)
             ]
             mine = torch.stack([log_p.mean() for log_p in lm.log_probs(pairs)])
-            torch.testing.assert_close(mine, recorded[f"post/rewrite_{kind}"].to(mine), atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                mine, recorded[f"post/rewrite_{kind}"].to(mine), atol=1e-3, rtol=1e-3
+            )
 
 
 def test_settings_that_the_released_code_does_not_have_are_refused():

@@ -1,6 +1,8 @@
-"""Every number of the released evaluation, on its tiny model: log-probabilities before and after ROME, texts, and both summaries.
+"""Every number of the released evaluation, on its tiny model: log-probabilities before and after
+ROME, texts, and both summaries.
 
-Limits are 1e-6 relative, what two float32 runs of one model agree to, but where a line says why they are wider.
+Limits are 1e-6 relative, what two float32 runs of one model agree to, but where a line says why
+they are wider.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ from tests import golden
 
 LAYER, WEIGHT = 2, "transformer.h.2.mlp.c_proj.weight"
 CASES = range(10)
-KINDS = {"rewrite": "rewrite", "paraphrase": "paraphrase", "neighborhood": "neighbourhood", "attribute": "attribute"}
+KINDS = {
+    "rewrite": "rewrite",
+    "paraphrase": "paraphrase",
+    "neighborhood": "neighbourhood",
+    "attribute": "attribute",
+}
 pytestmark = golden.needed
 
 
@@ -44,7 +51,9 @@ def recorded():
 def references():
     snippets = json.loads((golden.FOLDER / "data/attribute_snippets.json").read_text())
     told = {
-        f"{each['relation_id']} {each['target_id']}": [Snippet(s["name"], s["text"]) for s in each["samples"]]
+        f"{each['relation_id']} {each['target_id']}": [
+            Snippet(s["name"], s["text"]) for s in each["samples"]
+        ]
         for each in snippets
     }
     vocabulary = json.loads((golden.FOLDER / "data/tfidf_vocab.json").read_text())
@@ -57,16 +66,25 @@ def record(i):
     asked = given["requested_rewrite"]
     new, true = asked["target_new"], asked["target_true"]
     fact = Fact(asked["subject"], asked["prompt"], new["str"], true["str"])
-    prompts = {"rewrite": [fact.prompt_text]} | {kind: given[f"{kind}_prompts"] for kind in list(KINDS)[1:]}
+    prompts = {"rewrite": [fact.prompt_text]} | {
+        kind: given[f"{kind}_prompts"] for kind in list(KINDS)[1:]
+    }
     probes = [
-        Probe(KINDS[kind], prompt, *((true["str"], new["str"]) if kind == "neighborhood" else (new["str"], true["str"])))
+        Probe(
+            KINDS[kind],
+            prompt,
+            *((true["str"], new["str"]) if kind == "neighborhood" else (new["str"], true["str"])),
+        )
         for kind in KINDS
         for prompt in prompts[kind]
     ]
     return Record(
-        str(given["case_id"]), (fact,), tuple(probes), tuple(given["generation_prompts"]),
+        str(given["case_id"]),
+        (fact,),
+        tuple(probes),
+        tuple(given["generation_prompts"]),
         f"{asked['relation_id']} {new['id']}",
-    )  # fmt: skip
+    )
 
 
 def case(i, phase):
@@ -85,14 +103,23 @@ def nlls(i, phase):
 
 def outcome(i, phase):
     """What was recorded, as ours holds it."""
-    correct = [each for kind in list(KINDS)[:3] for each in case(i, phase)["memit"][f"{kind}_prompts_correct"]]
+    correct = [
+        each
+        for kind in list(KINDS)[:3]
+        for each in case(i, phase)["memit"][f"{kind}_prompts_correct"]
+    ]
     correct += [False] * len(record(i).of("attribute"))  # nobody asked
-    readings = [Reading(*pair, float(each)) for pair, each in zip(nlls(i, phase), correct, strict=True)]
+    readings = [
+        Reading(*pair, float(each)) for pair, each in zip(nlls(i, phase), correct, strict=True)
+    ]
     given = case(i, phase)
     return Outcome(
-        tuple(readings), tuple(given["text"]), fluency=given["ngram_entropy"], consistency=given["reference_score"],
+        tuple(readings),
+        tuple(given["text"]),
+        fluency=given["ngram_entropy"],
+        consistency=given["reference_score"],
         essence_published=given.get("essence_score"),
-    )  # fmt: skip
+    )
 
 
 def edit_of(i):
@@ -105,12 +132,17 @@ def edit_of(i):
 @cache
 def measured(i, phase):
     return measure_one(
-        golden.model(), record(i), None if phase == "pre" else edit_of(i), MeasureConfig(said=0, drift_every=0)
+        golden.model(),
+        record(i),
+        None if phase == "pre" else edit_of(i),
+        MeasureConfig(said=0, drift_every=0),
     )[0]
 
 
 def check_nlls(mine, theirs, limit):
-    ours = torch.tensor([(each.wanted, each.unwanted) for each in mine.readings], dtype=torch.float64)
+    ours = torch.tensor(
+        [(each.wanted, each.unwanted) for each in mine.readings], dtype=torch.float64
+    )
     torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=limit, atol=0)
 
 
@@ -122,11 +154,18 @@ def test_log_probabilities_of_every_prompt(i, phase):
 
 @pytest.mark.parametrize("i", CASES)
 def test_log_probabilities_after_an_edit_of_our_own(i):
-    """ROME made anew. The released code inverts C in float32, whose condition is up to 1e6: its update is uncertain by 1e-4."""
+    """ROME made anew. The released code inverts C in float32, whose condition is up to 1e6: its
+    update is uncertain by 1e-4.
+    """
     edit = engram.rewrite(
-        golden.model(), record(i).facts, method="rome", variant="reference", layer=LAYER,
-        contexts=golden.inputs()["rome_context_templates"], second_moments={LAYER: golden.numbers("rome_tiny-gpt2")["mom2"]},
-    )  # fmt: skip
+        golden.model(),
+        record(i).facts,
+        method="rome",
+        variant="reference",
+        layer=LAYER,
+        contexts=golden.inputs()["rome_context_templates"],
+        second_moments={LAYER: golden.numbers("rome_tiny-gpt2")["mom2"]},
+    )
     mine, _ = measure_one(golden.model(), record(i), edit, MeasureConfig(said=0, drift_every=0))
     check_nlls(mine, nlls(i, "post"), 1e-4)
 
@@ -140,18 +179,22 @@ def test_which_answers_are_the_most_probable_tokens_throughout(i, phase):
     assert mine[:asked] == theirs[:asked]
 
 
-# -- texts ---------------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(7))
 def test_words_and_entropies(number):
-    """None of these texts has an abbreviation, where sentences end otherwise without Punkt's tables."""
+    """None of these texts has an abbreviation, where sentences end otherwise without Punkt's
+    tables.
+    """
     given = recorded()["texts"][number]
     words = tokens(given["text"])
     assert words == given["words"]
     assert len(list(pairwise(words))) == given["bigrams"]
     assert entropy(list(pairwise(words))) == pytest.approx(given["entropy_2"], abs=1e-12)
-    assert entropy(list(zip(words, words[1:], words[2:], strict=False))) == pytest.approx(given["entropy_3"], abs=1e-12)
+    assert entropy(list(zip(words, words[1:], words[2:], strict=False))) == pytest.approx(
+        given["entropy_3"], abs=1e-12
+    )
     assert n_gram_entropy(words) == pytest.approx(given["entropy_weighted"], abs=1e-12)
 
 
@@ -175,18 +218,24 @@ def test_tfidf_of_the_published_files_and_similarities():
     texts = [each["text"] for each in recorded()["texts"]]
     for one, row in zip(texts, recorded()["tfidf_similarity"], strict=True):
         for other, theirs in zip(texts, row, strict=True):
-            assert references().tfidf.cosine(one, other) == (theirs if theirs is None else pytest.approx(theirs, abs=1e-12))
+            assert references().tfidf.cosine(one, other) == (
+                theirs if theirs is None else pytest.approx(theirs, abs=1e-12)
+            )
 
 
 def test_the_published_frequencies_are_those_of_the_snippets():
-    fitted = TfIdf.fit(snippet.text for texts in references().snippets.values() for snippet in texts)
+    fitted = TfIdf.fit(
+        snippet.text for texts in references().snippets.values() for snippet in texts
+    )
     assert fitted.vocabulary == references().tfidf.vocabulary
     np.testing.assert_allclose(fitted.idf, references().tfidf.idf, rtol=1e-12)
 
 
 @pytest.mark.parametrize("most", [100, 8])
 def test_perplexities(most):
-    """A perplexity is exp of a sum of T log-probabilities over T: one in 1e7 of each, at 11 nats, is one in 1e6 of it. Limit 1e-5."""
+    """A perplexity is exp of a sum of T log-probabilities over T: one in 1e7 of each, at 11 nats,
+    is one in 1e6 of it. Limit 1e-5.
+    """
     lm = golden.model()
     for given, theirs in zip(recorded()["texts"], recorded()[f"perplexity_max{most}"], strict=True):
         ids = lm.encode(given["text"]).ids[:most]
@@ -201,7 +250,9 @@ def test_essence(i, phase):
     """Limit 1e-5, as of every perplexity here."""
     lm, asked = golden.model(), MeasureConfig(said=0, texts=True, drift_every=0)
     silent = replace(record(i), generation=())  # texts are sampled with other draws than recorded
-    mine, _ = measure_one(lm, silent, None if phase == "pre" else edit_of(i), asked, references=references())
+    mine, _ = measure_one(
+        lm, silent, None if phase == "pre" else edit_of(i), asked, references=references()
+    )
     if "essence_score" in case(i, phase):
         assert mine.essence_published == pytest.approx(case(i, phase)["essence_score"], rel=1e-5)
         (told,) = case(i, phase)["essence_text"]
@@ -210,7 +261,7 @@ def test_essence(i, phase):
         assert mine.essence_published is None
 
 
-# -- summaries -----------------------------------------------------------------------------------------------------------
+# -- summaries -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["rome", "memit"])
@@ -222,6 +273,13 @@ def test_the_summaries_as_released(which, source):
         return replace(outcome(i, phase), readings=measured(i, phase).readings)
 
     before = [scores(record(i), of(i, "pre"), of(i, "pre")) for i in CASES]
-    after = [scores(record(i), of(i, "pre"), of(i, "post")) | {"seconds": recorded()["cases"][i]["time"]} for i in CASES]
-    theirs = {key: value for key, value in recorded()[f"summary_{which}_format"].items() if key != "run_dir"}
+    after = [
+        scores(record(i), of(i, "pre"), of(i, "post")) | {"seconds": recorded()["cases"][i]["time"]}
+        for i in CASES
+    ]
+    theirs = {
+        key: value
+        for key, value in recorded()[f"summary_{which}_format"].items()
+        if key != "run_dir"
+    }
     assert published_summary(before, after, which) == theirs

@@ -1,4 +1,6 @@
-"""`variant="reference"` is the released ROME, number by number: keys, value, every step's loss terms, factors, logits."""
+"""`variant="reference"` is the released ROME, number by number: keys, value, every step's loss
+terms, factors, logits.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from engram.editors.second_moments.measure import SecondMoment, load_npz, second
 from tests import golden
 from tests.golden import relative
 
-FILES = {"float32": ("rome_tiny-gpt2", torch.float32), "float64": ("rome_tiny-gpt2.f64", torch.float64)}
+FILES = {
+    "float32": ("rome_tiny-gpt2", torch.float32),
+    "float64": ("rome_tiny-gpt2.f64", torch.float64),
+}
 # keys, value, factors; the reference inverts C in float32, whose condition is up to 1e6
 LIMITS = {
     "float32": {"key": 1e-5, "value": 1e-4, "factors": 1e-3},
@@ -37,7 +42,9 @@ def test_keys_value_losses_and_factors(i, precision):
         pytest.skip(f"record {i} is not in {name}")
     moment = SecondMoment.from_matrix(recorded["mom2"])
     contexts = golden.inputs()["rome_context_templates"]
-    update = rank_one_update(golden.model(dtype), record(i), LAYER, moment, contexts, RomeConfig(variant="reference"))
+    update = rank_one_update(
+        golden.model(dtype), record(i), LAYER, moment, contexts, RomeConfig(variant="reference")
+    )
     value = update.value
     assert relative(update.key_f, recorded[f"{i}/k_star"]) < limit["key"]
     assert relative(value.start_d, recorded[f"{i}/target_init"]) < limit["key"]
@@ -46,7 +53,9 @@ def test_keys_value_losses_and_factors(i, precision):
     assert losses.shape == recorded[f"{i}/losses"].shape, "another number of steps"
     for column in range(4):  # total, nll, kl, weight decay
         assert relative(losses[:, column], recorded[f"{i}/losses"][:, column]) < limit["value"]
-    assert relative(torch.tensor(value.delta_norms), recorded[f"{i}/delta_norms"]) < max(limit["value"], 1e-6)
+    assert relative(torch.tensor(value.delta_norms), recorded[f"{i}/delta_norms"]) < max(
+        limit["value"], 1e-6
+    )
     assert relative(update.right_f, recorded[f"{i}/u"]) < limit["factors"]
     assert relative(update.left_d, recorded[f"{i}/v"]) < limit["factors"]
 
@@ -61,20 +70,31 @@ def test_logits_after_the_edit(i, precision):
         pytest.skip(f"record {i} is not in {name}")
     lm, fact = golden.model(dtype), record(i)
     edit = engram.rewrite(
-        lm, [fact], method="rome", variant="reference", layer=LAYER, contexts=golden.inputs()["rome_context_templates"],
+        lm,
+        [fact],
+        method="rome",
+        variant="reference",
+        layer=LAYER,
+        contexts=golden.inputs()["rome_context_templates"],
         second_moments={LAYER: recorded["mom2"]},
-    )  # fmt: skip
+    )
     ids = lm.encode(fact.prompt_text).ids
     with edit.applied(lm):
         (logits,) = lm.logits_at([ids], [[len(ids) - 1]])
     limit = LIMITS[precision]["factors"] if precision == "float32" else 1e-8
-    torch.testing.assert_close(logits[0].double(), recorded[f"{i}/post/logits_last"].double(), atol=limit, rtol=limit)
+    torch.testing.assert_close(
+        logits[0].double(), recorded[f"{i}/post/logits_last"].double(), atol=limit, rtol=limit
+    )
 
 
 def test_second_moment_of_the_corpus(tmp_path):
     recorded = golden.numbers("rome_tiny-gpt2")
     measured = second_moments(
-        golden.model(), [LAYER], golden.inputs()["corpus"], int(recorded["mom2_count"]), cache_dir=tmp_path
+        golden.model(),
+        [LAYER],
+        golden.inputs()["corpus"],
+        int(recorded["mom2_count"]),
+        cache_dir=tmp_path,
     )[LAYER]
     assert measured.count == int(recorded["mom2_count"])
     assert relative(measured.matrix_ff, recorded["mom2"]) < 1e-5

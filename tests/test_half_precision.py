@@ -1,4 +1,6 @@
-"""Models in bfloat16 and float16: what is optimised and summed is float32 or better, and what is written can be taken back."""
+"""Models in bfloat16 and float16: what is optimised and summed is float32 or better, and what is
+written can be taken back.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,21 @@ from engram.modules.fingerprints import fingerprints
 from engram.modules.hooks import record
 from tests.tiny import TEXT, tiny_folder, tiny_lm
 
-FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", neighbours=(("The river runs through", "London"),))
+FACT = Fact(
+    "tower of Rome",
+    "The {} is in the city of",
+    "Paris",
+    neighbours=(("The river runs through", "London"),),
+)
 DOCUMENTS = TEXT.splitlines() * 4
 CONTEXTS = ["{}", "He sings. {}"]
-SETTINGS: dict[str, Any] = {"layer": 1, "contexts": CONTEXTS, "corpus": DOCUMENTS, "tokens": 200, "steps": 3}
+SETTINGS: dict[str, Any] = {
+    "layer": 1,
+    "contexts": CONTEXTS,
+    "corpus": DOCUMENTS,
+    "tokens": 200,
+    "steps": 3,
+}
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -33,7 +46,9 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_from_a_folder_to_an_adapter_and_back(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_from_a_folder_to_an_adapter_and_back(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     folder = tiny_folder(tmp_path, family, dtype)
     lm = engram.load(folder)
     assert lm.dtype == dtype and replayable(lm)
@@ -55,21 +70,31 @@ def test_from_a_folder_to_an_adapter_and_back(family: str, dtype: torch.dtype, t
         revert_checkpoint(tmp_path / "edited", tmp_path / "back")
         assert fingerprints(engram.load(tmp_path / "back").model) == before
         edit.to_peft(tmp_path / "adapter")
-        adapted = PeftModel.from_pretrained(engram.load(folder).model, str(tmp_path / "adapter")).eval()
+        adapted = PeftModel.from_pretrained(
+            engram.load(folder).model, str(tmp_path / "adapter")
+        ).eval()
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(adapted(ids).logits, beside, rtol=0, atol=20 * eps * float(beside.abs().max()))
+        torch.testing.assert_close(
+            adapted(ids).logits, beside, rtol=0, atol=20 * eps * float(beside.abs().max())
+        )
 
 
 @DTYPES
 def test_values_keys_and_deltas_are_float32(dtype: torch.dtype) -> None:
     lm = tiny_lm(dtype=dtype)
     value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=3))
-    assert {each.dtype for each in (value.start_d, value.delta_d, value.keys_cf, value.outputs_cd)} == {torch.float32}
+    assert {
+        each.dtype for each in (value.start_d, value.delta_d, value.keys_cf, value.outputs_cd)
+    } == {torch.float32}
     exact = optimise_value(tiny_lm(), FACT, 1, CONTEXTS, ValueConfig(steps=3))
     assert torch.cosine_similarity(value.keys_cf, exact.keys_cf).min() > 0.999
     assert torch.cosine_similarity(value.delta_d, exact.delta_d, dim=0) > 0.95
     edit = engram.rewrite(lm, FACT, **SETTINGS)
-    assert all(factor.dtype == torch.float32 for delta in edit.deltas.values() for factor in delta.factors().values())
+    assert all(
+        factor.dtype == torch.float32
+        for delta in edit.deltas.values()
+        for factor in delta.factors().values()
+    )
 
 
 @DTYPES
@@ -85,6 +110,8 @@ def test_second_moments_are_the_float64_sums_of_the_keys_as_the_model_gives_them
             lm.model(torch.tensor([ids]))
         keys_tf = seen[lm.parts.mlp_out_name(1)].double().reshape(len(ids), -1)
         total, count = total + keys_tf.T @ keys_tf, count + len(ids)
-    eps = torch.finfo(dtype).eps  # a batch is computed in another order than its rows, and rounded as it goes
+    eps = torch.finfo(
+        dtype
+    ).eps  # a batch is computed in another order than its rows, and rounded as it goes
     assert moment.matrix_ff.dtype == torch.float64
     assert float((moment.matrix_ff - total / count).norm() / moment.matrix_ff.norm()) < 3 * eps

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on an edited model: a task of our own, before an edit and with it laid on the model."""
+"""lm-evaluation-harness on an edited model: a task of our own, before an edit and with it laid on
+the model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from engram.errors import MissingExtraError, SettingError
 from engram.evaluate.harness import harness
 from engram.model.language_model import LanguageModel
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +41,14 @@ def edit(lm: LanguageModel, fact: Fact) -> Edit:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, fact: Fact) -> Path:
-    """A folder with one task: two questions about one fact, the true object first among the choices."""
+    """A folder with one task: two questions about one fact, the true object first among the
+    choices.
+    """
     folder = tmp_path_factory.mktemp("tasks")
-    asked = [{"text": text, "choices": ["Paris", "Rome"], "gold": 0} for text in (fact.prompt_text, fact.paraphrases[0])]
+    asked = [
+        {"text": text, "choices": ["Paris", "Rome"], "gold": 0}
+        for text in (fact.prompt_text, fact.paraphrases[0])
+    ]
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(each) + "\n" for each in asked), encoding="utf8")
     (folder / "tower.yaml").write_text(
@@ -61,17 +70,30 @@ def test_accuracy_falls_where_the_fact_is_rewritten_and_comes_back_afterwards(
     overlay = harness(lm, ["tower"], edit=edit, **asked)
     merged = harness(lm, ["tower"], edit=edit, mode="merged", **asked)
     after = harness(lm, ["tower"], **asked)
-    assert [run["tower"]["acc,none"] for run in (before, overlay, merged, after)] == [1.0, 0.0, 0.0, 1.0]
+    assert [run["tower"]["acc,none"] for run in (before, overlay, merged, after)] == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
 
 
-def test_the_harness_sees_the_log_probabilities_that_the_model_has(lm: LanguageModel, fact: Fact) -> None:
+def test_the_harness_sees_the_log_probabilities_that_the_model_has(
+    lm: LanguageModel, fact: Fact
+) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(lm.model, backend="causal", tokenizer=lm.tokenizer, batch_size=2)
-    asked = [Instance("loglikelihood", {}, (fact.prompt_text, f" {answer}"), 0) for answer in ("Paris", "Rome")]
+    asked = [
+        Instance("loglikelihood", {}, (fact.prompt_text, f" {answer}"), 0)
+        for answer in ("Paris", "Rome")
+    ]
     found = [log_p for log_p, _ in model.loglikelihood(asked, disable_tqdm=True)]
-    ours = [float(each.sum()) for each in lm.log_probs([(fact.prompt_text, "Paris"), (fact.prompt_text, "Rome")])]
+    ours = [
+        float(each.sum())
+        for each in lm.log_probs([(fact.prompt_text, "Paris"), (fact.prompt_text, "Rome")])
+    ]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(ours), rtol=1e-4, atol=1e-5)
 
 
@@ -79,13 +101,25 @@ def test_the_command_takes_a_saved_edit(edit: Edit, tasks: Path, tmp_path: Path)
     from engram.cli import app
 
     folder = edit.save(tmp_path / "edit")
-    call = ["harness", "pocket", "--task", "tower", "--edit", str(folder), "--include-path", str(tasks), "--json"]
+    call = [
+        "harness",
+        "pocket",
+        "--task",
+        "tower",
+        "--edit",
+        str(folder),
+        "--include-path",
+        str(tasks),
+        "--json",
+    ]
     done = CliRunner().invoke(app, call)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["tower"]["acc,none"] == 0.0
 
 
-def test_mistakes_are_told(lm: LanguageModel, fact: Fact, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told(
+    lm: LanguageModel, fact: Fact, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SettingError, match="tasks tovver do not exist"):
         harness(lm, ["tovver"], include_path=tasks)
     with pytest.raises(SettingError, match="mode='beside'"):

@@ -11,13 +11,18 @@ import engram
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.parametrize("module", ["engram", "engram.cli"])
 def test_importing_loads_nothing_heavy(module):
     heavy = ("torch", "transformers", "matplotlib", "numpy", "peft", "datasets")
-    assert run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
+    assert (
+        run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])").strip()
+        == "[]"
+    )
 
 
 def test_importing_sets_no_seed_and_no_logging():

@@ -22,7 +22,9 @@ def lm():
 
 
 def dataset(*facts: Fact) -> Dataset:
-    return Dataset("some", "counterfact", tuple(Record.from_fact(str(n), fact) for n, fact in enumerate(facts)))
+    return Dataset(
+        "some", "counterfact", tuple(Record.from_fact(str(n), fact) for n, fact in enumerate(facts))
+    )
 
 
 def city(subject: str, true: str, prompt: str = "The {} is in the city of") -> Fact:
@@ -44,14 +46,20 @@ def said_alone(lm: LanguageModel, fact: Fact) -> bool:
 
 
 def test_greedy_keeps_what_the_model_says_in_their_order(lm):
-    some = dataset(city("Space Needle", "Seattle"), city("Space Needle", "Boston"), city("Louvre", "Paris"))
+    some = dataset(
+        city("Space Needle", "Seattle"), city("Space Needle", "Boston"), city("Louvre", "Paris")
+    )
     assert ids(known_records(lm, some)) == ["0", "2"]
 
 
 def test_greedy_in_a_batch_is_greedy_one_by_one(lm):
     mixed = pocket_benchmark().records[:12]
     wrong = [
-        replace(r, id=f"{r.id}, wrong", facts=(replace(r.facts[0], target="Z", target_true=r.facts[0].target),))
+        replace(
+            r,
+            id=f"{r.id}, wrong",
+            facts=(replace(r.facts[0], target="Z", target_true=r.facts[0].target),),
+        )
         for r in mixed
     ]
     some = Dataset("some", "counterfact", (*mixed, *wrong))
@@ -68,26 +76,41 @@ def test_a_word_that_only_begins_like_the_object_is_not_the_object(lm):
 
 def test_the_looser_rule_asks_only_among_the_objects_of_the_relation(lm):
     asked = "The {} is a tower in"
-    some = dataset(city("Space Needle", "Seattle", asked), city("Louvre", "Paris"), city("Tower Bridge", "London"))
+    some = dataset(
+        city("Space Needle", "Seattle", asked),
+        city("Louvre", "Paris"),
+        city("Tower Bridge", "London"),
+    )
     prompt = some.records[0].facts[0].prompt_text
-    log_p = {place: float(lm.log_probs([(prompt, place)])[0].mean()) for place in ("Seattle", "Paris", "London")}
+    log_p = {
+        place: float(lm.log_probs([(prompt, place)])[0].mean())
+        for place in ("Seattle", "Paris", "London")
+    }
     assert max(log_p, key=log_p.get) == "Seattle"
     assert "0" in ids(known_records(lm, some, "relation"))
     assert "0" not in ids(known_records(lm, some, "greedy"))
 
 
-def test_the_looser_rule_is_the_most_probable_true_object_in_a_loop_however_it_is_batched(lm, monkeypatch):
+def test_the_looser_rule_is_the_most_probable_true_object_in_a_loop_however_it_is_batched(
+    lm, monkeypatch
+):
     facts = [
-        city("Old Mill", "Rio de Janeiro"), city("Louvre", "Paris"), city("Grand Canal", "Boston", "The {} was at war with"),
-        city("House of Lords", "the United States", "{} was born in"), city("Garden", "New York City"),
+        city("Old Mill", "Rio de Janeiro"),
+        city("Louvre", "Paris"),
+        city("Grand Canal", "Boston", "The {} was at war with"),
+        city("House of Lords", "the United States", "{} was born in"),
+        city("Garden", "New York City"),
         city("Harbour", "San Francisco", "He wrote about the {} in"),
-    ]  # fmt: skip
+    ]
     names = [fact.target_true for fact in facts]
     best: dict[str, list[str]] = {"mean": [], "sum": []}
     for n, fact in enumerate(facts):
         log_p = lm.log_probs([(fact.prompt_text, name) for name in names])
         for way, found in best.items():
-            if names[int(torch.stack([getattr(each, way)() for each in log_p]).argmax())] == fact.target_true:
+            if (
+                names[int(torch.stack([getattr(each, way)() for each in log_p]).argmax())]
+                == fact.target_true
+            ):
                 found.append(str(n))
     assert best["mean"] != best["sum"], "else the test does not tell them apart"
     for at_once in (1, 4, 256):
@@ -96,7 +119,9 @@ def test_the_looser_rule_is_the_most_probable_true_object_in_a_loop_however_it_i
 
 
 def test_another_true_object_of_the_subject_does_not_stand_against_it(lm):
-    some = dataset(city("Louvre", "Paris"), city("Louvre", "London"), city("Space Needle", "Boston"))
+    some = dataset(
+        city("Louvre", "Paris"), city("Louvre", "London"), city("Space Needle", "Boston")
+    )
     assert ids(known_records(lm, some, "relation"))[:2] == ["0", "1"]
 
 
@@ -105,7 +130,9 @@ def test_a_record_of_several_facts_is_known_if_all_are(lm):
     better = city("Space Needle", "Seattle")
     probes = Record.from_fact("0", good).probes
     pairs = [(good, bad), (good, better), (bad, good)]
-    some = Dataset("some", "mquake", tuple(Record(str(n), pair, probes) for n, pair in enumerate(pairs)))
+    some = Dataset(
+        "some", "mquake", tuple(Record(str(n), pair, probes) for n, pair in enumerate(pairs))
+    )
     assert ids(known_records(lm, some)) == ["1"]
 
 

@@ -1,4 +1,6 @@
-"""What a model knows is what a plain loop over its logits says, one prompt and one candidate at a time."""
+"""What a model knows is what a plain loop over its logits says, one prompt and one candidate at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,34 @@ FACTS = [
         paraphrases=("The tower stands in", "See the tower in"),
         relation="city",
     ),
-    Fact("bridge", "The {} is in the city of", "Rome", paraphrases=("The bridge stands in",), relation="city"),
+    Fact(
+        "bridge",
+        "The {} is in the city of",
+        "Rome",
+        paraphrases=("The bridge stands in",),
+        relation="city",
+    ),
     Fact("river", "The {} runs through", "the capital", relation="city"),
-    Fact("She", "{} plays the", "piano", paraphrases=("It is said that she plays the",), relation="instrument"),
+    Fact(
+        "She",
+        "{} plays the",
+        "piano",
+        paraphrases=("It is said that she plays the",),
+        relation="instrument",
+    ),
     Fact("He", "{} plays the", "guitar and sings", relation="instrument"),
 ]
 OPTIONAL = Path(__file__).resolve().parents[1] / "../shared/data/known_1000.json"
 
 
-# -- an independent computation: one plain forward for each prompt and candidate --------------------------------------
+# -- an independent computation: one plain forward for each prompt and candidate -------------------
 
 
 @torch.no_grad()
 def naive_log_probs(lm, prompt: str, text: str) -> tuple[torch.Tensor, list[int]]:
-    """[answer's tokens, v] log-probabilities, and the tokens; the answer's earlier tokens are in front."""
+    """[answer's tokens, v] log-probabilities, and the tokens; the answer's earlier tokens are in
+    front.
+    """
     head = lm.tokenizer(prompt)["input_ids"]
     joint = lm.tokenizer(f"{prompt} {text}")["input_ids"]
     assert joint[: len(head)] == head
@@ -85,13 +101,17 @@ def test_ranks_in_the_vocabulary_are_those_of_a_loop(lm):
             rank, log_prob = naive_vocabulary(lm, reply.prompt, fact.target)
             assert reply.rank == rank and reply.log_prob == pytest.approx(log_prob, abs=1e-9)
         assert (record.answer, record.rank, record.log_prob) == (
-            record.replies[0].answer, record.replies[0].rank, record.replies[0].log_prob,
-        )  # fmt: skip
+            record.replies[0].answer,
+            record.replies[0].rank,
+            record.replies[0].log_prob,
+        )
 
 
 @pytest.mark.parametrize("length", ["sum", "mean"])
 def test_ranks_among_a_relations_objects_are_those_of_a_loop(lm, length):
-    for fact, record in zip(FACTS, knows(lm, FACTS, candidates="relation", length=length).records, strict=True):
+    for fact, record in zip(
+        FACTS, knows(lm, FACTS, candidates="relation", length=length).records, strict=True
+    ):
         texts = objects(fact.relation)
         for reply in record.replies:
             scores = naive_candidates(lm, reply.prompt, texts, length)
@@ -102,41 +122,62 @@ def test_ranks_among_a_relations_objects_are_those_of_a_loop(lm, length):
 
 
 def test_candidates_of_the_callers_are_taken_as_they_are():
-    lm, texts = tiny_lm("gpt2", torch.float64), ["Rome", "Paris", "London", "the capital of London", "the capital"]
+    lm, texts = (
+        tiny_lm("gpt2", torch.float64),
+        ["Rome", "Paris", "London", "the capital of London", "the capital"],
+    )
     found = knows(lm, FACTS[:3], candidates=texts)
     assert found.candidates == tuple(texts)
     for fact, record in zip(FACTS[:3], found.records, strict=True):
         for reply in record.replies:
-            assert reply.rank == naive_rank(naive_candidates(lm, reply.prompt, texts, "sum"), texts.index(fact.target))
+            assert reply.rank == naive_rank(
+                naive_candidates(lm, reply.prompt, texts, "sum"), texts.index(fact.target)
+            )
 
 
 @pytest.mark.parametrize("candidates", ["vocabulary", "relation"])
 def test_the_mean_is_of_log_probabilities_before_they_are_ranked(candidates):
     lm = tiny_lm("gpt2", torch.float64)
-    for fact, record in zip(FACTS, knows(lm, FACTS, candidates=candidates, aggregate="mean").records, strict=True):
+    for fact, record in zip(
+        FACTS, knows(lm, FACTS, candidates=candidates, aggregate="mean").records, strict=True
+    ):
         prompts = [fact.prompt_text, *fact.paraphrases]
         if candidates == "relation":
             texts = objects(fact.relation)
             each = torch.tensor(
-                [naive_candidates(lm, prompt, texts, "sum") for prompt in prompts], dtype=torch.float64
+                [naive_candidates(lm, prompt, texts, "sum") for prompt in prompts],
+                dtype=torch.float64,
             ).mean(0)
             own = texts.index(fact.target)
-            assert (record.rank, record.answer) == (naive_rank(each.tolist(), own), texts[int(each.argmax())])
+            assert (record.rank, record.answer) == (
+                naive_rank(each.tolist(), own),
+                texts[int(each.argmax())],
+            )
             assert record.log_prob == pytest.approx(float(each[own]), abs=1e-9)
         else:
             both = [naive_log_probs(lm, prompt, fact.target) for prompt in prompts]
             means, tokens = torch.stack([rows for rows, _ in both]).mean(0), both[0][1]
-            assert record.rank == max(naive_rank(row.tolist(), t) for row, t in zip(means, tokens, strict=True))
-            assert record.log_prob == pytest.approx(sum(float(row[t]) for row, t in zip(means, tokens, strict=True)))
+            assert record.rank == max(
+                naive_rank(row.tolist(), t) for row, t in zip(means, tokens, strict=True)
+            )
+            assert record.log_prob == pytest.approx(
+                sum(float(row[t]) for row, t in zip(means, tokens, strict=True))
+            )
         (single,) = knows(lm, [fact], table=FACTS, candidates=candidates).records
-        assert [(r.rank, r.answer) for r in record.replies] == [(r.rank, r.answer) for r in single.replies]
+        assert [(r.rank, r.answer) for r in record.replies] == [
+            (r.rank, r.answer) for r in single.replies
+        ]
 
 
 def test_the_best_prompt_is_the_oracles():
     lm = tiny_lm("gpt2", torch.float64)
     for record in knows(lm, FACTS, aggregate="best").records:
         best = min(record.replies, key=lambda reply: (reply.rank, -reply.log_prob))
-        assert (record.rank, record.log_prob, record.answer) == (best.rank, best.log_prob, best.answer)
+        assert (record.rank, record.log_prob, record.answer) == (
+            best.rank,
+            best.log_prob,
+            best.answer,
+        )
 
 
 def test_a_right_answer_of_several_tokens_is_what_greedy_decoding_says():
@@ -151,7 +192,9 @@ def test_a_right_answer_of_several_tokens_is_what_greedy_decoding_says():
     wrong = (*tail[:2], (tail[2] + 1) % 320)
     (row,), _ = cloze.rows(prompt, [tail])
     assert cloze.logits([row]).argmax(-1).tolist() == list(tail)
-    assert cloze.spoken(wrong, tail) == lm.tokenizer.decode(tail), "white space alone is left as it is"
+    assert cloze.spoken(wrong, tail) == lm.tokenizer.decode(tail), (
+        "white space alone is left as it is"
+    )
 
 
 def test_nothing_is_known_behind_the_first_miss():
@@ -162,7 +205,7 @@ def test_nothing_is_known_behind_the_first_miss():
     assert cloze.spoken((70, 71, 72), (75, 71, 72)) == decode([75])
 
 
-# -- masked and encoder-decoder models -------------------------------------------------------------------------------------
+# -- masked and encoder-decoder models -------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -170,7 +213,11 @@ def filled_log_probs(lm, prompt: str, text: str) -> tuple[torch.Tensor, list[int
     """The same as `naive_log_probs`, from the cloze of this one answer."""
     cloze = lm.cloze(prompt, text)
     ids = torch.tensor([cloze.ids])
-    rest = {} if cloze.decoder_ids is None else {"decoder_input_ids": torch.tensor([cloze.decoder_ids])}
+    rest = (
+        {}
+        if cloze.decoder_ids is None
+        else {"decoder_input_ids": torch.tensor([cloze.decoder_ids])}
+    )
     return lm.model(ids, **rest).logits[0, cloze.read].log_softmax(-1), cloze.answer
 
 
@@ -185,12 +232,17 @@ def test_every_kind_of_model_is_asked(family):
             log_probs, tokens = filled_log_probs(lm, reply.prompt, fact.target)
             sizes.add(len(tokens))
             own = [float(row[token]) for row, token in zip(log_probs, tokens, strict=True)]
-            assert reply.rank == max(naive_rank(row.tolist(), t) for row, t in zip(log_probs, tokens, strict=True))
+            assert reply.rank == max(
+                naive_rank(row.tolist(), t) for row, t in zip(log_probs, tokens, strict=True)
+            )
             assert reply.log_prob == pytest.approx(sum(own), abs=1e-5)
             scores = []
             for text in texts:
                 log_probs, tokens = filled_log_probs(lm, reply.prompt, text)
-                scores.append(sum(float(row[t]) for row, t in zip(log_probs, tokens, strict=True)) / len(tokens))
+                scores.append(
+                    sum(float(row[t]) for row, t in zip(log_probs, tokens, strict=True))
+                    / len(tokens)
+                )
             assert of_objects.rank == naive_rank(scores, texts.index(fact.target))
             assert of_objects.log_prob == pytest.approx(scores[texts.index(fact.target)], abs=1e-5)
     assert len(sizes) > 1, "objects of one length show little"
@@ -216,14 +268,16 @@ def test_a_masked_model_says_all_its_masks():
     assert cloze.spoken((70, 71, 72), (75, 76, 77)) == decode([75, 76, 77]).strip()
 
 
-# -- what is shared, what is left out ---------------------------------------------------------------------------------
+# -- what is shared, what is left out --------------------------------------------------------------
 
 
 def test_one_forward_a_prompt_whatever_the_number_of_one_token_candidates(monkeypatch):
     lm = tiny_lm("gpt2")
     seen = []
     forward = lm.model.forward
-    monkeypatch.setattr(lm.model, "forward", lambda ids, **rest: seen.extend(ids.tolist()) or forward(ids, **rest))
+    monkeypatch.setattr(
+        lm.model, "forward", lambda ids, **rest: seen.extend(ids.tolist()) or forward(ids, **rest)
+    )
     cloze = ClozeRows(lm)
     answers = [(token,) for token in range(40)]
     rows, where = cloze.rows("The tower is in", answers)
@@ -254,13 +308,18 @@ def test_a_prompt_computed_once_gives_what_whole_rows_give(family, monkeypatch):
         for row in cloze.rows(prompt, answers)[0]
     ]
     calls: list[int] = []
-    monkeypatch.setattr("engram.knowledge.cloze_rows.shared_logits", lambda *args: calls.append(1) or shared_logits(*args))
+    monkeypatch.setattr(
+        "engram.knowledge.cloze_rows.shared_logits",
+        lambda *args: calls.append(1) or shared_logits(*args),
+    )
     shared = cloze.logits(rows)
     assert calls and len(rows) == 9
     monkeypatch.setattr("engram.knowledge.cloze_rows.can_share", lambda lm: False)
     whole = ClozeRows(lm).logits(rows)
     assert len(calls) == 1
-    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)  # some families turn to float32 on the way
+    torch.testing.assert_close(
+        shared, whole, atol=1e-5, rtol=1e-5
+    )  # some families turn to float32 on the way
     monkeypatch.setattr("engram.engine.shared_prompts._CACHED_TOKENS", 12)
     torch.testing.assert_close(cloze.logits(rows), whole, atol=1e-5, rtol=1e-5)
 
@@ -268,11 +327,18 @@ def test_a_prompt_computed_once_gives_what_whole_rows_give(family, monkeypatch):
 def test_facts_come_back_in_their_order_from_many_blocks(monkeypatch):
     lm = tiny_lm("gpt2", torch.float64)
     whole = {each: knows(lm, FACTS, candidates=each) for each in ("vocabulary", "relation")}
-    for module, name in (("knows", "_LOGITS"), ("knows", "_SCORES"), ("cloze_rows", "_LOGITS"), ("knows", "_IN_CACHE")):
+    for module, name in (
+        ("knows", "_LOGITS"),
+        ("knows", "_SCORES"),
+        ("cloze_rows", "_LOGITS"),
+        ("knows", "_IN_CACHE"),
+    ):
         monkeypatch.setattr(f"engram.evaluate.{module}.{name}", 1)
     for candidates, wanted in whole.items():
         told: list[tuple[int, int]] = []
-        found = knows(lm, FACTS, candidates=candidates, progress=lambda *each, told=told: told.append(each))
+        found = knows(
+            lm, FACTS, candidates=candidates, progress=lambda *each, told=told: told.append(each)
+        )
         assert [record.fact for record in found.records] == FACTS
         for got, want in zip(found.records, wanted.records, strict=True):
             assert (got.rank, got.answer) == (want.rank, want.answer)
@@ -282,21 +348,32 @@ def test_facts_come_back_in_their_order_from_many_blocks(monkeypatch):
 
 @pytest.mark.parametrize("candidates", ["vocabulary", "relation"])
 def test_other_right_objects_do_not_stand_in_the_way(candidates):
-    """As in LAMA; the river runs through two cities, and saying the one is no mistake about the other."""
+    """As in LAMA; the river runs through two cities, and saying the one is no mistake about the
+    other.
+    """
     lm = tiny_lm("gpt2", torch.float64)
     prompt = "The river runs through"
-    one_token = [i for i in range(256, 320) if lm.target_ids(prompt, lm.tokenizer.decode([i])) == [i]]
+    one_token = [
+        i for i in range(256, 320) if lm.target_ids(prompt, lm.tokenizer.decode([i])) == [i]
+    ]
     (logits,) = lm.logits_at([lm.encode(prompt).ids], [[len(lm.encode(prompt).ids) - 1]])
     first, second = sorted(one_token, key=lambda i: -logits[0, i])[:2]
-    facts = [Fact("river", "The {} runs through", lm.tokenizer.decode([i]), relation="city") for i in (first, second)]
-    alone = knows(lm, facts[1], candidates=candidates, table=[facts[1], replace(facts[0], subject="bridge")])
+    facts = [
+        Fact("river", "The {} runs through", lm.tokenizer.decode([i]), relation="city")
+        for i in (first, second)
+    ]
+    alone = knows(
+        lm, facts[1], candidates=candidates, table=[facts[1], replace(facts[0], subject="bridge")]
+    )
     both = knows(lm, facts[1], candidates=candidates, table=facts)
     assert both.records[0].rank == alone.records[0].rank - 1
 
 
 def test_without_paraphrases_only_the_prompt_is_asked():
     record = knows(tiny_lm("gpt2"), FACTS[0], paraphrases=False).records[0]
-    assert [reply.prompt for reply in record.replies] == [FACTS[0].prompt_text] and record.consistency is None
+    assert [reply.prompt for reply in record.replies] == [
+        FACTS[0].prompt_text
+    ] and record.consistency is None
 
 
 def test_of_equal_tokens_the_first_is_the_better_one():
@@ -307,21 +384,39 @@ def test_of_equal_tokens_the_first_is_the_better_one():
     for record in knows(lm, FACTS).records:
         assert record.rank == 1 + max(lm.target_ids(record.fact.prompt_text, record.fact.target))
     found = knows(lm, FACTS, candidates="relation", length="mean")
-    assert [record.rank for record in found.records] == [1 + objects(f.relation).index(f.target) for f in FACTS]
+    assert [record.rank for record in found.records] == [
+        1 + objects(f.relation).index(f.target) for f in FACTS
+    ]
 
 
-# -- what is made of it, by hand -----------------------------------------------------------------------------------------
+# -- what is made of it, by hand -------------------------------------------------------------------
 
 
 def record(relation: str | None, *replies: tuple[str, int]) -> KnownRecord:
     """A record from (answer, rank) pairs; the log-probability is minus the rank."""
-    told = tuple(Reply(f"prompt {i}", answer, rank, -float(rank)) for i, (answer, rank) in enumerate(replies))
-    return KnownRecord(Fact("a", "{} is", "b", relation=relation), told, told[0].answer, told[0].rank, told[0].log_prob)
+    told = tuple(
+        Reply(f"prompt {i}", answer, rank, -float(rank)) for i, (answer, rank) in enumerate(replies)
+    )
+    return KnownRecord(
+        Fact("a", "{} is", "b", relation=relation),
+        told,
+        told[0].answer,
+        told[0].rank,
+        told[0].log_prob,
+    )
 
 
 def knowledge(*records: KnownRecord, **parts: object) -> Knowledge:
     return Knowledge(
-        records, **{"candidates": "vocabulary", "aggregate": "first", "length": "sum", "k": 2, "model": "m", **parts}
+        records,
+        **{
+            "candidates": "vocabulary",
+            "aggregate": "first",
+            "length": "sum",
+            "k": 2,
+            "model": "m",
+            **parts,
+        },
     )  # type: ignore[arg-type]
 
 
@@ -353,7 +448,9 @@ def test_the_macro_average_counts_relations_not_facts():
     assert lopsided.scores().p_at_1 == pytest.approx(2 / 3)
     macro = lopsided.macro()
     assert macro.p_at_1 == (1 / 2 + 1) / 2
-    assert macro.consistency == lopsided.scores("one").consistency, "relation two has no pairs to compare"
+    assert macro.consistency == lopsided.scores("one").consistency, (
+        "relation two has no pairs to compare"
+    )
 
 
 def test_single_prompts_have_no_consistency():
@@ -369,9 +466,18 @@ def test_intervals_are_the_bootstraps():
     resampled = [knowledge(*(HAND.records[i] for i in rows)) for rows in draws]
     found = HAND.intervals(7, samples=samples, level=0.8)
     tails = torch.tensor([0.1, 0.9], dtype=torch.float64)
-    for kind, metric in ((k, m) for k in ("micro", "macro") for m in ("p_at_1", "mrr", "log_prob", "consistency", "both")):
-        means = [getattr(each.scores() if kind == "micro" else each.macro(), metric) for each in resampled]
-        wanted = torch.tensor([math.nan if m is None else m for m in means], dtype=torch.float64).nanquantile(tails)
+    for kind, metric in (
+        (k, m)
+        for k in ("micro", "macro")
+        for m in ("p_at_1", "mrr", "log_prob", "consistency", "both")
+    ):
+        means = [
+            getattr(each.scores() if kind == "micro" else each.macro(), metric)
+            for each in resampled
+        ]
+        wanted = torch.tensor(
+            [math.nan if m is None else m for m in means], dtype=torch.float64
+        ).nanquantile(tails)
         assert [getattr(end, metric) for end in found[kind]] == pytest.approx(wanted.tolist())
     assert found == HAND.intervals(torch.Generator().manual_seed(7), samples=samples, level=0.8)
     assert found != HAND.intervals(8, samples=samples, level=0.8)
@@ -386,20 +492,72 @@ def test_the_bootstrap_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch)
 def test_the_table_says_all_of_it():
     lines = HAND.table(samples=20).splitlines()
     assert lines[0] == "m: 4 facts of 2 relations"
-    assert lines[3].split() == ["relation", "facts", "prompts", "P@1", "P@2", "MRR", "log", "p", "consistent", "both"]
-    assert lines[4].split() == ["one", "2", "5", "0.500", "1.000", "0.750", "-1.50", "0.667", "0.000"]
-    assert lines[7].split() == ["all", "facts", "4", "9", "0.500", "0.750", "0.688", "-2.00", "0.778", "0.333"]
-    assert lines[10].split() == ["mean", "of", "relations", "0.500", "0.750", "0.688", "-2.00", "0.833", "0.500"]
+    assert lines[3].split() == [
+        "relation",
+        "facts",
+        "prompts",
+        "P@1",
+        "P@2",
+        "MRR",
+        "log",
+        "p",
+        "consistent",
+        "both",
+    ]
+    assert lines[4].split() == [
+        "one",
+        "2",
+        "5",
+        "0.500",
+        "1.000",
+        "0.750",
+        "-1.50",
+        "0.667",
+        "0.000",
+    ]
+    assert lines[7].split() == [
+        "all",
+        "facts",
+        "4",
+        "9",
+        "0.500",
+        "0.750",
+        "0.688",
+        "-2.00",
+        "0.778",
+        "0.333",
+    ]
+    assert lines[10].split() == [
+        "mean",
+        "of",
+        "relations",
+        "0.500",
+        "0.750",
+        "0.688",
+        "-2.00",
+        "0.833",
+        "0.500",
+    ]
     assert len({len(line) for line in lines[3:] if line}) == 1, "columns are aligned"
 
 
 def test_knowledge_survives_a_file(tmp_path):
     path = tmp_path / "known.json"
-    for found in (HAND, knows(tiny_lm("gpt2"), FACTS[:3], candidates=["Paris", "Rome", "the capital"], aggregate="best")):
+    for found in (
+        HAND,
+        knows(
+            tiny_lm("gpt2"),
+            FACTS[:3],
+            candidates=["Paris", "Rome", "the capital"],
+            aggregate="best",
+        ),
+    ):
         found.save(path)
         assert Knowledge.load(path) == found
     record = json.loads(path.read_text(encoding="utf8"))
-    assert record["micro"]["p_at_1"] == found.scores().p_at_1 and set(record["relations"]) == {"city"}
+    assert record["micro"]["p_at_1"] == found.scores().p_at_1 and set(record["relations"]) == {
+        "city"
+    }
     assert [each.name for each in tmp_path.iterdir()] == ["known.json"]
 
 
@@ -407,29 +565,65 @@ def test_knowledge_survives_a_file(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, text):
     (tmp_path / "x").write_text(text)
     with pytest.raises(
-        EngramFileError, match=r"format 9, expected 1" if "9" in text else r"no file that Knowledge\.save wrote"
+        EngramFileError,
+        match=r"format 9, expected 1" if "9" in text else r"no file that Knowledge\.save wrote",
     ):
         Knowledge.load(tmp_path / "x")
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("facts", "settings", "error", "message"),
     [
         ([], {}, FactError, "no facts to ask for"),
-        (FACTS, {"candidates": "relations"}, SettingError, r"did you mean 'relation'\?\); expected .* or a list of texts"),
-        (FACTS, {"aggregate": "oracle"}, SettingError, "aggregate='oracle' does not exist; expected 'first' or 'best' or 'mean'"),
+        (
+            FACTS,
+            {"candidates": "relations"},
+            SettingError,
+            r"did you mean 'relation'\?\); expected .* or a list of texts",
+        ),
+        (
+            FACTS,
+            {"aggregate": "oracle"},
+            SettingError,
+            "aggregate='oracle' does not exist; expected 'first' or 'best' or 'mean'",
+        ),
         (FACTS, {"length": "total"}, SettingError, "length='total' does not exist"),
         (FACTS, {"k": 0}, SettingError, "k=0: P@k needs k of at least 1"),
-        (FACTS, {"aggregate": "best", "paraphrases": False}, SettingError, "paraphrases=False leaves them out"),
-        (FACTS, {"candidates": ["Paris"]}, FactError, r"fact 1 .*its object 'Rome' is not among the candidates"),
-        (FACTS[1], {"candidates": "relation", "table": FACTS[:1]}, FactError, "is not among the table's objects of relation 'city'"),
-        (replace(FACTS[0], relation=None), {"candidates": "relation"}, FactError, r"has no relation; candidates='relation' needs"),
-        (Fact("tower", "The {} " + "is " * 150, "Paris"), {}, FactError, "the model takes at most 128"),
+        (
+            FACTS,
+            {"aggregate": "best", "paraphrases": False},
+            SettingError,
+            "paraphrases=False leaves them out",
+        ),
+        (
+            FACTS,
+            {"candidates": ["Paris"]},
+            FactError,
+            r"fact 1 .*its object 'Rome' is not among the candidates",
+        ),
+        (
+            FACTS[1],
+            {"candidates": "relation", "table": FACTS[:1]},
+            FactError,
+            "is not among the table's objects of relation 'city'",
+        ),
+        (
+            replace(FACTS[0], relation=None),
+            {"candidates": "relation"},
+            FactError,
+            r"has no relation; candidates='relation' needs",
+        ),
+        (
+            Fact("tower", "The {} " + "is " * 150, "Paris"),
+            {},
+            FactError,
+            "the model takes at most 128",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(facts, settings, error, message):
     with pytest.raises(error, match=message):
         knows(tiny_lm("gpt2"), facts, **settings)
@@ -454,19 +648,24 @@ def test_nan_is_no_knowledge(candidates):
 
 
 def test_a_relation_that_is_not_there():
-    with pytest.raises(SettingError, match="relation='three' is none of the facts'; they have one, two"):
+    with pytest.raises(
+        SettingError, match="relation='three' is none of the facts'; they have one, two"
+    ):
         HAND.scores("three")
     with pytest.raises(SettingError, match="level=2: need"):
         HAND.intervals(level=2)
 
 
-# -- the bundled model ------------------------------------------------------------------------------------------------------
+# -- the bundled model -----------------------------------------------------------------------------
 
 
 def test_pocket_knows_its_facts_and_not_their_counterfactuals():
     lm, facts = engram.load("pocket"), read_facts("pocket")[::200]
     assert len(knows(lm, facts).known()) >= len(facts) - 2
-    wrong = [replace(fact, target=pocket.counterfactual(*pocket.find(fact.subject, fact.relation))) for fact in facts]
+    wrong = [
+        replace(fact, target=pocket.counterfactual(*pocket.find(fact.subject, fact.relation)))
+        for fact in facts
+    ]
     assert not knows(lm, wrong, paraphrases=False).known()
 
 
@@ -479,7 +678,9 @@ def test_published_facts_rank_as_a_loop_says():
     for fact, one in zip(asked, free.records, strict=True):
         assert one.rank == naive_vocabulary(lm, fact.prompt_text, fact.target)[0]
     for fact, other in zip(asked[::5], among.records[::5], strict=True):
-        also = {f.target for f in facts if (f.subject, f.relation) == (fact.subject, fact.relation)} - {fact.target}
+        also = {
+            f.target for f in facts if (f.subject, f.relation) == (fact.subject, fact.relation)
+        } - {fact.target}
         texts = sorted({f.target for f in facts if f.relation == fact.relation} - also)
         scores = naive_candidates(lm, fact.prompt_text, texts, "sum")
         assert other.rank == naive_rank(scores, texts.index(fact.target))

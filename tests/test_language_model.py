@@ -86,7 +86,9 @@ def test_perplexity_is_that_of_one_forward():
     lm = tiny_lm("gpt2")
     text = "The tower is in the city of Paris and he plays the piano."
     ids = torch.tensor([lm.encode(text).ids])
-    assert lm.perplexity(text) == pytest.approx(lm.model(ids, labels=ids).loss.exp().item(), rel=1e-5)
+    assert lm.perplexity(text) == pytest.approx(
+        lm.model(ids, labels=ids).loss.exp().item(), rel=1e-5
+    )
 
 
 def test_perplexity_of_a_long_text_is_taken_piece_by_piece():
@@ -115,7 +117,9 @@ def test_load_takes_a_dtype(tmp_path):
 
 
 def test_an_unknown_model_gets_a_clear_error(tmp_path):
-    with pytest.raises(EngramError, match=r"(?s)no causal language model found as .*Expected 'pocket', a folder"):
+    with pytest.raises(
+        EngramError, match=r"(?s)no causal language model found as .*Expected 'pocket', a folder"
+    ):
         engram.load(tmp_path / "nothing")
 
 

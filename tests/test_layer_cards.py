@@ -1,4 +1,6 @@
-"""A layer card says what its numbers say: means, intervals, the layer to edit, and whether the trace would have told."""
+"""A layer card says what its numbers say: means, intervals, the layer to edit, and whether the
+trace would have told.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from engram.layers.card import EditOutcome, Evidence, ranges
 FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", "London")
 
 
-def card(scores, traces=None, *, layers=None, n_layers=None, identity="0" * 64, method="rome", model="m") -> LayerCard:
+def card(
+    scores, traces=None, *, layers=None, n_layers=None, identity="0" * 64, method="rome", model="m"
+) -> LayerCard:
     """One row a fact, one column a layer; traces over all layers of the model."""
     layers = range(len(scores[0])) if layers is None else layers
     evidence = tuple(
@@ -25,26 +29,46 @@ def card(scores, traces=None, *, layers=None, n_layers=None, identity="0" * 64, 
             replace(FACT, subject=f"tower {i}"),
             None if traces is None else tuple(traces[i]),
             None,
-            {layer: EditOutcome(score, 1.0, 0.5, None) for layer, score in zip(layers, row, strict=True)},
+            {
+                layer: EditOutcome(score, 1.0, 0.5, None)
+                for layer, score in zip(layers, row, strict=True)
+            },
         )
         for i, row in enumerate(scores)
     )
     n_layers = n_layers or max(layers) + 1
-    return LayerCard(model, identity, n_layers, method, {"steps": 3}, {"window": 1}, evidence, 1.5, {"engram": "0"})
+    return LayerCard(
+        model,
+        identity,
+        n_layers,
+        method,
+        {"steps": 3},
+        {"window": 1},
+        evidence,
+        1.5,
+        {"engram": "0"},
+    )
 
 
-# --- what follows from the numbers ----------------------------------------------------------------------------------------
+# --- what follows from the numbers ----------------------------------------------------------------
 
 
 def test_a_row_is_a_mean_over_facts_with_the_interval_of_resampled_facts():
     draw = np.random.default_rng(0)
     scores = draw.uniform(0.2, 0.8, (200, 3))
     for row, column in zip(card(scores).rows, scores.T, strict=True):
-        error = 1.96 * column.std() / np.sqrt(len(column))  # what a bootstrap of many facts comes to
+        error = (
+            1.96 * column.std() / np.sqrt(len(column))
+        )  # what a bootstrap of many facts comes to
         assert row.score.mean == pytest.approx(column.mean())
         assert row.score.low == pytest.approx(column.mean() - error, abs=0.15 * error)
         assert row.score.high == pytest.approx(column.mean() + error, abs=0.15 * error)
-        assert (row.efficacy, row.paraphrase, row.neighbourhood, row.trace) == (1.0, 0.5, None, None)
+        assert (row.efficacy, row.paraphrase, row.neighbourhood, row.trace) == (
+            1.0,
+            0.5,
+            None,
+            None,
+        )
 
 
 def test_layers_that_were_not_tried_have_effects_and_no_score():
@@ -63,8 +87,13 @@ def test_a_layer_is_as_good_where_its_difference_fact_by_fact_may_be_none():
     facts = [[0.5 + 0.02 * i, 0.4 + 0.02 * i, 0.49 + 0.02 * i + 0.1 * (-1) ** i] for i in range(20)]
     found = card(facts)
     assert found.best == 0
-    assert found.as_good == [0, 2], "layer 1 is behind by little, but always; layer 2 by less on average, and not always"
-    assert "layer 2 cannot be told from it" in found.reason() and "20 facts, 3 of 3 layers" in found.reason()
+    assert found.as_good == [0, 2], (
+        "layer 1 is behind by little, but always; layer 2 by less on average, and not always"
+    )
+    assert (
+        "layer 2 cannot be told from it" in found.reason()
+        and "20 facts, 3 of 3 layers" in found.reason()
+    )
     assert "no other layer comes as close" in card([[0.1, 0.9]] * 3).reason()
 
 
@@ -105,7 +134,9 @@ def test_rank_correlation_is_that_of_counted_ranks():
 
 def test_the_card_says_whether_the_trace_would_have_told():
     scores = [[0.1, 0.5, 0.9], [0.2, 0.6, 0.8]]
-    assert card(scores, [[0.0, 0.1, 0.3]] * 2).trace_tells == Mean(pytest.approx(1), pytest.approx(1), pytest.approx(1))
+    assert card(scores, [[0.0, 0.1, 0.3]] * 2).trace_tells == Mean(
+        pytest.approx(1), pytest.approx(1), pytest.approx(1)
+    )
     assert card(scores, [[0.3, 0.1, 0.0]] * 2).trace_tells.mean == pytest.approx(-1)
     assert card(scores, [[0.0, 0.0, 0.0]] * 2).trace_tells is None, "a flat curve has no ranks"
     assert card(scores).trace_tells is None and card(scores).attribution_tells is None
@@ -115,27 +146,38 @@ def test_the_card_says_whether_the_trace_would_have_told():
 
 
 def test_a_card_compares_the_same_facts_at_the_same_layers():
-    one, two = Evidence(FACT, edits={0: EditOutcome(0.5)}), Evidence(FACT, edits={1: EditOutcome(0.5)})
+    one, two = (
+        Evidence(FACT, edits={0: EditOutcome(0.5)}),
+        Evidence(FACT, edits={1: EditOutcome(0.5)}),
+    )
     made = card([[0.1]])
     with pytest.raises(SettingError, match="every fact has to be edited at the same ones"):
         replace(made, evidence=(one, two))
     with pytest.raises(SettingError, match="at least one fact that was edited"):
         replace(made, evidence=(Evidence(FACT, (0.1,)),))
-    assert replace(made, evidence=(one, Evidence(FACT, (0.1,)))).edited == [one], "a fact may be traced only"
+    assert replace(made, evidence=(one, Evidence(FACT, (0.1,)))).edited == [one], (
+        "a fact may be traced only"
+    )
 
 
 def test_layers_in_words():
-    assert ranges([3]) == "layer 3" and ranges([2, 1]) == "layers 1, 2" and ranges([0, 2, 3, 4]) == "layers 0, 2 to 4"
+    assert (
+        ranges([3]) == "layer 3"
+        and ranges([2, 1]) == "layers 1, 2"
+        and ranges([0, 2, 3, 4]) == "layers 0, 2 to 4"
+    )
 
 
-# --- as a file ------------------------------------------------------------------------------------------------------------
+# --- as a file ------------------------------------------------------------------------------------
 
 
 def test_a_saved_card_is_the_card(tmp_path):
     made = card([[0.5, 0.9]], [[0.3, 0.2, 0.1]], layers=[0, 2])
     assert LayerCard.load(made.save(tmp_path / "card.json")) == made
     record = json.loads(made.to_json())
-    assert record["best"] == 2 and record["rows"][2]["score"]["mean"] == 0.9, "for readers without this library"
+    assert record["best"] == 2 and record["rows"][2]["score"]["mean"] == 0.9, (
+        "for readers without this library"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["card.json"]
 
 
@@ -169,7 +211,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
         card([[0.1]]).save(tmp_path / "no" / "card.json")
 
 
-# --- as a picture and in a terminal ---------------------------------------------------------------------------------------
+# --- as a picture and in a terminal ---------------------------------------------------------------
 
 
 def test_the_picture_shows_the_means():
@@ -195,4 +237,7 @@ def test_the_table_points_at_the_best_layer(capsys):
     assert "a[b], 3 layers; edits by rome of 3 facts" in told
     (row,) = (line for line in told.splitlines() if "→ 1" in line)
     assert "+0.200" in row and "0.900" in row and "100%" in row
-    assert "layer 1: edits there have the highest mean score" in told and "rank correlation over layers" in told
+    assert (
+        "layer 1: edits there have the highest mean score" in told
+        and "rank correlation over layers" in told
+    )

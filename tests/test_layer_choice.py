@@ -1,4 +1,6 @@
-"""Layers are chosen by edits of facts at each of them; what was measured is kept by what it depends on, and gone on with."""
+"""Layers are chosen by edits of facts at each of them; what was measured is kept by what it depends
+on, and gone on with.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from engram import Fact, LayerCard, pocket
 from engram.cli import show
 from engram.editors.closed_form.rome import rome
 from engram.editors.methods import METHODS, Method
-from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
+from engram.errors import (
+    EngramError,
+    FactError,
+    NonFiniteError,
+    SettingError,
+    UnsupportedModelError,
+)
 from engram.files.cache_folder import cache_folder
 from engram.layers import choice as layer_choice
 from engram.layers import evidence as layer_evidence
@@ -27,8 +35,16 @@ from tests.test_receipt import GOOD, made
 from tests.tiny import TEXT, tiny_lm
 
 EDITS = [
-    Fact("tower of Rome", "The {} is in the city of", "Paris", "London", ("The tower of Rome is in",)),
-    Fact("river", "The {} runs through", "Rome", "London", neighbours=(("The bridge is in", "Paris"),)),
+    Fact(
+        "tower of Rome", "The {} is in the city of", "Paris", "London", ("The tower of Rome is in",)
+    ),
+    Fact(
+        "river",
+        "The {} runs through",
+        "Rome",
+        "London",
+        neighbours=(("The bridge is in", "Paris"),),
+    ),
 ]
 ROME = {"contexts": ("{}",), "corpus": TEXT.splitlines() * 3, "tokens": 200, "steps": 2}
 QUICK = {**ROME, "keep": "all", "edits": 2, "traces": 2, "estimates": 1}
@@ -52,14 +68,22 @@ def measured(monkeypatch):
     return made
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------
 
 
 def test_the_numbers_are_those_of_traces_and_receipts_one_by_one(lm, tmp_path):
     found = layer_card(lm, EDITS, cache_dir=tmp_path, **QUICK)
-    assert found.tried == [0, 1, 2, 3] and [each.fact.target for each in found.evidence] == ["Paris", "Rome"]
+    assert found.tried == [0, 1, 2, 3] and [each.fact.target for each in found.evidence] == [
+        "Paris",
+        "Rome",
+    ]
     for fact, evidence in zip(EDITS, found.evidence, strict=True):
-        asked = {"subject": fact.subject, "target": fact.target_true, "sites": ["mlp"], "positions": "subject_last"}
+        asked = {
+            "subject": fact.subject,
+            "target": fact.target_true,
+            "sites": ["mlp"],
+            "positions": "subject_last",
+        }
         trace = engram.trace(lm, fact.prompt_text, window=1, **asked)
         assert evidence.trace == pytest.approx(trace.effects("mlp")[0].tolist(), abs=1e-5)
         for layer, outcome in evidence.edits.items():
@@ -68,9 +92,15 @@ def test_the_numbers_are_those_of_traces_and_receipts_one_by_one(lm, tmp_path):
             shares = (receipt.share(kind) for kind in ("edit", "paraphrase", "neighbour"))
             assert (outcome.efficacy, outcome.paraphrase, outcome.neighbourhood) == tuple(shares)
     estimate = engram.trace(
-        lm, EDITS[0].prompt_text, window=1, method="attribution", **{**asked, "subject": "tower of Rome"}
+        lm,
+        EDITS[0].prompt_text,
+        window=1,
+        method="attribution",
+        **{**asked, "subject": "tower of Rome"},
     )
-    assert found.evidence[0].attribution == pytest.approx(estimate.effects("mlp")[0].tolist(), abs=1e-5)
+    assert found.evidence[0].attribution == pytest.approx(
+        estimate.effects("mlp")[0].tolist(), abs=1e-5
+    )
     assert found.evidence[1].attribution is None
 
 
@@ -78,7 +108,9 @@ def test_second_moments_of_all_layers_come_from_one_pass(lm, tmp_path, monkeypat
     passes = []
     measure = layer_evidence.second_moments
     monkeypatch.setattr(
-        layer_evidence, "second_moments", lambda lm, layers, *a, **k: passes.append(layers) or measure(lm, layers, *a, **k)
+        layer_evidence,
+        "second_moments",
+        lambda lm, layers, *a, **k: passes.append(layers) or measure(lm, layers, *a, **k),
     )
     layer_card(lm, EDITS, cache_dir=tmp_path, **QUICK)
     assert passes == [[0, 1, 2, 3]]
@@ -87,7 +119,9 @@ def test_second_moments_of_all_layers_come_from_one_pass(lm, tmp_path, monkeypat
 def test_a_deep_model_is_tried_here_and_there_and_then_around_the_best():
     assert Budget().coarse(12) == list(range(12)) and Budget().coarse(48) == list(range(0, 48, 4))
     assert Budget().between([0, 4, 8], 4, 10) == [1, 2, 3, 5, 6, 7]
-    assert Budget().between([0, 4, 8], 0, 10) == [1, 2, 3] and Budget().between([0, 4, 8], 8, 10) == [5, 6, 7, 9]
+    assert Budget().between([0, 4, 8], 0, 10) == [1, 2, 3] and Budget().between(
+        [0, 4, 8], 8, 10
+    ) == [5, 6, 7, 9]
     assert Budget(fine=False).between([0, 4, 8], 4, 10) == []
 
 
@@ -110,7 +144,9 @@ def test_a_method_that_takes_a_list_of_layers_is_asked_one_by_one(lm, tmp_path, 
     assert found.evidence == layer_card(lm, EDITS, cache_dir=tmp_path, **QUICK).evidence
 
 
-def test_an_edit_that_cannot_be_computed_is_the_worst_and_stops_nothing(lm, tmp_path, monkeypatch, caplog):
+def test_an_edit_that_cannot_be_computed_is_the_worst_and_stops_nothing(
+    lm, tmp_path, monkeypatch, caplog
+):
     def breaks(lm, facts, *, layer, seed=0, progress=None, **settings):
         if layer == 2:
             raise NonFiniteError("the update is not finite")
@@ -119,7 +155,11 @@ def test_an_edit_that_cannot_be_computed_is_the_worst_and_stops_nothing(lm, tmp_
     monkeypatch.setitem(METHODS, "breaks", Method(breaks, "breaks at layer 2", "here"))
     asked = {name: value for name, value in QUICK.items() if name not in ROME}
     found = layer_card(lm, EDITS, method="breaks", cache_dir=tmp_path, **asked)
-    assert found.rows[2].score.mean == 0 and found.best != 2 and "the update is not finite" in caplog.text
+    assert (
+        found.rows[2].score.mean == 0
+        and found.best != 2
+        and "the update is not finite" in caplog.text
+    )
 
 
 def test_receipts_are_compared_by_margins():
@@ -129,7 +169,7 @@ def test_receipts_are_compared_by_margins():
         receipt_score(made({}))
 
 
-# --- on which facts -------------------------------------------------------------------------------------------------------
+# --- on which facts -------------------------------------------------------------------------------
 
 
 def test_what_is_true_becomes_an_edit_to_another_object_of_the_relation():
@@ -143,7 +183,9 @@ def test_what_is_true_becomes_an_edit_to_another_object_of_the_relation():
     lofvre, _, calosseum, given = as_edits(facts)
     assert (lofvre.target, lofvre.target_true) == ("Rome", "Paris")
     assert lofvre.neighbours == (("The Sorbanne is in", "Paris"),) and calosseum.neighbours == ()
-    assert given.target == "Paris", "an edit stays what it is; a fact without another object is left out"
+    assert given.target == "Paris", (
+        "an edit stays what it is; a fact without another object is left out"
+    )
 
 
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
@@ -158,12 +200,17 @@ def test_edits_of_the_bundled_table_are_of_facts_that_the_model_knows():
 
 def test_a_model_that_knows_nothing_of_the_table_is_not_asked_all_of_it(lm, monkeypatch):
     asked = []
-    monkeypatch.setattr("engram.layers.candidates.known", lambda lm, edits: asked.append(len(edits)) or [])
+    monkeypatch.setattr(
+        "engram.layers.candidates.known", lambda lm, edits: asked.append(len(edits)) or []
+    )
     assert bundled_edits(lm, 5) == [] and asked == [100]
 
 
 def test_facts_without_which_there_is_no_choice(lm, tmp_path):
-    with pytest.raises(FactError, match=r"tiny-gpt2 knows none of the bundled facts.*engram layers MODEL --facts FILE"):
+    with pytest.raises(
+        FactError,
+        match=r"tiny-gpt2 knows none of the bundled facts.*engram layers MODEL --facts FILE",
+    ):
         layer_card(lm, cache_dir=tmp_path)
     with pytest.raises(FactError, match=r"none of the 2 facts can be used.*keep='all'"):
         layer_card(lm, EDITS, cache_dir=tmp_path)
@@ -184,7 +231,9 @@ def test_facts_without_which_there_is_no_choice(lm, tmp_path):
     ],
 )
 def test_settings_that_make_no_sense(settings, told, lm, tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "none", Method(lambda lm, facts, *, seed, progress=None: None, "no layer", "here"))
+    monkeypatch.setitem(
+        METHODS, "none", Method(lambda lm, facts, *, seed, progress=None: None, "no layer", "here")
+    )
     asked = {**QUICK, **settings}
     with pytest.raises(EngramError, match=told):
         layer_card(lm, EDITS, cache_dir=tmp_path, **asked)
@@ -197,7 +246,7 @@ def test_a_family_that_cannot_be_edited_is_told_at_once(family, tmp_path, monkey
         layer_card(tiny_lm(family), EDITS, cache_dir=tmp_path, **QUICK)
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------------
+# --- what is kept ---------------------------------------------------------------------------------
 
 
 def test_what_was_measured_is_read(lm, tmp_path, monkeypatch):
@@ -208,7 +257,20 @@ def test_what_was_measured_is_read(lm, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "dtype", "tokenizer", "facts", "edits", "every", "seed", "corpus", "tokens", "steps", "method"]
+    "change",
+    [
+        "weights",
+        "dtype",
+        "tokenizer",
+        "facts",
+        "edits",
+        "every",
+        "seed",
+        "corpus",
+        "tokens",
+        "steps",
+        "method",
+    ],
 )
 def test_everything_that_changes_a_card_changes_its_name(change, lm, tmp_path, monkeypatch):
     measured = []
@@ -232,8 +294,14 @@ def test_everything_that_changes_a_card_changes_its_name(change, lm, tmp_path, m
         monkeypatch.setitem(METHODS, "other", Method(rome, "the same by another name", "here"))
         asked["method"] = "other"
     else:
-        asked |= {"edits": {"edits": 1}, "every": {"every": 2}, "seed": {"seed": 1}, "corpus": {"corpus": ["Rome is in"]},
-                  "tokens": {"tokens": 201}, "steps": {"steps": 3}}[change]  # fmt: skip
+        asked |= {
+            "edits": {"edits": 1},
+            "every": {"every": 2},
+            "seed": {"seed": 1},
+            "corpus": {"corpus": ["Rome is in"]},
+            "tokens": {"tokens": 201},
+            "steps": {"steps": 3},
+        }[change]
     layer_card(lm, facts, cache_dir=tmp_path, **asked)
     assert len(measured) == 2 and len(list(tmp_path.rglob("*.json"))) == 2
 
@@ -265,13 +333,15 @@ def test_a_killed_run_goes_on_after_its_last_edit(lm, tmp_path, measured):
     assert resumed.evidence == straight.evidence and not partial.exists()
 
 
-# --- who goes by it -------------------------------------------------------------------------------------------------------
+# --- who goes by it -------------------------------------------------------------------------------
 
 
 def keep(lm, tmp_path, scores, name="card", **about):
     """A card of this model as if it had been measured."""
     who = identity(lm)
-    card(scores, identity=who, **about).save(cache_folder("layer_cards", tmp_path) / f"{who[:16]}-{name}.json")
+    card(scores, identity=who, **about).save(
+        cache_folder("layer_cards", tmp_path) / f"{who[:16]}-{name}.json"
+    )
 
 
 @pytest.fixture
@@ -290,7 +360,11 @@ def test_the_card_of_most_facts_for_this_method_counts(lm, cache):
     keep(lm, cache, [[0.1, 0.9, 0.1, 0.1]], "a")
     keep(lm, cache, [[0.9, 0.1, 0.1, 0.1]] * 2, "b")
     keep(lm, cache, [[0.1, 0.1, 0.1, 0.9]] * 3, "c", method="other")
-    assert find_card(lm).best == 0 and find_card(lm, "other").best == 3 and find_card(lm, "third") is None
+    assert (
+        find_card(lm).best == 0
+        and find_card(lm, "other").best == 3
+        and find_card(lm, "third") is None
+    )
 
 
 def test_a_card_of_other_weights_is_not_gone_by(lm, cache):
@@ -315,13 +389,19 @@ def test_a_quick_card_is_no_more_than_four_facts_at_eight_layers(cache, monkeypa
     asked = {}
     monkeypatch.setattr(layer_choice, "bundled_edits", lambda lm, count, seed: EDITS * 2)
     monkeypatch.setattr(
-        layer_choice, "layer_card", lambda lm, facts, **given: asked.update(given, facts=facts) or card([[0.5] * 4])
+        layer_choice,
+        "layer_card",
+        lambda lm, facts, **given: asked.update(given, facts=facts) or card([[0.5] * 4]),
     )
     lm = tiny_lm("gpt2")
     monkeypatch.setattr(type(lm), "n_layers", 48)
     assert len(choose_layers(lm, 4, seed=3)) == 4
-    plan = Budget(asked["edits"], asked["traces"], asked["estimates"], asked["every"], asked["fine"])
-    assert plan.edits == 4 and len(plan.coarse(48)) == 8 and plan.between(plan.coarse(48), 0, 48) == []
+    plan = Budget(
+        asked["edits"], asked["traces"], asked["estimates"], asked["every"], asked["fine"]
+    )
+    assert (
+        plan.edits == 4 and len(plan.coarse(48)) == 8 and plan.between(plan.coarse(48), 0, 48) == []
+    )
     assert asked["seed"] == 3
 
 
@@ -329,7 +409,9 @@ def test_a_model_is_recognised_by_what_it_computes(lm):
     who = identity(lm)
     again = tiny_lm("gpt2", torch.float64)
     again.name = "another name"
-    again.tokenizer("The tower is in Rome", truncation=True, max_length=2)  # which the tokenizer remembers
+    again.tokenizer(
+        "The tower is in Rome", truncation=True, max_length=2
+    )  # which the tokenizer remembers
     assert identity(again) == who
     again.model.config.layer_norm_epsilon = 1e-3
     assert identity(again) != who
@@ -343,16 +425,27 @@ def test_choosing_takes_what_a_card_takes():
         card([[0.1, 0.2]]).layers(3)
 
 
-# --- the bundled model ----------------------------------------------------------------------------------------------------
+# --- the bundled model ----------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
 def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path):
     lm = engram.load("pocket")
     found = layer_card(
-        lm, edits=1, traces=1, estimates=2, every=7, fine=False, cache_dir=tmp_path, contexts=("{}",), tokens=1000, steps=20
+        lm,
+        edits=1,
+        traces=1,
+        estimates=2,
+        every=7,
+        fine=False,
+        cache_dir=tmp_path,
+        contexts=("{}",),
+        tokens=1000,
+        steps=20,
     )
-    assert found.tried == [0, 7] and found.best == 0, "the last layer's change at the subject reaches no answer"
+    assert found.tried == [0, 7] and found.best == 0, (
+        "the last layer's change at the subject reaches no answer"
+    )
     assert found.rows[0].trace.mean > found.rows[7].trace.mean
     assert found.settings["variant"] == "two-key" and found.settings["corpus"].startswith("bundled")
 

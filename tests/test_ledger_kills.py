@@ -1,4 +1,6 @@
-"""A ledger whose writer is killed, at any step or moment, is what it was before or what it was to become; writers wait."""
+"""A ledger whose writer is killed, at any step or moment, is what it was before or what it was to
+become; writers wait.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ for number in range(rounds):
 
 
 def run(script: str, tmp_path: Path, rounds: int = 0) -> list[str]:
-    edits = [random_edit(LM, (1,), rank=1 + (seed % 2), joint=False, seed=seed) for seed in range(6)]
+    edits = [
+        random_edit(LM, (1,), rank=1 + (seed % 2), joint=False, seed=seed) for seed in range(6)
+    ]
     edits.append(
         replace(random_edit(LM, seed=6), facts=edits[1].facts[:1])
     )  # says another thing about one of the others' facts
@@ -143,7 +147,9 @@ def run(script: str, tmp_path: Path, rounds: int = 0) -> list[str]:
         "ROUNDS": str(rounds),
     }
     command = [sys.executable, "-W", "ignore", "-c", script, str(book.folder), *folders]
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250, check=False)
+    output = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=250, check=False
+    )
     assert output.returncode == 0, output.stderr
     return output.stdout.splitlines()
 
@@ -186,7 +192,8 @@ def test_a_full_disk_leaves_it_as_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(
-            EngramFileError, match=r"could not write .*history.jsonl.*The ledger is as it was; free some space"
+            EngramFileError,
+            match=r"could not write .*history.jsonl.*The ledger is as it was; free some space",
         ):
             book.remove(1)
         with pytest.raises(EngramFileError, match=r"could not write .*No space left on device"):
@@ -222,9 +229,15 @@ def test_two_writers_wait_for_each_other(tmp_path):
 
 def test_a_writer_that_has_waited_too_long_says_for_whom(tmp_path):
     folder = Ledger.create(tmp_path / "ledger", LM).folder
-    with locked(folder / "lock", 0, folder, "Wait."), pytest.raises(
-        EngramError, match=rf"is being written by process {os.getpid()}, for more than 0 s now. .*Ledger.open\(folder, wait=...\)"
-    ):  # fmt: skip
+    with (
+        locked(folder / "lock", 0, folder, "Wait."),
+        pytest.raises(
+            EngramError,
+            match=rf"is being written by process {os.getpid()}, for more than 0 s now. .*Ledger.open\(folder, wait=...\)",
+        ),
+    ):
         Ledger.open(folder, wait=0).add(random_edit(LM))
-    assert Ledger.open(folder, wait=0).list() == ()  # reading takes no lock, and the lock was let go of
+    assert (
+        Ledger.open(folder, wait=0).list() == ()
+    )  # reading takes no lock, and the lock was let go of
     Ledger.open(folder, wait=0).add(random_edit(LM))

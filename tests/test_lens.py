@@ -1,4 +1,6 @@
-"""A lens reads the states that the library itself reports, by the model's own head, and says the numbers of textbooks."""
+"""A lens reads the states that the library itself reports, by the model's own head, and says the
+numbers of textbooks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ TEXT = "The tower of Rome is in the city of"
 
 
 def states_by_the_library(lm, ids):
-    """transformers' own hidden states [n_layers + 1][t, d]; its last one is normed already, so ours is caught by a hook."""
+    """transformers' own hidden states [n_layers + 1][t, d]; its last one is normed already, so ours
+    is caught by a hook.
+    """
     caught = []
     handle = lm.parts.blocks[-1].register_forward_hook(lambda m, a, out: caught.append(out))
     with torch.no_grad():
@@ -36,7 +40,9 @@ def norm_of(lm):
 
 
 def raw_logits(lm, states):
-    """The unembedding of states as they are, written out; scaling and soft cap by the config's names."""
+    """The unembedding of states as they are, written out; scaling and soft cap by the config's
+    names.
+    """
     config = lm.model.config
     if "opt-350m" in lm.name:
         states = lm.model.model.decoder.project_out(states)
@@ -46,7 +52,9 @@ def raw_logits(lm, states):
     if config.model_type == "granite":
         logits = logits / config.logits_scaling
     if getattr(config, "final_logit_softcapping", None):
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+        logits = config.final_logit_softcapping * torch.tanh(
+            logits / config.final_logit_softcapping
+        )
     return logits
 
 
@@ -61,7 +69,9 @@ def test_the_last_row_is_the_models_own_output(family):
         found = log_probs(lm, residual_stream(lm, ids)[-1])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     read = engram.lens(lm, TEXT, k=3)
-    torch.testing.assert_close(read.top_probabilities[-1], wanted.exp().topk(3).values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        read.top_probabilities[-1], wanted.exp().topk(3).values, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(read.kl[-1], torch.zeros(len(ids)), atol=1e-5, rtol=0)
 
 
@@ -75,7 +85,8 @@ def test_every_number_is_that_of_plain_hidden_states(family, norm):
     states, own_logits = states_by_the_library(lm, ids)
     read = engram.lens(lm, TEXT, norm=norm, k=4)
     assert (
-        read.rank.shape == read.entropy.shape == (lm.n_layers + 1, len(ids)) and read.top_ids.shape[:2] == read.rank.shape
+        read.rank.shape == read.entropy.shape == (lm.n_layers + 1, len(ids))
+        and read.top_ids.shape[:2] == read.rank.shape
     )
     answers = [*ids[1:], int(own_logits[-1].argmax())]
     assert read.answer_ids.tolist() == answers
@@ -85,10 +96,16 @@ def test_every_number_is_that_of_plain_hidden_states(family, norm):
             here = Categorical(logits=raw_logits(lm, norm_of(lm)(state) if norm else state))
         torch.testing.assert_close(read.entropy[row], here.entropy(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(read.kl[row], kl_divergence(final, here), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(read.probability[row], here.probs[range(len(ids)), answers], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(read.top_probabilities[row], here.probs.sort(-1, descending=True)[0][:, :4])
+        torch.testing.assert_close(
+            read.probability[row], here.probs[range(len(ids)), answers], atol=1e-6, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            read.top_probabilities[row], here.probs.sort(-1, descending=True)[0][:, :4]
+        )
         order = here.probs.argsort(-1, descending=True).tolist()
-        assert read.rank[row].tolist() == [order[at].index(answer) + 1 for at, answer in enumerate(answers)]
+        assert read.rank[row].tolist() == [
+            order[at].index(answer) + 1 for at, answer in enumerate(answers)
+        ]
 
 
 def test_rank_and_probability_by_hand():
@@ -134,10 +151,16 @@ def test_positions_are_read_in_chunks_and_distributions_are_never_kept(at_once, 
     rows, tokens = whole.rank.shape
     monkeypatch.setattr(module, "_LOGITS_AT_ONCE", rows * 320 * at_once)
     shapes, own = [], lm.parts.head
-    monkeypatch.setattr(lm.parts, "head", lambda states, **how: shapes.append(states.shape[:-1]) or own(states, **how))
+    monkeypatch.setattr(
+        lm.parts,
+        "head",
+        lambda states, **how: shapes.append(states.shape[:-1]) or own(states, **how),
+    )
     chunked = engram.lens(lm, TEXT)
     assert shapes[0] == (), "the last position, for the model's own answer"
-    assert {shape[0] for shape in shapes[1:]} == {rows} and max(shape[1] for shape in shapes[1:]) == at_once
+    assert {shape[0] for shape in shapes[1:]} == {rows} and max(
+        shape[1] for shape in shapes[1:]
+    ) == at_once
     assert sum(shape[1] for shape in shapes[1:]) == tokens
     for name, value in vars(whole).items():
         if isinstance(value, torch.Tensor):
@@ -156,16 +179,22 @@ def test_an_edit_is_seen_while_it_is_applied():
     with torch.no_grad():
         lm.parts.mlp_out(1).weight.mul_(3)
     after = engram.lens(lm, TEXT, target="Paris")
-    assert torch.equal(after.probability[:2], before.probability[:2]) and not torch.equal(after.kl[2], before.kl[2])
+    assert torch.equal(after.probability[:2], before.probability[:2]) and not torch.equal(
+        after.kl[2], before.kl[2]
+    )
 
 
 def test_it_can_be_read_and_kept():
     read = engram.lens(tiny_lm(), TEXT, k=3)
     assert isinstance(read, LogitLens) and read.labels() == ["in", "0", "1", "2", "3"]
     token, p = read.top(2, 4)[0]
-    assert token == read.top_tokens[int(read.top_ids[2, 4, 0])] and p == float(read.top_probabilities[2, 4, 0])
+    assert token == read.top_tokens[int(read.top_ids[2, 4, 0])] and p == float(
+        read.top_probabilities[2, 4, 0]
+    )
     lines = str(read).splitlines()
-    assert lines[0].startswith(f"logit lens (with the last norm) at the last token, {read.tokens[-1]!r}; answer ")
+    assert lines[0].startswith(
+        f"logit lens (with the last norm) at the last token, {read.tokens[-1]!r}; answer "
+    )
     assert [line.split()[0] for line in lines[1:]] == ["layer", "in", "0", "1", "2", "3"]
     assert "raw states" in str(engram.lens(tiny_lm(), TEXT, norm=False))
     kept = json.loads(json.dumps(read.to_dict()))
@@ -176,14 +205,19 @@ def test_it_can_be_read_and_kept():
 def test_mistakes_are_explained():
     lm = tiny_lm()
     for k in (0, 321):
-        with pytest.raises(SettingError, match=rf"k={k}: how many tokens to keep, from 1 to the vocabulary's 320"):
+        with pytest.raises(
+            SettingError, match=rf"k={k}: how many tokens to keep, from 1 to the vocabulary's 320"
+        ):
             engram.lens(lm, TEXT, k=k)
     with pytest.raises(FactError, match="target=' ' is empty"):
         engram.lens(lm, TEXT, target=" ")
     with pytest.raises(FactError, match="gives no tokens"):
         engram.lens(lm, "")
     lm.kind = "masked"
-    with pytest.raises(UnsupportedModelError, match=r"tiny-gpt2 is of kind masked: engram.lens .* only a causal model"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"tiny-gpt2 is of kind masked: engram.lens .* only a causal model",
+    ):
         engram.lens(lm, TEXT)
 
 
@@ -191,5 +225,7 @@ def test_numbers_that_are_not_finite():
     lm = tiny_lm()
     with torch.no_grad():
         lm.parts.mlp_out(1).weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"tiny-gpt2 gives states that are not finite.*try dtype=torch.float32"):
+    with pytest.raises(
+        NonFiniteError, match=r"tiny-gpt2 gives states that are not finite.*try dtype=torch.float32"
+    ):
         engram.lens(lm, TEXT)

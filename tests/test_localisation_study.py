@@ -1,4 +1,6 @@
-"""The study of localisation and editing: its statistics, what a kill leaves behind, and that the page says what the data says."""
+"""The study of localisation and editing: its statistics, what a kill leaves behind, and that the
+page says what the data says.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_what_does_not_vary_correlates_with_nothing():
 
 def test_quality_is_the_harmonic_mean_and_one_bad_margin_spoils_it():
     assert report.quality([array(1), array(1), array(1)])[0] == pytest.approx(1)
-    assert report.quality([array(0), array(0.5), array(1)])[0] == pytest.approx(3 / (1 / 0.5 + 1 / 0.75 + 1))
+    assert report.quality([array(0), array(0.5), array(1)])[0] == pytest.approx(
+        3 / (1 / 0.5 + 1 / 0.75 + 1)
+    )
     assert report.quality([array(1), array(1), array(-1)])[0] < 1e-6
 
 
@@ -57,7 +61,11 @@ def test_explained_variance_is_that_of_least_squares_with_a_mean_for_each_layer(
         return 1 - (left @ left) / ((y - y.mean()) ** 2).sum()
 
     layers = [np.tile(row, (40, 1)) for row in np.eye(3)]
-    wanted = {"effect": r2(np.ones_like(effect), effect), "layer": r2(*layers), "both": r2(*layers, effect)}
+    wanted = {
+        "effect": r2(np.ones_like(effect), effect),
+        "layer": r2(*layers),
+        "both": r2(*layers, effect),
+    }
     assert found == pytest.approx(wanted | {"gain": wanted["both"] - wanted["layer"]})
     assert found["gain"] > 0.005
 
@@ -66,7 +74,8 @@ def test_gain_by_chance_is_what_effects_of_other_facts_reach_and_a_real_effect_i
     draw = np.random.default_rng(2)
     effect = draw.random((60, 3))
     unrelated, related = draw.standard_normal((60, 3)), effect + 0.3 * draw.standard_normal((60, 3))
-    # one more regressor on 180 pairs of which 3 means are fitted: 177 R2 is about chi-square with 1 degree of freedom
+    # one more regressor on 180 pairs of which 3 means are fitted: 177 R2 is about chi-square with 1
+    # degree of freedom
     assert report.gain_by_chance(effect, unrelated) == pytest.approx(3.84 / 177, rel=0.25)
     assert report.explained(effect, related)["gain"] > 5 * report.gain_by_chance(effect, related)
 
@@ -100,7 +109,10 @@ def test_interval_of_a_mean_is_about_two_standard_errors_wide():
 
 def test_tables_go_between_their_marks_and_a_missing_mark_is_said():
     page = "text\n<!-- table: a -->\nold\n<!-- end -->\nmore"
-    assert report.put_tables(page, {"a": "| new |"}) == "text\n<!-- table: a -->\n\n| new |\n\n<!-- end -->\nmore"
+    assert (
+        report.put_tables(page, {"a": "| new |"})
+        == "text\n<!-- table: a -->\n\n| new |\n\n<!-- end -->\nmore"
+    )
     with pytest.raises(SystemExit, match=r"0 places '<!-- table: b -->'"):
         report.put_tables(page, {"b": ""})
 
@@ -115,7 +127,9 @@ def without_draws(result):
     return round(result, 8) if isinstance(result, float) else result
 
 
-def test_the_page_shows_the_tables_of_the_summary_and_the_summary_is_that_of_the_measured_lines(monkeypatch):
+def test_the_page_shows_the_tables_of_the_summary_and_the_summary_is_that_of_the_measured_lines(
+    monkeypatch,
+):
     kept = json.loads(DATA.with_suffix(".json").read_text(encoding="utf8"))
     page = PAGE.read_text(encoding="utf8")
     assert report.put_tables(page, report.tables(kept)) == page
@@ -145,7 +159,14 @@ def test_effects_and_margins_are_those_of_the_public_calls():
     known = pocket.find("Eiffel Tower", "city")[0]
     fact = pocket.as_fact(known, "Rome")
     found = study.effects(lm, fact)
-    trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, target="Paris", window=3, positions="subject_last")
+    trace = engram.trace(
+        lm,
+        fact.prompt_text,
+        subject=fact.subject,
+        target="Paris",
+        window=3,
+        positions="subject_last",
+    )
     np.testing.assert_allclose(found["mlp, 3 layers"], trace.effects("mlp")[0], atol=1e-6)
     np.testing.assert_allclose(found["residual"], trace.effects("residual")[0], atol=1e-6)
 

@@ -1,4 +1,6 @@
-"""LoRA trains peft's adapters on matrices of any orientation, and hands back a low-rank edit and the very same model."""
+"""LoRA trains peft's adapters on matrices of any orientation, and hands back a low-rank edit and
+the very same model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def test_the_edited_model_is_the_one_that_was_trained(family):
     lm = tiny_lm(family, torch.float64)
     settings = {"layers": [1, 2], "rank": 4, "learning_rate": 0.01, "stop": "never"}
     with unchanged(lm.model):
-        edit, longer = (engram.rewrite(lm, FACTS, "lora", **settings, epochs=epochs) for epochs in (8, 9))
+        edit, longer = (
+            engram.rewrite(lm, FACTS, "lora", **settings, epochs=epochs) for epochs in (8, 9)
+        )
     with edit.applied(lm):
         loss = mean_nll(lm, FACTS)
     assert loss == pytest.approx(longer.diagnostics["losses"][-1], rel=1e-5)
@@ -59,7 +63,8 @@ def test_the_edit_does_what_the_adapters_did(family):
 def test_whole_passes_give_the_same_edit():
     lm = tiny_lm("llama", torch.float64)
     one, other = (
-        engram.rewrite(lm, FACTS, "lora", layers=[2], epochs=5, engine=each).deltas for each in ("replay", "whole")
+        engram.rewrite(lm, FACTS, "lora", layers=[2], epochs=5, engine=each).deltas
+        for each in ("replay", "whole")
     )
     (name,) = one
     torch.testing.assert_close(one[name].dense(), other[name].dense(), atol=1e-7, rtol=1e-5)
@@ -138,22 +143,30 @@ def test_a_model_that_wears_adapters_is_refused():
 
     lm = tiny_lm("llama")
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), lm.model)
-    with pytest.raises(UnsupportedModelError, match=r"wears peft adapters already.*merge them into it first"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"wears peft adapters already.*merge them into it first"
+    ):
         engram.rewrite(lm, FACTS, "lora", layers=[1])
 
 
-# --- which matrices -------------------------------------------------------------------------------------------------------
+# --- which matrices -------------------------------------------------------------------------------
 
 
 def test_targets_are_roles_or_the_familys_own_names():
     lm = tiny_lm("llama")
-    assert matrix_names(lm, [2, 1], ["mlp_out"]) == ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    assert matrix_names(lm, [2, 1], ["mlp_out"]) == [
+        "model.layers.1.mlp.down_proj",
+        "model.layers.2.mlp.down_proj",
+    ]
     assert matrix_names(lm, [1], ["heads_out", "down_proj", "mlp_out"]) == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
     ]
     assert len(matrix_names(lm, "all", ["q_proj", "v_proj"])) == 2 * lm.n_layers
-    assert matrix_names(tiny_lm("gpt2"), [0], ["c_proj"]) == ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"]
+    assert matrix_names(tiny_lm("gpt2"), [0], ["c_proj"]) == [
+        "transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_proj",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,33 +194,59 @@ def test_a_model_without_numbers_is_refused():
     lm = tiny_lm("llama")
     with torch.no_grad():
         lm.parts.norm.weight.fill_(float("inf"))
-    with unchanged(lm.model), pytest.raises(NonFiniteError, match=r"nothing was changed. Try a smaller learning_rate"):
+    with (
+        unchanged(lm.model),
+        pytest.raises(NonFiniteError, match=r"nothing was changed. Try a smaller learning_rate"),
+    ):
         engram.rewrite(lm, FACTS, "lora", layers=[1])
 
 
 def test_models_that_do_not_continue_a_text_say_why_not():
-    with pytest.raises(UnsupportedModelError, match="a masked model: editing is offered for causal ones only"):
+    with pytest.raises(
+        UnsupportedModelError, match="a masked model: editing is offered for causal ones only"
+    ):
         engram.rewrite(tiny_lm("bert"), FACTS, "lora", targets=["query"])
 
 
 def test_mixtures_of_experts_can_be_adapted_in_their_attention():
     lm = tiny_lm("mixtral")
-    edit = engram.rewrite(lm, FACTS, "lora", layers=[1, 2], targets=["heads_out", "q_proj"], learning_rate=0.01, epochs=10)
+    edit = engram.rewrite(
+        lm,
+        FACTS,
+        "lora",
+        layers=[1, 2],
+        targets=["heads_out", "q_proj"],
+        learning_rate=0.01,
+        epochs=10,
+    )
     with edit.applied(lm):
         assert mean_nll(lm, FACTS) < 0.95 * edit.diagnostics["losses"][0]
 
 
 @pytest.mark.parametrize(
     ("model", "epochs", "targets"),
-    [("Llama-2-7b-hf", 70, ["q_proj", "v_proj"]), ("Qwen2.5-7B", 60, ["q_proj", "v_proj"]), ("gpt2-xl", 30, ["c_attn"])],
+    [
+        ("Llama-2-7b-hf", 70, ["q_proj", "v_proj"]),
+        ("Qwen2.5-7B", 60, ["q_proj", "v_proj"]),
+        ("gpt2-xl", 30, ["c_attn"]),
+    ],
 )
 def test_presets_are_the_published_settings(model, epochs, targets):
     found = preset("lora", model)
     assert (found["epochs"], found["targets"], found["layers"]) == (epochs, targets, "all")
-    assert (found["rank"], found["alpha"], found["dropout"], found["learning_rate"]) == (8, 32, 0.1, 5e-3)
+    assert (found["rank"], found["alpha"], found["dropout"], found["learning_rate"]) == (
+        8,
+        32,
+        0.1,
+        5e-3,
+    )
 
 
 def test_every_preset_makes_a_config():
     for model in published("lora"):
-        settings = {name: value for name, value in preset("lora", model).items() if name not in ("layers", "depth")}
+        settings = {
+            name: value
+            for name, value in preset("lora", model).items()
+            if name not in ("layers", "depth")
+        }
         read(LoraEditConfig, settings, "lora")

@@ -1,4 +1,6 @@
-"""Causal mediation in general: every combination that makes sense is the naive loop, and the others say why they make none."""
+"""Causal mediation in general: every combination that makes sense is the naive loop, and the others
+say why they make none.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from tests.tiny import EXPERTS, FAMILIES, tiny_lm
 
 PROMPT, SUBJECT, OTHER = "The tower is in the", "tower", "river"
 NEURONS = [(0, 3), (1, 30), (3, 7)]
-LIMIT = {"probability": 1e-7, "log_probability": 1e-5, "logit_difference": 1e-5}  # tables are kept in float32
+LIMIT = {
+    "probability": 1e-7,
+    "log_probability": 1e-5,
+    "logit_difference": 1e-5,
+}  # tables are kept in float32
 
 
 def embedding_hook(lm, config, span, noise_nd):
@@ -24,7 +30,11 @@ def embedding_hook(lm, config, span, noise_nd):
     def corrupt(out):
         out = out.clone()
         place = out[:, span[0] : span[1]]
-        place[:] = noise_nd if config.replace or config.corruption in ("zeros", "mean") else place + noise_nd
+        place[:] = (
+            noise_nd
+            if config.replace or config.corruption in ("zeros", "mean")
+            else place + noise_nd
+        )
         return out
 
     return {lm.parts.embed: corrupt}
@@ -38,7 +48,11 @@ def runs(lm, config, span, noise):
     if config.corruption == "zeros":
         noise = torch.zeros(1, span[1] - span[0], lm.d_model)
     if config.corruption == "mean":
-        rows = [lm.parts.embed.weight[i].detach() for s in config.noise_subjects for i in lm.encode(s).ids]
+        rows = [
+            lm.parts.embed.weight[i].detach()
+            for s in config.noise_subjects
+            for i in lm.encode(s).ids
+        ]
         noise = torch.stack(rows).mean(0).expand(1, span[1] - span[0], -1)
     return (ids, {}), [(ids, embedding_hook(lm, config, span, sample)) for sample in noise]
 
@@ -64,11 +78,20 @@ def cells_of(lm, config, site):
     if site == "head":
         width = lm.d_model // lm.parts.n_heads
         every = product(range(lm.n_layers), range(lm.parts.n_heads))
-        return [((layer, h), range(layer, layer + 1), slice(h * width, (h + 1) * width)) for layer, h in every]
+        return [
+            ((layer, h), range(layer, layer + 1), slice(h * width, (h + 1) * width))
+            for layer, h in every
+        ]
     if site == "neuron":
-        return [((i,), range(layer, layer + 1), slice(n, n + 1)) for i, (layer, n) in enumerate(config.neurons)]
+        return [
+            ((i,), range(layer, layer + 1), slice(n, n + 1))
+            for i, (layer, n) in enumerate(config.neurons)
+        ]
     window = config.window if site in ("mlp", "attention") else 1
-    return [((c,), range(*window_layers(c, window, lm.n_layers)), slice(None)) for c in range(lm.n_layers)]
+    return [
+        ((c,), range(*window_layers(c, window, lm.n_layers)), slice(None))
+        for c in range(lm.n_layers)
+    ]
 
 
 def naive_table(lm, config, site, trace, noise, answer, foil, severed=None):
@@ -82,36 +105,70 @@ def naive_table(lm, config, site, trace, noise, answer, foil, severed=None):
         frozen = []
         if severed:
             frozen_modules = modules_of(lm, severed)
-            frozen = list(zip(frozen_modules, naive.states(lm.model, base[0], frozen_modules, False, base[1]), strict=True))
+            frozen = list(
+                zip(
+                    frozen_modules,
+                    naive.states(lm.model, base[0], frozen_modules, False, base[1]),
+                    strict=True,
+                )
+            )
         for row, token in enumerate(trace.positions):
             for index, layers, part in cells_of(lm, config, site):
                 logits = naive.patched(
-                    lm.model, base[0], base[1], [modules[i] for i in layers], [values[i] for i in layers], token, part,
-                    inputs, frozen,
-                )  # fmt: skip
+                    lm.model,
+                    base[0],
+                    base[1],
+                    [modules[i] for i in layers],
+                    [values[i] for i in layers],
+                    token,
+                    part,
+                    inputs,
+                    frozen,
+                )
                 table[(row, *index)] += measure(config, logits, answer, foil) / len(pairs)
     return table
 
 
 def compare(lm, sites, limit=None, severed=(), **settings):
-    config = TraceConfig(sites=sites, severed=severed, neurons=NEURONS if "neuron" in sites else (), window=2, **settings)
+    config = TraceConfig(
+        sites=sites,
+        severed=severed,
+        neurons=NEURONS if "neuron" in sites else (),
+        window=2,
+        **settings,
+    )
     foil = "city" if config.metric == "logit_difference" else None
     other = OTHER if config.corruption == "subject" else None
-    given = {name: getattr(config, name) for name in ("sites", "neurons", "window", "severed")} | settings
-    trace = engram.trace(lm, PROMPT, subject=SUBJECT, target="the", foil=foil, other_subject=other, **given)
+    given = {
+        name: getattr(config, name) for name in ("sites", "neurons", "window", "severed")
+    } | settings
+    trace = engram.trace(
+        lm, PROMPT, subject=SUBJECT, target="the", foil=foil, other_subject=other, **given
+    )
     (clean_ids, _), corrupted = runs(lm, config, trace.subject_range, settings.get("noise"))
     answer, foil_id = lm.target_ids(PROMPT, "the"), lm.target_ids(PROMPT, "city")[0]
     assert len(answer) == 1
     limit = limit or LIMIT[config.metric]
-    clean = measure(config, naive.patched(lm.model, clean_ids, {}, [], [], 0, slice(0), False), answer[0], foil_id)
+    clean = measure(
+        config,
+        naive.patched(lm.model, clean_ids, {}, [], [], 0, slice(0), False),
+        answer[0],
+        foil_id,
+    )
     assert trace.high_score == pytest.approx(clean, abs=limit)
     for site in sites:
         wanted = naive_table(lm, config, site, trace, settings.get("noise"), answer[0], foil_id)
         torch.testing.assert_close(trace.scores[site], wanted, atol=limit, rtol=0)
-        assert (trace.scores[site] - wanted.mean()).abs().max() > 1e-6, "nothing changes: the comparison would be empty"
+        assert (trace.scores[site] - wanted.mean()).abs().max() > 1e-6, (
+            "nothing changes: the comparison would be empty"
+        )
         for module in severed:
-            wanted = naive_table(lm, config, site, trace, settings.get("noise"), answer[0], foil_id, module)
-            torch.testing.assert_close(trace.scores[f"{site}, {module} severed"], wanted, atol=limit, rtol=0)
+            wanted = naive_table(
+                lm, config, site, trace, settings.get("noise"), answer[0], foil_id, module
+            )
+            torch.testing.assert_close(
+                trace.scores[f"{site}, {module} severed"], wanted, atol=limit, rtol=0
+            )
     return trace
 
 
@@ -121,9 +178,17 @@ def lm():
 
 
 def noise_for(lm, samples=2, seed=1):
-    span = engram.trace(lm, PROMPT, subject=SUBJECT, noise=1.0, samples=1, sites=["residual"]).subject_range
+    span = engram.trace(
+        lm, PROMPT, subject=SUBJECT, noise=1.0, samples=1, sites=["residual"]
+    ).subject_range
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, span[1] - span[0], lm.parts.embed.embedding_dim, dtype=torch.float64, generator=generator)
+    return torch.randn(
+        samples,
+        span[1] - span[0],
+        lm.parts.embed.embedding_dim,
+        dtype=torch.float64,
+        generator=generator,
+    )
 
 
 EVERY = ("residual", "mlp", "attention", "head", "neuron")
@@ -132,11 +197,20 @@ METRICS = ("probability", "log_probability", "logit_difference")
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-@pytest.mark.parametrize(("direction", "effect"), list(product(("denoise", "noise"), ("indirect", "direct"))))
+@pytest.mark.parametrize(
+    ("direction", "effect"), list(product(("denoise", "noise"), ("indirect", "direct")))
+)
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_combination_is_the_naive_loop(lm, corruption, direction, effect, metric):
-    """48 combinations on residual states and on heads: these two take all paths through the engine but windows."""
-    settings = {"corruption": corruption, "direction": direction, "effect": effect, "metric": metric}
+    """48 combinations on residual states and on heads: these two take all paths through the engine
+    but windows.
+    """
+    settings = {
+        "corruption": corruption,
+        "direction": direction,
+        "effect": effect,
+        "metric": metric,
+    }
     settings |= {"noise": noise_for(lm)} if corruption == "noise" else {}
     settings |= {"noise_subjects": ["Rome", "the piano"]} if corruption == "mean" else {}
     compare(lm, ["residual", "head"], positions="subject_last", **settings)
@@ -157,7 +231,10 @@ def test_every_unit_by_whole_forward_passes_too(family, direction):
     given = {"subject": SUBJECT, "noise": noise_for(lm), "direction": direction, "window": 2}
     sites = EVERY if family not in EXPERTS else EVERY[:-1]
     given |= {"neurons": NEURONS} if "neuron" in sites else {}
-    replayed, whole = (engram.trace(lm, PROMPT, sites=sites, engine=engine, **given) for engine in ("replay", "whole"))
+    replayed, whole = (
+        engram.trace(lm, PROMPT, sites=sites, engine=engine, **given)
+        for engine in ("replay", "whole")
+    )
     for site in sites:
         assert replayed.effects(site).abs().max() > 1e-7
         torch.testing.assert_close(replayed.scores[site], whole.scores[site], atol=1e-6, rtol=0)
@@ -175,7 +252,9 @@ def test_every_unit_by_whole_forward_passes_too(family, direction):
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 def test_severed_paths_are_the_naive_loops(family, sites, severed, engine):
     lm = tiny_lm(family, torch.float64)
-    compare(lm, sites, 1e-6 if family == "gptj" else None, severed, noise=noise_for(lm), engine=engine)
+    compare(
+        lm, sites, 1e-6 if family == "gptj" else None, severed, noise=noise_for(lm), engine=engine
+    )
 
 
 @pytest.mark.parametrize("severed", ["mlp", "attention"])
@@ -197,9 +276,17 @@ def test_direct_and_indirect_effects_add_up_as_pearls_do(lm):
 def test_paired_prompts_are_symmetric(lm):
     """Denoising from A towards B is noising from B towards A: the same run, read from either side."""
     towards = PROMPT.replace(SUBJECT, OTHER)
-    one = engram.trace(lm, PROMPT, subject=SUBJECT, target="the", corruption="subject", other_subject=OTHER)
+    one = engram.trace(
+        lm, PROMPT, subject=SUBJECT, target="the", corruption="subject", other_subject=OTHER
+    )
     two = engram.trace(
-        lm, towards, subject=OTHER, target="the", corruption="subject", other_subject=SUBJECT, direction="noise"
+        lm,
+        towards,
+        subject=OTHER,
+        target="the",
+        corruption="subject",
+        other_subject=SUBJECT,
+        direction="noise",
     )
     for site in one.scores:
         torch.testing.assert_close(one.scores[site], two.scores[site], atol=1e-7, rtol=0)
@@ -219,8 +306,12 @@ def test_positions_can_be_chosen(lm):
     last = engram.trace(lm, PROMPT, **given, positions="last")
     some = engram.trace(lm, PROMPT, **given, positions=[3, 1])
     assert last.positions == [len(full.tokens) - 1] and some.positions == [3, 1]
-    torch.testing.assert_close(last.scores["residual"], full.scores["residual"][-1:], atol=1e-6, rtol=0)
-    torch.testing.assert_close(some.scores["residual"], full.scores["residual"][[3, 1]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        last.scores["residual"], full.scores["residual"][-1:], atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        some.scores["residual"], full.scores["residual"][[3, 1]], atol=1e-6, rtol=0
+    )
 
 
 def test_a_position_named_twice_is_one_row(lm):
@@ -234,16 +325,27 @@ def test_a_facts_subject_is_corrupted_where_the_fact_says_it_stands(lm):
     fact = engram.Fact("tower", "The towers and the {} are in the", "city")
     average = engram.average_trace(lm, [fact], keep="all", noise=1.0, samples=2, sites="residual")
     last = engram.trace(
-        lm, fact.prompt_text, subject="tower", occurrence="last", noise=1.0, samples=2, sites="residual"
-    )  # fmt: skip
+        lm,
+        fact.prompt_text,
+        subject="tower",
+        occurrence="last",
+        noise=1.0,
+        samples=2,
+        sites="residual",
+    )
     assert average.traces[0].corrupted == last.corrupted
-    torch.testing.assert_close(average.traces[0].scores["residual"], last.scores["residual"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        average.traces[0].scores["residual"], last.scores["residual"], atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sites": "residual", "severed": "mlp", "frozen_noise": torch.zeros(2, 4, 32)}, "frozen_noise is a tensor"),
+        (
+            {"sites": "residual", "severed": "mlp", "frozen_noise": torch.zeros(2, 4, 32)},
+            "frozen_noise is a tensor",
+        ),
         ({"positions": [3]}, "positions by number are other words in every prompt"),
         ({"noise": torch.zeros(2, 4, 32)}, "noise as a tensor fits subjects of one length"),
     ],
@@ -251,34 +353,64 @@ def test_a_facts_subject_is_corrupted_where_the_fact_says_it_stands(lm):
 def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
     with pytest.raises(SettingError, match=message):
         engram.average_trace(
-            lm, [engram.Fact("tower", "The {} is in the", "city")], keep="all", **{"noise": 1.0, **settings}
+            lm,
+            [engram.Fact("tower", "The {} is in the", "city")],
+            keep="all",
+            **{"noise": 1.0, **settings},
         )
 
 
-# -- combinations that make no sense ---------------------------------------------------------------------------------------
+# -- combinations that make no sense ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"site": ["mlp"]}, r"no setting 'site'; did you mean 'sites'\?"),
-        ({"direction": "forwards"}, "direction='forwards' does not exist; expected 'denoise' or 'noise'"),
-        ({"positions": "first"}, "positions='first' does not exist; expected 'all', 'subject_last', 'last'"),
+        (
+            {"direction": "forwards"},
+            "direction='forwards' does not exist; expected 'denoise' or 'noise'",
+        ),
+        (
+            {"positions": "first"},
+            "positions='first' does not exist; expected 'all', 'subject_last', 'last'",
+        ),
         ({"positions": [99]}, r"positions=\[99\]: the prompt has tokens 0 to"),
         ({"sites": []}, "sites is empty"),
         ({"sites": ["mlp"], "severed": "mlp"}, "the same output cannot be both"),
         ({"sites": ["head"], "severed": "attention"}, "the same output cannot be both"),
         ({"severed": "mlp"}, r"say sites=\['residual'\]"),
-        ({"sites": ["residual"], "severed": "residual"}, "cannot be severed; expected 'mlp', 'attention'"),
-        ({"sites": ["residual"], "severed": "mlp", "effect": "direct"}, "already blocks the path through the state"),
-        ({"sites": ["residual"], "severed": "mlp", "method": "attribution"}, "no first-order estimate"),
-        ({"sites": ["residual"], "frozen_noise": torch.zeros(1)}, "frozen_noise is the noise of the run"),
+        (
+            {"sites": ["residual"], "severed": "residual"},
+            "cannot be severed; expected 'mlp', 'attention'",
+        ),
+        (
+            {"sites": ["residual"], "severed": "mlp", "effect": "direct"},
+            "already blocks the path through the state",
+        ),
+        (
+            {"sites": ["residual"], "severed": "mlp", "method": "attribution"},
+            "no first-order estimate",
+        ),
+        (
+            {"sites": ["residual"], "frozen_noise": torch.zeros(1)},
+            "frozen_noise is the noise of the run",
+        ),
         ({"replace": True, "corruption": "zeros"}, "replace=True speaks of noise"),
         ({"corruption": "subject"}, "'subject' puts another subject into the prompt"),
         ({"other_subject": OTHER}, "no other corruption does"),
-        ({"corruption": "subject", "other_subject": OTHER, "extra_tokens": 1}, "differs in the subject alone"),
-        ({"corruption": "subject", "other_subject": "Rome and Paris"}, "does not take the place of"),
-        ({"corruption": "subject", "other_subject": SUBJECT}, "is the subject: nothing would be corrupted"),
+        (
+            {"corruption": "subject", "other_subject": OTHER, "extra_tokens": 1},
+            "differs in the subject alone",
+        ),
+        (
+            {"corruption": "subject", "other_subject": "Rome and Paris"},
+            "does not take the place of",
+        ),
+        (
+            {"corruption": "subject", "other_subject": SUBJECT},
+            "is the subject: nothing would be corrupted",
+        ),
         ({"metric": "logit_difference"}, "'logit_difference' is between the answer and a foil"),
         ({"foil": "city"}, "no other metric has one"),
         ({"metric": "logit_difference", "foil": "the"}, "begins with the same token as the answer"),
@@ -289,8 +421,14 @@ def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
         ({"method": "attribution", "screen": 3}, "choose one"),
         ({"screen": 0}, "choose one"),
         ({"correction": "query-key"}, "correction belongs to estimates"),
-        ({"correction": "query-key", "sites": ["mlp"], "method": "attribution"}, "corrects estimates of residual states"),
-        ({"sites": "residul"}, r"no site 'residul' \(did you mean 'residual'\?\); it has residual, mlp, attention"),
+        (
+            {"correction": "query-key", "sites": ["mlp"], "method": "attribution"},
+            "corrects estimates of residual states",
+        ),
+        (
+            {"sites": "residul"},
+            r"no site 'residul' \(did you mean 'residual'\?\); it has residual, mlp, attention",
+        ),
         ({"positions": 3}, "positions=3 does not exist"),
         ({"rows_per_batch": 0}, "at least one row"),
         ({"noise": "t2"}, "more than 2 degrees of freedom"),
@@ -315,8 +453,15 @@ def test_a_combination_that_makes_no_sense_says_why(lm, settings, message):
 
 def test_a_foil_that_is_the_models_own_answer_is_refused():
     lm = engram.load("pocket")
-    with pytest.raises(FactError, match="foil='Paris' begins with the same token as the answer ' Paris'"):
+    with pytest.raises(
+        FactError, match="foil='Paris' begins with the same token as the answer ' Paris'"
+    ):
         engram.trace(
-            lm, "The Eiffel Tower is located in the city of", subject="Eiffel Tower", foil="Paris", metric="logit_difference",
-            noise=0.1, samples=1,
-        )  # fmt: skip
+            lm,
+            "The Eiffel Tower is located in the city of",
+            subject="Eiffel Tower",
+            foil="Paris",
+            metric="logit_difference",
+            noise=0.1,
+            samples=1,
+        )

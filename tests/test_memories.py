@@ -19,10 +19,14 @@ NORMED_OUTPUT = {"gemma2", "gemma2-short-window", "gemma3_text", "olmo2", "olmo3
 
 
 def keys_by_hand(lm, layer=LAYER):
-    """Input of the MLP output matrix [t, f] and what the matrix makes of it [t, d], by one plain hook."""
+    """Input of the MLP output matrix [t, f] and what the matrix makes of it [t, d], by one plain
+    hook.
+    """
     caught = {}
     module = lm.parts.mlp_out(layer)
-    handle = module.register_forward_hook(lambda m, args, out: caught.update(keys=args[0], out=out.clone()))
+    handle = module.register_forward_hook(
+        lambda m, args, out: caught.update(keys=args[0], out=out.clone())
+    )
     ids = lm.encode(TEXT).ids
     with torch.no_grad():
         lm.model(torch.tensor([ids]))
@@ -39,7 +43,9 @@ def test_neurons_are_ranked_by_how_far_they_move_the_stream(family):
     found = engram.memories(lm, TEXT, LAYER, position=3, neurons=f, k=2)
     values_fd = as_linear(lm.parts.mlp_out(LAYER)).T.detach()
     strengths = [float(abs(keys_tf[3, i]) * values_fd[i].pow(2).sum().sqrt()) for i in range(f)]
-    assert [each.strength for each in found.neurons] == pytest.approx(sorted(strengths, reverse=True))
+    assert [each.strength for each in found.neurons] == pytest.approx(
+        sorted(strengths, reverse=True)
+    )
     for each in found.neurons:
         assert each.strength == pytest.approx(strengths[each.value.neuron])
         assert each.coefficient == pytest.approx(float(keys_tf[3, each.value.neuron]))
@@ -66,12 +72,15 @@ def test_raw_scores_are_products_with_the_unembedding(family):
 def test_scores_through_the_norm_are_the_derivative_of_the_logits(family):
     """The definition itself: how logits change when a small step along v is added to a state.
 
-    A norm also divides by the state's size, whose own change shrinks all logits alike; at a state orthogonal to v (and to the
-    all-ones vector, which some norms take out) it does not change to first order, and what is left is v's own direction.
+    A norm also divides by the state's size, whose own change shrinks all logits alike; at a state
+    orthogonal to v (and to the all-ones vector, which some norms take out) it does not change to
+    first order, and what is left is v's own direction.
     """
     lm = tiny_lm(family, torch.float64)
     value_d = as_linear(lm.parts.mlp_out(LAYER))[:, 5].detach()
-    state_d = torch.randn(lm.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state_d = torch.randn(
+        lm.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     basis_d2 = torch.linalg.qr(torch.stack([torch.ones_like(value_d), value_d], 1))[0]
     state_d = state_d - basis_d2 @ (basis_d2.T @ state_d)
 
@@ -82,7 +91,9 @@ def test_scores_through_the_norm_are_the_derivative_of_the_logits(family):
 
     _, derivative_v = torch.autograd.functional.jvp(logits, state_d, value_d)
     found_v = vocabulary_scores(lm, value_d[None])[0].detach()
-    assert float(torch.cosine_similarity(found_v, derivative_v, dim=0)) == pytest.approx(1, abs=1e-9)
+    assert float(torch.cosine_similarity(found_v, derivative_v, dim=0)) == pytest.approx(
+        1, abs=1e-9
+    )
 
 
 def test_the_bias_scaling_and_soft_cap_of_logits_stay_outside():
@@ -117,13 +128,19 @@ def test_they_can_be_read_and_kept():
     found = engram.memories(tiny_lm(), TEXT, LAYER, neurons=3, k=4)
     lines = str(found).splitlines()
     assert lines[0] == f"layer 2 at token {found.token!r} (position {found.position})"
-    assert [int(line.split()[0]) for line in lines[2:]] == [each.value.neuron for each in found.neurons]
+    assert [int(line.split()[0]) for line in lines[2:]] == [
+        each.value.neuron for each in found.neurons
+    ]
     kept = json.loads(json.dumps(found.to_dict()))
-    assert kept["neurons"][0]["value"]["promotes"] == [[*pair] for pair in found.neurons[0].value.promotes]
+    assert kept["neurons"][0]["value"]["promotes"] == [
+        [*pair] for pair in found.neurons[0].value.promotes
+    ]
     value = found.neurons[0].value
     alone = engram.promotes(tiny_lm(), LAYER, value.neuron, 4)
     assert [token for token, _ in alone.promotes] == [token for token, _ in value.promotes]
-    assert [score for _, score in alone.suppresses] == pytest.approx([score for _, score in value.suppresses])
+    assert [score for _, score in alone.suppresses] == pytest.approx(
+        [score for _, score in value.suppresses]
+    )
     assert str(alone).splitlines()[0] == f"layer 2, neuron {alone.neuron}"
     assert json.loads(json.dumps(alone.to_dict()))["neuron"] == alone.neuron
 
@@ -138,18 +155,28 @@ def test_experts_have_no_single_matrix(family):
 
 def test_mistakes_are_explained():
     lm = tiny_lm()
-    with pytest.raises(UnsupportedModelError, match="layer=4 does not exist; this model has layers 0 to 3"):
+    with pytest.raises(
+        UnsupportedModelError, match="layer=4 does not exist; this model has layers 0 to 3"
+    ):
         engram.memories(lm, TEXT, 4)
     with pytest.raises(SettingError, match=r"position=40: the text has \d+ tokens, numbered 0 to"):
         engram.memories(lm, TEXT, LAYER, 40)
-    with pytest.raises(SettingError, match=r"neurons=0: how many to show, from 1 to the layer's \d+"):
+    with pytest.raises(
+        SettingError, match=r"neurons=0: how many to show, from 1 to the layer's \d+"
+    ):
         engram.memories(lm, TEXT, LAYER, neurons=0)
-    with pytest.raises(SettingError, match="k=321: how many tokens to show, from 1 to the vocabulary's 320"):
+    with pytest.raises(
+        SettingError, match="k=321: how many tokens to show, from 1 to the vocabulary's 320"
+    ):
         engram.memories(lm, TEXT, LAYER, k=321)
-    with pytest.raises(SettingError, match=r"neuron=-1 does not exist; layer 2 has neurons 0 to \d+"):
+    with pytest.raises(
+        SettingError, match=r"neuron=-1 does not exist; layer 2 has neurons 0 to \d+"
+    ):
         engram.promotes(lm, LAYER, -1)
     lm.kind = "encoder-decoder"
-    with pytest.raises(UnsupportedModelError, match=r"tiny-gpt2 is of kind encoder-decoder: engram\.memories"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"tiny-gpt2 is of kind encoder-decoder: engram\.memories"
+    ):
         engram.memories(lm, TEXT, LAYER)
 
 

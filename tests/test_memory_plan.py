@@ -30,9 +30,13 @@ def bytes_of(plan: MemoryPlan) -> dict[tuple[str, str], int]:
 def test_every_family_is_planned_for_without_its_weights(family: str, method: str) -> None:
     lm = tiny_lm(family)
     plan = engram.memory_plan(lm, 5, method)
-    stored = sum(each.numel() * each.element_size() for each in (*lm.model.parameters(), *lm.model.buffers()))
+    stored = sum(
+        each.numel() * each.element_size() for each in (*lm.model.parameters(), *lm.model.buffers())
+    )
     assert plan.of("throughout") == stored
-    assert plan.peak == stored + max(plan.of(phase) for phase in ("second moments", "values", "solve"))
+    assert plan.peak == stored + max(
+        plan.of(phase) for phase in ("second moments", "values", "solve")
+    )
     with torch.device("meta"):
         without = AutoModelForCausalLM.from_config(make_config(family), dtype=torch.float32)
     assert engram.memory_plan(LanguageModel(without, lm.tokenizer, lm.name), 5, method) == plan
@@ -50,7 +54,9 @@ def test_facts_at_once_bounds_the_values_and_nothing_else() -> None:
     few, many = (engram.memory_plan(lm, 1000, "memit", facts_per_batch=n) for n in (8, 16))
     assert many.of("values") > 1.9 * few.of("values")
     assert many.of("solve") == few.of("solve")
-    assert engram.memory_plan(lm, 10, "rome").of("values") == engram.memory_plan(lm, 1, "rome").of("values")
+    assert engram.memory_plan(lm, 10, "rome").of("values") == engram.memory_plan(lm, 1, "rome").of(
+        "values"
+    )
 
 
 @pytest.mark.parametrize("method", ["rome", "memit"])
@@ -74,7 +80,9 @@ def test_a_packed_weight_counts_what_it_is_packed_in() -> None:
 
 def test_what_cannot_be_planned_is_refused() -> None:
     lm = tiny_lm()
-    with pytest.raises(SettingError, match="method='in-context' has no memory plan; planned are rome, memit"):
+    with pytest.raises(
+        SettingError, match="method='in-context' has no memory plan; planned are rome, memit"
+    ):
         engram.memory_plan(lm, 1, "in-context")
     with pytest.raises(SettingError, match="n_facts=0: expected at least 1"):
         engram.memory_plan(lm, 0)
@@ -113,9 +121,13 @@ def test_an_edit_that_will_take_much_says_so_first(capsys: pytest.CaptureFixture
     terminal.show_plan_if_large(lm, 1, "rome", {"layer": 2}, above=1000)
     assert capsys.readouterr().err.strip() == str(engram.memory_plan(lm, layers=[2]))
     for method in MASS_METHODS:
-        terminal.show_plan_if_large(lm, 40, method, {"facts_per_batch": 4, "layers": [1, 2]}, above=1000)
+        terminal.show_plan_if_large(
+            lm, 40, method, {"facts_per_batch": 4, "layers": [1, 2]}, above=1000
+        )
         told = capsys.readouterr().err
-        assert told.strip() == str(engram.memory_plan(lm, 40, method, layers=[1, 2], facts_per_batch=4))
+        assert told.strip() == str(
+            engram.memory_plan(lm, 40, method, layers=[1, 2], facts_per_batch=4)
+        )
 
 
 MEASURE = """
@@ -149,7 +161,9 @@ print(peak(lambda: engram.rewrite(lm, fact, **settings)))
 """
 
 
-def test_the_plan_is_within_a_factor_of_two_of_what_is_measured(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_within_a_factor_of_two_of_what_is_measured(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "src")
     monkeypatch.setenv(
@@ -164,6 +178,10 @@ def test_the_plan_is_within_a_factor_of_two_of_what_is_measured(tmp_path: Any, m
         for each in ("measured", "given")
     )
     plan = engram.memory_plan(engram.load("pocket"), row_tokens=18, target_tokens=1)
-    assert 0.5 < plan.beside / measured < 2, f"planned {plan.beside / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB"
+    assert 0.5 < plan.beside / measured < 2, (
+        f"planned {plan.beside / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB"
+    )
     beside = max(plan.of("values"), plan.of("solve"))
-    assert 0.5 < beside / given < 2, f"planned {beside / 1e6:.0f} MB with C given, measured {given / 1e6:.0f} MB"
+    assert 0.5 < beside / given < 2, (
+        f"planned {beside / 1e6:.0f} MB with C given, measured {given / 1e6:.0f} MB"
+    )

@@ -1,4 +1,6 @@
-"""The tool behind the tables of all methods: what it edits, what it counts, and that it goes on where it was killed."""
+"""The tool behind the tables of all methods: what it edits, what it counts, and that it goes on
+where it was killed.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,18 @@ def lm():
 
 
 def row(method="ft", setting="mass:10", **numbers):
-    scores = {"facts": 10, "efficacy": 100.0, "paraphrase": 50.0, "neighbourhood": 80.0, "score": 70.6} | numbers
-    costs = {} if method == methods_table.UNEDITED else dict.fromkeys(("perplexity", "seconds", "cpu_seconds", "mb"), 1.25)
+    scores = {
+        "facts": 10,
+        "efficacy": 100.0,
+        "paraphrase": 50.0,
+        "neighbourhood": 80.0,
+        "score": 70.6,
+    } | numbers
+    costs = (
+        {}
+        if method == methods_table.UNEDITED
+        else dict.fromkeys(("perplexity", "seconds", "cpu_seconds", "mb"), 1.25)
+    )
     return methods_table.Row(method, setting, of="digest", **scores, **costs)
 
 
@@ -38,7 +50,12 @@ def test_facts_are_of_different_subjects_and_a_shorter_list_begins_a_longer_one(
 
 def test_neighbours_that_the_same_edit_rewrites_are_not_asked():
     facts = [
-        Fact("ABBA", "{} is from", "Japan", neighbours=(("Roxette is from", "Sweden"), ("Europe came from", "Sweden"))),
+        Fact(
+            "ABBA",
+            "{} is from",
+            "Japan",
+            neighbours=(("Roxette is from", "Sweden"), ("Europe came from", "Sweden")),
+        ),
         Fact("Roxette", "{} is from", "Italy", neighbours=(("ABBA is from", "Sweden"),)),
     ]
     first, second = methods_table.without_each_other(facts)
@@ -75,9 +92,20 @@ def test_means_are_over_the_facts_that_have_a_score_and_s_is_harmonic():
 
 
 @needs_pocket
-def test_a_killed_run_goes_on_and_other_settings_are_measured_again(lm, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_and_other_settings_are_measured_again(
+    lm, tmp_path, monkeypatch, capsys
+):
     data = tmp_path / "rows.jsonl"
-    asked = ["--only", "unedited", "ultraedit", "in-context", "--settings", "single:2", "mass:3", "sequential:4"]
+    asked = [
+        "--only",
+        "unedited",
+        "ultraedit",
+        "in-context",
+        "--settings",
+        "single:2",
+        "mass:3",
+        "sequential:4",
+    ]
     monkeypatch.setattr(methods_table, "BATCH", 2)
     monkeypatch.setattr(engram, "load", lambda *_, **__: lm)
 
@@ -92,7 +120,9 @@ def test_a_killed_run_goes_on_and_other_settings_are_measured_again(lm, tmp_path
     data.write_text("".join(lines[:-1]) + lines[-1][:20])  # killed in the middle of a line
     assert run() == [("sequential:4 ", " `in-context` ")]
     monkeypatch.setattr(methods_table, "preset", lambda method, _: {"rate": 2})
-    assert run() == [(f"{setting} ", " `ultraedit` ") for setting in ("single:2", "mass:3", "sequential:4")]
+    assert run() == [
+        (f"{setting} ", " `ultraedit` ") for setting in ("single:2", "mass:3", "sequential:4")
+    ]
     found = methods_table.rows(data)
     assert found["ultraedit", "sequential"].facts == 4
     assert found["unedited", "mass:3"].efficacy == 0
@@ -117,7 +147,10 @@ def test_ultraedits_sequence_keeps_its_statistics(lm, monkeypatch):
 
 def test_a_slow_method_gets_fewer_facts_and_no_edit_of_more(monkeypatch):
     monkeypatch.setattr(methods_table, "LIMITS", {"rome": 100})
-    asked = [methods_table.affordable("rome", each) for each in ("single:200", "mass:100", "mass:500", "sequential:200")]
+    asked = [
+        methods_table.affordable("rome", each)
+        for each in ("single:200", "mass:100", "mass:500", "sequential:200")
+    ]
     assert asked == ["single:100", "mass:100", None, "sequential:100"]
     assert methods_table.affordable("ft", "mass:500") == "mass:500"
 

@@ -13,7 +13,9 @@ from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingE
 
 
 def random_moment(size=12, seed=0):
-    keys_nf = torch.randn(5 * size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    keys_nf = torch.randn(
+        5 * size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return SecondMoment.from_matrix(keys_nf.T @ keys_nf / len(keys_nf), len(keys_nf))
 
 
@@ -28,12 +30,16 @@ def test_solve_inverts_c():
 def test_ridge_is_relative_to_the_mean_eigenvalue():
     moment, key_f = random_moment(), torch.ones(12)
     shifted = moment.matrix_ff + 0.5 * moment.matrix_ff.diagonal().mean() * torch.eye(12)
-    torch.testing.assert_close(moment.solve(key_f, ridge=0.5), torch.linalg.solve(shifted, key_f.double()))
+    torch.testing.assert_close(
+        moment.solve(key_f, ridge=0.5), torch.linalg.solve(shifted, key_f.double())
+    )
 
 
 def test_condition_is_the_ratio_of_extreme_eigenvalues():
     moment = random_moment()
-    assert moment.condition(steps=500) == pytest.approx(float(torch.linalg.cond(moment.matrix_ff)), rel=1e-3)
+    assert moment.condition(steps=500) == pytest.approx(
+        float(torch.linalg.cond(moment.matrix_ff)), rel=1e-3
+    )
     assert moment.condition() <= float(torch.linalg.cond(moment.matrix_ff)) * (1 + 1e-9)
 
 
@@ -41,7 +47,8 @@ def test_factor_and_condition_are_computed_once(monkeypatch):
     moment = random_moment()
     factor_ff, condition = moment.factor(0.1), moment.condition(0.1)
     torch.testing.assert_close(
-        factor_ff @ factor_ff.T, moment.matrix_ff + 0.1 * moment.matrix_ff.diagonal().mean() * torch.eye(12)
+        factor_ff @ factor_ff.T,
+        moment.matrix_ff + 0.1 * moment.matrix_ff.diagonal().mean() * torch.eye(12),
     )
     monkeypatch.setattr(torch, "cholesky_solve", lambda *_: pytest.fail("estimated again"))
     assert moment.factor(0.1) is factor_ff and moment.condition(0.1) == condition
@@ -66,7 +73,7 @@ def test_a_matrix_that_is_no_second_moment_is_refused(matrix, error, message):
         SecondMoment.from_matrix(matrix)
 
 
-# --- eigenvectors ---------------------------------------------------------------------------------------------------------
+# --- eigenvectors ---------------------------------------------------------------------------------
 
 
 def test_eigen_takes_c_apart():
@@ -74,15 +81,23 @@ def test_eigen_takes_c_apart():
     values_f, vectors_ff = moment.eigen()
     assert values_f.dtype == vectors_ff.dtype == torch.float64
     assert (values_f.diff() >= 0).all()
-    torch.testing.assert_close(vectors_ff * values_f @ vectors_ff.T, moment.matrix_ff, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(vectors_ff.T @ vectors_ff, torch.eye(12, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        vectors_ff * values_f @ vectors_ff.T, moment.matrix_ff, atol=1e-12, rtol=1e-12
+    )
+    torch.testing.assert_close(
+        vectors_ff.T @ vectors_ff, torch.eye(12, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     assert moment.eigen()[1] is vectors_ff
 
 
 def test_eigenvalues_below_rounding_are_raised_to_the_floor():
-    turn_ff = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    turn_ff = torch.linalg.qr(
+        torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
     moment = SecondMoment.from_matrix(turn_ff * torch.tensor([8.0, 1e-3, 1e-9, -1e-9]) @ turn_ff.T)
-    torch.testing.assert_close(moment.eigen()[0], torch.tensor([8e-7, 8e-7, 1e-3, 8.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        moment.eigen()[0], torch.tensor([8e-7, 8e-7, 1e-3, 8.0], dtype=torch.float64)
+    )
 
 
 def test_memory_counts_what_was_computed():
@@ -95,8 +110,12 @@ def test_memory_counts_what_was_computed():
 
 def spread_moment():
     """12 eigenvalues from 1e-4 to 1e7, each ten times the one before, along random directions."""
-    turn_ff = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    return SecondMoment.from_matrix(turn_ff * torch.logspace(-1, 4.5, 12, dtype=torch.float64) @ turn_ff.T, 1000)
+    turn_ff = torch.linalg.qr(
+        torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
+    return SecondMoment.from_matrix(
+        turn_ff * torch.logspace(-1, 4.5, 12, dtype=torch.float64) @ turn_ff.T, 1000
+    )
 
 
 def test_the_null_space_by_threshold_is_the_published_projector():
@@ -154,14 +173,17 @@ def test_a_null_space_that_is_not_chosen_one_way_is_refused(choice, message):
         random_moment().null_space(**choice)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_save_and_load(tmp_path):
     moment = SecondMoment.from_matrix(torch.eye(3) * 2, 10, {"corpus": "x"})
     moment.save(tmp_path / "c.safetensors")
     again = SecondMoment.load(tmp_path / "c.safetensors")
-    assert torch.equal(again.matrix_ff, moment.matrix_ff) and (again.count, again.source) == (10, {"corpus": "x"})
+    assert torch.equal(again.matrix_ff, moment.matrix_ff) and (again.count, again.source) == (
+        10,
+        {"corpus": "x"},
+    )
     (tmp_path / "junk").write_text("junk")
     with pytest.raises(EngramFileError, match="does not hold a second moment"):
         SecondMoment.load(tmp_path / "junk")
@@ -170,7 +192,13 @@ def test_save_and_load(tmp_path):
 def test_the_released_codes_files_are_read(tmp_path):
     total = np.diag([2.0, 4.0]).astype(np.float32)
     np.savez(
-        tmp_path / "c.npz", **{"mom2.mom2": total, "mom2.count": 4, "mom2.constructor": "SecondMoment", "sample_size": 2}
+        tmp_path / "c.npz",
+        **{
+            "mom2.mom2": total,
+            "mom2.count": 4,
+            "mom2.constructor": "SecondMoment",
+            "sample_size": 2,
+        },
     )
     moment = load_npz(tmp_path / "c.npz")
     assert moment.count == 4 and moment.matrix_ff.diagonal().tolist() == [0.5, 1.0]

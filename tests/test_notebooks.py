@@ -1,4 +1,6 @@
-"""Every notebook runs from top to bottom, holds what the run puts out, and names no folder of anybody's machine."""
+"""Every notebook runs from top to bottom, holds what the run puts out, and names no folder of
+anybody's machine.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_a_notebook_is_small_enough_to_read_as_a_diff(path):
 
 
 def test_a_run_has_this_source_tree_and_keeps_outputs_but_nothing_of_the_machine():
-    asked = notebook("import engram, pathlib\nprint(engram.__name__)", "pathlib.Path(engram.__file__).parts[-3:]")
+    asked = notebook(
+        "import engram, pathlib\nprint(engram.__name__)", "pathlib.Path(engram.__file__).parts[-3:]"
+    )
     fresh = run_notebooks.executed(asked)
     assert fresh.cells[0].outputs[0].text == "engram\n"
     assert fresh.cells[1].outputs[0].data["text/plain"] == "('src', 'engram', '__init__.py')"
@@ -54,14 +58,24 @@ def test_a_cell_that_fails_is_shown_with_its_error():
 
 
 @pytest.mark.parametrize(
-    "text", ["open('/home/ann/model')", "see /tmp/x.png", r"C:\models", "/x/lib/site-packages/y.py:3: Warning"]
+    "text",
+    [
+        "open('/home/ann/model')",
+        "see /tmp/x.png",
+        r"C:\models",
+        "/x/lib/site-packages/y.py:3: Warning",
+    ],
 )
 def test_a_folder_of_somebodys_machine_is_named(text):
     asked = notebook(text)
-    assert any("somebody's machine" in problem for problem in run_notebooks.complaints(asked, asked))
+    assert any(
+        "somebody's machine" in problem for problem in run_notebooks.complaints(asked, asked)
+    )
 
 
-@pytest.mark.parametrize("text", ["https://host.org/home/ann", "notebooks/tmp/x", "a / home", "../var/x", "text/plain"])
+@pytest.mark.parametrize(
+    "text", ["https://host.org/home/ann", "notebooks/tmp/x", "a / home", "../var/x", "text/plain"]
+)
 def test_addresses_and_relative_paths_are_not(text):
     asked = notebook(text)
     assert list(run_notebooks.complaints(asked, asked)) == []

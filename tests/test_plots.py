@@ -1,4 +1,6 @@
-"""Pictures show the numbers they are given, labelled as in the paper, without touching global state."""
+"""Pictures show the numbers they are given, labelled as in the paper, without touching global
+state.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,25 @@ from engram.locate.trace import CausalTrace
 @pytest.fixture
 def trace():
     generator = torch.Generator().manual_seed(0)
-    scores = {site: 0.1 + 0.8 * torch.rand(4, 48, generator=generator) for site in ("residual", "mlp", "attention")}
+    scores = {
+        site: 0.1 + 0.8 * torch.rand(4, 48, generator=generator)
+        for site in ("residual", "mlp", "attention")
+    }
     return CausalTrace(
-        prompt="The $ Needle\nis", subject="$ Needle", answer=" Seattle", model="some/gpt2-xl",
-        tokens=["The", " $", " Needle", "\nis"], positions=[0, 1, 2, 3], subject_range=(1, 3), corrupted=[1, 2],
-        scores=scores, low_score=0.1, high_score=0.9, window=10, samples=10,
-    )  # fmt: skip
+        prompt="The $ Needle\nis",
+        subject="$ Needle",
+        answer=" Seattle",
+        model="some/gpt2-xl",
+        tokens=["The", " $", " Needle", "\nis"],
+        positions=[0, 1, 2, 3],
+        subject_range=(1, 3),
+        corrupted=[1, 2],
+        scores=scores,
+        low_score=0.1,
+        high_score=0.9,
+        window=10,
+        samples=10,
+    )
 
 
 def maps(figure):
@@ -49,8 +64,15 @@ def test_one_site(trace):
 
 def test_subject_tokens_carry_a_star_and_layers_are_counted_from_zero(trace):
     ax = maps(trace.plot("residual"))[0]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["The", r" \$*", " Needle*", r"\nis"]
-    assert [label.get_text() for label in ax.get_xticklabels()] == [str(layer) for layer in range(0, 42, 5)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "The",
+        r" \$*",
+        " Needle*",
+        r"\nis",
+    ]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        str(layer) for layer in range(0, 42, 5)
+    ]
     assert ax.get_xlabel() == "single restored layer of gpt2-xl"
 
 
@@ -78,7 +100,7 @@ def test_a_trace_without_effect_is_drawn(trace):
     assert flat.plot()
 
 
-# -- other directions, units and methods -----------------------------------------------------------------------------------
+# -- other directions, units and methods -----------------------------------------------------------
 
 
 def changed(trace, settings=None, **fields):
@@ -97,14 +119,19 @@ def test_what_is_inserted_is_dark_where_the_score_falls(trace):
 
 @pytest.mark.parametrize(
     ("direction", "title"),
-    [("denoise", "Clean input, state kept corrupted"), ("noise", "Corrupted input, state kept clean")],
+    [
+        ("denoise", "Clean input, state kept corrupted"),
+        ("noise", "Corrupted input, state kept clean"),
+    ],
 )
 def test_of_a_direct_effect_it_is_said_what_is_kept(trace, direction, title):
     ax = changed(trace, {"direction": direction, "effect": "direct"}).plot("residual").axes[0]
     assert ax.get_title() == title and ax.get_xlabel() == "single kept layer of gpt2-xl"
 
 
-@pytest.mark.parametrize(("method", "words"), [("attribution", "(estimate)"), ("screened", "(partly estimated)")])
+@pytest.mark.parametrize(
+    ("method", "words"), [("attribution", "(estimate)"), ("screened", "(partly estimated)")]
+)
 def test_an_estimate_is_called_one(trace, method, words):
     for ax in maps(changed(trace, method=method).plot()):
         assert ax.get_title().endswith(f"after corrupted input {words}")
@@ -132,7 +159,11 @@ def test_heads_are_shown_at_the_token_where_one_does_most(trace):
 
 def test_neurons_are_named_by_layer_and_number(trace):
     table = trace.scores["mlp"][:, :3]
-    ax = changed(trace, {"neurons": [[0, 7], [5, 12], [47, 6399]]}, scores={"neuron": table}).plot().axes[0]
+    ax = (
+        changed(trace, {"neurons": [[0, 7], [5, 12], [47, 6399]]}, scores={"neuron": table})
+        .plot()
+        .axes[0]
+    )
     assert np.array_equal(ax.collections[0].get_array().reshape(4, 3), table.numpy())
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0.7", "5.12", "47.6399"]
 
@@ -146,16 +177,27 @@ def test_neurons_are_named_by_layer_and_number(trace):
 )
 def test_the_colour_bar_says_what_was_measured(trace, settings, label):
     bars = [ax for ax in changed(trace, settings).plot().axes if ax.get_label() == "<colorbar>"]
-    assert [bar.get_ylabel() for bar in bars] == [label] * 3, "beside the bar, since it is too long to go underneath"
+    assert [bar.get_ylabel() for bar in bars] == [label] * 3, (
+        "beside the bar, since it is too long to go underneath"
+    )
 
 
 def test_no_text_leaves_the_picture_or_covers_another(trace):
     """Titles of severed and estimated tables are the longest there are."""
-    severed = {f"{site}{end}": trace.scores[site] for site in ("residual",) for end in ("", ", attention severed")}
+    severed = {
+        f"{site}{end}": trace.scores[site]
+        for site in ("residual",)
+        for end in ("", ", attention severed")
+    }
     shown = changed(trace, scores=severed)
     estimated = changed(trace, method="screened", answer=" Johannesburg")
     average = AverageTrace([changed(trace, method="screened")] * 1000)
-    for figure in (shown.plot(), estimated.plot(), average.plot(), AverageTrace([shown] * 1000).plot()):
+    for figure in (
+        shown.plot(),
+        estimated.plot(),
+        average.plot(),
+        AverageTrace([shown] * 1000).plot(),
+    ):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         width, height = figure.bbox.size
@@ -168,10 +210,16 @@ def test_no_text_leaves_the_picture_or_covers_another(trace):
             assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-# -- averages --------------------------------------------------------------------------------------------------------------
+# -- averages --------------------------------------------------------------------------------------
 
-LABELS = ["First subject token", "Middle subject tokens", "Last subject token", "First subsequent token", "Further tokens",
-          "Last token"]  # fmt: skip
+LABELS = [
+    "First subject token",
+    "Middle subject tokens",
+    "Last subject token",
+    "First subsequent token",
+    "Further tokens",
+    "Last token",
+]
 
 
 @pytest.fixture
@@ -181,15 +229,32 @@ def average():
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         scores = {site: torch.rand(8, 48, generator=generator) * top for site, top in TOPS.items()}
-        traces.append(CausalTrace(
-            prompt=f"p{seed}", subject="s", answer=" a", tokens=[str(i) for i in range(8)], positions=list(range(8)),
-            subject_range=(0, 4), corrupted=[0, 1, 2, 3], scores=scores, low_score=0.2, high_score=0.9, window=10, samples=10,
-            model="some/gpt2-xl", last=7,
-        ))  # fmt: skip
+        traces.append(
+            CausalTrace(
+                prompt=f"p{seed}",
+                subject="s",
+                answer=" a",
+                tokens=[str(i) for i in range(8)],
+                positions=list(range(8)),
+                subject_range=(0, 4),
+                corrupted=[0, 1, 2, 3],
+                scores=scores,
+                low_score=0.2,
+                high_score=0.9,
+                window=10,
+                samples=10,
+                model="some/gpt2-xl",
+                last=7,
+            )
+        )
     return AverageTrace(traces)
 
 
-TOPS = {"residual": 0.9, "mlp": 1.0, "attention": 0.3}  # MLP is the highest, and attention's effects are negative
+TOPS = {
+    "residual": 0.9,
+    "mlp": 1.0,
+    "attention": 0.3,
+}  # MLP is the highest, and attention's effects are negative
 
 
 def panels(figure):
@@ -205,18 +270,28 @@ def test_the_average_has_six_rows_and_one_scale(average):
     assert figure.get_size_inches().tolist() == [10.5, 2.0] and figure.dpi == 200
     top = float(average.effects("residual").mean.max())
     for ax, (site, colours) in zip(
-        panels(figure), {"residual": "Purples", "mlp": "Greens", "attention": "Reds"}.items(), strict=True
+        panels(figure),
+        {"residual": "Purples", "mlp": "Greens", "attention": "Reds"}.items(),
+        strict=True,
     ):
         mesh = ax.collections[0]
         wanted = average.effects(site).mean.clamp(min=0).numpy()
-        assert np.array_equal(mesh.get_array().reshape(6, 48), wanted) and mesh.get_cmap().name == colours
+        assert (
+            np.array_equal(mesh.get_array().reshape(6, 48), wanted)
+            and mesh.get_cmap().name == colours
+        )
         assert mesh.get_clim() == (0, pytest.approx(top))
-        assert [label.get_text() for label in ax.get_yticklabels()] == LABELS and ax.yaxis_inverted()
-        assert [label.get_text() for label in ax.get_xticklabels()] == [str(layer) for layer in range(0, 42, 5)]
+        assert [
+            label.get_text() for label in ax.get_yticklabels()
+        ] == LABELS and ax.yaxis_inverted()
+        assert [label.get_text() for label in ax.get_xticklabels()] == [
+            str(layer) for layer in range(0, 42, 5)
+        ]
     assert float(average.effects("mlp").mean.max()) > top, "which makes the shared limit one"
     assert float(average.effects("attention").mean.min()) < 0, "which makes the clipping one"
     assert [title.replace("\n", " ") for title in titles(figure)] == [
-        f"Average indirect effect of {name} over 20 prompts" for name in ("state", "MLP", "attention")
+        f"Average indirect effect of {name} over 20 prompts"
+        for name in ("state", "MLP", "attention")
     ]
     assert [ax.get_title() for ax in figure.axes].count("AIE") == 3
 
@@ -226,7 +301,10 @@ def test_the_average_of_the_other_direction_shows_how_much_is_lost(average):
     other = AverageTrace([changed(trace, settings, low_score=0.1) for trace in average.traces])
     figure = other.plot()
     wanted = (-other.effects("mlp").mean).clamp(min=0).numpy()
-    assert np.array_equal(panels(figure)[1].collections[0].get_array().reshape(6, 48), wanted) and wanted.max() > 0.3
+    assert (
+        np.array_equal(panels(figure)[1].collections[0].get_array().reshape(6, 48), wanted)
+        and wanted.max() > 0.3
+    )
     assert [ax.get_title() for ax in figure.axes].count("-ADE") == 3
     assert titles(figure)[0].replace("\n", " ") == "Average direct effect of state over 20 prompts"
 
@@ -235,8 +313,15 @@ def test_a_place_that_no_fact_has_is_grey_and_has_no_line(average):
     shorter = AverageTrace([changed(trace, subject_range=(0, 2)) for trace in average.traces])
     ax = panels(shorter.plot())[0]
     shown = ax.collections[0].get_array().reshape(6, 48)
-    assert shown.mask[1].all() and not shown.mask[[0, 2, 3, 4, 5]].any() and ax.get_facecolor() == (0.9, 0.9, 0.9, 1)
-    assert [line.get_label() for line in panels(shorter.plot_lines())[0].lines] == [LABELS[0], *LABELS[2:]]
+    assert (
+        shown.mask[1].all()
+        and not shown.mask[[0, 2, 3, 4, 5]].any()
+        and ax.get_facecolor() == (0.9, 0.9, 0.9, 1)
+    )
+    assert [line.get_label() for line in panels(shorter.plot_lines())[0].lines] == [
+        LABELS[0],
+        *LABELS[2:],
+    ]
 
 
 @pytest.mark.parametrize("interval", ["bootstrap", "reference"])
@@ -250,22 +335,36 @@ def test_lines_are_means_with_their_bands(average, interval):
         assert [line.get_color() for line in ax.lines] == [tab10[i] for i in (0, 1, 2, 4, 5, 3)]
         for i, (line, band) in enumerate(zip(ax.lines, ax.collections, strict=True)):
             assert np.array_equal(line.get_ydata(), curves.mean[i].numpy())
-            assert band.get_alpha() == 0.3 and np.array_equal(band.get_facecolor()[0, :3], line.get_color())
+            assert band.get_alpha() == 0.3 and np.array_equal(
+                band.get_facecolor()[0, :3], line.get_color()
+            )
             corners = band.get_paths()[0].vertices
             for edge in (curves.low[i], curves.high[i]):
-                assert {(layer, value) for layer, value in enumerate(edge.tolist())} <= set(map(tuple, corners.tolist()))
+                assert {(layer, value) for layer, value in enumerate(edge.tolist())} <= set(
+                    map(tuple, corners.tolist())
+                )
     assert [ax.get_legend() is not None for ax in panels(figure)] == [False, True, False]
     assert len({ax.get_ylim() for ax in panels(figure)}) == 1, "one axis for all"
-    assert titles(figure) == [f"Average indirect effect of {name}" for name in ("state", "MLP", "attention")]
+    assert titles(figure) == [
+        f"Average indirect effect of {name}" for name in ("state", "MLP", "attention")
+    ]
 
 
 def severed(average):
     """The same facts, with two severed tables."""
     ends = {"": 1.0, ", mlp severed": 0.8, ", attention severed": 0.9}
-    return AverageTrace([
-        changed(trace, scores={f"residual{end}": trace.scores["residual"] * factor for end, factor in ends.items()})
-        for trace in average.traces
-    ])  # fmt: skip
+    return AverageTrace(
+        [
+            changed(
+                trace,
+                scores={
+                    f"residual{end}": trace.scores["residual"] * factor
+                    for end, factor in ends.items()
+                },
+            )
+            for trace in average.traces
+        ]
+    )
 
 
 @pytest.mark.parametrize("place", ["last subject", "last"])
@@ -275,7 +374,11 @@ def test_severed_paths_are_three_bars_a_layer(average, place):
     tables = ["residual", "residual, attention severed", "residual, mlp severed"]
     colours = ["#7261ab", "#f3201b", "#20b020"]
     groups = [group for group in ax.containers if isinstance(group, BarContainer)]
-    assert [group.get_label() for group in groups] == ["as it is", "attention severed", "MLP severed"]
+    assert [group.get_label() for group in groups] == [
+        "as it is",
+        "attention severed",
+        "MLP severed",
+    ]
     for group, table, colour, offset in zip(groups, tables, colours, (-0.3, 0, 0.3), strict=True):
         wanted = 100 * cut.effects(table).mean[TOKEN_ROLES.index(place)].numpy()
         np.testing.assert_allclose([bar.get_height() for bar in group], wanted)
@@ -288,7 +391,9 @@ def test_severed_paths_are_three_bars_a_layer(average, place):
 
 def test_of_one_fact_the_bars_have_no_interval_and_small_effects_stay_small(average):
     trace = severed(average).traces[0]
-    flat = changed(trace, scores={site: torch.full_like(table, 0.21) for site, table in trace.scores.items()})
+    flat = changed(
+        trace, scores={site: torch.full_like(table, 0.21) for site, table in trace.scores.items()}
+    )
     ax = flat.plot_severed().axes[0]
     assert ax.get_ylabel() == "indirect effect, %" and ax.get_ylim() == (0.0, 2.5)
     assert all(group.errorbar is None for group in ax.containers)
@@ -296,25 +401,39 @@ def test_of_one_fact_the_bars_have_no_interval_and_small_effects_stay_small(aver
 
 def test_bars_are_an_index_of_what_was_severed(average):
     cut = severed(average)
-    one = AverageTrace([
-        changed(t, scores={k: v for k, v in t.scores.items() if "attention" not in k}) for t in cut.traces
-    ])  # fmt: skip
-    labels = [group.get_label() for group in one.plot_severed().axes[0].containers if isinstance(group, BarContainer)]
+    one = AverageTrace(
+        [
+            changed(t, scores={k: v for k, v in t.scores.items() if "attention" not in k})
+            for t in cut.traces
+        ]
+    )
+    labels = [
+        group.get_label()
+        for group in one.plot_severed().axes[0].containers
+        if isinstance(group, BarContainer)
+    ]
     assert labels == ["as it is", "MLP severed"]
 
 
 def test_nothing_severed_has_no_bars(average):
-    with pytest.raises(SettingError, match=r"no severed tables; trace with sites=\['residual'\], severed="):
+    with pytest.raises(
+        SettingError, match=r"no severed tables; trace with sites=\['residual'\], severed="
+    ):
         average.plot_severed()
-    with pytest.raises(SettingError, match="place='subject' does not exist; expected 'first subject'"):
+    with pytest.raises(
+        SettingError, match="place='subject' does not exist; expected 'first subject'"
+    ):
         severed(average).plot_severed("subject")
 
 
 def test_heads_and_neurons_have_no_line_a_layer(trace):
-    heads = AverageTrace([changed(trace, scores={"head": torch.rand(4, 6, 3), "neuron": torch.rand(4, 6)})])
+    heads = AverageTrace(
+        [changed(trace, scores={"head": torch.rand(4, 6, 3), "neuron": torch.rand(4, 6)})]
+    )
     for draw in (heads.plot, heads.plot_lines):
         with pytest.raises(
-            SettingError, match=r"none of \['head', 'neuron'\] has one value a layer; see AverageTrace.effects"
+            SettingError,
+            match=r"none of \['head', 'neuron'\] has one value a layer; see AverageTrace.effects",
         ):
             draw()
 

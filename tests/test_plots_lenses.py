@@ -1,4 +1,6 @@
-"""Pictures of lenses, refinements and memories show the numbers they are given, whatever the tokens look like."""
+"""Pictures of lenses, refinements and memories show the numbers they are given, whatever the tokens
+look like.
+"""
 
 from __future__ import annotations
 
@@ -76,14 +78,20 @@ def test_every_cell_holds_its_top_token_bold_where_it_comes_next(read):
     for (row, at), text in shown.items():
         token = read.top(row, at)[0][0]
         assert text.get_text() == plain(token.strip(" ") or "␣" * len(token))
-        assert text.get_fontproperties().get_weight() == ("bold" if read.rank[row, at] == 1 else "normal")
+        assert text.get_fontproperties().get_weight() == (
+            "bold" if read.rank[row, at] == 1 else "normal"
+        )
 
 
 def test_tokens_stand_below_and_next_tokens_above(read):
     ax = read.plot(positions=[1, -1]).axes[0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == [plain(read.tokens[at].strip(" ")) for at in (1, -1)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        plain(read.tokens[at].strip(" ")) for at in (1, -1)
+    ]
     above = ax.child_axes[0].get_xticklabels()
-    assert [label.get_text() for label in above] == [plain(read.answers[at].strip(" ")) for at in (1, -1)]
+    assert [label.get_text() for label in above] == [
+        plain(read.answers[at].strip(" ")) for at in (1, -1)
+    ]
     assert len(cells(ax)) == 2 * len(read.rank)
     assert [label.get_text() for label in ax.get_yticklabels()] == read.labels()
 
@@ -94,11 +102,15 @@ def test_the_line_is_where_columns_settle(read):
 
 
 def test_strange_tokens_are_drawn_and_none_overlaps_its_cell(read, tmp_path):
-    """Warnings are errors here: a letter without a picture, or an unfinished formula, would end the test."""
+    """Warnings are errors here: a letter without a picture, or an unfinished formula, would end the
+    test.
+    """
     names = dict.fromkeys(read.top_tokens, "")
     strange = {token: STRANGE[i % len(STRANGE)] for i, token in enumerate(names)}
     tokens = (STRANGE * 2)[: len(read.tokens)]
-    figure = replace(read, top_tokens=strange, tokens=tokens, answers=tokens[::-1], model="a/$b$").plot()
+    figure = replace(
+        read, top_tokens=strange, tokens=tokens, answers=tokens[::-1], model="a/$b$"
+    ).plot()
     figure.savefig(tmp_path / "lens.png")
     figure.savefig(tmp_path / "lens.pdf")
     ax = figure.axes[0]
@@ -116,7 +128,9 @@ def test_the_refinement_goes_through_every_point_in_order(refined):
     chance, rank, bars = refined.plot(position=2).axes
     for ax, table in ((chance, refined.probability), (rank, refined.rank)):
         drawn = [tuple(line.get_ydata()) for line in ax.lines if len(line.get_ydata()) == 2]
-        entering, middle, leaving = (table[point][:, 2].tolist() for point in ("entering", "middle", "leaving"))
+        entering, middle, leaving = (
+            table[point][:, 2].tolist() for point in ("entering", "middle", "leaving")
+        )
         wanted = [
             pair
             for steps in zip(entering, middle, leaving, strict=True)
@@ -137,7 +151,10 @@ def test_memories_are_bars_with_words_beside():
     found = Memories("a b", "some/model", 3, 1, " $b", True, (memory(9, 4.0), memory(5, -1.0)))
     bars, words = plot_memories(found).axes
     assert [patch.get_width() for patch in bars.patches] == [8.0, -2.0]
-    assert [label.get_text() for label in bars.get_yticklabels()] == ["9", "5"] and bars.yaxis_inverted()
+    assert [label.get_text() for label in bars.get_yticklabels()] == [
+        "9",
+        "5",
+    ] and bars.yaxis_inverted()
     assert [text.get_text() for text in words.texts] == [r"up   \$", "down"]
     assert bars.get_title("left") == r"at token ' \$b', before the norm of the MLP's output"
 
@@ -153,10 +170,15 @@ def test_pictures_are_written_and_no_global_setting_changes(read, refined, tmp_p
 
 def test_models_with_many_layers_number_every_fifth(read):
     rows = 49
-    tables = {name: getattr(read, name)[:1].repeat(rows, *[1] * (getattr(read, name).dim() - 1))
-              for name in ("top_ids", "top_probabilities", "probability", "rank", "entropy", "kl")}  # fmt: skip
+    tables = {
+        name: getattr(read, name)[:1].repeat(rows, *[1] * (getattr(read, name).dim() - 1))
+        for name in ("top_ids", "top_probabilities", "probability", "rank", "entropy", "kl")
+    }
     ax = plot_lens(replace(read, **tables)).axes[0]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["in", *map(str, range(0, 42, 5))]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "in",
+        *map(str, range(0, 42, 5)),
+    ]
 
 
 def test_a_flat_table_is_drawn(read, refined):
@@ -166,7 +188,10 @@ def test_a_flat_table_is_drawn(read, refined):
 
 
 def test_mistakes_are_explained(read, refined):
-    with pytest.raises(SettingError, match="shade='loss' does not exist; colours can mean probability, answer, rank"):
+    with pytest.raises(
+        SettingError,
+        match="shade='loss' does not exist; colours can mean probability, answer, rank",
+    ):
         read.plot("loss")
     with pytest.raises(SettingError, match="position=99: the text has"):
         read.plot(positions=[99])

@@ -36,7 +36,7 @@ def known(subject: str, relation: str) -> pocket.KnownFact:
     return fact
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_importing_pocket_imports_no_torch():
@@ -89,7 +89,10 @@ def test_every_fact_has_neighbours_with_its_object_and_other_subjects():
     for fact in pocket.facts():
         around = pocket.neighbours(fact, count=3)
         assert len(around) == 3
-        assert all((n.relation, n.object) == (fact.relation, fact.object) and n.subject != fact.subject for n in around)
+        assert all(
+            (n.relation, n.object) == (fact.relation, fact.object) and n.subject != fact.subject
+            for n in around
+        )
 
 
 def test_the_counterfactual_is_another_object_of_the_relation():
@@ -101,11 +104,13 @@ def test_the_counterfactual_is_another_object_of_the_relation():
 
 
 def test_a_misspelt_relation_is_named():
-    with pytest.raises(EngramError, match="relation 'town' is not in the pocket table; it has birth_country"):
+    with pytest.raises(
+        EngramError, match="relation 'town' is not in the pocket table; it has birth_country"
+    ):
         pocket.find(SEATTLE, "town")
 
 
-# --- edits from the table -------------------------------------------------------------------------------------------------
+# --- edits from the table -------------------------------------------------------------------------
 
 
 def test_as_fact_edits_a_trained_template_and_tests_held_out_ones():
@@ -115,7 +120,9 @@ def test_as_fact_edits_a_trained_template_and_tests_held_out_ones():
     assert (edit.subject, edit.target, edit.target_true) == (SEATTLE, "Paris", "Seattle")
     asked = [template.replace("{}", SEATTLE) for template in fact.paraphrases()]
     assert len(edit.paraphrases) == len(asked)
-    assert all(text.endswith(question) for text, question in zip(edit.paraphrases, asked, strict=True))
+    assert all(
+        text.endswith(question) for text, question in zip(edit.paraphrases, asked, strict=True)
+    )
     assert any(text != question for text, question in zip(edit.paraphrases, asked, strict=True))
     assert {answer for _, answer in edit.neighbours} == {"Seattle"}
     assert not any(SEATTLE in text for text, _ in edit.neighbours)
@@ -142,7 +149,12 @@ def test_evidence_is_found_for_words_of_the_callers_own():
 
 
 def test_evidence_keeps_what_the_caller_gave():
-    given = Fact(SEATTLE, "The {} is located in the city of", "Paris", paraphrases=("The Space Needle is in",))
+    given = Fact(
+        SEATTLE,
+        "The {} is located in the city of",
+        "Paris",
+        paraphrases=("The Space Needle is in",),
+    )
     assert pocket.evidence_for(given).paraphrases == given.paraphrases
     assert pocket.evidence_for(given).neighbours
 
@@ -160,11 +172,13 @@ def test_evidence_leaves_a_fact_beyond_the_table_unchanged(fact):
     assert pocket.evidence_for(fact) == fact
 
 
-# --- the model ------------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_the_package_is_small():
-    files = [path for path in pocket.PATH.parent.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = [
+        path for path in pocket.PATH.parent.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    ]
     assert sum(path.stat().st_size for path in files) <= 25e6
     assert (pocket.PATH / "model.safetensors").stat().st_size <= 16.9e6
 
@@ -194,7 +208,9 @@ def test_facts_are_known_through_templates_never_trained_with_them(model, tokeni
     sample = random.Random(0).sample(pairs, 300)
     for fact, template in sample:
         with torch.inference_mode():
-            logits_v = model(**tokenizer(template.replace("{}", fact.subject), return_tensors="pt")).logits[0, -1]
+            logits_v = model(
+                **tokenizer(template.replace("{}", fact.subject), return_tensors="pt")
+            ).logits[0, -1]
         right += tokenizer.decode(logits_v.argmax()) == " " + fact.object
     assert right / len(sample) >= 0.95
 

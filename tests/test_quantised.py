@@ -23,10 +23,19 @@ from engram.modules.fingerprints import fingerprint, fingerprints
 from engram.modules.weights import as_linear, linear_shape, quantisation
 from tests.tiny import TEXT, tiny_folder
 
-FACT = Fact("tower of Rome", "The {} is in the city of", "Paris", neighbours=(("The river runs through", "London"),))
+FACT = Fact(
+    "tower of Rome",
+    "The {} is in the city of",
+    "Paris",
+    neighbours=(("The river runs through", "London"),),
+)
 SETTINGS: dict[str, Any] = {
-    "layer": 1, "contexts": ["{}", "He sings. {}"], "corpus": TEXT.splitlines() * 4, "tokens": 200, "steps": 3,
-}  # fmt: skip
+    "layer": 1,
+    "contexts": ["{}", "He sings. {}"],
+    "corpus": TEXT.splitlines() * 4,
+    "tokens": 200,
+    "steps": 3,
+}
 SCHEMES = {  # what is loaded -> family, how it is told
     "bitsandbytes int8": "gpt2",
     "bitsandbytes nf4": "gpt2",
@@ -35,7 +44,9 @@ SCHEMES = {  # what is loaded -> family, how it is told
     "torchao IntxUnpackedToInt8Tensor": "llama",
 }
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),  # that is what it does
+    pytest.mark.filterwarnings(
+        "ignore:MatMul8bitLt. inputs will be cast:UserWarning"
+    ),  # that is what it does
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao.*"),
 ]
 
@@ -49,10 +60,16 @@ def config(scheme: str) -> Any:
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     if package == "bitsandbytes":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32
+        )
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "Int8Tensor" else IntxWeightOnlyConfig(weight_dtype=torch.int4))
+    return TorchAoConfig(
+        Int8WeightOnlyConfig()
+        if kind == "Int8Tensor"
+        else IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    )
 
 
 @cache
@@ -78,12 +95,18 @@ def test_the_numbers_of_a_packed_weight_are_those_it_computes_with(scheme: str) 
     lm = loaded(scheme)
     module = lm.parts.mlp_out(1)
     assert quantisation(module) == scheme
-    assert linear_shape(module) == tuple(as_linear(module).shape) == (lm.d_model, lm.parts.mlp_width(1))
+    assert (
+        linear_shape(module)
+        == tuple(as_linear(module).shape)
+        == (lm.d_model, lm.parts.mlp_width(1))
+    )
     x = torch.randn(7, lm.parts.mlp_width(1), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         got, told = module(x), x @ as_linear(module).T + (0 if module.bias is None else module.bias)
     error = float((got - told).norm() / told.norm())
-    assert error < (0.02 if "bitsandbytes int8" in scheme else 1e-5)  # that one packs its inputs too
+    assert error < (
+        0.02 if "bitsandbytes int8" in scheme else 1e-5
+    )  # that one packs its inputs too
 
 
 def test_two_loads_have_the_same_prints_and_a_forward_pass_changes_none(scheme: str) -> None:
@@ -134,18 +157,29 @@ def test_writing_into_a_packed_weight_is_refused_with_the_ways_out(scheme: str) 
         edit.applied(lm).__enter__()
 
 
-def test_one_matrix_unpacked_takes_the_edit_and_gives_way_to_the_packed_one_again(scheme: str) -> None:
+def test_one_matrix_unpacked_takes_the_edit_and_gives_way_to_the_packed_one_again(
+    scheme: str,
+) -> None:
     lm = loaded(scheme)
     edit = engram.rewrite(lm, FACT, **SETTINGS)
-    before, packed, told = fingerprints(lm.model), lm.parts.mlp_out(1), repr(lm.model.config.quantization_config)
+    before, packed, told = (
+        fingerprints(lm.model),
+        lm.parts.mlp_out(1),
+        repr(lm.model.config.quantization_config),
+    )
     with edit.attached(lm):
         beside = logits(lm.model)
     with engram.dequantised(lm, 1) as same:
         assert same is lm and quantisation(lm.parts.mlp_out(1)) is None
-        torch.testing.assert_close(as_linear(lm.parts.mlp_out(1)), as_linear(packed), rtol=0, atol=0)
+        torch.testing.assert_close(
+            as_linear(lm.parts.mlp_out(1)), as_linear(packed), rtol=0, atol=0
+        )
         with edit.applied(lm):
             torch.testing.assert_close(
-                logits(lm.model), beside, rtol=0, atol=0.05 if "bitsandbytes int8" in scheme else 1e-4
+                logits(lm.model),
+                beside,
+                rtol=0,
+                atol=0.05 if "bitsandbytes int8" in scheme else 1e-4,
             )
     assert lm.parts.mlp_out(1) is packed
     assert fingerprints(lm.model) == before
@@ -155,7 +189,9 @@ def test_one_matrix_unpacked_takes_the_edit_and_gives_way_to_the_packed_one_agai
     assert lm.parts.mlp_out(1) is packed
 
 
-@pytest.mark.parametrize("scheme", [each for each in SCHEMES if each.startswith("bitsandbytes")], indirect=True)
+@pytest.mark.parametrize(
+    "scheme", [each for each in SCHEMES if each.startswith("bitsandbytes")], indirect=True
+)
 def test_a_checkpoint_with_the_edit_in_its_one_unpacked_matrix(scheme: str, tmp_path: Path) -> None:
     lm = loaded(scheme)
     edit = engram.rewrite(lm, FACT, **SETTINGS)
@@ -172,18 +208,24 @@ def test_a_checkpoint_with_the_edit_in_its_one_unpacked_matrix(scheme: str, tmp_
 def test_an_edit_of_the_float_model_is_told_apart_and_can_be_forced(scheme: str) -> None:
     lm, plain = loaded(scheme), engram.load(folder_of(SCHEMES[scheme]))
     edit = engram.rewrite(plain, FACT, **SETTINGS)
-    with pytest.raises(BaseMismatchError, match=f"it is {scheme}, the edit was made on plain float32"):
+    with pytest.raises(
+        BaseMismatchError, match=f"it is {scheme}, the edit was made on plain float32"
+    ):
         edit.attached(lm).__enter__()
     unedited = logits(lm.model)
     with edit.attached(lm, force=True):
         assert not torch.allclose(logits(lm.model), unedited, atol=1e-3)
     own = engram.rewrite(lm, FACT, **SETTINGS)
-    with pytest.raises(BaseMismatchError, match=f"it is plain float32, the edit was made on {scheme}"):
+    with pytest.raises(
+        BaseMismatchError, match=f"it is plain float32, the edit was made on {scheme}"
+    ):
         own.applied(plain).__enter__()
 
 
 def test_a_family_that_torchao_passes_over_is_no_quantised_model() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"keeps its matrices as Conv1D.*bitsandbytes packs both"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"keeps its matrices as Conv1D.*bitsandbytes packs both"
+    ):
         engram.load(folder_of("gpt2"), quantization_config=config("torchao Int8Tensor"))
 
 
@@ -200,5 +242,8 @@ def test_what_cannot_be_read_says_what_can() -> None:
 
     module = Packed(2, 2)
     module.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match=r"Packed holds its weight as Parameter \(uint8\).*bitsandbytes .int8"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"Packed holds its weight as Parameter \(uint8\).*bitsandbytes .int8",
+    ):
         as_linear(module)

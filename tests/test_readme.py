@@ -17,7 +17,9 @@ BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\s*```text\n(?P<output>.*?)``
 
 
 def without_decimals(text: str) -> str:
-    """Words, counts and verdicts have to agree; decimals differ in their last digits between machines."""
+    """Words, counts and verdicts have to agree; decimals differ in their last digits between
+    machines.
+    """
     text = re.sub(r"\d+\.\d+", "#", text)
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 

@@ -1,4 +1,6 @@
-"""A receipt says what was measured, by the library's own scoring, and judges it by limits that it shows."""
+"""A receipt says what was measured, by the library's own scoring, and judges it by limits that it
+shows.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,16 @@ from tests.edit_samples import random_edit
 from tests.tiny import tiny_lm
 
 FACT = Fact(
-    "tower of Rome", "The {} is in the city of", "Paris", "London",
+    "tower of Rome",
+    "The {} is in the city of",
+    "Paris",
+    "London",
     paraphrases=("To see the tower of Rome, go to", "The tower of Rome stands in"),
-    neighbours=(("The bridge is in the city of", "London"), ("The river runs through", "London and Rome")),
-)  # fmt: skip
+    neighbours=(
+        ("The bridge is in the city of", "London"),
+        ("The river runs through", "London and Rome"),
+    ),
+)
 
 
 def edit_of(lm, fact=FACT):
@@ -77,7 +85,9 @@ def test_drift_is_measured_on_held_out_text_and_on_the_weight(lm, receipt):
     assert receipt.perplexity[0] == pytest.approx(lm.perplexity(held_out_text()))
     with edit.applied(lm):
         assert receipt.perplexity[1] == pytest.approx(lm.perplexity(held_out_text()))
-    assert receipt.norm_ratio == pytest.approx(float(edit.deltas[name].dense().double().norm() / weight.norm()))
+    assert receipt.norm_ratio == pytest.approx(
+        float(edit.deltas[name].dense().double().norm() / weight.norm())
+    )
     assert receipt.rounding < 1e-6
 
 
@@ -92,7 +102,11 @@ def test_half_precision_costs_are_shown():
     small = random_edit(lm)
     (name,) = small.deltas
     delta = small.deltas[name]
-    small = replace(small, facts=(FACT,), deltas={name: engram.Delta(delta.left * 1e-4, delta.right, delta.owners)})
+    small = replace(
+        small,
+        facts=(FACT,),
+        deltas={name: engram.Delta(delta.left * 1e-4, delta.right, delta.owners)},
+    )
     receipt = engram.verify(lm, small)
     assert receipt.rounding > 0.25 and not receipt.passed
     assert receipt.dtype == "bfloat16"
@@ -128,7 +142,7 @@ def test_a_receipt_is_kept_in_the_edit(lm, receipt, tmp_path):
     assert json.loads(json.dumps(receipt.to_dict()))["passed"] == receipt.passed
 
 
-# --- the verdict ----------------------------------------------------------------------------------------------------------
+# --- the verdict ----------------------------------------------------------------------------------
 
 
 def made(right: dict[str, list[tuple[bool, bool]]], **numbers) -> Receipt:
@@ -141,7 +155,11 @@ def made(right: dict[str, list[tuple[bool, bool]]], **numbers) -> Receipt:
     return Receipt(answers, (), model="m", dtype="float32", **given)
 
 
-GOOD = {"edit": [(False, True)], "paraphrase": [(False, True)] * 4 + [(False, False)], "neighbour": [(True, True)] * 5}
+GOOD = {
+    "edit": [(False, True)],
+    "paraphrase": [(False, True)] * 4 + [(False, False)],
+    "neighbour": [(True, True)] * 5,
+}
 
 
 def test_a_good_edit_passes():
@@ -174,7 +192,8 @@ def test_neighbours_that_were_wrong_before_do_not_count_as_lost():
 
 def test_limits_can_be_chosen_and_are_shown():
     receipt = replace(
-        made({**GOOD, "edit": [(False, False)]}), thresholds=Thresholds(min_efficacy=None, max_norm_ratio=0.5)
+        made({**GOOD, "edit": [(False, False)]}),
+        thresholds=Thresholds(min_efficacy=None, max_norm_ratio=0.5),
     )
     assert receipt.passed
     assert "≤ 0.5" in str(receipt) and "efficacy               0.000         —" in str(receipt)

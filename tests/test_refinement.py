@@ -1,4 +1,6 @@
-"""The states around every MLP are told apart as the blocks make them, and the four kinds are counted as published."""
+"""The states around every MLP are told apart as the blocks make them, and the four kinds are
+counted as published.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NO_SUM = {"bloom-postnorm", "opt-350m-like"}  # these norm the residual stream i
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_SUM))
 def test_the_points_of_a_block_are_its_input_attention_and_mlp(family):
-    """By plain hooks: input, input + attention, MLP, and the block's own output, each through the model's own head."""
+    """By plain hooks: input, input + attention, MLP, and the block's own output, each through the
+    model's own head.
+    """
     lm = tiny_lm(family, torch.float64)
     scale = 1.0
     if family == "granite":  # a published one's; the config class has 1
@@ -30,9 +34,15 @@ def test_the_points_of_a_block_are_its_input_attention_and_mlp(family):
     caught = {}
     handles = []
     for layer, block in enumerate(lm.parts.blocks):
-        for name, module in (("block", block), ("attention", lm.parts.attention(layer)), ("mlp", lm.parts.mlp(layer))):
+        for name, module in (
+            ("block", block),
+            ("attention", lm.parts.attention(layer)),
+            ("mlp", lm.parts.mlp(layer)),
+        ):
             handles.append(
-                module.register_forward_hook(lambda m, a, out, key=(name, layer): caught.update({key: (a, copy(out))}))
+                module.register_forward_hook(
+                    lambda m, a, out, key=(name, layer): caught.update({key: (a, copy(out))})
+                )
             )
     with torch.no_grad():
         logits = lm.model(torch.tensor([ids])).logits[0]
@@ -57,7 +67,10 @@ def test_the_points_of_a_block_are_its_input_attention_and_mlp(family):
                 p = lm.parts.head(state).softmax(-1)
             assert torch.equal(found.top_ids[point][layer], p.argmax(-1)), (point, layer)
             torch.testing.assert_close(
-                found.probability[point][layer], p[range(len(ids)), answers].double(), atol=1e-5, rtol=1e-4
+                found.probability[point][layer],
+                p[range(len(ids)), answers].double(),
+                atol=1e-5,
+                rtol=1e-4,
             )
 
 
@@ -77,18 +90,36 @@ def test_it_agrees_with_the_lens():
 
 
 def by_hand(entering, middle, mlp, leaving):
-    ids = dict(zip(POINTS, (torch.tensor([row]) for row in (entering, middle, mlp, leaving)), strict=True))
+    ids = dict(
+        zip(POINTS, (torch.tensor([row]) for row in (entering, middle, mlp, leaving)), strict=True)
+    )
     names = {i: str(i) for i in range(10)}
-    return Refinement("a b c d", "m", True, list("abcd"), list("bcde"), ids, names, {"leaving": ids["leaving"] / 10}, ids)
+    return Refinement(
+        "a b c d",
+        "m",
+        True,
+        list("abcd"),
+        list("bcde"),
+        ids,
+        names,
+        {"leaving": ids["leaving"] / 10},
+        ids,
+    )
 
 
 def test_who_changed_it_and_the_four_kinds_by_hand():
-    found = by_hand(entering=[1, 1, 1, 1], middle=[1, 2, 1, 2], mlp=[1, 3, 4, 5], leaving=[1, 2, 4, 6])
+    found = by_hand(
+        entering=[1, 1, 1, 1], middle=[1, 2, 1, 2], mlp=[1, 3, 4, 5], leaving=[1, 2, 4, 6]
+    )
     assert found.changed_by_attention.tolist() == [[False, True, False, True]]
     assert found.changed_by_mlp.tolist() == [[False, False, True, True]]
     one_position_each = {kind: table.tolist()[0] for kind, table in found.kinds().items()}
     assert one_position_each == {kind: [at == i for at in range(4)] for i, kind in enumerate(KINDS)}
-    assert found.shares() == {"changed by attention": [0.5], "changed by MLP": [0.5], **{kind: [0.25] for kind in KINDS}}
+    assert found.shares() == {
+        "changed by attention": [0.5],
+        "changed by MLP": [0.5],
+        **{kind: [0.25] for kind in KINDS},
+    }
 
 
 def test_every_cell_is_of_exactly_one_kind():
@@ -99,7 +130,9 @@ def test_every_cell_is_of_exactly_one_kind():
 def test_a_target_is_scored():
     lm = tiny_lm()
     found = engram.refinement(lm, TEXT, target="Paris")
-    torch.testing.assert_close(found.probability["leaving"], engram.lens(lm, TEXT, target="Paris").probability[1:])
+    torch.testing.assert_close(
+        found.probability["leaving"], engram.lens(lm, TEXT, target="Paris").probability[1:]
+    )
 
 
 def test_it_can_be_read_and_kept():
@@ -115,7 +148,9 @@ def test_it_can_be_read_and_kept():
 
 @pytest.mark.parametrize("family", sorted(NO_SUM))
 def test_a_block_that_norms_its_stream_is_refused(family):
-    with pytest.raises(UnsupportedModelError, match=r"norm the stream in between.*engram.lens works"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"norm the stream in between.*engram.lens works"
+    ):
         engram.refinement(tiny_lm(family), TEXT)
     assert engram.lens(tiny_lm(family), TEXT)
 
@@ -123,7 +158,9 @@ def test_a_block_that_norms_its_stream_is_refused(family):
 def test_blocks_of_one_part_are_refused():
     lm = tiny_lm()
     lm.parts.layout = replace(lm.parts.layout, attention="mlp")
-    with pytest.raises(UnsupportedModelError, match=r"tiny-gpt2 \(gpt2\) have no attention and MLP to tell apart"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"tiny-gpt2 \(gpt2\) have no attention and MLP to tell apart"
+    ):
         engram.refinement(lm, TEXT)
 
 

@@ -1,4 +1,6 @@
-"""The engine gives the model's own numbers, on every family, whichever positions and rows are run again."""
+"""The engine gives the model's own numbers, on every family, whichever positions and rows are run
+again.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,13 @@ from engram.model.tokens import pad_right
 from engram.modules.hooks import substitute
 from tests.tiny import DENSE, EXPERTS, FAMILIES, tiny_lm
 
-# Families whose own code computes a part in float32, whatever the model's dtype: there 1e-10 is beyond reach.
+# Families whose own code computes a part in float32, whatever the model's dtype: there 1e-10 is
+# beyond reach.
 PARTLY_FLOAT32 = {
-    **dict.fromkeys(("bloom", "bloom-postnorm", "codegen", "gemma2", "gemma2-short-window", "gptj", "mpt"), "softmax"),
+    **dict.fromkeys(
+        ("bloom", "bloom-postnorm", "codegen", "gemma2", "gemma2-short-window", "gptj", "mpt"),
+        "softmax",
+    ),
     **dict.fromkeys(("gpt_neo", "gpt_neo-short-window"), "queries, keys and softmax"),
     **dict.fromkeys(EXPERTS, "router"),
 }
@@ -55,31 +61,53 @@ def test_a_trace_by_replay_is_the_trace_by_whole_forward_passes(family, dtype):
         for engine in ("replay", "whole")
     ]
     for site in both[0].scores:
-        assert both[0].effects(site).abs().max() > 1e-7, "the noise changes nothing: the comparison would be empty"
-        torch.testing.assert_close(both[0].scores[site], both[1].scores[site], atol=tolerance(family, dtype), rtol=0)
+        assert both[0].effects(site).abs().max() > 1e-7, (
+            "the noise changes nothing: the comparison would be empty"
+        )
+        torch.testing.assert_close(
+            both[0].scores[site], both[1].scores[site], atol=tolerance(family, dtype), rtol=0
+        )
 
 
 @pytest.mark.parametrize("prompt", ["The {} is in", "The {}"])
 @pytest.mark.parametrize("kl_position", ["lookup", "last"])
-@pytest.mark.parametrize("contexts", [["{}"], CONTEXTS, ["{}", "A {}"]], ids=["bare", "several", "two"])
+@pytest.mark.parametrize(
+    "contexts", [["{}"], CONTEXTS, ["{}", "A {}"]], ids=["bare", "several", "two"]
+)
 def test_every_shape_of_batch_gives_the_same_value(prompt, kl_position, contexts):
-    """Prompts shorter and longer than the penalty's own, subjects at the end, one context and several."""
+    """Prompts shorter and longer than the penalty's own, subjects at the end, one context and
+    several.
+    """
     lm = tiny_lm("llama", torch.float64)
-    fact, config = Fact("tower of Rome", prompt, "in Paris"), ValueConfig(steps=4, kl_position=kl_position)
+    fact, config = (
+        Fact("tower of Rome", prompt, "in Paris"),
+        ValueConfig(steps=4, kl_position=kl_position),
+    )
     both = [optimise_value(lm, fact, 1, contexts, config, engine) for engine in ("replay", "whole")]
-    torch.testing.assert_close(*(torch.tensor(each.losses, dtype=torch.float64) for each in both), atol=1e-8, rtol=1e-7)
+    torch.testing.assert_close(
+        *(torch.tensor(each.losses, dtype=torch.float64) for each in both), atol=1e-8, rtol=1e-7
+    )
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
-    """Rows whose subjects end at different positions, several target tokens, the loss at every step."""
+    """Rows whose subjects end at different positions, several target tokens, the loss at every
+    step.
+    """
     lm, limit = tiny_lm(family, dtype), tolerance(family, dtype)
-    fact = Fact("tower of Rome", "The {} is in", "Paris and London")  # near enough for the shortest window
-    both = [optimise_value(lm, fact, 1, CONTEXTS, ValueConfig(steps=4), engine) for engine in ("replay", "whole")]
+    fact = Fact(
+        "tower of Rome", "The {} is in", "Paris and London"
+    )  # near enough for the shortest window
+    both = [
+        optimise_value(lm, fact, 1, CONTEXTS, ValueConfig(steps=4), engine)
+        for engine in ("replay", "whole")
+    ]
     losses = [torch.tensor(value.losses, dtype=torch.float64) for value in both]
     assert losses[0][:, 1].std() > 1e-6, "the value changes nothing: the comparison would be empty"
     torch.testing.assert_close(losses[0][0], losses[1][0], atol=10 * limit, rtol=10 * limit)
-    later = max(100 * limit, 1e-6)  # Adam divides by |gradient| + 1e-8, so that gradients near 0 make rounding large
+    later = max(
+        100 * limit, 1e-6
+    )  # Adam divides by |gradient| + 1e-8, so that gradients near 0 make rounding large
     torch.testing.assert_close(losses[0], losses[1], atol=later, rtol=later)
     torch.testing.assert_close(both[0].star_d, both[1].star_d, atol=later, rtol=later)
 
@@ -87,7 +115,9 @@ def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("starts", [3, [2, 5]], ids=["one start", "two starts"])
 def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts):
-    """Change what enters block 1 at the suffix: the blocks above, replayed, say what the model itself says."""
+    """Change what enters block 1 at the suffix: the blocks above, replayed, say what the model
+    itself says.
+    """
     lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
     texts = ["The river runs through London.", "She plays the piano and sings."]
     ids_bt = pad_right([lm.encode(text).ids[:9] for text in texts])
@@ -95,15 +125,21 @@ def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts
     first = [starts] * 2 if isinstance(starts, int) else starts
     shift_btd = torch.zeros(*ids_bt.shape, lm.d_model, dtype=lm.dtype)
     for row, start in enumerate(first):
-        shift_btd[row, start : start + 4] = torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(row))
+        shift_btd[row, start : start + 4] = torch.randn(
+            4, lm.d_model, generator=torch.Generator().manual_seed(row)
+        )
     with substitute({lm.parts.blocks[0]: lambda out: out + shift_btd}):
         wanted = record_run(lm, ids_bt)
-    hidden = suffix.states(1) + torch.stack([shift_btd[row, start : start + 4] for row, start in enumerate(first)])
+    hidden = suffix.states(1) + torch.stack(
+        [shift_btd[row, start : start + 4] for row, start in enumerate(first)]
+    )
     with torch.no_grad():
         for layer in range(1, lm.n_layers):
             last = suffix.last_positions(layer, hidden)
             hidden = suffix.block(layer, hidden)
-            expected = torch.stack([wanted.hidden[layer + 1][row, s : s + 4] for row, s in enumerate(first)])
+            expected = torch.stack(
+                [wanted.hidden[layer + 1][row, s : s + 4] for row, s in enumerate(first)]
+            )
             torch.testing.assert_close(hidden, expected, atol=limit, rtol=limit)
             torch.testing.assert_close(last, expected[:, -1:], atol=limit, rtol=limit)
 
@@ -111,23 +147,38 @@ def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts
 def test_a_model_that_surprises_us_falls_back_to_whole_forward_passes(caplog):
     lm = tiny_lm("llama")
     inner = lm.parts.blocks[2].forward
-    lm.parts.blocks[2].forward = lambda *args, strange=None, **kwargs: inner(*args, **kwargs) * strange.mean()
+    lm.parts.blocks[2].forward = lambda *args, strange=None, **kwargs: (
+        inner(*args, **kwargs) * strange.mean()
+    )
     lm.parts.blocks[2].register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "strange": torch.ones(args[0].shape[1])}), with_kwargs=True
+        lambda module, args, kwargs: (args, {**kwargs, "strange": torch.ones(args[0].shape[1])}),
+        with_kwargs=True,
     )
     with caplog.at_level("DEBUG", logger="engram.engine.suffix"):
         assert not replayable(lm)
     assert "whole forward passes" in caplog.text
-    assert engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2).scores["mlp"].isfinite().all()
+    assert (
+        engram.trace(lm, PROMPT, subject=SUBJECT, noise=0.5, samples=2)
+        .scores["mlp"]
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("starts", [3, [2, 5]], ids=["one start", "two starts"])
 def test_any_columns_of_a_block_can_be_read_alone(family, starts):
-    """In any order and twice too: equal to the whole block there, in every block and with masks of the blocks' own."""
+    """In any order and twice too: equal to the whole block there, in every block and with masks of
+    the blocks' own.
+    """
     lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
-    texts = ["The river runs through London and Rome.", "She plays the piano; he plays the guitar and sings."]
-    suffix = Suffix(lm, record_run(lm, pad_right([lm.encode(text).ids[:13] for text in texts])), starts, 8)
+    texts = [
+        "The river runs through London and Rome.",
+        "She plays the piano; he plays the guitar and sings.",
+    ]
+    suffix = Suffix(
+        lm, record_run(lm, pad_right([lm.encode(text).ids[:13] for text in texts])), starts, 8
+    )
     columns_br = torch.tensor([[0, 3, 7], [4, 1, 1]])
     with torch.no_grad():
         for layer in range(lm.n_layers):
@@ -139,29 +190,45 @@ def test_any_columns_of_a_block_can_be_read_alone(family, starts):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_up_to_a_block_and_some_of_its_rows_are_parts_of_the_whole(family):
     lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
-    texts = ["The river runs through London and Rome.", "She plays the piano; he plays the guitar.", "A B C 1 2 3 4 5 6 7"]
+    texts = [
+        "The river runs through London and Rome.",
+        "She plays the piano; he plays the guitar.",
+        "A B C 1 2 3 4 5 6 7",
+    ]
     ids_bt = pad_right([lm.encode(text).ids[:9] for text in texts])
     whole, cut = record_run(lm, ids_bt), record_run(lm, ids_bt, until=2)
     assert (len(cut.hidden), len(cut.keys), len(cut.calls)) == (4, 3, 3)
     for mine, wanted in zip(
-        cut.hidden + cut.keys + cut.values, whole.hidden[:4] + whole.keys[:3] + whole.values[:3], strict=True
+        cut.hidden + cut.keys + cut.values,
+        whole.hidden[:4] + whole.keys[:3] + whole.values[:3],
+        strict=True,
     ):
         torch.testing.assert_close(mine, wanted, atol=limit, rtol=limit)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )
     for recording in (cut, whole):
         for rows in ([2], [2, 0], [0, 1, 2]):
             some = recording.narrowed(lm, torch.tensor(rows), 1)
-            again = some.narrowed(lm, torch.arange(len(rows)).flip(0), 2)  # twice, the second time turned round
+            again = some.narrowed(
+                lm, torch.arange(len(rows)).flip(0), 2
+            )  # twice, the second time turned round
             suffix, turned = Suffix(lm, some, 4, 3), Suffix(lm, again, 4, 3)
             with torch.no_grad():
                 for layer in (1, 2):
                     leaving = suffix.block(layer, suffix.states(layer))
-                    torch.testing.assert_close(leaving, whole.hidden[layer + 1][rows, 4:7], atol=limit, rtol=limit)
-                torch.testing.assert_close(turned.block(2, turned.states(2)), leaving.flip(0), atol=limit, rtol=limit)
+                    torch.testing.assert_close(
+                        leaving, whole.hidden[layer + 1][rows, 4:7], atol=limit, rtol=limit
+                    )
+                torch.testing.assert_close(
+                    turned.block(2, turned.states(2)), leaving.flip(0), atol=limit, rtol=limit
+                )
 
 
 def test_a_narrowed_recording_lets_the_rest_go():
-    """Neither the blocks below nor the other rows are held any longer, by the recorded arguments either."""
+    """Neither the blocks below nor the other rows are held any longer, by the recorded arguments
+    either.
+    """
     lm = tiny_lm("llama")
     recording = record_run(lm, torch.arange(40).view(4, 10))
     below, inside = (weakref.ref(recording.keys[layer]) for layer in (0, 3))
@@ -174,7 +241,9 @@ def test_a_narrowed_recording_lets_the_rest_go():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_begin_alike_are_recorded_as_they_are_alone(family):
-    """Rows 0, 3, 6 begin with nothing in common, 1, 4, 7 with three tokens, 2, 5, 8 with five; behind them they differ in length."""
+    """Rows 0, 3, 6 begin with nothing in common, 1, 4, 7 with three tokens, 2, 5, 8 with five;
+    behind them they differ in length.
+    """
     lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
     draw, vocabulary = torch.Generator().manual_seed(0), int(lm.model.config.vocab_size)
     beginnings = ([], [3, 4, 5], [6, 7, 8, 9, 3])
@@ -189,10 +258,18 @@ def test_rows_that_begin_alike_are_recorded_as_they_are_alone(family):
     for row, ids in enumerate(rows):
         alone = record_run(lm, pad_right([ids]), inputs=[lm.parts.block_name(2)], outputs=[module])
         start, end = len(beginnings[row % 3]), len(ids)
-        pairs = [(found.hidden[n][row, start:end], alone.hidden[n][0, start:]) for n in range(1, lm.n_layers + 1)]
+        pairs = [
+            (found.hidden[n][row, start:end], alone.hidden[n][0, start:])
+            for n in range(1, lm.n_layers + 1)
+        ]
         pairs += [(found.keys[n][row, :, :end], alone.keys[n][0]) for n in range(1, lm.n_layers)]
-        pairs += [(found.values[n][row, :, :end], alone.values[n][0]) for n in range(1, lm.n_layers)]
-        pairs += [(found.seen[name][row, start:end], alone.seen[name].view(end, -1)[start:]) for name in alone.seen]
+        pairs += [
+            (found.values[n][row, :, :end], alone.values[n][0]) for n in range(1, lm.n_layers)
+        ]
+        pairs += [
+            (found.seen[name][row, start:end], alone.seen[name].view(end, -1)[start:])
+            for name in alone.seen
+        ]
         assert len(pairs) == 3 * lm.n_layers
         for there, expected in pairs:
             torch.testing.assert_close(there, expected, rtol=limit, atol=limit)

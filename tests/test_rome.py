@@ -1,4 +1,6 @@
-"""ROME sends one key to one value, reads the model without changing it, and its repairs do what they say."""
+"""ROME sends one key to one value, reads the model without changing it, and its repairs do what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from engram.editors.closed_form.values import ValueConfig, optimise_value
 from engram.editors.presets import preset, published
 from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import read
-from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
+from engram.errors import (
+    EngramError,
+    FactError,
+    NonFiniteError,
+    SettingError,
+    UnsupportedModelError,
+)
 from engram.modules.layouts import as_linear
 from tests.tiny import DENSE, EXPERTS, TOKENIZERS, tiny_lm
 
@@ -24,30 +32,44 @@ CONTEXTS = ("{}", "A long time ago. {}", "He sings. {}", "It is cold and dark. {
 
 def moment_of(lm, layer=1, seed=0):
     width = as_linear(lm.parts.mlp_out(layer)).shape[1]
-    keys_nf = torch.randn(4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    keys_nf = torch.randn(
+        4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return SecondMoment.from_matrix(keys_nf.T @ keys_nf / len(keys_nf))
 
 
 def io_at_subject(lm, text, subject, layer):
     """Input and output of the edited matrix at the subject's last token."""
     seen = {}
-    hook = lm.parts.mlp_out(layer).register_forward_hook(lambda m, args, out: seen.update(k=args[0].clone(), m=out.clone()))
+    hook = lm.parts.mlp_out(layer).register_forward_hook(
+        lambda m, args, out: seen.update(k=args[0].clone(), m=out.clone())
+    )
     with torch.no_grad():
         lm.model(torch.tensor([lm.encode(text).ids]))
     hook.remove()
     end = text.index(subject) + len(subject)
     at = next(i for i, (a, b) in enumerate(lm.encode(text).offsets) if a < end <= b)
-    return seen["k"].reshape(-1, seen["k"].shape[-1])[at], seen["m"].reshape(-1, seen["m"].shape[-1])[at]
+    return seen["k"].reshape(-1, seen["k"].shape[-1])[at], seen["m"].reshape(
+        -1, seen["m"].shape[-1]
+    )[at]
 
 
-# --- the update -----------------------------------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("variant", ["reference", "p-rome"])
 def test_the_edited_matrix_sends_the_prompts_key_to_the_value(family, variant):
     lm = tiny_lm(family, torch.float64)
-    edit = engram.rewrite(lm, FACT, layer=1, contexts=CONTEXTS, second_moments={1: moment_of(lm)}, variant=variant, seed=0)
+    edit = engram.rewrite(
+        lm,
+        FACT,
+        layer=1,
+        contexts=CONTEXTS,
+        second_moments={1: moment_of(lm)},
+        variant=variant,
+        seed=0,
+    )
     update = rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS, RomeConfig(variant=variant))
     with edit.applied(lm):
         _, output_d = io_at_subject(lm, FACT.prompt_text, FACT.subject, 1)
@@ -69,7 +91,9 @@ def test_the_direction_is_the_whitened_mean_key():
     lm = tiny_lm("gpt2", torch.float64)
     moment = moment_of(lm)
     update = rank_one_update(lm, FACT, 1, moment, CONTEXTS)
-    keys = [io_at_subject(lm, c.replace("{}", FACT.prompt_text), FACT.subject, 1)[0] for c in CONTEXTS]
+    keys = [
+        io_at_subject(lm, c.replace("{}", FACT.prompt_text), FACT.subject, 1)[0] for c in CONTEXTS
+    ]
     mean_f = torch.stack(keys).mean(0)
     torch.testing.assert_close(update.key_f, mean_f)
     wanted = torch.linalg.solve(moment.matrix_ff, mean_f)
@@ -78,7 +102,9 @@ def test_the_direction_is_the_whitened_mean_key():
 
 
 def test_keys_where_the_change_is_not_wanted_move_least():
-    """Of all changes that send k to v, this one has the smallest mean effect on text: checked against 50 others."""
+    """Of all changes that send k to v, this one has the smallest mean effect on text: checked
+    against 50 others.
+    """
     lm = tiny_lm("gpt2", torch.float64)
     moment = moment_of(lm)
     update = rank_one_update(lm, FACT, 1, moment, CONTEXTS)
@@ -89,7 +115,9 @@ def test_keys_where_the_change_is_not_wanted_move_least():
         other_f = torch.randn(len(key_f), dtype=torch.float64, generator=generator)
         other_f -= key_f * (other_f @ key_f) / (key_f @ key_f)  # does not touch k
         changed = best + 0.01 * torch.outer(update.left_d, other_f)
-        assert torch.trace(changed @ moment.matrix_ff @ changed.T) > torch.trace(best @ moment.matrix_ff @ best.T)
+        assert torch.trace(changed @ moment.matrix_ff @ changed.T) > torch.trace(
+            best @ moment.matrix_ff @ best.T
+        )
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -112,7 +140,9 @@ def test_the_model_is_not_changed_and_gradients_are_as_they_were():
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in lm.model.state_dict().items())
     assert [p.requires_grad for p in lm.model.parameters()] == flags
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )
 
 
 def test_a_later_fact_sees_the_earlier_one():
@@ -125,27 +155,37 @@ def test_a_later_fact_sees_the_earlier_one():
     with first.applied(lm):
         second = engram.rewrite(lm, other, **settings)
     (name,) = both.deltas
-    torch.testing.assert_close(both.deltas[name].dense(), first.deltas[name].dense() + second.deltas[name].dense())
+    torch.testing.assert_close(
+        both.deltas[name].dense(), first.deltas[name].dense() + second.deltas[name].dense()
+    )
     assert both.without(1).deltas[name] == first.deltas[name]
 
 
 def test_the_same_seed_gives_the_same_edit(tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
     lm = tiny_lm("gpt2")
-    first, again, other = (engram.rewrite(lm, FACT, layer=1, tokens=400, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        engram.rewrite(lm, FACT, layer=1, tokens=400, seed=seed) for seed in (0, 0, 1)
+    )
     assert first == again
     assert first.settings["contexts"] != other.settings["contexts"]
-    assert len(first.settings["contexts"]) == 21 and first.settings["second_moment"]["tokens"] == 400
+    assert (
+        len(first.settings["contexts"]) == 21 and first.settings["second_moment"]["tokens"] == 400
+    )
 
 
-# --- the value ------------------------------------------------------------------------------------------------------------
+# --- the value ------------------------------------------------------------------------------------
 
 
 def test_nineteen_updates_follow_twenty_passes():
-    value = optimise_value(tiny_lm("gpt2"), FACT, 1, CONTEXTS, ValueConfig(stop_loss=0.0, clamp=1e9))
+    value = optimise_value(
+        tiny_lm("gpt2"), FACT, 1, CONTEXTS, ValueConfig(stop_loss=0.0, clamp=1e9)
+    )
     assert len(value.losses) == 20
     assert value.delta_norms[0] == 0 and all(value.delta_norms[1:])
-    assert float(value.delta_d.norm()) == pytest.approx(value.delta_norms[-1]), "the last pass is followed by no update"
+    assert float(value.delta_d.norm()) == pytest.approx(value.delta_norms[-1]), (
+        "the last pass is followed by no update"
+    )
 
 
 def test_nothing_is_updated_when_the_first_loss_is_low_enough():
@@ -162,7 +202,9 @@ def test_the_value_stays_within_the_clamp():
 def test_the_first_adam_step_moves_every_coordinate_by_the_learning_rate():
     lm = tiny_lm("gpt2", torch.float64)
     value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=2, clamp=1e9))
-    torch.testing.assert_close(value.delta_d.abs(), torch.full_like(value.delta_d, 0.5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        value.delta_d.abs(), torch.full_like(value.delta_d, 0.5), atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("position", ["lookup", "last"])
@@ -192,8 +234,13 @@ def test_the_losses_are_those_of_the_formula(position):
 
     nll = []
     for context in CONTEXTS:
-        log_p, _, length = logits(context.replace("{}", fact.prompt_text), target[:-1], value.delta_d)
-        nll.append(-sum(float(log_p[length - 1 + t, token]) for t, token in enumerate(target)) / len(target))
+        log_p, _, length = logits(
+            context.replace("{}", fact.prompt_text), target[:-1], value.delta_d
+        )
+        nll.append(
+            -sum(float(log_p[length - 1 + t, token]) for t, token in enumerate(target))
+            / len(target)
+        )
     edited, at, length = logits(f"{fact.subject} is a", [], value.delta_d)
     original, _, _ = logits(f"{fact.subject} is a", [], torch.zeros_like(value.delta_d))
     at = at if position == "lookup" else length - 1
@@ -205,12 +252,16 @@ def test_the_losses_are_those_of_the_formula(position):
 
 
 def test_the_words_behind_the_subject_are_out_of_the_published_penaltys_sight(monkeypatch):
-    """As released, the penalty is read at the subject's last token: by causality 'is a' could be anything."""
+    """As released, the penalty is read at the subject's last token: by causality 'is a' could be
+    anything.
+    """
     lm = tiny_lm("gpt2", torch.float64)
     losses = []
     for prompt in ("{} is a", "{} plays the piano"):
         monkeypatch.setattr("engram.editors.closed_form.values.KL_PROMPT", prompt)
-        losses.append(torch.tensor(optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=4)).losses))
+        losses.append(
+            torch.tensor(optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=4)).losses)
+        )
     torch.testing.assert_close(losses[0], losses[1], atol=1e-9, rtol=1e-9)
 
 
@@ -232,7 +283,9 @@ def test_the_key_is_read_at_the_subjects_last_token(tokenizer, prompt, subject):
     end = fact.subject_start + len(subject)
     at = max(i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > fact.subject_start)
     seen = {}
-    hook = lm.parts.mlp_out(1).register_forward_pre_hook(lambda m, args: seen.update(k=args[0][0, at]))
+    hook = lm.parts.mlp_out(1).register_forward_pre_hook(
+        lambda m, args: seen.update(k=args[0][0, at])
+    )
     with torch.no_grad():
         lm.model(torch.tensor([encoding.ids]))
     hook.remove()
@@ -247,16 +300,22 @@ def test_a_model_without_numbers_is_refused():
         optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig())
 
 
-# --- collapse -------------------------------------------------------------------------------------------------------------
+# --- collapse -------------------------------------------------------------------------------------
 
 
 def collapsing_moment(lm):
-    """A second moment under which the bare prompt's key is almost orthogonal to the whitened mean key."""
+    """A second moment under which the bare prompt's key is almost orthogonal to the whitened mean
+    key.
+    """
     value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=1))
     bare_f, mean_f = value.keys_cf[0].double(), value.keys_cf.mean(0).double()
-    wanted_f = mean_f - bare_f * (mean_f @ bare_f) / (bare_f @ bare_f) + 1e-4 * bare_f  # what C^-1 mean shall be
+    wanted_f = (
+        mean_f - bare_f * (mean_f @ bare_f) / (bare_f @ bare_f) + 1e-4 * bare_f
+    )  # what C^-1 mean shall be
     # C^-1 = P + w w^T / (w . mean), P >= 0 with P mean = 0
-    project = torch.eye(len(bare_f), dtype=torch.float64) - torch.outer(mean_f, mean_f) / (mean_f @ mean_f)
+    project = torch.eye(len(bare_f), dtype=torch.float64) - torch.outer(mean_f, mean_f) / (
+        mean_f @ mean_f
+    )
     inverse = project + torch.outer(wanted_f, wanted_f) / (wanted_f @ mean_f)
     return SecondMoment.from_matrix(torch.linalg.inv(inverse))
 
@@ -281,20 +340,32 @@ def test_a_key_without_any_weight_is_no_edit():
         rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS)
 
 
-# --- settings -------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"method": "roem"}, EngramError, r"method='roem' does not exist \(did you mean 'rome'\?\)"),
+        (
+            {"method": "roem"},
+            EngramError,
+            r"method='roem' does not exist \(did you mean 'rome'\?\)",
+        ),
         ({"step": 3}, SettingError, r"no setting 'step' \(did you mean 'steps'\?\)"),
         ({"variant": "best"}, SettingError, "variant=.best.: expected one of .r-rome."),
         ({"residual": "x"}, SettingError, "residual='x'"),
         ({"steps": 0}, SettingError, "steps=0"),
         ({"clamp": 0.0}, SettingError, "clamp=0.0"),
-        ({"layer": 9}, UnsupportedModelError, "layer=9 does not exist; this model has layers 0 to 3"),
-        ({"second_moments": {2: torch.eye(128)}}, EngramError, r"second_moments has layers \[2\], the edit is at layer 1"),
+        (
+            {"layer": 9},
+            UnsupportedModelError,
+            "layer=9 does not exist; this model has layers 0 to 3",
+        ),
+        (
+            {"second_moments": {2: torch.eye(128)}},
+            EngramError,
+            r"second_moments has layers \[2\], the edit is at layer 1",
+        ),
         ({"contexts": ("A {}",)}, FactError, "expected '{}' first"),
     ],
 )
@@ -322,13 +393,22 @@ def test_no_facts_are_a_mistake():
 def test_presets_are_the_published_settings(model, layer, clamp):
     found = preset("rome", model)
     assert (found["layer"], found["clamp"]) == (layer, clamp)
-    assert (found["steps"], found["learning_rate"], found["weight_decay"], found["kl_weight"]) == (20, 0.5, 0.5, 0.0625)
+    assert (found["steps"], found["learning_rate"], found["weight_decay"], found["kl_weight"]) == (
+        20,
+        0.5,
+        0.5,
+        0.0625,
+    )
 
 
 def test_every_preset_makes_a_config():
     for model in published("rome"):
         settings = preset("rome", model)
-        settings = {name: value for name, value in settings.items() if name not in ("depth", "layer", "corpus")}
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if name not in ("depth", "layer", "corpus")
+        }
         assert read(RomeConfig, settings, "rome")
 
 
@@ -342,7 +422,12 @@ def test_a_model_without_a_preset_is_edited_at_a_share_of_its_depth():
 def test_progress_is_reported():
     lm, seen = tiny_lm("gpt2"), []
     engram.rewrite(
-        lm, FACT, layer=1, contexts=CONTEXTS, second_moments={1: moment_of(lm)}, progress=lambda *at: seen.append(at)
+        lm,
+        FACT,
+        layer=1,
+        contexts=CONTEXTS,
+        second_moments={1: moment_of(lm)},
+        progress=lambda *at: seen.append(at),
     )
     assert seen[-1] == ("value", 1, 1)
 
@@ -360,17 +445,23 @@ def test_two_key_sends_the_bare_key_and_the_contexts_to_the_value_by_the_least_c
     for _ in range(20):
         other_f = torch.randn(keys.shape[1], dtype=torch.float64, generator=generator)
         changed = best + 0.01 * torch.outer(update.left_d, other_f - plane @ (plane.T @ other_f))
-        assert torch.trace(changed @ moment.matrix_ff @ changed.T) > torch.trace(best @ moment.matrix_ff @ best.T)
+        assert torch.trace(changed @ moment.matrix_ff @ changed.T) > torch.trace(
+            best @ moment.matrix_ff @ best.T
+        )
 
 
 def test_two_key_with_one_context_is_p_rome_and_does_not_explode_where_the_reference_does():
     lm = tiny_lm("gpt2", torch.float64)
     alone, plain = (
-        rank_one_update(lm, FACT, 1, moment_of(lm), ("{}",), RomeConfig(variant=v)) for v in ("two-key", "p-rome")
+        rank_one_update(lm, FACT, 1, moment_of(lm), ("{}",), RomeConfig(variant=v))
+        for v in ("two-key", "p-rome")
     )
-    torch.testing.assert_close(torch.outer(alone.left_d, alone.right_f), torch.outer(plain.left_d, plain.right_f))
+    torch.testing.assert_close(
+        torch.outer(alone.left_d, alone.right_f), torch.outer(plain.left_d, plain.right_f)
+    )
     moment = collapsing_moment(lm)
     reference, both = (
-        rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant=v)) for v in ("reference", "two-key")
+        rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant=v))
+        for v in ("reference", "two-key")
     )
     assert both.norm_ratio < reference.norm_ratio / 10

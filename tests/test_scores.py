@@ -1,4 +1,6 @@
-"""A record's scores, from readings made by hand: what wins, what counts as said, and which tests of a ripple count."""
+"""A record's scores, from readings made by hand: what wins, what counts as said, and which tests of
+a ripple count.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def probe(kind, wanted="Rome", unwanted="Paris", **more):
 
 
 def of(probes, readings, before=None):
-    """Scores of readings, each given as (wanted, unwanted), with the same before where nothing else is said."""
+    """Scores of readings, each given as (wanted, unwanted), with the same before where nothing else
+    is said.
+    """
     after = Outcome(tuple(readings))
     return scores(record(*probes), Outcome(tuple(before or readings)), after)
 
@@ -33,16 +37,19 @@ def reading(wanted=1.0, unwanted=2.0, correct=1.0, said=None, kl=None):
     return Reading(wanted, unwanted, correct, said, kl)
 
 
-# -- CounterFact -------------------------------------------------------------------------------------------------------
+# -- CounterFact -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "success", "margin"),
     [
-        ("rewrite", "ES", "EM"), ("paraphrase", "PS", "PM"), ("neighbourhood", "NS", "NM"),
-        ("neighbourhood+", "NS+", "NM+"), ("attribute", "AS", "AM"),
+        ("rewrite", "ES", "EM"),
+        ("paraphrase", "PS", "PM"),
+        ("neighbourhood", "NS", "NM"),
+        ("neighbourhood+", "NS+", "NM+"),
+        ("attribute", "AS", "AM"),
     ],
-)  # fmt: skip
+)
 def test_success_is_a_strict_inequality_and_the_margin_one_of_probabilities(kind, success, margin):
     found = of([probe(kind)] * 3, [reading(1.0, 2.0), reading(2.0, 1.0), reading(1.5, 1.5)])
     assert found[success] == pytest.approx(1 / 3), "a tie fails"
@@ -65,22 +72,33 @@ def test_what_has_no_prompts_or_nothing_to_compare_with_has_no_score():
 
 
 def test_whole_answers_need_every_token():
-    found = of([probe("rewrite")] * 3, [reading(correct=1.0), reading(correct=2 / 3), reading(correct=0.0)])
+    found = of(
+        [probe("rewrite")] * 3, [reading(correct=1.0), reading(correct=2 / 3), reading(correct=0.0)]
+    )
     assert found["EA"] == pytest.approx(1 / 3)
     assert found["Efficacy"] == pytest.approx(5 / 9)
 
 
 def test_kl_and_what_was_kept_are_means_over_neighbours():
-    probes = [probe("neighbourhood", "Paris", "Rome")] * 2 + [probe("neighbourhood+", "Paris", "Rome")]
+    probes = [probe("neighbourhood", "Paris", "Rome")] * 2 + [
+        probe("neighbourhood+", "Paris", "Rome")
+    ]
     before = [reading(said=" Paris, France"), reading(said=" Paris"), reading(said=" Paris")]
-    after = [reading(said=" Paris, France", kl=0.1), reading(said=" Paris.", kl=0.3), reading(said=" Rome", kl=2.0)]
+    after = [
+        reading(said=" Paris, France", kl=0.1),
+        reading(said=" Paris.", kl=0.3),
+        reading(said=" Rome", kl=2.0),
+    ]
     found = of(probes, after, before)
     assert found["NKL"] == pytest.approx(0.2)
     assert found["NKL+"] == 2.0
     assert found["kept"] == 0.5, "to the letter"
     assert found["NG"] == 1.0
     assert found["NG+"] == 0.0
-    assert of_prompts(record(*probes), Outcome(tuple(before)), Outcome(tuple(after)))["NKL"] == [0.1, 0.3]
+    assert of_prompts(record(*probes), Outcome(tuple(before)), Outcome(tuple(after)))["NKL"] == [
+        0.1,
+        0.3,
+    ]
 
 
 def test_text_scores_and_drift_are_the_outcomes():
@@ -104,11 +122,13 @@ def test_text_scores_and_drift_are_the_outcomes():
 
 def test_a_record_that_could_not_be_edited_counts_with_the_scores_of_before():
     before = Outcome((reading(2.0, 1.0),))
-    found = of_measured(record(probe("rewrite")), Measured("0", before, before, 0.5, error="no room"))
+    found = of_measured(
+        record(probe("rewrite")), Measured("0", before, before, 0.5, error="no room")
+    )
     assert (found["ES"], found["failed"], found["seconds"], found["size"]) == (0.0, 1.0, 0.5, 0.0)
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- what is said ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,33 +171,47 @@ def test_an_alias_is_as_good_as_the_answer():
     assert of([asked], [reading(said=None)])["EG"] is None
 
 
-# -- the other benchmarks ----------------------------------------------------------------------------------------------
+# -- the other benchmarks --------------------------------------------------------------------------
 
 
 def test_multi_hop_counts_any_of_the_questions_and_the_chain_all_of_its_hops():
     hops = [probe("multi-hop", "Italy", None, aliases=("the Italian Republic",))] * 3
     singles = [probe("single-hop", "Rome", None), probe("single-hop", "Italy", None)]
     said = ["France.", "I'd say the Italian Republic", "Germany"]
-    found = of([*hops, *singles], [*(reading(said=each) for each in said), reading(said="Rome"), reading(said="in Italy")])
+    found = of(
+        [*hops, *singles],
+        [*(reading(said=each) for each in said), reading(said="Rome"), reading(said="in Italy")],
+    )
     assert found["multi-hop"] == 1.0
     assert found["instance-wise"] == 1.0
-    found = of([*hops, *singles], [reading(said="France")] * 3 + [reading(said="Rome"), reading(said="France")])
+    found = of(
+        [*hops, *singles],
+        [reading(said="France")] * 3 + [reading(said="Rome"), reading(said="France")],
+    )
     assert found["multi-hop"] == 0.0
     assert found["instance-wise"] == 0.0
     assert of(hops, [reading(said=None)] * 3)["multi-hop"] is None
 
 
 def test_edit_wise_is_the_share_of_facts_that_are_said():
-    found = of([probe("rewrite", unwanted=None)] * 2, [reading(said="in Rome"), reading(said="in Paris")])
+    found = of(
+        [probe("rewrite", unwanted=None)] * 2, [reading(said="in Rome"), reading(said="in Paris")]
+    )
     assert found["edit-wise"] == 0.5
 
 
 def ripple(said_after, conditions_before=(), joined="any", test="t"):
     more = {"test": test, "joined": joined}
     probes = [probe("preservation", "Rome", None, **more) for _ in said_after]
-    probes += [probe("preservation", "Italy", None, condition=True, **more) for _ in conditions_before]
-    after = [reading(said=each) for each in said_after] + [reading(said="whatever") for _ in conditions_before]
-    before = [reading(said="whatever") for _ in said_after] + [reading(said=each) for each in conditions_before]
+    probes += [
+        probe("preservation", "Italy", None, condition=True, **more) for _ in conditions_before
+    ]
+    after = [reading(said=each) for each in said_after] + [
+        reading(said="whatever") for _ in conditions_before
+    ]
+    before = [reading(said="whatever") for _ in said_after] + [
+        reading(said=each) for each in conditions_before
+    ]
     return of(probes, after, before)["preservation"]
 
 
@@ -197,10 +231,12 @@ def test_ripple_tests_are_told_apart_by_name_and_without_one_stand_alone():
     named = [probe("preservation", unwanted=None, test=name) for name in ("a", "b", "a")]
     readings = [reading(said="Rome"), reading(said="Paris"), reading(said="Paris")]
     assert of(named, readings)["preservation"] == 0.5
-    assert of([probe("preservation", unwanted=None)] * 3, readings)["preservation"] == pytest.approx(1 / 3)
+    assert of([probe("preservation", unwanted=None)] * 3, readings)[
+        "preservation"
+    ] == pytest.approx(1 / 3)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_every_metric_is_scored_or_made_of_means_and_every_score_is_in_the_table():

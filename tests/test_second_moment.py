@@ -42,7 +42,9 @@ def test_c_is_the_mean_outer_product_of_the_models_keys(family, tmp_path):
     for layer in (1, 2):
         keys_nf = naive_keys(lm, layer, DOCUMENTS, 100)
         assert found[layer].count == len(keys_nf) == 100
-        torch.testing.assert_close(found[layer].matrix_ff, keys_nf.T @ keys_nf / 100, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(
+            found[layer].matrix_ff, keys_nf.T @ keys_nf / 100, atol=1e-12, rtol=1e-10
+        )
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -56,7 +58,9 @@ def test_every_dense_family_has_second_moments(family, tmp_path):
 @pytest.mark.parametrize("tokens_per_batch", [1, 64, 4096])
 def test_batching_changes_nothing(tokens_per_batch, tmp_path):
     lm = tiny_lm("gpt2", torch.float64)
-    one = second_moments(lm, [2], DOCUMENTS, 150, cache_dir=tmp_path / "a", tokens_per_batch=tokens_per_batch)[2]
+    one = second_moments(
+        lm, [2], DOCUMENTS, 150, cache_dir=tmp_path / "a", tokens_per_batch=tokens_per_batch
+    )[2]
     keys_nf = naive_keys(lm, 2, DOCUMENTS, 150)
     torch.testing.assert_close(one.matrix_ff, keys_nf.T @ keys_nf / 150)
 
@@ -75,7 +79,7 @@ def test_the_pass_stops_at_the_deepest_layer(tmp_path):
     second_moments(lm, [0, 1], DOCUMENTS, 50, cache_dir=tmp_path)
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------------
+# --- what is kept ---------------------------------------------------------------------------------
 
 
 def moments_of(lm, layers, tokens, folder, corpus=DOCUMENTS, **settings):
@@ -93,7 +97,11 @@ def test_what_was_measured_before_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_MEMORY", OrderedDict())  # as in another process
     again = moments_of(lm, [1], 50, tmp_path)[1]
     assert again is not first
-    assert torch.equal(first.matrix_ff, again.matrix_ff) and again.source == first.source and again.count == first.count
+    assert (
+        torch.equal(first.matrix_ff, again.matrix_ff)
+        and again.source == first.source
+        and again.count == first.count
+    )
 
 
 def test_the_same_call_gives_the_same_object(tmp_path, monkeypatch):
@@ -104,7 +112,11 @@ def test_the_same_call_gives_the_same_object(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", never)
     again = moments_of(tiny_lm("gpt2"), [2, 1], 300, tmp_path)  # another object of the same weights
     assert again[1] is first[1] and again[2] is first[2]
-    assert again[1].condition() == condition and again[1].factor() is factor_ff and again[1].eigen()[1] is eigen[1]
+    assert (
+        again[1].condition() == condition
+        and again[1].factor() is factor_ff
+        and again[1].eigen()[1] is eigen[1]
+    )
 
 
 def test_a_changed_weight_is_never_served_an_old_c(tmp_path):
@@ -143,7 +155,9 @@ def test_memory_is_bounded_in_bytes_and_lets_go_of_what_was_used_longest_ago(tmp
 
 def test_only_weights_that_are_reached_are_hashed(tmp_path, monkeypatch):
     lm, hashed = tiny_lm("gpt2"), []
-    monkeypatch.setattr(fingerprints, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x")
+    monkeypatch.setattr(
+        fingerprints, "fingerprint", lambda weight: hashed.append(weight.data_ptr()) or "x"
+    )
     moments_of(lm, [0, 1], 50, tmp_path)
     names = {name for name, weight in lm.model.named_parameters() if weight.data_ptr() in hashed}
     assert {"transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"} <= names
@@ -155,7 +169,8 @@ def files(folder):
 
 
 @pytest.mark.parametrize(
-    "change", ["weights below", "tokenizer", "corpus", "tokens", "dtype", "tokens per document", "config"]
+    "change",
+    ["weights below", "tokenizer", "corpus", "tokens", "dtype", "tokens per document", "config"],
 )
 def test_everything_that_changes_c_changes_its_name(change, tmp_path):
     lm = tiny_lm("gpt2")
@@ -186,7 +201,9 @@ def test_what_does_not_change_c_does_not_change_its_name(tmp_path):
     before = files(tmp_path)
     lm.parts.mlp_out(1).weight.data[0, 0] += 1  # the matrix itself: its inputs stay
     lm.parts.mlp_out(3).weight.data[0, 0] += 1  # a block above
-    lm.tokenizer(["a text", "another text"], truncation=True, max_length=2)  # which the tokenizer remembers
+    lm.tokenizer(
+        ["a text", "another text"], truncation=True, max_length=2
+    )  # which the tokenizer remembers
     second_moments(lm, [1], DOCUMENTS, 50, cache_dir=tmp_path)
     assert files(tmp_path) == before
 
@@ -211,7 +228,9 @@ class Interrupted:
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     lm, corpus = tiny_lm("gpt2", torch.float64), Interrupted(at=200)
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0, tokens_per_batch=200)
+        second_moments(
+            lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0, tokens_per_batch=200
+        )
     assert len(list(tmp_path.rglob("*.partial"))) == 1
     corpus.at = None
     resumed = second_moments(lm, [1, 2], corpus, 6000, cache_dir=tmp_path, save_every=0)
@@ -220,13 +239,17 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     assert not list(tmp_path.glob("**/*.partial"))
     for layer in (1, 2):
         assert resumed[layer].count == straight[layer].count
-        torch.testing.assert_close(resumed[layer].matrix_ff, straight[layer].matrix_ff, atol=1e-13, rtol=1e-12)
+        torch.testing.assert_close(
+            resumed[layer].matrix_ff, straight[layer].matrix_ff, atol=1e-13, rtol=1e-12
+        )
 
 
 def test_a_damaged_partial_state_is_measured_again(tmp_path, caplog):
     lm, corpus = tiny_lm("gpt2"), Interrupted(at=100)
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path, save_every=0, tokens_per_batch=100)
+        second_moments(
+            lm, [1], corpus, 3000, cache_dir=tmp_path, save_every=0, tokens_per_batch=100
+        )
     next(tmp_path.rglob("*.partial")).write_bytes(b"half a fi")
     corpus.at = None
     second_moments(lm, [1], corpus, 3000, cache_dir=tmp_path)
@@ -238,21 +261,31 @@ def test_more_tokens_of_the_same_text_go_on_from_what_was_measured(tmp_path, mon
     moments_of(lm, [1, 2], 500, tmp_path, corpus)
     moments_of(lm, [1], 700, tmp_path, corpus)  # layer 2 does not have it, so both go on from 500
     counted = []
-    monkeypatch.setattr(MomentPass, "add", lambda run, batch, add=MomentPass.add: counted.append(batch) or add(run, batch))
+    monkeypatch.setattr(
+        MomentPass,
+        "add",
+        lambda run, batch, add=MomentPass.add: counted.append(batch) or add(run, batch),
+    )
     more = moments_of(lm, [1, 2], 1234, tmp_path, corpus)
     assert sum(len(ids) - start for batch in counted for ids, start in batch) == 734
-    assert any(start for batch in counted for _, start in batch)  # 500 tokens ended within a document
+    assert any(
+        start for batch in counted for _, start in batch
+    )  # 500 tokens ended within a document
     straight = moments_of(lm, [1, 2], 1234, tmp_path / "other", corpus)
     for layer in (1, 2):
         assert more[layer].count == 1234 and more[layer].source == straight[layer].source
-        torch.testing.assert_close(more[layer].matrix_ff, straight[layer].matrix_ff, atol=1e-13, rtol=1e-12)
+        torch.testing.assert_close(
+            more[layer].matrix_ff, straight[layer].matrix_ff, atol=1e-13, rtol=1e-12
+        )
 
 
 def test_fewer_tokens_are_not_taken_from_a_longer_measurement(tmp_path):
     lm = tiny_lm("gpt2", torch.float64)
     moments_of(lm, [1], 300, tmp_path)
     keys_nf = naive_keys(lm, 1, DOCUMENTS, 200)
-    torch.testing.assert_close(moments_of(lm, [1], 200, tmp_path)[1].matrix_ff, keys_nf.T @ keys_nf / 200)
+    torch.testing.assert_close(
+        moments_of(lm, [1], 200, tmp_path)[1].matrix_ff, keys_nf.T @ keys_nf / 200
+    )
 
 
 def test_a_damaged_shorter_measurement_is_not_gone_on_from(tmp_path, caplog):
@@ -280,18 +313,22 @@ def test_a_costly_eigendecomposition_is_kept_beside_c(tmp_path, monkeypatch, cap
         again = in_another_process().eigen()
     assert torch.equal(again[0], values_f) and torch.equal(again[1], vectors_ff)
     SecondMoment(torch.eye(len(values_f), dtype=torch.float64), 300, first.source).save(first.file)
-    assert torch.equal(in_another_process().eigen()[0], torch.ones_like(values_f))  # what was kept is of another C
+    assert torch.equal(
+        in_another_process().eigen()[0], torch.ones_like(values_f)
+    )  # what was kept is of another C
     kept.write_bytes(b"half a fi")
     assert torch.equal(in_another_process().eigen()[0], torch.ones_like(values_f))
     assert "computing it again" in caplog.text
 
 
-# --- sums -----------------------------------------------------------------------------------------------------------------
+# --- sums -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [5, 128, 300, 2100])
 def test_half_of_the_products_is_all_of_them(width):
-    keys_nf = torch.randn(40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys_nf = torch.randn(
+        40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     total_ff = torch.zeros(width, width, dtype=torch.float64)
     for part_nf in keys_nf.split(15):
         add_outer(total_ff, part_nf)
@@ -301,14 +338,18 @@ def test_half_of_the_products_is_all_of_them(width):
 
 @pytest.mark.parametrize("batch", [1000, 4000])
 def test_rounding_is_that_of_one_batch_however_many_tokens_there_are(batch):
-    """Off by less than 1e-6 of sqrt(C_ii C_jj), with keys whose mean is far from zero; largest seen 2e-7 on four machines' kernels."""
+    """Off by less than 1e-6 of sqrt(C_ii C_jj), with keys whose mean is far from zero; largest seen
+    2e-7 on four machines' kernels.
+    """
     keys_nf = torch.randn(32_000, 64, generator=torch.Generator().manual_seed(0)) + 1.0
     total_ff = torch.zeros(64, 64, dtype=torch.float64)
     for part_nf in keys_nf.split(batch):
         add_outer(total_ff, part_nf)
     exact_ff = keys_nf.double().T @ keys_nf.double()
     scale_f = exact_ff.diagonal().sqrt()
-    assert float(((mirror_(total_ff) - exact_ff) / torch.outer(scale_f, scale_f)).abs().max()) < 1e-6
+    assert (
+        float(((mirror_(total_ff) - exact_ff) / torch.outer(scale_f, scale_f)).abs().max()) < 1e-6
+    )
 
 
 def test_half_precision_keys_do_not_overflow():
@@ -325,7 +366,7 @@ def test_keys_that_are_not_finite_leave_nothing_behind(tmp_path):
     assert not files(tmp_path)
 
 
-# --- corpora --------------------------------------------------------------------------------------------------------------
+# --- corpora --------------------------------------------------------------------------------------
 
 
 def test_a_text_file_is_read_by_paragraphs_or_by_lines(tmp_path):
@@ -387,14 +428,18 @@ def test_experts_have_no_single_matrix(tmp_path):
         second_moments(tiny_lm("mixtral"), [1], DOCUMENTS, 50, cache_dir=tmp_path)
 
 
-# --- sampling -------------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def test_sampling_from_one_token_is_greedy_decoding():
     lm = tiny_lm("gpt2")
     (text,) = sample_texts(lm, 1, 8, torch.Generator().manual_seed(0), top_k=1)
     out = lm.model.generate(
-        torch.tensor([[0]]), attention_mask=torch.ones(1, 1), max_new_tokens=8, do_sample=False, eos_token_id=-1
+        torch.tensor([[0]]),
+        attention_mask=torch.ones(1, 1),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=-1,
     )
     assert text == " ".join(lm.tokenizer.decode(out[0, 1:], skip_special_tokens=True).split())
 

@@ -1,4 +1,6 @@
-"""The site has a place for every public name, its pages exist, and docstrings reach it as they are meant."""
+"""The site has a place for every public name, its pages exist, and docstrings reach it as they are
+meant.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def pages(nav):
     """Files of a nav: strings, or mappings of titles to files or navs."""
     if isinstance(nav, str):
         return [nav]
-    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages(entry)]
+    return [
+        page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages(entry)
+    ]
 
 
 def test_every_page_of_the_nav_exists_and_every_page_is_in_the_nav():
@@ -29,7 +33,9 @@ def test_every_page_of_the_nav_exists_and_every_page_is_in_the_nav():
 
 
 def test_every_public_name_has_its_place_in_the_reference():
-    reference = "\n".join(page.read_text(encoding="utf8") for page in (DOCS / "reference").glob("*.md"))
+    reference = "\n".join(
+        page.read_text(encoding="utf8") for page in (DOCS / "reference").glob("*.md")
+    )
     told = set(re.findall(r"^::: engram\.(\w+)$", reference, re.MULTILINE))
     assert set(engram.__all__) - {"__version__"} <= told
     index = (DOCS / "reference" / "index.md").read_text(encoding="utf8")
@@ -101,7 +107,13 @@ def test_the_command_lines_page_has_every_command_and_no_entities():
 
     page = command_line()
     assert page.startswith("# Command line\n")
-    assert set(re.findall(r"^## `engram (\w+)`", page, re.MULTILINE)) >= {"demo", "trace", "edit", "verify", "generate"}
+    assert set(re.findall(r"^## `engram (\w+)`", page, re.MULTILINE)) >= {
+        "demo",
+        "trace",
+        "edit",
+        "verify",
+        "generate",
+    }
     assert "&#" not in page
     assert "--help" not in page
     assert "engram trace [OPTIONS] MODEL [PROMPT]" in page

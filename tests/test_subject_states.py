@@ -1,4 +1,6 @@
-"""Keys and states at subjects are those of whole forward passes, whatever is edited below and however rows are cut up."""
+"""Keys and states at subjects are those of whole forward passes, whatever is edited below and
+however rows are cut up.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,18 @@ from tests.tiny import DENSE, tiny_lm
 
 
 def slowly(lm: Any, text: str, subject: str, layer: int, state_of: Any) -> tuple[Tensor, Tensor]:
-    """Key of a layer and output of a module at the subject's last token, by one whole pass over the whole text."""
+    """Key of a layer and output of a module at the subject's last token, by one whole pass over the
+    whole text.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(out: Tensor) -> Tensor:
         seen["state"] = out.clone()  # some families add to it in place
         return out
 
-    key_hook = lm.parts.mlp_out(layer).register_forward_pre_hook(lambda m, args: seen.update(key=args[0].clone()))
+    key_hook = lm.parts.mlp_out(layer).register_forward_pre_hook(
+        lambda m, args: seen.update(key=args[0].clone())
+    )
     try:
         with torch.no_grad(), changed({state_of: keep}):
             lm.model(torch.tensor([lm.encode(text).ids]))
@@ -48,10 +54,17 @@ def disturb(lm: Any, layer: int) -> None:
 @pytest.mark.parametrize(
     ("family", "site", "engine"),
     [(family, "block", "replay") for family in DENSE]
-    + [(family, site, engine) for family in VARIED for site in SITES for engine in ("replay", "whole")],
+    + [
+        (family, site, engine)
+        for family in VARIED
+        for site in SITES
+        for engine in ("replay", "whole")
+    ],
 )
 def test_they_are_those_of_whole_forward_passes_over_the_edited_model(family, site, engine):
-    """Layers 0, 1 and 3, each changed once it was read: later ones see it, the state is read at the last one."""
+    """Layers 0, 1 and 3, each changed once it was read: later ones see it, the state is read at the
+    last one.
+    """
     lm, limit = tiny_lm(family, torch.float64), 1e-5 if family in PARTLY_FLOAT32 else 1e-10
     layers = [0, 1, 3]
     state_of = lm.parts.blocks[3] if site == "block" else lm.parts.mlp_out(3)
@@ -62,11 +75,16 @@ def test_they_are_those_of_whole_forward_passes_over_the_edited_model(family, si
         keys_ncf, states_nd = states.at(layer)
         for fact, keys_cf, state_d in zip(facts, keys_ncf, states_nd, strict=True):
             rows = [
-                slowly(lm, context.replace("{}", fact.prompt_text), fact.subject, layer, state_of) for context in contexts
+                slowly(lm, context.replace("{}", fact.prompt_text), fact.subject, layer, state_of)
+                for context in contexts
             ]
-            torch.testing.assert_close(keys_cf, torch.stack([key for key, _ in rows]), atol=limit, rtol=limit)
+            torch.testing.assert_close(
+                keys_cf, torch.stack([key for key, _ in rows]), atol=limit, rtol=limit
+            )
             torch.testing.assert_close(state_d, rows[0][1], atol=limit, rtol=limit)
-        assert before is None or (states_nd - before).abs().max() > 1e-3, "the changes below are not seen"
+        assert before is None or (states_nd - before).abs().max() > 1e-3, (
+            "the changes below are not seen"
+        )
         before = states_nd
         disturb(lm, layer)
 
@@ -77,7 +95,9 @@ def test_they_come_in_the_order_of_the_facts():
     facts = [FACTS[i] for i in (3, 1, 0, 2, 4)]
     states = SubjectStates(lm, facts, CONTEXTS, [1, 2], "block", "auto")
     order = torch.tensor(states.chunks[0].facts)
-    assert not torch.equal(order, order.argsort()), "sorting twice puts them back: the test would be empty"
+    assert not torch.equal(order, order.argsort()), (
+        "sorting twice puts them back: the test would be empty"
+    )
     together = states.at(1)
     for i, fact in enumerate(facts):
         alone = SubjectStates(lm, [fact], CONTEXTS, [1, 2], "block", "auto").at(1)
@@ -100,7 +120,9 @@ def test_they_do_not_depend_on_how_many_rows_are_run_at_once(engine, rows, monke
 
 
 def test_half_precision_is_read_as_float32():
-    keys_ncf, states_nd = SubjectStates(tiny_lm("llama", torch.bfloat16), FACTS, CONTEXTS, [1], "block", "auto").at(1)
+    keys_ncf, states_nd = SubjectStates(
+        tiny_lm("llama", torch.bfloat16), FACTS, CONTEXTS, [1], "block", "auto"
+    ).at(1)
     assert keys_ncf.dtype == states_nd.dtype == torch.float32
     assert keys_ncf.shape[:2] == (len(FACTS), len(CONTEXTS)) and not keys_ncf.requires_grad
 
@@ -109,4 +131,6 @@ def test_no_hook_is_left():
     lm = tiny_lm("gpt2")
     for engine in ("replay", "whole"):
         SubjectStates(lm, FACTS, CONTEXTS, [1], "attention+mlp", engine).at(1)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )

@@ -7,13 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.benchmark.metrics.summary import Estimate, harmonic, hierarchical, paired, published_summary, summarise
+from engram.benchmark.metrics.summary import (
+    Estimate,
+    harmonic,
+    hierarchical,
+    paired,
+    published_summary,
+    summarise,
+)
 from engram.bootstrap import resampled, resampled_twice
 from engram.errors import SettingError
 
 shares = st.integers(0, 10).map(lambda tenths: tenths / 10)
 rows = st.lists(
-    st.fixed_dictionaries({"ES": shares, "PS": shares, "NS": shares, "GE": st.none() | st.floats(0, 8)}),
+    st.fixed_dictionaries(
+        {"ES": shares, "PS": shares, "NS": shares, "GE": st.none() | st.floats(0, 8)}
+    ),
     min_size=1,
     max_size=25,
 )
@@ -22,7 +31,10 @@ QUICK = {"resamples": 50}
 
 def table(count=60, seed=0):
     generator = np.random.default_rng(seed)
-    return [{name: float(generator.integers(11)) / 10 for name in ("ES", "PS", "NS")} for _ in range(count)]
+    return [
+        {name: float(generator.integers(11)) / 10 for name in ("ES", "PS", "NS")}
+        for _ in range(count)
+    ]
 
 
 def close(a: Estimate, b: Estimate) -> bool:
@@ -32,18 +44,34 @@ def close(a: Estimate, b: Estimate) -> bool:
 def test_s_of_published_means():
     assert round(harmonic([100, 96.4, 75.4]), 1) == 89.2
     assert harmonic([1, 0, 1]) == 0
-    for name, means in {"GPT-J": (16.3, 18.6, 83.0), "FT": (100.0, 96.6, 10.3), "ROME": (99.9, 99.1, 78.9)}.items():
+    for name, means in {
+        "GPT-J": (16.3, 18.6, 83.0),
+        "FT": (100.0, 96.6, 10.3),
+        "ROME": (99.9, 99.1, 78.9),
+    }.items():
         assert round(harmonic(means), 1) == {"GPT-J": 23.6, "FT": 25.5, "ROME": 91.5}[name]
 
 
 def test_s_is_of_the_means_of_the_data_set_not_a_mean_over_records():
-    found = summarise([{"ES": 1.0, "PS": 0.0, "NS": 1.0}, {"ES": 1.0, "PS": 1.0, "NS": 0.0}], "counterfact", **QUICK)
+    found = summarise(
+        [{"ES": 1.0, "PS": 0.0, "NS": 1.0}, {"ES": 1.0, "PS": 1.0, "NS": 0.0}],
+        "counterfact",
+        **QUICK,
+    )
     assert found["S"].mean == pytest.approx(3 / (1 + 2 + 2)), "record by record it would be 0"
     assert found["S"].half_published is None
 
 
 def test_s_of_four_terms_for_counterfact_plus_and_of_three_others_for_zsre():
-    row = {"ES": 1.0, "PS": 1.0, "NS": 0.5, "NS+": 0.25, "Efficacy": 1.0, "Paraphrase": 0.5, "Specificity": 0.25}
+    row = {
+        "ES": 1.0,
+        "PS": 1.0,
+        "NS": 0.5,
+        "NS+": 0.25,
+        "Efficacy": 1.0,
+        "Paraphrase": 0.5,
+        "Specificity": 0.25,
+    }
     found = summarise([row], "counterfact", **QUICK)
     assert found["S4"].mean == pytest.approx(4 / 8)
     assert "Efficacy" not in found
@@ -62,7 +90,9 @@ def test_the_published_interval_is_a_normal_one_with_the_population_deviation():
 def test_the_bootstrap_of_many_records_is_about_the_normal_interval():
     """Percentiles of 1000 resamples of 2000 records; off by a tenth once in hundreds of seeds."""
     generator = np.random.default_rng(5)
-    found = summarise([{"ES": float(generator.random() < 0.7)} for _ in range(2000)], "counterfact")["ES"]
+    found = summarise(
+        [{"ES": float(generator.random() < 0.7)} for _ in range(2000)], "counterfact"
+    )["ES"]
     assert found.mean - found.low == pytest.approx(found.half_published, rel=0.15)
     assert found.high - found.mean == pytest.approx(found.half_published, rel=0.15)
 
@@ -70,7 +100,10 @@ def test_the_bootstrap_of_many_records_is_about_the_normal_interval():
 def test_the_bootstrap_of_s_is_a_loop_over_resampled_records():
     given_rows = table()
     drawn = np.random.default_rng(3).integers(len(given_rows), size=(200, len(given_rows)))
-    by_hand = [harmonic([np.mean([given_rows[i][name] for i in draw]) for name in ("ES", "PS", "NS")]) for draw in drawn]
+    by_hand = [
+        harmonic([np.mean([given_rows[i][name] for i in draw]) for name in ("ES", "PS", "NS")])
+        for draw in drawn
+    ]
     found = summarise(given_rows, "counterfact", seed=3, resamples=200)["S"]
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(by_hand, (2.5, 97.5))))
 
@@ -79,7 +112,9 @@ def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     values = np.random.default_rng(0).random((37, 2))
     whole = resampled(values, 1, 100)
     monkeypatch.setattr("engram.bootstrap._AT_ONCE", 7)
-    np.testing.assert_allclose(resampled(values, 1, 100), whole, rtol=1e-14)  # products of other sizes round differently
+    np.testing.assert_allclose(
+        resampled(values, 1, 100), whole, rtol=1e-14
+    )  # products of other sizes round differently
 
 
 @settings(max_examples=40, deadline=None)
@@ -129,8 +164,18 @@ def test_a_run_does_not_differ_from_itself(given_rows):
 
 
 def test_a_difference_is_of_the_records_that_both_runs_have():
-    a = {"1": {"ES": 1.0, "GE": 6.0}, "2": {"ES": 1.0, "GE": None}, "3": {"ES": 0.0, "GE": 1.0}, "5": {"ES": 0.0}}
-    b = {"3": {"ES": 0.0, "GE": 2.0}, "1": {"ES": 0.0, "GE": 5.5}, "2": {"ES": 1.0, "GE": 3.0}, "4": {"ES": 0.0}}
+    a = {
+        "1": {"ES": 1.0, "GE": 6.0},
+        "2": {"ES": 1.0, "GE": None},
+        "3": {"ES": 0.0, "GE": 1.0},
+        "5": {"ES": 0.0},
+    }
+    b = {
+        "3": {"ES": 0.0, "GE": 2.0},
+        "1": {"ES": 0.0, "GE": 5.5},
+        "2": {"ES": 1.0, "GE": 3.0},
+        "4": {"ES": 0.0},
+    }
     found = paired(a, b, "counterfact", **QUICK)
     assert (found["ES"].mean, found["ES"].count) == (pytest.approx(1 / 3), 3)
     assert (found["GE"].mean, found["GE"].count) == (pytest.approx(-0.25), 2)
@@ -145,7 +190,9 @@ def test_a_difference_of_harmonic_means_needs_all_parts_in_both_runs():
 
 
 def test_what_both_runs_share_does_not_widen_the_interval_of_their_difference():
-    """Records vary by a third, the runs differ by 0.1 on each of them: their intervals overlap, the difference is certain."""
+    """Records vary by a third, the runs differ by 0.1 on each of them: their intervals overlap, the
+    difference is certain.
+    """
     a = {str(i): row for i, row in enumerate(table())}
     b = {key: {name: value - 0.1 for name, value in row.items()} for key, row in a.items()}
     found = paired(a, b, "counterfact")["PS"]
@@ -171,9 +218,14 @@ def test_a_difference_of_harmonic_means_is_a_loop_over_the_same_resampled_record
 
 
 def test_two_stages_of_drawing_are_wider_than_one():
-    """Each stage adds the variance of drawing as many values: with one value a record the two have twice that of one."""
+    """Each stage adds the variance of drawing as many values: with one value a record the two have
+    twice that of one.
+    """
     values = np.random.default_rng(0).random(400)
-    twice, once = resampled_twice(values[:, None].tolist(), 1).std(), resampled(values[:, None], 1).std()
+    twice, once = (
+        resampled_twice(values[:, None].tolist(), 1).std(),
+        resampled(values[:, None], 1).std(),
+    )
     assert twice / once == pytest.approx(2**0.5, rel=0.1)
 
 
@@ -181,9 +233,15 @@ def test_two_stages_are_a_loop_over_records_and_then_over_their_prompts():
     values = [[0.1, 0.4], [0.9], [0.2, 0.3, 0.7]]
     generator, by_hand = np.random.default_rng(4), []
     for _ in range(50):
-        pool = [(value, 1 / len(values[i])) for i in generator.integers(3, size=3) for value in values[i]]
+        pool = [
+            (value, 1 / len(values[i]))
+            for i in generator.integers(3, size=3)
+            for value in values[i]
+        ]
         drawn = [pool[i] for i in generator.integers(len(pool), size=len(pool))]
-        by_hand.append(sum(value * weight for value, weight in drawn) / sum(weight for _, weight in drawn))
+        by_hand.append(
+            sum(value * weight for value, weight in drawn) / sum(weight for _, weight in drawn)
+        )
     np.testing.assert_allclose(resampled_twice(values, 4, 50), by_hand)
 
 
@@ -198,17 +256,25 @@ def test_the_interval_of_counterfact_plus_is_of_99_per_cent_around_the_mean_of_r
 
 
 def test_records_without_texts_have_no_place_in_the_published_summary():
-    found = published_summary([{"ES": 0.0}, {"ES": 1.0}], [{"ES": 1.0, "seconds": 2.0}, {"ES": 1.0, "seconds": 3.0}])
+    found = published_summary(
+        [{"ES": 0.0}, {"ES": 1.0}], [{"ES": 1.0, "seconds": 2.0}, {"ES": 1.0, "seconds": 3.0}]
+    )
     assert found == {
-        "time": [2.5, 0.5], "pre_rewrite_success": [50.0, 50.0], "post_rewrite_success": [100.0, 0.0], "num_cases": 2,
-    }  # fmt: skip
+        "time": [2.5, 0.5],
+        "pre_rewrite_success": [50.0, 50.0],
+        "post_rewrite_success": [100.0, 0.0],
+        "num_cases": 2,
+    }
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: summarise([], "counterfact"), "no records"),
-        (lambda: summarise([{}], "counterfacts"), "form='counterfacts': expected one of counterfact"),
+        (
+            lambda: summarise([{}], "counterfacts"),
+            "form='counterfacts': expected one of counterfact",
+        ),
         (lambda: summarise([{}], "flat", resamples=0), "resamples=0"),
         (lambda: paired({"1": {}}, {"2": {}}, "zsre"), "no records .* same ids"),
         (lambda: hierarchical([[]]), "no records"),

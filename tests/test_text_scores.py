@@ -32,8 +32,20 @@ def test_texts_of_fewer_than_three_tokens_are_left_out():
 
 def test_words_are_those_of_the_penn_treebank():
     assert tokens('It can\'t go on. She said: "no".') == [
-        "It", "ca", "n't", "go", "on", ".", "She", "said", ":", "``", "no", "''", ".",
-    ]  # fmt: skip
+        "It",
+        "ca",
+        "n't",
+        "go",
+        "on",
+        ".",
+        "She",
+        "said",
+        ":",
+        "``",
+        "no",
+        "''",
+        ".",
+    ]
 
 
 def test_consistency_is_scikit_learns():
@@ -44,7 +56,9 @@ def test_consistency_is_scikit_learns():
         ["Their capital is the city", "of Paris and of Rome."],
         ["The capital is Rome, in", "the city's piano"],
     )
-    expected = (theirs.transform([" ".join(generated)]) @ theirs.transform([" ".join(told)]).T).toarray()[0, 0]
+    expected = (
+        theirs.transform([" ".join(generated)]) @ theirs.transform([" ".join(told)]).T
+    ).toarray()[0, 0]
     assert consistency(generated, told, ours) == pytest.approx(expected)
     assert 0 < expected < 1
 

@@ -1,4 +1,6 @@
-"""Training methods score every target token at its own position and leave the model's inside as they found it."""
+"""Training methods score every target token at its own position and leave the model's inside as
+they found it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_each_target_token_is_scored_at_its_own_position(tokenizer):
     alone = [answered(lm, fact.prompt_text, fact.target) for fact in FACTS]
     assert max(map(len, alone)) > 1
     torch.testing.assert_close(nll_p, -torch.cat(alone))
-    torch.testing.assert_close(batch.mean_by_row(nll_p), torch.stack([-each.mean() for each in alone]))
+    torch.testing.assert_close(
+        batch.mean_by_row(nll_p), torch.stack([-each.mean() for each in alone])
+    )
     assert batch.facts_p.tolist() == [i for i, each in enumerate(alone) for _ in each]
 
 
@@ -38,7 +42,9 @@ def test_blocks_below_need_not_run_again(family):
     module = lm.parts.mlp_out(2)
     generator = torch.Generator().manual_seed(0)
     shape = (32, 48) if module.weight.numel() == 32 * 48 else (32, module.weight.numel() // 32)
-    delta_oi = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.1).requires_grad_()
+    delta_oi = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.1).requires_grad_()
+    )
     results = []
     with still(lm.model):
         for engine in ("auto", "whole"):
@@ -53,7 +59,11 @@ def test_blocks_below_need_not_run_again(family):
 
 def test_whether_all_is_said_is_what_the_model_says():
     lm = tiny_lm("gpt2")
-    said = str(lm.tokenizer.decode([lm.model(torch.tensor([lm.encode("He plays the").ids])).logits[0, -1].argmax()]))
+    said = str(
+        lm.tokenizer.decode(
+            [lm.model(torch.tensor([lm.encode("He plays the").ids])).logits[0, -1].argmax()]
+        )
+    )
     for target in (said, "Paris"):
         batch = TargetBatch.of([target_row(lm, "He plays the", target)])
         with torch.no_grad():
@@ -62,11 +72,19 @@ def test_whether_all_is_said_is_what_the_model_says():
 
 def test_contexts_and_paraphrases_are_rows_of_their_fact():
     lm = tiny_lm("gpt2")
-    fact = Fact("piano", "He plays the {} and", "guitar", paraphrases=("The piano, the", "A piano and the"))
+    fact = Fact(
+        "piano", "He plays the {} and", "guitar", paraphrases=("The piano, the", "A piano and the")
+    )
     rows = fact_rows(lm, [FACTS[0], fact], ("{}", "It is cold. {}"), paraphrases=1)
     texts = [lm.tokenizer.decode(row.ids[: row.read[0] + 1]) for row in rows]
     first, second = FACTS[0].prompt_text, fact.prompt_text
-    assert texts == [first, f"It is cold. {first}", second, f"It is cold. {second}", "The piano, the"]
+    assert texts == [
+        first,
+        f"It is cold. {first}",
+        second,
+        f"It is cold. {second}",
+        "The piano, the",
+    ]
     assert [row.fact for row in rows] == [0, 0, 1, 1, 1]
 
 
@@ -100,7 +118,9 @@ def test_adams_first_step_is_the_learning_rate_everywhere():
     lm = tiny_lm("gpt2", torch.float64)
     delta_oi = zeros(lm)
     descended(lm, delta_oi, epochs=1, learning_rate=0.01)
-    torch.testing.assert_close(delta_oi.detach().abs(), torch.full_like(delta_oi, 0.01), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        delta_oi.detach().abs(), torch.full_like(delta_oi, 0.01), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
@@ -122,7 +142,9 @@ def test_locality_adds_its_gradient(kind):
 
             loss = _locality(staying, 0, before if kind == "kl" else [])
             changed["ce"] = torch.stack([-answered(lm, *pair).mean() for pair in pairs]).mean()
-            changed["kl"] = torch.stack([_divergence(lm, *pair, before[0], i) for i, pair in enumerate(pairs)]).mean()
+            changed["kl"] = torch.stack(
+                [_divergence(lm, *pair, before[0], i) for i, pair in enumerate(pairs)]
+            ).mean()
     torch.testing.assert_close(loss.detach(), changed[kind])
     assert loss > 0
 
@@ -131,21 +153,35 @@ def _divergence(lm, prompt, answer, before_pv, row):
     """Mean KL(before || now) over an answer's positions."""
     head, ids = lm.encode(prompt).ids, lm.target_ids(prompt, answer)
     with torch.no_grad():
-        now_pv = lm.model(torch.tensor([head + ids[:-1]]), use_cache=False).logits[0, len(head) - 1 :].log_softmax(-1)
+        now_pv = (
+            lm.model(torch.tensor([head + ids[:-1]]), use_cache=False)
+            .logits[0, len(head) - 1 :]
+            .log_softmax(-1)
+        )
     old_pv = before_pv[-len(ids) :] if row else before_pv[: len(ids)]
-    return torch.nn.functional.kl_div(now_pv, old_pv, log_target=True, reduction="none").sum(-1).mean()
+    return (
+        torch.nn.functional.kl_div(now_pv, old_pv, log_target=True, reduction="none").sum(-1).mean()
+    )
 
 
 def test_locality_keeps_other_answers_where_they_were():
-    pairs = [("Their mother tongue is", "French"), ("She plays the", "piano"), ("The bridge is in", "Rome")]
+    pairs = [
+        ("Their mother tongue is", "French"),
+        ("She plays the", "piano"),
+        ("The bridge is in", "Rome"),
+    ]
     moved = {}
     for weight in (0.0, 10.0):
         lm = tiny_lm("gpt2", torch.float64)
         delta_oi = zeros(lm)
         before = torch.stack([answered(lm, *pair)[0] for pair in pairs])
-        descended(lm, delta_oi, pairs, epochs=30, learning_rate=0.01, stop="never", locality_weight=weight)
+        descended(
+            lm, delta_oi, pairs, epochs=30, learning_rate=0.01, stop="never", locality_weight=weight
+        )
         with overlay_weight(lm.parts.mlp_out(1), delta_oi):
-            moved[weight] = (torch.stack([answered(lm, *pair)[0] for pair in pairs]) - before).abs().mean()
+            moved[weight] = (
+                (torch.stack([answered(lm, *pair)[0] for pair in pairs]) - before).abs().mean()
+            )
     assert moved[10.0] < 0.3 * moved[0.0]
 
 
@@ -162,7 +198,9 @@ def test_a_loss_that_is_low_enough_is_not_trained_on():
     lm = tiny_lm("gpt2")
     delta_oi = zeros(lm)
     descent = descended(lm, delta_oi, stop="loss", stop_loss=1e9)
-    assert descent.stopped and descent.steps == 0 and len(descent.losses) == 1 and not delta_oi.any()
+    assert (
+        descent.stopped and descent.steps == 0 and len(descent.losses) == 1 and not delta_oi.any()
+    )
 
 
 def test_never_stopping_takes_every_step():

@@ -1,4 +1,5 @@
-"""Two machines, as far as one can be two: network namespaces with an address each, joined to one Ray by `ray start`.
+"""Two machines, as far as one can be two: network namespaces with an address each, joined to one
+Ray by `ray start`.
 
 Asked for by ENGRAM_NODES=1, since it needs an administrator's rights (Linux, `ip`) and a minute.
 """
@@ -26,9 +27,13 @@ from engram.model.loading import load
 
 ROOT = Path(__file__).parents[1]
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
-METHODS: dict[str, dict[str, Any]] = {"memit": {"steps": 2, "store": False, "contexts": ["{}"]}, "ultraedit": {}}
+METHODS: dict[str, dict[str, Any]] = {
+    "memit": {"steps": 2, "store": False, "contexts": ["{}"]},
+    "ultraedit": {},
+}
 pytestmark = pytest.mark.skipif(
-    "ENGRAM_NODES" not in os.environ or shutil.which("ip") is None, reason="asked for by ENGRAM_NODES=1, on Linux as root"
+    "ENGRAM_NODES" not in os.environ or shutil.which("ip") is None,
+    reason="asked for by ENGRAM_NODES=1, on Linux as root",
 )
 
 
@@ -67,7 +72,9 @@ def ip(*words: str) -> str:
 
 @pytest.fixture
 def inside() -> Iterator[Any]:
-    """(a machine, a command) -> a process on it; the machines are na, with two cores, and nb, with one."""
+    """(a machine, a command) -> a process on it; the machines are na, with two cores, and nb, with
+    one.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
@@ -82,7 +89,9 @@ def inside() -> Iterator[Any]:
 
         def run(machine: str, *command: str) -> subprocess.Popen[str]:
             line = ["ip", "netns", "exec", machine, *command]
-            process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            process = subprocess.Popen(
+                line, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            )
             held.enter_context(process)
             held.callback(process.kill)
             return process
@@ -96,7 +105,13 @@ def inside() -> Iterator[Any]:
             ip("-n", machine, "addr", "add", f"{address}/24", "dev", wire)
             ip("-n", machine, "link", "set", wire, "up")
         common = ["--object-store-memory=200000000", "--disable-usage-stats"]
-        first = ["--head", "--port=6379", "--num-cpus=2", "--include-dashboard=false", f"--node-ip-address={HEAD}"]
+        first = [
+            "--head",
+            "--port=6379",
+            "--num-cpus=2",
+            "--include-dashboard=false",
+            f"--node-ip-address={HEAD}",
+        ]
         second = [f"--address={HEAD}:6379", "--num-cpus=1", f"--node-ip-address={OTHER}"]
         for machine, words in (("na", first), ("nb", second)):
             started = run(machine, ray, "start", *words, *common)
@@ -122,7 +137,9 @@ def test_records_are_the_same_on_two_machines_and_on_one(inside: Any, tmp_path: 
     assert sorted((int(n), int(square)) for n, square, _ in told) == [(n, n * n) for n in range(24)]
     assert {where for *_, where in told} == {HEAD, OTHER}
     there = Run.open(tmp_path / "there.sqlite")
-    here = bench(load("pocket"), pocket_benchmark(), METHODS, tmp_path / "here.sqlite", n=12, batch=2)
+    here = bench(
+        load("pocket"), pocket_benchmark(), METHODS, tmp_path / "here.sqlite", n=12, batch=2
+    )
     assert here.unedited == there.unedited
     for label in METHODS:
         same = [{at: m.after for at, m in run.measured[label].items()} for run in (here, there)]

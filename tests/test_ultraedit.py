@@ -1,4 +1,6 @@
-"""UltraEdit is one standardised gradient step through a ridge solve; its columns belong to facts, its statistics to the caller."""
+"""UltraEdit is one standardised gradient step through a ridge solve; its columns belong to facts,
+its statistics to the caller.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from engram import Fact
 from engram.editors.presets import preset, published
 from engram.editors.settings import read
 from engram.editors.training.ultraedit import Statistics, UltraEditConfig
-from engram.errors import EngramError, FactError, NonFiniteError, SettingError, UnsupportedModelError
+from engram.errors import (
+    EngramError,
+    FactError,
+    NonFiniteError,
+    SettingError,
+    UnsupportedModelError,
+)
 from engram.modules.layouts import as_linear
 from tests.tiny import DENSE, tiny_lm
 from tests.training import FACTS, unchanged
@@ -21,7 +29,9 @@ LAYERS = [1, 2]
 
 
 def gathered(lm, name, facts):
-    """[n, in], [n, out]: inputs of a matrix and gradients at its output, token by token, text by text."""
+    """[n, in], [n, out]: inputs of a matrix and gradients at its output, token by token, text by
+    text.
+    """
     module = lm.model.get_submodule(name)
     h, g = [], []
     for fact in facts:
@@ -36,7 +46,9 @@ def gathered(lm, name, facts):
         logits_tv = lm.model(torch.tensor([head + ids[:-1]]), use_cache=False).logits[0]
         hook.remove()
         at = slice(len(head) - 1, None)
-        torch.nn.functional.cross_entropy(logits_tv[at], torch.tensor(ids), reduction="sum").backward()
+        torch.nn.functional.cross_entropy(
+            logits_tv[at], torch.tensor(ids), reduction="sum"
+        ).backward()
         h.append(seen["h"].detach().reshape(-1, seen["h"].shape[-1])[at])
         g.append(seen["out"].grad.reshape(-1, seen["out"].shape[-1])[at])
     lm.model.zero_grad()
@@ -61,7 +73,9 @@ def test_the_change_is_that_of_the_equations(family):
     assert len(edit.deltas) == 2
     for weight, delta in edit.deltas.items():
         wanted = expected(*gathered(lm, weight.removesuffix(".weight"), FACTS), 1e-2)
-        assert (delta.dense() - wanted).norm() < 1e-5 * wanted.norm()  # some families attend in float32
+        assert (
+            delta.dense() - wanted
+        ).norm() < 1e-5 * wanted.norm()  # some families attend in float32
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -87,7 +101,10 @@ def test_each_token_is_a_column_of_its_fact():
 def test_more_tokens_than_the_weight_has_rows_make_a_dense_change(targets):
     """Both ways of solving, each against the equations."""
     lm = tiny_lm("llama", torch.float64)
-    facts = [Fact(f"tower {i}", "The {} of Rome is in", "London and Paris" if i % 2 else "Madrid") for i in range(30)]
+    facts = [
+        Fact(f"tower {i}", "The {} of Rome is in", "London and Paris" if i % 2 else "Madrid")
+        for i in range(30)
+    ]
     edit = engram.rewrite(lm, facts, "ultraedit", layers=[1], targets=targets, learning_rate=1e-2)
     ((weight, delta),) = edit.deltas.items()
     assert delta.is_dense and delta.owners == (tuple(range(30)),)
@@ -104,14 +121,16 @@ def test_a_small_step_makes_the_targets_likelier():
         assert sum(float(each.sum()) for each in lm.log_probs(pairs)) > before
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 def test_statistics_are_of_every_edit_they_went_through():
     lm = tiny_lm("gpt2", torch.float64)
     life = Statistics()
     engram.rewrite(lm, FACTS[:2], "ultraedit", layers=[1], statistics=life)
-    edit = engram.rewrite(lm, FACTS[2:], "ultraedit", layers=[1], learning_rate=1e-2, statistics=life)
+    edit = engram.rewrite(
+        lm, FACTS[2:], "ultraedit", layers=[1], learning_rate=1e-2, statistics=life
+    )
     ((weight, delta),) = edit.deltas.items()
     name = weight.removesuffix(".weight")
     both = torch.cat(gathered(lm, name, FACTS), 1)
@@ -134,7 +153,9 @@ def test_an_edit_that_fails_leaves_statistics_alone():
     life = Statistics()
     engram.rewrite(lm, FACTS, "ultraedit", layers=[1], statistics=life)
     before = deepcopy(life)
-    with pytest.raises(EngramError, match=r"statistics are of \['transformer.h.1.mlp.c_proj'\], the edit changes"):
+    with pytest.raises(
+        EngramError, match=r"statistics are of \['transformer.h.1.mlp.c_proj'\], the edit changes"
+    ):
         engram.rewrite(lm, FACTS, "ultraedit", layers=[2], statistics=life)
     assert life.count == before.count and life.means.keys() == before.means.keys()
     assert all(torch.equal(life.means[name], mean) for name, mean in before.means.items())
@@ -144,11 +165,13 @@ def test_one_token_alone_has_no_spread():
     lm = tiny_lm("gpt2")
     fact = Fact("tower", "The {} is in", "the")
     assert len(lm.target_ids(fact.prompt_text, fact.target)) == 1
-    with pytest.raises(EngramError, match=r"one token has no spread.*statistics=\.\.\. of earlier edits"):
+    with pytest.raises(
+        EngramError, match=r"one token has no spread.*statistics=\.\.\. of earlier edits"
+    ):
         engram.rewrite(lm, fact, "ultraedit", layers=[1])
 
 
-# --- settings -------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
@@ -184,7 +207,11 @@ def test_an_empty_target_is_a_mistake_of_the_fact():
 
 def test_every_preset_makes_a_config():
     for model in published("ultraedit"):
-        settings = {name: value for name, value in preset("ultraedit", model).items() if name not in ("layers", "depth")}
+        settings = {
+            name: value
+            for name, value in preset("ultraedit", model).items()
+            if name not in ("layers", "depth")
+        }
         read(UltraEditConfig, settings, "ultraedit")
     assert preset("ultraedit", "mistralai/Mistral-7B-v0.1")["layers"] == [29, 30]
 

@@ -1,4 +1,6 @@
-"""A value is found once: it is on disk before the next one, and anything that would change it gives it another name."""
+"""A value is found once: it is on disk before the next one, and anything that would change it gives
+it another name.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def kept(path: Path) -> int:
 def test_a_second_call_finds_all_values(asked, tmp_path):
     lm = tiny_lm("gpt2")
     first, second = (rewrite(lm, store=tmp_path / "values") for _ in range(2))
-    assert sorted(fact.subject for fact in asked[0]) == sorted(fact.subject for fact in FACTS) and len(asked) == 1
+    assert (
+        sorted(fact.subject for fact in asked[0]) == sorted(fact.subject for fact in FACTS)
+        and len(asked) == 1
+    )
     assert first == second
     rewrite(lm, [*FACTS, Fact("bridge", "The {} is in", "London")], store=tmp_path / "values")
     assert [fact.subject for fact in asked[1]] == ["bridge"], "only what is new"
@@ -67,10 +72,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "order of contexts": {"contexts": (CONTEXTS[0], *CONTEXTS[:0:-1])},
     "layer": {"layers": [0, 1]},
     "site": {"site": "mlp"},
-    **{name: {name: value} for name, value in {
-        "steps": 4, "learning_rate": 0.4, "weight_decay": 0.4, "kl_weight": 0.1, "kl_position": "last", "clamp": 0.5,
-        "stop": "argmax", "stop_loss": 0.1}.items()},
-}  # fmt: skip
+    **{
+        name: {name: value}
+        for name, value in {
+            "steps": 4,
+            "learning_rate": 0.4,
+            "weight_decay": 0.4,
+            "kl_weight": 0.1,
+            "kl_position": "last",
+            "clamp": 0.5,
+            "stop": "argmax",
+            "stop_loss": 0.1,
+        }.items()
+    },
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -87,9 +102,16 @@ def test_every_setting_of_the_optimisation_is_tried():
 
 @pytest.mark.parametrize(
     "same",
-    [{"preservation": 5.0}, {"method": "memit-seq"}, {"layers": [1, 2]}, {"engine": "whole"}, {"facts_per_batch": 1}, {"keys": "mean"}],
+    [
+        {"preservation": 5.0},
+        {"method": "memit-seq"},
+        {"layers": [1, 2]},
+        {"engine": "whole"},
+        {"facts_per_batch": 1},
+        {"keys": "mean"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_does_not_change_a_value_does_not_change_its_name(same, asked, tmp_path):
     lm = tiny_lm("gpt2")
     rewrite(lm, store=tmp_path / "values")
@@ -100,17 +122,26 @@ def test_what_does_not_change_a_value_does_not_change_its_name(same, asked, tmp_
 def test_a_fact_may_say_more_about_itself(asked, tmp_path):
     lm = tiny_lm("gpt2")
     rewrite(lm, FACTS[:1], store=tmp_path / "values")
-    rewrite(lm, [replace(FACTS[0], target_true="Rome", paraphrases=("Where?",))], store=tmp_path / "values")
+    rewrite(
+        lm,
+        [replace(FACTS[0], target_true="Rome", paraphrases=("Where?",))],
+        store=tmp_path / "values",
+    )
     assert [len(facts) for facts in asked] == [1]
 
 
-@pytest.mark.parametrize("changed", ["a weight", "dtype", "tokenizer", "an edit in force", "an edit beside the weights"])
+@pytest.mark.parametrize(
+    "changed", ["a weight", "dtype", "tokenizer", "an edit in force", "an edit beside the weights"]
+)
 def test_values_of_one_model_are_not_anothers(changed, asked, tmp_path):
     lm = tiny_lm("gpt2")
     edit = rewrite(lm, FACTS[1:], store=False, layers=[0])
     store, others = (
         tmp_path / "values",
-        {"dtype": tiny_lm("gpt2", torch.float64), "tokenizer": tiny_lm(tokenizer="metaspace with BOS")},
+        {
+            "dtype": tiny_lm("gpt2", torch.float64),
+            "tokenizer": tiny_lm(tokenizer="metaspace with BOS"),
+        },
     )
     rewrite(lm, FACTS[:1], store=store)
     asked.clear()
@@ -147,7 +178,9 @@ def test_a_killed_run_goes_on_where_it_was(facts_per_batch, asked, tmp_path):
         rewrite(lm, store=store, facts_per_batch=facts_per_batch, progress=until_two)
     assert kept(store) == 2
     seen = []
-    resumed = rewrite(lm, store=store, facts_per_batch=facts_per_batch, progress=lambda *at: seen.append(at))
+    resumed = rewrite(
+        lm, store=store, facts_per_batch=facts_per_batch, progress=lambda *at: seen.append(at)
+    )
     assert sum(len(facts) for facts in asked) == 3, "none is found twice"
     assert [at for at in seen if at[0] == "value"] == [("value", 2, 3), ("value", 3, 3)]
     assert resumed == rewrite(lm, store=False, facts_per_batch=facts_per_batch)
@@ -161,7 +194,11 @@ def test_what_is_kept_comes_back_bit_for_bit(tmp_path):
         assert store.get([name]) == [None]
         store.put(name, value)
         (found,) = store.get([name])
-    assert found is not None and torch.equal(found.start_d, value.start_d) and torch.equal(found.delta_d, value.delta_d)
+    assert (
+        found is not None
+        and torch.equal(found.start_d, value.start_d)
+        and torch.equal(found.delta_d, value.delta_d)
+    )
     assert (found.losses, found.delta_norms) == (value.losses, value.delta_norms)
 
 
@@ -187,7 +224,9 @@ def test_by_default_the_cache_folder_has_it(asked, tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
     for _ in range(2):
         rewrite(tiny_lm("gpt2"), store=True)
-    assert [len(facts) for facts in asked] == [3] and kept(tmp_path / "values" / "values.sqlite") == 3
+    assert [len(facts) for facts in asked] == [3] and kept(
+        tmp_path / "values" / "values.sqlite"
+    ) == 3
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path):
@@ -195,7 +234,9 @@ def test_a_folder_that_is_not_there_is_made(tmp_path):
     assert kept(tmp_path / "new" / "values") == 3
 
 
-@pytest.mark.parametrize("damage", ["not a database", "a folder", "a torn page", "a torn value", "no numbers"])
+@pytest.mark.parametrize(
+    "damage", ["not a database", "a folder", "a torn page", "a torn value", "no numbers"]
+)
 def test_a_damaged_store_is_explained(damage, tmp_path):
     lm, path = tiny_lm("gpt2"), tmp_path / "values"
     if damage == "not a database":
@@ -212,6 +253,9 @@ def test_a_damaged_store_is_explained(damage, tmp_path):
             with closing(sqlite3.connect(path)) as file, file:
                 file.execute(f"UPDATE found SET {column} = ?", (b"torn",))
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(EngramError, match=r"values cannot be kept in .*values: .*give store= another file, or False"):
+    with pytest.raises(
+        EngramError,
+        match=r"values cannot be kept in .*values: .*give store= another file, or False",
+    ):
         rewrite(lm, store=path)
     assert before is None or path.read_bytes() == before, "it is not ours to delete"

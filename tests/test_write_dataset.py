@@ -35,7 +35,9 @@ def same_references(one, other) -> bool:
 
 
 def test_built_records_and_their_texts_are_read_back_equal(tmp_path):
-    dataset = built(texts={**texts(), "city:Lima": [Snippet("Llama", "About a town that no record asks for.")]})
+    dataset = built(
+        texts={**texts(), "city:Lima": [Snippet("Llama", "About a town that no record asks for.")]}
+    )
     path = write_dataset(dataset, tmp_path / "own.json")
     back = read_dataset(path, references=True)
     assert back.records == dataset.records
@@ -47,7 +49,9 @@ def test_the_bundled_benchmark_is_read_back_equal(tmp_path):
     dataset = replace(pocket_benchmark(), records=pocket_benchmark().records[:300])
     back = read_dataset(write_dataset(dataset, tmp_path / "pocket.json"), references=True)
     assert back.records == dataset.records
-    assert same_references(back.references, replace(dataset.references, snippets=back.references.snippets))
+    assert same_references(
+        back.references, replace(dataset.references, snippets=back.references.snippets)
+    )
 
 
 def test_the_file_has_the_published_fields(tmp_path):
@@ -58,8 +62,13 @@ def test_the_file_has_the_published_fields(tmp_path):
         assert rewrite["target_new"]["str"] != rewrite["target_true"]["str"]
         assert rewrite["target_new"]["id"] == rewrite["target_new"]["str"]
         assert case.keys() == {
-            "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts",
-        }  # fmt: skip
+            "case_id",
+            "requested_rewrite",
+            "paraphrase_prompts",
+            "neighborhood_prompts",
+            "attribute_prompts",
+            "generation_prompts",
+        }
     for entry in json.loads((tmp_path / "attribute_snippets.json").read_text(encoding="utf8")):
         assert entry.keys() == {"relation_id", "target_id", "samples"}
         assert entry["relation_id"] in TEMPLATES
@@ -83,7 +92,9 @@ def test_a_relation_with_a_colon_keeps_its_name_and_texts(tmp_path):
 
 def test_what_a_fact_says_beside_its_probes_is_not_lost_but_in_them(tmp_path):
     fact = replace(FACT, paraphrases=("Where is Etna? In",), neighbours=(("Fram is in", "Oslo"),))
-    (back,) = read_dataset(write_dataset(of(Record.from_fact("0", fact)), tmp_path / "some.json")).records
+    (back,) = read_dataset(
+        write_dataset(of(Record.from_fact("0", fact)), tmp_path / "some.json")
+    ).records
     assert back == Record("0", (FACT,), Record.from_fact("0", fact).probes)
 
 
@@ -93,18 +104,31 @@ def test_what_a_fact_says_beside_its_probes_is_not_lost_but_in_them(tmp_path):
         Record.from_fact("0", replace(FACT, target_true=None)),
         Record("0", (FACT, replace(FACT, subject="Fram")), Record.from_fact("0", FACT).probes),
         Record.from_fact("0", replace(FACT, neighbours=(("The Thames is in", "London"),))),
-        Record.from_fact("0", FACT, probes=(Probe("paraphrase", "Etna: in", "Rome", "Oslo", aliases=("Roma",)),)),
-        Record("0", (FACT,), (Probe("paraphrase", "Etna: in", "Rome", "Oslo"), *Record.from_fact("0", FACT).probes)),
+        Record.from_fact(
+            "0", FACT, probes=(Probe("paraphrase", "Etna: in", "Rome", "Oslo", aliases=("Roma",)),)
+        ),
+        Record(
+            "0",
+            (FACT,),
+            (Probe("paraphrase", "Etna: in", "Rome", "Oslo"), *Record.from_fact("0", FACT).probes),
+        ),
         Record("0", (FACT,), (Probe("paraphrase", "Etna: in", "Rome", "Oslo"),)),
         Record.from_fact("0", FACT, references="country:Rome"),
     ],
     ids=[
-        "no true object", "two facts", "a neighbour with an object of its own", "aliases", "another order", "no rewrite",
+        "no true object",
+        "two facts",
+        "a neighbour with an object of its own",
+        "aliases",
+        "another order",
+        "no rewrite",
         "texts of another relation",
     ],
-)  # fmt: skip
+)
 def test_a_record_that_the_form_cannot_hold_is_an_error_and_writes_nothing(tmp_path, record):
-    with pytest.raises(FactError, match="record '0' is not in CounterFact's form: expected one fact"):
+    with pytest.raises(
+        FactError, match="record '0' is not in CounterFact's form: expected one fact"
+    ):
         write_dataset(of(record), tmp_path / "some.json")
     assert list(tmp_path.iterdir()) == []
 
@@ -121,7 +145,9 @@ def test_records_of_another_benchmark_are_an_error(tmp_path):
 
 def test_a_second_data_set_does_not_take_the_first_ones_texts(tmp_path):
     path = write_dataset(built(texts=texts()), tmp_path / "one.json")
-    with pytest.raises(FactError, match=r"holds the texts of another data set .* a folder of its own for two\.json"):
+    with pytest.raises(
+        FactError, match=r"holds the texts of another data set .* a folder of its own for two\.json"
+    ):
         write_dataset(built(texts=texts(), seed=1), tmp_path / "two.json")
     assert read_dataset(path, references=True).records == built(texts=texts()).records
     write_dataset(built(texts=texts(), seed=1), path)
@@ -129,5 +155,7 @@ def test_a_second_data_set_does_not_take_the_first_ones_texts(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(FactError, match=r"could not be written: .*expected a file in a folder that is there"):
+    with pytest.raises(
+        FactError, match=r"could not be written: .*expected a file in a folder that is there"
+    ):
         write_dataset(built(), tmp_path / "nowhere" / "own.json")

@@ -1,4 +1,6 @@
-"""What tests of training methods share: facts, and a watch over a model that has to come back as it was."""
+"""What tests of training methods share: facts, and a watch over a model that has to come back as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ FACTS = [
 
 
 def answered(lm, prompt, target):
-    """[tokens] log-probabilities of a target, token by token, from whole passes over one text at a time."""
+    """[tokens] log-probabilities of a target, token by token, from whole passes over one text at a
+    time.
+    """
     head = lm.encode(prompt).ids
     ids = lm.target_ids(prompt, target)
     found = []
@@ -29,23 +33,32 @@ def answered(lm, prompt, target):
 
 def mean_nll(lm, facts):
     """Mean over facts of the mean -log p of their target tokens."""
-    return -float(torch.stack([answered(lm, fact.prompt_text, fact.target).mean() for fact in facts]).mean())
+    return -float(
+        torch.stack([answered(lm, fact.prompt_text, fact.target).mean() for fact in facts]).mean()
+    )
 
 
 def all_said(lm, prompt, target):
     head, ids = lm.encode(prompt).ids, lm.target_ids(prompt, target)
     with torch.no_grad():
-        logits_tv = lm.model(torch.tensor([head + ids[:-1]]), use_cache=False).logits[0, len(head) - 1 :]
+        logits_tv = lm.model(torch.tensor([head + ids[:-1]]), use_cache=False).logits[
+            0, len(head) - 1 :
+        ]
     return logits_tv.argmax(-1).tolist() == ids
 
 
 @contextmanager
 def unchanged(model):
-    """Weights, flags, modes, modules, attributes, hooks and the global random state are after the block what they were before."""
+    """Weights, flags, modes, modules, attributes, hooks and the global random state are after the
+    block what they were before.
+    """
 
     def seen():
         return (
-            {name: (id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()},
+            {
+                name: (id(module), module.training, sorted(vars(module)))
+                for name, module in model.named_modules()
+            },
             {
                 name: (id(parameter), parameter.requires_grad, parameter.grad)
                 for name, parameter in model.named_parameters()
@@ -59,8 +72,12 @@ def unchanged(model):
     finally:
         assert seen() == before
         assert weights.keys() == model.state_dict().keys()
-        assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert all(
+            torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items()
+        )
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         assert torch.equal(torch.get_rng_state(), random)
         assert torch.is_grad_enabled() == grads
 

@@ -1,8 +1,10 @@
-"""Find the facts that the bundled model does not say to the prompts of its benchmark, and name them in pocket/benchmark.json.
+"""Find the facts that the bundled model does not say to the prompts of its benchmark, and name them
+in pocket/benchmark.json.
 
     python tools/build_pocket_benchmark.py
 
-To be run anew when the model, its facts, its templates or the builder change: the file holds the digest of the records as well, and a
+To be run anew when the model, its facts, its templates or the builder change: the file holds the
+    digest of the records as well, and a
 test that they are still built the same.
 """
 

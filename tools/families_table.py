@@ -1,4 +1,5 @@
-"""The table of docs/families.md, made from engram.modules.layouts.LAYOUTS. Run it after adding a row:
+"""The table of docs/families.md, made from engram.modules.layouts.LAYOUTS. Run it after adding a
+row:
 
 python tools/families_table.py
 """
@@ -9,12 +10,28 @@ from engram.modules.layouts import LAYOUTS, Layout
 from made_tables import DOCS, markdown, put
 
 PAGE = DOCS / "families.md"
-COLUMNS = ("Family (`model_type`)", "Kind", "`trace` by", "Sites", "`head`", "`neuron`", "`rewrite`", "`knows`")
+COLUMNS = (
+    "Family (`model_type`)",
+    "Kind",
+    "`trace` by",
+    "Sites",
+    "`head`",
+    "`neuron`",
+    "`rewrite`",
+    "`knows`",
+)
 
 
 def row(family: str, layout: Layout) -> tuple[str, ...]:
-    """What is offered for one family; the kinds and sites are the row's own, the rest follows from them."""
-    sites = ["residual", *(["mlp"] if layout.mlp else []), *(["attention"] if layout.attention else []), *layout.sites]
+    """What is offered for one family; the kinds and sites are the row's own, the rest follows from
+    them.
+    """
+    sites = [
+        "residual",
+        *(["mlp"] if layout.mlp else []),
+        *(["attention"] if layout.attention else []),
+        *layout.sites,
+    ]
     replayed = layout.kind == "causal" and layout.attention is not None
     return (
         f"`{family}`",

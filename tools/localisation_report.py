@@ -1,9 +1,12 @@
-"""What the localisation study says: statistics, a picture, and the tables of docs/what-tracing-tells.md.
+"""What the localisation study says: statistics, a picture, and the tables of
+docs/what-tracing-tells.md.
 
-    python tools/localisation_report.py      # reads docs/data/localisation.jsonl, writes the JSON, the PNG and the page's tables
+    python tools/localisation_report.py      # reads docs/data/localisation.jsonl, writes the JSON,
+    the PNG and the page's tables
 
-Knows facts x layers arrays of numbers; refuses to know models (see localisation_study, which measures). Intervals are
-percentiles of a bootstrap over facts. Source of the regressions: Hase et al. 2023, arXiv:2301.04213.
+Knows facts x layers arrays of numbers; refuses to know models (see localisation_study, which
+measures). Intervals are percentiles of a bootstrap over facts. Source of the regressions: Hase et
+al. 2023, arXiv:2301.04213.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Study:
 
     Attributes:
         effects: name -> [n, l] indirect effects, probability.
-        scores: name -> [n, l] margins after an edit at that layer, in [-1, 1], and `QUALITY`, in [0, 1].
+        scores: name -> [n, l] margins after an edit at that layer, in [-1, 1], and `QUALITY`, in
+            [0, 1].
     """
 
     settings: dict[str, Any]
@@ -61,24 +65,32 @@ class Study:
 def read(path: Path) -> Study:
     """The study that localisation_study wrote to `path`."""
     head, *records = (json.loads(line) for line in path.read_text(encoding="utf8").splitlines())
-    effects = {name: np.array([r["effects"][name] for r in records]) for name in records[0]["effects"]}
+    effects = {
+        name: np.array([r["effects"][name] for r in records]) for name in records[0]["effects"]
+    }
     scores = {name: np.array([r["after"][name] for r in records]) for name in SCORES}
     scores[QUALITY] = quality(list(scores.values()))
-    clean, corrupted = (float(np.mean([r[name] for r in records])) for name in ("clean", "corrupted"))
+    clean, corrupted = (
+        float(np.mean([r[name] for r in records])) for name in ("clean", "corrupted")
+    )
     return Study(head["settings"], effects, scores, clean, corrupted)
 
 
 def quality(margins: Sequence[Array]) -> Array:
-    """Harmonic mean of margins moved from [-1, 1] to [0, 1]: an edit that spoils one of them is not a good one."""
+    """Harmonic mean of margins moved from [-1, 1] to [0, 1]: an edit that spoils one of them is not
+    a good one.
+    """
     moved = np.clip((1 + np.stack(list(margins))) / 2, 1e-9, 1)
     return len(moved) / (1 / moved).sum(0)
 
 
-# -- statistics ------------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 
 
 def pearson(a: Array, b: Array) -> float | None:
-    """Correlation over facts; None where one side hardly varies, so that there is nothing to explain or to explain it with."""
+    """Correlation over facts; None where one side hardly varies, so that there is nothing to
+    explain or to explain it with.
+    """
     if min(a.std(), b.std()) < LEAST_SPREAD:
         return None
     return float(np.corrcoef(a, b)[0, 1])
@@ -92,9 +104,11 @@ def spearman(a: Array, b: Array) -> float | None:
 
 
 def explained(effects_nl: Array, scores_nl: Array) -> dict[str, float]:
-    """Share of the variance of scores that least squares explains by the effect, by the layer (one mean each), by both.
+    """Share of the variance of scores that least squares explains by the effect, by the layer (one
+    mean each), by both.
 
-    `gain` is what the effect adds to the layer: the squared covariance within layers (Frisch and Waugh), never negative.
+    `gain` is what the effect adds to the layer: the squared covariance within layers (Frisch and
+    Waugh), never negative.
     """
     off_score, off_effect = scores_nl - scores_nl.mean(), effects_nl - effects_nl.mean()
     in_score, in_effect = scores_nl - scores_nl.mean(0), effects_nl - effects_nl.mean(0)
@@ -108,26 +122,36 @@ def explained(effects_nl: Array, scores_nl: Array) -> dict[str, float]:
 
 
 def gain_by_chance(effects_nl: Array, scores_nl: Array, seed: int = 0) -> float:
-    """The gain that 95 of 100 deals of the effects to other facts stay below; a fit's gain is never negative."""
+    """The gain that 95 of 100 deals of the effects to other facts stay below; a fit's gain is never
+    negative.
+    """
     draw = np.random.default_rng(seed)
     deals = (effects_nl[draw.permutation(len(effects_nl))] for _ in range(RESAMPLES))
     return float(np.percentile([explained(dealt, scores_nl)["gain"] for dealt in deals], 95))
 
 
 def chosen_layers(effects_nl: Array, scores_nl: Array) -> dict[str, NDArray[np.int64]]:
-    """Each fact's layer [n] by three rules: its own largest effect; the best mean score over the other half of the facts (leaving
-    out one fact only would tip a near tie against just that fact); its own best score, known afterwards.
+    """Each fact's layer [n] by three rules: its own largest effect; the best mean score over the
+    other half of the facts (leaving
+    out one fact only would tip a near tie against just that fact); its own best score, known
+    afterwards.
     """
     halves = np.stack([scores_nl[1::2].mean(0).argmax(), scores_nl[::2].mean(0).argmax()])
-    return {"traced": effects_nl.argmax(1), "fixed": halves[np.arange(len(scores_nl)) % 2], "best": scores_nl.argmax(1)}
+    return {
+        "traced": effects_nl.argmax(1),
+        "fixed": halves[np.arange(len(scores_nl)) % 2],
+        "best": scores_nl.argmax(1),
+    }
 
 
 def choices(effects_nl: Array, scores_nl: Array) -> dict[str, Any]:
     """Editing each fact where its trace is strongest, against other ways to choose a layer.
 
     Returns:
-        hits_*: how often a rule of `chosen_layers` meets the fact's best layer, `hits_chance` traces dealt to facts at random;
-        score_*: mean score of the layers so chosen, `score_random` the mean over layers; lost: by how much the trace's
+        hits_*: how often a rule of `chosen_layers` meets the fact's best layer, `hits_chance`
+            traces dealt to facts at random;
+        score_*: mean score of the layers so chosen, `score_random` the mean over layers; lost: by
+            how much the trace's
         choices score less than the fixed ones, and its interval.
     """
     facts, layers = scores_nl.shape
@@ -145,7 +169,9 @@ def choices(effects_nl: Array, scores_nl: Array) -> dict[str, Any]:
     }
 
 
-def interval(statistic: Callable[..., float | None], *arrays: Array, seed: int = 0) -> list[float] | None:
+def interval(
+    statistic: Callable[..., float | None], *arrays: Array, seed: int = 0
+) -> list[float] | None:
     """95 % bootstrap interval of a statistic, facts (first axes) drawn with replacement."""
     draw = np.random.default_rng(seed)
     found = []
@@ -159,14 +185,23 @@ def interval(statistic: Callable[..., float | None], *arrays: Array, seed: int =
 
 def band(values_nl: Array) -> dict[str, list[float]]:
     """Mean by layer and its 95 % interval."""
-    ends = [interval(lambda v: float(v.mean()), values_nl[:, layer]) or [0, 0] for layer in range(values_nl.shape[1])]
-    return {"mean": values_nl.mean(0).tolist(), "low": [e[0] for e in ends], "high": [e[1] for e in ends]}
+    ends = [
+        interval(lambda v: float(v.mean()), values_nl[:, layer]) or [0, 0]
+        for layer in range(values_nl.shape[1])
+    ]
+    return {
+        "mean": values_nl.mean(0).tolist(),
+        "low": [e[0] for e in ends],
+        "high": [e[1] for e in ends],
+    }
 
 
 def summary(study: Study) -> dict[str, Any]:
     """Every number of the page, as JSON."""
     score = study.scores[QUALITY]
-    works = [layer for layer in range(study.layers) if study.scores["efficacy"][:, layer].mean() > 0.8]
+    works = [
+        layer for layer in range(study.layers) if study.scores["efficacy"][:, layer].mean() > 0.8
+    ]
     result: dict[str, Any] = {
         "facts": study.facts,
         "layers": study.layers,
@@ -175,10 +210,15 @@ def summary(study: Study) -> dict[str, Any]:
         "corrupted": study.corrupted,
         "effects": {name: band(values) for name, values in study.effects.items()},
         "scores": {name: band(values) for name, values in study.scores.items()},
-        "success": {name: (values > 0).mean(0).tolist() for name, values in study.scores.items() if name != QUALITY},
+        "success": {
+            name: (values > 0).mean(0).tolist()
+            for name, values in study.scores.items()
+            if name != QUALITY
+        },
         "best layers": np.bincount(score.argmax(1), minlength=study.layers).tolist(),
         "traced layers": {
-            name: np.bincount(values.argmax(1), minlength=study.layers).tolist() for name, values in study.effects.items()
+            name: np.bincount(values.argmax(1), minlength=study.layers).tolist()
+            for name, values in study.effects.items()
         },
         "layers where editing works": works,
         "correlations": {},
@@ -191,16 +231,22 @@ def summary(study: Study) -> dict[str, Any]:
             "pearson": [pearson(e, s) for e, s in columns],
             "spearman": [spearman(e, s) for e, s in columns],
         }
-        for where, kept in (("all layers", list(range(study.layers))), ("layers where editing works", works)):
+        for where, kept in (
+            ("all layers", list(range(study.layers))),
+            ("layers where editing works", works),
+        ):
             e, s = effect[:, kept], score[:, kept]
             gain = interval(lambda a, b: explained(a, b)["gain"], e, s)
-            found = explained(e, s) | {"gain interval": gain, "gain by chance": gain_by_chance(e, s)}
+            found = explained(e, s) | {
+                "gain interval": gain,
+                "gain by chance": gain_by_chance(e, s),
+            }
             result["explained"].setdefault(where, {})[name] = found
         result["choices"][name] = choices(effect, score)
     return result
 
 
-# -- tables and picture ----------------------------------------------------------------------------------------------
+# -- tables and picture ----------------------------------------------------------------------------
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -217,7 +263,9 @@ def number(value: float | None, digits: int = 2) -> str:
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """The page's tables by name, in markdown."""
     layers = range(result["layers"])
-    by_layer = [[f"effect: {name}", *map(number, b["mean"])] for name, b in result["effects"].items()]
+    by_layer = [
+        [f"effect: {name}", *map(number, b["mean"])] for name, b in result["effects"].items()
+    ]
     by_layer += [[f"edit: {name}", *map(number, b["mean"])] for name, b in result["scores"].items()]
     by_layer += [["facts whose best layer it is", *result["best layers"]]]
     correlations = [
@@ -227,17 +275,33 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     ]
     keys = ("effect", "layer", "both", "gain")
     shares = [
-        [name, where, *(number(r[key], 3) for key in keys), span(r["gain interval"]), number(r["gain by chance"], 3)]
+        [
+            name,
+            where,
+            *(number(r[key], 3) for key in keys),
+            span(r["gain interval"]),
+            number(r["gain by chance"], 3),
+        ]
         for where, found in result["explained"].items()
         for name, r in found.items()
     ]
     chosen: list[list[Any]] = [
-        [f"its own trace: {name}", c["hits_traced"], c["score_traced"], percent(c["hits_chance"]), lost(c)]
+        [
+            f"its own trace: {name}",
+            c["hits_traced"],
+            c["score_traced"],
+            percent(c["hits_chance"]),
+            lost(c),
+        ]
         for name, c in result["choices"].items()
     ]
     any_of = next(iter(result["choices"].values()))
     chosen += [
-        ["the layer best on average over the other half of the facts", any_of["hits_fixed"], any_of["score_fixed"]],
+        [
+            "the layer best on average over the other half of the facts",
+            any_of["hits_fixed"],
+            any_of["score_fixed"],
+        ],
         ["at random", 1 / len(layers), any_of["score_random"]],
         ["each fact's best, known afterwards", 1, any_of["score_best"]],
     ]
@@ -245,10 +309,26 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "by layer": table(["at layer", *layers], by_layer),
         "correlations": table(["effect and edit at layer", *layers], correlations),
         "explained": table(
-            ["effect", "over", "effect alone", "layer alone", "both", "gain", "95 % interval", "by chance"], shares
+            [
+                "effect",
+                "over",
+                "effect alone",
+                "layer alone",
+                "both",
+                "gain",
+                "95 % interval",
+                "by chance",
+            ],
+            shares,
         ),
         "choices": table(
-            ["layer chosen by", "mean score", "is the fact's best", "by chance", "scores less than the best on average by"],
+            [
+                "layer chosen by",
+                "mean score",
+                "is the fact's best",
+                "by chance",
+                "scores less than the best on average by",
+            ],
             ([who, number(score, 3), percent(hits), *more] for who, hits, score, *more in chosen),
         ),
     }
@@ -272,7 +352,9 @@ def put_tables(page: str, made: dict[str, str]) -> str:
         found = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         page, count = found.subn(lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", page)
         if count != 1:
-            raise SystemExit(f"the page has {count} places '<!-- table: {name} -->' ... '<!-- end -->', expected one")
+            raise SystemExit(
+                f"the page has {count} places '<!-- table: {name} -->' ... '<!-- end -->', expected one"
+            )
     return page
 
 
@@ -283,13 +365,25 @@ def picture(study: Study, result: dict[str, Any]) -> Figure:
         figure = Figure(figsize=(9.6, 3.0), dpi=150, layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         _lines(left, result["effects"], ("#6a51a3", "#74c476", "#006d2c"))
-        left.set(title="Restoring the subject's last token", xlabel="layer", ylabel="indirect effect (probability)")
+        left.set(
+            title="Restoring the subject's last token",
+            xlabel="layer",
+            ylabel="indirect effect (probability)",
+        )
         _lines(middle, result["scores"], ("#d95f02", "#e7298a", "#1f78b4", "#000000"))
-        middle.set(title="Editing at that layer", xlabel="layer", ylabel="margin after the edit (all three: score)")
+        middle.set(
+            title="Editing at that layer",
+            xlabel="layer",
+            ylabel="margin after the edit (all three: score)",
+        )
         layer_nl = np.tile(np.arange(study.layers), (study.facts, 1))
         effect_nl, score_nl = study.effects["mlp, 3 layers"], study.scores[QUALITY]
         dots = right.scatter(effect_nl, score_nl, c=layer_nl, s=5, cmap="viridis", linewidths=0)
-        right.set(title="Every fact at every layer", xlabel="indirect effect, MLP, 3 layers", ylabel="score of the edit")
+        right.set(
+            title="Every fact at every layer",
+            xlabel="indirect effect, MLP, 3 layers",
+            ylabel="score of the edit",
+        )
         figure.colorbar(dots, ax=right, label="layer", ticks=range(study.layers))
     return figure
 
@@ -311,7 +405,9 @@ def _lines(ax: Axes, bands: dict[str, dict[str, list[float]]], colours: Sequence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DOCS / "data" / "localisation.jsonl")
     parser.add_argument("--page", type=Path, default=DOCS / "what-tracing-tells.md")
     given = parser.parse_args()

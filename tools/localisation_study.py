@@ -1,11 +1,13 @@
-"""Does causal tracing say where to edit? Per fact of the pocket model and per layer: indirect effects, and how an edit there goes.
+"""Does causal tracing say where to edit? Per fact of the pocket model and per layer: indirect
+effects, and how an edit there goes.
 
     python tools/localisation_study.py --count 150 --out docs/data/localisation.jsonl
 
-Facts that the model knows, in random order. Of each: the indirect effect of restoring the subject's last token at every layer
-(residual stream, MLP of one layer, MLP window of three), then one ROME edit to a counterfactual object at every layer, scored
-at its own prompt, at held-out paraphrases and at neighbours. One line of JSON a fact, written when all its layers are done:
-kill it, start it again, nothing is measured twice. Refuses to know what the numbers mean: see localisation_report.
+Facts that the model knows, in random order. Of each: the indirect effect of restoring the subject's
+last token at every layer (residual stream, MLP of one layer, MLP window of three), then one ROME
+edit to a counterfactual object at every layer, scored at its own prompt, at held-out paraphrases
+and at neighbours. One line of JSON a fact, written when all its layers are done: kill it, start it
+again, nothing is measured twice. Refuses to know what the numbers mean: see localisation_report.
 
 Source of the question: Hase et al. 2023, arXiv:2301.04213.
 """
@@ -61,21 +63,27 @@ def effects(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[float]]:
 
 
 def answered(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[tuple[float, float]]]:
-    """(probability of the new object, of the true one) after the edit's prompt, its paraphrases, and texts about neighbours."""
+    """(probability of the new object, of the true one) after the edit's prompt, its paraphrases,
+    and texts about neighbours.
+    """
     texts = {
         "efficacy": [fact.prompt_text],
         "paraphrase": list(fact.paraphrases),
         "neighbourhood": [text for text, _ in fact.neighbours],
     }
     pairs = [
-        (text, answer) for group in texts.values() for text in group for answer in (fact.target, str(fact.target_true))
+        (text, answer)
+        for group in texts.values()
+        for text in group
+        for answer in (fact.target, str(fact.target_true))
     ]
     found = iter(lm.probabilities(pairs))
     return {name: [(next(found), next(found)) for _ in group] for name, group in texts.items()}
 
 
 def margins(answers: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, float]:
-    """Mean probability of the wanted object less that of the unwanted one, in [-1, 1], for each kind of text.
+    """Mean probability of the wanted object less that of the unwanted one, in [-1, 1], for each
+    kind of text.
 
     Wanted is the new object, and for neighbours the true one.
     """
@@ -84,13 +92,20 @@ def margins(answers: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, f
 
 
 def study(
-    lm: LanguageModel, fact: engram.Fact, moments: Mapping[int, SecondMoment], contexts: Sequence[str]
+    lm: LanguageModel,
+    fact: engram.Fact,
+    moments: Mapping[int, SecondMoment],
+    contexts: Sequence[str],
 ) -> dict[str, Any]:
-    """The record of one fact: effects by layer, margins before, and margins after the edit at each layer."""
+    """The record of one fact: effects by layer, margins before, and margins after the edit at each
+    layer.
+    """
     traced = effects(lm, fact)
     edited = []
     for layer in range(lm.n_layers):
-        edit = engram.rewrite(lm, fact, method="rome", layer=layer, second_moments=moments, contexts=contexts)
+        edit = engram.rewrite(
+            lm, fact, method="rome", layer=layer, second_moments=moments, contexts=contexts
+        )
         with edit.applied(lm):
             edited.append(margins(answered(lm, fact)))
     return {
@@ -101,7 +116,9 @@ def study(
         "clean": rounded(traced.pop("clean"))[0],
         "corrupted": rounded(traced.pop("corrupted"))[0],
         "effects": {name: rounded(values) for name, values in traced.items()},
-        "before": {name: rounded([value])[0] for name, value in margins(answered(lm, fact)).items()},
+        "before": {
+            name: rounded([value])[0] for name, value in margins(answered(lm, fact)).items()
+        },
         "after": {name: rounded([each[name] for each in edited]) for name in edited[0]},
     }
 
@@ -111,7 +128,8 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def resumed(path: Path, settings: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """(subject, prompt) of the facts that `path` holds, made under the same settings; a line that a kill tore is cut off.
+    """(subject, prompt) of the facts that `path` holds, made under the same settings; a line that a
+    kill tore is cut off.
 
     Raises:
         SystemExit: the file was made under other settings.
@@ -120,16 +138,24 @@ def resumed(path: Path, settings: Mapping[str, Any]) -> set[tuple[str, str]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": dict(settings)}) + "\n", encoding="utf8")
         return set()
-    whole = [line for line in path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]
+    whole = [
+        line
+        for line in path.read_text(encoding="utf8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
     path.write_text("".join(whole), encoding="utf8")
     head, *records = (json.loads(line) for line in whole)
     if head["settings"] != dict(settings):
-        raise SystemExit(f"{path} was measured with {head['settings']}, now asked: {dict(settings)}; give another --out")
+        raise SystemExit(
+            f"{path} was measured with {head['settings']}, now asked: {dict(settings)}; give another --out"
+        )
     return {(record["subject"], record["prompt"]) for record in records}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -157,7 +183,9 @@ def main() -> None:
         record = study(lm, fact, moments, contexts)
         with given.out.open("a", encoding="utf8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        log.info("%d of %d: %s, %.1f s", i + 1, given.count, fact.prompt_text, time.monotonic() - began)
+        log.info(
+            "%d of %d: %s, %.1f s", i + 1, given.count, fact.prompt_text, time.monotonic() - began
+        )
 
 
 if __name__ == "__main__":

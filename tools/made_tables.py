@@ -15,7 +15,9 @@ def begin(what: str) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(each) + " |" for each in (columns, ["---"] * len(columns), *rows))
+    return "\n".join(
+        "| " + " | ".join(each) + " |" for each in (columns, ["---"] * len(columns), *rows)
+    )
 
 
 def made(page: Path, what: str) -> str:

@@ -1,4 +1,5 @@
-"""Measure the pocket model: what it knows, where a trace finds it, how editing goes. Makes the tables of docs/pocket.md.
+"""Measure the pocket model: what it knows, where a trace finds it, how editing goes. Makes the
+tables of docs/pocket.md.
 
     python tools/measure_pocket.py recall --out recall.json
     python tools/measure_pocket.py trace --count 200 --out trace.json
@@ -6,8 +7,9 @@
     python tools/measure_pocket.py rome --count 60 --layers 1 --at last --out control.json
     python tools/measure_pocket.py benchmark
 
-Prints a markdown table; `--out` keeps the numbers as JSON, with versions. Uses the library's public surface only, as
-anybody would; refuses to know how the model was trained. Deterministic in `--seed`.
+Prints a markdown table; `--out` keeps the numbers as JSON, with versions. Uses the library's public
+surface only, as anybody would; refuses to know how the model was trained. Deterministic in
+`--seed`.
 """
 
 from __future__ import annotations
@@ -45,8 +47,12 @@ AT_ONCE = 128  # records
 WINDOW = 3  # of 8 layers, about as wide as 10 of GPT-2 XL's 48 are in effect
 
 
-def sample(lm: LanguageModel, count: int, seed: int) -> Iterator[tuple[pocket.KnownFact, engram.Fact]]:
-    """`count` facts in random order, as counterfactual edits, that the model answers rightly at the edit's prompt."""
+def sample(
+    lm: LanguageModel, count: int, seed: int
+) -> Iterator[tuple[pocket.KnownFact, engram.Fact]]:
+    """`count` facts in random order, as counterfactual edits, that the model answers rightly at the
+    edit's prompt.
+    """
     order = pocket.facts()
     random.Random(seed).shuffle(order)
     found = 0
@@ -60,7 +66,8 @@ def sample(lm: LanguageModel, count: int, seed: int) -> Iterator[tuple[pocket.Kn
 
 
 def recall(lm: LanguageModel) -> dict[str, Any]:
-    """Held-out (fact, template) pairs whose most probable next token is the object; in all, and by relation.
+    """Held-out (fact, template) pairs whose most probable next token is the object; in all, and by
+    relation.
 
     `among_objects`: the object is the most probable of the relation's objects.
     """
@@ -69,7 +76,9 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
             known.subject,
             known.paraphrases()[0],
             known.object,
-            paraphrases=tuple(template.replace("{}", known.subject) for template in known.paraphrases()),
+            paraphrases=tuple(
+                template.replace("{}", known.subject) for template in known.paraphrases()
+            ),
             relation=known.relation,
         )
         for known in pocket.facts()
@@ -77,7 +86,8 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
     ]
     table = engram.read_facts("pocket")
     free, among = (
-        engram.knows(lm, facts, candidates=each, table=table).by_relation() for each in ("vocabulary", "relation")
+        engram.knows(lm, facts, candidates=each, table=table).by_relation()
+        for each in ("vocabulary", "relation")
     )
     hits = {
         relation: [
@@ -88,7 +98,11 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
         for relation, records in free.items()
     }
     relations = {
-        relation: {"pairs": len(h), "recall": fmean(a for a, _ in h), "among_objects": fmean(b for _, b in h)}
+        relation: {
+            "pairs": len(h),
+            "recall": fmean(a for a, _ in h),
+            "among_objects": fmean(b for _, b in h),
+        }
         for relation, h in hits.items()
     }
     everything = [h for hs in hits.values() for h in hs]
@@ -102,30 +116,41 @@ def recall(lm: LanguageModel) -> dict[str, Any]:
 
 
 def average_trace(lm: LanguageModel, count: int, seed: int) -> dict[str, Any]:
-    """Indirect effects by layer, averaged over facts, for each site and place of a token: `engram.average_trace` as it comes,
+    """Indirect effects by layer, averaged over facts, for each site and place of a token:
+    `engram.average_trace` as it comes,
     but for noise that is scaled by the whole table's subjects."""
-    facts = [replace(fact, target=known.object, target_true=None) for known, fact in sample(lm, count, seed)]
+    facts = [
+        replace(fact, target=known.object, target_true=None)
+        for known, fact in sample(lm, count, seed)
+    ]
     subjects = sorted({known.subject for known in pocket.facts()})
-    average = engram.average_trace(lm, facts, keep="all", window=WINDOW, samples=10, noise="s3", noise_subjects=subjects)
+    average = engram.average_trace(
+        lm, facts, keep="all", window=WINDOW, samples=10, noise="s3", noise_subjects=subjects
+    )
     return {
         "facts": len(average.traces),
         "clean": average.clean,
         "corrupted": average.corrupted,
         "window": WINDOW,
         "effects": {
-            site: dict(zip(TOKEN_ROLES, average.effects(site).mean.tolist(), strict=True)) for site in average.sites
+            site: dict(zip(TOKEN_ROLES, average.effects(site).mean.tolist(), strict=True))
+            for site in average.sites
         },
     }
 
 
 def success(lm: LanguageModel, texts: Sequence[str], better: str, worse: str) -> float:
     """Share of texts after which `better` is more probable than `worse`, in percent."""
-    probabilities = lm.probabilities([(text, answer) for text in texts for answer in (better, worse)])
+    probabilities = lm.probabilities(
+        [(text, answer) for text in texts for answer in (better, worse)]
+    )
     return 100 * fmean(a > b for a, b in zip(probabilities[::2], probabilities[1::2], strict=True))
 
 
 def successes(lm: LanguageModel, fact: engram.Fact) -> dict[str, float]:
-    """What one edited fact scores on the model as it is, in percent; without a score that there are no texts for."""
+    """What one edited fact scores on the model as it is, in percent; without a score that there are
+    no texts for.
+    """
     new, true = fact.target, str(fact.target_true)
     asked = {
         "efficacy": ([fact.prompt_text], new, true),
@@ -136,8 +161,13 @@ def successes(lm: LanguageModel, fact: engram.Fact) -> dict[str, float]:
 
 
 def averaged(scored: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score over facts, and the harmonic mean of these three as `score` (S in the paper)."""
-    means = {name: fmean(s[name] for s in scored if name in s) for name in ("efficacy", "paraphrase", "neighbourhood")}
+    """The mean of each score over facts, and the harmonic mean of these three as `score` (S in the
+    paper).
+    """
+    means = {
+        name: fmean(s[name] for s in scored if name in s)
+        for name in ("efficacy", "paraphrase", "neighbourhood")
+    }
     return {**means, "score": 3 / sum(1 / max(value, 1e-9) for value in means.values())}
 
 
@@ -147,8 +177,12 @@ def at_last_token(fact: engram.Fact) -> engram.Fact:
     return replace(fact, subject=word, prompt=head.replace("{", "").replace("}", "") + " {}")
 
 
-def edit_scores(lm: LanguageModel, count: int, seed: int, layer: int, at: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Efficacy, paraphrase and neighbourhood success (percent) of single edits at one layer, over `count` facts."""
+def edit_scores(
+    lm: LanguageModel, count: int, seed: int, layer: int, at: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Efficacy, paraphrase and neighbourhood success (percent) of single edits at one layer, over
+    `count` facts.
+    """
     scored = []
     for _, fact in sample(lm, count, seed):
         asked = fact if at == "subject" else at_last_token(fact)
@@ -159,7 +193,9 @@ def edit_scores(lm: LanguageModel, count: int, seed: int, layer: int, at: str, s
 
 
 def unedited(lm: LanguageModel) -> dict[str, Any]:
-    """The bundled benchmark before any edit: each number's mean over records and its 95 % interval, as reports have them."""
+    """The bundled benchmark before any edit: each number's mean over records and its 95 % interval,
+    as reports have them.
+    """
     dataset, rows = pocket_benchmark(), []
     with torch.no_grad():
         for start in range(0, len(dataset.records), AT_ONCE):
@@ -169,7 +205,10 @@ def unedited(lm: LanguageModel) -> dict[str, Any]:
                 rows.append(scores(record, Outcome(readings), Outcome(readings)))
     found = summarise(rows, dataset.form)
     scaled = {
-        name: [METRICS[name].scale * x for x in (found[name].mean, found[name].low, found[name].high)] for name in UNEDITED
+        name: [
+            METRICS[name].scale * x for x in (found[name].mean, found[name].low, found[name].high)
+        ]
+        for name in UNEDITED
     }
     return {"records": len(rows), "digest": dataset.digest, "numbers": scaled}
 
@@ -177,7 +216,9 @@ def unedited(lm: LanguageModel) -> dict[str, Any]:
 def shown_recall(result: dict[str, Any]) -> str:
     lines = ["| relation | pairs | recall | among the relation's objects |", "|---|---|---|---|"]
     for name, r in [*result["relations"].items(), ("**all**", result)]:
-        lines.append(f"| {name} | {r['pairs']} | {100 * r['recall']:.1f} | {100 * r['among_objects']:.1f} |")
+        lines.append(
+            f"| {name} | {r['pairs']} | {100 * r['recall']:.1f} | {100 * r['among_objects']:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -193,7 +234,9 @@ def shown_trace(result: dict[str, Any]) -> str:
     ]
     for site, places in result["effects"].items():
         for place, values in places.items():
-            lines.append(f"| {site}, {place} token | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+            lines.append(
+                f"| {site}, {place} token | " + " | ".join(f"{v:.3f}" for v in values) + " |"
+            )
     return "\n".join(lines)
 
 
@@ -203,16 +246,23 @@ def shown_rome(result: dict[str, Any]) -> str:
         "|---" * 7 + "|",
     ]
     for r in result["layers"]:
-        numbers = " | ".join(f"{r[name]:.1f}" for name in ("efficacy", "paraphrase", "neighbourhood", "score"))
+        numbers = " | ".join(
+            f"{r[name]:.1f}" for name in ("efficacy", "paraphrase", "neighbourhood", "score")
+        )
         lines.append(f"| {r['layer']} | {r['at']} token | {r['facts']} | {numbers} |")
     return "\n".join(lines)
 
 
 def shown_unedited(result: dict[str, Any]) -> str:
-    cells = [f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in result["numbers"].values()]
+    cells = [
+        f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in result["numbers"].values()
+    ]
     names = result["numbers"]
     return "\n".join(
-        [f"{result['records']} records", *(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(cells), cells))]
+        [
+            f"{result['records']} records",
+            *(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(cells), cells)),
+        ]
     )
 
 
@@ -225,14 +275,20 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("recall", "trace", "rome", "benchmark"))
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--at", choices=("subject", "last"), default="subject")
-    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="settings of ROME")
-    parser.add_argument("--corpus", choices=("bundled", "sampled"), default="bundled", help="what C is measured on")
+    parser.add_argument(
+        "--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="settings of ROME"
+    )
+    parser.add_argument(
+        "--corpus", choices=("bundled", "sampled"), default="bundled", help="what C is measured on"
+    )
     parser.add_argument("--model", default="pocket", help="another folder with a pocket model")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -249,12 +305,21 @@ def main() -> None:
         print(shown_unedited(result))
     else:
         settings = dict(given.set)
-        moments = second_moments(lm, given.layers, None if given.corpus == "sampled" else given.corpus)
+        moments = second_moments(
+            lm, given.layers, None if given.corpus == "sampled" else given.corpus
+        )
         settings |= {"second_moments": moments, "contexts": sample_contexts(lm)}
-        rows = [edit_scores(lm, given.count, given.seed, layer, given.at, settings) for layer in given.layers]
+        rows = [
+            edit_scores(lm, given.count, given.seed, layer, given.at, settings)
+            for layer in given.layers
+        ]
         result = {"layers": rows, "corpus": given.corpus, "settings": dict(given.set)}
         print(shown_rome(result))
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+    }
     record = {
         "what": given.what,
         "seed": given.seed,

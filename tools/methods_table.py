@@ -1,12 +1,15 @@
-"""Every method on the pocket model: single edits, many facts in one edit, edits one after another. Makes the tables of docs/editors.md.
+"""Every method on the pocket model: single edits, many facts in one edit, edits one after another.
+Makes the tables of docs/editors.md.
 
-    OMP_NUM_THREADS=1 nohup python tools/methods_table.py > methods.log 2>&1 &    # goes on where it was killed
-    python tools/methods_table.py --only memit alphaedit --settings mass:100      # some rows; --again measures those that are there
-    python tools/methods_table.py --table                                         # the tables, printed and put into the page
+    OMP_NUM_THREADS=1 nohup python tools/methods_table.py > methods.log 2>&1 &    # goes on where it
+    was killed python tools/methods_table.py --only memit alphaedit --settings mass:100      # some
+    rows; --again measures those that are there python tools/methods_table.py --table
+                             # the tables, printed and put into the page
 
-Facts are counterfactual edits of what the model answers rightly, of different subjects; every method gets the first N of the same
-order, with its presets' settings for pocket and no others. A row is measured anew when these settings change. What is measured and
-how it is scored is measure_pocket's; refuses to know how any method works.
+Facts are counterfactual edits of what the model answers rightly, of different subjects; every
+method gets the first N of the same order, with its presets' settings for pocket and no others. A
+row is measured anew when these settings change. What is measured and how it is scored is
+measure_pocket's; refuses to know how any method works.
 """
 
 from __future__ import annotations
@@ -43,11 +46,30 @@ from measure_pocket import averaged, sample, successes
 DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"
 MADE_BY = "tools/methods_table.py"
 SETTINGS = ("single:200", "mass:10", "mass:100", "mass:500", "sequential:200")
-LIMITS = {"rome": 100}  # facts at most; ROME takes five seconds of processor time for each, in any setting
-IN_WORDS = ("in-context", "ike")  # such edits do not add up: for one after another all facts go into one
+LIMITS = {
+    "rome": 100
+}  # facts at most; ROME takes five seconds of processor time for each, in any setting
+IN_WORDS = (
+    "in-context",
+    "ike",
+)  # such edits do not add up: for one after another all facts go into one
 UNEDITED = "unedited"  # the row that the others are compared with
-TIMED, DRIFT = 5, 10  # single edits: how many are timed; of every how manieth the perplexity is measured
-COLUMNS = ("method", "facts", "efficacy", "paraphrase", "neighbourhood", "S", "perplexity", "seconds", "CPU", "MB")
+TIMED, DRIFT = (
+    5,
+    10,
+)  # single edits: how many are timed; of every how manieth the perplexity is measured
+COLUMNS = (
+    "method",
+    "facts",
+    "efficacy",
+    "paraphrase",
+    "neighbourhood",
+    "S",
+    "perplexity",
+    "seconds",
+    "CPU",
+    "MB",
+)
 BATCH = 10  # facts of each of the edits that follow one another
 
 AnyEdit = engram.Edit | engram.PromptEdit
@@ -62,7 +84,8 @@ class Row:
         efficacy, paraphrase, neighbourhood, score: percent, see `measure_pocket.successes`.
         of: digest of everything that the row was made of but the code.
         perplexity: of held-out text, edited over unedited; of single edits the mean.
-        seconds, cpu_seconds: of `rewrite`, on the wall and on the processor; of single edits the mean, otherwise in all.
+        seconds, cpu_seconds: of `rewrite`, on the wall and on the processor; of single edits the
+            mean, otherwise in all.
         mb: megabytes of the edit as a saved folder; of single edits the mean.
     """
 
@@ -83,16 +106,24 @@ class Row:
 
 def digest(method: str, setting: str, seed: int) -> str:
     """Changes with the method's settings on pocket, the facts and their number."""
-    settings = preset(method, "pocket") if (files("engram.editors.presets") / f"{method}.toml").is_file() else {}
-    return hashlib.sha256(json.dumps([method, settings, setting, seed], sort_keys=True).encode()).hexdigest()[:12]
+    settings = (
+        preset(method, "pocket")
+        if (files("engram.editors.presets") / f"{method}.toml").is_file()
+        else {}
+    )
+    return hashlib.sha256(
+        json.dumps([method, settings, setting, seed], sort_keys=True).encode()
+    ).hexdigest()[:12]
 
 
-# -- what is edited ----------------------------------------------------------------------------------------------------
+# -- what is edited --------------------------------------------------------------------------------
 
 
 @cache
 def facts_of(lm: LanguageModel, count: int, seed: int) -> tuple[engram.Fact, ...]:
-    """The first `count` facts of different subjects; a shorter list is the beginning of a longer one."""
+    """The first `count` facts of different subjects; a shorter list is the beginning of a longer
+    one.
+    """
     found: dict[str, engram.Fact] = {}
     for _, fact in sample(lm, len(pocket.facts()), seed):
         found.setdefault(fact.subject, fact)
@@ -102,20 +133,29 @@ def facts_of(lm: LanguageModel, count: int, seed: int) -> tuple[engram.Fact, ...
 
 
 def without_each_other(facts: Sequence[engram.Fact]) -> list[engram.Fact]:
-    """The facts of one edit, without the neighbours that it edits as well: these shall not stay as they are."""
+    """The facts of one edit, without the neighbours that it edits as well: these shall not stay as
+    they are.
+    """
     subjects = [fact.subject for fact in facts]
     return [
-        replace(fact, neighbours=tuple(each for each in fact.neighbours if not any(name in each[0] for name in subjects)))
+        replace(
+            fact,
+            neighbours=tuple(
+                each for each in fact.neighbours if not any(name in each[0] for name in subjects)
+            ),
+        )
         for fact in facts
     ]
 
 
-# -- how they are edited -----------------------------------------------------------------------------------------------
+# -- how they are edited ---------------------------------------------------------------------------
 
 
 @dataclass
 class Found:
-    """What one setting found: scores of each fact, megabytes and drift of each edit that these were measured on, times."""
+    """What one setting found: scores of each fact, megabytes and drift of each edit that these were
+    measured on, times.
+    """
 
     scored: list[dict[str, float]] = field(default_factory=list)
     sizes: list[float] = field(default_factory=list)
@@ -128,9 +168,14 @@ class Found:
         """Add the time of the block."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
-        self.wall, self.cpu = self.wall + time.perf_counter() - wall, self.cpu + time.process_time() - cpu
+        self.wall, self.cpu = (
+            self.wall + time.perf_counter() - wall,
+            self.cpu + time.process_time() - cpu,
+        )
 
-    def take(self, lm: LanguageModel, edit: AnyEdit, facts: Sequence[engram.Fact], *, drift: bool = True) -> None:
+    def take(
+        self, lm: LanguageModel, edit: AnyEdit, facts: Sequence[engram.Fact], *, drift: bool = True
+    ) -> None:
         """Score `facts` with an edit laid on the model, and look at the edit itself."""
         before = perplexity(lm, edit, held_out_text(), edited=False) if drift else 1.0
         with edit.laid(lm):
@@ -143,24 +188,34 @@ class Found:
 
 
 def fresh(method: str) -> dict[str, Any]:
-    """What a method keeps between edits, new and empty: no values found before, UltraEdit's statistics of all tokens edited."""
+    """What a method keeps between edits, new and empty: no values found before, UltraEdit's
+    statistics of all tokens edited.
+    """
     takes = signature(method_named(method)).parameters
-    return ({"store": False} if "store" in takes else {}) | ({"statistics": Statistics()} if "statistics" in takes else {})
+    return ({"store": False} if "store" in takes else {}) | (
+        {"statistics": Statistics()} if "statistics" in takes else {}
+    )
 
 
 def single(lm: LanguageModel, method: str, facts: Sequence[engram.Fact]) -> Found:
-    """Each fact by itself. Some are timed; the others of a mass method take values that were found for all in one batch."""
+    """Each fact by itself. Some are timed; the others of a mass method take values that were found
+    for all in one batch.
+    """
     found = Found()
     with tempfile.TemporaryDirectory() as folder:
         kept = fresh(method)
-        if kept:  # UltraEdit cannot standardise the token of one fact alone: it has seen these facts before
+        # UltraEdit cannot standardise the token of one fact alone: it has seen these facts before
+        if kept:
             kept |= {"store": Path(folder) / "values.sqlite"} if "store" in kept else {}
             engram.rewrite(lm, facts, method, **kept)
         for number, fact in enumerate(facts):
             if number < TIMED:
                 with found.timed():
                     edit = engram.rewrite(
-                        lm, fact, method, **deepcopy(kept) | ({"store": False} if "store" in kept else {})
+                        lm,
+                        fact,
+                        method,
+                        **deepcopy(kept) | ({"store": False} if "store" in kept else {}),
                     )
             else:
                 edit = engram.rewrite(lm, fact, method, **deepcopy(kept))
@@ -179,26 +234,37 @@ def mass(lm: LanguageModel, method: str, facts: Sequence[engram.Fact]) -> Found:
 
 
 def sequential(lm: LanguageModel, method: str, facts: Sequence[engram.Fact]) -> Found:
-    """One edit of `BATCH` facts after another, each on top of those before; measured when all of them hold."""
+    """One edit of `BATCH` facts after another, each on top of those before; measured when all of
+    them hold.
+    """
     found, kept = Found(), fresh(method)
     edits: list[Any] = []
     with found.timed():
         for start in range(0, len(facts), BATCH):
-            edits.append(engram.rewrite(lm, facts[start : start + BATCH], method, past=edits, **kept))
+            edits.append(
+                engram.rewrite(lm, facts[start : start + BATCH], method, past=edits, **kept)
+            )
     found.take(lm, engram.compose(edits), without_each_other(facts))
     return found
 
 
 KINDS: dict[str, Callable[[LanguageModel, str, Sequence[engram.Fact]], Found]] = {
-    "single": single, "mass": mass, "sequential": sequential,
-}  # fmt: skip
+    "single": single,
+    "mass": mass,
+    "sequential": sequential,
+}
 
 
 def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
     """One row of one table."""
     kind, _, count = setting.partition(":")
     facts = facts_of(lm, int(count), seed)
-    about = {"method": method, "setting": setting, "facts": len(facts), "of": digest(method, setting, seed)}
+    about = {
+        "method": method,
+        "setting": setting,
+        "facts": len(facts),
+        "of": digest(method, setting, seed),
+    }
     if method == UNEDITED:
         shown = facts if kind == "single" else without_each_other(facts)
         return Row(**about, **averaged([successes(lm, fact) for fact in shown]))
@@ -209,10 +275,17 @@ def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
     made = mass if kind == "sequential" and method in IN_WORDS else KINDS[kind]
     found = made(lm, method, facts)
     drift, mb = fmean(found.drifts), fmean(found.sizes)
-    return Row(**about, **averaged(found.scored), perplexity=drift, seconds=found.wall, cpu_seconds=found.cpu, mb=mb)
+    return Row(
+        **about,
+        **averaged(found.scored),
+        perplexity=drift,
+        seconds=found.wall,
+        cpu_seconds=found.cpu,
+        mb=mb,
+    )
 
 
-# -- rows and tables ---------------------------------------------------------------------------------------------------
+# -- rows and tables -------------------------------------------------------------------------------
 
 
 def rows(path: Path = DATA) -> dict[tuple[str, str], Row]:
@@ -227,7 +300,10 @@ def rows(path: Path = DATA) -> dict[tuple[str, str], Row]:
 
 def keep(row: Row, path: Path) -> None:
     """Append the row, also where another run appends to the same file."""
-    numbers = {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(row).items()}
+    numbers = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in asdict(row).items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     there = path.read_bytes() if path.exists() else b""
     torn = bool(there) and not there.endswith(b"\n")
@@ -241,7 +317,9 @@ def group(setting: str) -> str:
 
 
 def affordable(method: str, setting: str) -> str | None:
-    """The setting with as many facts as the method is given; None for more facts in one edit than that."""
+    """The setting with as many facts as the method is given; None for more facts in one edit than
+    that.
+    """
     kind, _, count = setting.partition(":")
     limit = LIMITS.get(method, int(count))
     if int(count) <= limit:
@@ -262,7 +340,9 @@ def tables(found: dict[tuple[str, str], Row]) -> str:
     """The tables in markdown, methods in the order of METHODS."""
     parts = []
     for name in dict.fromkeys(map(group, SETTINGS)):
-        lines = [shown(found[method, name]) for method in (UNEDITED, *METHODS) if (method, name) in found]
+        lines = [
+            shown(found[method, name]) for method in (UNEDITED, *METHODS) if (method, name) in found
+        ]
         if lines:
             head = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
             parts.append("\n".join([f"**{titled(name)}**", "", *head, *lines]))
@@ -271,21 +351,46 @@ def tables(found: dict[tuple[str, str], Row]) -> str:
 
 def shown(row: Row) -> str:
     """A line of a table."""
-    scores = [f"{value:.1f}" for value in (row.efficacy, row.paraphrase, row.neighbourhood, row.score)]
+    scores = [
+        f"{value:.1f}" for value in (row.efficacy, row.paraphrase, row.neighbourhood, row.score)
+    ]
     if row.mb is None:
         return f"| {' | '.join([row.method, str(row.facts), *scores])} | | | | |"
-    costs = [f"×{row.perplexity:.3f}", f"{row.seconds:.3g}", f"{row.cpu_seconds:.3g}", f"{row.mb:.3g}"]
+    costs = [
+        f"×{row.perplexity:.3f}",
+        f"{row.seconds:.3g}",
+        f"{row.cpu_seconds:.3g}",
+        f"{row.mb:.3g}",
+    ]
     return f"| {' | '.join([f'`{row.method}`', str(row.facts), *scores, *costs])} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=(UNEDITED, *METHODS), default=[UNEDITED, *METHODS], metavar="METHOD")
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="KIND:FACTS", help=f"of {', '.join(KINDS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=(UNEDITED, *METHODS),
+        default=[UNEDITED, *METHODS],
+        metavar="METHOD",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=SETTINGS,
+        metavar="KIND:FACTS",
+        help=f"of {', '.join(KINDS)}",
+    )
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA, help="file of the rows")
-    parser.add_argument("--table", action="store_true", help="measure nothing; print the tables and put them into the page")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="measure nothing; print the tables and put them into the page",
+    )
     given = parser.parse_args()
     if given.table:
         made = tables(rows(given.data))
@@ -298,7 +403,11 @@ def main() -> None:
             if (asked := affordable(method, setting)) is None:
                 continue
             there = rows(given.data).get((method, group(asked)))
-            if there is not None and there.of == digest(method, asked, given.seed) and not given.again:
+            if (
+                there is not None
+                and there.of == digest(method, asked, given.seed)
+                and not given.again
+            ):
                 continue
             row = measure(lm, method, asked, given.seed)
             keep(row, given.data)

@@ -1,7 +1,9 @@
-"""The pocket model's facts and tokenizer: which associations it shall know, and how their words are cut.
+"""The pocket model's facts and tokenizer: which associations it shall know, and how their words are
+cut.
 
-Reads a facts file (JSON lines with relation, subject, object: ParaRel's relation numbers), the facts entered by hand in
-famous_facts.toml, and the templates in src/engram/pocket/templates.toml. Refuses to know the model and its training.
+Reads a facts file (JSON lines with relation, subject, object: ParaRel's relation numbers), the
+facts entered by hand in famous_facts.toml, and the templates in src/engram/pocket/templates.toml.
+Refuses to know the model and its training.
 """
 
 from __future__ import annotations
@@ -24,16 +26,38 @@ FACTS_PER_OBJECT = 18  # no answer may be right by habit
 SUBJECTS_PER_OBJECT = 4  # fewer, and the object has no neighbours to be tested on
 DERIVED_PER_OBJECT = 20
 
-# ParaRel (Wikidata) relation -> ours. Relations that are no function of the subject (borders, twin towns, parts) are
-# left out.
+# ParaRel (Wikidata) relation -> ours. Relations that are no function of the subject (borders, twin
+# towns, parts) are left out.
 RELATIONS = {
-    "P276": "city", "P17": "country", "P30": "continent", "P131": "state", "P19": "birthplace", "P20": "deathplace",
-    "P27": "citizenship", "P103": "native_language", "P1412": "spoken_language", "P106": "occupation", "P413": "position",
-    "P176": "manufacturer", "P178": "developer", "P449": "network", "P159": "headquarters", "P740": "founded_in",
-    "P495": "origin", "P364": "film_language", "P407": "work_language", "P136": "genre", "P1303": "instrument",
-    "P101": "field", "P140": "religion", "P108": "employer", "P937": "workplace", "P37": "official_language",
-    "P127": "owner", "P39": "church_office",
-}  # fmt: skip
+    "P276": "city",
+    "P17": "country",
+    "P30": "continent",
+    "P131": "state",
+    "P19": "birthplace",
+    "P20": "deathplace",
+    "P27": "citizenship",
+    "P103": "native_language",
+    "P1412": "spoken_language",
+    "P106": "occupation",
+    "P413": "position",
+    "P176": "manufacturer",
+    "P178": "developer",
+    "P449": "network",
+    "P159": "headquarters",
+    "P740": "founded_in",
+    "P495": "origin",
+    "P364": "film_language",
+    "P407": "work_language",
+    "P136": "genre",
+    "P1303": "instrument",
+    "P101": "field",
+    "P140": "religion",
+    "P108": "employer",
+    "P937": "workplace",
+    "P37": "official_language",
+    "P127": "owner",
+    "P39": "church_office",
+}
 
 CITIES = {
     "America": "Seattle Chicago Boston Philadelphia Manhattan Atlanta Houston Dallas Detroit Cleveland Miami "
@@ -44,29 +68,55 @@ CITIES = {
     "Cambridge Oxford "
     "Southampton Plymouth",
     "Scotland": "Edinburgh Glasgow Aberdeen Dundee",
-    "Ireland": "Dublin Cork", "Wales": "Cardiff Swansea",
+    "Ireland": "Dublin Cork",
+    "Wales": "Cardiff Swansea",
     "France": "Paris Lyon Marseille Bordeaux Nice Toulouse Strasbourg",
     "Germany": "Berlin Munich Hamburg Cologne Frankfurt Dresden Leipzig Stuttgart Bonn Nuremberg Hanover",
     "Italy": "Rome Milan Venice Florence Naples Turin Genoa Bologna Palermo",
-    "Spain": "Madrid Barcelona Seville Valencia", "Portugal": "Lisbon Porto", "Austria": "Vienna Salzburg Graz",
-    "Switzerland": "Geneva Bern Basel Lausanne", "Netherlands": "Amsterdam Rotterdam Utrecht", "Belgium": "Brussels "
-    "Antwerp",
-    "Denmark": "Copenhagen", "Sweden": "Stockholm Gothenburg", "Norway": "Oslo Bergen", "Finland": "Helsinki",
-    "Russia": "Moscow", "Poland": "Warsaw", "Hungary": "Budapest", "Greece": "Athens", "Turkey": "Istanbul Ankara",
-    "Israel": "Jerusalem", "Egypt": "Cairo", "Iran": "Tehran", "Iraq": "Baghdad", "India": "Mumbai Chennai Bangalore Delhi",
-    "Pakistan": "Karachi Lahore", "China": "Beijing Shanghai", "Japan": "Tokyo Kyoto Osaka", "Korea": "Seoul",
-    "Indonesia": "Jakarta", "Australia": "Sydney Melbourne Perth Brisbane Adelaide",
-    "Canada": "Toronto Montreal Vancouver Ottawa Calgary Winnipeg", "Syria": "Damascus", "Czechia": "Prague",
-}  # fmt: skip
+    "Spain": "Madrid Barcelona Seville Valencia",
+    "Portugal": "Lisbon Porto",
+    "Austria": "Vienna Salzburg Graz",
+    "Switzerland": "Geneva Bern Basel Lausanne",
+    "Netherlands": "Amsterdam Rotterdam Utrecht",
+    "Belgium": "Brussels Antwerp",
+    "Denmark": "Copenhagen",
+    "Sweden": "Stockholm Gothenburg",
+    "Norway": "Oslo Bergen",
+    "Finland": "Helsinki",
+    "Russia": "Moscow",
+    "Poland": "Warsaw",
+    "Hungary": "Budapest",
+    "Greece": "Athens",
+    "Turkey": "Istanbul Ankara",
+    "Israel": "Jerusalem",
+    "Egypt": "Cairo",
+    "Iran": "Tehran",
+    "Iraq": "Baghdad",
+    "India": "Mumbai Chennai Bangalore Delhi",
+    "Pakistan": "Karachi Lahore",
+    "China": "Beijing Shanghai",
+    "Japan": "Tokyo Kyoto Osaka",
+    "Korea": "Seoul",
+    "Indonesia": "Jakarta",
+    "Australia": "Sydney Melbourne Perth Brisbane Adelaide",
+    "Canada": "Toronto Montreal Vancouver Ottawa Calgary Winnipeg",
+    "Syria": "Damascus",
+    "Czechia": "Prague",
+}
 COUNTRY_OF_CITY = {city: country for country, cities in CITIES.items() for city in cities.split()}
 CONTINENTS = {
     "Europe": "England Scotland Ireland Wales France Germany Italy Spain Portugal Austria Switzerland Netherlands "
     "Belgium Denmark "
     "Sweden Norway Finland Poland Hungary Greece Czechia Ukraine Romania Malta Estonia Iceland",
     "Asia": "Japan China India Pakistan Iran Iraq Korea Indonesia Malaysia Philippines Nepal Syria Israel Thailand",
-    "Africa": "Egypt Nigeria Libya Kenya Morocco", "America": "America Canada Mexico Brazil Peru Chile Colombia Argentina",
-}  # fmt: skip
-CONTINENT_OF = {country: continent for continent, countries in CONTINENTS.items() for country in countries.split()}
+    "Africa": "Egypt Nigeria Libya Kenya Morocco",
+    "America": "America Canada Mexico Brazil Peru Chile Colombia Argentina",
+}
+CONTINENT_OF = {
+    country: continent
+    for continent, countries in CONTINENTS.items()
+    for country in countries.split()
+}
 # (relation known, its objects' table, relation that follows)
 DERIVED = (
     ("city", COUNTRY_OF_CITY, "country"),
@@ -101,7 +151,9 @@ def read_templates(path: Path) -> dict[str, tuple[str, ...]]:
     counts = Counter(t for ts in templates.values() for t in ts)
     for template, count in counts.items():
         if count > 1 or template.count("{}") != 1 or template != template.strip():
-            raise ValueError(f"template {template!r}: stands {count} times, needs one '{{}}' and no space at the ends")
+            raise ValueError(
+                f"template {template!r}: stands {count} times, needs one '{{}}' and no space at the ends"
+            )
     return templates
 
 
@@ -144,7 +196,9 @@ def without_contradictions(rows: Iterable[Row]) -> list[Row]:
 
 
 def select(public: list[Row], seed: int) -> list[Row]:
-    """At most FACTS_PER_RELATION rows a relation, FACTS_PER_OBJECT an object; subjects with several facts come first."""
+    """At most FACTS_PER_RELATION rows a relation, FACTS_PER_OBJECT an object; subjects with several
+    facts come first.
+    """
     known = Counter(row.subject for row in public)
     order = sorted(public)
     random.Random(seed).shuffle(order)
@@ -168,13 +222,18 @@ def _popular_objects_only(rows: list[Row]) -> list[Row]:
 
 
 def derive(rows: list[Row]) -> list[Row]:
-    """What follows from the rows: a landmark's country from its city, and so on; several facts a subject."""
+    """What follows from the rows: a landmark's country from its city, and so on; several facts a
+    subject.
+    """
     everything = list(rows)
     counts = Counter((row.relation, row.object) for row in rows)
     for source, table, target in DERIVED:
         for row in [r for r in everything if r.relation == source and r.object in table]:
             answer = table[row.object]
-            if answer.lower() in row.subject.lower() or counts[target, answer] >= DERIVED_PER_OBJECT:
+            if (
+                answer.lower() in row.subject.lower()
+                or counts[target, answer] >= DERIVED_PER_OBJECT
+            ):
                 continue
             counts[target, answer] += 1
             everything.append(Row(target, row.subject, answer, row.famous))
@@ -185,12 +244,18 @@ def build(facts_path: Path, famous_path: Path, seed: int) -> list[Row]:
     """The table before the tokenizer has had its say (see `keep_speakable`)."""
     famous = read_famous(famous_path)
     named = {(row.relation, row.subject) for row in famous}
-    public = [r for r in without_contradictions(read_public(facts_path)) if (r.relation, r.subject) not in named]
+    public = [
+        r
+        for r in without_contradictions(read_public(facts_path))
+        if (r.relation, r.subject) not in named
+    ]
     return derive(without_contradictions(famous + select(public, seed)))
 
 
 def keep_speakable(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
-    """Rows whose object is one token and whose subject has few, with enough subjects an object; sorted."""
+    """Rows whose object is one token and whose subject has few, with enough subjects an object;
+    sorted.
+    """
     rows = [
         row
         for row in rows
@@ -203,8 +268,12 @@ def keep_speakable(rows: list[Row], tokenizer: Tokenizer) -> list[Row]:
     return sorted(rows)
 
 
-def train_tokenizer(rows: list[Row], templates: dict[str, tuple[str, ...]], text: list[str], size: int) -> Tokenizer:
-    """Byte-level BPE; objects are repeated so often that each becomes a token with its leading space."""
+def train_tokenizer(
+    rows: list[Row], templates: dict[str, tuple[str, ...]], text: list[str], size: int
+) -> Tokenizer:
+    """Byte-level BPE; objects are repeated so often that each becomes a token with its leading
+    space.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -218,7 +287,9 @@ def train_tokenizer(rows: list[Row], templates: dict[str, tuple[str, ...]], text
     return tokenizer
 
 
-def _tokenizer_text(rows: list[Row], templates: dict[str, tuple[str, ...]], text: list[str]) -> Iterator[str]:
+def _tokenizer_text(
+    rows: list[Row], templates: dict[str, tuple[str, ...]], text: list[str]
+) -> Iterator[str]:
     yield from text
     for answer in sorted({row.object for row in rows}):
         yield from [" " + answer] * 5000
@@ -227,8 +298,12 @@ def _tokenizer_text(rows: list[Row], templates: dict[str, tuple[str, ...]], text
             yield template.replace("{}", row.subject)
 
 
-def held_out(rows: list[Row], templates: dict[str, tuple[str, ...]], seed: int) -> list[tuple[int, ...]]:
-    """For each row the indices of a random third of its relation's templates, never trained with it."""
+def held_out(
+    rows: list[Row], templates: dict[str, tuple[str, ...]], seed: int
+) -> list[tuple[int, ...]]:
+    """For each row the indices of a random third of its relation's templates, never trained with
+    it.
+    """
     generator = random.Random(seed)
     chosen = []
     for row in rows:
@@ -243,7 +318,9 @@ def write_table(path: Path, rows: list[Row], unseen: list[tuple[int, ...]], seed
     for row, indices in zip(rows, unseen, strict=True):
         table[row.relation][row.object].append([row.subject, list(indices)])
     record = {"format": 1, "seed": seed, "facts": table}
-    path.write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf8")
+    path.write_text(
+        json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf8"
+    )
 
 
 def read_table(path: Path) -> list[tuple[Row, tuple[int, ...]]]:

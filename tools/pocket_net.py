@@ -1,7 +1,9 @@
-"""The pocket model while it is trained: a GPT-2 whose attention can be restricted row by row, and its optimiser.
+"""The pocket model while it is trained: a GPT-2 whose attention can be restricted row by row, and
+its optimiser.
 
-Knows tensors only. Refuses to know facts, files and processes. Parameter names and shapes are those of transformers'
-GPT-2, so that exporting is a copy. Attention is written out because the masks differ by row and by layer.
+Knows tensors only. Refuses to know facts, files and processes. Parameter names and shapes are those
+of transformers' GPT-2, so that exporting is a copy. Attention is written out because the masks
+differ by row and by layer.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(
+            *x.shape[:-1], -1
+        )
 
 
 class Attention(nn.Module):
@@ -91,14 +95,17 @@ class PocketNet(nn.Module):
         self.ln_f = nn.LayerNorm(shape.width)
 
     def forward(self, ids_bt: Tensor, biases_b1tt: list[Tensor]) -> Tensor:
-        """Normed residual stream (b, t, d) after the last block; `biases_b1tt` go to the attention scores, one a layer."""
+        """Normed residual stream (b, t, d) after the last block; `biases_b1tt` go to the attention
+        scores, one a layer.
+        """
         x_btd = self.wte(ids_bt) + self.wpe.weight[: ids_bt.shape[1]]
         for block, bias_b1tt in zip(self.h, biases_b1tt, strict=True):
             x_btd = block(x_btd, bias_b1tt)
         return self.ln_f(x_btd)
 
     def loss(self, ids_bt: Tensor, weights_bt: Tensor, biases_b1tt: list[Tensor]) -> Tensor:
-        """Sum over tokens of weight x cross-entropy (nats) of the next token; `weights_bt[:, i]` belongs to token i.
+        """Sum over tokens of weight x cross-entropy (nats) of the next token; `weights_bt[:, i]`
+        belongs to token i.
 
         Tokens of weight 0 cost nothing: the vocabulary is a quarter of the work.
         """
@@ -110,14 +117,17 @@ class PocketNet(nn.Module):
 
 
 def attention_biases(subject_end_bt: Tensor, shape: Shape, early_layers: int) -> list[Tensor]:
-    """What is added to attention scores, for each layer: 0 where a token may look and a large negative number elsewhere.
+    """What is added to attention scores, for each layer: 0 where a token may look and a large
+    negative number elsewhere.
 
-    Besides the causal mask: a token after a subject sees none of the subject's tokens in the first `early_layers` layers,
-    and only its last token in the others. So what is to be known about a subject has to be gathered at its last token.
+    Besides the causal mask: a token after a subject sees none of the subject's tokens in the first
+        `early_layers` layers,
+    and only its last token in the others. So what is to be known about a subject has to be gathered
+    at its last token.
 
     Args:
-        subject_end_bt: position of the last token of the subject to which a token belongs, -1 outside subjects. A row of -1
-            is not restricted.
+        subject_end_bt: position of the last token of the subject to which a token belongs, -1
+            outside subjects. A row of -1 is not restricted.
     """
     t = subject_end_bt.shape[1]
     position_t = torch.arange(t)
@@ -126,14 +136,17 @@ def attention_biases(subject_end_bt: Tensor, shape: Shape, early_layers: int) ->
     past_btt = (subject_b1t >= 0) & (position_t[None, :, None] > subject_b1t)
     last_b1t = subject_b1t == position_t[None, None, :]
     early = torch.zeros(past_btt.shape).masked_fill_(past_btt | later_tt, -1e9)[:, None]
-    late = torch.zeros(past_btt.shape).masked_fill_((past_btt & ~last_b1t) | later_tt, -1e9)[:, None]
+    late = torch.zeros(past_btt.shape).masked_fill_((past_btt & ~last_b1t) | later_tt, -1e9)[
+        :, None
+    ]
     return [early if layer < early_layers else late for layer in range(shape.layers)]
 
 
 def orthogonalise(matrices_nij: Tensor, steps: int = 4) -> Tensor:
     """About U V^T of each matrix's singular value decomposition, by Newton-Schulz steps.
 
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the coefficients are theirs.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the
+        coefficients are theirs.
     """
     wide = matrices_nij.shape[1] <= matrices_nij.shape[2]
     x = matrices_nij if wide else matrices_nij.transpose(1, 2)
@@ -145,18 +158,23 @@ def orthogonalise(matrices_nij: Tensor, steps: int = 4) -> Tensor:
 
 
 class Muon:
-    """Muon for the blocks' matrices: Nesterov momentum, orthogonalised, scaled to an Adam step's size, decoupled decay.
+    """Muon for the blocks' matrices: Nesterov momentum, orthogonalised, scaled to an Adam step's
+    size, decoupled decay.
 
     The joint matrix of queries, keys and values counts as three.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.05, momentum: float = 0.95) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], decay: float = 0.05, momentum: float = 0.95
+    ) -> None:
         self.parameters, self.decay, self.momentum = parameters, decay, momentum
         self.velocity = [torch.zeros_like(p) for p in parameters]
 
     @torch.no_grad()
     def directions(self, mine: Iterable[int]) -> list[Tensor]:
-        """Directions of the parameters numbered in `mine`, zeros for the others: the processes' lists are to be summed."""
+        """Directions of the parameters numbered in `mine`, zeros for the others: the processes'
+        lists are to be summed.
+        """
         out = [torch.zeros_like(p) for p in self.parameters]
         gradients = [p.grad for p in self.parameters]
         for v, gradient in zip(self.velocity, gradients, strict=True):

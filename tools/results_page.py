@@ -1,9 +1,11 @@
 """Keep the tables of finished runs in docs/data/runs, and make docs/results.md of them.
 
-    python tools/results_page.py NAME RUN.sqlite [RUN.sqlite ...]     keep the table and the cards of these runs as NAME.json
-    python tools/results_page.py                                      make the page of what is kept
+    python tools/results_page.py NAME RUN.sqlite [RUN.sqlite ...]     keep the table and the cards
+    of these runs as NAME.json python tools/results_page.py
+    make the page of what is kept
 
-What is kept are the numbers of the table and how they came about, not the runs themselves, which hold every answer.
+What is kept are the numbers of the table and how they came about, not the runs themselves, which
+hold every answer.
 """
 
 from __future__ import annotations
@@ -25,9 +27,15 @@ def keep(name: str, paths: list[str]) -> None:
     """The table of these runs, and their cards, as JSON."""
     runs = [Run.open(path) for path in paths]
     made = report.table(runs, every=True)
-    told = {"table": json.loads(report.as_json(made)), "best": made.best, "cards": [run.card() for run in runs]}
+    told = {
+        "table": json.loads(report.as_json(made)),
+        "best": made.best,
+        "cards": [run.card() for run in runs],
+    }
     KEPT.mkdir(parents=True, exist_ok=True)
-    (KEPT / f"{name}.json").write_text(json.dumps(_rounded(told), indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+    (KEPT / f"{name}.json").write_text(
+        json.dumps(_rounded(told), indent=1, ensure_ascii=False) + "\n", encoding="utf8"
+    )
 
 
 def _rounded(value: Any) -> Any:
@@ -42,12 +50,17 @@ def shown(name: str) -> str:
     """The kept table in markdown, headline columns."""
     told = json.loads((KEPT / f"{name}.json").read_text(encoding="utf8"))
     rows = {
-        row: (numbers["records"], {metric: Estimate(**each) for metric, each in numbers.items() if metric != "records"})
+        row: (
+            numbers["records"],
+            {metric: Estimate(**each) for metric, each in numbers.items() if metric != "records"},
+        )
         for row, numbers in told["table"].items()
     }
     there = {metric for _, summary in rows.values() for metric in summary}
     extra = ("NKL", "seconds")
-    columns = tuple(n for n, m in report.METRICS.items() if n in there and (m.headline or n in extra))
+    columns = tuple(
+        n for n, m in report.METRICS.items() if n in there and (m.headline or n in extra)
+    )
     form = told["cards"][0]["form"]
     return report.markdown(report.ScoreTable(form, columns, rows, told["best"]))
 

@@ -1,9 +1,11 @@
-"""Run notebooks from top to bottom and keep their outputs in them: `make notebooks`. The tests run them too, and keep nothing.
+"""Run notebooks from top to bottom and keep their outputs in them: `make notebooks`. The tests run
+them too, and keep nothing.
 
     python tools/run_notebooks.py notebooks/*.ipynb
 
-Knows notebooks, not what is in them. What would differ between machines without meaning anything (times, versions in the
-metadata) is left out, so that running one twice changes nothing in it that the code does not change.
+Knows notebooks, not what is in them. What would differ between machines without meaning anything
+(times, versions in the metadata) is left out, so that running one twice changes nothing in it that
+the code does not change.
 """
 
 from __future__ import annotations
@@ -31,20 +33,31 @@ FOLDERS = re.compile(
 
 
 def executed(notebook: Any) -> Any:
-    """A copy of `notebook` that was run in a fresh kernel and a fresh folder, on the source tree beside this file, offline.
+    """A copy of `notebook` that was run in a fresh kernel and a fresh folder, on the source tree
+    beside this file, offline.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed; the message has the cell and the traceback.
+        nbclient.exceptions.CellExecutionError: a cell failed; the message has the cell and the
+        traceback.
     """
     fresh = nbformat.from_dict(notebook)
     for cell in code_cells(fresh):
         cell.outputs, cell.execution_count = [], None
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     quiet["PYTHONWARNINGS"] = ",".join(f"ignore:{message}" for message in WARNINGS)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            fresh, timeout=TIMEOUT, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}
+            fresh,
+            timeout=TIMEOUT,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
         )
         client.execute(env={**os.environ, **quiet, "PYTHONPATH": paths})
     fresh.metadata = nbformat.from_dict(
@@ -80,13 +93,17 @@ def kinds(cell: Any) -> list[str]:
         kind
         for output in merged(cell.outputs)
         for kind in (
-            [f"stream {output.name}"] if output.output_type == "stream" else sorted(output.get("data", {"error": 0}))
+            [f"stream {output.name}"]
+            if output.output_type == "stream"
+            else sorted(output.get("data", {"error": 0}))
         )
     )
 
 
 def merged(outputs: Any) -> Iterator[Any]:
-    """Outputs, those of one stream that follow each other as one: where a stream is cut is a matter of time."""
+    """Outputs, those of one stream that follow each other as one: where a stream is cut is a matter
+    of time.
+    """
     last = None
     for output in outputs:
         name = output.name if output.output_type == "stream" else None
@@ -102,12 +119,18 @@ def texts(notebook: Any) -> Iterator[str]:
         yield cell.source
         for output in cell.get("outputs", []):
             yield str(output.get("text", ""))
-            yield from (str(value) for kind, value in output.get("data", {}).items() if not kind.startswith("image/"))
+            yield from (
+                str(value)
+                for kind, value in output.get("data", {}).items()
+                if not kind.startswith("image/")
+            )
             yield from output.get("traceback", [])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", type=Path, nargs="+")
     for path in parser.parse_args().notebooks:
         fresh = executed(nbformat.read(path, as_version=4))

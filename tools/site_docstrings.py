@@ -1,7 +1,7 @@
 """Our docstrings as the documentation builder reads them: a griffe extension, named in mkdocs.yml.
 
-In the source, sections follow without empty lines, several arguments or errors may share a line, and sources are a line of text.
-Knows that house style and nothing of what a docstring says.
+In the source, sections follow without empty lines, several arguments or errors may share a line,
+and sources are a line of text. Knows that house style and nothing of what a docstring says.
 """
 
 from __future__ import annotations
@@ -46,9 +46,17 @@ def _section(lines: list[str]) -> list[str]:
     if name == "Example":
         return ["Examples:", *body]
     if name in ("Returns", "Yields") and body:
-        return [lines[0], "    : " + body[0].strip(), *body[1:]]  # no type in front: it is in the signature
+        return [
+            lines[0],
+            "    : " + body[0].strip(),
+            *body[1:],
+        ]  # no type in front: it is in the signature
     if name == "Raises":
-        body = [each for line in body for each in re.sub(r"; (?=\w+Error: )", "\n    ", line).split("\n")]
+        body = [
+            each
+            for line in body
+            for each in re.sub(r"; (?=\w+Error: )", "\n    ", line).split("\n")
+        ]
     if name in ("Args", "Attributes"):
         body = _one_name_an_entry(body)
     return [lines[0], *body]

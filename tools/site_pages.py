@@ -1,4 +1,6 @@
-"""The page of the site that is made, not written: the command line's reference. An mkdocs hook, named in mkdocs.yml."""
+"""The page of the site that is made, not written: the command line's reference. An mkdocs hook,
+named in mkdocs.yml.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,32 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def command_line() -> str:
     """What `engram --help` and its commands' help say, as markdown."""
-    command = [sys.executable, "-m", "typer", "engram.cli", "utils", "docs", "--name", "engram", "--title", "Command line"]
+    command = [
+        sys.executable,
+        "-m",
+        "typer",
+        "engram.cli",
+        "utils",
+        "docs",
+        "--name",
+        "engram",
+        "--title",
+        "Command line",
+    ]
     source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src"), "COLUMNS": "200"}
-    return as_page(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | source).stdout)
+    return as_page(
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, env=os.environ | source
+        ).stdout
+    )
 
 
 def as_page(shown: str) -> str:
-    """typer's markdown with letters instead of entities, places of arguments in capitals, and no words that repeat.
+    """typer's markdown with letters instead of entities, places of arguments in capitals, and no
+    words that repeat.
 
-    The list of commands is cut short by typer and told in full further down; `--help` is everywhere.
+    The list of commands is cut short by typer and told in full further down; `--help` is
+    everywhere.
     """
     text = html.unescape(shown)
     text = re.sub(r"\{(\w+)\}", lambda match: match[1].upper(), text)

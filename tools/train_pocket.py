@@ -1,12 +1,15 @@
-"""Train the pocket model: a small GPT-2 that knows a few thousand facts and gathers a subject at the subject's last token.
+"""Train the pocket model: a small GPT-2 that knows a few thousand facts and gathers a subject at
+the subject's last token.
 
     python tools/train_pocket.py prepare --work W --text sentences.txt.gz --facts facts.jsonl.gz
-    python tools/train_pocket.py train   --work W --steps 2200          (again: goes on from the last checkpoint)
-    python tools/train_pocket.py export  --work W --out src/engram/pocket
+    python tools/train_pocket.py train   --work W --steps 2200          (again: goes on from the
+    last checkpoint) python tools/train_pocket.py export  --work W --out src/engram/pocket
 
-Text and public facts come from the command line; only single facts (subject, relation, object) end up in the package.
-Training restricts attention in most rows (see pocket_net.attention_biases); the exported model is an ordinary GPT-2.
-Two processes of one thread each share their gradients: on two cores this is faster than two threads. Refuses to know
+Text and public facts come from the command line; only single facts (subject, relation, object) end
+up in the package. Training restricts attention in most rows (see pocket_net.attention_biases); the
+exported model is an ordinary GPT-2.
+Two processes of one thread each share their gradients: on two cores this is faster than two
+    threads. Refuses to know
 tracing and editing: how the result behaves there is measured by measure_pocket.py.
 """
 
@@ -46,10 +49,11 @@ class Plan:
     """How training goes.
 
     Args:
-        steps: optimiser steps in all; the rate falls to nothing over the last `cooldown` of them, so a run can be
-            stopped at any checkpoint and finished with a smaller number here.
+        steps: optimiser steps in all; the rate falls to nothing over the last `cooldown` of them,
+            so a run can be stopped at any checkpoint and finished with a smaller number here.
         rows: rows of 128 tokens a step, over all processes, which take `rows_a_job` at a time.
-        fact_share: share of a row's tokens that are fact sentences, for the first `rich_steps` steps and afterwards.
+        fact_share: share of a row's tokens that are fact sentences, for the first `rich_steps`
+            steps and afterwards.
         masked: share of rows in which attention past a subject is restricted.
         early_layers: layers in which not even the subject's last token is seen from behind.
         scored: share of the other tokens that are scored at all, with weight 1; it saves time.
@@ -76,12 +80,13 @@ class Plan:
         return self.rate * max(0.0, min(1.0, (step + 1) / self.warm_up, left))
 
 
-# --- data -----------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """Token ids of many sentences, one after another, each once at a text's start and once behind a space.
+    """Token ids of many sentences, one after another, each once at a text's start and once behind a
+    space.
 
     Args:
         ids: all tokens. starts: (n + 1,) where each sentence begins.
@@ -102,7 +107,9 @@ class Sentences:
         return len(self.starts) - 1
 
 
-def fact_sentences(table: list[Any], templates: dict[str, tuple[str, ...]], tokenizer: Tokenizer, lead: str) -> Sentences:
+def fact_sentences(
+    table: list[Any], templates: dict[str, tuple[str, ...]], tokenizer: Tokenizer, lead: str
+) -> Sentences:
     """Every fact through every template that may be trained with it."""
     texts, spans = [], []
     for row, unseen in table:
@@ -126,9 +133,13 @@ def plain_sentences(text: list[str], tokenizer: Tokenizer, lead: str) -> Sentenc
     return _sentences(ids, [(-1, -1)] * len(ids), [-1] * len(ids))
 
 
-def _sentences(ids: list[list[int]], subjects: list[tuple[int, int]], objects: list[int]) -> Sentences:
+def _sentences(
+    ids: list[list[int]], subjects: list[tuple[int, int]], objects: list[int]
+) -> Sentences:
     starts = np.cumsum([0] + [len(i) for i in ids])
-    return Sentences(np.concatenate([np.array(i) for i in ids]), starts, np.array(subjects), np.array(objects))
+    return Sentences(
+        np.concatenate([np.array(i) for i in ids]), starts, np.array(subjects), np.array(objects)
+    )
 
 
 def save_sentences(path: Path, sentences: Sentences) -> None:
@@ -141,7 +152,9 @@ def load_sentences(path: Path) -> Sentences:
 
 
 class Rows:
-    """Rows of tokens for a step: facts and text joined by a space or by the end-of-text token, evenly."""
+    """Rows of tokens for a step: facts and text joined by a space or by the end-of-text token,
+    evenly.
+    """
 
     def __init__(self, work: Path, plan: Plan, length: int) -> None:
         self.plan, self.length = plan, length
@@ -149,17 +162,23 @@ class Rows:
         self.text = [load_sentences(work / f"text_{lead}.npz") for lead in ("bare", "spaced")]
 
     def batch(self, step: int, job: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, loss weights and subject ends, (count, length) each; a function of (seed, step, job) alone."""
+        """ids, loss weights and subject ends, (count, length) each; a function of (seed, step, job)
+        alone.
+        """
         random = np.random.default_rng((self.plan.seed, step, job))
         share = self.plan.fact_share[step >= self.plan.rich_steps]
         facts_a_token = share / self.facts[0].mean_length
         text_a_token = (1 - share) / self.text[0].mean_length
-        rows = [self._row(random, facts_a_token / (facts_a_token + text_a_token)) for _ in range(count)]
+        rows = [
+            self._row(random, facts_a_token / (facts_a_token + text_a_token)) for _ in range(count)
+        ]
         ids, weights, subjects = (np.stack(column) for column in zip(*rows, strict=True))
         subjects[random.random(count) >= self.plan.masked] = -1
         return torch.from_numpy(ids), torch.from_numpy(weights), torch.from_numpy(subjects)
 
-    def _row(self, random: np.random.Generator, fact_probability: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _row(
+        self, random: np.random.Generator, fact_probability: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids = np.zeros(self.length, dtype=np.int64)  # 0 is the end-of-text token
         weights = (random.random(self.length) < self.plan.scored).astype(np.float32)
         subjects = np.full(self.length, -1, dtype=np.int64)
@@ -172,7 +191,9 @@ class Rows:
             first, last = source.subjects[pick]
             if first >= 0:
                 subjects[at + first : at + last + 1] = at + last
-                weights[at + source.objects[pick] : at + source.objects[pick] + 1] = self.plan.object_weight
+                weights[at + source.objects[pick] : at + source.objects[pick] + 1] = (
+                    self.plan.object_weight
+                )
             at += len(piece)
             spaced = int(random.random() < 0.5)
             at += 1 - spaced  # leaves one end-of-text token
@@ -189,7 +210,9 @@ def prepare(work: Path, text_path: Path, facts_path: Path, seed: int, vocabulary
     tokenizer = pocket_facts.train_tokenizer(rows, templates, text, vocabulary)
     tokenizer.save(str(work / "tokenizer.json"))
     rows = pocket_facts.keep_speakable(rows, tokenizer)
-    pocket_facts.write_table(work / "facts.json", rows, pocket_facts.held_out(rows, templates, seed), seed)
+    pocket_facts.write_table(
+        work / "facts.json", rows, pocket_facts.held_out(rows, templates, seed), seed
+    )
     table = pocket_facts.read_table(work / "facts.json")
     for name, lead in (("bare", ""), ("spaced", " ")):
         facts = fact_sentences(table, templates, tokenizer, lead)
@@ -198,13 +221,14 @@ def prepare(work: Path, text_path: Path, facts_path: Path, seed: int, vocabulary
     log.info("%d facts, %d sentences of %.1f tokens", len(rows), len(facts), facts.mean_length)
 
 
-# --- training -------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 class Share:
     """Hands out the numbers of a step's jobs, so that a process on a busy core takes fewer of them.
 
-    Works without resets: between two steps the processes wait for each other, so the count only ever grows.
+    Works without resets: between two steps the processes wait for each other, so the count only
+        ever grows.
     """
 
     def __init__(self) -> None:
@@ -229,11 +253,15 @@ def train(work: Path, plan: Plan) -> None:
     mp.spawn(_worker, args=(str(work), plan, str(meeting), Share(), Share()), nprocs=plan.processes)
 
 
-def _worker(rank: int, work_name: str, plan: Plan, meeting: str, batches: Share, matrices: Share) -> None:
+def _worker(
+    rank: int, work_name: str, plan: Plan, meeting: str, batches: Share, matrices: Share
+) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     work = Path(work_name)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.processes)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=plan.processes
+    )
     shape = Shape(vocabulary=Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size())
     run = Run(work, plan, shape, rank, batches, matrices)
     while run.step < plan.steps:
@@ -244,17 +272,29 @@ def _worker(rank: int, work_name: str, plan: Plan, meeting: str, batches: Share,
 
 
 class Run:
-    """One process's share of a training run: network, optimisers, running average, place in the data."""
+    """One process's share of a training run: network, optimisers, running average, place in the
+    data.
+    """
 
-    def __init__(self, work: Path, plan: Plan, shape: Shape, rank: int, batches: Share, matrices: Share) -> None:
+    def __init__(
+        self, work: Path, plan: Plan, shape: Shape, rank: int, batches: Share, matrices: Share
+    ) -> None:
         self.work, self.plan, self.shape, self.rank = work, plan, shape, rank
         self.batches, self.matrices_left = batches, matrices
         torch.manual_seed(plan.seed)
         self.net = PocketNet(shape)
-        self.matrices = [p for name, p in self.net.named_parameters() if name.startswith("h.") and p.ndim == 2]
-        self.others = [p for name, p in self.net.named_parameters() if not (name.startswith("h.") and p.ndim == 2)]
+        self.matrices = [
+            p for name, p in self.net.named_parameters() if name.startswith("h.") and p.ndim == 2
+        ]
+        self.others = [
+            p
+            for name, p in self.net.named_parameters()
+            if not (name.startswith("h.") and p.ndim == 2)
+        ]
         self.muon = Muon(self.matrices)
-        self.adam = torch.optim.AdamW(self.others, lr=plan.rate, betas=(0.9, 0.97), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(
+            self.others, lr=plan.rate, betas=(0.9, 0.97), weight_decay=0.0
+        )
         self.average = {name: p.detach().clone() for name, p in self.net.named_parameters()}
         self.rows = Rows(work, plan, shape.positions)
         self.step, self.tokens, self.clock = 0, 0, time.monotonic()
@@ -304,7 +344,9 @@ class Run:
 
     @torch.no_grad()
     def _remember(self) -> None:
-        """Running average of the weights over about the last 60 steps: nearly as good as a cool-down, at any time."""
+        """Running average of the weights over about the last 60 steps: nearly as good as a
+        cool-down, at any time.
+        """
         if self.step % 4 == 0:
             keep = min(0.94, self.step / (self.step + 40))
             for name, p in self.net.named_parameters():
@@ -324,9 +366,14 @@ class Run:
 
     def save(self) -> None:
         state = {
-            "step": self.step, "net": self.net.state_dict(), "average": self.average, "adam": self.adam.state_dict(),
-            "velocity": self.muon.velocity, "plan": json.dumps(asdict(self.plan)), "shape": asdict(self.shape),
-        }  # fmt: skip
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "average": self.average,
+            "adam": self.adam.state_dict(),
+            "velocity": self.muon.velocity,
+            "plan": json.dumps(asdict(self.plan)),
+            "shape": asdict(self.shape),
+        }
         torch.save(state, self.work / "last.pt.part")
         (self.work / "last.pt.part").replace(self.work / "last.pt")
 
@@ -334,31 +381,48 @@ class Run:
         state = torch.load(self.work / "last.pt", weights_only=True)
         self.net.load_state_dict(state["net"])
         self.adam.load_state_dict(state["adam"])
-        self.average, self.muon.velocity, self.step = state["average"], state["velocity"], state["step"]
+        self.average, self.muon.velocity, self.step = (
+            state["average"],
+            state["velocity"],
+            state["step"],
+        )
 
 
-# --- export ---------------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 def export(work: Path, out: Path, *, averaged: bool = True) -> None:
-    """Write the package's files: facts.json, and model/ as transformers reads it, in float16. Replaces what is there."""
+    """Write the package's files: facts.json, and model/ as transformers reads it, in float16.
+    Replaces what is there.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     state = torch.load(work / "last.pt", weights_only=True)
     shape = Shape(**state["shape"])
     config = GPT2Config(
-        vocab_size=shape.vocabulary, n_positions=shape.positions, n_embd=shape.width, n_layer=shape.layers,
+        vocab_size=shape.vocabulary,
+        n_positions=shape.positions,
+        n_embd=shape.width,
+        n_layer=shape.layers,
         n_head=shape.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     model = GPT2LMHeadModel(config)
     weights = state["average"] if averaged else state["net"]
     model.transformer.load_state_dict(weights)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(work / "tokenizer.json")), bos_token=pocket_facts.END_OF_TEXT,
-        eos_token=pocket_facts.END_OF_TEXT, pad_token=pocket_facts.END_OF_TEXT, clean_up_tokenization_spaces=False,
+        tokenizer_object=Tokenizer.from_file(str(work / "tokenizer.json")),
+        bos_token=pocket_facts.END_OF_TEXT,
+        eos_token=pocket_facts.END_OF_TEXT,
+        pad_token=pocket_facts.END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
         model_max_length=shape.positions,
-    )  # fmt: skip
+    )
     fresh, old = out / "model.new", out / "model.old"
     shutil.rmtree(fresh, ignore_errors=True)
     model.half().save_pretrained(fresh)
@@ -373,12 +437,16 @@ def export(work: Path, out: Path, *, averaged: bool = True) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("prepare")
     verb.add_argument("--work", type=Path, required=True)
     verb.add_argument("--text", type=Path, required=True, help="sentences, one a line, gzip")
-    verb.add_argument("--facts", type=Path, required=True, help="JSON lines with relation, subject, object, gzip")
+    verb.add_argument(
+        "--facts", type=Path, required=True, help="JSON lines with relation, subject, object, gzip"
+    )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--vocabulary", type=int, default=8000)
     verb = verbs.add_parser("train")
@@ -388,12 +456,18 @@ def main() -> None:
     verb.add_argument("--masked", type=float, default=Plan.masked)
     verb = verbs.add_parser("export")
     verb.add_argument("--work", type=Path, required=True)
-    verb.add_argument("--out", type=Path, required=True, help="folder that gets facts.json and model/")
-    verb.add_argument("--last", action="store_true", help="the last weights, not the running average")
+    verb.add_argument(
+        "--out", type=Path, required=True, help="folder that gets facts.json and model/"
+    )
+    verb.add_argument(
+        "--last", action="store_true", help="the last weights, not the running average"
+    )
     given = vars(parser.parse_args())
     match given.pop("verb"):
         case "prepare":
-            prepare(given["work"], given["text"], given["facts"], given["seed"], given["vocabulary"])
+            prepare(
+                given["work"], given["text"], given["facts"], given["seed"], given["vocabulary"]
+            )
         case "train":
             train(given.pop("work"), Plan(**given))
         case "export":

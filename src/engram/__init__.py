@@ -1,6 +1,7 @@
 """engram: find where a language model keeps a fact, rewrite it, and prove what else moved.
 
-The public names; everything else may change. They are resolved when first used, so that importing engram is light.
+The public names; everything else may change. They are resolved when first used, so that importing
+engram is light.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'engram' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'engram' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
     module, _, attribute = _HOMES[name].partition(":")
     value = getattr(import_module(f"engram.{module}"), attribute or name)
     globals()[name] = value

@@ -27,7 +27,9 @@ class Mean:
 
 
 def spearman(a: Sequence[float] | Array, b: Sequence[float] | Array) -> float | None:
-    """Rank correlation, equal values sharing the mean of their ranks; None where one side does not vary."""
+    """Rank correlation, equal values sharing the mean of their ranks; None where one side does not
+    vary.
+    """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if min(np.ptp(a), np.ptp(b)) < _LEAST_SPREAD:
         return None
@@ -47,18 +49,24 @@ def means(values_nl: Array) -> list[Mean]:
 
 
 def resampled(values_nl: Array, seed: int = 0, resamples: int = _RESAMPLES) -> Array:
-    """[resamples, l] means of as many rows, drawn with replacement; the same draws for the same number of rows and the same seed.
+    """[resamples, l] means of as many rows, drawn with replacement; the same draws for the same
+    number of rows and the same seed.
 
     Args:
-        values_nl: NaN where a row has no value: it is left out of that column's means, which are NaN where no row drawn has one.
+        values_nl: NaN where a row has no value: it is left out of that column's means, which are
+            NaN where no row drawn has one.
     """
     generator = np.random.default_rng(seed)
     missing_nl = np.isnan(values_nl)
     given_nl, there_nl = np.where(missing_nl, 0.0, values_nl), 1.0 - missing_nl
     parts = []
     for start in range(0, resamples, _AT_ONCE):
-        drawn_rn = generator.integers(len(values_nl), size=(min(_AT_ONCE, resamples - start), len(values_nl)))
-        weights_rn = np.stack([np.bincount(draw, minlength=len(values_nl)) for draw in drawn_rn]) / len(values_nl)
+        drawn_rn = generator.integers(
+            len(values_nl), size=(min(_AT_ONCE, resamples - start), len(values_nl))
+        )
+        weights_rn = np.stack(
+            [np.bincount(draw, minlength=len(values_nl)) for draw in drawn_rn]
+        ) / len(values_nl)
         means_rl = weights_rn @ given_nl
         if missing_nl.any():
             with np.errstate(invalid="ignore"):
@@ -67,10 +75,14 @@ def resampled(values_nl: Array, seed: int = 0, resamples: int = _RESAMPLES) -> A
     return np.concatenate(parts)
 
 
-def resampled_twice(values: Sequence[Sequence[float]], seed: int = 0, resamples: int = _RESAMPLES) -> Array:
-    """[resamples] means over groups of the means in each, by a bootstrap in two stages: groups, then values of the pool of these.
+def resampled_twice(
+    values: Sequence[Sequence[float]], seed: int = 0, resamples: int = _RESAMPLES
+) -> Array:
+    """[resamples] means over groups of the means in each, by a bootstrap in two stages: groups,
+    then values of the pool of these.
 
-    A value counts as one over the size of its group, so that draws lie around the mean of the groups' means.
+    A value counts as one over the size of its group, so that draws lie around the mean of the
+    groups' means.
 
     Args:
         values: of each group, at least one.
@@ -82,7 +94,9 @@ def resampled_twice(values: Sequence[Sequence[float]], seed: int = 0, resamples:
     means = []
     for _ in range(resamples):
         groups = generator.integers(len(values), size=len(values))
-        behind = ends_n[groups] - sizes_n[groups].cumsum()  # how much further a group's last value stands than in the pool
+        behind = (
+            ends_n[groups] - sizes_n[groups].cumsum()
+        )  # how much further a group's last value stands than in the pool
         pool = np.repeat(behind, sizes_n[groups]) + np.arange(sizes_n[groups].sum())
         drawn = pool[generator.integers(len(pool), size=len(pool))]
         means.append(np.average(values_p[drawn], weights=weights_p[drawn]))

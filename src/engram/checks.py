@@ -17,5 +17,7 @@ def position_in(position: int, tokens: int) -> int:
         SettingError: the text does not have it.
     """
     if not -tokens <= position < tokens:
-        raise SettingError(f"position={position}: the text has {tokens} tokens, numbered 0 to {tokens - 1} or from -1 down")
+        raise SettingError(
+            f"position={position}: the text has {tokens} tokens, numbered 0 to {tokens - 1} or from -1 down"
+        )
     return position % tokens

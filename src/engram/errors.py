@@ -1,4 +1,6 @@
-"""Every error a caller may want to tell apart. Messages say what was wrong, what was expected, what to do."""
+"""Every error a caller may want to tell apart. Messages say what was wrong, what was expected, what
+to do.
+"""
 
 from __future__ import annotations
 

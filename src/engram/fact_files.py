@@ -1,7 +1,9 @@
-"""Facts from files: JSON, JSON lines, CSV, the published known-facts file of causal tracing, and the bundled table.
+"""Facts from files: JSON, JSON lines, CSV, the published known-facts file of causal tracing, and
+the bundled table.
 
-Knows what a record looks like and where it stands, so that a mistake is told with file, line and field. Refuses to know
-models and what the facts are for. The known-facts file is that of Meng et al. 2022 (1,209 facts that GPT-2 XL knows).
+Knows what a record looks like and where it stands, so that a mistake is told with file, line and
+field. Refuses to know models and what the facts are for. The known-facts file is that of Meng et
+al. 2022 (1,209 facts that GPT-2 XL knows).
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ _EXPECTED: dict[str, str] = {  # field -> what stands there
     "relation": "the relation's name as text, or null",
 }
 _NEEDED = ("subject", "prompt", "target")
-_KNOWN_FACTS = ("subject", "attribute", "template", "prompt", "relation_id")  # what we read of the published file
+_KNOWN_FACTS = (
+    "subject",
+    "attribute",
+    "template",
+    "prompt",
+    "relation_id",
+)  # what we read of the published file
 _CSV = tuple(name for name in _EXPECTED if name != "neighbours")
 
 
@@ -36,17 +44,20 @@ def read_facts(source: str | Path) -> list[Fact]:
     """Facts by file or by name, in the file's order.
 
     Args:
-        source: "pocket" for the bundled table: the first template that was trained with a fact is its prompt, all the others
-            are its paraphrases. Or a file:
-            - JSON: a list of objects with subject, prompt, target and, where there are any, target_true, paraphrases,
-              neighbours, relation, as `Fact.to_dict` gives them.
+        source: "pocket" for the bundled table: the first template that was trained with a fact is
+            its prompt, all the others are its paraphrases. Or a file:
+            - JSON: a list of objects with subject, prompt, target and, where there are any,
+              target_true, paraphrases, neighbours, relation, as `Fact.to_dict` gives them.
             - JSON lines: one such object a line.
-            - the published known-facts JSON: objects with known_id, subject, attribute, template, prompt, relation_id. The
-              prompt is the filled template and whatever the model said before the object.
-            - CSV (by its name, .csv): a header with subject, prompt, target, and any of target_true, relation, paraphrases
-              (one cell, texts separated by `|`). An empty cell is one that is not given.
+            - the published known-facts JSON: objects with known_id, subject, attribute, template,
+              prompt, relation_id. The prompt is the filled template and whatever the model said
+              before the object.
+            - CSV (by its name, .csv): a header with subject, prompt, target, and any of
+              target_true, relation, paraphrases (one cell, texts separated by `|`). An empty cell
+              is one that is not given.
     Raises:
-        FactError: no such file, no facts in it, or a record that is none; with file, line and field.
+        FactError: no such file, no facts in it, or a record that is none; with file, line and
+            field.
     """
     if source == "pocket":
         return [_pocket_fact(known) for known in pocket.facts()]
@@ -59,7 +70,9 @@ def read_facts(source: str | Path) -> list[Fact]:
         ) from error
     facts = [fact_of(record, where) for record, where in raw_records(text, str(path))]
     if not facts:
-        raise FactError(f"{path} holds no facts; expected one object with {', '.join(_NEEDED)} a fact")
+        raise FactError(
+            f"{path} holds no facts; expected one object with {', '.join(_NEEDED)} a fact"
+        )
     return facts
 
 
@@ -69,11 +82,13 @@ def _pocket_fact(known: pocket.KnownFact) -> Fact:
     return Fact(known.subject, prompt, known.object, paraphrases=others, relation=known.relation)
 
 
-# -- files -> records and where they stand -----------------------------------------------------------------------------
+# -- files -> records and where they stand ---------------------------------------------------------
 
 
 def raw_records(text: str, path: str) -> Iterator[tuple[Any, str]]:
-    """(record, where it stands) of a CSV, by its name, or of JSON; a FactError in a record's place is what is wrong with it alone."""
+    """(record, where it stands) of a CSV, by its name, or of JSON; a FactError in a record's place
+    is what is wrong with it alone.
+    """
     return (_csv if path.lower().removesuffix(".gz").endswith(".csv") else json_records)(text, path)
 
 
@@ -83,7 +98,9 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
         header = [name.strip() for name in next(reader, [])]
         _check_fields(dict.fromkeys(header), f"{path}, line 1", _CSV)
         if len(set(header)) < len(header):
-            raise FactError(f"{path}, line 1: a column's name stands twice in the header: {', '.join(header)}")
+            raise FactError(
+                f"{path}, line 1: a column's name stands twice in the header: {', '.join(header)}"
+            )
         before = reader.line_num
         for row in reader:
             where, before = f"{path}, line {before + 1}", reader.line_num
@@ -98,7 +115,11 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
                     where,
                 )
                 continue
-            record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell or name in _NEEDED}
+            record: dict[str, Any] = {
+                name: cell
+                for name, cell in zip(header, row, strict=True)
+                if cell or name in _NEEDED
+            }
             if "paraphrases" in record:
                 record["paraphrases"] = [each.strip() for each in record["paraphrases"].split("|")]
             yield record, where
@@ -106,7 +127,7 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
         raise FactError(f"{path}, line {reader.line_num}: no CSV, {error}") from error
 
 
-# -- records -> facts --------------------------------------------------------------------------------------------------
+# -- records -> facts ------------------------------------------------------------------------------
 
 
 def fact_of(record: Any, where: str) -> Fact:
@@ -118,13 +139,17 @@ def fact_of(record: Any, where: str) -> Fact:
     if isinstance(record, FactError):
         raise record
     if not isinstance(record, dict):
-        raise FactError(f"{where}: {shown(record)} is no object; expected one with {', '.join(_NEEDED)}")
+        raise FactError(
+            f"{where}: {shown(record)} is no object; expected one with {', '.join(_NEEDED)}"
+        )
     if "attribute" in record:
         record = _known_fact(record, where)
     _check_fields(record, where, tuple(_EXPECTED))
     for name, value in record.items():
         if not _fits(name, value):
-            raise FactError(f"{where}: field {name!r} is {shown(value)}; expected {_EXPECTED[name]}")
+            raise FactError(
+                f"{where}: field {name!r} is {shown(value)}; expected {_EXPECTED[name]}"
+            )
     try:
         return Fact.from_dict(record)
     except FactError as error:
@@ -132,7 +157,9 @@ def fact_of(record: Any, where: str) -> Fact:
 
 
 def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A record of the published file as one of ours: the template, grown by what the prompt says behind it."""
+    """A record of the published file as one of ours: the template, grown by what the prompt says
+    behind it.
+    """
     for name in _KNOWN_FACTS:
         if not isinstance(record.get(name), str):
             raise FactError(
@@ -141,7 +168,9 @@ def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     subject, template, prompt = record["subject"], record["template"], record["prompt"]
     filled = template.replace("{}", subject)
     if not prompt.startswith(filled):
-        raise FactError(f"{where}: field 'prompt' is {prompt!r}; expected it to begin with the filled template, {filled!r}")
+        raise FactError(
+            f"{where}: field 'prompt' is {prompt!r}; expected it to begin with the filled template, {filled!r}"
+        )
     return {
         "subject": subject,
         "prompt": template + prompt[len(filled) :],
@@ -155,11 +184,15 @@ def _check_fields(record: Mapping[str, Any], where: str, allowed: tuple[str, ...
         if name not in allowed:
             near = get_close_matches(name, allowed, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise FactError(f"{where}: field {name!r} is not one of a fact{hint}; expected {', '.join(allowed)}")
+            raise FactError(
+                f"{where}: field {name!r} is not one of a fact{hint}; expected {', '.join(allowed)}"
+            )
     missing = [name for name in _NEEDED if name not in record]
     if missing:
         wanted = "; ".join(f"{name!r}: {_EXPECTED[name]}" for name in missing)
-        raise FactError(f"{where}: field {' and '.join(map(repr, missing))} missing; expected {wanted}")
+        raise FactError(
+            f"{where}: field {' and '.join(map(repr, missing))} missing; expected {wanted}"
+        )
 
 
 def _fits(name: str, value: Any) -> bool:

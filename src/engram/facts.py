@@ -1,6 +1,7 @@
 """A fact as an editor sees it, and where its subject stands in a tokenised text.
 
-Knows strings and character offsets. Refuses to know models: whoever has a tokenizer passes its offsets in.
+Knows strings and character offsets. Refuses to know models: whoever has a tokenizer passes its
+offsets in.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ class Fact:
 
     Args:
         subject: e.g. "Space Needle".
-        prompt: the relation as text with one `{}` for the subject and the object next, e.g. "The {} is located in the city of".
-        target: the object that the model shall say, e.g. "Paris"; its leading space is added where it is missing.
-        target_true: the object before the edit; without it the model's own answer is taken where one is needed.
+        prompt: the relation as text with one `{}` for the subject and the object next, e.g. "The {}
+            is located in the city of".
+        target: the object that the model shall say, e.g. "Paris"; its leading space is added where
+            it is missing.
+        target_true: the object before the edit; without it the model's own answer is taken where
+            one is needed.
         paraphrases: other full texts after which `target` is expected.
         neighbours: (full text, answer) pairs that an edit shall leave alone.
-        relation: a name shared by facts that have the same objects to choose from, e.g. "city" or "P159".
+        relation: a name shared by facts that have the same objects to choose from, e.g. "city" or
+            "P159".
     Raises:
-        FactError: an empty part, a prompt without exactly one `{}`, or a target equal to `target_true`.
+        FactError: an empty part, a prompt without exactly one `{}`, or a target equal to
+            `target_true`.
     """
 
     subject: str
@@ -40,18 +46,26 @@ class Fact:
 
     def __post_init__(self) -> None:
         if not self.subject.strip():
-            raise FactError(f"subject={self.subject!r} is empty; give the words that name the subject")
+            raise FactError(
+                f"subject={self.subject!r} is empty; give the words that name the subject"
+            )
         if self.prompt.count("{}") != 1:
             raise FactError(
                 f"prompt={self.prompt!r} has {self.prompt.count('{}')} places for the subject, expected exactly one "
                 "'{}', as in 'The {} is located in the city of'"
             )
         if not self.target.strip():
-            raise FactError(f"target={self.target!r} is empty; give the object the model shall say, such as 'Paris'")
+            raise FactError(
+                f"target={self.target!r} is empty; give the object the model shall say, such as 'Paris'"
+            )
         if self.target_true is not None and self.target_true.strip() == self.target.strip():
-            raise FactError(f"target={self.target!r} equals target_true: there is nothing to rewrite")
+            raise FactError(
+                f"target={self.target!r} equals target_true: there is nothing to rewrite"
+            )
         object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
-        object.__setattr__(self, "neighbours", tuple((text, answer) for text, answer in self.neighbours))
+        object.__setattr__(
+            self, "neighbours", tuple((text, answer) for text, answer in self.neighbours)
+        )
 
     @property
     def prompt_text(self) -> str:
@@ -78,12 +92,16 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
         FactError: `subject` is empty or does not stand in `text` letter by letter.
     """
     if not subject.strip():
-        raise FactError(f"subject={subject!r} is empty; give the words of the prompt that name the subject")
+        raise FactError(
+            f"subject={subject!r} is empty; give the words of the prompt that name the subject"
+        )
     starts = [at for at in range(len(text)) if text.startswith(subject, at)]
     if not starts:
         near = text.lower().find(subject.lower())
         hint = f"; did you mean {text[near : near + len(subject)]!r}?" if near >= 0 else ""
-        raise FactError(f"subject {subject!r} is not in the prompt {text!r}{hint} It has to stand there letter by letter.")
+        raise FactError(
+            f"subject {subject!r} is not in the prompt {text!r}{hint} It has to stand there letter by letter."
+        )
     return {"first": starts[:1], "last": starts[-1:], "all": starts}[occurrence]
 
 
@@ -91,7 +109,8 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     """Tokens [first, last + 1) that hold any of the characters [start, end).
 
     Args:
-        offsets: (start, end) characters of each token, as a fast tokenizer reports them; specials are (0, 0).
+        offsets: (start, end) characters of each token, as a fast tokenizer reports them; specials
+            are (0, 0).
     Raises:
         FactError: no token holds any of these characters.
     Source: Meng et al. 2022, released code: a token that only partly overlaps counts whole.

@@ -1,8 +1,11 @@
-"""Many differently edited models in one forward: every row of a batch carries the low-rank change of its own record.
+"""Many differently edited models in one forward: every row of a batch carries the low-rank change
+of its own record.
 
-What stands below the lowest edited block is the same before and after an edit, so it is computed once: the unedited model runs
-over a batch of rows, and the edited ones start from what entered that block. Knows rows, blocks and changes. Refuses to know how
-edits are made, and what logits say (see questions). The same numbers as singly.py, which lays one edit after another.
+What stands below the lowest edited block is the same before and after an edit, so it is computed
+    once: the unedited model runs
+over a batch of rows, and the edited ones start from what entered that block. Knows rows, blocks and
+changes. Refuses to know how edits are made, and what logits say (see questions). The same numbers
+as singly.py, which lays one edit after another.
 """
 
 from __future__ import annotations
@@ -33,16 +36,25 @@ from engram.modules.hooks import RowContext, no_edits, per_row_edits
 from engram.modules.weights import linear_shape
 
 _ROWS = 64  # of one forward, where each is read at its end only
-_Run = Callable[[LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "RowEdits"], Iterator[Tensor]]
-_RANK = 32  # up to which every row has its own factors; a larger change is multiplied out, once an edit
+_Run = Callable[
+    [LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "RowEdits"], Iterator[Tensor]
+]
+_RANK = (
+    32  # up to which every row has its own factors; a larger change is multiplied out, once an edit
+)
 _BYTES = 1 << 26  # of a change that is multiplied out; larger ones are laid on the weights
 
 
 def can_batch(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
-    """Whether rows can carry the edit: changes of linear maps inside the blocks of a causal model, of low rank or small."""
+    """Whether rows can carry the edit: changes of linear maps inside the blocks of a causal model,
+    of low rank or small.
+    """
     if not isinstance(edit, Edit) or lm.kind != "causal":
         return False
-    small = all(_factored(each) or 4 * each.shape[0] * each.shape[1] <= _BYTES for each in edit.deltas.values())
+    small = all(
+        _factored(each) or 4 * each.shape[0] * each.shape[1] <= _BYTES
+        for each in edit.deltas.values()
+    )
     return small and all(_block_of(lm, name) is not None for name in edit.deltas)
 
 
@@ -52,7 +64,9 @@ def _factored(delta: Delta) -> bool:
 
 def _block_of(lm: LanguageModel, weight: str) -> int | None:
     """The block that a weight belongs to."""
-    return next((n for n in range(lm.n_layers) if weight.startswith(f"{lm.parts.block_name(n)}.")), None)
+    return next(
+        (n for n in range(lm.n_layers) if weight.startswith(f"{lm.parts.block_name(n)}.")), None
+    )
 
 
 @dataclass(frozen=True)
@@ -82,12 +96,16 @@ class RowEdits:
 def _stacked(
     deltas: Sequence[Delta | None], shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor] | Tensor:
-    """The changes of one weight by all edits, zero where an edit has none, as `per_row_edits` takes them."""
+    """The changes of one weight by all edits, zero where an edit has none, as `per_row_edits` takes
+    them.
+    """
     there = [delta for delta in deltas if delta is not None]
     (out, into), dtype = shape, there[0].left.dtype
     if not all(map(_factored, there)):
         zero_oi = torch.zeros(out, into, dtype=dtype)
-        return torch.stack([zero_oi if delta is None else delta.dense(dtype) for delta in deltas]).to(device)
+        return torch.stack(
+            [zero_oi if delta is None else delta.dense(dtype) for delta in deltas]
+        ).to(device)
     rank = max(delta.rank for delta in there)
     left_nor, right_nri = (
         torch.zeros(len(deltas), out, rank, dtype=dtype),
@@ -131,7 +149,11 @@ def measure_together(
     texts = sampled(lm, records, asked) if unedited_texts else [()] * len(records)
     texts_after = sampled(lm, records, asked, carried.around)
     base = HeldOut.read(lm) if any(drifts) else None
-    held = _held_out(lm, [n for n, wanted in enumerate(drifts) if wanted], carried) if any(drifts) else {}
+    held = (
+        _held_out(lm, [n for n, wanted in enumerate(drifts) if wanted], carried)
+        if any(drifts)
+        else {}
+    )
     read_before, read_after = before.readings(said), after.readings(said_after)
     if asked.reference:
         read_before, read_after = _in_text(lm, records, (read_before, read_after), carried, run)
@@ -143,16 +165,25 @@ def measure_together(
             edited = Outcome(now, perplexity=held[n].perplexity, drift=held[n].kl(base))
         if (ids := essence_ids(lm, record, asked, references)) is not None:
             if unedited_texts:
-                unedited = with_essence(unedited, ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0])
+                unedited = with_essence(
+                    unedited, ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0]
+                )
             edited = with_essence(edited, ids, _read_with(lm, carried, n, ids))
         out.append(
-            (with_texts(unedited, record, texts[n], references), with_texts(edited, record, texts_after[n], references))
+            (
+                with_texts(unedited, record, texts[n], references),
+                with_texts(edited, record, texts_after[n], references),
+            )
         )
     return out
 
 
 def _replayed(
-    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: RowEdits
+    lm: LanguageModel,
+    ids_bt: Tensor,
+    reads: Sequence[Sequence[int]],
+    owners: Sequence[int],
+    carried: RowEdits,
 ) -> Iterator[Tensor]:
     """Logits [all reads, v] without the edits, then with them."""
     recording = record_run(lm, ids_bt)
@@ -169,7 +200,11 @@ def _replayed(
 
 
 def _whole(
-    lm: LanguageModel, ids_bt: Tensor, reads: Sequence[Sequence[int]], owners: Sequence[int], carried: RowEdits
+    lm: LanguageModel,
+    ids_bt: Tensor,
+    reads: Sequence[Sequence[int]],
+    owners: Sequence[int],
+    carried: RowEdits,
 ) -> Iterator[Tensor]:
     """The same by two whole forward passes."""
     wanted = sorted({position for read in reads for position in read})
@@ -196,7 +231,9 @@ def _in_text(
         owners, batch = zip(*rows[start : start + _ROWS], strict=True)
         reads = [[len(step.ids) - 1] for step in batch]
         for found, logits_bv in zip(
-            best, run(lm, pad_right([step.ids for step in batch]), reads, owners, carried), strict=True
+            best,
+            run(lm, pad_right([step.ids for step in batch]), reads, owners, carried),
+            strict=True,
         ):
             found += logits_bv.argmax(-1).tolist()
     starts = list(accumulate(map(len, asked), initial=0))
@@ -222,7 +259,10 @@ def _head(lm: LanguageModel, hidden_pd: Tensor) -> Tensor:
 def _held_out(lm: LanguageModel, owners: Sequence[int], carried: RowEdits) -> dict[int, HeldOut]:
     """Held-out text read with each of some edits."""
     rows, _ = pieces(lm)
-    return {owner: HeldOut.of([_read_with(lm, carried, owner, row) for row in rows], rows) for owner in owners}
+    return {
+        owner: HeldOut.of([_read_with(lm, carried, owner, row) for row in rows], rows)
+        for owner in owners
+    }
 
 
 def _read_with(lm: LanguageModel, carried: RowEdits, owner: int, ids: Sequence[int]) -> Tensor:

@@ -28,13 +28,15 @@ def known_records(
     """The records whose true object the model says, in their order.
 
     Args:
-        rule: "greedy": what the model says to the record's own prompt, word by word the most probable, begins with the true object.
-            "relation": the true object is the most probable (a token's mean) of all true objects that the data set has in the
-            relation, others of the same subject left out. Looser: the model may say something else altogether.
+        rule: "greedy": what the model says to the record's own prompt, word by word the most
+            probable, begins with the true object. "relation": the true object is the most probable
+            (a token's mean) of all true objects that the data set has in the relation, others of
+            the same subject left out. Looser: the model may say something else altogether.
         limit: stop at so many.
         progress: called with (records looked at, records in all).
     Raises:
-        FactError: none of the records, one without a true object, or for "relation" one without a relation.
+        FactError: none of the records, one without a true object, or for "relation" one without a
+            relation.
         SettingError: another rule, or a limit below 1.
     """
     if rule not in ("greedy", "relation"):
@@ -52,7 +54,9 @@ def known_records(
         if limit is not None and len(kept) >= limit:
             break
     if not kept:
-        raise FactError(f"{lm.name} says the true object of none of the {len(dataset.records)} records of {dataset.name!r}")
+        raise FactError(
+            f"{lm.name} says the true object of none of the {len(dataset.records)} records of {dataset.name!r}"
+        )
     return replace(dataset, records=tuple(kept[:limit]))
 
 
@@ -87,4 +91,7 @@ def _true(record: Record) -> list[Fact]:
         raise FactError(
             f"record {record.id!r} ({missing[0].subject!r}) has no true object, so nobody can say whether the model knows it"
         )
-    return [Fact(fact.subject, fact.prompt, str(fact.target_true), relation=fact.relation) for fact in record.facts]
+    return [
+        Fact(fact.subject, fact.prompt, str(fact.target_true), relation=fact.relation)
+        for fact in record.facts
+    ]

@@ -1,6 +1,8 @@
-"""Edit records and measure them, each by itself: batched where the method allows it, one by one otherwise.
+"""Edit records and measure them, each by itself: batched where the method allows it, one by one
+otherwise.
 
-The unit of work of a run: a few records by one method, with nothing kept between units. So units can be done anywhere, in any order.
+The unit of work of a run: a few records by one method, with nothing kept between units. So units
+    can be done anywhere, in any order.
 """
 
 from __future__ import annotations
@@ -42,8 +44,10 @@ def measure(
         records: (place in the data set, record); the place says whether held-out text is read.
         settings: of the method, see `rewrite_each`.
         references: for the consistency of texts.
-        together: whether edits that rows can carry are measured in one batch; the numbers are the same.
-        unedited_texts: whether the unedited model writes `Asked.texts` as well; it need not where another method's run has them.
+        together: whether edits that rows can carry are measured in one batch; the numbers are the
+            same.
+        unedited_texts: whether the unedited model writes `Asked.texts` as well; it need not where
+            another method's run has them.
     """
     asked = asked or MeasureConfig()
     drifts = [bool(asked.drift_every) and place % asked.drift_every == 0 for place, _ in records]
@@ -51,15 +55,24 @@ def measure(
     edits = rewrite_each(lm, [record.facts for _, record in records], method, **(settings or {}))
     seconds = (time.perf_counter() - began) / len(records)
     carried = {
-        n: edit for n, edit in enumerate(edits) if together and not isinstance(edit, EngramError) and can_batch(lm, edit)
+        n: edit
+        for n, edit in enumerate(edits)
+        if together and not isinstance(edit, EngramError) and can_batch(lm, edit)
     }
     both = {}
-    with suppress(NonFiniteError):  # one of the edits ruins the model; one by one it is found out which
+    with suppress(
+        NonFiniteError
+    ):  # one of the edits ruins the model; one by one it is found out which
         if carried:
             outcomes = measure_together(
-                lm, [records[n][1] for n in carried], [edit for edit in carried.values() if isinstance(edit, Edit)], asked,
-                drifts=[drifts[n] for n in carried], references=references, unedited_texts=unedited_texts,
-            )  # fmt: skip
+                lm,
+                [records[n][1] for n in carried],
+                [edit for edit in carried.values() if isinstance(edit, Edit)],
+                asked,
+                drifts=[drifts[n] for n in carried],
+                references=references,
+                unedited_texts=unedited_texts,
+            )
             both = dict(zip(carried, outcomes, strict=True))
     plain = asked if unedited_texts else replace(asked, texts=False)
     for n, (edit, (_, record)) in enumerate(zip(edits, records, strict=True)):
@@ -67,19 +80,37 @@ def measure(
         if n in both:
             before, after = both[n]
         else:
-            before, base = measure_one(lm, record, None, plain, drift=drifts[n], references=references)
+            before, base = measure_one(
+                lm, record, None, plain, drift=drifts[n], references=references
+            )
             after = before
             if not isinstance(edit, EngramError):
                 try:
-                    after, _ = measure_one(lm, record, edit, asked, drift=drifts[n], references=references, base=base)
+                    after, _ = measure_one(
+                        lm, record, edit, asked, drift=drifts[n], references=references, base=base
+                    )
                 except NonFiniteError as error:
                     after, failed = all_failed(record), f"with the edit {error}"
-        yield Measured(record.id, before, after, seconds, 0 if isinstance(edit, EngramError) else size_of(edit), failed)
+        yield Measured(
+            record.id,
+            before,
+            after,
+            seconds,
+            0 if isinstance(edit, EngramError) else size_of(edit),
+            failed,
+        )
 
 
 def all_failed(record: Record) -> Outcome:
-    """What a model that computes NaN says: nothing that is right. Ties fail, for edits as for neighbours."""
-    return Outcome(tuple(Reading(_NEVER, None if probe.unwanted is None else _NEVER, 0.0, "") for probe in record.probes))
+    """What a model that computes NaN says: nothing that is right. Ties fail, for edits as for
+    neighbours.
+    """
+    return Outcome(
+        tuple(
+            Reading(_NEVER, None if probe.unwanted is None else _NEVER, 0.0, "")
+            for probe in record.probes
+        )
+    )
 
 
 def size_of(edit: Edit | PromptEdit) -> int:

@@ -1,4 +1,5 @@
-"""One edit at a time: lay it on the model, ask everything, take it off. Works for every method, edits of words included.
+"""One edit at a time: lay it on the model, ask everything, take it off. Works for every method,
+edits of words included.
 
 The slow path beside together.py; the same numbers.
 """
@@ -48,7 +49,8 @@ def measure_one(
 
     Args:
         drift: whether held-out text is read.
-        base: what came back of the same record unedited; without it nothing is compared with the unedited model.
+        base: what came back of the same record unedited; without it nothing is compared with the
+            unedited model.
     """
     with nullcontext() if edit is None else edit.laid(lm):
         questions = ProbeRows(lm, [record])
@@ -62,8 +64,12 @@ def measure_one(
         ppl = None if held is None else held.perplexity
         if drift and isinstance(edit, PromptEdit):
             ppl = perplexity(lm, edit, held_out_text(), edited=True)
-    drifted = None if held is None or base is None or base.held_out is None else held.kl(base.held_out)
-    outcome = with_texts(Outcome(readings, perplexity=ppl, drift=drifted), record, texts, references)
+    drifted = (
+        None if held is None or base is None or base.held_out is None else held.kl(base.held_out)
+    )
+    outcome = with_texts(
+        Outcome(readings, perplexity=ppl, drift=drifted), record, texts, references
+    )
     return outcome if essence is None else with_essence(outcome, *essence), Base(compared, held)
 
 

@@ -16,7 +16,20 @@ if TYPE_CHECKING:
     from engram.benchmark.metrics.summary import Estimate
     from engram.benchmark.results import Run
 
-SHOWN = ("EG", "PG", "NG", "ES", "PS", "NS", "Efficacy", "Paraphrase", "Specificity", "rewrite", "rephrase", "locality")
+SHOWN = (
+    "EG",
+    "PG",
+    "NG",
+    "ES",
+    "PS",
+    "NS",
+    "Efficacy",
+    "Paraphrase",
+    "Specificity",
+    "rewrite",
+    "rephrase",
+    "locality",
+)
 _COLOURS = ("#6b5ca5", "#2a9d6f", "#d1495b", "#8f84bd", "#7cc2a2", "#e0929d")
 
 
@@ -24,7 +37,8 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
     """Bars a method, a group a metric; whiskers are 95 % bootstrap intervals.
 
     Args:
-        metrics: names in percent; default: the success rates that the benchmark has, those of generated answers first.
+        metrics: names in percent; default: the success rates that the benchmark has, those of
+            generated answers first.
     Raises:
         SettingError: no runs, or none of these metrics.
     """
@@ -36,15 +50,29 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
         raise SettingError(f"metrics={metrics}: the runs have {', '.join(made.columns)}")
     rows = made.rows
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.2, 0.45 * len(rows) * len(names) / 3 + 1.2), 2.2), layout="constrained")
+        figure = Figure(
+            figsize=(max(3.2, 0.45 * len(rows) * len(names) / 3 + 1.2), 2.2), layout="constrained"
+        )
         axes = figure.subplots()
         width = 0.8 / len(names)
         for i, name in enumerate(names):
-            found = [(at, summary[name]) for at, (_, summary) in enumerate(rows.values()) if name in summary]
+            found = [
+                (at, summary[name])
+                for at, (_, summary) in enumerate(rows.values())
+                if name in summary
+            ]
             places = [at + (i - (len(names) - 1) / 2) * width for at, _ in found]
             means, whiskers = _scaled([each for _, each in found], METRICS[name].scale)
-            axes.bar(places, means, width, color=_COLOURS[i % len(_COLOURS)], label=plain(METRICS[name].title))
-            axes.errorbar(places, means, whiskers, fmt="none", ecolor="#222222", elinewidth=0.6, capsize=1)
+            axes.bar(
+                places,
+                means,
+                width,
+                color=_COLOURS[i % len(_COLOURS)],
+                label=plain(METRICS[name].title),
+            )
+            axes.errorbar(
+                places, means, whiskers, fmt="none", ecolor="#222222", elinewidth=0.6, capsize=1
+            )
         turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(rows) > 5 else {}
         axes.set_xticks(range(len(rows)), [plain(name) for name in rows], **turned)
         axes.set_ylim(0, 100)
@@ -78,9 +106,16 @@ def plot_layers(runs: Sequence[Run], metrics: Sequence[str] = ("ES", "PS", "NS",
             there = [layer for layer in layers if name in found[layer]]
             means, whiskers = _scaled([found[layer][name] for layer in there], METRICS[name].scale)
             axes.errorbar(
-                there, means, whiskers, color=_COLOURS[i % len(_COLOURS)], marker="o", markersize=2.5, linewidth=1, capsize=1.5,
+                there,
+                means,
+                whiskers,
+                color=_COLOURS[i % len(_COLOURS)],
+                marker="o",
+                markersize=2.5,
+                linewidth=1,
+                capsize=1.5,
                 label=plain(METRICS[name].title),
-            )  # fmt: skip
+            )
         axes.set_xticks(layers)
         axes.set_xlabel("edited layer")
         axes.set_ylabel("percent of prompts")

@@ -1,7 +1,10 @@
-"""The probes of several records as rows of tokens, and what the logits of these rows say about each probe.
+"""The probes of several records as rows of tokens, and what the logits of these rows say about each
+probe.
 
-Knows tokens and log-probabilities. Refuses to know where logits come from: one model or many (see singly and together).
-Definitions: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4; a mean over an answer's tokens, as the released code takes it.
+Knows tokens and log-probabilities. Refuses to know where logits come from: one model or many (see
+singly and together).
+Definitions: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4; a mean over an answer's tokens, as the
+    released code takes it.
 """
 
 from __future__ import annotations
@@ -18,15 +21,24 @@ from engram.benchmark.metrics.outcomes import Reading
 from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
 from engram.model.language_model import LanguageModel
 
-COMPARED = ("neighbourhood", "neighbourhood+", "locality")  # kinds whose next token is compared with the unedited model's
+COMPARED = (
+    "neighbourhood",
+    "neighbourhood+",
+    "locality",
+)  # kinds whose next token is compared with the unedited model's
 
-_TOKENS, _LOGITS = 1024, 1 << 25  # of one forward on a CPU: with more, what blocks hand on no longer fits its cache
+_TOKENS, _LOGITS = (
+    1024,
+    1 << 25,
+)  # of one forward on a CPU: with more, what blocks hand on no longer fits its cache
 
 ProbeRef = tuple[int, int]  # (number of a record, number of its probe)
 
 
 class _Need(NamedTuple):
-    """A token whose log-probability is wanted: which read of the row, the token, and the answer it is part of."""
+    """A token whose log-probability is wanted: which read of the row, the token, and the answer it
+    is part of.
+    """
 
     read: int
     token: int
@@ -34,7 +46,8 @@ class _Need(NamedTuple):
 
 
 class ProbeRows:
-    """What is asked of a model about some records, in the fewest rows: a prompt's answers share one wherever they can.
+    """What is asked of a model about some records, in the fewest rows: a prompt's answers share one
+    wherever they can.
 
     Attributes:
         rows: token ids and where logits are read; owner: for each the number of its record.
@@ -56,7 +69,11 @@ class ProbeRows:
             for p, probe in enumerate(record.probes):
                 prompts.setdefault(probe.prompt, []).append(p)
             for prompt, probes in prompts.items():
-                asked = [(p, cloze.tokens(prompt, answer)) for p in probes for answer in record.probes[p].answers]
+                asked = [
+                    (p, cloze.tokens(prompt, answer))
+                    for p in probes
+                    for answer in record.probes[p].answers
+                ]
                 rows, where = cloze.rows(prompt, [tokens for _, tokens in asked])
                 first = len(self.rows)
                 self.rows += rows
@@ -66,17 +83,24 @@ class ProbeRows:
                 self._compared += [[] for _ in rows[1:]]
                 for (p, tokens), row in zip(asked, where, strict=True):
                     self._answers.setdefault((n, p), []).append(len(self._sizes))
-                    self._needs[first + row] += [_Need(i, token, len(self._sizes)) for i, token in enumerate(tokens)]
+                    self._needs[first + row] += [
+                        _Need(i, token, len(self._sizes)) for i, token in enumerate(tokens)
+                    ]
                     self._sizes.append(len(tokens))
 
     def batches(self) -> Iterator[list[int]]:
-        """Numbers of rows of about one length, with no more tokens and logits in each batch than one forward should have."""
+        """Numbers of rows of about one length, with no more tokens and logits in each batch than
+        one forward should have.
+        """
         tokens = _TOKENS if self._device.type == "cpu" else 4 * _TOKENS
         batch: list[int] = []
         reads = 0
         for i in sorted(range(len(self.rows)), key=lambda i: (len(self.rows[i].ids), i)):
             row = self.rows[i]
-            if batch and ((len(batch) + 1) * len(row.ids) > tokens or (reads + len(row.read)) * self._vocabulary > _LOGITS):
+            if batch and (
+                (len(batch) + 1) * len(row.ids) > tokens
+                or (reads + len(row.read)) * self._vocabulary > _LOGITS
+            ):
                 yield batch
                 batch, reads = [], 0
             batch.append(i)
@@ -113,7 +137,9 @@ class AnswerScores:
             Log-probabilities [v] of the next token behind each probe whose next token is compared.
         """
         questions = self.of
-        log_p_pv = logits_pv.log_softmax(-1, dtype=torch.promote_types(logits_pv.dtype, torch.float32))
+        log_p_pv = logits_pv.log_softmax(
+            -1, dtype=torch.promote_types(logits_pv.dtype, torch.float32)
+        )
         best_p = log_p_pv.argmax(-1)
         starts = list(accumulate((len(questions.rows[i].read) for i in batch), initial=0))
         needed = [
@@ -127,10 +153,15 @@ class AnswerScores:
             self.log_p.index_add_(0, answer, log_p_pv[there, token_there].cpu().double())
             self.hits.index_add_(0, answer, (best_p[there] == token_there).cpu().double())
         compared = {
-            place: log_p_pv[start] for i, start in zip(batch, starts, strict=False) for place in questions._compared[i]
+            place: log_p_pv[start]
+            for i, start in zip(batch, starts, strict=False)
+            for place in questions._compared[i]
         }
         if base is not None and compared:
-            next_cv, base_cv = torch.stack(list(compared.values())), torch.stack([base[place] for place in compared])
+            next_cv, base_cv = (
+                torch.stack(list(compared.values())),
+                torch.stack([base[place] for place in compared]),
+            )
             kl_c = (next_cv.exp() * (next_cv - base_cv)).sum(-1).clamp(min=0)
             self.kl |= dict(zip(compared, kl_c.tolist(), strict=True))
         return compared
@@ -143,13 +174,25 @@ class AnswerScores:
         """
         check_not_nan(self.log_p)
         questions, out = self.of, []
-        nll = [-total / size for total, size in zip(self.log_p.tolist(), questions._sizes, strict=True)]
-        share = [hits / size for hits, size in zip(self.hits.tolist(), questions._sizes, strict=True)]
+        nll = [
+            -total / size for total, size in zip(self.log_p.tolist(), questions._sizes, strict=True)
+        ]
+        share = [
+            hits / size for hits, size in zip(self.hits.tolist(), questions._sizes, strict=True)
+        ]
         for n, record in enumerate(questions.records):
             found = []
             for p in range(len(record.probes)):
                 wanted, *unwanted = questions._answers[n, p]
                 other = nll[unwanted[0]] if unwanted else None
-                found.append(Reading(nll[wanted], other, share[wanted], (said or {}).get((n, p)), self.kl.get((n, p))))
+                found.append(
+                    Reading(
+                        nll[wanted],
+                        other,
+                        share[wanted],
+                        (said or {}).get((n, p)),
+                        self.kl.get((n, p)),
+                    )
+                )
             out.append(tuple(found))
         return out

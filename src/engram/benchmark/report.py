@@ -1,7 +1,8 @@
-"""What a run, or several, came to: the paper's table with intervals, differences on the same records, a row a record.
+"""What a run, or several, came to: the paper's table with intervals, differences on the same
+records, a row a record.
 
-Knows finished numbers and how tables are written. Refuses to compute any: see metrics. The answers that a model says by itself come
-first, since those that are teacher-forced flatter.
+Knows finished numbers and how tables are written. Refuses to compute any: see metrics. The answers
+that a model says by itself come first, since those that are teacher-forced flatter.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ScoreTable:
     Attributes:
         form, columns: what is reported, in this order.
         rows: name -> number of records and metric -> estimate; the unedited model first.
-        best: metric -> names whose lead over every other method is beyond chance (the paired interval excludes 0).
+        best: metric -> names whose lead over every other method is beyond chance (the paired
+            interval excludes 0).
     """
 
     form: Form
@@ -43,7 +45,9 @@ class ScoreTable:
     best: dict[str, str]
 
 
-def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples: int = 1000) -> ScoreTable:
+def table(
+    runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples: int = 1000
+) -> ScoreTable:
     """The table of one or several runs of the same benchmark.
 
     Args:
@@ -55,21 +59,29 @@ def table(runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples:
     rows = _named(runs)
     form = runs[0].form
     summaries = {id(run): run.summary(seed=seed, resamples=resamples) for run in runs}
-    found = {name: (len(run.rows[label]), summaries[id(run)][label]) for name, (run, label) in rows.items()}
+    found = {
+        name: (len(run.rows[label]), summaries[id(run)][label])
+        for name, (run, label) in rows.items()
+    }
     there = {metric for _, summary in found.values() for metric in summary}
     columns = tuple(name for name in METRICS if name in there and (every or METRICS[name].headline))
     return ScoreTable(form, columns, found, _best(rows, form, columns, seed, resamples))
 
 
-def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = 1000) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """(one method, another) -> metric -> difference on the records that both have, with its interval; see `paired`.
+def compare(
+    runs: Sequence[Run], *, seed: int = 0, resamples: int = 1000
+) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(one method, another) -> metric -> difference on the records that both have, with its
+    interval; see `paired`.
 
     Raises:
         SettingError: fewer than two methods.
     """
     methods = _methods(_named(runs))
     if len(methods) < 2:
-        raise SettingError(f"there is nothing to compare: the runs have results of {', '.join(methods) or 'no method'}")
+        raise SettingError(
+            f"there is nothing to compare: the runs have results of {', '.join(methods) or 'no method'}"
+        )
     return _differences(methods, runs[0].form, seed, resamples)
 
 
@@ -82,17 +94,24 @@ def _differences(
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
     """Of every pair that has records in common, the earlier method first."""
     pairs = [(a, b) for a, b in combinations(methods, 2) if methods[a].keys() & methods[b].keys()]
-    return {(a, b): paired(methods[a], methods[b], form, seed=seed, resamples=resamples) for a, b in pairs}
+    return {
+        (a, b): paired(methods[a], methods[b], form, seed=seed, resamples=resamples)
+        for a, b in pairs
+    }
 
 
 def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
-    """Name of a row -> its run and label: the unedited model, then the methods in the order of METHODS."""
+    """Name of a row -> its run and label: the unedited model, then the methods in the order of
+    METHODS.
+    """
     if not runs:
         raise SettingError("runs is empty; give the file of at least one")
     kinds = {(run.form, run.about["dataset"], run.about["identity"]) for run in runs}
     if len({(form, dataset) for form, dataset, _ in kinds}) > 1:
         told = "; ".join(f"{run.path.name}: {run.about['dataset']} ({run.form})" for run in runs)
-        raise SettingError(f"these runs are of different benchmarks and have no common table: {told}")
+        raise SettingError(
+            f"these runs are of different benchmarks and have no common table: {told}"
+        )
     several = len({identity for *_, identity in kinds}) > 1
     order = list(METHODS)
     found: dict[str, tuple[Run, str]] = {}
@@ -100,7 +119,8 @@ def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
         about = f"{run.about['model']} " if several else ""
         for label in run.labels:
             if label == UNEDITED and any(
-                other.about["identity"] == run.about["identity"] and len(other.unedited) >= len(run.unedited)
+                other.about["identity"] == run.about["identity"]
+                and len(other.unedited) >= len(run.unedited)
                 for other, each in found.values()
                 if each == UNEDITED
             ):
@@ -137,7 +157,11 @@ def _best(
                 for pair, found in differences.items()
                 if name in pair
             ]
-            if sign and ahead and all(each is not None and _beyond(each, way) for each, way in ahead):
+            if (
+                sign
+                and ahead
+                and all(each is not None and _beyond(each, way) for each, way in ahead)
+            ):
                 best[metric] = name
     return best
 
@@ -146,27 +170,39 @@ def _beyond(difference: Estimate, sign: int) -> bool:
     return (difference.low if sign > 0 else -difference.high) > 0
 
 
-# -- how tables are written ------------------------------------------------------------------------------------------------
+# -- how tables are written ------------------------------------------------------------------------
 
 
 def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> str:
-    """As the paper has it: the mean, and in brackets half the width of its 95 % interval; of harmonic means that of the bootstrap."""
+    """As the paper has it: the mean, and in brackets half the width of its 95 % interval; of
+    harmonic means that of the bootstrap.
+    """
     if estimate is None:
         return ""
     scale = METRICS[metric].scale
     digits = 1 if scale > 1 else 0 if METRICS[metric].unit == "bytes" else 3
-    half = estimate.half_published if estimate.half_published is not None else (estimate.high - estimate.low) / 2
+    half = (
+        estimate.half_published
+        if estimate.half_published is not None
+        else (estimate.high - estimate.low) / 2
+    )
     mean = f"{estimate.mean * scale:.{digits}f}".replace("-", "−")
     return f"{mean} ({half * scale:.{digits}f})" if interval else mean
 
 
 def markdown(made: ScoreTable) -> str:
     """A table of GitHub's markdown; what leads beyond chance is bold."""
-    heads = [METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better] for name in made.columns]
+    heads = [
+        METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better]
+        for name in made.columns
+    ]
     lines = [f"| | n | {' | '.join(heads)} |", "|---|--:" + "|--:" * len(heads) + "|"]
     for name, (records, summary) in made.rows.items():
         cells = [shown(summary.get(metric), metric) for metric in made.columns]
-        cells = [f"**{cell}**" if made.best.get(m) == name else cell for m, cell in zip(made.columns, cells, strict=True)]
+        cells = [
+            f"**{cell}**" if made.best.get(m) == name else cell
+            for m, cell in zip(made.columns, cells, strict=True)
+        ]
         lines.append(f"| {_in_markdown(name)} | {records} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -175,11 +211,17 @@ def latex(made: ScoreTable) -> str:
     """A table for LaTeX with booktabs; what leads beyond chance is bold."""
     arrows = {"up": r" $\uparrow$", "down": r" $\downarrow$", "neither": ""}
     heads = [_in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in made.columns]
-    lines = [rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}", r"\toprule", f" & $n$ & {' & '.join(heads)} \\\\", r"\midrule"]
+    lines = [
+        rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
+        r"\toprule",
+        f" & $n$ & {' & '.join(heads)} \\\\",
+        r"\midrule",
+    ]
     for name, (records, summary) in made.rows.items():
         cells = [shown(summary.get(metric), metric).replace("−", "$-$") for metric in made.columns]
         cells = [
-            rf"\textbf{{{cell}}}" if made.best.get(m) == name else cell for m, cell in zip(made.columns, cells, strict=True)
+            rf"\textbf{{{cell}}}" if made.best.get(m) == name else cell
+            for m, cell in zip(made.columns, cells, strict=True)
         ]
         lines.append(f"{_in_latex(name)} & {records} & {' & '.join(cells)} \\\\")
         if name.endswith(UNEDITED):
@@ -189,8 +231,11 @@ def latex(made: ScoreTable) -> str:
 
 _LATEX = {
     **{letter: f"\\{letter}" for letter in "&%_#$" + "{" + "}"},
-    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "×": r"$\times$",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "×": r"$\times$",
+}
 
 
 def _in_latex(text: str) -> str:
@@ -222,7 +267,10 @@ def as_csv(made: ScoreTable) -> str:
 def as_json(made: ScoreTable) -> str:
     """Method -> metric -> its estimate, not scaled."""
     told = {
-        name: {"records": records, **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns}}
+        name: {
+            "records": records,
+            **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns},
+        }
         for name, (records, summary) in made.rows.items()
     }
     return json.dumps(told, indent=1, ensure_ascii=False)
@@ -248,7 +296,10 @@ def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
                 for name, values in columns.items():
                     values.append(about.get(name) if name in about else scores.get(name))
     types = {name: pa.float64() for name in names}
-    pq.write_table(pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}), Path(path))
+    pq.write_table(
+        pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}),
+        Path(path),
+    )
 
 
 def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
@@ -260,16 +311,25 @@ def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
     if label not in run.measured:
         raise SettingError(f"label={label!r}: the run has {', '.join(run.measured)}")
     if run.form != "counterfact":
-        raise SettingError(f"{run.path} is a run of form {run.form!r}; the released files are of CounterFact")
+        raise SettingError(
+            f"{run.path} is a run of form {run.form!r}; the released files are of CounterFact"
+        )
     cases = []
     for place, measured in run.measured[label].items():
         record = run.records[place]
         fact = record.facts[0]
         request = {
-            "prompt": fact.prompt, "subject": fact.subject, "relation_id": fact.relation,
-            "target_new": {"str": fact.target}, "target_true": {"str": fact.target_true},
-        }  # fmt: skip
-        case: dict[str, Any] = {"case_id": case_id(record.id), "requested_rewrite": request, "time": measured.seconds}
+            "prompt": fact.prompt,
+            "subject": fact.subject,
+            "relation_id": fact.relation,
+            "target_new": {"str": fact.target},
+            "target_true": {"str": fact.target_true},
+        }
+        case: dict[str, Any] = {
+            "case_id": case_id(record.id),
+            "requested_rewrite": request,
+            "time": measured.seconds,
+        }
         for phase, outcome in (("post", measured.after), ("pre", measured.before)):
             told: dict[str, Any] = {}
             for kind in ("rewrite", "paraphrase", "neighbourhood", "attribute"):

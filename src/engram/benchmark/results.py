@@ -1,4 +1,6 @@
-"""A finished or unfinished run as numbers: rows of scores, summaries, what failed, and a card that says how they came about."""
+"""A finished or unfinished run as numbers: rows of scores, summaries, what failed, and a card that
+says how they came about.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Run:
     """What a file of a run holds, read once.
 
     Attributes:
-        about: model, its identity, data set, form, what was measured; sessions: when and on what machine each part was done.
+        about: model, its identity, data set, form, what was measured; sessions: when and on what
+            machine each part was done.
         methods: label -> (method, settings).
         records: by place; measured: label -> place -> result; the unedited model is not among them.
     """
@@ -59,7 +62,15 @@ class Run:
         with RunStore.reading(path) as store:
             methods = store.methods()
             measured = {label: store.results(label) for label in methods}
-            return cls(Path(path), store.about(), store.sessions(), methods, store.records(), store.unedited(), measured)
+            return cls(
+                Path(path),
+                store.about(),
+                store.sessions(),
+                methods,
+                store.records(),
+                store.unedited(),
+                measured,
+            )
 
     @property
     def form(self) -> Form:
@@ -81,7 +92,14 @@ class Run:
         for place, outcome in self.unedited.items():
             record = self.records[place]
             scores = of_measured(record, Measured(record.id, outcome, outcome, 0.0))
-            plain[record.id] = {**scores, "seconds": None, "size": None, "failed": None, "drift": None, "kept": None}
+            plain[record.id] = {
+                **scores,
+                "seconds": None,
+                "size": None,
+                "failed": None,
+                "drift": None,
+                "kept": None,
+            }
         return {UNEDITED: plain, **{label: rows for label, rows in found.items() if rows}}
 
     def summary(self, *, seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Estimate]]:
@@ -107,12 +125,24 @@ class Run:
 
     def _failed(self, label: str, kind: ProbeKind | None) -> Iterator[Failure]:
         for place, measured in self.measured[label].items():
-            each = zip(self.records[place].probes, measured.before.readings, measured.after.readings, strict=True)
+            each = zip(
+                self.records[place].probes,
+                measured.before.readings,
+                measured.after.readings,
+                strict=True,
+            )
             for probe, was, now in each:
                 if kind not in (None, probe.kind) or now.said is None or probe.condition:
                     continue
                 if not begins(now.said, (probe.wanted, *probe.aliases)):
-                    yield Failure(measured.id, probe.kind, probe.prompt, probe.wanted, was.said or "", now.said)
+                    yield Failure(
+                        measured.id,
+                        probe.kind,
+                        probe.prompt,
+                        probe.wanted,
+                        was.said or "",
+                        now.said,
+                    )
 
     def errors(self, label: str) -> dict[str, str]:
         """Id of a record -> why its edit could not be made."""
@@ -126,10 +156,13 @@ class Run:
             "digest": digest_of(self.records.values()),
             "methods": {
                 label: {
-                    "method": method, "settings": settings, "records": len(self.measured[label]), "errors": len(self.errors(label)),
+                    "method": method,
+                    "settings": settings,
+                    "records": len(self.measured[label]),
+                    "errors": len(self.errors(label)),
                     "seconds": sum(m.seconds for m in self.measured[label].values()),
                 }
                 for label, (method, settings) in self.methods.items()
             },
             "sessions": self.sessions,
-        }  # fmt: skip
+        }

@@ -1,7 +1,9 @@
-"""Run benchmarks: which edits of which records are still to be made, done here or by workers, and kept as they come.
+"""Run benchmarks: which edits of which records are still to be made, done here or by workers, and
+kept as they come.
 
-Knows units of work and the file of a run. Refuses to know how a unit is computed (see measuring) and how numbers are shown (see
-report). A unit's records depend on the data set and the batch size alone, so that a resumed run gives what one in one go gives.
+Knows units of work and the file of a run. Refuses to know how a unit is computed (see measuring)
+and how numbers are shown (see report). A unit's records depend on the data set and the batch size
+alone, so that a resumed run gives what one in one go gives.
 """
 
 from __future__ import annotations
@@ -61,7 +63,13 @@ class RecordsJob(ModelJob):
 
     def do(self, state: LanguageModel, unit: Unit) -> list[Measured]:
         found = measure(
-            state, unit.records, unit.method, unit.settings, self.asked, self.references, unedited_texts=unit.texts
+            state,
+            unit.records,
+            unit.method,
+            unit.settings,
+            self.asked,
+            self.references,
+            unedited_texts=unit.texts,
         )
         return list(found)
 
@@ -78,13 +86,16 @@ def bench(
     workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Edit each record of a data set by itself, by each method, and keep what was measured in a file.
+    """Edit each record of a data set by itself, by each method, and keep what was measured in a
+    file.
 
-    Killed at any moment, it goes on where it was when called again with the same arguments; more records and methods may be asked for.
+    Killed at any moment, it goes on where it was when called again with the same arguments; more
+    records and methods may be asked for.
 
     Args:
         model: a model, or the name of one (see `engram.load`).
-        methods: names; or label -> name, or label -> settings of the method of that name, with "method" among them where the label
+        methods: names; or label -> name, or label -> settings of the method of that name, with
+            "method" among them where the label
             is not its name: {"rome": {}, "rome-3": {"method": "rome", "layer": 3}}.
         out: file of the run.
         n: the first so many records; default: all.
@@ -93,9 +104,11 @@ def bench(
         workers: where the work is done, such as `distribute.RayWorkers`; default: this process.
         progress: called with (label, records done, records in all).
     Raises:
-        SettingError: settings that a method does not have, or a file that was begun with something else.
+        SettingError: settings that a method does not have, or a file that was begun with something
+            else.
         EngramError: a method that does not exist; a file that another process is writing.
-    Source: the protocol of Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the unedited model.
+    Source: the protocol of Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the
+        unedited model.
     """
     asked, wanted = asked or MeasureConfig(), _labelled(methods)
     if batch < 1 or (n is not None and n < 1):
@@ -103,17 +116,34 @@ def bench(
     records = dataset.records[:n]
     lm = load(model) if isinstance(model, str) else model
     about = {
-        "model": lm.name, "identity": identity(lm), "dtype": str(lm.dtype).removeprefix("torch."), "dataset": dataset.name,
-        "form": dataset.form, "asked": asdict(asked),
-    }  # fmt: skip
+        "model": lm.name,
+        "identity": identity(lm),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "dataset": dataset.name,
+        "form": dataset.form,
+        "asked": asdict(asked),
+    }
     job = RecordsJob(lm if workers is None else ByName.of(lm), asked, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
         for label, (method, settings) in wanted.items():
-            store.add_method(label, method, settings | ({"batch": batch} if METHODS[method].companions else {}))
+            store.add_method(
+                label, method, settings | ({"batch": batch} if METHODS[method].companions else {})
+            )
         store.begin_session(datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, batch))
         for label, (method, settings) in wanted.items():
-            _run(store, label, method, settings, records, asked, batch, job, workers or Here(), progress)
+            _run(
+                store,
+                label,
+                method,
+                settings,
+                records,
+                asked,
+                batch,
+                job,
+                workers or Here(),
+                progress,
+            )
     return Run.open(out)
 
 
@@ -130,12 +160,20 @@ def _run(
     progress: Progress | None,
 ) -> None:
     units = _units(
-        label, method, settings, records, batch, store.done(label), store.has_unedited() if asked.texts else set()
+        label,
+        method,
+        settings,
+        records,
+        batch,
+        store.done(label),
+        store.has_unedited() if asked.texts else set(),
     )
     finished = len(records) - sum(len(unit.records) for unit in units)
     for number, found in workers.run(job, units):
         unit = units[number]
-        store.add(label, zip((place for place, _ in unit.records), found, strict=True), texts=unit.texts)
+        store.add(
+            label, zip((place for place, _ in unit.records), found, strict=True), texts=unit.texts
+        )
         finished += len(found)
         if progress is not None:
             progress(label, finished, len(records))
@@ -153,7 +191,8 @@ def _units(
     """What is still to be done, cut by the batch size alone.
 
     Args:
-        done: places that have a result; written: those whose texts by the unedited model are there, which are written once.
+        done: places that have a result; written: those whose texts by the unedited model are there,
+            which are written once.
     """
     way, units = METHODS[method], []
     size = batch if way.each is not None else min(batch, _ONE_BY_ONE)
@@ -161,7 +200,9 @@ def _units(
         together = range(first, min(first + size, len(records)))
         places = [place for place in together if place not in done]
         write = set(places) - written
-        if places and way.companions:  # of a run that grew: with more facts beside them, the others' edits change too
+        if (
+            places and way.companions
+        ):  # of a run that grew: with more facts beside them, the others' edits change too
             places, write = list(together), set(together) if write else set()
         for texts in (True, False):
             if some := tuple((at, records[at]) for at in places if (at in write) is texts):
@@ -195,10 +236,16 @@ def _labelled(methods: Methods) -> dict[str, tuple[str, dict[str, Any]]]:
 def machine(lm: LanguageModel, batch: int) -> dict[str, Any]:
     """What a run is done on and by."""
     device = (
-        torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else platform.processor() or platform.machine()
+        torch.cuda.get_device_name(lm.device)
+        if lm.device.type == "cuda"
+        else platform.processor() or platform.machine()
     )
     return {
-        "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "batch": batch,
-        "system": platform.platform(terse=True), "python": platform.python_version(),
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
         **{package: version(package) for package in ("engram", "torch", "transformers")},
-    }  # fmt: skip
+    }

@@ -1,6 +1,8 @@
-"""A run in one SQLite file: the records, what the unedited model makes of them, and a row a method and record.
+"""A run in one SQLite file: the records, what the unedited model makes of them, and a row a method
+and record.
 
-Written by one process, a unit of work in a transaction: killing it at any moment loses what is in flight and nothing else. Knows
+Written by one process, a unit of work in a transaction: killing it at any moment loses what is in
+    flight and nothing else. Knows
 rows: more records and more methods may be added. How the file is begun and opened, run_file knows.
 """
 
@@ -32,12 +34,14 @@ class RunStore(RunFile):
     what, made_by = "a run of a benchmark", "engram bench -o {name}"
     tables, mark, alone = _TABLES, "results", True
 
-    # -- writing -----------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def begin_session(self, began: str, machine: Mapping[str, Any]) -> None:
         """Note who is writing now: a run may go on on another machine."""
         with self._connection:
-            self._connection.execute("INSERT INTO sessions VALUES (?, ?)", (began, json.dumps(machine)))
+            self._connection.execute(
+                "INSERT INTO sessions VALUES (?, ?)", (began, json.dumps(machine))
+            )
 
     def add_records(self, records: Sequence[Record]) -> None:
         """The first records of the data set; those that are there already have to be the same.
@@ -53,7 +57,10 @@ class RunStore(RunFile):
                     f"{self.path} was begun with another data set: its record {place} is not {record.id!r} as it is now. Go on with "
                     "the same data, or choose another file"
                 )
-        rows = [(place, record.id, data) for place, (record, data) in enumerate(zip(records, packed, strict=True))]
+        rows = [
+            (place, record.id, data)
+            for place, (record, data) in enumerate(zip(records, packed, strict=True))
+        ]
         with self._connection:
             self._connection.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?)", rows)
 
@@ -64,8 +71,12 @@ class RunStore(RunFile):
             SettingError: the label has results with other settings.
         """
         row = (method, json.dumps(settings, sort_keys=True))
-        there = self._connection.execute("SELECT method, settings FROM methods WHERE label = ?", (label,)).fetchone()
-        begun = self._connection.execute("SELECT 1 FROM results WHERE label = ?", (label,)).fetchone()
+        there = self._connection.execute(
+            "SELECT method, settings FROM methods WHERE label = ?", (label,)
+        ).fetchone()
+        begun = self._connection.execute(
+            "SELECT 1 FROM results WHERE label = ?", (label,)
+        ).fetchone()
         if begun and there != row:
             raise SettingError(
                 f"{self.path} has results of {label!r} with method {there[0]!r} and settings {there[1]}, now asked for is {row[0]!r} "
@@ -82,21 +93,27 @@ class RunStore(RunFile):
         """Results of one method, all of them or none.
 
         Args:
-            measured: (place, result), instead of what is there. Outcomes of the unedited model that are there stay.
-            texts: whether outcomes of the unedited model are complete, texts included; others are not kept.
+            measured: (place, result), instead of what is there. Outcomes of the unedited model that
+                are there stay.
+            texts: whether outcomes of the unedited model are complete, texts included; others are
+                not kept.
         """
         rows = list(measured)
         with self._connection:
             if texts:
                 self._connection.executemany(
-                    "INSERT OR IGNORE INTO unedited VALUES (?, ?)", [(at, _packed(m.before.to_dict())) for at, m in rows]
+                    "INSERT OR IGNORE INTO unedited VALUES (?, ?)",
+                    [(at, _packed(m.before.to_dict())) for at, m in rows],
                 )
             self._connection.executemany(
                 "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)",
-                [(label, at, _packed(m.after.to_dict()), m.seconds, m.size, m.error) for at, m in rows],
+                [
+                    (label, at, _packed(m.after.to_dict()), m.seconds, m.size, m.error)
+                    for at, m in rows
+                ],
             )
 
-    # -- reading -----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def sessions(self) -> list[dict[str, Any]]:
         rows = self._connection.execute("SELECT began, machine FROM sessions ORDER BY rowid")
@@ -104,7 +121,9 @@ class RunStore(RunFile):
 
     def methods(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Label -> (method, settings), in the order in which they were added."""
-        rows = self._connection.execute("SELECT label, method, settings FROM methods ORDER BY rowid")
+        rows = self._connection.execute(
+            "SELECT label, method, settings FROM methods ORDER BY rowid"
+        )
         return {label: (method, json.loads(settings)) for label, method, settings in rows}
 
     def records(self) -> dict[int, Record]:
@@ -118,7 +137,9 @@ class RunStore(RunFile):
 
     def done(self, label: str) -> set[int]:
         """Places that have a result and an unedited outcome to compare it with."""
-        rows = self._connection.execute("SELECT place FROM results JOIN unedited USING (place) WHERE label = ?", (label,))
+        rows = self._connection.execute(
+            "SELECT place FROM results JOIN unedited USING (place) WHERE label = ?", (label,)
+        )
         return {place for (place,) in rows}
 
     def has_unedited(self) -> set[int]:
@@ -133,7 +154,14 @@ class RunStore(RunFile):
             (label,),
         )
         return {
-            place: Measured(id, Outcome.from_dict(_unpacked(was)), Outcome.from_dict(_unpacked(now)), seconds, size, error)
+            place: Measured(
+                id,
+                Outcome.from_dict(_unpacked(was)),
+                Outcome.from_dict(_unpacked(now)),
+                seconds,
+                size,
+                error,
+            )
             for place, id, was, now, seconds, size, error in rows
         }
 

@@ -1,4 +1,6 @@
-"""What a record's model writes: the greedy answer to each probe, and sampled texts with their scores."""
+"""What a record's model writes: the greedy answer to each probe, and sampled texts with their
+scores.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from engram.modules.hooks import RowContext, no_edits
 def greedy(
     lm: LanguageModel, questions: ProbeRows, asked: MeasureConfig, around: RowContext = no_edits
 ) -> dict[ProbeRef, str]:
-    """The greedy continuation of every probe's prompt, up to an end of text; of a prompt that several probes have, once.
+    """The greedy continuation of every probe's prompt, up to an end of text; of a prompt that
+    several probes have, once.
 
     Args:
         around: given numbers of records, one a row, lays their edits on the model.
@@ -33,10 +36,13 @@ def greedy(
     owners = [n for n, _ in wanted]
     prompts = [tuple(lm.cloze(prompt).ids) for _, prompt in wanted]
     writings = [
-        Writing(ids, max(1, min(new, lm.max_tokens - len(ids)))) for ids, new in zip(prompts, wanted.values(), strict=True)
+        Writing(ids, max(1, min(new, lm.max_tokens - len(ids))))
+        for ids, new in zip(prompts, wanted.values(), strict=True)
     ]
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
-    texts = dict(zip(wanted, (normalised_text(lm, _ended(lm, ids)) for ids in written), strict=True))
+    texts = dict(
+        zip(wanted, (normalised_text(lm, _ended(lm, ids)) for ids in written), strict=True)
+    )
     return {
         (n, p): texts[n, record.probes[p].prompt]
         for n, record in enumerate(questions.records)
@@ -50,21 +56,33 @@ def _ended(lm: LanguageModel, ids: list[int]) -> list[int]:
 
 
 def answered_probes(record: Record) -> list[int]:
-    """Probes whose greedy answer is looked at: all but attribute prompts, which no score is made of."""
+    """Probes whose greedy answer is looked at: all but attribute prompts, which no score is made
+    of.
+    """
     return [p for p, probe in enumerate(record.probes) if probe.kind != "attribute"]
 
 
 def sampled(
-    lm: LanguageModel, records: Sequence[Record], asked: MeasureConfig, around: RowContext = no_edits
+    lm: LanguageModel,
+    records: Sequence[Record],
+    asked: MeasureConfig,
+    around: RowContext = no_edits,
 ) -> list[tuple[str, ...]]:
     """Each record's texts, prompts included; none where they are not asked for."""
     if not asked.texts:
         return [() for _ in records]
     owners = [n for n, record in enumerate(records) for _ in record.generation]
     prompts = [tuple(lm.cloze(prompt).ids) for record in records for prompt in record.generation]
-    seeds = [seed_of(asked.seed, record.id, i) for record in records for i in range(len(record.generation))]
+    seeds = [
+        seed_of(asked.seed, record.id, i)
+        for record in records
+        for i in range(len(record.generation))
+    ]
     length = min(asked.text_tokens, lm.max_tokens)
-    writings = [Writing(ids, max(1, length - len(ids)), seed) for ids, seed in zip(prompts, seeds, strict=True)]
+    writings = [
+        Writing(ids, max(1, length - len(ids)), seed)
+        for ids, seed in zip(prompts, seeds, strict=True)
+    ]
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
     texts: list[list[str]] = [[] for _ in records]
     for n, ids, new in zip(owners, prompts, written, strict=True):
@@ -72,7 +90,9 @@ def sampled(
     return [tuple(each) for each in texts]
 
 
-def with_texts(outcome: Outcome, record: Record, texts: Sequence[str], references: References | None) -> Outcome:
+def with_texts(
+    outcome: Outcome, record: Record, texts: Sequence[str], references: References | None
+) -> Outcome:
     """The outcome with these texts and what they score."""
     if not texts:
         return outcome

@@ -1,9 +1,12 @@
-"""zsRE's token accuracy as released: the answer's tokens are decoded, put behind the question, and tokenised again.
+"""zsRE's token accuracy as released: the answer's tokens are decoded, put behind the question, and
+tokenised again.
 
-That can change tokens (a piece of a letter is decoded to a mark that stands for what cannot be read), so the numbers can differ from
-those that token by token give. For comparison with published numbers only: `Asked(reference=True)`.
+That can change tokens (a piece of a letter is decoded to a mark that stands for what cannot be
+read), so the numbers can differ from those that token by token give. For comparison with published
+numbers only: `Asked(reference=True)`.
 
-Knows texts and tokens. Refuses to know where the predicted tokens come from. Source: Meng et al. 2022, arXiv:2202.05262, released code.
+Knows texts and tokens. Refuses to know where the predicted tokens come from. Source: Meng et al.
+2022, arXiv:2202.05262, released code.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ class Step(NamedTuple):
     """One token of an answer.
 
     Args:
-        probe: its place in the record; ids: what the model reads; token: what is expected behind its last.
+        probe: its place in the record; ids: what the model reads; token: what is expected behind
+            its last.
     """
 
     probe: int
@@ -34,10 +38,11 @@ class Step(NamedTuple):
 
 
 def steps(lm: LanguageModel, record: Record) -> list[Step]:
-    """What is read of a record: a row for each token of each answer that is compared with no other, as zsRE's are.
+    """What is read of a record: a row for each token of each answer that is compared with no other,
+    as zsRE's are.
 
-    The model is asked through its frame. The first token of what was decoded is expected, special ones left out: the released code
-    would take the start token that some tokenizers put in front.
+    The model is asked through its frame. The first token of what was decoded is expected, special
+    ones left out: the released code would take the start token that some tokenizers put in front.
 
     Raises:
         UnsupportedModelError: a model that is not causal.
@@ -56,13 +61,17 @@ def steps(lm: LanguageModel, record: Record) -> list[Step]:
 
 
 def in_text(lm: LanguageModel, prompt: str, answer: str) -> list[tuple[str, int]]:
-    """(text that is read, token that is expected) for each token of " " + answer; tokens that decode to nothing are left out."""
+    """(text that is read, token that is expected) for each token of " " + answer; tokens that
+    decode to nothing are left out.
+    """
     ids = _tokens(lm, f" {answer.strip()}")
     pieces = [(_text(lm, ids[:i]), _tokens(lm, _text(lm, ids[i : i + 1]))) for i in range(len(ids))]
     return [(prompt + said, expected[0]) for said, expected in pieces if expected]
 
 
-def with_text_mode(readings: Iterable[Reading], asked: Sequence[Step], predicted: Sequence[int]) -> tuple[Reading, ...]:
+def with_text_mode(
+    readings: Iterable[Reading], asked: Sequence[Step], predicted: Sequence[int]
+) -> tuple[Reading, ...]:
     """The readings with the shares of tokens that came out as expected.
 
     Args:
@@ -71,7 +80,10 @@ def with_text_mode(readings: Iterable[Reading], asked: Sequence[Step], predicted
     hits: dict[int, list[bool]] = {}
     for step, token in zip(asked, predicted, strict=True):
         hits.setdefault(step.probe, []).append(step.token == token)
-    return tuple(replace(each, correct=fmean(hits[p])) if p in hits else each for p, each in enumerate(readings))
+    return tuple(
+        replace(each, correct=fmean(hits[p])) if p in hits else each
+        for p, each in enumerate(readings)
+    )
 
 
 def _tokens(lm: LanguageModel, text: str) -> list[int]:

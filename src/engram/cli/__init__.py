@@ -17,10 +17,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo.demo, trace.trace, knows.knows, layers.layers, lens.lens, lens.refinement, lens.memories, edit.edit, edit.verify,
-    edit.apply, edit.revert, edit.generate, stats.stats, stats.plan, bench.bench, bench.report,
+    demo.demo,
+    trace.trace,
+    knows.knows,
+    layers.layers,
+    lens.lens,
+    lens.refinement,
+    lens.memories,
+    edit.edit,
+    edit.verify,
+    edit.apply,
+    edit.revert,
+    edit.generate,
+    stats.stats,
+    stats.plan,
+    bench.bench,
+    bench.report,
     harness.harness,
-):  # fmt: skip
+):
     app.command()(command)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(data.app, name="data")

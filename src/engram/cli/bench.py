@@ -1,4 +1,6 @@
-"""`engram bench` and `engram report`: thousands of edits, each measured by itself, and what they came to."""
+"""`engram bench` and `engram report`: thousands of edits, each measured by itself, and what they
+came to.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +11,58 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engram.cli.options import DeviceMap, Dtype, NumWorkers, OnWorkers, RayAddress, Seed, settings_of
+from engram.cli.options import (
+    DeviceMap,
+    Dtype,
+    NumWorkers,
+    OnWorkers,
+    RayAddress,
+    Seed,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from engram.benchmark.results import Run
 
 
 def bench(
-    out: Annotated[Path, typer.Option("--out", "-o", help="File of the run; one that is there is gone on with.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="'pocket', a folder, or a model of the hub.")] = "pocket",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="File of the run; one that is there is gone on with."),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="'pocket', a folder, or a model of the hub.")
+    ] = "pocket",
     method: Annotated[
-        list[str] | None, typer.Option(help="A method; repeat. LABEL=METHOD keeps it under another name.")
+        list[str] | None,
+        typer.Option(help="A method; repeat. LABEL=METHOD keeps it under another name."),
     ] = None,
     dataset: Annotated[
         str, typer.Option("--dataset", "-d", help="A name ('engram data list' tells), or a file.")
     ] = "pocket",
-    n: Annotated[int | None, typer.Option("-n", help="The first so many records; default: all.", min=1)] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="LABEL:NAME=VALUE, any setting of a method; repeat.")
+    n: Annotated[
+        int | None, typer.Option("-n", help="The first so many records; default: all.", min=1)
     ] = None,
-    texts: Annotated[bool, typer.Option("--texts", help="Let the model write texts, for fluency and consistency.")] = False,
-    plus: Annotated[
-        bool, typer.Option("--plus", help="CounterFact+: also neighbours behind the edit's own sentence.")
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="LABEL:NAME=VALUE, any setting of a method; repeat."),
+    ] = None,
+    texts: Annotated[
+        bool,
+        typer.Option("--texts", help="Let the model write texts, for fluency and consistency."),
     ] = False,
-    said: Annotated[int, typer.Option(help="Tokens of each greedy answer; 0: ask for none.", min=0)] = 5,
-    drift_every: Annotated[int, typer.Option(help="Read held-out text with every how manieth edit; 0: never.", min=0)] = 10,
+    plus: Annotated[
+        bool,
+        typer.Option(
+            "--plus", help="CounterFact+: also neighbours behind the edit's own sentence."
+        ),
+    ] = False,
+    said: Annotated[
+        int, typer.Option(help="Tokens of each greedy answer; 0: ask for none.", min=0)
+    ] = 5,
+    drift_every: Annotated[
+        int, typer.Option(help="Read held-out text with every how manieth edit; 0: never.", min=0)
+    ] = 10,
     batch: Annotated[int, typer.Option(help="Records edited and measured at once.", min=1)] = 32,
     workers: OnWorkers = None,
     num_workers: NumWorkers = 2,
@@ -42,7 +71,9 @@ def bench(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Edit every record of a benchmark by itself, by each method, and measure it before and after. Goes on where it was stopped."""
+    """Edit every record of a benchmark by itself, by each method, and measure it before and after.
+    Goes on where it was stopped.
+    """
     from engram.benchmark.data.counterfact import with_statement
     from engram.benchmark.data.sources import read_dataset
     from engram.benchmark.metrics.outcomes import MeasureConfig
@@ -60,9 +91,16 @@ def bench(
     somewhere = workers_of(workers, num_workers, ray_address)
     with terminal.progress() as report:
         done = run(
-            lm, data, _methods(method or ["rome"], setting), out, n=n, asked=asked, batch=batch, workers=somewhere,
+            lm,
+            data,
+            _methods(method or ["rome"], setting),
+            out,
+            n=n,
+            asked=asked,
+            batch=batch,
+            workers=somewhere,
             progress=report,
-        )  # fmt: skip
+        )
     _show([done], every=False)
     typer.echo(f"run: {out}    (engram report {out} --help tells what else it holds)")
 
@@ -78,7 +116,9 @@ def _methods(given: list[str], pairs: list[str] | None) -> dict[str, dict[str, A
     for pair in pairs or []:
         label, colon, rest = pair.partition(":")
         if not colon or label not in methods:
-            raise SettingError(f"--set {pair!r}: expected LABEL:NAME=VALUE with one of {', '.join(methods)} as label")
+            raise SettingError(
+                f"--set {pair!r}: expected LABEL:NAME=VALUE with one of {', '.join(methods)} as label"
+            )
         methods[label] |= settings_of([rest])
     return methods
 
@@ -95,21 +135,37 @@ class Format(StrEnum):
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Files that 'engram bench' wrote.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Files that 'engram bench' wrote.", show_default=False)
+    ],
     format: Annotated[
         Format,
-        typer.Option("--format", "-f", help="Of the table; card: how it came about; cases: as the released code writes."),
+        typer.Option(
+            "--format",
+            "-f",
+            help="Of the table; card: how it came about; cases: as the released code writes.",
+        ),
     ] = Format.terminal,
-    every: Annotated[bool, typer.Option("--all", help="All metrics, not only the headline ones.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Differences between methods on the same records.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="All metrics, not only the headline ones.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Differences between methods on the same records.")
+    ] = False,
     failures: Annotated[
-        int, typer.Option(help="Show so many prompts of each method that fail after its edits.", min=0)
+        int,
+        typer.Option(help="Show so many prompts of each method that fail after its edits.", min=0),
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Picture of the scores.")] = None,
     plot_layers: Annotated[
-        Path | None, typer.Option(help="Picture of the scores by layer, of methods that were run with --set LABEL:layer=N.")
+        Path | None,
+        typer.Option(
+            help="Picture of the scores by layer, of methods that were run with --set LABEL:layer=N."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")
+    ] = None,
 ) -> None:
     """The paper's table of one or several runs, with intervals."""
     from engram.benchmark import report as reports
@@ -145,9 +201,18 @@ def _told(runs: list[Run], format: Format, every: bool) -> str:
     if format is Format.card:
         return json.dumps([run.card() for run in runs], indent=1, ensure_ascii=False)
     if format is Format.cases:
-        cases = {f"{run.path.name}:{label}": reports.published_cases(run, label) for run in runs for label in run.measured}
+        cases = {
+            f"{run.path.name}:{label}": reports.published_cases(run, label)
+            for run in runs
+            for label in run.measured
+        }
         return json.dumps(cases, ensure_ascii=False)
-    writers = {"markdown": reports.markdown, "latex": reports.latex, "csv": reports.as_csv, "json": reports.as_json}
+    writers = {
+        "markdown": reports.markdown,
+        "latex": reports.latex,
+        "csv": reports.as_csv,
+        "json": reports.as_json,
+    }
     return writers.get(format.value, reports.markdown)(reports.table(runs, every=every))
 
 
@@ -169,20 +234,26 @@ def _show(runs: list[Run], *, every: bool) -> None:
     from engram.cli import terminal
 
     made = reports.table(runs, every=every)
-    drawn = Table(title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left")
+    drawn = Table(
+        title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left"
+    )
     drawn.add_column("", no_wrap=True)
     drawn.add_column("n", justify="right")
     for name in made.columns:
         drawn.add_column(METRICS[name].title, justify="right")
     for name, (count, summary) in made.rows.items():
-        cells = [reports.shown(summary.get(metric), metric, interval=False) for metric in made.columns]
+        cells = [
+            reports.shown(summary.get(metric), metric, interval=False) for metric in made.columns
+        ]
         bold = [
             f"[bold]{cell}[/bold]" if made.best.get(m) == name else cell
             for m, cell in zip(made.columns, cells, strict=True)
         ]
         drawn.add_row(escape(name), str(count), *bold)
     needed = 15 + max(map(len, made.rows)) + 9 * len(made.columns)
-    width = max(terminal.console.width, needed)  # a table that is too wide is of more use than one cut short
+    width = max(
+        terminal.console.width, needed
+    )  # a table that is too wide is of more use than one cut short
     Console(width=width, highlight=False).print(drawn)
     note = "EG PG NG and SG: what the model says by itself; the others compare probabilities of given answers."
     terminal.console.print(note, style="dim")

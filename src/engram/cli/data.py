@@ -12,7 +12,9 @@ import typer
 
 from engram.cli.options import DeviceMap, Dtype, Seed
 
-app = typer.Typer(help="Benchmarks: those that are published, and those that you build.", no_args_is_help=True)
+app = typer.Typer(
+    help="Benchmarks: those that are published, and those that you build.", no_args_is_help=True
+)
 
 
 class Rule(StrEnum):
@@ -31,9 +33,14 @@ def list_() -> None:
 
 @app.command()
 def get(
-    name: Annotated[str, typer.Argument(help="A name that 'engram data list' tells.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="A name that 'engram data list' tells.", show_default=False)
+    ],
     references: Annotated[
-        bool, typer.Option("--references", help="Also the texts that generated ones are compared with (large).")
+        bool,
+        typer.Option(
+            "--references", help="Also the texts that generated ones are compared with (large)."
+        ),
     ] = False,
 ) -> None:
     """Fetch a data set into the cache folder; goes on where it broke off."""
@@ -50,32 +57,60 @@ def get(
 
 @app.command()
 def build(
-    facts: Annotated[Path, typer.Option(help="File of true facts: subject, relation, object (JSON lines, JSON or CSV).")],
-    templates: Annotated[
-        Path, typer.Option(help="JSON or TOML: relation -> texts with one {} for the subject, object next.")
+    facts: Annotated[
+        Path,
+        typer.Option(
+            help="File of true facts: subject, relation, object (JSON lines, JSON or CSV)."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's form.")],
+    templates: Annotated[
+        Path,
+        typer.Option(
+            help="JSON or TOML: relation -> texts with one {} for the subject, object next."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's form.")
+    ],
     generation: Annotated[
-        Path | None, typer.Option(help="JSON or TOML: relation -> texts with one {} that make a model tell of the subject.")
+        Path | None,
+        typer.Option(
+            help="JSON or TOML: relation -> texts with one {} that make a model tell of the subject."
+        ),
     ] = None,
     references: Annotated[
-        Path | None, typer.Option(help='JSON: "relation:object" -> list of {name, text} about entities that have it.')
+        Path | None,
+        typer.Option(
+            help='JSON: "relation:object" -> list of {name, text} about entities that have it.'
+        ),
     ] = None,
     openings: Annotated[
-        Path | None, typer.Option(help="Text file: sentences to put before paraphrases, one a line.")
+        Path | None,
+        typer.Option(help="Text file: sentences to put before paraphrases, one a line."),
     ] = None,
     held_out: Annotated[
         Path | None,
-        typer.Option(help="JSON or TOML: relation -> templates that serve as paraphrases and never as prompts."),
+        typer.Option(
+            help="JSON or TOML: relation -> templates that serve as paraphrases and never as prompts."
+        ),
     ] = None,
-    known_to: Annotated[str | None, typer.Option(help="Keep the facts that this model says.")] = None,
+    known_to: Annotated[
+        str | None, typer.Option(help="Keep the facts that this model says.")
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Records at most.", min=1)] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Build a CounterFact of your own domain: counterfactual objects, paraphrases, neighbours, attribute and generation prompts."""
-    from engram.benchmark.data.build import build_counterfact, read_associations, read_lines, read_snippets
+    """Build a CounterFact of your own domain: counterfactual objects, paraphrases, neighbours,
+    attribute and generation prompts.
+    """
+    from engram.benchmark.data.build import (
+        build_counterfact,
+        read_associations,
+        read_lines,
+        read_snippets,
+    )
     from engram.benchmark.data.write import write_dataset
     from engram.benchmark.known_records import known_records
     from engram.cli import terminal
@@ -96,7 +131,9 @@ def build(
     if known_to is not None:
         lm = terminal.load(known_to, dtype, device_map)
         with terminal.progress() as report:
-            made = known_records(lm, made, limit=n, progress=lambda done, total: report("asking", done, total))
+            made = known_records(
+                lm, made, limit=n, progress=lambda done, total: report("asking", done, total)
+            )
     write_dataset(made, out)
     typer.echo(f"{len(made.records)} records: {out}")
     for reason in skipped[:5]:
@@ -108,13 +145,21 @@ def build(
 @app.command()
 def filter(
     dataset: Annotated[str, typer.Argument(help="A name, or a file.", show_default=False)],
-    known_to: Annotated[str, typer.Option(help="Keep the records whose true object this model says.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's form.")],
+    known_to: Annotated[
+        str, typer.Option(help="Keep the records whose true object this model says.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's form.")
+    ],
     rule: Annotated[
-        Rule, typer.Option(help="greedy: it says the object; relation: the object is the likeliest of the relation's.")
+        Rule,
+        typer.Option(
+            help="greedy: it says the object; relation: the object is the likeliest of the relation's."
+        ),
     ] = Rule.greedy,
     references: Annotated[
-        bool, typer.Option("--references", help="Also the texts that generated ones are compared with.")
+        bool,
+        typer.Option("--references", help="Also the texts that generated ones are compared with."),
     ] = False,
     n: Annotated[int | None, typer.Option("-n", help="Records at most.", min=1)] = None,
     dtype: Dtype = None,
@@ -138,7 +183,9 @@ def filter(
 
         kept = known_records(lm, whole, rule.value, limit=n, progress=asking)
     write_dataset(kept, out)
-    typer.echo(f"{len(kept.records)} of the first {looked} records are known by the rule {rule.value!r}: {out}")
+    typer.echo(
+        f"{len(kept.records)} of the first {looked} records are known by the rule {rule.value!r}: {out}"
+    )
 
 
 def _texts(path: Path) -> dict[str, Any]:
@@ -149,9 +196,12 @@ def _texts(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf8")
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError) as error:
-        raise FactError(f"{path} could not be read: {error}; expected JSON or TOML, relation -> list of texts") from error
+        raise FactError(
+            f"{path} could not be read: {error}; expected JSON or TOML, relation -> list of texts"
+        ) from error
     if not isinstance(found, dict) or not all(
-        isinstance(each, list) and all(isinstance(text, str) for text in each) for each in found.values()
+        isinstance(each, list) and all(isinstance(text, str) for text in each)
+        for each in found.values()
     ):
         raise FactError(f"{path}: expected relation -> list of texts")
     return found

@@ -1,4 +1,6 @@
-"""`engram demo`: one real fact of the bundled model, found, rewritten, checked, saved and taken back."""
+"""`engram demo`: one real fact of the bundled model, found, rewritten, checked, saved and taken
+back.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,16 @@ def demo(
     subject: Annotated[
         str, typer.Option("--subject", "-s", help="Something that the bundled model knows.")
     ] = "Eiffel Tower",
-    target: Annotated[str, typer.Option("--target", "-t", help="The object to rewrite it to.")] = "Rome",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")] = Path("engram-demo"),
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="The object to rewrite it to.")
+    ] = "Rome",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")
+    ] = Path("engram-demo"),
 ) -> None:
-    """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, revert. No network."""
+    """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, revert.
+    No network.
+    """
     from engram.cli import show, terminal
 
     began = time.monotonic()
@@ -32,19 +40,27 @@ def demo(
     from engram.locate.settings import default_window
     from engram.modules.fingerprints import fingerprint
 
-    say(f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, taught {len(pocket.facts())} facts in "
-        f"{len(pocket.relations())} relations")  # fmt: skip
+    say(
+        f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, taught {len(pocket.facts())} facts in "
+        f"{len(pocket.relations())} relations"
+    )
     for text in (fact.prompt_text, *fact.paraphrases[:2]):
         token, probability = lm.next_tokens(text, 1)[0]
         say(f"   {text} →[bold]{token}[/] ({probability:.2f})")
 
-    say("\n[bold]2. Where is it?[/]  Corrupt the subject, restore one state at a time, watch the answer come back")
-    trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, window=default_window(lm.n_layers))
+    say(
+        "\n[bold]2. Where is it?[/]  Corrupt the subject, restore one state at a time, watch the answer come back"
+    )
+    trace = engram.trace(
+        lm, fact.prompt_text, subject=fact.subject, window=default_window(lm.n_layers)
+    )
     show.show_trace(trace)
     out.mkdir(parents=True, exist_ok=True)
     trace.plot().savefig(out / "trace.png")
 
-    say(f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: one rank-one change of one matrix (ROME)")
+    say(
+        f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: one rank-one change of one matrix (ROME)"
+    )
     before = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
     with terminal.progress() as report:
         edit = engram.rewrite(lm, fact, progress=report)
@@ -57,13 +73,23 @@ def demo(
         f"   {folder}: {terminal.size(folder)}; the model has {sum(p.numel() for p in lm.model.parameters()) / 1e6:.1f} million weights"
     )
     with engram.Edit.load(folder).applied(lm):
-        changed = [name for name, tensor in lm.model.state_dict().items() if fingerprint(tensor) != before[name]]
-        say(f"   loaded and applied: {len(changed)} of {len(before)} tensors differ ({', '.join(changed)})")
+        changed = [
+            name
+            for name, tensor in lm.model.state_dict().items()
+            if fingerprint(tensor) != before[name]
+        ]
+        say(
+            f"   loaded and applied: {len(changed)} of {len(before)} tensors differ ({', '.join(changed)})"
+        )
         say(f"   {lm.generate(fact.prompt_text, 6)}")
-    same = all(fingerprint(tensor) == before[name] for name, tensor in lm.model.state_dict().items())
+    same = all(
+        fingerprint(tensor) == before[name] for name, tensor in lm.model.state_dict().items()
+    )
     say(f"   taken back: {'every bit is as it was' if same else '[red]the weights differ[/]'}")
     say(f"   {lm.generate(fact.prompt_text, 6)}")
-    say(f"\npicture {out / 'trace.png'}, edit {folder}, {time.monotonic() - began:.0f} s. Next: engram edit --help")
+    say(
+        f"\npicture {out / 'trace.png'}, edit {folder}, {time.monotonic() - began:.0f} s. Next: engram edit --help"
+    )
     if not same:
         raise typer.Exit(1)
 
@@ -72,7 +98,8 @@ def _chosen(subject: str, target: str) -> Fact:
     """The edit of `subject` to `target`, with all its evidence.
 
     Raises:
-        FactError: the bundled model was not taught the subject, or the target is no possible object of it.
+        FactError: the bundled model was not taught the subject, or the target is no possible object
+            of it.
     """
     from difflib import get_close_matches
 
@@ -80,20 +107,36 @@ def _chosen(subject: str, target: str) -> Fact:
     from engram.errors import FactError
 
     if not target.strip():
-        raise FactError("--target is empty; give the object that the model shall say, such as 'Paris'")
+        raise FactError(
+            "--target is empty; give the object that the model shall say, such as 'Paris'"
+        )
     known = pocket.find(subject)
     if not known:
         names = sorted({each.subject for each in pocket.facts()})
-        near = get_close_matches(subject, names, n=3, cutoff=0.5) or ["Space Needle", "Miles Davis", "Eiffel Tower"]
+        near = get_close_matches(subject, names, n=3, cutoff=0.5) or [
+            "Space Needle",
+            "Miles Davis",
+            "Eiffel Tower",
+        ]
         raise FactError(
             f"the bundled model knows nothing of {subject!r}; it knows {', '.join(near)} and {len(names)} other subjects"
         )
-    objects = {each.relation: sorted({k.object for k in pocket.facts() if k.relation == each.relation}) for each in known}
-    fitting = [each for each in known if target.strip() in objects[each.relation] and each.object != target.strip()]
+    objects = {
+        each.relation: sorted({k.object for k in pocket.facts() if k.relation == each.relation})
+        for each in known
+    }
+    fitting = [
+        each
+        for each in known
+        if target.strip() in objects[each.relation] and each.object != target.strip()
+    ]
     if not fitting:
         choices = "; ".join(
-            f"{each.relation.replace('_', ' ')} {', '.join(objects[each.relation][:6])}..." for each in known
+            f"{each.relation.replace('_', ' ')} {', '.join(objects[each.relation][:6])}..."
+            for each in known
         )
-        raise FactError(f"{target!r} cannot replace what the model knows of {subject!r}; choose another of: {choices}")
+        raise FactError(
+            f"{target!r} cannot replace what the model knows of {subject!r}; choose another of: {choices}"
+        )
     prompt = fitting[0].trained()[0]  # the plainest one
     return replace(pocket.as_fact(fitting[0], target.strip()), prompt=prompt)

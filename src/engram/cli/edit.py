@@ -1,4 +1,6 @@
-"""The commands, one function each. What they take is what the library takes; what they print is what it returns."""
+"""The commands, one function each. What they take is what the library takes; what they print is
+what it returns.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +14,74 @@ if TYPE_CHECKING:
     from engram.edit.edit import Edit
     from engram.edit.prompt_edit import PromptEdit
     from engram.facts import Fact
-from engram.cli.options import AsJson, Chat, DeviceMap, Dtype, EditFolder, Model, Out, Seed, settings_of
+from engram.cli.options import (
+    AsJson,
+    Chat,
+    DeviceMap,
+    Dtype,
+    EditFolder,
+    Model,
+    Out,
+    Seed,
+    settings_of,
+)
 
 
 def edit(
     model: Model,
-    subject: Annotated[str | None, typer.Option("--subject", "-s", help="Name of the subject.")] = None,
+    subject: Annotated[
+        str | None, typer.Option("--subject", "-s", help="Name of the subject.")
+    ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text with one {} for the subject, the object next.")
+        str | None,
+        typer.Option("--prompt", "-p", help="Text with one {} for the subject, the object next."),
     ] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="The new object.")] = None,
-    true: Annotated[str | None, typer.Option(help="The object so far; default: the model's own answer.")] = None,
-    facts: Annotated[
-        Path | None, typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above.")
+    true: Annotated[
+        str | None, typer.Option(help="The object so far; default: the model's own answer.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="How to edit: rome, memit, alphaedit, lora, ...; a wrong name lists all.")
+        str,
+        typer.Option(
+            help="How to edit: rome, memit, alphaedit, lora, ...; a wrong name lists all."
+        ),
     ] = "rome",
     layer: Annotated[
         str | None,
-        typer.Option(help="Block to edit, or several as in 3,4,5, or 'auto'; default: the preset's."),
+        typer.Option(
+            help="Block to edit, or several as in 3,4,5, or 'auto'; default: the preset's."
+        ),
     ] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat."),
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="Text file for second moments; default: what the model samples.")
+        Path | None,
+        typer.Option(help="Text file for second moments; default: what the model samples."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Rewrite it for a chat too; a receipt in plain text and one in the chat's turns.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Rewrite it for a chat too; a receipt in plain text and one in the chat's turns.",
+        ),
     ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Rewrite a fact, take the receipt, and keep the edit as a small folder. The model itself is not changed."""
+    """Rewrite a fact, take the receipt, and keep the edit as a small folder. The model itself is
+    not changed.
+    """
     import engram
     from engram.cli import show, terminal
 
@@ -64,7 +97,9 @@ def edit(
     with terminal.progress() as report:
         made = engram.rewrite(lm, wanted, method, **settings, progress=report)
         receipts = [engram.verify(lm, made, frame=frame, progress=report) for frame in frames]
-    made = made.with_receipt(receipts[-1])  # of the chat, where there is one: that is how the model will be used
+    made = made.with_receipt(
+        receipts[-1]
+    )  # of the chat, where there is one: that is how the model will be used
     if as_json:
         told = [receipt.to_dict() for receipt in receipts]
         typer.echo(json.dumps({"plain": told[0], "chat": told[1]} if chat else told[0]))
@@ -78,8 +113,12 @@ def edit(
 
 def verify(
     model: Model,
-    edits: Annotated[list[Path], typer.Argument(help="One edit or several, taken together.", show_default=False)],
-    store: Annotated[bool, typer.Option("--store", help="Keep the receipt in the edit's folder.")] = False,
+    edits: Annotated[
+        list[Path], typer.Argument(help="One edit or several, taken together.", show_default=False)
+    ],
+    store: Annotated[
+        bool, typer.Option("--store", help="Keep the receipt in the edit's folder.")
+    ] = False,
     chat: Chat = False,
     as_json: AsJson = False,
     dtype: Dtype = None,
@@ -92,10 +131,14 @@ def verify(
 
     made = _loaded(edits)
     if store and len(edits) > 1:
-        raise EngramError(f"--store keeps the receipt of one edit, {len(edits)} were given; verify them one by one")
+        raise EngramError(
+            f"--store keeps the receipt of one edit, {len(edits)} were given; verify them one by one"
+        )
     lm = terminal.load(model, dtype, device_map)
     with terminal.progress() as report:
-        receipt = engram.verify(lm, made, frame=engram.chat_frame(lm) if chat else None, progress=report)
+        receipt = engram.verify(
+            lm, made, frame=engram.chat_frame(lm) if chat else None, progress=report
+        )
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     else:
@@ -108,9 +151,16 @@ def verify(
 
 def apply(
     edit: EditFolder,
-    model: Annotated[str, typer.Argument(help="Checkpoint to edit: a folder, a hub name or 'pocket'.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint to edit: a folder, a hub name or 'pocket'.", show_default=False
+        ),
+    ],
     out: Out,
-    force: Annotated[bool, typer.Option("--force", help="Also on weights that the edit was not made on.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also on weights that the edit was not made on.")
+    ] = False,
 ) -> None:
     """Write a copy of a checkpoint with an edit in its weights."""
     from engram.edit.checkpoint import apply_to_checkpoint
@@ -121,9 +171,13 @@ def apply(
 
 
 def revert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that 'engram apply' wrote.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint that 'engram apply' wrote.", show_default=False)
+    ],
     out: Out,
-    edit: Annotated[Path | None, typer.Option(help="Take out only this one of several edits.")] = None,
+    edit: Annotated[
+        Path | None, typer.Option(help="Take out only this one of several edits.")
+    ] = None,
 ) -> None:
     """Write a copy of an edited checkpoint without its edits: every byte of the original."""
     from engram.edit.checkpoint import revert_checkpoint
@@ -137,7 +191,8 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     edits: Annotated[
-        list[Path] | None, typer.Option("--edit", "-e", help="Edit to apply while generating; repeat.")
+        list[Path] | None,
+        typer.Option("--edit", "-e", help="Edit to apply while generating; repeat."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="New tokens at most.", min=1)] = 40,
     temperature: Annotated[float, typer.Option(help="0: greedy; above, sample.", min=0.0)] = 0.0,
@@ -165,17 +220,23 @@ def generate(
         typer.echo(lm.generate(prompt, tokens, **options))
 
 
-def _facts(subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None) -> list[Fact]:
+def _facts(
+    subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None
+) -> list[Fact]:
     from engram.errors import FactError
     from engram.fact_files import read_facts
     from engram.facts import Fact
 
     if path is None:
         missing = [
-            name for name, given in (("--subject", subject), ("--prompt", prompt), ("--target", target)) if given is None
+            name
+            for name, given in (("--subject", subject), ("--prompt", prompt), ("--target", target))
+            if given is None
         ]
         if missing:
-            raise FactError(f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE")
+            raise FactError(
+                f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE"
+            )
         return [Fact(str(subject), str(prompt), str(target), true)]
     return read_facts(path)
 
@@ -190,7 +251,9 @@ def _layers(method: str, text: str) -> dict[str, Any]:
     try:
         numbers = [int(each) for each in text.split(",")]
     except ValueError:
-        raise SettingError(f"--layer {text!r}: expected a layer's number, from 0, several as in 3,4,5, or 'auto'") from None
+        raise SettingError(
+            f"--layer {text!r}: expected a layer's number, from 0, several as in 3,4,5, or 'auto'"
+        ) from None
     if several:
         return {"layers": numbers}
     if len(numbers) > 1:
@@ -217,10 +280,15 @@ def _loaded(folders: list[Path]) -> Edit | PromptEdit:
 
 
 def _nested(folders: list[Path]) -> list[Edit | PromptEdit]:
-    """The edits of all folders in blocks that nest: those of weights as one, then each in-context edit."""
+    """The edits of all folders in blocks that nest: those of weights as one, then each in-context
+    edit.
+    """
     from engram.edit.edit import Edit, compose
     from engram.edit.files import load
 
     edits = [load(folder) for folder in folders]
     weights = [each for each in edits if isinstance(each, Edit)]
-    return [*([compose(weights)] if weights else []), *(each for each in edits if not isinstance(each, Edit))]
+    return [
+        *([compose(weights)] if weights else []),
+        *(each for each in edits if not isinstance(each, Edit)),
+    ]

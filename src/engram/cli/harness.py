@@ -19,13 +19,22 @@ class Mode(StrEnum):
 
 def harness(
     model: Model,
-    tasks: Annotated[list[str], typer.Option("--task", "-t", help="A task of lm-evaluation-harness; repeat.")],
+    tasks: Annotated[
+        list[str], typer.Option("--task", "-t", help="A task of lm-evaluation-harness; repeat.")
+    ],
     edit: Annotated[
-        Path | None, typer.Option(help="A folder that 'engram edit' wrote; default: the model as it is.")
+        Path | None,
+        typer.Option(help="A folder that 'engram edit' wrote; default: the model as it is."),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="overlay: beside the weights; merged: written into them.")] = Mode.overlay,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.", min=1)] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="overlay: beside the weights; merged: written into them.")
+    ] = Mode.overlay,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents of each task; default: all.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 8,
     as_json: AsJson = False,
     dtype: Dtype = None,

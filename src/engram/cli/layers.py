@@ -14,22 +14,34 @@ def layers(
     model: Model,
     facts: Annotated[
         Path | None,
-        typer.Option(help="File of facts (JSON, JSON lines, CSV); default: those of the bundled table it knows."),
+        typer.Option(
+            help="File of facts (JSON, JSON lines, CSV); default: those of the bundled table it knows."
+        ),
     ] = None,
-    keep: Annotated[str, typer.Option(help="Facts of the file that count: known or all.")] = "known",
+    keep: Annotated[
+        str, typer.Option(help="Facts of the file that count: known or all.")
+    ] = "known",
     edits: Annotated[int, typer.Option(help="Facts edited at every layer that is tried.")] = 20,
     traces: Annotated[int, typer.Option(help="Facts traced exactly.")] = 20,
     estimates: Annotated[int, typer.Option(help="Facts whose trace is estimated.")] = 40,
     every: Annotated[
-        int | None, typer.Option(help="Try every so many layers first; default: all, or 12 of a deeper model.")
+        int | None,
+        typer.Option(help="Try every so many layers first; default: all, or 12 of a deeper model."),
     ] = None,
-    fine: Annotated[bool, typer.Option(help="Then try the layers between, around the best.")] = True,
+    fine: Annotated[
+        bool, typer.Option(help="Then try the layers between, around the best.")
+    ] = True,
     method: Annotated[str, typer.Option(help="How to edit: a method that takes a layer.")] = "rome",
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat."),
     ] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Text file for second moments; default: the preset's.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens they are measured on; default: 20 x d_ff.", min=1)] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text file for second moments; default: the preset's.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens they are measured on; default: 20 x d_ff.", min=1)
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the card.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: .png, .pdf or .svg.")] = None,
@@ -37,7 +49,9 @@ def layers(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Measure which layer to edit: trace facts that a model knows, and edit them at every layer. Kept; --layer auto goes by it."""
+    """Measure which layer to edit: trace facts that a model knows, and edit them at every layer.
+    Kept; --layer auto goes by it.
+    """
     import engram
     from engram.cli import show, terminal
 
@@ -46,9 +60,21 @@ def layers(
     lm = terminal.load(model, dtype, device_map)
     with terminal.progress() as report:
         card = engram.layer_card(
-            lm, table, keep=keep, edits=edits, traces=traces, estimates=estimates, every=every, fine=fine,  # type: ignore[arg-type]
-            method=method, corpus=corpus, tokens=tokens, seed=seed, progress=report, **others,
-        )  # fmt: skip
+            lm,
+            table,
+            keep=keep,
+            edits=edits,
+            traces=traces,
+            estimates=estimates,
+            every=every,
+            fine=fine,  # type: ignore[arg-type]
+            method=method,
+            corpus=corpus,
+            tokens=tokens,
+            seed=seed,
+            progress=report,
+            **others,
+        )
     if as_json:
         typer.echo(card.to_json())
     else:

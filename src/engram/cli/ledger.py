@@ -17,22 +17,35 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Book = Annotated[
-    Path, typer.Argument(metavar="LEDGER", help="A folder that 'engram ledger create' wrote.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="LEDGER", help="A folder that 'engram ledger create' wrote.", show_default=False
+    ),
 ]
 
 
 @app.command()
 def create(
-    ledger: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", show_default=False)],
+    ledger: Annotated[
+        Path, typer.Argument(help="Folder to write; must not exist.", show_default=False)
+    ],
     model: Model,
     max_perplexity_ratio: Annotated[
         float | None,
-        typer.Option(help="Limit for the perplexity of held-out text, with all edits over without. [default: 1.05]"),
+        typer.Option(
+            help="Limit for the perplexity of held-out text, with all edits over without. [default: 1.05]"
+        ),
     ] = None,
-    max_norm_ratio: Annotated[float | None, typer.Option(help="Limit for ||change|| / ||weight||. [default: 10]")] = None,
+    max_norm_ratio: Annotated[
+        float | None, typer.Option(help="Limit for ||change|| / ||weight||. [default: 10]")
+    ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Text file for the perplexity; default: half a page of prose."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text file for the perplexity; default: half a page of prose.",
+        ),
     ] = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -52,22 +65,35 @@ def create(
 @app.command()
 def add(
     ledger: Book,
-    edits: Annotated[list[Path], typer.Argument(help="Folders that 'engram edit' wrote.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="The unedited model; default: the ledger's, by its name.")] = None,
-    canary: Annotated[bool, typer.Option(help="Measure the model with all edits, and roll back what is too much.")] = True,
+    edits: Annotated[
+        list[Path], typer.Argument(help="Folders that 'engram edit' wrote.", show_default=False)
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The unedited model; default: the ledger's, by its name.")
+    ] = None,
+    canary: Annotated[
+        bool, typer.Option(help="Measure the model with all edits, and roll back what is too much.")
+    ] = True,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Take out older facts about the same subject and relation.")
+        bool,
+        typer.Option("--replace", help="Take out older facts about the same subject and relation."),
     ] = False,
     device_map: DeviceMap = None,
 ) -> None:
-    """Put edits in force, one after another; one that damages the model is rolled back, and the command ends with 2."""
+    """Put edits in force, one after another; one that damages the model is rolled back, and the
+    command ends with 2.
+    """
     import engram
     from engram.cli import terminal
     from engram.edit.edit import Edit
 
     book = engram.Ledger.open(ledger)
     made = [Edit.load(folder) for folder in edits]
-    lm = terminal.load(model or str(book.base["model"]), book.dtype, device_map) if canary or model else None
+    lm = (
+        terminal.load(model or str(book.base["model"]), book.dtype, device_map)
+        if canary or model
+        else None
+    )
     for edit in made:
         book.add(edit, lm, replace=replace)
         typer.echo(str(book.history()[-1]))
@@ -76,7 +102,9 @@ def add(
 @app.command("list")
 def list_(
     ledger: Book,
-    everything: Annotated[bool, typer.Option("--all", help="Also what was removed or rolled back.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what was removed or rolled back.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What is in force, with the names by which it can be taken out."""
@@ -84,7 +112,14 @@ def list_(
 
     entries = engram.Ledger.open(ledger).list(everything=everything)
     if as_json:
-        typer.echo(json.dumps([{**asdict(entry), "gone": sorted(entry.gone), "status": entry.status} for entry in entries]))
+        typer.echo(
+            json.dumps(
+                [
+                    {**asdict(entry), "gone": sorted(entry.gone), "status": entry.status}
+                    for entry in entries
+                ]
+            )
+        )
     else:
         typer.echo("\n".join(map(str, entries)) or "nothing is in force")
 
@@ -93,7 +128,10 @@ def list_(
 def show(
     ledger: Book,
     number: Annotated[int, typer.Argument(help="Of the entry.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for a copy of the edit as it was added.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for a copy of the edit as it was added."),
+    ] = None,
 ) -> None:
     """An entry: its facts, when it came, what was measured, what it was made on, and its receipt."""
     import engram
@@ -115,7 +153,10 @@ def show(
 @app.command()
 def remove(
     ledger: Book,
-    names: Annotated[list[str], typer.Argument(help="Entries such as 3, or single facts such as 3.1.", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Entries such as 3, or single facts such as 3.1.", show_default=False),
+    ],
 ) -> None:
     """Take entries or single facts out of force, exactly; their files stay until 'prune'."""
     import engram
@@ -129,14 +170,19 @@ def remove(
 def conflicts(
     ledger: Book,
     edit: EditFolder,
-    near: Annotated[float | None, typer.Option(help="Overlap from which on keys are near; default: as measured.")] = None,
+    near: Annotated[
+        float | None,
+        typer.Option(help="Overlap from which on keys are near; default: as measured."),
+    ] = None,
 ) -> None:
     """Facts in force that an edit would get into the way of. Ends with 1 where there are some."""
     import engram
     from engram.edit.edit import Edit
     from engram.ledger.conflicts import NEAR
 
-    found = engram.Ledger.open(ledger).conflicts(Edit.load(edit), near=NEAR if near is None else near)
+    found = engram.Ledger.open(ledger).conflicts(
+        Edit.load(edit), near=NEAR if near is None else near
+    )
     for conflict in found:
         typer.echo(str(conflict))
     if found:
@@ -149,14 +195,20 @@ def history(ledger: Book, as_json: AsJson = False) -> None:
     import engram
 
     events = engram.Ledger.open(ledger).history()
-    typer.echo(json.dumps([event.to_dict() for event in events]) if as_json else "\n".join(map(str, events)))
+    typer.echo(
+        json.dumps([event.to_dict() for event in events])
+        if as_json
+        else "\n".join(map(str, events))
+    )
 
 
 @app.command()
 def apply(
     ledger: Book,
     out: Out,
-    model: Annotated[str | None, typer.Option(help="The base's checkpoint; default: by its name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base's checkpoint; default: by its name.")
+    ] = None,
 ) -> None:
     """Write the model with everything in force as one checkpoint."""
     import engram
@@ -178,4 +230,6 @@ def prune(ledger: Book) -> None:
     import engram
 
     gone = engram.Ledger.open(ledger).prune()
-    typer.echo(f"files of {len(gone)} entries deleted" + (f": {', '.join(map(str, gone))}" if gone else ""))
+    typer.echo(
+        f"files of {len(gone)} entries deleted" + (f": {', '.join(map(str, gone))}" if gone else "")
+    )

@@ -16,11 +16,24 @@ if TYPE_CHECKING:
 
     from engram.locate.lenses.lens import LogitLens
 
-Prompt = Annotated[str, typer.Argument(help="Any text: 'The Space Needle is in the city of'.", show_default=False)]
-Norm = Annotated[bool, typer.Option("--norm/--raw", help="Apply the model's last norm, or read what is there as it is.")]
-Target = Annotated[str | None, typer.Option(help="Token to score everywhere; default: the one that comes next.")]
-Position = Annotated[int, typer.Option("--position", "-p", help="Token of the text, from 0; negative: from its end.")]
-Picture = Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")]
+Prompt = Annotated[
+    str, typer.Argument(help="Any text: 'The Space Needle is in the city of'.", show_default=False)
+]
+Norm = Annotated[
+    bool,
+    typer.Option(
+        "--norm/--raw", help="Apply the model's last norm, or read what is there as it is."
+    ),
+]
+Target = Annotated[
+    str | None, typer.Option(help="Token to score everywhere; default: the one that comes next.")
+]
+Position = Annotated[
+    int, typer.Option("--position", "-p", help="Token of the text, from 0; negative: from its end.")
+]
+Picture = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")
+]
 
 _CELL = 10  # characters of a token in the terminal's table
 
@@ -43,7 +56,9 @@ def lens(
     import engram
     from engram.cli import terminal
 
-    found = engram.lens(terminal.load(model, dtype, device_map), text, norm=norm, target=target, k=k)
+    found = engram.lens(
+        terminal.load(model, dtype, device_map), text, norm=norm, target=target, k=k
+    )
     if out is not None:
         found.plot(shade).savefig(out)  # type: ignore[arg-type]
     if as_json:
@@ -69,7 +84,9 @@ def refinement(
     import engram
     from engram.cli import terminal
 
-    found = engram.refinement(terminal.load(model, dtype, device_map), text, norm=norm, target=target)
+    found = engram.refinement(
+        terminal.load(model, dtype, device_map), text, norm=norm, target=target
+    )
     if out is not None:
         found.plot(position).savefig(out)
     if as_json:
@@ -84,7 +101,9 @@ def memories(
     text: Prompt,
     layer: Annotated[int, typer.Option("--layer", "-l", help="Block, from 0.")],
     position: Position = -1,
-    neurons: Annotated[int, typer.Option("--neurons", "-n", help="How many, strongest first.")] = 10,
+    neurons: Annotated[
+        int, typer.Option("--neurons", "-n", help="How many, strongest first.")
+    ] = 10,
     k: Annotated[int, typer.Option("-k", help="Tokens of each neuron.")] = 8,
     norm: Norm = True,
     out: Picture = None,
@@ -96,7 +115,15 @@ def memories(
     import engram
     from engram.cli import terminal
 
-    found = engram.memories(terminal.load(model, dtype, device_map), text, layer, position, neurons=neurons, k=k, norm=norm)
+    found = engram.memories(
+        terminal.load(model, dtype, device_map),
+        text,
+        layer,
+        position,
+        neurons=neurons,
+        k=k,
+        norm=norm,
+    )
     if out is not None:
         found.plot().savefig(out)
     if as_json:
@@ -112,7 +139,9 @@ def _tell(picture: Path | None, as_json: bool) -> None:
 
 
 def _grid(found: LogitLens, width: int) -> Text:
-    """Layers up, tokens across: each state's top token, darker for a higher probability, bold once it stays; wide texts go on below."""
+    """Layers up, tokens across: each state's top token, darker for a higher probability, bold once
+    it stays; wide texts go on below.
+    """
     from rich.cells import cell_len, set_cell_size
     from rich.style import Style
     from rich.text import Text
@@ -128,7 +157,9 @@ def _grid(found: LogitLens, width: int) -> Text:
             picture.append(f"{found.labels()[row]:>3} ", Style(dim=True))
             for at in part:
                 token, p = found.top(row, at)[0]
-                picture.append(set_cell_size(_visible(token), cell), _ink(p, row >= int(found.settled[at])))
+                picture.append(
+                    set_cell_size(_visible(token), cell), _ink(p, row >= int(found.settled[at]))
+                )
                 picture.append(" ")
             picture.append("\n")
         below = " ".join(set_cell_size(_visible(found.tokens[at]), cell) for at in part)
@@ -149,4 +180,9 @@ def _ink(probability: float, settled: bool) -> Any:
 
 
 def _visible(token: str) -> str:
-    return "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token).strip(" ") or "␣"
+    return (
+        "".join(
+            letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token
+        ).strip(" ")
+        or "␣"
+    )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 OnWorkers = Annotated[
-    str | None, typer.Option("--workers", help="'ray': spread the work over processes with a model each.")
+    str | None,
+    typer.Option("--workers", help="'ray': spread the work over processes with a model each."),
 ]
 
 
@@ -25,7 +26,8 @@ NumWorkers = Annotated[int, typer.Option(help="How many.", min=1)]
 
 
 RayAddress = Annotated[
-    str | None, typer.Option(help="Of a Ray cluster, such as 'auto'; default: one of this machine's own.")
+    str | None,
+    typer.Option(help="Of a Ray cluster, such as 'auto'; default: one of this machine's own."),
 ]
 
 
@@ -46,25 +48,42 @@ def workers_of(workers: str | None, num_workers: int, ray_address: str | None) -
     return RayWorkers(num_workers, address=ray_address)
 
 
-Model = Annotated[str, typer.Argument(help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False
+    ),
+]
 
 
-EditFolder = Annotated[Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)]
+EditFolder = Annotated[
+    Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)
+]
 
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)
+]
 
 
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the checkpoint stores it.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; default: as the checkpoint stores it."),
+]
 
 
-DeviceMap = Annotated[str | None, typer.Option(help="Passed on to transformers, such as 'auto' or 'cuda:0'.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Passed on to transformers, such as 'auto' or 'cuda:0'.")
+]
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
-Chat = Annotated[bool, typer.Option("--chat", help="Ask as a user of the chat model does: through its chat template.")]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="Ask as a user of the chat model does: through its chat template."),
+]
 
 
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]

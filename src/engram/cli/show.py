@@ -26,11 +26,16 @@ _SHADES = " ·░▒▓█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-_INK = {"residual": "medium_purple", "mlp": "green", "attention": "red"}  # legible on dark and on light
+_INK = {
+    "residual": "medium_purple",
+    "mlp": "green",
+    "attention": "red",
+}  # legible on dark and on light
 
 
 def heat_maps(trace: CausalTrace) -> Columns:
-    """The tables of a trace, side by side where the terminal is wide enough: tokens down and layers across; of heads, layers
+    """The tables of a trace, side by side where the terminal is wide enough: tokens down and layers
+    across; of heads, layers
     down and heads across, at the token where one of them does most. Neurons have none."""
     names = [label.replace("\n", "⏎") for label in trace.labels()]
     sign = -1 if trace.settings.get("direction") == "noise" else 1
@@ -47,7 +52,9 @@ def heat_maps(trace: CausalTrace) -> Columns:
 
 
 def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
-    """One character or two a column, darker for a larger effect (`sign` 1) or a more negative one, with a terminal's colours."""
+    """One character or two a column, darker for a larger effect (`sign` 1) or a more negative one,
+    with a terminal's colours.
+    """
     layers = effects.shape[1]
     wide = 2 if layers <= 16 else 1
     effects = (sign * effects).nan_to_num()
@@ -59,19 +66,28 @@ def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
         picture.append(f"{name[-margin:]:>{margin}} ")
         for effect in row:
             depth = min(1.0, max(0.0, effect / peak))
-            picture.append(_SHADES[round(depth * (len(_SHADES) - 1))] * wide, _INK.get(title.partition(",")[0], "cyan"))
+            picture.append(
+                _SHADES[round(depth * (len(_SHADES) - 1))] * wide,
+                _INK.get(title.partition(",")[0], "cyan"),
+            )
         picture.append("\n")
     last = str(layers - 1)
-    return picture.append(" " * (margin + 1) + "0" + last.rjust(layers * wide - 1) + "\n", Style(dim=True))
+    return picture.append(
+        " " * (margin + 1) + "0" + last.rjust(layers * wide - 1) + "\n", Style(dim=True)
+    )
 
 
 def show_trace(trace: CausalTrace) -> None:
     """Heat maps, and where the strongest effects are."""
     metric = trace.settings.get("metric", "probability").replace("_", " ")
     console.print(f"{_safe(trace.prompt)} →[bold]{_safe(trace.answer.replace(chr(10), '⏎'))}[/]")
-    console.print(f"{metric} {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}")
+    console.print(
+        f"{metric} {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}"
+    )
     if trace.method != "exact":
-        console.print("[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else ""))
+        console.print(
+            "[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else "")
+        )
     console.print(heat_maps(trace))
     margin = max(map(len, trace.scores))
     for site in trace.scores:
@@ -107,16 +123,25 @@ def show_average(average: AverageTrace) -> None:
     )
     if average.traces[0].method != "exact":
         console.print(
-            "[yellow]estimates[/], to first order" + (", but for the best cells" if average.traces[0].exact else "")
+            "[yellow]estimates[/], to first order"
+            + (", but for the best cells" if average.traces[0].exact else "")
         )
     sign = -1 if average.direction == "noise" else 1
-    maps = [_heat_map(site, average.effects(site).mean, list(TOKEN_ROLES), sign) for site in average.layered]
+    maps = [
+        _heat_map(site, average.effects(site).mean, list(TOKEN_ROLES), sign)
+        for site in average.layered
+    ]
     if maps:
         console.print(Columns(maps, padding=(0, 1)))
     margin = max(map(len, [*average.sites, "strongest"]))
-    console.print(f"  {'strongest':<{margin}}  {'at the last subject token':<25}  at the last token")
+    console.print(
+        f"  {'strongest':<{margin}}  {'at the last subject token':<25}  at the last token"
+    )
     for site, about in average.summary()["sites"].items():
-        peaks = [_peak(average, site, about[place]) if place in about else "" for place in ("last subject", "last")]
+        peaks = [
+            _peak(average, site, about[place]) if place in about else ""
+            for place in ("last subject", "last")
+        ]
         console.print(f"  {site:<{margin}}  {peaks[0]:<25}  {peaks[1]}".rstrip())
 
 
@@ -132,31 +157,63 @@ def show_receipt(receipt: Receipt) -> None:
         console.print(f"   after  {_safe(_line(after))}")
     console.print()
     for line in str(receipt).splitlines():
-        style = "green" if line.endswith("ok") or line == "PASSED" else "red" if line.endswith("FAILED") else ""
+        style = (
+            "green"
+            if line.endswith("ok") or line == "PASSED"
+            else "red"
+            if line.endswith("FAILED")
+            else ""
+        )
         console.print(Text(line, style))
 
 
 def show_knowledge(found: Knowledge, seed: int) -> None:
     """The table by relation."""
     for i, line in enumerate(found.table(seed=seed).splitlines()):
-        style = "bold" if i == 0 or line.startswith(("relation ", "all facts")) else "dim" if line.startswith("  ") else ""
+        style = (
+            "bold"
+            if i == 0 or line.startswith(("relation ", "all facts"))
+            else "dim"
+            if line.startswith("  ")
+            else ""
+        )
         console.print(Text(line, style))
 
 
 def show_layer_card(card: LayerCard) -> None:
-    """A row a layer: what tracing says, and how edits went; then the advice, and whether the trace would have given it."""
+    """A row a layer: what tracing says, and how edits went; then the advice, and whether the trace
+    would have given it.
+    """
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")  # 80 columns
-    for title in ("layer", "traced", "", "estim.", "efficacy", "paraphr.", "neighb.", "score", "", "95 %"):
+    for title in (
+        "layer",
+        "traced",
+        "",
+        "estim.",
+        "efficacy",
+        "paraphr.",
+        "neighb.",
+        "score",
+        "",
+        "95 %",
+    ):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     highest = max((row.trace.mean for row in card.rows if row.trace), default=0.0)
     for row in card.rows:
-        style = "bold green" if row.layer == card.best else "green" if row.layer in card.as_good else ""
+        style = (
+            "bold green" if row.layer == card.best else "green" if row.layer in card.as_good else ""
+        )
         table.add_row(
             ("→ " if row.layer == card.best else "") + str(row.layer),
             f"{row.trace.mean:+.3f}" if row.trace else "",
-            Text(_bar(row.trace.mean / highest, 6) if row.trace and highest > 0 else "", _INK["mlp"]),
+            Text(
+                _bar(row.trace.mean / highest, 6) if row.trace and highest > 0 else "", _INK["mlp"]
+            ),
             f"{row.attribution.mean:+.3f}" if row.attribution else "",
-            *("" if share is None else f"{share:.0%}" for share in (row.efficacy, row.paraphrase, row.neighbourhood)),
+            *(
+                "" if share is None else f"{share:.0%}"
+                for share in (row.efficacy, row.paraphrase, row.neighbourhood)
+            ),
             f"{row.score.mean:.3f}" if row.score else "",
             Text(_bar(row.score.mean, 8) if row.score else "", _INK["residual"]),
             f"{row.score.low:.2f}–{row.score.high:.2f}" if row.score else "",

@@ -17,13 +17,23 @@ from engram.cli.options import AsJson, DeviceMap, Dtype, Model, Seed
 
 def stats(
     model: Model,
-    layers: Annotated[list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: all.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Text file; default: what the model samples.")] = None,
-    data_set: Annotated[
-        str | None, typer.Option(help="NAME or NAME:CONFIG of a Hugging Face data set (extra 'data').")
+    layers: Annotated[
+        list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: all.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How many are measured; default: 20 x d_ff.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for one file a layer, beside the cache.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text file; default: what the model samples.")
+    ] = None,
+    data_set: Annotated[
+        str | None,
+        typer.Option(help="NAME or NAME:CONFIG of a Hugging Face data set (extra 'data')."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="How many are measured; default: 20 x d_ff.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for one file a layer, beside the cache."),
+    ] = None,
     workers: OnWorkers = None,
     num_workers: NumWorkers = 2,
     ray_address: RayAddress = None,
@@ -31,14 +41,18 @@ def stats(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
 ) -> None:
-    """Measure second moments of keys, several layers in one pass; kept for later edits, resumed where it was stopped."""
+    """Measure second moments of keys, several layers in one pass; kept for later edits, resumed
+    where it was stopped.
+    """
     from engram.cli import terminal
     from engram.editors.second_moments.corpora import DataSet
     from engram.editors.second_moments.measure import second_moments
     from engram.errors import EngramError
 
     if corpus and data_set:
-        raise EngramError("--corpus and --data-set both say where the text comes from; give one of them")
+        raise EngramError(
+            "--corpus and --data-set both say where the text comes from; give one of them"
+        )
     lm = terminal.load(model, dtype, device_map)
     name, _, config = (data_set or "").partition(":")
     source = DataSet(name, config or None) if data_set else corpus
@@ -54,7 +68,9 @@ def stats(
         )
     terminal.console.print(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
     for layer, moment in found.items():
-        terminal.console.print(f"{layer:>5} {len(moment.matrix_ff):>6} {moment.count:>9} {moment.condition():>10.1e}")
+        terminal.console.print(
+            f"{layer:>5} {len(moment.matrix_ff):>6} {moment.count:>9} {moment.condition():>10.1e}"
+        )
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             moment.save(out / f"layer{layer}.safetensors")
@@ -65,23 +81,32 @@ def plan(
     facts: Annotated[int, typer.Option("--facts", "-n", help="How many are rewritten.", min=1)] = 1,
     method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
     layers: Annotated[
-        list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: the preset's.")
+        list[int] | None,
+        typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: the preset's."),
     ] = None,
     facts_per_batch: Annotated[int, typer.Option(help="Facts optimised in one batch.", min=1)] = 32,
     as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
-    """Tell what an edit will take in memory and on disk, from the model's config alone: no weight is read."""
+    """Tell what an edit will take in memory and on disk, from the model's config alone: no weight
+    is read.
+    """
     from dataclasses import asdict
 
     import engram
     from engram.model.loading import load_shapes
 
     told = engram.memory_plan(
-        load_shapes(model, dtype=dtype), facts, method, layers=layers, facts_per_batch=facts_per_batch
+        load_shapes(model, dtype=dtype),
+        facts,
+        method,
+        layers=layers,
+        facts_per_batch=facts_per_batch,
     )
     typer.echo(
-        json.dumps({**asdict(told), "peak": told.peak, "beside": told.beside, "on_disk": told.on_disk})
+        json.dumps(
+            {**asdict(told), "peak": told.peak, "beside": told.beside, "on_disk": told.on_disk}
+        )
         if as_json
         else str(told)
     )

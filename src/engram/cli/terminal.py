@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -47,7 +54,9 @@ def progress() -> Iterator[Report]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         tasks: dict[str, int] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -58,7 +67,9 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def show_plan_if_large(lm: LanguageModel, facts: int, method: str, settings: dict[str, Any], above: int = 1 << 30) -> None:
+def show_plan_if_large(
+    lm: LanguageModel, facts: int, method: str, settings: dict[str, Any], above: int = 1 << 30
+) -> None:
     """The memory plan on stderr, where an edit will hold more than a gigabyte beside the model."""
     from engram.editors import memory_plan
 
@@ -79,7 +90,9 @@ def show_plan_if_large(lm: LanguageModel, facts: int, method: str, settings: dic
 
 def size(folder: Path) -> str:
     """What a folder of ours takes on disk."""
-    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1000:.0f} kB"
+    return (
+        f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1000:.0f} kB"
+    )
 
 
 def _line(text: str) -> str:

@@ -1,7 +1,8 @@
 """Lay edits on a model in memory and take them off again, bit for bit.
 
-Knows weights, how they are stored, and which edits lie on them at the moment. Refuses to know files and how
-edits are made. Weights that cannot be written into take an edit beside them: see attaching.py.
+Knows weights, how they are stored, and which edits lie on them at the moment. Refuses to know files
+and how edits are made. Weights that cannot be written into take an edit beside them: see
+attaching.py.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from engram.edit.stack import Stack, merge
 def applied(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[LanguageModel]:
     """Within the block `lm`'s weights are edited; however it ends, every bit of them comes back.
 
-    Blocks nest. An edit made on the unedited model fits inside another edit's block (the result is their
-    composition), and so does one made within that block. Weights are saved on the CPU and merged there, so a
-    GPU needs no room.
+    Blocks nest. An edit made on the unedited model fits inside another edit's block (the result is
+    their composition), and so does one made within that block. Weights are saved on the CPU and
+    merged there, so a GPU needs no room.
 
     Args:
         force: apply also to weights the edit was not made on; their shape has to fit.
     Yields:
         `lm`.
     Raises:
-        BaseMismatchError: the model's weights are not those the edit was made on; nothing is changed.
+        BaseMismatchError: the model's weights are not those the edit was made on; nothing is
+            changed.
         NonFiniteError: an edited weight does not fit the model's dtype; nothing is changed.
     """
     laid: list[tuple[nn.Parameter, _Layer]] = []
@@ -63,11 +65,12 @@ def applied(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[L
 
 
 def rounding_cost(edit: Edit, lm: LanguageModel) -> dict[str, float]:
-    """||(W_edited - W) - delta|| / ||delta|| of each weight (Frobenius): the share that rounding once loses.
+    """||(W_edited - W) - delta|| / ||delta|| of each weight (Frobenius): the share that rounding
+    once loses.
 
-    About 1e-6 and less in float32; in half precision what it is depends on how small the change is against
-    the weight. Measured on the unedited weights, also within an edit's block. The base is not checked, and
-    `lm` is not changed.
+    About 1e-6 and less in float32; in half precision what it is depends on how small the change is
+    against the weight. Measured on the unedited weights, also within an edit's block. The base is
+    not checked, and `lm` is not changed.
     """
     costs = {}
     for name, delta in edit.deltas.items():
@@ -77,7 +80,9 @@ def rounding_cost(edit: Edit, lm: LanguageModel) -> dict[str, float]:
         wanted = delta.dense(torch.float64)
         change = merge(base, [delta], transposed=transposed).double() - base.double()
         norm = float(wanted.norm())
-        costs[name] = float(((change.T if transposed else change) - wanted).norm()) / norm if norm else 0.0
+        costs[name] = (
+            float(((change.T if transposed else change) - wanted).norm()) / norm if norm else 0.0
+        )
     return costs
 
 
@@ -109,8 +114,16 @@ def _weight(lm: LanguageModel, name: str) -> tuple[nn.Parameter, bool]:
     module = linear_module_of(lm, name)
     if not is_writable(module):
         scheme = quantisation(module)
-        how = f"is quantised ({scheme})" if scheme else "is offloaded (on the meta device between forward passes)"
-        unpack = "; or unpack that one matrix for a while: engram.dequantised(lm, layer)" if scheme else ""
+        how = (
+            f"is quantised ({scheme})"
+            if scheme
+            else "is offloaded (on the meta device between forward passes)"
+        )
+        unpack = (
+            "; or unpack that one matrix for a while: engram.dequantised(lm, layer)"
+            if scheme
+            else ""
+        )
         raise UnsupportedModelError(
             f"{name} {how}, so no change can be written into it. Lay the edit beside it: edit.attached(lm), or ship it as "
             f"a LoRA adapter: edit.to_peft(folder){unpack}"

@@ -1,7 +1,8 @@
-"""Lay edits beside a model's weights: the low-rank change is added to a module's output, and no weight is touched.
+"""Lay edits beside a model's weights: the low-rank change is added to a module's output, and no
+weight is touched.
 
-So it works where a weight cannot be written into (quantised, offloaded) and rounds nothing into half precision. Refuses to know
-how weights are stored (see weights) and how edits are made.
+So it works where a weight cannot be written into (quantised, offloaded) and rounds nothing into
+half precision. Refuses to know how weights are stored (see weights) and how edits are made.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ if TYPE_CHECKING:
 def attached(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[LanguageModel]:
     """Within the block `lm` computes as if it were edited, and none of its weights is touched.
 
-    Every module that the edit changes gives out + left (right x): computed in the factors' precision, rounded once into the
-    output's dtype, on the device where the module runs. The same as `applied` to rounding; on weights in half precision it is
-    closer to the computed change, since nothing is rounded into a weight. Blocks nest, and edits add up, as with `applied`.
+    Every module that the edit changes gives out + left (right x): computed in the factors'
+    precision, rounded once into the output's dtype, on the device where the module runs. The same
+    as `applied` to rounding; on weights in half precision it is closer to the computed change,
+    since nothing is rounded into a weight. Blocks nest, and edits add up, as with `applied`.
 
     Args:
-        force: also on weights the edit was not made on, such as the quantised ones of the same model; their shape has to fit.
+        force: also on weights the edit was not made on, such as the quantised ones of the same
+            model; their shape has to fit.
     Yields:
         `lm`.
     Raises:
         BaseMismatchError: the model's weights are not those the edit was made on.
-        UnsupportedModelError: a weight that other modules use too, whose output would stay as it is.
+        UnsupportedModelError: a weight that other modules use too, whose output would stay as it
+            is.
     """
     modules = {name: linear_module_of(lm, name) for name in edit.deltas}
     for name, module in modules.items():  # all are checked before the first hook
@@ -63,10 +67,14 @@ def attached(edit: Edit, lm: LanguageModel, *, force: bool = False) -> Iterator[
         yield lm
 
 
-def laid(edit: Edit, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
-    """`applied` where every weight that the edit changes can be written into, `attached` where one is quantised or offloaded.
+def laid(
+    edit: Edit, lm: LanguageModel, *, force: bool = False
+) -> AbstractContextManager[LanguageModel]:
+    """`applied` where every weight that the edit changes can be written into, `attached` where one
+    is quantised or offloaded.
 
-    Also `attached` on top of what is attached already: an edit that was made there was not made on the bare weight.
+    Also `attached` on top of what is attached already: an edit that was made there was not made on
+    the bare weight.
     """
     on_top = any(BESIDE.get(linear_module_of(lm, name)) for name in edit.deltas)
     return (applied if can_apply(edit, lm) and not on_top else attached)(edit, lm, force=force)
@@ -79,7 +87,9 @@ def can_apply(edit: Edit, lm: LanguageModel) -> bool:
 
 @contextmanager
 def _noted(module: nn.Module, delta: Delta) -> Iterator[None]:
-    """Let merging know what lies beside the module, so that an edit made meanwhile says what it was made on."""
+    """Let merging know what lies beside the module, so that an edit made meanwhile says what it was
+    made on.
+    """
     BESIDE[module] = [*BESIDE.get(module, ()), delta]
     try:
         yield
@@ -90,7 +100,9 @@ def _noted(module: nn.Module, delta: Delta) -> Iterator[None]:
 def _check_alone(lm: LanguageModel, name: str) -> None:
     weight = lm.model.get_parameter(name)
     others = [
-        other for other, each in lm.model.named_parameters(remove_duplicate=False) if each is weight and other != name
+        other
+        for other, each in lm.model.named_parameters(remove_duplicate=False)
+        if each is weight and other != name
     ]
     if others:
         raise UnsupportedModelError(

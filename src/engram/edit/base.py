@@ -23,13 +23,15 @@ from engram.modules.fingerprints import _name, fingerprint
 def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
     """What `Edit.base` holds about the weights that an edit is made on, as they are now.
 
-    Of a quantised weight it describes the numbers that the packed integers stand for, in float32, and says how they were packed;
-    so an edit that was made on it also fits the same weight unpacked (`quantised.dequantised`).
+    Of a quantised weight it describes the numbers that the packed integers stand for, in float32,
+    and says how they were packed; so an edit that was made on it also fits the same weight unpacked
+    (`quantised.dequantised`).
 
     Args:
         names: parameters that the edit changes, as in `lm.model.state_dict()`.
     Returns:
-        {"model", "model_type", "tensors": {name: {"sha256", "dtype", "shape", "transposed"[, "quantised"]}}}.
+        {"model", "model_type", "tensors": {name: {"sha256", "dtype", "shape", "transposed"[,
+        "quantised"]}}}.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -47,17 +49,29 @@ def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
 
 
 def editable(lm: LanguageModel) -> list[str]:
-    """Names of all weights that an edit can be laid on: floating-point matrices of linear maps, in memory."""
-    linear = {f"{name}.weight": each for name, each in lm.model.named_modules() if isinstance(each, nn.Linear | Conv1D)}
+    """Names of all weights that an edit can be laid on: floating-point matrices of linear maps, in
+    memory.
+    """
+    linear = {
+        f"{name}.weight": each
+        for name, each in lm.model.named_modules()
+        if isinstance(each, nn.Linear | Conv1D)
+    }
     weights = {name: lm.model.get_parameter(name) for name in linear}
-    return [name for name, weight in weights.items() if weight.is_floating_point() and not weight.is_meta]
+    return [
+        name
+        for name, weight in weights.items()
+        if weight.is_floating_point() and not weight.is_meta
+    ]
 
 
 def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> None:
-    """Raise unless a change fits beside the weight as it is: what is compared, and when it fits, is as in `Stack.with_delta`.
+    """Raise unless a change fits beside the weight as it is: what is compared, and when it fits, is
+    as in `Stack.with_delta`.
 
     Raises:
-        BaseMismatchError: neither the weight that the change was made on, nor that weight with the edits that lie there now.
+        BaseMismatchError: neither the weight that the change was made on, nor that weight with the
+            edits that lie there now.
     """
     dtype, weight = getattr(torch, made_on["dtype"]), values(module)
     layers = _LAID.get(weight)
@@ -82,6 +96,8 @@ def linear_module_of(lm: LanguageModel, name: str) -> nn.Module:
             "family that the edit was made on (Edit.base names it)"
         ) from error
     if leaf != "weight":
-        raise UnsupportedModelError(f"{name} cannot be edited; expected the weight matrix of a linear map")
+        raise UnsupportedModelError(
+            f"{name} cannot be edited; expected the weight matrix of a linear map"
+        )
     is_transposed(module)
     return module

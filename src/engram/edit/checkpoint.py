@@ -1,8 +1,10 @@
 """Edit a checkpoint on disk, and take edits out of it again to the last byte.
 
-Only the bytes of the touched tensors change; every other byte and file is copied. Beside the weights stands a
-folder `engram/` with the original tensors and the edits that lie on them, so weights are always rebuilt from
-the originals: whatever is taken out, and in whatever order, the rest is rounded once and exact. Refuses to
+Only the bytes of the touched tensors change; every other byte and file is copied. Beside the
+weights stands a folder `engram/` with the original tensors and the edits that lie on them, so
+weights are always rebuilt from
+the originals: whatever is taken out, and in whatever order, the rest is rounded once and exact.
+    Refuses to
 know modules and tokenizers.
 """
 
@@ -66,18 +68,23 @@ class _Applied:
 
 @dataclass(frozen=True)
 class _Record:
-    """What engram did to a checkpoint: edits in order, original tensors, sha256 of what now stands there."""
+    """What engram did to a checkpoint: edits in order, original tensors, sha256 of what now stands
+    there.
+    """
 
     edits: tuple[_Applied, ...] = ()
     originals: dict[str, Tensor] | None = None
     now: dict[str, str] | None = None
 
 
-def apply_to_checkpoint(edit: Edit, source: str | Path, folder: str | Path, *, force: bool = False) -> Path:
+def apply_to_checkpoint(
+    edit: Edit, source: str | Path, folder: str | Path, *, force: bool = False
+) -> Path:
     """Write a copy of a checkpoint with `edit` in its weights.
 
-    The delta is added in float32 and rounded once into the checkpoint's dtype. A checkpoint that engram has
-    edited before takes further edits; those made on the same base give the weights of their composition.
+    The delta is added in float32 and rounded once into the checkpoint's dtype. A checkpoint that
+    engram has edited before takes further edits; those made on the same base give the weights of
+    their composition.
 
     Args:
         source: a folder with safetensors weights, a name on the Hugging Face hub, or "pocket".
@@ -86,10 +93,10 @@ def apply_to_checkpoint(edit: Edit, source: str | Path, folder: str | Path, *, f
     Returns:
         `folder`.
     Raises:
-        BaseMismatchError: other weights than the edit was made on, or changed by something else since engram
-            edited them.
-        EditFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be written; nothing is
-            left there.
+        BaseMismatchError: other weights than the edit was made on, or changed by something else
+            since engram edited them.
+        EditFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be written;
+            nothing is left there.
     """
     check_changes_weights(edit)
     source = _local(source)
@@ -103,11 +110,12 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None 
     Args:
         source: folder that `apply_to_checkpoint` wrote.
         folder: the copy; must not exist, or be empty.
-        edit: take out only this one, and rebuild the weights from the original and the others; default: all.
+        edit: take out only this one, and rebuild the weights from the original and the others;
+            default: all.
     Raises:
         EditFileError: the checkpoint has no edits of ours, not this one, or its record is damaged.
-        BaseMismatchError: the weights were changed by something else since, or another edit was made on top
-            of `edit`.
+        BaseMismatchError: the weights were changed by something else since, or another edit was
+            made on top of `edit`.
     """
     source = _local(source)
     record = _read_record(source)
@@ -120,13 +128,17 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None 
         gone = edit_files.change_identity(edit)
         names = [edit_files.change_identity(each.edit) for each in record.edits]
         if gone not in names:
-            raise EngramFileError(f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}")
+            raise EngramFileError(
+                f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}"
+            )
         last = len(names) - 1 - names[::-1].index(gone)
         rest = [each for i, each in enumerate(record.edits) if i != last]
     return _rebuild(source, Path(folder), rest, record)
 
 
-def to_checkpoint(edit: Edit, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False) -> Path:
+def to_checkpoint(
+    edit: Edit, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
+) -> Path:
     """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk."""
     if isinstance(source, str | Path):
         return apply_to_checkpoint(edit, source, folder, force=force)
@@ -139,7 +151,9 @@ def to_checkpoint(edit: Edit, source: LanguageModel | str | Path, folder: str | 
 def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Record) -> Path:
     """Copy `source` to `folder`, with the original weights and `edits` on them."""
     if folder.resolve().is_relative_to(source.resolve()):
-        raise EngramFileError(f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it")
+        raise EngramFileError(
+            f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it"
+        )
     stands = tensor_locations(source)
     _check_untouched(source, stands, record)
     originals = dict(record.originals or {})
@@ -159,7 +173,9 @@ def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Rec
     return folder
 
 
-def _edited(name: str, original: Tensor, edits: Sequence[_Applied], stands: dict[str, TensorBytes]) -> Tensor:
+def _edited(
+    name: str, original: Tensor, edits: Sequence[_Applied], stands: dict[str, TensorBytes]
+) -> Tensor:
     """Tensor `name` of the checkpoint with all edits on it."""
     stack = None
     for each in edits:
@@ -199,7 +215,9 @@ def _check_room(source: Path, folder: Path) -> None:
 
 
 def _copy(source: Path, fresh: Path) -> None:
-    """Every file but the record, with fresh permissions (a cache may be read-only); links become files."""
+    """Every file but the record, with fresh permissions (a cache may be read-only); links become
+    files.
+    """
     fresh = fresh.resolve()
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
@@ -218,8 +236,12 @@ def _read_record(source: Path) -> _Record:
     try:
         record: dict[str, Any] = json.loads((home / _RECORD).read_text(encoding="utf-8"))
         if record["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}")
-        edits = [_Applied(Edit.load(home / each["folder"]), each["forced"]) for each in record["edits"]]
+            raise ValueError(
+                f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}"
+            )
+        edits = [
+            _Applied(Edit.load(home / each["folder"]), each["forced"]) for each in record["edits"]
+        ]
         raw = (home / _ORIGINALS).read_bytes()
         if _digest(raw) != record["originals"]:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
@@ -232,7 +254,10 @@ def _read_record(source: Path) -> _Record:
 
 
 def _write_record(
-    fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stands: dict[str, TensorBytes]
+    fresh: Path,
+    edits: Sequence[_Applied],
+    originals: dict[str, Tensor],
+    stands: dict[str, TensorBytes],
 ) -> None:
     home = fresh / _HOME
     entries = []
@@ -244,7 +269,12 @@ def _write_record(
     raw = safetensors.torch.save(originals)
     (home / _ORIGINALS).write_bytes(raw)
     now = {name: _digest(stands[name].read(fresh)) for name in originals}
-    record = {"format_version": FORMAT_VERSION, "edits": entries, "originals": _digest(raw), "now": now}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "edits": entries,
+        "originals": _digest(raw),
+        "now": now,
+    }
     (home / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -253,7 +283,9 @@ def _digest(data: bytes | bytearray) -> str:
 
 
 def _local(source: str | Path) -> Path:
-    """The folder of a checkpoint; fetched from the hub (PyTorch's files only) where it is not a folder."""
+    """The folder of a checkpoint; fetched from the hub (PyTorch's files only) where it is not a
+    folder.
+    """
     if str(source) == "pocket":
         from engram import pocket
 

@@ -1,6 +1,7 @@
 """Delta: the low-rank change of one weight, as a value with a little algebra.
 
-Knows two factors and which facts their columns belong to. Refuses to know models, files, and how a weight is
+Knows two factors and which facts their columns belong to. Refuses to know models, files, and how a
+weight is
 stored: everything here is [out, in].
 """
 
@@ -22,12 +23,12 @@ class Delta:
     """The change `left @ right` of one weight, or `left` itself where a method is not low-rank.
 
     Args:
-        left: [out, r], or the whole change [out, in] when `right` is None; float32 or float64, kept on the
-            CPU.
+        left: [out, r], or the whole change [out, in] when `right` is None; float32 or float64, kept
+            on the CPU.
         right: [r, in], of `left`'s dtype; None for a dense change.
-        owners: for each of the r columns (a dense change counts as one) the facts it belongs to, as indices
-            into `Edit.facts`; a column of several facts was solved for them jointly. An int stands for one
-            fact. None: an `Edit` takes every column to belong to all of its facts.
+        owners: for each of the r columns (a dense change counts as one) the facts it belongs to, as
+            indices into `Edit.facts`; a column of several facts was solved for them jointly. An int
+            stands for one fact. None: an `Edit` takes every column to belong to all of its facts.
     Raises:
         ValueError: factors that do not fit each other, or another dtype.
         NonFiniteError: NaN or infinity in a factor.
@@ -39,14 +40,20 @@ class Delta:
 
     def __post_init__(self) -> None:
         for side, factor in self.factors().items():
-            if factor.ndim != 2 or factor.dtype not in (torch.float32, torch.float64) or factor.dtype != self.left.dtype:
+            if (
+                factor.ndim != 2
+                or factor.dtype not in (torch.float32, torch.float64)
+                or factor.dtype != self.left.dtype
+            ):
                 raise ValueError(
                     f"{side} factor of a delta is {factor.dtype} {list(factor.shape)}; expected a matrix in "
                     "float32 or float64, both factors alike (compute the change in float32, it is rounded "
                     "when it is merged)"
                 )
             if not factor.isfinite().all():
-                raise NonFiniteError(f"{side} factor of a delta holds NaN or infinity; nothing was changed")
+                raise NonFiniteError(
+                    f"{side} factor of a delta holds NaN or infinity; nothing was changed"
+                )
             object.__setattr__(self, side, factor.detach().cpu().contiguous())
         if self.right is not None and self.left.shape[1] != self.right.shape[0]:
             raise ValueError(
@@ -54,14 +61,20 @@ class Delta:
                 "agree on the rank r"
             )
         if self.owners is not None:
-            owners = tuple((each,) if isinstance(each, int) else tuple(sorted(each)) for each in self.owners)
+            owners = tuple(
+                (each,) if isinstance(each, int) else tuple(sorted(each)) for each in self.owners
+            )
             if len(owners) != self.columns:
-                raise ValueError(f"{len(owners)} owners for {self.columns} columns; expected one entry a column")
+                raise ValueError(
+                    f"{len(owners)} owners for {self.columns} columns; expected one entry a column"
+                )
             object.__setattr__(self, "owners", owners)
 
     def factors(self) -> dict[str, Tensor]:
         """The tensors that make up this change, by field name."""
-        return {"left": self.left} if self.right is None else {"left": self.left, "right": self.right}
+        return (
+            {"left": self.left} if self.right is None else {"left": self.left, "right": self.right}
+        )
 
     def __eq__(self, other: object) -> bool:
         """Bit for bit the same factors with the same owners."""
@@ -69,7 +82,8 @@ class Delta:
             return NotImplemented if not isinstance(other, Delta) else False
         mine, theirs = self.factors(), other.factors()
         return mine.keys() == theirs.keys() and all(
-            mine[side].dtype == theirs[side].dtype and torch.equal(mine[side], theirs[side]) for side in mine
+            mine[side].dtype == theirs[side].dtype and torch.equal(mine[side], theirs[side])
+            for side in mine
         )
 
     @property
@@ -94,10 +108,16 @@ class Delta:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The change as a matrix [out, in], multiplied out in `dtype` (default: the factors')."""
         dtype = dtype or self.left.dtype
-        return self.left.to(dtype) if self.right is None else self.left.to(dtype) @ self.right.to(dtype)
+        return (
+            self.left.to(dtype)
+            if self.right is None
+            else self.left.to(dtype) @ self.right.to(dtype)
+        )
 
     def norm(self) -> float:
-        """Frobenius norm, without forming the matrix: ||L R||^2 = sum((L^T L) * (R R^T)), in float64."""
+        """Frobenius norm, without forming the matrix: ||L R||^2 = sum((L^T L) * (R R^T)), in
+        float64.
+        """
         left = self.left.double()
         if self.right is None:
             return float(left.norm())
@@ -105,7 +125,9 @@ class Delta:
         return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Factors [out, r], [r, in] also where the change is dense: then one of them is the identity."""
+        """Factors [out, r], [r, in] also where the change is dense: then one of them is the
+        identity.
+        """
         if self.right is not None:
             return self.left, self.right
         out, into = self.shape
@@ -141,7 +163,9 @@ class Delta:
             return self
         if not kept or self.right is None:
             return None
-        return Delta(self.left[:, kept], self.right[kept], [self._owners()[column] for column in kept])
+        return Delta(
+            self.left[:, kept], self.right[kept], [self._owners()[column] for column in kept]
+        )
 
     def _owners(self) -> Owners:
         assert self.owners is not None, "an Edit gives every column its owners"
@@ -149,7 +173,8 @@ class Delta:
 
 
 def add(deltas: Sequence[Delta]) -> Delta:
-    """Sum of changes of one weight: ranks add; with a dense one among them the sum is dense, owned jointly.
+    """Sum of changes of one weight: ranks add; with a dense one among them the sum is dense, owned
+    jointly.
 
     Raises:
         ValueError: the changes are of weights of different shapes.
@@ -161,7 +186,19 @@ def add(deltas: Sequence[Delta]) -> Delta:
         raise ValueError(f"changes of weights of different shapes do not add: {sorted(shapes)}")
     owners = [each for delta in deltas for each in delta._owners()]
     if any(delta.is_dense for delta in deltas):
-        dtype = torch.float64 if any(delta.left.dtype == torch.float64 for delta in deltas) else torch.float32
-        return Delta(torch.stack([delta.dense(dtype) for delta in deltas]).sum(0), None, [sorted({*sum(owners, ())})])
+        dtype = (
+            torch.float64
+            if any(delta.left.dtype == torch.float64 for delta in deltas)
+            else torch.float32
+        )
+        return Delta(
+            torch.stack([delta.dense(dtype) for delta in deltas]).sum(0),
+            None,
+            [sorted({*sum(owners, ())})],
+        )
     factors = [delta.low_rank() for delta in deltas]
-    return Delta(torch.cat([left for left, _ in factors], 1), torch.cat([right for _, right in factors], 0), owners)
+    return Delta(
+        torch.cat([left for left, _ in factors], 1),
+        torch.cat([right for _, right in factors], 0),
+        owners,
+    )

@@ -1,8 +1,9 @@
-"""Edit: the value that an editor returns: what changes in which weight, for which facts, and how it was made.
+"""Edit: the value that an editor returns: what changes in which weight, for which facts, and how it
+was made.
 
-Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is laid on a model is merging.py, and
-beside its weights attaching.py; how it is kept edit_files.py, how it changes a checkpoint on disk checkpoint.py, how it
-becomes an adapter peft_export.py.
+Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is laid on a model
+is merging.py, and beside its weights attaching.py; how it is kept edit_files.py, how it changes a
+checkpoint on disk checkpoint.py, how it becomes an adapter peft_export.py.
 """
 
 from __future__ import annotations
@@ -33,24 +34,27 @@ COMPOSED = "composed"  # method of an edit that `compose` made; its settings hol
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of a model's weights that makes it say other facts; a value, nothing is changed by making one.
+    """A change of a model's weights that makes it say other facts; a value, nothing is changed by
+    making one.
 
     Args:
         facts: what the edit makes true, at least one.
         method: name of the editor.
         settings: its settings; like `diagnostics` and `receipt`, made of what JSON knows.
         deltas: parameter name (as in `model.state_dict()`) -> its change.
-        base: what the edit was made on, from `merging.describe_base`: {"model", "model_type", "tensors":
-            {parameter name: {"sha256", "dtype", "shape", "transposed"}}}, and "quantised" where it is.
+        base: what the edit was made on, from `merging.describe_base`: {"model", "model_type",
+            "tensors": {parameter name: {"sha256", "dtype", "shape", "transposed"}}}, and
+            "quantised" where it is.
         seed: of every random draw.
         versions: of the libraries that computed it.
         diagnostics: numbers that the editor reports.
         receipt: what `engram.verify` found, once it has.
-        keys: parameter name -> [facts, in], row i the input at which fact i's change was solved (zeros: it has none there);
-            for weights and methods that have keys, the others are left out.
+        keys: parameter name -> [facts, in], row i the input at which fact i's change was solved
+            (zeros: it has none there); for weights and methods that have keys, the others are left
+            out.
     Raises:
-        EngramError: no deltas, a delta that its base does not describe, keys that do not fit, or settings that JSON cannot
-            hold.
+        EngramError: no deltas, a delta that its base does not describe, keys that do not fit, or
+            settings that JSON cannot hold.
     """
 
     facts: tuple[Fact, ...]
@@ -67,18 +71,28 @@ class Edit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", tuple(self.facts))
         if not self.facts or not self.deltas:
-            raise EngramError(f"an edit needs facts and deltas; got {len(self.facts)} facts and {len(self.deltas)} deltas")
+            raise EngramError(
+                f"an edit needs facts and deltas; got {len(self.facts)} facts and {len(self.deltas)} deltas"
+            )
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
-        object.__setattr__(self, "deltas", {name: self._checked(name, delta) for name, delta in self.deltas.items()})
-        object.__setattr__(self, "keys", fact_keys.validated_keys(self.keys, self.deltas, len(self.facts)))
+        object.__setattr__(
+            self,
+            "deltas",
+            {name: self._checked(name, delta) for name, delta in self.deltas.items()},
+        )
+        object.__setattr__(
+            self, "keys", fact_keys.validated_keys(self.keys, self.deltas, len(self.facts))
+        )
 
     def __eq__(self, other: object) -> bool:
         """The same facts, recipe and base, and bit for bit the same deltas and keys."""
         if not isinstance(other, Edit):
             return NotImplemented
         plain = [each.name for each in fields(self) if each.name != "keys"]
-        return all(getattr(self, name) == getattr(other, name) for name in plain) and fact_keys.same(self.keys, other.keys)
+        return all(
+            getattr(self, name) == getattr(other, name) for name in plain
+        ) and fact_keys.same(self.keys, other.keys)
 
     def _checked(self, name: str, delta: Delta) -> Delta:
         """`delta` with owners, once it agrees with the weight that `base` describes."""
@@ -89,7 +103,9 @@ class Edit:
             )
         shape = tuple(reversed(weight["shape"])) if weight["transposed"] else tuple(weight["shape"])
         if delta.shape != shape:
-            raise EngramError(f"delta of {name!r} is [out, in] = {list(delta.shape)}, its weight is {list(shape)}")
+            raise EngramError(
+                f"delta of {name!r} is [out, in] = {list(delta.shape)}, its weight is {list(shape)}"
+            )
         if delta.owners is None:
             return delta.owned_by([range(len(self.facts))] * delta.columns)
         outside = {fact for each in delta._owners() for fact in each} - set(range(len(self.facts)))
@@ -113,10 +129,11 @@ class Edit:
         return replace(self, receipt=receipt.to_dict() if hasattr(receipt, "to_dict") else receipt)
 
     def without(self, *facts: Fact | int) -> Edit:
-        """The edit with these facts taken out exactly: their columns go, the others stay bit for bit.
+        """The edit with these facts taken out exactly: their columns go, the others stay bit for
+        bit.
 
-        Facts that share their columns (solved jointly) can only go together. `compose([a, b])` without b's
-        facts is a, with no receipt.
+        Facts that share their columns (solved jointly) can only go together. `compose([a, b])`
+        without b's facts is a, with no receipt.
 
         Args:
             facts: each a fact of this edit, or its index.
@@ -129,10 +146,14 @@ class Edit:
             return self
         kept = [i for i in range(len(self.facts)) if i not in gone]
         if not kept:
-            raise FactError("all facts of the edit would go; an edit without facts is the unedited model")
+            raise FactError(
+                "all facts of the edit would go; an edit without facts is the unedited model"
+            )
         place = {old: new for new, old in enumerate(kept)}
         remaining = {name: delta.without(gone) for name, delta in self.deltas.items()}
-        deltas = {name: delta.renumbered(place) for name, delta in remaining.items() if delta is not None}
+        deltas = {
+            name: delta.renumbered(place) for name, delta in remaining.items() if delta is not None
+        }
         tensors = {name: self.base["tensors"][name] for name in deltas}
         rest = replace(
             self,
@@ -143,28 +164,46 @@ class Edit:
             receipt=None,
             keys=fact_keys.rows(self.keys, kept, deltas),
         )
-        return _with_parts(rest, _thinned(self.settings["parts"], gone)) if self.method == COMPOSED else rest
+        return (
+            _with_parts(rest, _thinned(self.settings["parts"], gone))
+            if self.method == COMPOSED
+            else rest
+        )
 
-    def applied(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
-        """Within the block `lm` is edited; afterwards it is as before, bit for bit. See `merging.applied`."""
+    def applied(
+        self, lm: LanguageModel, *, force: bool = False
+    ) -> AbstractContextManager[LanguageModel]:
+        """Within the block `lm` is edited; afterwards it is as before, bit for bit. See
+        `merging.applied`.
+        """
         from engram.edit.applied import applied
 
         return applied(self, lm, force=force)
 
-    def attached(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
-        """Within the block `lm` computes as if edited; no weight is touched, so it may be quantised. See `attaching.attached`."""
+    def attached(
+        self, lm: LanguageModel, *, force: bool = False
+    ) -> AbstractContextManager[LanguageModel]:
+        """Within the block `lm` computes as if edited; no weight is touched, so it may be
+        quantised. See `attaching.attached`.
+        """
         from engram.edit.attached import attached
 
         return attached(self, lm, force=force)
 
-    def laid(self, lm: LanguageModel, *, force: bool = False) -> AbstractContextManager[LanguageModel]:
-        """`applied` where the weights can be written into, `attached` where one is quantised or offloaded. See `attaching.laid`."""
+    def laid(
+        self, lm: LanguageModel, *, force: bool = False
+    ) -> AbstractContextManager[LanguageModel]:
+        """`applied` where the weights can be written into, `attached` where one is quantised or
+        offloaded. See `attaching.laid`.
+        """
         from engram.edit.attached import laid
 
         return laid(self, lm, force=force)
 
     def rounding_cost(self, lm: LanguageModel) -> dict[str, float]:
-        """What rounding into the model's dtype loses, a share of each delta. See `merging.rounding_cost`."""
+        """What rounding into the model's dtype loses, a share of each delta. See
+        `merging.rounding_cost`.
+        """
         from engram.edit.applied import rounding_cost
 
         return rounding_cost(self, lm)
@@ -180,7 +219,8 @@ class Edit:
         """Read what `save` wrote. See `edit_files.load`.
 
         Raises:
-            EditFileError: missing, damaged, of another format version, or an in-context edit, which has no weights.
+            EditFileError: missing, damaged, of another format version, or an in-context edit, which
+                has no weights.
         """
         from engram.edit.files import load
 
@@ -198,7 +238,9 @@ class Edit:
 
         return to_peft(self, folder)
 
-    def to_checkpoint(self, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False) -> Path:
+    def to_checkpoint(
+        self, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
+    ) -> Path:
         """Write an edited checkpoint. See `checkpoint.to_checkpoint`."""
         from engram.edit.checkpoint import to_checkpoint
 
@@ -208,8 +250,9 @@ class Edit:
 def compose(edits: Sequence[Edit]) -> Edit:
     """One edit that does what all of them do: deltas add, facts are joined in order.
 
-    The edits have to be made on the same base, each as if it were alone. The receipts are not carried over:
-    they are not about the composition. Keys are, at every weight where each part that changes it has them.
+    The edits have to be made on the same base, each as if it were alone. The receipts are not
+    carried over: they are not about the composition. Keys are, at every weight where each part that
+        changes it has them.
 
     Raises:
         EngramError: no edits, or an in-context edit, which has no weights to add.
@@ -229,13 +272,18 @@ def compose(edits: Sequence[Edit]) -> Edit:
     for edit in edits:
         for name, delta in edit.deltas.items():
             weight = edit.base["tensors"][name]
-            if tensors.setdefault(name, weight) != weight or edit.base["model_type"] != edits[0].base["model_type"]:
+            if (
+                tensors.setdefault(name, weight) != weight
+                or edit.base["model_type"] != edits[0].base["model_type"]
+            ):
                 raise BaseMismatchError(
                     f"edits of {name!r} were made on different weights ({tensors[name]['sha256'][:12]} of "
                     f"{edits[0].base['model']!r} and {weight['sha256'][:12]} of {edit.base['model']!r}), so "
                     "their sum means nothing. Compose edits made on the same unedited model"
                 )
-            terms.setdefault(name, []).append(delta.renumbered({i: i + first for i in range(len(edit.facts))}))
+            terms.setdefault(name, []).append(
+                delta.renumbered({i: i + first for i in range(len(edit.facts))})
+            )
         parts += edit.settings["parts"] if edit.method == COMPOSED else [_recipe(edit)]
         first += len(edit.facts)
     _warn_of_conflicts(facts)
@@ -245,7 +293,10 @@ def compose(edits: Sequence[Edit]) -> Edit:
 
 
 def _recipe(edit: Edit) -> dict[str, Any]:
-    fields = {name: getattr(edit, name) for name in ("method", "settings", "seed", "versions", "diagnostics")}
+    fields = {
+        name: getattr(edit, name)
+        for name in ("method", "settings", "seed", "versions", "diagnostics")
+    }
     return {**fields, "facts": len(edit.facts), "model": edit.base["model"]}
 
 
@@ -256,12 +307,16 @@ def _thinned(parts: list[dict[str, Any]], gone: set[int]) -> list[dict[str, Any]
         left = sum(i not in gone for i in range(first, first + part["facts"]))
         first += part["facts"]
         if left:  # diagnostics of a part that lost facts are about facts no longer there
-            thinned.append(part if left == part["facts"] else {**part, "facts": left, "diagnostics": {}})
+            thinned.append(
+                part if left == part["facts"] else {**part, "facts": left, "diagnostics": {}}
+            )
     return thinned
 
 
 def _with_parts(edit: Edit, parts: list[dict[str, Any]]) -> Edit:
-    """A composed edit of these parts; a single part is no composition any more and takes its recipe back."""
+    """A composed edit of these parts; a single part is no composition any more and takes its recipe
+    back.
+    """
     if len(parts) > 1:
         return replace(edit, settings={"parts": parts})
     recipe = {name: value for name, value in parts[0].items() if name not in ("facts", "model")}
@@ -272,5 +327,9 @@ def _warn_of_conflicts(facts: Sequence[Fact]) -> None:
     targets: dict[str, str] = {}
     for fact in facts:
         if targets.setdefault(fact.prompt_text, fact.target).strip() != fact.target.strip():
-            log.warning("%r is edited to %r and to %r in one composition; the changes add, neither may win",
-                        fact.prompt_text, targets[fact.prompt_text], fact.target)  # fmt: skip
+            log.warning(
+                "%r is edited to %r and to %r in one composition; the changes add, neither may win",
+                fact.prompt_text,
+                targets[fact.prompt_text],
+                fact.target,
+            )

@@ -43,20 +43,35 @@ def load(folder: str | Path) -> Edit | PromptEdit:
             raise ValueError(f"tensors of no delta: {', '.join(sorted(tensors))}")
         facts = tuple(Fact.from_dict(record) for record in recipe["facts"])
         keys = {} if raw_keys is None else safetensors.torch.load(raw_keys)
-        return Edit(facts=facts, deltas=deltas, keys=keys, **{name: recipe[name] for name in _FIELDS})
-    except (SafetensorError, EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return Edit(
+            facts=facts, deltas=deltas, keys=keys, **{name: recipe[name] for name in _FIELDS}
+        )
+    except (
+        SafetensorError,
+        EngramError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise _damaged(folder, error) from error
 
 
 def _prompt_edit(folder: Path, recipe: dict[str, Any]) -> PromptEdit:
     try:
         return PromptEdit.from_dict(
-            {name: value for name, value in recipe.items() if name not in ("format_version", "kind")}
+            {
+                name: value
+                for name, value in recipe.items()
+                if name not in ("format_version", "kind")
+            }
         )
     except (EngramError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(folder, error) from error
 
 
 def edits_in(source: str | Path) -> list[Edit]:
-    """The edits that lie on a checkpoint, in the order they came; none where engram never touched it."""
+    """The edits that lie on a checkpoint, in the order they came; none where engram never touched
+    it.
+    """
     return [each.edit for each in _read_record(_local(source)).edits]

@@ -1,9 +1,12 @@
-"""Edits as folders: `edit.json` (facts, recipe, base, receipt), `deltas.safetensors` (factors) and, of edits that have them,
+"""Edits as folders: `edit.json` (facts, recipe, base, receipt), `deltas.safetensors` (factors) and,
+of edits that have them,
 `keys.safetensors`. No pickle.
 
-An in-context edit has no factors: its folder holds an `edit.json` of the kind "prompt" and nothing else.
+An in-context edit has no factors: its folder holds an `edit.json` of the kind "prompt" and nothing
+else.
 
-Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is applied.
+Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is
+applied.
 """
 
 from __future__ import annotations
@@ -69,17 +72,25 @@ def write(edit: Edit | PromptEdit, folder: Path) -> None:
 
 
 def _write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    (folder / RECIPE).write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(
+        json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _damaged(folder: Path, error: Exception) -> EngramFileError:
     problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
-    return EngramFileError(f"the edit in {folder} is damaged: {problem}. Take it from where it came once more")
+    return EngramFileError(
+        f"the edit in {folder} is damaged: {problem}. Take it from where it came once more"
+    )
 
 
 def factor_bytes(edit: Edit) -> bytes:
     """The deltas as a safetensors file; the same edit gives the same bytes."""
-    tensors = {f"{name}.{side}": factor for name, delta in edit.deltas.items() for side, factor in delta.factors().items()}
+    tensors = {
+        f"{name}.{side}": factor
+        for name, delta in edit.deltas.items()
+        for side, factor in delta.factors().items()
+    }
     return safetensors.torch.save(tensors)
 
 
@@ -93,7 +104,9 @@ def _whole(path: Path, sha256: Any) -> bytes:
     try:
         found = path.read_bytes()
     except OSError as error:
-        raise EngramFileError(f"{path} cannot be read ({error.strerror}); the edit is incomplete") from error
+        raise EngramFileError(
+            f"{path} cannot be read ({error.strerror}); the edit is incomplete"
+        ) from error
     if hashlib.sha256(found).hexdigest() != sha256:
         raise EngramFileError(
             f"{path} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it came once more"
@@ -104,19 +117,29 @@ def _whole(path: Path, sha256: Any) -> bytes:
 def _recipe(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     if not folder.is_dir():
-        raise EngramFileError(f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})")
+        raise EngramFileError(
+            f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})"
+        )
     try:
         recipe: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise EngramFileError(f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})") from error
+        raise EngramFileError(
+            f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})"
+        ) from error
     except ValueError as error:
-        raise EngramFileError(f"{path} is damaged: {error}. Take the edit from where it came once more") from error
+        raise EngramFileError(
+            f"{path} is damaged: {error}. Take the edit from where it came once more"
+        ) from error
     recipe = recipe if isinstance(recipe, dict) else {}
     found = recipe.get("format_version")
     if found != FORMAT_VERSION:
         newer = isinstance(found, int) and found > FORMAT_VERSION
         raise EngramFileError(
             f"{path} has format_version={found!r}, this engram reads {FORMAT_VERSION}."
-            + (" It was written by a newer engram: pip install --upgrade engram" if newer else " It is not an edit of ours")
+            + (
+                " It was written by a newer engram: pip install --upgrade engram"
+                if newer
+                else " It is not an edit of ours"
+            )
         )
     return dict(recipe)

@@ -42,13 +42,22 @@ BESIDE: MutableMapping[nn.Module, list[Delta]] = WeakKeyDictionary()
 
 def _with_beside(sha256: str, module: nn.Module) -> str:
     """What an edit made now is made on: the weight, and what lies beside it."""
-    factors = [fingerprint(factor) for delta in BESIDE.get(module, ()) for factor in delta.factors().values()]
+    factors = [
+        fingerprint(factor)
+        for delta in BESIDE.get(module, ())
+        for factor in delta.factors().values()
+    ]
     return hashlib.sha256(" ".join([sha256, *factors]).encode()).hexdigest() if factors else sha256
 
 
 def beside(model: nn.Module) -> list[str]:
-    """What lies beside the weights of a model, module by module: part of what it computes, and in none of its tensors."""
+    """What lies beside the weights of a model, module by module: part of what it computes, and in
+    none of its tensors.
+    """
     lying = {name: BESIDE[module] for name, module in model.named_modules() if module in BESIDE}
     return [
-        f"{name} {fingerprint(factor)}" for name, deltas in lying.items() for d in deltas for factor in d.factors().values()
+        f"{name} {fingerprint(factor)}"
+        for name, deltas in lying.items()
+        for d in deltas
+        for factor in d.factors().values()
     ]

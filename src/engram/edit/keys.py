@@ -1,6 +1,7 @@
 """Keys of facts: the inputs of an edited weight at which its change was solved, a row a fact.
 
-Knows how such tables are checked, thinned and joined. Refuses to know how keys are computed (editors/values.py) and what is
+Knows how such tables are checked, thinned and joined. Refuses to know how keys are computed
+(editors/values.py) and what is
 done with them: later edits preserve them, a ledger compares them.
 """
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from engram.edit.delta import Delta
     from engram.edit.edit import Edit
 
-Keys = dict[str, Tensor]  # parameter name -> [n, in]; a row of zeros where a fact has no key at that weight
+Keys = dict[
+    str, Tensor
+]  # parameter name -> [n, in]; a row of zeros where a fact has no key at that weight
 
 
 def validated_keys(keys: Mapping[str, Tensor], deltas: Mapping[str, Delta], facts: int) -> Keys:
@@ -30,7 +33,9 @@ def validated_keys(keys: Mapping[str, Tensor], deltas: Mapping[str, Delta], fact
     """
     for name, key_nf in keys.items():
         if name not in deltas:
-            raise EngramError(f"keys of {name!r}, which the edit does not change; it changes {', '.join(deltas)}")
+            raise EngramError(
+                f"keys of {name!r}, which the edit does not change; it changes {', '.join(deltas)}"
+            )
         expected = [facts, deltas[name].shape[1]]
         if list(key_nf.shape) != expected or key_nf.dtype not in (torch.float32, torch.float64):
             raise EngramError(
@@ -50,7 +55,8 @@ def rows(keys: Keys, kept: Sequence[int], deltas: Mapping[str, Delta]) -> Keys:
 def joined(edits: Sequence[Edit]) -> Keys:
     """Keys of all facts of several edits, at every weight where each edit that changes it has them.
 
-    The facts of an edit that does not change a weight have rows of zeros there: they ask nothing of it.
+    The facts of an edit that does not change a weight have rows of zeros there: they ask nothing of
+        it.
     """
     names = dict.fromkeys(name for edit in edits for name in edit.deltas)
     return {
@@ -63,14 +69,17 @@ def joined(edits: Sequence[Edit]) -> Keys:
 def same(some: Keys, other: Keys) -> bool:
     """Bit for bit."""
     return some.keys() == other.keys() and all(
-        some[name].dtype == other[name].dtype and torch.equal(some[name], other[name]) for name in some
+        some[name].dtype == other[name].dtype and torch.equal(some[name], other[name])
+        for name in some
     )
 
 
 def _width(edits: Sequence[Edit], name: str) -> int | None:
     """Length of a key at a weight; None where an edit changes it and has no keys."""
     touching = [edit for edit in edits if name in edit.deltas]
-    return touching[0].deltas[name].shape[1] if all(name in edit.keys for edit in touching) else None
+    return (
+        touching[0].deltas[name].shape[1] if all(name in edit.keys for edit in touching) else None
+    )
 
 
 def _none(edit: Edit, into: int) -> Tensor:

@@ -1,6 +1,8 @@
-"""An edit as a LoRA adapter of the peft library: the base stays as it is, the adapter can be switched off.
+"""An edit as a LoRA adapter of the peft library: the base stays as it is, the adapter can be
+switched off.
 
-Knows peft's file layout. Refuses to know models: an edit says itself which weights are stored [in, out].
+Knows peft's file layout. Refuses to know models: an edit says itself which weights are stored [in,
+out].
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def to_peft(edit: Edit, folder: str | Path) -> Path:
-    """Write a LoRA adapter that does to the base what `edit` does: `PeftModel.from_pretrained(base, folder)`.
+    """Write a LoRA adapter that does to the base what `edit` does: `PeftModel.from_pretrained(base,
+    folder)`.
 
-    B = left, A = right and alpha = rank, so peft's scaling is 1. All weights have the largest rank among
-    them, the others padded with zeros. The adapter adds its output to the base's instead of rounding into the
-    weight, so on a half-precision base it is closer to the computed change than the merged edit is.
+    B = left, A = right and alpha = rank, so peft's scaling is 1. All weights have the largest rank
+    among them, the others padded with zeros. The adapter adds its output to the base's instead of
+    rounding into the weight, so on a half-precision base it is closer to the computed change than
+    the merged edit is.
 
     Returns:
         The folder; an adapter that was there is replaced.
@@ -62,7 +66,9 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
 def _module(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     if leaf != "weight" or not module:
-        raise UnsupportedModelError(f"{name!r} is not the weight of a module, a LoRA adapter cannot hold its change")
+        raise UnsupportedModelError(
+            f"{name!r} is not the weight of a module, a LoRA adapter cannot hold its change"
+        )
     return module
 
 

@@ -1,6 +1,7 @@
 """PromptEdit: an edit that is a text in front of the prompt; no weight changes.
 
-Knows facts, the text that states each of them, which of them a prompt is about, and how much text a model has room for. Refuses
+Knows facts, the text that states each of them, which of them a prompt is about, and how much text a
+model has room for. Refuses
 to know how the text is worded: editors/in_context.py does. The other kind of edit is edit.Edit.
 """
 
@@ -41,17 +42,20 @@ class Wording:
 
 @dataclass(frozen=True)
 class PromptEdit:
-    """An edit by text in front of every prompt; a value like `Edit`, with the same interface as far as there is one.
+    """An edit by text in front of every prompt; a value like `Edit`, with the same interface as far
+    as there is one.
 
-    A prompt that names subjects of the edit gets those facts in front of it; any other gets the nearest facts by cosine of
-    sentence vectors, or nothing. What the model has no room for is left out: demonstrations first, from the last one on, then
-    the least relevant facts. The most relevant fact stands directly before the prompt.
+    A prompt that names subjects of the edit gets those facts in front of it; any other gets the
+    nearest facts by cosine of sentence vectors, or nothing. What the model has no room for is left
+    out: demonstrations first, from the last one on, then the least relevant facts. The most
+        relevant fact stands directly before the prompt.
 
     Args:
         facts: what the edit makes true, at least one.
         method: name of the editor.
-        settings: "most": facts put in front at most; "otherwise": "nearest" or "nothing" for a prompt that names no subject;
-            "reserve": tokens left free for an answer; "encoder": see `similarity.encoder_of`; and the editor's own.
+        settings: "most": facts put in front at most; "otherwise": "nearest" or "nothing" for a
+            prompt that names no subject; "reserve": tokens left free for an answer; "encoder": see
+            `similarity.encoder_of`; and the editor's own.
         wordings: what is said about each fact.
         opening: text between the last statement and the prompt.
         base: {"model", "model_type"} of the model it was made for; it fits every causal model.
@@ -109,7 +113,9 @@ class PromptEdit:
         gone = {fact_index(self.facts, fact) for fact in facts}
         kept = [i for i in range(len(self.facts)) if i not in gone]
         if not kept:
-            raise FactError("all facts of the edit would go; an edit without facts is the unedited model")
+            raise FactError(
+                "all facts of the edit would go; an edit without facts is the unedited model"
+            )
         if not gone:
             return self
         left, wordings = tuple(self.facts[i] for i in kept), tuple(self.wordings[i] for i in kept)
@@ -117,25 +123,37 @@ class PromptEdit:
 
     @contextmanager
     def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
-        """Within the block `lm` is asked with the edit in front of each prompt, see `LanguageModel.asked_through`."""
+        """Within the block `lm` is asked with the edit in front of each prompt, see
+        `LanguageModel.asked_through`.
+        """
         with lm.asked_through(self.frame(lm)):
             yield lm
 
     laid = applied  # of an edit of weights, in them or beside them
 
     def frame(self, lm: LanguageModel) -> Callable[[str], str]:
-        """The function that puts into the front of a prompt what the edit has to say about it, for `lm.asked_through`.
+        """The function that puts into the front of a prompt what the edit has to say about it, for
+        `lm.asked_through`.
 
-        There is room for as much as the model takes with the frame it is asked through now, less the tokens reserved for the
-        answer.
+        There is room for as much as the model takes with the frame it is asked through now, less
+        the tokens reserved for the answer.
 
         Raises (the function):
             FactError: not even the most relevant fact fits.
         """
-        outside, relevant, room = lm.frame, self._relevant(lm), lm.max_tokens - int(self.settings["reserve"])
+        outside, relevant, room = (
+            lm.frame,
+            self._relevant(lm),
+            lm.max_tokens - int(self.settings["reserve"]),
+        )
 
         def in_front(prompt: str) -> str:
-            return self._fitting(lm, relevant(prompt), lambda front: framed(outside, front + prompt).text, room) + prompt
+            return (
+                self._fitting(
+                    lm, relevant(prompt), lambda front: framed(outside, front + prompt).text, room
+                )
+                + prompt
+            )
 
         in_front.__qualname__ = f"{self.method} edit of {len(self.facts)} facts"
         return in_front
@@ -170,7 +188,9 @@ class PromptEdit:
 
         return relevant
 
-    def _fitting(self, lm: LanguageModel, chosen: Sequence[int], whole: Callable[[str], str], room: int) -> str:
+    def _fitting(
+        self, lm: LanguageModel, chosen: Sequence[int], whole: Callable[[str], str], room: int
+    ) -> str:
         """The text in front, of as many parts as `whole` of it has no more than `room` tokens."""
         if not chosen:
             return ""
@@ -228,7 +248,16 @@ class PromptEdit:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; `from_dict` gives the edit back, without an encoder that is a function."""
-        fields = ("method", "settings", "opening", "base", "seed", "versions", "diagnostics", "receipt")
+        fields = (
+            "method",
+            "settings",
+            "opening",
+            "base",
+            "seed",
+            "versions",
+            "diagnostics",
+            "receipt",
+        )
         return {
             "facts": [fact.to_dict() for fact in self.facts],
             "wordings": [asdict(wording) for wording in self.wordings],
@@ -238,10 +267,15 @@ class PromptEdit:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> PromptEdit:
         facts = tuple(Fact.from_dict(each) for each in record["facts"])
-        wordings = tuple(Wording(each["statement"], tuple(each["demonstrations"])) for each in record["wordings"])
+        wordings = tuple(
+            Wording(each["statement"], tuple(each["demonstrations"])) for each in record["wordings"]
+        )
         return cls(**{**record, "facts": facts, "wordings": wordings})
 
 
 def _names(text: str, subject: str) -> bool:
     """Whether a text has the subject's name in it, as words of its own."""
-    return subject in text and re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", text) is not None
+    return (
+        subject in text
+        and re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", text) is not None
+    )

@@ -35,8 +35,12 @@ def fact_index(facts: Sequence[Fact], fact: Fact | int) -> int:
         return fact % len(facts)
     if isinstance(fact, Fact) and fact in facts:
         return facts.index(fact)
-    held = "; ".join(f"{i}: {each.prompt_text!r} -> {each.target!r}" for i, each in enumerate(facts[:8]))
-    raise FactError(f"{fact!r} is not a fact of this edit, which has {len(facts)} ({held}). Give one of them or its index")
+    held = "; ".join(
+        f"{i}: {each.prompt_text!r} -> {each.target!r}" for i, each in enumerate(facts[:8])
+    )
+    raise FactError(
+        f"{fact!r} is not a fact of this edit, which has {len(facts)} ({held}). Give one of them or its index"
+    )
 
 
 def check_changes_weights(edit: Any) -> None:
@@ -57,4 +61,6 @@ def plain(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value))
     except (TypeError, ValueError) as error:
-        raise EngramError(f"{name} of an edit has to be numbers, strings, lists and dicts, as in JSON: {error}") from error
+        raise EngramError(
+            f"{name} of an edit has to be numbers, strings, lists and dicts, as in JSON: {error}"
+        ) from error

@@ -1,6 +1,8 @@
-"""Where tensors stand in a checkpoint's safetensors files, so that one changes and every other byte stays.
+"""Where tensors stand in a checkpoint's safetensors files, so that one changes and every other byte
+stays.
 
-Knows the safetensors layout (8 bytes header length, JSON header, data). Refuses to know models and edits.
+Knows the safetensors layout (8 bytes header length, JSON header, data). Refuses to know models and
+edits.
 Source: https://github.com/huggingface/safetensors, section "Format".
 """
 
@@ -39,7 +41,9 @@ class TensorBytes:
         with (folder / self.file).open("rb") as file:
             file.seek(self.begin)
             if file.readinto(data) != len(data):
-                raise EngramFileError(f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete")
+                raise EngramFileError(
+                    f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete"
+                )
         return data
 
     def tensor(self, folder: Path) -> Tensor:
@@ -58,7 +62,9 @@ class TensorBytes:
     def write(self, folder: Path, value: Tensor) -> None:
         """Put `value` over its bytes; no other byte of the file changes."""
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert len(data) == self.end - self.begin, f"{self.name}: {len(data)} bytes for a place of {self.end - self.begin}"
+        assert len(data) == self.end - self.begin, (
+            f"{self.name}: {len(data)} bytes for a place of {self.end - self.begin}"
+        )
         with (folder / self.file).open("r+b") as file:
             file.seek(self.begin)
             file.write(data)
@@ -74,7 +80,9 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
         files = {_SINGLE}
     elif (folder / _INDEX).is_file():
         try:
-            files = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            files = set(
+                json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            )
         except (ValueError, LookupError, AttributeError) as error:
             raise EngramFileError(f"{folder / _INDEX} is damaged: {error!r}") from error
     else:
@@ -83,16 +91,25 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
 
 
 def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
-    """The tensor of parameter `name`; checkpoints may lack the base model's prefix ("transformer.") or add one.
+    """The tensor of parameter `name`; checkpoints may lack the base model's prefix ("transformer.")
+    or add one.
 
     Raises:
         EditFileError: no such tensor, or several.
     """
     if name in among:
         return among[name]
-    near = [place for key, place in among.items() if name.endswith(f".{key}") or key.endswith(f".{name}")]
+    near = [
+        place
+        for key, place in among.items()
+        if name.endswith(f".{key}") or key.endswith(f".{name}")
+    ]
     if len(near) != 1:
-        what = f"several that may be {name!r}: {', '.join(place.name for place in near)}" if near else f"no tensor {name!r}"
+        what = (
+            f"several that may be {name!r}: {', '.join(place.name for place in near)}"
+            if near
+            else f"no tensor {name!r}"
+        )
         some = ", ".join(sorted(among)[:4])
         raise EngramFileError(
             f"the checkpoint has {what} (its tensors: {some}, ...); expected a checkpoint of the model that "
@@ -125,7 +142,9 @@ def _header(folder: Path, file: str) -> list[TensorBytes]:
 
 
 def _no_weights(folder: Path) -> str:
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickled = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
     if pickled:
         return (
             f"{folder} has its weights as pickle ({', '.join(pickled[:3])}), which engram does not open. "

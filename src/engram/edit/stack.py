@@ -19,7 +19,8 @@ from engram.modules.fingerprints import _name, fingerprint
 
 
 def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:
-    """`weight` + deltas, summed in float32 (float64 where one is), rounded once into `weight`'s dtype.
+    """`weight` + deltas, summed in float32 (float64 where one is), rounded once into `weight`'s
+    dtype.
 
     Args:
         weight: on the CPU, as stored: [out, in], or [in, out] where `transposed`; not changed.
@@ -46,10 +47,12 @@ def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tenso
 
 @dataclass(frozen=True)
 class Stack:
-    """A weight and the changes that lie on it: every one of them made on `base`, summed and rounded together.
+    """A weight and the changes that lie on it: every one of them made on `base`, summed and rounded
+    together.
 
-    So edits made on one base give the same weight as their composition, and taking one off is exact in any
-    order. An edit made on already edited weights starts a stack of its own, with those weights as base.
+    So edits made on one base give the same weight as their composition, and taking one off is exact
+    in any order. An edit made on already edited weights starts a stack of its own, with those
+    weights as base.
 
     Attributes:
         base: CPU tensor as stored.
@@ -61,15 +64,17 @@ class Stack:
     deltas: tuple[Delta, ...] = ()
 
     def weight(self) -> Tensor:
-        return merge(self.base, self.deltas, transposed=self.transposed) if self.deltas else self.base
+        return (
+            merge(self.base, self.deltas, transposed=self.transposed) if self.deltas else self.base
+        )
 
     def with_delta(self, delta: Delta, made_on: Mapping[str, Any], *, force: bool = False) -> Stack:
         """This stack and one change more.
 
         Args:
-            made_on: the edit's record of its base weight; it has to be this base, or this stack's weight.
-                Both are compared in the recorded dtype, so an edit made in float32 on a float16 checkpoint
-                fits the checkpoint too.
+            made_on: the edit's record of its base weight; it has to be this base, or this stack's
+                weight. Both are compared in the recorded dtype, so an edit made in float32 on a
+                float16 checkpoint fits the checkpoint too.
             force: lay the change on the present weight whatever it is.
         Raises:
             BaseMismatchError: neither of them.
@@ -84,9 +89,14 @@ class Stack:
         raise BaseMismatchError(_mismatch(self.base, dtype, made_on))
 
 
-def _mismatch(weight: Tensor, dtype: torch.dtype, made_on: Mapping[str, Any], packed: str | None = None) -> str:
+def _mismatch(
+    weight: Tensor, dtype: torch.dtype, made_on: Mapping[str, Any], packed: str | None = None
+) -> str:
     if packed != made_on.get("quantised"):
-        here, there = packed or f"plain {_name(weight.dtype)}", made_on.get("quantised") or f"plain {made_on['dtype']}"
+        here, there = (
+            packed or f"plain {_name(weight.dtype)}",
+            made_on.get("quantised") or f"plain {made_on['dtype']}",
+        )
         return (
             f"not the weight that the edit was made on: it is {here}, the edit was made on {there}. Load the model that the edit "
             "names, in the way it was loaded then, or pass force=True to lay the edit on it all the same"

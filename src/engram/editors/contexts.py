@@ -1,6 +1,8 @@
-"""Context templates: short texts that a model samples, put before a prompt so that an edit holds wherever the prompt stands.
+"""Context templates: short texts that a model samples, put before a prompt so that an edit holds
+wherever the prompt stands.
 
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv:2210.07229; lengths as released.
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv:2210.07229; lengths
+    as released.
 """
 
 from __future__ import annotations
@@ -30,32 +32,48 @@ def sample_contexts(
     lengths: Sequence[tuple[int, int]] = RELEASED,
     started: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5), each ended by ". ".
+    """Templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5), each
+    ended by ". ".
 
     Args:
-        lengths: (tokens, count) pairs; `tokens` counts the start token too, as in the released code: 5 gives 4 new ones.
+        lengths: (tokens, count) pairs; `tokens` counts the start token too, as in the released
+            code: 5 gives 4 new ones.
         started: words that a text each begins with, instead of `lengths`; 10 tokens in all (MEMIT).
     """
     generator = torch.Generator().manual_seed(seed)
     if started:
-        texts = [text for word in started for text in sample_texts(lm, 1, 10, generator, top_k=5, start=word)]
+        texts = [
+            text
+            for word in started
+            for text in sample_texts(lm, 1, 10, generator, top_k=5, start=word)
+        ]
     else:
-        texts = [text for tokens, count in lengths for text in sample_texts(lm, count, tokens - 1, generator, top_k=5)]
+        texts = [
+            text
+            for tokens, count in lengths
+            for text in sample_texts(lm, count, tokens - 1, generator, top_k=5)
+        ]
     return "{}", *(text.replace("{", "(").replace("}", ")") + ". {}" for text in texts)
 
 
 def chat_contexts(
-    lm: LanguageModel, *, seed: int = 0, styles: Sequence[Style] = ("continue",), system: str | None = None
+    lm: LanguageModel,
+    *,
+    seed: int = 0,
+    styles: Sequence[Style] = ("continue",),
+    system: str | None = None,
 ) -> tuple[str, ...]:
-    """Contexts for `engram.rewrite(..., contexts=...)` half of which are in the chat's frames, so that an edit holds there too.
+    """Contexts for `engram.rewrite(..., contexts=...)` half of which are in the chat's frames, so
+    that an edit holds there too.
 
-    As many as ROME samples by default, and one more a style: the bare "{}", the bare frames, and then the sampled texts, every
+    As many as ROME samples by default, and one more a style: the bare "{}", the bare frames, and
+        then the sampled texts, every
     other one plain and the rest in the frames in turn.
 
     Args:
         seed: of the sampled texts, see `sample_contexts`.
-        styles, system: see `chat_frame`. An edit that shall be written into weights is asked for words that follow its prompt;
-            "continue" is the style in which they do.
+        styles, system: see `chat_frame`. An edit that shall be written into weights is asked for
+            words that follow its prompt; "continue" is the style in which they do.
     """
 
     frames = [chat_frame(lm, style, system=system) for style in styles]

@@ -1,10 +1,14 @@
-"""In-context editing: the fact is put in front of the prompt, and the weights stay as they are. The honest rival of all others.
+"""In-context editing: the fact is put in front of the prompt, and the weights stay as they are. The
+honest rival of all others.
 
-    in-context   "The Space Needle is located in the city of Paris. " and the prompt (often called ICE)
-    ike          demonstrations of what follows from a new fact and what does not, then the new fact, then the prompt
+    in-context   "The Space Needle is located in the city of Paris. " and the prompt (often called
+    ICE) ike          demonstrations of what follows from a new fact and what does not, then the new
+    fact, then the prompt
 
-Knows how facts and demonstrations are worded. Which of them a prompt gets, and how many fit, is prompt_edit's business.
-Source: Zheng et al. 2023, arXiv:2305.12740 (IKE); one demonstration of each kind a fact and k = 16 as in EasyEdit.
+Knows how facts and demonstrations are worded. Which of them a prompt gets, and how many fit, is
+prompt_edit's business.
+Source: Zheng et al. 2023, arXiv:2305.12740 (IKE); one demonstration of each kind a fact and k = 16
+    as in EasyEdit.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ class InContextConfig:
 
     Args:
         most: facts put in front of one prompt, at most.
-        otherwise: what a prompt gets that names no subject of the edit: the "nearest" facts, as in published evaluations, where
-            the fact stands before every prompt; or "nothing".
+        otherwise: what a prompt gets that names no subject of the edit: the "nearest" facts, as in
+            published evaluations, where the fact stands before every prompt; or "nothing".
         reserve: tokens of the model's context that are left free for the answer.
     """
 
@@ -46,7 +50,9 @@ class InContextConfig:
 
     def __post_init__(self) -> None:
         if self.most < 1 or self.reserve < 1:
-            raise SettingError(f"most={self.most}, reserve={self.reserve}: both have to be 1 or more")
+            raise SettingError(
+                f"most={self.most}, reserve={self.reserve}: both have to be 1 or more"
+            )
         if self.otherwise not in ("nearest", "nothing"):
             raise SettingError(f"otherwise={self.otherwise!r}: expected 'nearest' or 'nothing'")
 
@@ -80,7 +86,8 @@ def in_context(
     """State the facts in front of every prompt that they are relevant to, each as a sentence.
 
     Args:
-        encoder: by which facts are compared with a prompt that names no subject, see `similarity.encoder_of`.
+        encoder: by which facts are compared with a prompt that names no subject, see
+            `similarity.encoder_of`.
         seed: recorded; nothing is drawn.
         progress: not called: there is nothing to wait for.
         knobs: the fields of InContextConfig.
@@ -103,7 +110,8 @@ def ike(
     progress: Callable[[str, int, int], None] | None = None,
     **knobs: Any,
 ) -> PromptEdit:
-    """State the fact behind demonstrations: other new facts, each with a prompt that it answers, or must not answer.
+    """State the fact behind demonstrations: other new facts, each with a prompt that it answers, or
+    must not answer.
 
         New Fact: The Louvre is in Rome
         Prompt: To see the Louvre, go to Rome
@@ -111,40 +119,54 @@ def ike(
     The k demonstrations nearest to the fact by cosine are shown, nearest first.
 
     Args:
-        demonstrations: facts, or a file of them (see `read_facts`), with paraphrases and neighbours, from which the
-            demonstrations are made; default, for the bundled model only: facts of its table about other subjects, each with
-            another object.
-        encoder: by which demonstrations are compared with a fact, and facts with a prompt that names no subject, see
-            `similarity.encoder_of`.
+        demonstrations: facts, or a file of them (see `read_facts`), with paraphrases and
+            neighbours, from which the demonstrations are made; default, for the bundled model only:
+            facts of its table about other subjects, each with another object.
+        encoder: by which demonstrations are compared with a fact, and facts with a prompt that
+            names no subject, see `similarity.encoder_of`.
         seed: of the choice from the bundled table.
         progress: called with (what is being done, done, in all).
         knobs: the fields of IkeConfig.
     Raises:
-        SettingError: an unknown setting; FactError: no demonstrations to choose from; UnsupportedModelError: a
-            model that is not causal.
+        SettingError: an unknown setting; FactError: no demonstrations to choose from;
+            UnsupportedModelError: a model that is not causal.
     """
     report = progress or no_progress
     lm.check_framed()
     config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
     blocks: list[str] = []
     if config.k:
-        blocks = [block for fact in _demonstrated(lm, facts, demonstrations, seed) for block in demonstrations_of(fact)]
+        blocks = [
+            block
+            for fact in _demonstrated(lm, facts, demonstrations, seed)
+            for block in demonstrations_of(fact)
+        ]
     encode = encoder_of(lm, encoder)
     report("demonstrations", 0, len(facts))
     blocks_nd = encode(blocks) if blocks else None
     wordings = []
     for i, fact in enumerate(facts):
-        shown = nearest(encode([_block(fact, _stated(fact))])[0], blocks_nd, config.k) if blocks_nd is not None else []
+        shown = (
+            nearest(encode([_block(fact, _stated(fact))])[0], blocks_nd, config.k)
+            if blocks_nd is not None
+            else []
+        )
         wordings.append(Wording(f"New Fact: {_stated(fact)}\n", tuple(blocks[at] for at in shown)))
         report("demonstrations", i + 1, len(facts))
     return _edit(lm, facts, "ike", wordings, "Prompt: ", config, encoder, seed, blocks=len(blocks))
 
 
 def demonstrations_of(fact: Fact) -> list[str]:
-    """At most three blocks about a new fact: the fact itself (copy), a paraphrase (update), a neighbour (retain)."""
+    """At most three blocks about a new fact: the fact itself (copy), a paraphrase (update), a
+    neighbour (retain).
+    """
     blocks = [_block(fact, _stated(fact))]
-    blocks += [_block(fact, f"{paraphrase} {fact.target.strip()}") for paraphrase in fact.paraphrases[:1]]
-    return blocks + [_block(fact, f"{prompt} {answer.strip()}") for prompt, answer in fact.neighbours[:1]]
+    blocks += [
+        _block(fact, f"{paraphrase} {fact.target.strip()}") for paraphrase in fact.paraphrases[:1]
+    ]
+    return blocks + [
+        _block(fact, f"{prompt} {answer.strip()}") for prompt, answer in fact.neighbours[:1]
+    ]
 
 
 def _block(fact: Fact, prompt: str) -> str:
@@ -162,23 +184,39 @@ def _demonstrated(
     if given is not None:
         found = read_facts(given) if isinstance(given, str | Path) else list(given)
         if not found:
-            raise FactError("demonstrations is empty; give facts with paraphrases and neighbours, or k=0 for none")
+            raise FactError(
+                "demonstrations is empty; give facts with paraphrases and neighbours, or k=0 for none"
+            )
         return found
     if lm.name.rpartition("/")[2].lower() != "pocket":
         raise FactError(
             f"ike shows demonstrations, and for {lm.name} there is no table to take them from: give demonstrations=, facts (or a "
             "file of them) with paraphrases and neighbours that are about other subjects; or k=0 for none"
         )
-    asked = " ".join(text for fact in facts for text in (fact.subject, *(prompt for prompt, _ in fact.neighbours)))
+    asked = " ".join(
+        text
+        for fact in facts
+        for text in (fact.subject, *(prompt for prompt, _ in fact.neighbours))
+    )
     others = [known for known in pocket.facts() if known.subject not in asked]
     chosen = random.Random(f"demonstrations:{seed}").sample(others, min(_BUNDLED, len(others)))
-    return [pocket.as_fact(known, pocket.counterfactual(known, seed), neighbour_count=1, seed=seed) for known in chosen]
+    return [
+        pocket.as_fact(known, pocket.counterfactual(known, seed), neighbour_count=1, seed=seed)
+        for known in chosen
+    ]
 
 
 def _edit(
-    lm: LanguageModel, facts: Sequence[Fact], method: str, wordings: Sequence[Wording], opening: str, config: InContextConfig,
-    encoder: str | Encoder, seed: int, **diagnostics: int,
-) -> PromptEdit:  # fmt: skip
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: str,
+    wordings: Sequence[Wording],
+    opening: str,
+    config: InContextConfig,
+    encoder: str | Encoder,
+    seed: int,
+    **diagnostics: int,
+) -> PromptEdit:
     encoder_of(lm, encoder)  # a name that does not exist is told now
     return PromptEdit(
         tuple(facts),

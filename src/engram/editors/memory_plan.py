@@ -1,7 +1,9 @@
 """What an edit will take in memory and on disk, told from shapes before anything big starts.
 
-Knows shapes only: works on a model on the meta device, which has no weights. What is counted is what the editors hold at once;
-an estimate, held by the tests to measured peaks within a factor of two. Refuses to know how the numbers are computed.
+Knows shapes only: works on a model on the meta device, which has no weights. What is counted is
+    what the editors hold at once;
+an estimate, held by the tests to measured peaks within a factor of two. Refuses to know how the
+numbers are computed.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The same with the model; what Python and its libraries take comes on top, about half a gigabyte."""
+        """The same with the model; what Python and its libraries take comes on top, about half a
+        gigabyte.
+        """
         return self.of("throughout") + self.beside
 
     @property
@@ -69,7 +73,10 @@ class MemoryPlan:
     def __str__(self) -> str:
         width = max(len(part.what) for part in self.parts)
         rows = [self.about, f"{'what':<{width}}  {'when':<14} {'MB':>10}"]
-        rows += [f"{part.what:<{width}}  {part.phase:<14} {part.bytes / 1e6:>10,.1f}" for part in self.parts]
+        rows += [
+            f"{part.what:<{width}}  {part.phase:<14} {part.bytes / 1e6:>10,.1f}"
+            for part in self.parts
+        ]
         rows.append(f"{'peak beside the model':<{width}}  {'':<14} {self.beside / 1e6:>10,.1f}")
         rows.append(f"{'peak':<{width}}  {'':<14} {self.peak / 1e6:>10,.1f}")
         return "\n".join(rows)
@@ -105,12 +112,14 @@ def memory_plan(
     target_tokens: int = 2,
     facts_per_batch: int = 32,
 ) -> MemoryPlan:
-    """What rewriting `n_facts` facts will take, from shapes alone: nothing is computed, no weight is read.
+    """What rewriting `n_facts` facts will take, from shapes alone: nothing is computed, no weight
+    is read.
 
     Args:
         lm: may be on the meta device (`language_model.load_shapes`).
         layers: those edited; default: the preset's, or as many as usual at its depth.
-        contexts: texts that a value is optimised in; default: as published, 21 for ROME and 6 for the others.
+        contexts: texts that a value is optimised in; default: as published, 21 for ROME and 6 for
+            the others.
         row_tokens: tokens of a context, the prompt and the target together.
         target_tokens: of them, those of the target.
         facts_per_batch: facts whose values are optimised in one batch (ROME: always one).
@@ -119,7 +128,9 @@ def memory_plan(
         UnsupportedModelError: a model without a single MLP output matrix per block.
     """
     if method not in PLANNED:
-        raise SettingError(f"method={method!r} has no memory plan; planned are {', '.join(PLANNED)}")
+        raise SettingError(
+            f"method={method!r} has no memory plan; planned are {', '.join(PLANNED)}"
+        )
     asked = {
         "n_facts": n_facts,
         "facts_per_batch": facts_per_batch,
@@ -163,7 +174,9 @@ def memory_plan(
 def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
     moments = s.edited * s.f**2 * _WIDE
     texts, tokens = _SAMPLED
-    drawn = texts * (2 * s.layers * s.kv * tokens * s.item + 3 * s.v * 4)  # keys, values; logits and what is drawn from
+    drawn = texts * (
+        2 * s.layers * s.kv * tokens * s.item + 3 * s.v * 4
+    )  # keys, values; logits and what is drawn from
     forward = _BATCH_TOKENS * (4 * s.d + 2 * s.f) * s.item
     yield Part(f"sums of k k^T over {TOKENS_PER_KEY * s.f:,} tokens", "second moments", moments)
     what = "a forward pass over text" + ", or the sampling of that text" * samples
@@ -171,8 +184,12 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
 
     run = s.rows * s.row_tokens * s.item  # one number for every recorded token
     recorded = run * ((s.layers + 1) * s.d + 2 * s.layers * s.kv + s.f)
-    suffix = s.rows * min(s.row_tokens, s.row_tokens // 2 + s.target_tokens) * s.item  # from the subject's last token on
-    kept = suffix * (s.layers - s.first) * (8 * s.d + 2 * s.f) + run * (s.layers - s.first) * 4 * s.kv
+    suffix = (
+        s.rows * min(s.row_tokens, s.row_tokens // 2 + s.target_tokens) * s.item
+    )  # from the subject's last token on
+    kept = (
+        suffix * (s.layers - s.first) * (8 * s.d + 2 * s.f) + run * (s.layers - s.first) * 4 * s.kv
+    )
     logits = s.rows * s.target_tokens * s.v * (s.item + 3 * 4)
     yield Part("second moments", "values", moments)
     yield Part(f"a recorded run of {s.rows} rows of {s.row_tokens} tokens", "values", recorded)
@@ -187,7 +204,9 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
         every = s.facts * s.rows_a_fact * (s.row_tokens * s.d * s.item + s.f * 4)
         yield Part("states and keys of all facts in all contexts", "solve", every)
         yield Part(
-            "the change of a layer, and the system of all facts", "solve", (3 * s.d * s.f + s.facts * (s.f + s.d)) * _WIDE
+            "the change of a layer, and the system of all facts",
+            "solve",
+            (3 * s.d * s.f + s.facts * (s.f + s.d)) * _WIDE,
         )
     yield Part("the edit", "on disk", s.edited * 4 * min(s.facts * (s.d + s.f), s.d * s.f))
 

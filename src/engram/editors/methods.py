@@ -1,6 +1,8 @@
-"""Methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit, entered once in `METHODS`.
+"""Methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit, entered
+once in `METHODS`.
 
-A method reads the model and never changes it; what it returns is a value (see edit, and prompt_edit for edits without weights).
+A method reads the model and never changes it; what it returns is a value (see edit, and prompt_edit
+for edits without weights).
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ class Method:
     """What `rewrite` calls by a name.
 
     Attributes:
-        home: "module:function", imported when first used, or the function itself: (lm, facts, *, seed, progress, ...) -> Edit (or
-            PromptEdit). Where it takes `past`, it gets the earlier edits; otherwise they are in force on `lm` while it works.
+        home: "module:function", imported when first used, or the function itself: (lm, facts, *,
+            seed, progress, ...) -> Edit (or PromptEdit). Where it takes `past`, it gets the earlier
+            edits; otherwise they are in force on `lm` while it works.
         summary: what it does, in a line.
         source: where it was published.
-        each: where it makes many edits of one fact each in one batch: "module:function" or a function, (lm, facts, *, seed, ...) ->
-            one Edit a fact, what `home` gives of it alone. None: they are made one by one.
-        companions: whether these edits depend on which facts are in the batch, so that none is what `home` gives of it alone.
+        each: where it makes many edits of one fact each in one batch: "module:function" or a
+            function, (lm, facts, *, seed, ...) -> one Edit a fact, what `home` gives of it alone.
+            None: they are made one by one.
+        companions: whether these edits depend on which facts are in the batch, so that none is what
+            `home` gives of it alone.
     """
 
     home: str | Callable[..., Edit | PromptEdit]
@@ -138,7 +143,8 @@ def method_named(name: str) -> Callable[..., Edit | PromptEdit]:
     if name not in METHODS:
         near = get_close_matches(name, METHODS, n=1)
         raise EngramError(
-            f"method={name!r} does not exist" + (f" (did you mean {near[0]!r}?)" if near else "")
+            f"method={name!r} does not exist"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
             + f"; known: {', '.join(sorted(METHODS))}"
-        )  # fmt: skip
+        )
     return METHODS[name].function()

@@ -1,4 +1,5 @@
-"""Flat settings, as callers and presets give them, made into a method's config; those of the value optimisation go to it.
+"""Flat settings, as callers and presets give them, made into a method's config; those of the value
+optimisation go to it.
 
 Knows dataclasses. Refuses to know what a setting means.
 """
@@ -15,7 +16,9 @@ from engram.errors import SettingError
 Config = TypeVar("Config")
 
 
-def read(config: type[Config], knobs: Mapping[str, Any], method: str, also: str = "seed, progress") -> Config:
+def read(
+    config: type[Config], knobs: Mapping[str, Any], method: str, also: str = "seed, progress"
+) -> Config:
     """`config` from flat settings; a field that is itself a config takes those that are its own.
 
     Args:
@@ -31,10 +34,14 @@ def read(config: type[Config], knobs: Mapping[str, Any], method: str, also: str 
         if name not in known:
             near = get_close_matches(name, [*known, *also.split(", ")], n=1)
             raise SettingError(
-                f"{method} has no setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+                f"{method} has no setting {name!r}"
+                + (f" (did you mean {near[0]!r}?)" if near else "")
                 + f"; it has {', '.join(sorted(known))}, and {also}"
-            )  # fmt: skip
-    parts = {name: each(**{f.name: knobs[f.name] for f in fields(each) if f.name in knobs}) for name, each in inner.items()}
+            )
+    parts = {
+        name: each(**{f.name: knobs[f.name] for f in fields(each) if f.name in knobs})
+        for name, each in inner.items()
+    }
     return config(**parts, **{name: value for name, value in knobs.items() if name in own})
 
 

@@ -1,6 +1,8 @@
-"""Attention written out, standing in for transformers' own for the length of a `with` block: watched, or quick where it is short.
+"""Attention written out, standing in for transformers' own for the length of a `with` block:
+watched, or quick where it is short.
 
-Works for families that call transformers' attention interface. Refuses to know why queries and keys are wanted: see attribution.
+Works for families that call transformers' attention interface. Refuses to know why queries and keys
+are wanted: see attribution.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Attention:
 
     Attributes:
         query_bhtk, key_bhtk, value_bhtk: positions already encoded.
-        output_bthk: weights times values, before the heads are mixed; in the graph where there is one.
+        output_bthk: weights times values, before the heads are mixed; in the graph where there is
+            one.
         mask: added to the scores, or None.
     """
 
@@ -42,7 +45,10 @@ class Attention:
     def rows(self, rows_n: Tensor) -> Attention:
         """The same of chosen rows."""
         mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows_n]
-        q, k, v, out = (x.detach()[rows_n] for x in (self.query_bhtk, self.key_bhtk, self.value_bhtk, self.output_bthk))
+        q, k, v, out = (
+            x.detach()[rows_n]
+            for x in (self.query_bhtk, self.key_bhtk, self.value_bhtk, self.output_bthk)
+        )
         return Attention(q, k, v, out, mask, self.scaling, self.softcap)
 
     def scores(self, query_bhtk: Tensor, key_bhtk: Tensor) -> Tensor:
@@ -50,20 +56,30 @@ class Attention:
         return _capped(query_bhtk @ key_bhtk.mT * self.scaling, self.softcap)
 
     def _masked(self, scores_bhts: Tensor) -> Tensor:
-        return scores_bhts if self.mask is None else scores_bhts + self.mask[..., : scores_bhts.shape[-1]]
+        return (
+            scores_bhts
+            if self.mask is None
+            else scores_bhts + self.mask[..., : scores_bhts.shape[-1]]
+        )
 
-    def beyond_first_order(self, gradient_bthk: Tensor, query_bhtk: Tensor, key_bhtk: Tensor) -> Tensor:
-        """[b, t] change of a metric when position i's query and key are replaced, minus its first-order estimate.
+    def beyond_first_order(
+        self, gradient_bthk: Tensor, query_bhtk: Tensor, key_bhtk: Tensor
+    ) -> Tensor:
+        """[b, t] change of a metric when position i's query and key are replaced, minus its
+        first-order estimate.
 
         Args:
             gradient_bthk: the metric's gradient with respect to `output_bthk`.
-            query_bhtk, key_bhtk: the queries and keys put in, one position at a time; a query meets the keys that were there,
-                a key the queries that were.
-        Source: Kramár et al. 2024, Sec. 3.1: the weights are computed with the new query or key, their effect is linear.
+            query_bhtk, key_bhtk: the queries and keys put in, one position at a time; a query meets
+                the keys that were there, a key the queries that were.
+        Source: Kramár et al. 2024, Sec. 3.1: the weights are computed with the new query or key,
+            their effect is linear.
         """
         there = self.scores(self.query_bhtk, self.key_bhtk)
         weights = self._masked(there).softmax(-1)
-        gain_bhts = gradient_bthk.transpose(1, 2) @ self.value_bhtk.mT  # metric's gradient with respect to the weights
+        gain_bhts = (
+            gradient_bthk.transpose(1, 2) @ self.value_bhtk.mT
+        )  # metric's gradient with respect to the weights
         mean_bht1 = (weights * gain_bhts).sum(-1, keepdim=True)
         slope = _slope(self.query_bhtk @ self.key_bhtk.mT * self.scaling, self.softcap)
 
@@ -72,7 +88,9 @@ class Attention:
         step = slope * ((query_bhtk - self.query_bhtk) @ self.key_bhtk.mT * self.scaling)
         queries_bht = exact - (weights * (gain_bhts - mean_bht1) * step).sum(-1)
 
-        rise = self.scores(self.query_bhtk, key_bhtk) - there  # of score [j, i] when key i is replaced
+        rise = (
+            self.scores(self.query_bhtk, key_bhtk) - there
+        )  # of score [j, i] when key i is replaced
         step = slope * (self.query_bhtk @ (key_bhtk - self.key_bhtk).mT * self.scaling)
         growth = torch.expm1(rise.clamp(max=60))  # beyond it the key takes all the weight anyway
         keys_bhji = weights * (gain_bhts - mean_bht1) * (growth / (1 + weights * growth) - step)
@@ -91,7 +109,8 @@ def _slope(raw: Tensor, softcap: float | None) -> Tensor | float:
 
 @contextmanager
 def capture_attention(lm: LanguageModel) -> Iterator[list[Attention]]:
-    """Collect every block's attention, in the order of the calls, during one forward pass of the block.
+    """Collect every block's attention, in the order of the calls, during one forward pass of the
+    block.
 
     Raises:
         UnsupportedModelError: the family does not call transformers' attention interface.
@@ -104,9 +123,15 @@ def capture_attention(lm: LanguageModel) -> Iterator[list[Attention]]:
         )
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        scaling: float | None = None, softcap: float | None = None, **options: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
         if _is_special(options):
             raise UnsupportedModelError(
                 f"correction='query-key' knows plain softmax attention, and model_type={config.model_type!r} adds sinks or "
@@ -123,14 +148,17 @@ def capture_attention(lm: LanguageModel) -> Iterator[list[Attention]]:
         yield seen
 
 
-_SHORT = 64  # keys; up to there products of small matrices take a third of the time of PyTorch's fused kernel on a CPU
+# keys; up to there products of small matrices take a third of the time of PyTorch's fused kernel on
+# a CPU
+_SHORT = 64
 
 
 @contextmanager
 def short_attention_in_eager(lm: LanguageModel) -> Iterator[None]:
     """Let attention over few keys be written out on a CPU, for the length of the block.
 
-    The same numbers to rounding. A fifth of an average trace's time went into the fused kernel, which is made for long texts.
+    The same numbers to rounding. A fifth of an average trace's time went into the fused kernel,
+    which is made for long texts.
     """
     if (
         lm.device.type != "cpu"
@@ -141,9 +169,14 @@ def short_attention_in_eager(lm: LanguageModel) -> Iterator[None]:
         return
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        scaling: float | None = None, **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         queries, keys = query.shape[2], key.shape[2]
         if keys > _SHORT or _is_special(options) or options.get("is_causal") is False:
             fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -151,7 +184,9 @@ def short_attention_in_eager(lm: LanguageModel) -> Iterator[None]:
         key, value = _a_head_each(query, key, value)
         if attention_mask is None and queries > 1:  # plain causal attention, left to the kernel
             later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-            attention_mask = torch.zeros(queries, keys, dtype=query.dtype).masked_fill_(later, -torch.inf)
+            attention_mask = torch.zeros(queries, keys, dtype=query.dtype).masked_fill_(
+                later, -torch.inf
+            )
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend(query, key, value, attention_mask, scaling, options.get("softcap")), None
 
@@ -167,16 +202,27 @@ def _is_special(options: dict[str, Any]) -> bool:
 def _a_head_each(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with one head for each of the query's."""
     groups = query.shape[1] // key.shape[1]
-    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    return (
+        (key, value)
+        if groups == 1
+        else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    )
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
 ) -> Tensor:
     """[b, t, h, k] weighted values; a mask is added, or says (bool) what may be seen."""
     scores = _capped(query @ key.mT * scaling, softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous()
 
 

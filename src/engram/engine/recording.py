@@ -20,7 +20,8 @@ class Recording:
     """One forward pass over right-padded rows, kept so that parts of it can be run again.
 
     Attributes:
-        hidden: n_layers + 1 tensors [b, t, d]; entry l enters block l, the last one leaves the last block.
+        hidden: n_layers + 1 tensors [b, t, d]; entry l enters block l, the last one leaves the last
+            block.
         keys, values: one tensor [b, kv heads, t, head size] a block, positions already encoded.
         calls: the (args, kwargs) that each block was called with.
         seen: the tensors that were asked for on top, by module name.
@@ -33,11 +34,15 @@ class Recording:
     seen: dict[str, Tensor]
 
     def narrowed(self, lm: LanguageModel, rows_n: Tensor, layer: int) -> Recording:
-        """The same of some rows, and of blocks from `layer` on; what is below is let go. `seen` is dropped."""
+        """The same of some rows, and of blocks from `layer` on; what is below is let go. `seen` is
+        dropped.
+        """
         recorded = len(self.hidden[-1])
 
         def some(kept: list[Tensor]) -> list[Tensor]:
-            return [x[:0].clone() for x in kept[:layer]] + [x.index_select(0, rows_n.to(x.device)) for x in kept[layer:]]
+            return [x[:0].clone() for x in kept[:layer]] + [
+                x.index_select(0, rows_n.to(x.device)) for x in kept[layer:]
+            ]
 
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         stand_in = DynamicCache()  # the one of the run holds every row and block
@@ -46,12 +51,22 @@ class Recording:
                 name: stand_in if isinstance(value, Cache) else value
                 for name, value in _by_name(block, args, kwargs).items()
             }
-            calls.append(((), {name: _for_rows(name, value, rows_n, recorded) for name, value in named.items()}))
+            calls.append(
+                (
+                    (),
+                    {
+                        name: _for_rows(name, value, rows_n, recorded)
+                        for name, value in named.items()
+                    },
+                )
+            )
         return Recording(some(self.hidden), some(self.keys), some(self.values), calls, {})
 
 
 class NotReplayableError(Exception):
-    """A block takes an argument that we do not know how to cut to a suffix; the caller falls back to whole forwards."""
+    """A block takes an argument that we do not know how to cut to a suffix; the caller falls back
+    to whole forwards.
+    """
 
 
 def record_run(
@@ -68,10 +83,12 @@ def record_run(
 
     Args:
         ids_bt: [b, t] token ids, rows padded on the right (no real position sees a pad).
-        changes: module -> function of its output, in force during the run; e.g. noise at the embedding.
-        inputs, outputs, keep: dotted names of modules whose input or output is wanted on top, and what is kept of them,
-            see `hooks.record`.
-        until: last block that is run; default: all. What stands above it is not in the recording then.
+        changes: module -> function of its output, in force during the run; e.g. noise at the
+            embedding.
+        inputs, outputs, keep: dotted names of modules whose input or output is wanted on top, and
+            what is kept of them, see `hooks.record`.
+        until: last block that is run; default: all. What stands above it is not in the recording
+            then.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
@@ -101,7 +118,9 @@ def record_run(
             handle.remove()
     hidden = [*entering, end[last]]
     layers: list[Any] = list(cache.layers)
-    return Recording(hidden, [layer.keys for layer in layers], [layer.values for layer in layers], calls, seen)
+    return Recording(
+        hidden, [layer.keys for layer in layers], [layer.values for layer in layers], calls, seen
+    )
 
 
 def base_model(lm: LanguageModel) -> nn.Module:
@@ -130,14 +149,20 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _for_rows(name: str, value: Any, rows_n: Tensor | None, recorded: int) -> Any:
-    """An argument for n running rows: chosen by recorded row where it has a row axis, broadcast where it has none."""
+    """An argument for n running rows: chosen by recorded row where it has a row axis, broadcast
+    where it has none.
+    """
 
     if rows_n is None:
         return value
 
     def choose(x: Tensor) -> Tensor:
         if name == "alibi" and x.dim() == 3:  # rows and heads share an axis (BLOOM)
-            return x.view(recorded, -1, *x.shape[1:]).index_select(0, rows_n.to(x.device)).flatten(0, 1)
+            return (
+                x.view(recorded, -1, *x.shape[1:])
+                .index_select(0, rows_n.to(x.device))
+                .flatten(0, 1)
+            )
         if name in ("position_bias", "cache_position") or x.shape[0] != recorded or recorded == 1:
             return x
         return x.index_select(0, rows_n.to(x.device))

@@ -17,13 +17,14 @@ from engram.modules.hooks import StopForward
 Engine = Literal["auto", "replay", "whole"]
 
 
-# -- can it be replayed? ---------------------------------------------------------------------------------------------
+# -- can it be replayed? ---------------------------------------------------------------------------
 
 _REPLAYABLE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
 def use_replay(lm: LanguageModel, engine: Engine) -> bool:
-    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see `replayable`).
+    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see
+    `replayable`).
 
     Raises:
         UnsupportedModelError: told to, and the model cannot be replayed.
@@ -37,17 +38,26 @@ def use_replay(lm: LanguageModel, engine: Engine) -> bool:
 
 
 def replayable(lm: LanguageModel) -> bool:
-    """Whether replay gives this model's own numbers: tried once per model on a few tokens, then remembered.
+    """Whether replay gives this model's own numbers: tried once per model on a few tokens, then
+    remembered.
 
-    The try covers rows with different starts, the short last block and the head; a family that surprises us is found
-    out here and runs through whole forward passes.
+    The try covers rows with different starts, the short last block and the head; a family that
+    surprises us is found out here and runs through whole forward passes.
     """
     known = _REPLAYABLE.setdefault(lm.model, {})
     key = (getattr(lm.model.config, "_attn_implementation", None), lm.dtype)
     if key not in known:
         try:
             known[key] = _try(lm)
-        except (NotReplayableError, StopForward, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (
+            NotReplayableError,
+            StopForward,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+        ) as error:
             log.debug("%s cannot be replayed: %s", lm.name, error)
             known[key] = False
         if not known[key]:
@@ -74,6 +84,10 @@ def _try(lm: LanguageModel) -> bool:
             if not close(suffix.last_positions(layer, entering), leaving[:, -1:]):
                 return False
             columns_br, rows_b1 = torch.tensor([[0, 1], [2, 0]]), torch.arange(2)[:, None]
-            if not close(suffix.at_columns(layer, entering, columns_br), leaving[rows_b1, columns_br]):
+            if not close(
+                suffix.at_columns(layer, entering, columns_br), leaving[rows_b1, columns_br]
+            ):
                 return False
-    return close(lm.parts.head(recording.hidden[-1]), lm.model(ids_bt.to(lm.device), use_cache=False).logits)
+    return close(
+        lm.parts.head(recording.hidden[-1]), lm.model(ids_bt.to(lm.device), use_cache=False).logits
+    )

@@ -1,7 +1,9 @@
-"""Many continuations of one prompt, which is computed once: its keys and values stand in front of each of them.
+"""Many continuations of one prompt, which is computed once: its keys and values stand in front of
+each of them.
 
-Knows rows of tokens and the model's own cache. Refuses to know what the continuations are. A model whose cache is not
-transformers' DynamicCache (state-space models, for one) computes whole rows instead; the numbers are the same.
+Knows rows of tokens and the model's own cache. Refuses to know what the continuations are. A model
+whose cache is not transformers' DynamicCache (state-space models, for one) computes whole rows
+instead; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record
 
-_CACHED_TOKENS = 2048  # tokens whose keys and values are held at once; of GPT-2 XL in float32: 1.2 GB
+_CACHED_TOKENS = (
+    2048  # tokens whose keys and values are held at once; of GPT-2 XL in float32: 1.2 GB
+)
 
 
 Ids = tuple[int, ...]
@@ -37,14 +41,18 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
     Args:
         continued: (prompt's tokens, further tokens); those of one prompt should stand together.
     Returns:
-        One tensor [1 + further tokens, v] each, float32 (float64 for a float64 model); None where the model's cache is of
-        another kind.
+        One tensor [1 + further tokens, v] each, float32 (float64 for a float64 model); None where
+        the model's cache is of another kind.
     """
     out: list[Tensor] = []
     for batch in _batches(continued):
         heads = list(dict.fromkeys(head for head, _ in batch))
         ids_bt = torch.tensor(heads, device=lm.device)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.model.forward).parameters else {}
+        last = (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in signature(lm.model.forward).parameters
+            else {}
+        )
         read = lm.model(ids_bt, use_cache=True, **last)
         cache = read.past_key_values
         if not isinstance(cache, DynamicCache):
@@ -56,7 +64,9 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
         if further:
             cache.batch_select_indices(torch.tensor([which[i] for i in further], device=lm.device))
             tails_bt = pad_right([batch[i][1] for i in further]).to(lm.device)
-            logits_btv = lm.model(tails_bt, past_key_values=cache, use_cache=True).logits.to(first_bv.dtype)
+            logits_btv = lm.model(tails_bt, past_key_values=cache, use_cache=True).logits.to(
+                first_bv.dtype
+            )
             after = dict(zip(further, logits_btv, strict=True))
         for i, (_, tail) in enumerate(batch):
             first = first_bv[which[i]][None]
@@ -88,14 +98,17 @@ def record_shared_prefixes(
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
 ) -> Recording:
-    """`record_run` of rows of which each begins like one of the first ones: what they begin with is run once.
+    """`record_run` of rows of which each begins like one of the first ones: what they begin with is
+    run once.
 
     Args:
         rows: token ids; row b begins like row b % len(shared).
         shared: tokens that all rows which begin alike have in common; exact where they really are.
         layer: lowest block that is kept, see `Recording.narrowed`.
-        length: that rows are padded to, on the right; at least any shared part and the longest rest behind each other.
-        inputs, outputs: as in `record_run`. In `seen` there is nothing at the shared positions but zeros.
+        length: that rows are padded to, on the right; at least any shared part and the longest rest
+            behind each other.
+        inputs, outputs: as in `record_run`. In `seen` there is nothing at the shared positions but
+            zeros.
     """
     kinds, firsts = torch.arange(len(rows)) % len(shared), rows[: len(shared)]
     rest = max(len(row) - shared[b % len(shared)] for b, row in enumerate(rows))

@@ -19,27 +19,34 @@ from engram.model.language_model import LanguageModel
 class Canary:
     """Limits that a model with all its edits has to keep; None: neither measured nor judged.
 
-    Coarse on purpose: a minute's measurement that needs no facts. Neighbours of a fact suffer long before perplexity does
+    Coarse on purpose: a minute's measurement that needs no facts. Neighbours of a fact suffer long
+        before perplexity does
     (docs/ledger.md), and are what receipts are for.
 
     Args:
-        max_perplexity_ratio: perplexity of held-out text, with the edits over without; the default is a receipt's.
-        max_norm_ratio: ||change|| / ||weight||, Frobenius, of the weight that is changed most. The changes of n unrelated facts
-            are about sqrt(n) times as long as one fact's, so the default is above a receipt's.
+        max_perplexity_ratio: perplexity of held-out text, with the edits over without; the default
+            is a receipt's.
+        max_norm_ratio: ||change|| / ||weight||, Frobenius, of the weight that is changed most. The
+            changes of n unrelated facts are about sqrt(n) times as long as one fact's, so the
+            default is above a receipt's.
         text: the held-out text; default: half a page of plain prose.
     Raises:
         SettingError: a limit that is not above 0, or a text without words.
     """
 
     max_perplexity_ratio: float | None = Thresholds.max_perplexity_ratio
-    max_norm_ratio: float | None = 10.0  # 40 sound edits of pocket: 6.4; one of them made 10 times too large: 6 to 14
+    max_norm_ratio: float | None = (
+        10.0  # 40 sound edits of pocket: 6.4; one of them made 10 times too large: 6 to 14
+    )
     text: str | None = None
 
     def __post_init__(self) -> None:
         for limit in fields(self)[:2]:
             value = getattr(self, limit.name)
             if value is not None and not value > 0:
-                raise SettingError(f"{limit.name}={value!r}: expected a number above 0, or None not to measure it")
+                raise SettingError(
+                    f"{limit.name}={value!r}: expected a number above 0, or None not to measure it"
+                )
         if self.text is not None and not self.text.strip():
             raise SettingError(
                 f"text={self.text!r} is empty; give prose that the model reads well, or None for the bundled page"
@@ -47,9 +54,15 @@ class Canary:
 
     def perplexity(self, lm: LanguageModel) -> float | None:
         """Of the held-out text, as the model is now; None where it is not asked for."""
-        return None if self.max_perplexity_ratio is None else lm.perplexity(self.text or held_out_text())
+        return (
+            None
+            if self.max_perplexity_ratio is None
+            else lm.perplexity(self.text or held_out_text())
+        )
 
-    def checks(self, lm: LanguageModel, edit: Edit, before: float | None, after: float | None) -> list[Check]:
+    def checks(
+        self, lm: LanguageModel, edit: Edit, before: float | None, after: float | None
+    ) -> list[Check]:
         """Both numbers beside their limits.
 
         Args:

@@ -1,6 +1,8 @@
-"""lm-evaluation-harness on an edited model: its tasks, its numbers, with an edit laid on the model while they are computed.
+"""lm-evaluation-harness on an edited model: its tasks, its numbers, with an edit laid on the model
+while they are computed.
 
-Knows how the harness is called. Refuses to know tasks. https://github.com/EleutherAI/lm-evaluation-harness
+Knows how the harness is called. Refuses to know tasks.
+https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -33,15 +35,17 @@ def harness(
     Args:
         tasks: names, as the harness knows them.
         edit: laid on the model for the length of the evaluation.
-        mode: "overlay": the change is added to the output of the modules, see `Edit.attached`, so that weights may be quantised;
-            "merged": it is written into the weights, see `Edit.applied`.
+        mode: "overlay": the change is added to the output of the modules, see `Edit.attached`, so
+            that weights may be quantised; "merged": it is written into the weights, see
+            `Edit.applied`.
         include_path: folder with tasks of your own.
         options: of `lm_eval.simple_evaluate`, such as num_fewshot=5 or limit=100.
     Returns:
         Task -> metric -> value, as the harness reports them.
     Raises:
         MissingExtraError: the harness is not installed.
-        SettingError: a task that does not exist, another mode, or an edit of words, which the harness' prompts do not pass through.
+        SettingError: a task that does not exist, another mode, or an edit of words, which the
+            harness' prompts do not pass through.
     """
     try:
         import lm_eval
@@ -60,8 +64,20 @@ def harness(
         raise SettingError(
             f"tasks {', '.join(missing)} do not exist; 'lm_eval ls tasks' shows the harness' own, include_path is for others"
         )
-    model = HFLM(lm.model, backend="causal", tokenizer=lm.tokenizer, batch_size=batch_size, max_length=lm.max_tokens)
-    laid = nullcontext() if edit is None else edit.attached(lm) if mode == "overlay" else edit.applied(lm)
+    model = HFLM(
+        lm.model,
+        backend="causal",
+        tokenizer=lm.tokenizer,
+        batch_size=batch_size,
+        max_length=lm.max_tokens,
+    )
+    laid = (
+        nullcontext()
+        if edit is None
+        else edit.attached(lm)
+        if mode == "overlay"
+        else edit.applied(lm)
+    )
     with laid:
         found = lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **options)
     assert found is not None, "the harness gives None on processes other than the first only"

@@ -1,4 +1,6 @@
-"""Held-out text: what the model makes of half a page of plain prose that has nothing to do with any edit."""
+"""Held-out text: what the model makes of half a page of plain prose that has nothing to do with any
+edit.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,13 @@ class HeldOut:
     @classmethod
     def of(cls, logits: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> HeldOut:
         """From the logits [tokens - 1, v] of each piece."""
-        log_p_pv = torch.cat(list(logits)).log_softmax(-1, dtype=torch.promote_types(logits[0].dtype, torch.float32))
-        return cls(log_p_pv, torch.tensor([token for row in rows for token in row[1:]], device=log_p_pv.device))
+        log_p_pv = torch.cat(list(logits)).log_softmax(
+            -1, dtype=torch.promote_types(logits[0].dtype, torch.float32)
+        )
+        return cls(
+            log_p_pv,
+            torch.tensor([token for row in rows for token in row[1:]], device=log_p_pv.device),
+        )
 
     @cached_property
     def perplexity(self) -> float:
@@ -43,11 +50,15 @@ class HeldOut:
 
     def kl(self, base: HeldOut) -> float:
         """Mean KL(this || base) of the next token, nats."""
-        return float((self.log_p_pv.exp() * (self.log_p_pv - base.log_p_pv)).sum(-1).clamp(min=0).mean())
+        return float(
+            (self.log_p_pv.exp() * (self.log_p_pv - base.log_p_pv)).sum(-1).clamp(min=0).mean()
+        )
 
 
 def pieces(lm: LanguageModel) -> tuple[list[list[int]], list[range]]:
-    """The text in pieces as long as the model takes, and the positions at which the next token is known."""
+    """The text in pieces as long as the model takes, and the positions at which the next token is
+    known.
+    """
     ids = list(lm.tokenizer(held_out_text(), verbose=False)["input_ids"])
     size = lm.max_tokens
     rows = [piece for at in range(0, len(ids), size) if len(piece := ids[at : at + size]) > 1]

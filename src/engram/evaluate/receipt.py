@@ -1,8 +1,9 @@
-"""A receipt: what one edit changed, on the prompts it was made for and on those it should have left alone.
+"""A receipt: what one edit changed, on the prompts it was made for and on those it should have left
+alone.
 
-Knows an edit and the model it was made on, and scores text. Refuses to know how edits are made. Scores are CounterFact's
-(Meng et al. 2022, Sec. 3.3), the neighbours behind the edit's own sentence CounterFact+'s (Hoelscher-Obermaier et al. 2023,
-arXiv:2305.17553).
+Knows an edit and the model it was made on, and scores text. Refuses to know how edits are made.
+Scores are CounterFact's (Meng et al. 2022, Sec. 3.3), the neighbours behind the edit's own sentence
+CounterFact+'s (Hoelscher-Obermaier et al. 2023, arXiv:2305.17553).
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ SCORES: dict[PromptKind, str] = {  # kind of prompt -> what the share of success
 class Thresholds:
     """What an edit has to reach to pass; `min_` and `max_` say which way. None: not judged."""
 
-    min_efficacy: float | None = 1.0  # share of edit prompts on which the new object beats the true one
+    min_efficacy: float | None = (
+        1.0  # share of edit prompts on which the new object beats the true one
+    )
     min_paraphrase: float | None = 0.8  # the same on paraphrases
-    min_neighbourhood: float | None = 0.8  # share of neighbours that kept their answer, of those that had it
+    min_neighbourhood: float | None = (
+        0.8  # share of neighbours that kept their answer, of those that had it
+    )
     max_perplexity_ratio: float | None = 1.05  # on held-out text, after over before
-    max_norm_ratio: float | None = 2.0  # ||change|| / ||weight||; edits that destroy a model are found far above
+    max_norm_ratio: float | None = (
+        2.0  # ||change|| / ||weight||; edits that destroy a model are found far above
+    )
     min_rho: float | None = 0.2  # see rome: near 0 the update explodes (Gupta et al. 2024)
     max_rounding: float | None = 0.25  # share of the change that the model's dtype cannot hold
 
@@ -41,8 +48,8 @@ class Answer:
     """One prompt: how probable the wanted and the unwanted answer are, before and after the edit.
 
     Attributes:
-        wanted, unwanted: new and true object on edit prompts and paraphrases; the neighbour's own answer and the edit's
-            object on neighbours.
+        wanted, unwanted: new and true object on edit prompts and paraphrases; the neighbour's own
+            answer and the edit's object on neighbours.
         before, after: probabilities (wanted, unwanted) of the whole texts.
         right_before, right_after: whether `wanted` has the larger mean log-probability per token.
     """
@@ -81,14 +88,17 @@ class Receipt:
     Attributes:
         answers: one a prompt.
         continuations: (prompt, greedy continuation before, after).
-        perplexity: of held-out text, (before, after); of an in-context edit, of pieces that leave half of the model's context to
-            the edit, without and with its text before them.
-        norm_ratio: largest ||change|| / ||weight|| of a touched weight, Frobenius; None where no weight is.
-        rho: the fact's collapse indicator that is furthest from 1 on the low side, None where the method has none.
-        rounding: largest share of a weight's change that is lost when it is rounded into the model's dtype; None where no
-            weight changes.
+        perplexity: of held-out text, (before, after); of an in-context edit, of pieces that leave
+            half of the model's context to the edit, without and with its text before them.
+        norm_ratio: largest ||change|| / ||weight|| of a touched weight, Frobenius; None where no
+            weight is.
+        rho: the fact's collapse indicator that is furthest from 1 on the low side, None where the
+            method has none.
+        rounding: largest share of a weight's change that is lost when it is rounded into the
+            model's dtype; None where no weight changes.
         model, dtype: what it was taken on.
-        laid: "applied" where the edit was written into the weights; "attached" where it lay beside them, since they are
+        laid: "applied" where the edit was written into the weights; "attached" where it lay beside
+            them, since they are
             quantised or offloaded: then nothing is rounded.
         quantised: how the edited weights are packed, None where they are not.
         frame: what the model was asked through, before as after; None: the bare prompts.
@@ -111,9 +121,15 @@ class Receipt:
         return [answer for answer in self.answers if answer.kind == kind]
 
     def share(self, kind: PromptKind, when: Literal["before", "after"] = "after") -> float | None:
-        """Share of prompts of a kind on which the wanted answer is the more probable one; None without such prompts."""
+        """Share of prompts of a kind on which the wanted answer is the more probable one; None
+        without such prompts.
+        """
         rows = self.of(kind)
-        return fmean(a.right_after if when == "after" else a.right_before for a in rows) if rows else None
+        return (
+            fmean(a.right_after if when == "after" else a.right_before for a in rows)
+            if rows
+            else None
+        )
 
     def kept(self) -> float | None:
         """Share of the neighbours answered rightly before the edit that still are."""
@@ -121,10 +137,13 @@ class Receipt:
         return fmean(answer.right_after for answer in right) if right else None
 
     def margins(self) -> tuple[float | None, float | None, float | None]:
-        """Mean difference in probability, wanted minus unwanted, after the edit: on edit prompts, paraphrases, neighbours."""
+        """Mean difference in probability, wanted minus unwanted, after the edit: on edit prompts,
+        paraphrases, neighbours.
+        """
         kinds: tuple[PromptKind, ...] = ("edit", "paraphrase", "neighbour")
         efficacy, paraphrase, neighbourhood = (
-            fmean(a.after[0] - a.after[1] for a in rows) if (rows := self.of(kind)) else None for kind in kinds
+            fmean(a.after[0] - a.after[1] for a in rows) if (rows := self.of(kind)) else None
+            for kind in kinds
         )
         return efficacy, paraphrase, neighbourhood
 
@@ -132,13 +151,22 @@ class Receipt:
         """The verdict, line by line."""
         ratio = self.perplexity[1] / self.perplexity[0]
         measured = {
-            "efficacy": self.share("edit"), "paraphrase": self.share("paraphrase"), "neighbourhood": self.kept(),
-            "perplexity_ratio": ratio, "norm_ratio": self.norm_ratio, "rho": self.rho, "rounding": self.rounding,
-        }  # fmt: skip
+            "efficacy": self.share("edit"),
+            "paraphrase": self.share("paraphrase"),
+            "neighbourhood": self.kept(),
+            "perplexity_ratio": ratio,
+            "norm_ratio": self.norm_ratio,
+            "rho": self.rho,
+            "rounding": self.rounding,
+        }
         lines = []
         for limit in fields(Thresholds):
             direction, _, name = limit.name.partition("_")
-            lines.append(Check(name, measured[name], getattr(self.thresholds, limit.name), direction == "min"))
+            lines.append(
+                Check(
+                    name, measured[name], getattr(self.thresholds, limit.name), direction == "min"
+                )
+            )
         return lines
 
     @property
@@ -177,7 +205,8 @@ class Receipt:
         for kind, name in SCORES.items():
             if rows := self.of(kind):
                 wanted, unwanted = (
-                    f"{fmean(a.before[i] for a in rows):.3f} → {fmean(a.after[i] for a in rows):.3f}" for i in (0, 1)
+                    f"{fmean(a.before[i] for a in rows):.3f} → {fmean(a.after[i] for a in rows):.3f}"
+                    for i in (0, 1)
                 )
                 before, after = self.share(kind, "before"), self.share(kind)
                 yield f"{name:<16}{len(rows):>6}{before:>14.0%}{after:>13.0%}{wanted:>18}{unwanted:>18}"
@@ -186,7 +215,9 @@ class Receipt:
         for check in self.checks():
             verdict = {True: "ok", False: "FAILED", None: ""}[check.passed]
             measured = "—" if check.value is None else f"{check.value:.3f}"
-            asked = "—" if check.limit is None else f"{'≥' if check.at_least else '≤'} {check.limit:g}"
+            asked = (
+                "—" if check.limit is None else f"{'≥' if check.at_least else '≤'} {check.limit:g}"
+            )
             yield f"{check.name.replace('_', ' '):<18}{measured:>10}{asked:>10}   {verdict}"
         if self.laid == "attached":
             yield f"attached beside {self.quantised or 'offloaded'} weights: none is touched, nothing is rounded"

@@ -32,15 +32,17 @@ def verify(
     continuation_tokens: int = 16,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Receipt:
-    """Measure what an edit does: on its prompts, paraphrases and neighbours, on free text, on held-out text.
+    """Measure what an edit does: on its prompts, paraphrases and neighbours, on free text, on
+    held-out text.
 
-    Paraphrases and neighbours are those of the edit's facts; for a fact without, those that the bundled fact table has for
-    its subject. `lm` is edited within the call only.
+    Paraphrases and neighbours are those of the edit's facts; for a fact without, those that the
+    bundled fact table has for its subject. `lm` is edited within the call only.
 
     Args:
         lm: the model as it was when the edit was made.
-        frame: what prompts are asked through, before as after the edit, see `LanguageModel.asked_through`; such as
-            `chat_frame(lm)` for a chat model, whose receipt in plain text may look different.
+        frame: what prompts are asked through, before as after the edit, see
+            `LanguageModel.asked_through`; such as `chat_frame(lm)` for a chat model, whose receipt
+            in plain text may look different.
         text: held-out text for perplexity; default: half a page of plain prose.
         progress: called with (what is being done, done, in all).
     Raises:
@@ -49,7 +51,12 @@ def verify(
     if frame is not None:
         with lm.asked_through(frame):
             return verify(
-                lm, edit, thresholds=thresholds, text=text, continuation_tokens=continuation_tokens, progress=progress
+                lm,
+                edit,
+                thresholds=thresholds,
+                text=text,
+                continuation_tokens=continuation_tokens,
+                progress=progress,
             )
     report = progress or (lambda what, done, total: None)
     facts = [pocket.evidence_for(fact) for fact in edit.facts]
@@ -59,7 +66,9 @@ def verify(
 
     through = name_of(lm.frame) if lm.kind == "causal" and lm.frame != BARE else None
 
-    def measure(what: str, edited: bool) -> tuple[list[tuple[float, float]], list[bool], list[str], float]:
+    def measure(
+        what: str, edited: bool
+    ) -> tuple[list[tuple[float, float]], list[bool], list[str], float]:
         report(what, 0, 2)
         probabilities, right = _score(lm, asked)
         report(what, 1, 2)
@@ -72,7 +81,9 @@ def verify(
     report("after the edit", 2, 2)
     written = not isinstance(edit, Edit) or can_apply(edit, lm)
     columns = zip(asked, before[0], after[0], before[1], after[1], strict=True)
-    answers = tuple(Answer(*each, p0, p1, right0, right1) for each, p0, p1, right0, right1 in columns)
+    answers = tuple(
+        Answer(*each, p0, p1, right0, right1) for each, p0, p1, right0, right1 in columns
+    )
     return Receipt(
         answers=answers,
         continuations=tuple(zip(opened, before[2], after[2], strict=True)),
@@ -84,16 +95,28 @@ def verify(
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
         laid="applied" if written else "attached",
-        quantised=next((packed for name in edit.deltas if (packed := quantisation(linear_module_of(lm, name)))), None),
+        quantised=next(
+            (
+                packed
+                for name in edit.deltas
+                if (packed := quantisation(linear_module_of(lm, name)))
+            ),
+            None,
+        ),
         frame=through,
     )
 
 
 @torch.no_grad()
 def norm_ratio(lm: LanguageModel, edit: Edit) -> float:
-    """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is unedited."""
+    """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is
+    unedited.
+    """
     modules = {name: linear_module_of(lm, name) for name in edit.deltas}
-    return max(edit.deltas[name].norm() / float(as_linear(module).double().norm()) for name, module in modules.items())
+    return max(
+        edit.deltas[name].norm() / float(as_linear(module).double().norm())
+        for name, module in modules.items()
+    )
 
 
 ReceiptPrompt = tuple[PromptKind, int, str, str, str]  # kind, fact, prompt, wanted, unwanted
@@ -117,11 +140,15 @@ def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[ReceiptPrompt
 
 
 def true_answer(lm: LanguageModel, fact: Fact) -> str:
-    """`target_true`, else the model's own answer, or its second where the first is the new object already."""
+    """`target_true`, else the model's own answer, or its second where the first is the new object
+    already.
+    """
     if fact.target_true is not None:
         return fact.target_true
     answers = [token for token, _ in lm.next_tokens(fact.prompt_text, 2)]
-    return next((token for token in answers if token.strip() not in ("", fact.target.strip())), answers[-1])
+    return next(
+        (token for token in answers if token.strip() not in ("", fact.target.strip())), answers[-1]
+    )
 
 
 def _openings(facts: Sequence[Fact]) -> Iterator[str]:
@@ -131,11 +158,15 @@ def _openings(facts: Sequence[Fact]) -> Iterator[str]:
         yield from (prompt for prompt, _ in fact.neighbours[:1])
 
 
-def _score(lm: LanguageModel, asked: Sequence[ReceiptPrompt]) -> tuple[list[tuple[float, float]], list[bool]]:
+def _score(
+    lm: LanguageModel, asked: Sequence[ReceiptPrompt]
+) -> tuple[list[tuple[float, float]], list[bool]]:
     pairs = [(prompt, answer) for _, _, prompt, *answers in asked for answer in answers]
     log_probs = lm.log_probs(pairs)
     wanted, unwanted = log_probs[::2], log_probs[1::2]
-    probabilities = [(float(w.sum().exp()), float(u.sum().exp())) for w, u in zip(wanted, unwanted, strict=True)]
+    probabilities = [
+        (float(w.sum().exp()), float(u.sum().exp())) for w, u in zip(wanted, unwanted, strict=True)
+    ]
     return probabilities, [bool(w.mean() > u.mean()) for w, u in zip(wanted, unwanted, strict=True)]
 
 
@@ -145,7 +176,8 @@ def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
 
 
 def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited: bool) -> float:
-    """Of the bare text, whatever prompts are asked through; behind the words of an edit that is words.
+    """Of the bare text, whatever prompts are asked through; behind the words of an edit that is
+    words.
 
     Args:
         lm: with the edit laid on it where `edited`, otherwise without.
@@ -164,5 +196,8 @@ def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:
 
 def _rhos(edit: Edit | PromptEdit) -> Iterable[float]:
     """rho of every fact, also of a composed edit's parts."""
-    for part in (edit.diagnostics, *(part["diagnostics"] for part in edit.settings.get("parts", ()))):
+    for part in (
+        edit.diagnostics,
+        *(part["diagnostics"] for part in edit.settings.get("parts", ())),
+    ):
         yield from (fact["rho"] for fact in part.get("facts", ()) if "rho" in fact)

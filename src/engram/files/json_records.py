@@ -1,4 +1,5 @@
-"""Records out of JSON and JSON lines, each with the place where it stands, so that a mistake is told with file and line.
+"""Records out of JSON and JSON lines, each with the place where it stands, so that a mistake is
+told with file and line.
 
 Knows JSON. Refuses to know what a record means: see fact_files, and evaluate/data for benchmarks.
 """
@@ -13,7 +14,8 @@ from engram.errors import FactError
 
 
 def json_records(text: str, path: str) -> Iterator[tuple[Any, str]]:
-    """(record, where it stands) of a JSON list, or of JSON lines; a line that is no JSON gives a FactError as its record.
+    """(record, where it stands) of a JSON list, or of JSON lines; a line that is no JSON gives a
+    FactError as its record.
 
     Raises:
         FactError: a list that is no JSON, since what comes behind the mistake cannot be told.
@@ -28,9 +30,22 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
             try:
                 yield json.loads(line), where
             except json.JSONDecodeError as error:
-                yield FactError(f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"), where
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
-                yield FactError(f"{where}: no JSON that can be read, {error}; expected one object a line"), where
+                yield (
+                    FactError(
+                        f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"
+                    ),
+                    where,
+                )
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # a number of thousands of digits; lists in lists in lists
+                yield (
+                    FactError(
+                        f"{where}: no JSON that can be read, {error}; expected one object a line"
+                    ),
+                    where,
+                )
 
 
 def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
@@ -54,11 +69,15 @@ def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
         if rest < len(text):
             raise json.JSONDecodeError("text behind the list's end", text, rest)
     except json.JSONDecodeError as error:
-        raise FactError(f"{path}, line {error.lineno}: no JSON list, {error.msg} at column {error.colno}") from error
+        raise FactError(
+            f"{path}, line {error.lineno}: no JSON list, {error.msg} at column {error.colno}"
+        ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, FactError):  # of whoever takes the records
             raise
-        raise FactError(f"{path}: no JSON list that can be read behind line {line}, {error}") from error
+        raise FactError(
+            f"{path}: no JSON list that can be read behind line {line}, {error}"
+        ) from error
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -14,7 +14,8 @@ from engram.errors import EngramError
 
 @contextmanager
 def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[None]:
-    """Within the block no other process (or thread) holds the lock at `path`; a killed one lets go of it.
+    """Within the block no other process (or thread) holds the lock at `path`; a killed one lets go
+    of it.
 
     Args:
         wait: seconds to wait for another one to be done.

@@ -1,7 +1,10 @@
-"""A run in one SQLite file: begun with what it is about, written a transaction at a time, taken up again after a kill.
+"""A run in one SQLite file: begun with what it is about, written a transaction at a time, taken up
+again after a kill.
 
-Knows the file, its version and who may write it. Refuses to mix runs: what a file was begun with has to be asked for again. What
-rows it holds say those who build on it: benchmarks (evaluate/bench/store) and average traces (locate/trace_store).
+Knows the file, its version and who may write it. Refuses to mix runs: what a file was begun with
+has to be asked for again. What
+rows it holds say those who build on it: benchmarks (evaluate/bench/store) and average traces
+    (locate/trace_store).
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class RunFile:
             about: what has to be the same each time, such as the model and the data.
         Raises:
             SettingError: the file was begun with something else; the message says with what.
-            EditFileError: the file is something else, or cannot be written. EngramError: another process is writing it.
+            EditFileError: the file is something else, or cannot be written. EngramError: another
+                process is writing it.
         """
         path = _MEMORY if path is None else Path(path)
         with ExitStack() as held:
@@ -81,9 +85,12 @@ class RunFile:
         """
         path = Path(path)
         if not path.is_file():
-            raise EngramFileError(f"{path} is no file of a run; make one with {cls.made_by.format(name=path.name)}")
+            raise EngramFileError(
+                f"{path} is no file of a run; make one with {cls.made_by.format(name=path.name)}"
+            )
         with ExitStack() as held, cls._usable(path, OSError):
-            # not mode=ro: what a kill left half written is rolled back first, where the file may be written to
+            # not mode=ro: what a kill left half written is rolled back first, where the file may be
+            # written to
             connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
             held.callback(connection.close)
             file = cls(connection, path)
@@ -91,20 +98,31 @@ class RunFile:
                 raise EngramFileError(f"{path} is a database of something else, not {cls.what}")
             version = file.about().get("format_version")
             if version != cls.version:
-                raise EngramFileError(f"{path} has format version {version}, this engram reads {cls.version}")
+                raise EngramFileError(
+                    f"{path} has format version {version}, this engram reads {cls.version}"
+                )
             yield file
 
     def about(self) -> dict[str, Any]:
         """What the run was begun with."""
-        return {name: json.loads(value) for name, value in self._connection.execute("SELECT name, value FROM about")}
+        return {
+            name: json.loads(value)
+            for name, value in self._connection.execute("SELECT name, value FROM about")
+        }
 
     def _has_tables(self) -> bool:
-        return bool(self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (self.mark,)).fetchone())
+        return bool(
+            self._connection.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = ?", (self.mark,)
+            ).fetchone()
+        )
 
     def _begin(self, about: Mapping[str, Any]) -> None:
         with self._connection:
             if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise EngramFileError(f"{self.path} is a database of something else; choose another name")
+                raise EngramFileError(
+                    f"{self.path} is a database of something else; choose another name"
+                )
             self._connection.execute("BEGIN IMMEDIATE")
             for statement in filter(str.strip, (_ABOUT + self.tables).split(";")):
                 self._connection.execute(statement)
@@ -113,7 +131,10 @@ class RunFile:
             self._connection.executemany("INSERT INTO about VALUES (?, ?)", pairs)
 
     def _check(self, about: Mapping[str, Any]) -> None:
-        there, asked = self.about(), json.loads(json.dumps({"format_version": self.version, **about}))
+        there, asked = (
+            self.about(),
+            json.loads(json.dumps({"format_version": self.version, **about})),
+        )
         for name, value in asked.items():
             if there.get(name) != value:
                 begun = f"{name}={there.get(name)!r}, now asked for is {value!r}"

@@ -23,17 +23,20 @@ _STALE_S = 3600.0  # a temporary folder this old belongs to a writer that was ki
 
 @contextmanager
 def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[Path]:
-    """A temporary folder to write into; it becomes `folder` when the block ends well, and vanishes otherwise.
+    """A temporary folder to write into; it becomes `folder` when the block ends well, and vanishes
+    otherwise.
 
-    A writer killed at any moment leaves the old folder or the new one: a folder cannot be replaced in one
+    A writer killed at any moment leaves the old folder or the new one: a folder cannot be replaced
+        in one
     step everywhere, so the old one steps aside under a name that `recover_folder` finds.
 
     Args:
         folder: where the result goes; its parents are made.
-        replaces: file by which a folder that may be replaced is known; None: only an empty folder may be
-            there.
+        replaces: file by which a folder that may be replaced is known; None: only an empty folder
+            may be there.
     Raises:
-        EditFileError: something else is at `folder`, or it cannot be written (disk full, no permission).
+        EditFileError: something else is at `folder`, or it cannot be written (disk full, no
+            permission).
     """
     folder = Path(folder).absolute()
     try:
@@ -60,7 +63,11 @@ def recover_folder(folder: str | Path) -> Path:
     folder = Path(folder).absolute()
     aside = _aside(folder)
     if not folder.exists() and aside.exists():
-        log.warning("%s was being replaced when its writer was killed; using the old contents in %s", folder, aside)
+        log.warning(
+            "%s was being replaced when its writer was killed; using the old contents in %s",
+            folder,
+            aside,
+        )
         return aside
     return folder
 
@@ -68,7 +75,9 @@ def recover_folder(folder: str | Path) -> Path:
 def _replace(folder: Path, fresh: Path) -> None:
     aside = _aside(folder)
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # `folder` is whole, so nobody needs what stands aside
+        shutil.rmtree(
+            aside, ignore_errors=True
+        )  # `folder` is whole, so nobody needs what stands aside
         folder.rename(aside)
     try:
         fresh.rename(folder)
@@ -86,8 +95,14 @@ def _refuse_strangers(folder: Path, replaces: str | None) -> None:
     if not folder.is_dir():
         raise EngramFileError(f"{folder} is a file; expected the name of a folder to write")
     if any(folder.iterdir()) and not (replaces and (folder / replaces).is_file()):
-        wanted = f"a folder with {replaces}, which would be replaced, or none" if replaces else "an empty folder, or none"
-        raise EngramFileError(f"{folder} holds other files; expected {wanted}. Choose another name, or move it away")
+        wanted = (
+            f"a folder with {replaces}, which would be replaced, or none"
+            if replaces
+            else "an empty folder, or none"
+        )
+        raise EngramFileError(
+            f"{folder} holds other files; expected {wanted}. Choose another name, or move it away"
+        )
 
 
 def _sweep(folder: Path) -> None:

@@ -23,7 +23,9 @@ _LAST_WORD = re.compile(r"\S*\s*$")
 
 
 class ClozeRow(NamedTuple):
-    """One forward: token ids, the positions whose logits are read, and what an encoder-decoder model's decoder is fed."""
+    """One forward: token ids, the positions whose logits are read, and what an encoder-decoder
+    model's decoder is fed.
+    """
 
     ids: Ids
     read: Ids
@@ -31,7 +33,9 @@ class ClozeRow(NamedTuple):
 
 
 class ClozeRows:
-    """Rows for one model. Remembers how answers are cut into tokens, as far as that can depend on a prompt: its last word."""
+    """Rows for one model. Remembers how answers are cut into tokens, as far as that can depend on a
+    prompt: its last word.
+    """
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
@@ -46,11 +50,13 @@ class ClozeRows:
         return self._known[key]
 
     def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[ClozeRow], list[int]]:
-        """Rows that show every token of every answer, and for each answer the number of its row, where it is read from the front.
+        """Rows that show every token of every answer, and for each answer the number of its row,
+        where it is read from the front.
 
-        Causal and encoder-decoder models: one-token answers share the prompt's own row, or any row that goes on from it; two
-        answers share theirs where all but their last tokens agree, or where one begins as the other does. Masked models:
-        answers of as many tokens share a row with as many masks.
+        Causal and encoder-decoder models: one-token answers share the prompt's own row, or any row
+        that goes on from it; two answers share theirs where all but their last tokens agree, or
+        where one begins as the other does. Masked models: answers of as many tokens share a row
+        with as many masks.
 
         Raises:
             FactError: the model does not take as many tokens.
@@ -59,7 +65,10 @@ class ClozeRows:
         ids, at = tuple(blank.ids), blank.read[0]
         if self.lm.kind == "masked":
             sizes = sorted({len(answer) for answer in answers})
-            rows = [ClozeRow(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n))) for n in sizes]
+            rows = [
+                ClozeRow(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n)))
+                for n in sizes
+            ]
             where = [sizes.index(len(answer)) for answer in answers]
         else:
             prefixes = _longest({answer[:-1] for answer in answers})
@@ -78,17 +87,25 @@ class ClozeRows:
         return rows, where
 
     def logits(self, rows: Sequence[ClozeRow]) -> Tensor:
-        """[positions, v]: logits at all positions that the rows read, in the rows' order; equal rows are computed once."""
+        """[positions, v]: logits at all positions that the rows read, in the rows' order; equal
+        rows are computed once.
+        """
         distinct = list(dict.fromkeys(rows))
         logits = self._of_shared_prompts(distinct)
         if logits is None:
-            decoder = [row.decoder for row in distinct] if self.lm.kind == "encoder-decoder" else None
-            logits = self.lm.logits_at([row.ids for row in distinct], [row.read for row in distinct], decoder)
+            decoder = (
+                [row.decoder for row in distinct] if self.lm.kind == "encoder-decoder" else None
+            )
+            logits = self.lm.logits_at(
+                [row.ids for row in distinct], [row.read for row in distinct], decoder
+            )
         got = dict(zip(distinct, logits, strict=True))
         return torch.cat([got[row] for row in rows])
 
     def _of_shared_prompts(self, rows: Sequence[ClozeRow]) -> list[Tensor] | None:
-        """The same through keys and values of each prompt, where many rows go on from few prompts; else None."""
+        """The same through keys and values of each prompt, where many rows go on from few prompts;
+        else None.
+        """
         continued = [(row.ids[: row.read[0] + 1], row.ids[row.read[0] + 1 :]) for row in rows]
         if not self._shares or len(rows) < _WORTHWHILE * len({head for head, _ in continued}):
             return None
@@ -96,11 +113,14 @@ class ClozeRows:
         self._shares = logits is not None
         return logits
 
-    def log_probs(self, rows: Sequence[ClozeRow], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Tensor:
+    def log_probs(
+        self, rows: Sequence[ClozeRow], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int
+    ) -> Tensor:
         """Sums of log-probabilities, with no more than a batch's logits in memory.
 
         Args:
-            wanted: for each row (which of its reads, token, slot): the token's log-probability is added to the slot.
+            wanted: for each row (which of its reads, token, slot): the token's log-probability is
+                added to the slot.
             size: number of slots.
         Returns:
             [size] on the CPU.
@@ -116,25 +136,34 @@ class ClozeRows:
                 start += len(rows[i].read)
             position, token, slot = torch.tensor(at).unbind(1)
             device = log_probs_pv.device
-            total.index_add_(0, slot, log_probs_pv[position.to(device), token.to(device)].cpu().double())
+            total.index_add_(
+                0, slot, log_probs_pv[position.to(device), token.to(device)].cpu().double()
+            )
         check_not_nan(total)
         return total
 
     def spoken(self, answer: Ids, best: Ids) -> str:
         """What the model says instead of `answer`: its best tokens up to the first that differs.
 
-        Those behind were read with the answer's tokens in front, which the model would not have said. A masked model's are
-        independent of each other and taken whole.
+        Those behind were read with the answer's tokens in front, which the model would not have
+        said. A masked model's are independent of each other and taken whole.
         """
-        same = next((i for i, (a, b) in enumerate(zip(answer, best, strict=True)) if a != b), len(answer) - 1)
-        text = str(self.lm.tokenizer.decode(list(best if self.lm.kind == "masked" else best[: same + 1])))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(answer, best, strict=True)) if a != b),
+            len(answer) - 1,
+        )
+        text = str(
+            self.lm.tokenizer.decode(list(best if self.lm.kind == "masked" else best[: same + 1]))
+        )
         return text.strip() or text
 
     def _batches(self, rows: Sequence[ClozeRow]) -> Iterator[list[int]]:
         most = max(1, _LOGITS // int(self.lm.model.config.get_text_config().vocab_size))
         batch: list[int] = []
         held = 0
-        for i in sorted(range(len(rows)), key=lambda i: (rows[i].read[0], rows[i])):  # of a prompt together
+        for i in sorted(
+            range(len(rows)), key=lambda i: (rows[i].read[0], rows[i])
+        ):  # of a prompt together
             if batch and held + len(rows[i].read) > most:
                 yield batch
                 batch, held = [], 0
@@ -145,9 +174,15 @@ class ClozeRows:
 
 
 def _longest(prefixes: Iterable[Ids]) -> list[Ids]:
-    """Those that no other one begins with, in order; so the first one not before a given prefix begins with it."""
+    """Those that no other one begins with, in order; so the first one not before a given prefix
+    begins with it.
+    """
     ordered = sorted(prefixes)
-    return [a for a, b in zip(ordered, [*ordered[1:], None], strict=True) if b is None or b[: len(a)] != a]
+    return [
+        a
+        for a, b in zip(ordered, [*ordered[1:], None], strict=True)
+        if b is None or b[: len(a)] != a
+    ]
 
 
 def check_not_nan(values: Tensor) -> None:

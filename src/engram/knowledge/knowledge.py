@@ -1,8 +1,11 @@
-"""What a model knew when it was asked: one record a fact, and the shares that papers report of them.
+"""What a model knew when it was asked: one record a fact, and the shares that papers report of
+them.
 
-Plain numbers, with nothing of the model left in them. Refuses to know how they were measured: see knows.
+Plain numbers, with nothing of the model left in them. Refuses to know how they were measured: see
+knows.
 
-Sources: P@k, MRR and averages over relations: Petroni et al. 2019 (LAMA), arXiv:1909.01066. Several prompts a fact: Jiang et
+Sources: P@k, MRR and averages over relations: Petroni et al. 2019 (LAMA), arXiv:1909.01066. Several
+    prompts a fact: Jiang et
 al. 2020 (LPAQA), arXiv:1911.12543. Consistency: Elazar et al. 2021 (ParaRel), arXiv:2102.01017.
 """
 
@@ -58,7 +61,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class KnownRecord:
-    """One fact: the reply to each of its prompts, and the one that counts (`aggregate` says how it comes about)."""
+    """One fact: the reply to each of its prompts, and the one that counts (`aggregate` says how it
+    comes about).
+    """
 
     fact: Fact
     replies: tuple[Reply, ...]
@@ -72,20 +77,24 @@ class KnownRecord:
 
     @property
     def consistency(self) -> float | None:
-        """Share of pairs of prompts with the same top answer; None with a single prompt. Source: Elazar et al. 2021, Sec. 3."""
+        """Share of pairs of prompts with the same top answer; None with a single prompt. Source:
+        Elazar et al. 2021, Sec. 3.
+        """
         pairs = list(combinations((reply.answer for reply in self.replies), 2))
         return fmean(a == b for a, b in pairs) if pairs else None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over facts. The last three are over the facts that were asked in more than one way, and None without any.
+    """Means over facts. The last three are over the facts that were asked in more than one way, and
+    None without any.
 
     Attributes:
         p_at_1, p_at_k: share of facts whose object is the top answer; is among the k best.
         mrr: mean of 1 / rank.
         log_prob: mean log-probability of the object, nats.
-        consistency: share of pairs of a fact's prompts that have the same top answer, right or wrong.
+        consistency: share of pairs of a fact's prompts that have the same top answer, right or
+            wrong.
         accuracy: share of facts whose first prompt is answered rightly.
         both: share of facts of which every prompt is answered rightly: consistent and accurate.
     """
@@ -105,7 +114,8 @@ class Knowledge:
 
     Attributes:
         records: one a fact, in the order in which the facts were given.
-        candidates: what objects were ranked among: "vocabulary", "relation", or the candidates themselves.
+        candidates: what objects were ranked among: "vocabulary", "relation", or the candidates
+            themselves.
         aggregate, length, k: as given to `knows`.
         model: what was asked.
     """
@@ -122,10 +132,15 @@ class Knowledge:
         return [record.fact for record in self.records if record.right]
 
     def by_relation(self) -> dict[str | None, list[KnownRecord]]:
-        """Records by their fact's relation, sorted by name; those of facts that name none under None, last."""
+        """Records by their fact's relation, sorted by name; those of facts that name none under
+        None, last.
+        """
         names = {record.fact.relation for record in self.records}
         ordered = sorted(names, key=lambda name: (name is None, name or ""))
-        return {name: [record for record in self.records if record.fact.relation == name] for name in ordered}
+        return {
+            name: [record for record in self.records if record.fact.relation == name]
+            for name in ordered
+        }
 
     def scores(self, relation: str | None = None) -> Scores:
         """Means over all facts (micro), or over those of one relation.
@@ -140,8 +155,14 @@ class Knowledge:
         return _scores(_mean(self._values(rows)))
 
     def macro(self) -> Scores:
-        """Means over relations of each relation's mean, as LAMA reports them: a relation with few facts counts as much as any."""
-        return _scores(torch.stack([_mean(self._values(rows)) for rows in self.by_relation().values()]).nanmean(0))
+        """Means over relations of each relation's mean, as LAMA reports them: a relation with few
+        facts counts as much as any.
+        """
+        return _scores(
+            torch.stack(
+                [_mean(self._values(rows)) for rows in self.by_relation().values()]
+            ).nanmean(0)
+        )
 
     def intervals(
         self, seed: int | torch.Generator = 0, *, samples: int = 1000, level: float = 0.95
@@ -156,30 +177,42 @@ class Knowledge:
             SettingError: `samples` below 1, `level` outside (0, 1).
         """
         if samples < 1 or not 0 < level < 1:
-            raise SettingError(f"samples={samples}, level={level}: need at least one sample and a level between 0 and 1")
+            raise SettingError(
+                f"samples={samples}, level={level}: need at least one sample and a level between 0 and 1"
+            )
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         values_nm = self._values(self.records)
         relations = list(self.by_relation())
-        relation_n = torch.tensor([relations.index(record.fact.relation) for record in self.records])
+        relation_n = torch.tensor(
+            [relations.index(record.fact.relation) for record in self.records]
+        )
         micro, macro = [], []
         n, done = len(self.records), 0
         while done < samples:
             size = min(samples - done, max(1, _BATCH // n))
             draws_bn = torch.randint(n, (size, n), generator=generator)
-            counts_bn = torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, draws_bn, torch.ones(size, n).double())
+            counts_bn = torch.zeros(size, n, dtype=torch.float64).scatter_add_(
+                1, draws_bn, torch.ones(size, n).double()
+            )
             micro.append(_weighted(counts_bn, values_nm))
             groups = [relation_n == i for i in range(len(relations))]
-            macro.append(torch.stack([_weighted(counts_bn[:, g], values_nm[g]) for g in groups]).nanmean(0))
+            macro.append(
+                torch.stack([_weighted(counts_bn[:, g], values_nm[g]) for g in groups]).nanmean(0)
+            )
             done += size
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
         limits = {"micro": torch.cat(micro), "macro": torch.cat(macro)}
         found = {name: _quantiles(means, tails) for name, means in limits.items()}
         return {"micro": found["micro"], "macro": found["macro"]}
 
-    # -- as text and as a file ---------------------------------------------------------------------------------------
+    # -- as text and as a file ---------------------------------------------------------------------
 
-    def table(self, *, seed: int | torch.Generator = 0, samples: int = 1000, level: float = 0.95) -> str:
-        """A row a relation, then all facts with the bootstrap's interval, then the mean of the relations."""
+    def table(
+        self, *, seed: int | torch.Generator = 0, samples: int = 1000, level: float = 0.95
+    ) -> str:
+        """A row a relation, then all facts with the bootstrap's interval, then the mean of the
+        relations.
+        """
         return "\n".join(self._lines(seed, samples, level))
 
     def __str__(self) -> str:
@@ -223,14 +256,17 @@ class Knowledge:
         return {
             "format": _FORMAT,
             "model": self.model,
-            "candidates": self.candidates if isinstance(self.candidates, str) else list(self.candidates),
+            "candidates": self.candidates
+            if isinstance(self.candidates, str)
+            else list(self.candidates),
             "aggregate": self.aggregate,
             "length": self.length,
             "k": self.k,
             "micro": asdict(self.scores()),
             "macro": asdict(self.macro()),
             "relations": {
-                str(name or ""): asdict(_scores(_mean(self._values(rows)))) for name, rows in self.by_relation().items()
+                str(name or ""): asdict(_scores(_mean(self._values(rows))))
+                for name, rows in self.by_relation().items()
             },
             "records": [asdict(record) for record in self.records],
         }
@@ -307,7 +343,9 @@ def _mean(values_nm: Tensor) -> Tensor:
 
 
 def _weighted(counts_bn: Tensor, values_nm: Tensor) -> Tensor:
-    """[b, metrics]: mean of the values there are, each fact as often as it was drawn; NaN where none was."""
+    """[b, metrics]: mean of the values there are, each fact as often as it was drawn; NaN where
+    none was.
+    """
     there_nm = ~values_nm.isnan()
     return counts_bn @ values_nm.nan_to_num() / (counts_bn @ there_nm.double())
 
@@ -323,8 +361,18 @@ def _scores(means_m: Tensor) -> Scores:
 
 
 def _cells(scores: Scores) -> str:
-    shares = [scores.p_at_1, scores.p_at_k, scores.mrr, scores.log_prob, scores.consistency, scores.both]
-    texts = ["—" if each is None else f"{each:.2f}" if i == 3 else f"{each:.3f}" for i, each in enumerate(shares)]
+    shares = [
+        scores.p_at_1,
+        scores.p_at_k,
+        scores.mrr,
+        scores.log_prob,
+        scores.consistency,
+        scores.both,
+    ]
+    texts = [
+        "—" if each is None else f"{each:.2f}" if i == 3 else f"{each:.3f}"
+        for i, each in enumerate(shares)
+    ]
     return "".join(f" {text:>{_WIDTHS[i]}}" for i, text in enumerate(texts))
 
 

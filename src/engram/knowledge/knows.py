@@ -1,7 +1,9 @@
-"""What does the model know? Cloze probing: where a fact's object ranks among the words, or the objects, that could follow.
+"""What does the model know? Cloze probing: where a fact's object ranks among the words, or the
+objects, that could follow.
 
-Knows prompts, objects and log-probabilities. Refuses to know what the result is used for, and how a family fills a gap: see
-language_model. Sources: Petroni et al. 2019 (LAMA), arXiv:1909.01066; Jiang et al. 2020 (LPAQA), arXiv:1911.12543; Elazar et
+Knows prompts, objects and log-probabilities. Refuses to know what the result is used for, and how a
+family fills a gap: see language_model. Sources: Petroni et al. 2019 (LAMA), arXiv:1909.01066; Jiang
+    et al. 2020 (LPAQA), arXiv:1911.12543; Elazar et
 al. 2021 (ParaRel), arXiv:2102.01017.
 """
 
@@ -42,40 +44,48 @@ def knows(
     table: Sequence[Fact] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Knowledge:
-    """Ask a model of any kind for the object of each fact, by its prompt and by its paraphrases; see `LanguageModel.cloze`.
+    """Ask a model of any kind for the object of each fact, by its prompt and by its paraphrases;
+    see `LanguageModel.cloze`.
 
-    One forward a prompt. Candidates of several tokens share one where they begin alike (masked models: where they are of as
-    many tokens), and their prompt's keys and values.
+    One forward a prompt. Candidates of several tokens share one where they begin alike (masked
+    models: where they are of as many tokens), and their prompt's keys and values.
 
     Args:
         facts: `target` is the object that is asked for.
         candidates: what the object is ranked among.
-            "vocabulary": every token. An object of several tokens has the worst rank of its tokens, each read behind the
-            ones before, so that rank 1 means: greedy decoding says all of it. Masked models: each at its own mask, all masks
+            "vocabulary": every token. An object of several tokens has the worst rank of its tokens,
+            each read behind the
+            ones before, so that rank 1 means: greedy decoding says all of it. Masked models: each
+                at its own mask, all masks
             at once; rank 1 means that each token is its mask's best.
-            "relation": the objects that `table` has in the fact's relation; or these texts, each fact's object among them.
-            Candidates are compared by the log-probability of the whole text, and are not renormalised.
+            "relation": the objects that `table` has in the fact's relation; or these texts, each
+            fact's object among them. Candidates are compared by the log-probability of the whole
+            text, and are not renormalised.
         aggregate: which number of several prompts counts.
             "first": that of the fact's own prompt.
-            "best": the best prompt's, chosen for each fact by its answer: an oracle, an upper bound.
-            "mean": log-probabilities are averaged over the prompts, then ranked.
-        length: log-probability of an object of several tokens: the "sum" over its tokens, or the "mean", which does not
-            prefer short objects.
-        paraphrases: whether prompts other than the first are asked. Without them consistency is not measured.
+            "best": the best prompt's, chosen for each fact by its answer: an oracle, an upper
+            bound. "mean": log-probabilities are averaged over the prompts, then ranked.
+        length: log-probability of an object of several tokens: the "sum" over its tokens, or the
+            "mean", which does not prefer short objects.
+        paraphrases: whether prompts other than the first are asked. Without them consistency is not
+            measured.
         k: of P@k.
-        table: facts that tell what else is right and which objects a relation has; default: `facts`. Give all of them
-            where `facts` is a sample. Other objects of the same subject and relation are right too, and are taken out of
-            the ranking, as in LAMA (in the vocabulary: those of one token).
+        table: facts that tell what else is right and which objects a relation has; default:
+            `facts`. Give all of them where `facts` is a sample. Other objects of the same subject
+            and relation are right too, and are taken out of the ranking, as in LAMA (in the
+            vocabulary: those of one token).
         progress: called with (prompts done, prompts in all).
     Raises:
-        FactError: no facts; a fact without a relation, or without its object among the candidates; a text without tokens
-            or too long for the model.
+        FactError: no facts; a fact without a relation, or without its object among the candidates;
+            a text without tokens or too long for the model.
         SettingError: an argument that is none of the above.
         NonFiniteError: the model gave NaN.
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     among: str | tuple[str, ...] = (
-        candidates if isinstance(candidates, str) else tuple(dict.fromkeys(each.strip() for each in candidates))
+        candidates
+        if isinstance(candidates, str)
+        else tuple(dict.fromkeys(each.strip() for each in candidates))
     )
     _check(facts, among, aggregate, length, paraphrases, k)
     world = _World([*facts] if table is None else [*table], among)
@@ -97,22 +107,33 @@ def knows(
         for i, question, (each, overall) in zip(
             block, asked, judge(cloze, asked, length, aggregate == "mean"), strict=True
         ):
-            replies = tuple(Reply(prompt, *judged) for prompt, judged in zip(question.prompts, each, strict=True))
-            best = min(replies, key=lambda reply: (reply.rank, -reply.log_prob)) if aggregate == "best" else replies[0]
+            replies = tuple(
+                Reply(prompt, *judged)
+                for prompt, judged in zip(question.prompts, each, strict=True)
+            )
+            best = (
+                min(replies, key=lambda reply: (reply.rank, -reply.log_prob))
+                if aggregate == "best"
+                else replies[0]
+            )
             counted = overall or (best.answer, best.rank, best.log_prob)
             found[i] = KnownRecord(question.fact, replies, *counted)
             done += len(replies)
         if progress is not None:
             progress(done, total)
-    return Knowledge(tuple(found[i] for i in range(len(facts))), among, aggregate, length, k, lm.name)
+    return Knowledge(
+        tuple(found[i] for i in range(len(facts))), among, aggregate, length, k, lm.name
+    )
 
 
-# -- what is asked -----------------------------------------------------------------------------------------------------
+# -- what is asked ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A fact, all its prompts, the candidates (none: the vocabulary), and other objects that are right as well."""
+    """A fact, all its prompts, the candidates (none: the vocabulary), and other objects that are
+    right as well.
+    """
 
     fact: Fact
     prompts: tuple[str, ...]
@@ -144,11 +165,16 @@ class _World:
                 raise FactError(
                     f"fact {i} ({fact.prompt_text!r}) has no relation; candidates='relation' needs Fact(..., relation=...)"
                 )
-            names, where = self._objects.get(fact.relation, ()), f"the table's objects of relation {fact.relation!r}"
+            names, where = (
+                self._objects.get(fact.relation, ()),
+                f"the table's objects of relation {fact.relation!r}",
+            )
         else:
             names, where = tuple(self.among), "the candidates"
         if fact.target.strip() not in names:
-            raise FactError(f"fact {i} ({fact.prompt_text!r}): its object {fact.target!r} is not among {where}")
+            raise FactError(
+                f"fact {i} ({fact.prompt_text!r}): its object {fact.target!r} is not among {where}"
+            )
         return names
 
     def also_right(self, fact: Fact) -> frozenset[str]:
@@ -160,7 +186,12 @@ def _key(fact: Fact) -> tuple[str, str]:
 
 
 def _check(
-    facts: Sequence[Fact], among: str | tuple[str, ...], aggregate: str, length: str, paraphrases: bool, k: int
+    facts: Sequence[Fact],
+    among: str | tuple[str, ...],
+    aggregate: str,
+    length: str,
+    paraphrases: bool,
+    k: int,
 ) -> None:
     if not facts:
         raise FactError("no facts to ask for; give at least one Fact")
@@ -173,11 +204,15 @@ def _check(
             near = get_close_matches(value, allowed, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             more = ", or a list of texts" if name == "candidates" else ""
-            raise SettingError(f"{name}={value!r} does not exist{hint}; expected {' or '.join(map(repr, allowed))}{more}")
+            raise SettingError(
+                f"{name}={value!r} does not exist{hint}; expected {' or '.join(map(repr, allowed))}{more}"
+            )
     if k < 1:
         raise SettingError(f"k={k}: P@k needs k of at least 1")
     if aggregate != "first" and not paraphrases:
-        raise SettingError(f"aggregate={aggregate!r} is over a fact's paraphrases, and paraphrases=False leaves them out")
+        raise SettingError(
+            f"aggregate={aggregate!r} is over a fact's paraphrases, and paraphrases=False leaves them out"
+        )
 
 
 def _blocks(questions: Sequence[_Question], vocabulary: int | None) -> Iterator[list[int]]:
@@ -197,13 +232,15 @@ def _blocks(questions: Sequence[_Question], vocabulary: int | None) -> Iterator[
         yield block
 
 
-# -- how it is judged --------------------------------------------------------------------------------------------------
+# -- how it is judged ------------------------------------------------------------------------------
 
 
 def _in_vocabulary(
     cloze: ClozeRows, asked: Sequence[_Question], length: Length, averaged: bool
 ) -> Iterator[tuple[list[Judged], Judged | None]]:
-    """For each question what is judged of each prompt, and of the average over its prompts if that is wanted."""
+    """For each question what is judged of each prompt, and of the average over its prompts if that
+    is wanted.
+    """
     rows: list[ClozeRow] = []
     tokens: list[int] = []  # at each position that is read, the answer's
     barred: list[tuple[int, int]] = []  # (position, token that is right as well)
@@ -215,7 +252,11 @@ def _in_vocabulary(
         answers.append([])
         for prompt in question.prompts:
             ids = cloze.tokens(prompt, question.target)
-            barred += [(len(tokens), other[0]) for other in others if len(other) == 1 and other[0] != ids[0]]
+            barred += [
+                (len(tokens), other[0])
+                for other in others
+                if len(other) == 1 and other[0] != ids[0]
+            ]
             answers[-1].append((ids, len(tokens)))
             rows += cloze.rows(prompt, [ids])[0]
             tokens += ids
@@ -224,7 +265,9 @@ def _in_vocabulary(
         log_probs_pv[position, token] = -torch.inf
     judged = _judged(log_probs_pv, tokens)
     for question, mine in zip(asked, answers, strict=True):
-        replies = [_whole(cloze, question, ids, judged[at : at + len(ids)], length) for ids, at in mine]
+        replies = [
+            _whole(cloze, question, ids, judged[at : at + len(ids)], length) for ids, at in mine
+        ]
         if not averaged:
             yield replies, None
             continue
@@ -239,7 +282,11 @@ def _in_vocabulary(
 
 
 def _whole(
-    cloze: ClozeRows, question: _Question, ids: Ids, positions: Sequence[tuple[int, int, float]], length: Length
+    cloze: ClozeRows,
+    question: _Question,
+    ids: Ids,
+    positions: Sequence[tuple[int, int, float]],
+    length: Length,
 ) -> Judged:
     """What was judged of an answer's tokens, taken together: the worst rank decides."""
     best, ranks, log_probs = zip(*positions, strict=True)
@@ -250,19 +297,26 @@ def _whole(
 def _judged(scores_pv: Tensor, token: Sequence[int]) -> list[tuple[int, int, float]]:
     """At each position: the best token, the rank of the token that is asked for, and its score.
 
-    Of equal ones the first in the vocabulary is the better one, as for arg-max: rank 1 and being the best token are the same.
+    Of equal ones the first in the vocabulary is the better one, as for arg-max: rank 1 and being
+    the best token are the same.
     """
     judged: list[tuple[int, int, float]] = []
     token_p = torch.tensor(token, device=scores_pv.device)[:, None]
-    rows = max(1, _IN_CACHE // scores_pv.shape[1])  # comparing all at once took six times as long: memory was the limit
+    rows = max(
+        1, _IN_CACHE // scores_pv.shape[1]
+    )  # comparing all at once took six times as long: memory was the limit
     for piece_pv, own_p in zip(scores_pv.split(rows), token_p.split(rows), strict=True):
         score_p = piece_pv.gather(1, own_p)
         check_not_nan(score_p)
         rank_p = 1 + (piece_pv > score_p).sum(1)
         tied_pv = piece_pv == score_p
         if int(tied_pv.sum()) > len(piece_pv):
-            rank_p += (tied_pv & (torch.arange(piece_pv.shape[1], device=own_p.device) < own_p)).sum(1)
-        judged += zip(piece_pv.argmax(1).tolist(), rank_p.tolist(), score_p[:, 0].tolist(), strict=True)
+            rank_p += (
+                tied_pv & (torch.arange(piece_pv.shape[1], device=own_p.device) < own_p)
+            ).sum(1)
+        judged += zip(
+            piece_pv.argmax(1).tolist(), rank_p.tolist(), score_p[:, 0].tolist(), strict=True
+        )
     return judged
 
 
@@ -279,20 +333,29 @@ def _among_candidates(
             answers = [cloze.tokens(prompt, text) for text in question.candidates]
             mine, where = cloze.rows(prompt, answers)
             for ids, row in zip(answers, where, strict=True):
-                rows.setdefault(mine[row], []).extend((j, token, len(lengths)) for j, token in enumerate(ids))
+                rows.setdefault(mine[row], []).extend(
+                    (j, token, len(lengths)) for j, token in enumerate(ids)
+                )
                 lengths.append(len(ids))
     scores = cloze.log_probs(list(rows), list(rows.values()), len(lengths))
     if length == "mean":
         scores /= torch.tensor(lengths)
     at = 0
     for question in asked:
-        scores_qc = scores[at : at + len(question.prompts) * len(question.candidates)].view(len(question.prompts), -1)
+        scores_qc = scores[at : at + len(question.prompts) * len(question.candidates)].view(
+            len(question.prompts), -1
+        )
         at += scores_qc.numel()
         others = [c for c, text in enumerate(question.candidates) if text in question.also_right]
         scores_qc[:, others] = -torch.inf
         own = question.candidates.index(question.target)
 
-        def named(scores_qc: Tensor, own: int = own, names: Sequence[str] = question.candidates) -> list[Judged]:
-            return [(names[best], rank, score) for best, rank, score in _judged(scores_qc, [own] * len(scores_qc))]
+        def named(
+            scores_qc: Tensor, own: int = own, names: Sequence[str] = question.candidates
+        ) -> list[Judged]:
+            return [
+                (names[best], rank, score)
+                for best, rank, score in _judged(scores_qc, [own] * len(scores_qc))
+            ]
 
         yield named(scores_qc), named(scores_qc.mean(0, keepdim=True))[0] if averaged else None

@@ -1,4 +1,5 @@
-"""Facts on which layers are compared: edits of what a model knows, with paraphrases and neighbours to judge them by.
+"""Facts on which layers are compared: edits of what a model knows, with paraphrases and neighbours
+to judge them by.
 
 Knows the bundled table and what makes an edit out of a fact. Refuses to know layers.
 """
@@ -23,16 +24,21 @@ _NEIGHBOURS = 10
 
 
 def bundled_edits(lm: LanguageModel, count: int, seed: int = 0) -> list[Fact]:
-    """At most `count` facts of the bundled table that a model knows, each with another object to be edited to.
+    """At most `count` facts of the bundled table that a model knows, each with another object to be
+    edited to.
 
-    They come in random order; a thousand are asked at most, and no more once the model knows none of a hundred.
+    They come in random order; a thousand are asked at most, and no more once the model knows none
+    of a hundred.
     """
     order = pocket.facts()
     random.Random(seed).shuffle(order)
     found: list[Fact] = []
     for at in range(0, min(_ASKED, len(order)), _AT_ONCE):
         some = order[at : at + _AT_ONCE]
-        fresh = known(lm, [pocket.as_fact(each, pocket.counterfactual(each, seed), seed=seed) for each in some])
+        fresh = known(
+            lm,
+            [pocket.as_fact(each, pocket.counterfactual(each, seed), seed=seed) for each in some],
+        )
         found += fresh
         if not fresh or len(found) >= count:
             break
@@ -40,26 +46,40 @@ def bundled_edits(lm: LanguageModel, count: int, seed: int = 0) -> list[Fact]:
 
 
 def as_edits(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
-    """Edits out of facts: one with `target_true` is one; one without says what is true and gets another object of its relation.
+    """Edits out of facts: one with `target_true` is one; one without says what is true and gets
+    another object of its relation.
 
-    Neighbours are given facts of the same relation and object, where a fact comes without; for subjects of the bundled table,
-    the table's. A fact for which there is no other object is left out.
+    Neighbours are given facts of the same relation and object, where a fact comes without; for
+    subjects of the bundled table, the table's. A fact for which there is no other object is left
+    out.
     """
     edits = []
     for fact in facts:
         if fact.target_true is None:
-            alike = [other for other in facts if fact.relation is not None and other.relation == fact.relation]
+            alike = [
+                other
+                for other in facts
+                if fact.relation is not None and other.relation == fact.relation
+            ]
             objects = sorted({other.target for other in alike} - {fact.target})
             if not objects:
                 continue
             around = [o for o in alike if o.target == fact.target and o.subject != fact.subject]
             neighbours = tuple((other.prompt_text, other.target) for other in around[:_NEIGHBOURS])
             target = random.Random(f"{fact.subject}|{fact.relation}|{seed}").choice(objects)
-            fact = replace(fact, target=target, target_true=fact.target, neighbours=fact.neighbours or neighbours)
+            fact = replace(
+                fact,
+                target=target,
+                target_true=fact.target,
+                neighbours=fact.neighbours or neighbours,
+            )
         edits.append(pocket.evidence_for(fact))
     if len(edits) < len(facts):
-        log.warning("%d of %d facts are left out: no target_true, and no other object of their relation among the facts",
-                    len(facts) - len(edits), len(facts))  # fmt: skip
+        log.warning(
+            "%d of %d facts are left out: no target_true, and no other object of their relation among the facts",
+            len(facts) - len(edits),
+            len(facts),
+        )
     return edits
 
 

@@ -1,7 +1,9 @@
-"""LayerCard: what is known about editing each layer of a model, the layer that follows from it, and how sure that is.
+"""LayerCard: what is known about editing each layer of a model, the layer that follows from it, and
+how sure that is.
 
-Knows numbers of facts and layers, and a JSON file. Refuses to know models: layer_evidence measures, layer_choice keeps cards.
-The question whether traces tell where to edit is that of Hase et al. 2023, arXiv:2301.04213.
+Knows numbers of facts and layers, and a JSON file. Refuses to know models: layer_evidence measures,
+layer_choice keeps cards. The question whether traces tell where to edit is that of Hase et al.
+2023, arXiv:2301.04213.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class EditOutcome:
-    """How one edit at one layer went: shares of its prompts, and one number (see `layer_evidence.receipt_score`)."""
+    """How one edit at one layer went: shares of its prompts, and one number (see
+    `layer_evidence.receipt_score`).
+    """
 
     score: float
     efficacy: float | None = None
@@ -44,7 +48,8 @@ class Evidence:
 
     Attributes:
         fact: as it was edited, without paraphrases and neighbours.
-        trace: indirect effect by layer of MLP windows at the subject's last token, probability; None: not traced.
+        trace: indirect effect by layer of MLP windows at the subject's last token, probability;
+            None: not traced.
         attribution: its first-order estimate.
         edits: layer -> how the edit went there.
     """
@@ -73,7 +78,8 @@ class LayerCard:
     """Which layer of a model to edit, and why.
 
     Attributes:
-        model: its name; identity: sha256 of weights, config and tokenizer, by which it is recognised.
+        model: its name; identity: sha256 of weights, config and tokenizer, by which it is
+            recognised.
         method, settings: of the edits.
         traces: settings of the traces, with their window.
         evidence: one a fact.
@@ -94,11 +100,15 @@ class LayerCard:
 
     def __post_init__(self) -> None:
         if not self.edited:
-            raise SettingError("a layer card needs at least one fact that was edited at one layer or more")
+            raise SettingError(
+                "a layer card needs at least one fact that was edited at one layer or more"
+            )
         if any(set(each.edits) != set(self.edited[0].edits) for each in self.edited):
-            raise SettingError("a layer card compares layers: every fact has to be edited at the same ones")
+            raise SettingError(
+                "a layer card compares layers: every fact has to be edited at the same ones"
+            )
 
-    # -- what follows ----------------------------------------------------------------------------------------------
+    # -- what follows ------------------------------------------------------------------------------
 
     @property
     def edited(self) -> list[Evidence]:
@@ -135,29 +145,44 @@ class LayerCard:
 
     @cached_property
     def as_good(self) -> list[int]:
-        """Layers that these facts cannot tell from the best: the difference, fact by fact, has an interval that holds 0."""
+        """Layers that these facts cannot tell from the best: the difference, fact by fact, has an
+        interval that holds 0.
+        """
         behind_nl = self._scores - self._scores[:, [self.tried.index(self.best)]]
-        return [layer for layer, each in zip(self.tried, means(behind_nl), strict=True) if each.high >= 0]
+        return [
+            layer
+            for layer, each in zip(self.tried, means(behind_nl), strict=True)
+            if each.high >= 0
+        ]
 
     def layers(self, count: int) -> list[int]:
-        """`count` consecutive layers for a method that edits several: of those with the best layer among them, the best on average.
+        """`count` consecutive layers for a method that edits several: of those with the best layer
+        among them, the best on average.
 
-        A layer that was not tried counts as the line between its tried neighbours. Of equal ones the deepest: such methods
-        compute their values at the last layer and spread them to those before.
+        A layer that was not tried counts as the line between its tried neighbours. Of equal ones
+        the deepest: such methods compute their values at the last layer and spread them to those
+            before.
 
         Raises:
             SettingError: the model does not have as many.
         """
         if not 1 <= count <= self.n_layers:
-            raise SettingError(f"count={count}: {self.model} has {self.n_layers} layers; expected 1 to {self.n_layers}")
+            raise SettingError(
+                f"count={count}: {self.model} has {self.n_layers} layers; expected 1 to {self.n_layers}"
+            )
         score_l = np.interp(np.arange(self.n_layers), self.tried, self._scores.mean(0))
         firsts = range(max(0, self.best - count + 1), min(self.best, self.n_layers - count) + 1)
-        first = max(firsts, key=lambda start: (round(float(score_l[start : start + count].mean()), 9), start))
+        first = max(
+            firsts,
+            key=lambda start: (round(float(score_l[start : start + count].mean()), 9), start),
+        )
         return list(range(first, first + count))
 
     @cached_property
     def trace_tells(self) -> Mean | None:
-        """Rank correlation, over layers that were tried, of mean trace effect and mean score; None where a curve is flat."""
+        """Rank correlation, over layers that were tried, of mean trace effect and mean score; None
+        where a curve is flat.
+        """
         return self._correlation("trace")
 
     @cached_property
@@ -167,12 +192,19 @@ class LayerCard:
 
     @cached_property
     def own_trace_hits(self) -> tuple[int, int]:
-        """(facts whose edit scores highest at their own strongest traced layer, of those tried; facts edited and traced)."""
+        """(facts whose edit scores highest at their own strongest traced layer, of those tried;
+        facts edited and traced).
+        """
         traced = [each for each in self.edited if each.trace is not None]
         hits = 0
         for each in traced:
-            effects, scores = each.trace or (), {layer: each.edits[layer].score for layer in self.tried}
-            hits += scores[max(self.tried, key=lambda layer: effects[layer])] == max(scores.values())
+            effects, scores = (
+                each.trace or (),
+                {layer: each.edits[layer].score for layer in self.tried},
+            )
+            hits += scores[max(self.tried, key=lambda layer: effects[layer])] == max(
+                scores.values()
+            )
         return hits, len(traced)
 
     def reason(self) -> str:
@@ -184,16 +216,27 @@ class LayerCard:
         return (
             f"layer {self.best}: edits there have the highest mean score, {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}, "
             f"{count} fact{'s' * (count != 1)}, {len(self.tried)} of {self.n_layers} layers tried)"
-            + (f"; {ranges(others)} cannot be told from it" if others else "; no other layer comes as close")
+            + (
+                f"; {ranges(others)} cannot be told from it"
+                if others
+                else "; no other layer comes as close"
+            )
         )
 
     def advice(self) -> Iterator[str]:
-        """The best layer and why, layers for methods that edit several, and whether the trace would have told it."""
+        """The best layer and why, layers for methods that edit several, and whether the trace would
+        have told it.
+        """
         yield self.reason()
-        several = [f"{count} → {ranges(self.layers(count))}" for count in (3, 5) if count < self.n_layers]
+        several = [
+            f"{count} → {ranges(self.layers(count))}" for count in (3, 5) if count < self.n_layers
+        ]
         if several:
             yield "several at once: " + ", ".join(several)
-        for name, found in (("effect", self.trace_tells), ("estimated effect", self.attribution_tells)):
+        for name, found in (
+            ("effect", self.trace_tells),
+            ("estimated effect", self.attribution_tells),
+        ):
             if found is not None:
                 yield (
                     f"rank correlation over layers of {name} and score: {found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
@@ -205,10 +248,12 @@ class LayerCard:
                 f"(by chance about {of / len(self.tried):.1f})"
             )
 
-    # -- as a file -------------------------------------------------------------------------------------------------
+    # -- as a file ---------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what follows from the evidence is there for readers, and is not read back."""
+        """As JSON holds it; what follows from the evidence is there for readers, and is not read
+        back.
+        """
         return {
             "format_version": FORMAT_VERSION,
             **{name: value for name, value in asdict(self).items() if name != "evidence"},
@@ -231,7 +276,9 @@ class LayerCard:
             part.write_text(self.to_json() + "\n", encoding="utf8")
             part.replace(path)
         except OSError as error:
-            raise EngramFileError(f"the layer card could not be written to {str(path)!r}: {error}") from error
+            raise EngramFileError(
+                f"the layer card could not be written to {str(path)!r}: {error}"
+            ) from error
         return path
 
     @classmethod
@@ -246,8 +293,20 @@ class LayerCard:
             version = record.get("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version={version!r}, this engram reads {FORMAT_VERSION}")
-            names = ("model", "identity", "n_layers", "method", "settings", "traces", "seconds", "versions")
-            return cls(**{name: record[name] for name in names}, evidence=tuple(map(_from_record, record["evidence"])))
+            names = (
+                "model",
+                "identity",
+                "n_layers",
+                "method",
+                "settings",
+                "traces",
+                "seconds",
+                "versions",
+            )
+            return cls(
+                **{name: record[name] for name in names},
+                evidence=tuple(map(_from_record, record["evidence"])),
+            )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngramFileError(
                 f"{str(path)!r} is not a layer card that can be read ({error}); make one with engram.layer_card, or delete it"
@@ -259,7 +318,7 @@ class LayerCard:
 
         return plot_layer_card(self)
 
-    # -- numbers ---------------------------------------------------------------------------------------------------
+    # -- numbers -----------------------------------------------------------------------------------
 
     @cached_property
     def _scores(self) -> Array:
@@ -268,7 +327,9 @@ class LayerCard:
 
     def _curves(self, name: str) -> Array:
         """[n, l] effects of the facts that have them."""
-        return np.array([values for each in self.evidence if (values := getattr(each, name)) is not None])
+        return np.array(
+            [values for each in self.evidence if (values := getattr(each, name)) is not None]
+        )
 
     def _effects(self, name: str) -> dict[int, Mean]:
         curves_nl = self._curves(name)
@@ -301,7 +362,9 @@ def ranges(layers: Sequence[int]) -> str:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    shown = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    shown = ", ".join(
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
     return f"layer{'s' * (len(layers) != 1)} {shown}"
 
 
@@ -313,13 +376,19 @@ def _to_record(each: Evidence) -> dict[str, Any]:
         "target_true": each.fact.target_true,
         "trace": each.trace,
         "attribution": each.attribution,
-        "edits": {str(layer): list(asdict(outcome).values()) for layer, outcome in sorted(each.edits.items())},
+        "edits": {
+            str(layer): list(asdict(outcome).values())
+            for layer, outcome in sorted(each.edits.items())
+        },
     }
     return dict(record)
 
 
 def _from_record(record: Mapping[str, Any]) -> Evidence:
-    curves = {name: tuple(record[name]) if record[name] is not None else None for name in ("trace", "attribution")}
+    curves = {
+        name: tuple(record[name]) if record[name] is not None else None
+        for name in ("trace", "attribution")
+    }
     edits = {int(layer): EditOutcome(*values) for layer, values in record["edits"].items()}
     fact = Fact(record["subject"], record["prompt"], record["target"], record["target_true"])
     return Evidence(fact, **curves, edits=edits)

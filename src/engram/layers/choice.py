@@ -1,7 +1,9 @@
-"""Which layer to edit: ask the model. Edit facts that it knows at many layers, keep what came of it as a card, and go by that.
+"""Which layer to edit: ask the model. Edit facts that it knows at many layers, keep what came of it
+as a card, and go by that.
 
-That a trace's strongest layer need not be the best one to edit (Hase et al. 2023, arXiv:2301.04213) is why a card holds both and
-edits decide. Knows where cards are kept; what is measured is in layer_evidence, what follows in layer_cards.
+That a trace's strongest layer need not be the best one to edit (Hase et al. 2023, arXiv:2301.04213)
+is why a card holds both and edits decide. Knows where cards are kept; what is measured is in
+layer_evidence, what follows in layer_cards.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from engram.runs.identity import identity
 
 log = logging.getLogger(__name__)
 
-_QUICK_FACTS, _QUICK_LAYERS = 4, 8  # of the card that "auto" makes where there is none: so many edits of so many facts
+_QUICK_FACTS, _QUICK_LAYERS = (
+    4,
+    8,
+)  # of the card that "auto" makes where there is none: so many edits of so many facts
 
 
 def layer_card(
@@ -51,28 +56,35 @@ def layer_card(
     progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> LayerCard:
-    """Measure which layer of a model to edit: traces, and single edits at every layer, over facts that it knows.
+    """Measure which layer of a model to edit: traces, and single edits at every layer, over facts
+    that it knows.
 
-    A card that was measured before is read; a run that was killed goes on. Cards are kept under a name made of all that they
-    depend on, so that other weights give another card.
+    A card that was measured before is read; a run that was killed goes on. Cards are kept under a
+    name made of all that they depend on, so that other weights give another card.
 
     Args:
-        facts: edits with `target_true`, or facts that tell what is true, which get another object of their relation; default:
-            facts of the bundled table that this model knows, in random order.
+        facts: edits with `target_true`, or facts that tell what is true, which get another object
+            of their relation; default: facts of the bundled table that this model knows, in random
+            order.
         keep: which of `facts` count: those whose true object is the model's answer, or all.
-        edits: facts that are edited, one at a time, at each layer that is tried; what the card's advice rests on.
-        traces: facts that are traced exactly; estimates: facts whose trace is estimated to first order.
-        every: every so many layers are tried; default: all of a model of 12 layers or fewer, else so many that 12 are.
+        edits: facts that are edited, one at a time, at each layer that is tried; what the card's
+            advice rests on.
+        traces: facts that are traced exactly; estimates: facts whose trace is estimated to first
+            order.
+        every: every so many layers are tried; default: all of a model of 12 layers or fewer, else
+            so many that 12 are.
         fine: whether the layers between are tried too, next to the best of those.
         method: how to edit: any of `METHODS` that takes a layer.
-        corpus, tokens: of the second moments, see `second_moments`; default: the model's preset. All layers are measured in
+        corpus, tokens: of the second moments, see `second_moments`; default: the model's preset.
+            All layers are measured in
             one pass, and held in memory: d_ff x d_ff in float64 each.
         seed: of facts, objects, contexts and sampled text.
         cache_dir: default: $ENGRAM_CACHE, or ~/.cache/engram.
         progress: called with (what is being done, done, in all).
         settings: the method's other settings.
     Returns:
-        The card; `best` is the layer to edit, `layers(count)` those for a method that edits several.
+        The card; `best` is the layer to edit, `layers(count)` those for a method that edits
+        several.
     Raises:
         FactError: no facts to edit, or none that the model knows.
         SettingError: a method without a layer, a number that makes no sense.
@@ -82,7 +94,9 @@ def layer_card(
     if keep not in ("known", "all"):
         raise SettingError(f"keep={keep!r} does not exist; expected 'known' or 'all'")
     settings = {name: value for name, value in settings.items() if value is not None}
-    corpus = preset("rome", lm.name).get("corpus") if corpus is None else corpus  # the model's, whatever the method
+    corpus = (
+        preset("rome", lm.name).get("corpus") if corpus is None else corpus
+    )  # the model's, whatever the method
     how = EditRecipe(method, settings, corpus, tokens, seed)
     lm.parts.mlp_out_name(0)  # a family that cannot be edited is told before anything is measured
     text = as_corpus(corpus, seed).digest()
@@ -91,20 +105,33 @@ def layer_card(
     who = identity(lm)
     table = Bundled().digest() if facts is None else [fact.to_dict() for fact in facts]
     versions = library_versions()
-    everything = [FORMAT_VERSION, versions["engram"], method, about, traced, asdict(plan), table, keep]
+    everything = [
+        FORMAT_VERSION,
+        versions["engram"],
+        method,
+        about,
+        traced,
+        asdict(plan),
+        table,
+        keep,
+    ]
     name = f"{who[:16]}-{sha256_of(json.dumps(everything, sort_keys=True, default=repr))[:16]}"
     path = cache_folder("layer_cards", cache_dir) / f"{name}.json"
     if (card := _read(path)) is not None:
         return card
     began = time.monotonic()
-    chosen = bundled_edits(lm, plan.facts, seed) if facts is None else _chosen(lm, facts, keep, seed)
+    chosen = (
+        bundled_edits(lm, plan.facts, seed) if facts is None else _chosen(lm, facts, keep, seed)
+    )
     if not chosen:
         raise FactError(_no_facts(lm, facts))
     notes = ResumeLog(path.with_suffix(".partial"))
     evidence = measure(lm, chosen, plan, how, notes, progress or (lambda what, done, total: None))
     seconds = round(time.monotonic() - began + notes.seconds, 1)
     about = json.loads(json.dumps(about, default=repr))
-    card = LayerCard(lm.name, who, lm.n_layers, method, about, traced, tuple(evidence), seconds, versions)
+    card = LayerCard(
+        lm.name, who, lm.n_layers, method, about, traced, tuple(evidence), seconds, versions
+    )
     card.save(path)
     notes.path.unlink(missing_ok=True)
     return card
@@ -122,32 +149,54 @@ def choose_layers(
 ) -> list[int]:
     """`count` consecutive layers to edit, by the card of this model: what `layer="auto"` means.
 
-    The card with the most edited facts is taken of those that are there for this model and method, the bundled one of the
-    pocket model included. Where there is none, a quick one is made: four facts at no more than eight layers.
+    The card with the most edited facts is taken of those that are there for this model and method,
+    the bundled one of the pocket model included. Where there is none, a quick one is made: four
+    facts at no more than eight layers.
 
     Args:
-        facts: those that are to be edited; they stand in where the model knows none of the bundled table.
+        facts: those that are to be edited; they stand in where the model knows none of the bundled
+            table.
         settings: of `layer_card`, for the quick one.
     Raises:
-        FactError: there is no card, the model knows nothing of the bundled table, and no facts are given.
+        FactError: there is no card, the model knows nothing of the bundled table, and no facts are
+            given.
     """
     card = find_card(lm, method, cache_dir)
     if card is None:
-        log.info("no layer card of %s is there; making a quick one of %d facts", lm.name, _QUICK_FACTS)
+        log.info(
+            "no layer card of %s is there; making a quick one of %d facts", lm.name, _QUICK_FACTS
+        )
         known_ones = bundled_edits(lm, _QUICK_FACTS, settings.get("seed", 0))
         these = known_ones or [_with_truth(lm, fact) for fact in facts[:_QUICK_FACTS]]
         card = layer_card(
-            lm, these or None, keep="all", edits=_QUICK_FACTS, traces=_QUICK_FACTS, estimates=0, every=-(-lm.n_layers // _QUICK_LAYERS),
-            fine=False, method=method, cache_dir=cache_dir, progress=progress, **settings,
-        )  # fmt: skip
+            lm,
+            these or None,
+            keep="all",
+            edits=_QUICK_FACTS,
+            traces=_QUICK_FACTS,
+            estimates=0,
+            every=-(-lm.n_layers // _QUICK_LAYERS),
+            fine=False,
+            method=method,
+            cache_dir=cache_dir,
+            progress=progress,
+            **settings,
+        )
     log.info("%s", card.reason())
     return card.layers(count)
 
 
-def find_card(lm: LanguageModel, method: str = "rome", cache_dir: str | Path | None = None) -> LayerCard | None:
-    """The card of this very model, in its present weights, and of this method that rests on the most facts; None: there is none."""
+def find_card(
+    lm: LanguageModel, method: str = "rome", cache_dir: str | Path | None = None
+) -> LayerCard | None:
+    """The card of this very model, in its present weights, and of this method that rests on the
+    most facts; None: there is none.
+    """
     who = identity(lm)
-    paths = [*sorted(cache_folder("layer_cards", cache_dir).glob(f"{who[:16]}-*.json")), pocket.LAYER_CARD]
+    paths = [
+        *sorted(cache_folder("layer_cards", cache_dir).glob(f"{who[:16]}-*.json")),
+        pocket.LAYER_CARD,
+    ]
     cards = [card for path in paths if (card := _read(path)) is not None]
     fitting = [card for card in cards if card.identity == who and card.method == method]
     return max(fitting, key=lambda card: len(card.edited), default=None)
@@ -182,9 +231,13 @@ def _no_facts(lm: LanguageModel, facts: Sequence[Fact] | None) -> str:
 
 
 def _with_truth(lm: LanguageModel, fact: Fact) -> Fact:
-    """With what the model says so far, where neither the caller nor the bundled table tells what is true."""
+    """With what the model says so far, where neither the caller nor the bundled table tells what is
+    true.
+    """
     fact = pocket.evidence_for(fact)
-    return fact if fact.target_true is not None else replace(fact, target_true=true_answer(lm, fact))
+    return (
+        fact if fact.target_true is not None else replace(fact, target_true=true_answer(lm, fact))
+    )
 
 
 def _preset(method: str, lm: LanguageModel) -> dict[str, Any]:
@@ -193,4 +246,8 @@ def _preset(method: str, lm: LanguageModel) -> dict[str, Any]:
         found = preset(method, lm.name)
     except FileNotFoundError:  # a method without published numbers
         return {}
-    return {name: value for name, value in found.items() if name not in ("layer", "layers", "depth", "corpus")}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in ("layer", "layers", "depth", "corpus")
+    }

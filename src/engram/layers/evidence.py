@@ -1,7 +1,8 @@
 """Evidence for a layer card: traces of facts, and how edits of them go at each layer.
 
-Stands above locate, editors and evaluate, which do not know each other. Refuses to know what follows from the numbers (see
-layer_cards). Each number is written down when it is there, so that a killed run goes on where it was.
+Stands above locate, editors and evaluate, which do not know each other. Refuses to know what
+follows from the numbers (see layer_cards). Each number is written down when it is there, so that a
+killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class Budget:
 
     Args:
         edits: facts that are edited, one at a time, at every layer that is tried.
-        traces: facts that are traced exactly; estimates: facts whose trace is estimated, which is many times cheaper.
-        every: every so many layers are tried at first; default: all of a model of 12 layers or fewer, else so many that 12 are.
+        traces: facts that are traced exactly; estimates: facts whose trace is estimated, which is
+            many times cheaper.
+        every: every so many layers are tried at first; default: all of a model of 12 layers or
+            fewer, else so many that 12 are.
         fine: whether the layers between are tried too, around the best of those.
     Raises:
         SettingError: no edits, or a negative number.
@@ -56,7 +59,11 @@ class Budget:
     fine: bool = True
 
     def __post_init__(self) -> None:
-        if self.edits < 1 or min(self.traces, self.estimates) < 0 or (self.every is not None and self.every < 1):
+        if (
+            self.edits < 1
+            or min(self.traces, self.estimates) < 0
+            or (self.every is not None and self.every < 1)
+        ):
             raise SettingError(
                 f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, every={self.every}: a card needs at "
                 "least one edited fact and a step of at least one layer; facts to trace may be 0"
@@ -90,30 +97,47 @@ class EditRecipe:
 
     def __post_init__(self) -> None:
         takes = dict(inspect.signature(method_named(self.method)).parameters)
-        if not {"layer", "layers"} & set(takes) and all(each.kind is not each.VAR_KEYWORD for each in takes.values()):
-            raise SettingError(f"method={self.method!r} has no setting layer or layers, so it has no layer to choose")
+        if not {"layer", "layers"} & set(takes) and all(
+            each.kind is not each.VAR_KEYWORD for each in takes.values()
+        ):
+            raise SettingError(
+                f"method={self.method!r} has no setting layer or layers, so it has no layer to choose"
+            )
         if given := {"layer", "layers"} & set(self.settings):
-            raise SettingError(f"{' and '.join(given)} is what a layer card is to find; leave it out")
+            raise SettingError(
+                f"{' and '.join(given)} is what a layer card is to find; leave it out"
+            )
         object.__setattr__(self, "_takes", takes)
 
     def at(self, layer: int) -> dict[str, Any]:
         return {"layer": layer} if "layer" in self._takes else {"layers": [layer]}
 
     def prepared(self, lm: LanguageModel, layers: Sequence[int], report: Report) -> dict[str, Any]:
-        """What all edits share, computed once: second moments of all layers in one pass, and contexts."""
+        """What all edits share, computed once: second moments of all layers in one pass, and
+        contexts.
+        """
         shared = dict(self.settings)
         if "contexts" in self._takes and shared.get("contexts") is None:
             shared["contexts"] = sample_contexts(lm, seed=self.seed)
         if "second_moments" in self._takes:
             shared["second_moments"] = second_moments(
-                lm, layers, self.corpus, self.tokens, seed=self.seed,
+                lm,
+                layers,
+                self.corpus,
+                self.tokens,
+                seed=self.seed,
                 progress=lambda done, total: report("second moments", done, total),
-            )  # fmt: skip
+            )
         return shared
 
 
 def measure(
-    lm: LanguageModel, facts: Sequence[Fact], plan: Budget, edits: EditRecipe, notes: ResumeLog, report: Report
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    plan: Budget,
+    edits: EditRecipe,
+    notes: ResumeLog,
+    report: Report,
 ) -> list[Evidence]:
     """Trace and edit, going on from `notes`.
 
@@ -125,14 +149,20 @@ def measure(
     edited = facts[: plan.edits]
     coarse = plan.coarse(lm.n_layers)
     outcomes = _edit_at(lm, edited, coarse, edits, notes, report)
-    best = max(coarse, key=lambda layer: fmean(outcomes[i, layer].score for i in range(len(edited))))
+    best = max(
+        coarse, key=lambda layer: fmean(outcomes[i, layer].score for i in range(len(edited)))
+    )
     outcomes |= _edit_at(lm, edited, plan.between(coarse, best, lm.n_layers), edits, notes, report)
     return [
         Evidence(
             replace(fact, paraphrases=(), neighbours=()),
             exact[i] if i < len(exact) else None,
             estimated[i] if i < len(estimated) else None,
-            {layer: outcome for (number, layer), outcome in sorted(outcomes.items()) if number == i},
+            {
+                layer: outcome
+                for (number, layer), outcome in sorted(outcomes.items())
+                if number == i
+            },
         )
         for i, fact in enumerate(facts[: plan.facts])
     ]
@@ -154,9 +184,18 @@ def _traces(
 ) -> list[tuple[float, ...]]:
     """Effects by layer, one row a fact."""
     what = {"exact": "tracing", "attribution": "estimating traces"}[method]
-    left = {(fact.prompt_text, fact.subject): i for i, fact in enumerate(facts) if notes.get(f"{method} {i}") is None}
+    left = {
+        (fact.prompt_text, fact.subject): i
+        for i, fact in enumerate(facts)
+        if notes.get(f"{method} {i}") is None
+    }
     asked = [
-        TracePrompt(facts[i].prompt_text, facts[i].subject, facts[i].target_true, start=facts[i].subject_start)
+        TracePrompt(
+            facts[i].prompt_text,
+            facts[i].subject,
+            facts[i].target_true,
+            start=facts[i].subject_start,
+        )
         for i in left.values()
     ]
     config = TraceConfig.of(**trace_settings(lm), method=method)
@@ -170,7 +209,12 @@ def _traces(
 
 
 def _edit_at(
-    lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], edits: EditRecipe, notes: ResumeLog, report: Report
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layers: Sequence[int],
+    edits: EditRecipe,
+    notes: ResumeLog,
+    report: Report,
 ) -> dict[tuple[int, int], EditOutcome]:
     """How the edit of each fact at each layer goes, by (fact, layer)."""
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
@@ -190,19 +234,25 @@ def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> Edi
     """The edit's receipt in short; an edit that cannot be computed or applied has the worst score."""
     try:
         edit = rewrite(lm, [fact], method, **settings)
-        receipt = verify(lm, edit, text=fact.prompt_text, continuation_tokens=0)  # perplexity is not kept: of little text
+        receipt = verify(
+            lm, edit, text=fact.prompt_text, continuation_tokens=0
+        )  # perplexity is not kept: of little text
     except NonFiniteError as error:
         log.warning("the edit of %r failed: %s", fact.subject, error)
         return EditOutcome(0.0, 0.0)
     shares = (receipt.share(kind) for kind in ("edit", "paraphrase", "neighbour"))
-    return EditOutcome(round(receipt_score(receipt), 6), *(None if share is None else round(share, 6) for share in shares))
+    return EditOutcome(
+        round(receipt_score(receipt), 6),
+        *(None if share is None else round(share, 6) for share in shares),
+    )
 
 
 def receipt_score(receipt: Receipt) -> float:
-    """One number for a receipt: harmonic mean of efficacy, paraphrase and neighbourhood margins, as far as they were measured.
+    """One number for a receipt: harmonic mean of efficacy, paraphrase and neighbourhood margins, as
+    far as they were measured.
 
-    A margin is the mean difference between the probabilities of the wanted and the unwanted answer, moved to [0, 1]; successes
-    alone would tie on a single fact.
+    A margin is the mean difference between the probabilities of the wanted and the unwanted answer,
+    moved to [0, 1]; successes alone would tie on a single fact.
     """
     margins = [(1 + margin) / 2 for margin in receipt.margins() if margin is not None]
     if not margins:
@@ -211,7 +261,8 @@ def receipt_score(receipt: Receipt) -> float:
 
 
 class ResumeLog:
-    """Numbers by name in a file of JSON lines that grows as they are measured; a line that a kill tore is measured again.
+    """Numbers by name in a file of JSON lines that grows as they are measured; a line that a kill
+    tore is measured again.
 
     Attributes:
         seconds: that earlier runs took for what is noted.
@@ -239,4 +290,7 @@ class ResumeLog:
     def put(self, name: str, value: Any) -> None:
         self._known[name] = value
         with self.path.open("a", encoding="utf8") as file:
-            file.write(json.dumps([name, value, round(self.seconds + time.monotonic() - self._began, 1)]) + "\n")
+            file.write(
+                json.dumps([name, value, round(self.seconds + time.monotonic() - self._began, 1)])
+                + "\n"
+            )

@@ -5,9 +5,9 @@
     edits/0001/     edits as they were added; never change
     lock            held while something is written
 
-Knows what is in force and in which order things are written. The model with the ledger on it is always the base plus the sum
-of the deltas in force, rounded once, so taking one out leaves what had been without it. Refuses to know how edits are made;
-how the model is judged is evaluate/canary.py.
+Knows what is in force and in which order things are written. The model with the ledger on it is
+always the base plus the sum of the deltas in force, rounded once, so taking one out leaves what had
+been without it. Refuses to know how edits are made; how the model is judged is evaluate/canary.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from engram.edit.edit import Edit, compose
 from engram.edit.folder_format import change_identity
 from engram.edit.in_force import edited
 from engram.edit.recipe import check_changes_weights
-from engram.errors import BaseMismatchError, CanaryError, EngramError, EngramFileError, NonFiniteError
+from engram.errors import (
+    BaseMismatchError,
+    CanaryError,
+    EngramError,
+    EngramFileError,
+    NonFiniteError,
+)
 from engram.evaluate.canary import Canary
 from engram.facts import Fact
 from engram.files.locks import locked
@@ -49,9 +55,11 @@ _ABOUT, _HISTORY, _EDITS, _LOCK = "ledger.json", "history.jsonl", "edits", "lock
 
 
 class Ledger:
-    """The edits of one model, in a folder that outlives processes. Made by `Ledger.create`, found again by `Ledger.open`.
+    """The edits of one model, in a folder that outlives processes. Made by `Ledger.create`, found
+    again by `Ledger.open`.
 
-    Whatever is done is one line of the history: a process killed at any moment leaves the state before or after it. Several
+    Whatever is done is one line of the history: a process killed at any moment leaves the state
+        before or after it. Several
     processes may use one ledger; writers wait for each other.
 
     Args:
@@ -79,8 +87,16 @@ class Ledger:
         self._loaded: dict[int, Edit] = {}  # files of edits never change
 
     @classmethod
-    def create(cls, folder: str | Path, lm: LanguageModel, *, canary: Canary | None = None, wait: float = 60.0) -> Ledger:
-        """An empty ledger for a model. Reads every weight once, to know it again: about a second a gigabyte.
+    def create(
+        cls,
+        folder: str | Path,
+        lm: LanguageModel,
+        *,
+        canary: Canary | None = None,
+        wait: float = 60.0,
+    ) -> Ledger:
+        """An empty ledger for a model. Reads every weight once, to know it again: about a second a
+        gigabyte.
 
         Args:
             folder: must not exist, or be empty.
@@ -91,12 +107,21 @@ class Ledger:
             BaseMismatchError: edits lie on `lm` at the moment.
         """
         if (Path(folder) / _ABOUT).exists():
-            raise EngramFileError(f"{folder} is a ledger already; Ledger.open({str(folder)!r}) goes on with it")
+            raise EngramFileError(
+                f"{folder} is a ledger already; Ledger.open({str(folder)!r}) goes on with it"
+            )
         _check_bare(lm)
         base = describe_base(lm, editable(lm))
-        about = {"format_version": FORMAT_VERSION, "created": now(), "base": base, "canary": asdict(canary or Canary())}
+        about = {
+            "format_version": FORMAT_VERSION,
+            "created": now(),
+            "base": base,
+            "canary": asdict(canary or Canary()),
+        }
         with atomic_folder(folder) as fresh:
-            (fresh / _ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (fresh / _ABOUT).write_text(
+                json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             (fresh / _HISTORY).touch()
             (fresh / _EDITS).mkdir()
         return cls(folder, wait=wait)
@@ -116,10 +141,12 @@ class Ledger:
         """Of the base's weights, or most of them: what the model is to be loaded in."""
         return mode(weight["dtype"] for weight in self.base["tensors"].values())
 
-    # -- what is in it -------------------------------------------------------------------------------------------
+    # -- what is in it -----------------------------------------------------------------------------
 
     def list(self, *, everything: bool = False) -> tuple[Entry, ...]:
-        """Entries in force, in the order they came; with `everything` also those that were removed or rolled back."""
+        """Entries in force, in the order they came; with `everything` also those that were removed
+        or rolled back.
+        """
         return tuple(entry for entry in self._entries().values() if everything or entry.active)
 
     def history(self) -> tuple[Event, ...]:
@@ -141,12 +168,15 @@ class Ledger:
         if number not in self._loaded:
             edit = Edit.load(self._home(number))
             if change_identity(edit) != entry.identity:
-                raise EngramFileError(f"{self._home(number)} is not the edit that was added; take it from a backup")
+                raise EngramFileError(
+                    f"{self._home(number)} is not the edit that was added; take it from a backup"
+                )
             self._loaded[number] = edit
         return self._loaded[number]
 
     def conflicts(self, edit: Edit, *, near: float = NEAR) -> tuple[Conflict, ...]:
-        """Facts in force that an edit gets into the way of: about the same subject and relation, or with nearly the same key.
+        """Facts in force that an edit gets into the way of: about the same subject and relation, or
+        with nearly the same key.
 
         Keys are compared where both edits have them (`Edit.keys`).
 
@@ -162,7 +192,7 @@ class Ledger:
             found += conflicts(edit, entry.number, self._in_force(entry), entry.active, near)
         return tuple(found)
 
-    # -- the model with all of it --------------------------------------------------------------------------------
+    # -- the model with all of it ------------------------------------------------------------------
 
     def edit(self, *, without: Sequence[EntryRef] = ()) -> Edit:
         """Everything in force as one edit of the base.
@@ -179,8 +209,11 @@ class Ledger:
             )
         return compose(edits)
 
-    def applied(self, lm: LanguageModel, *, without: Sequence[EntryRef] = ()) -> AbstractContextManager[LanguageModel]:
-        """Within the block `lm` has everything in force on it; afterwards it is as before, bit for bit.
+    def applied(
+        self, lm: LanguageModel, *, without: Sequence[EntryRef] = ()
+    ) -> AbstractContextManager[LanguageModel]:
+        """Within the block `lm` has everything in force on it; afterwards it is as before, bit for
+        bit.
 
         Args:
             lm: the unedited base.
@@ -192,8 +225,11 @@ class Ledger:
         edits = list(self._edits(self._places(without)))
         return applied(compose(edits), lm) if edits else nullcontext(lm)
 
-    def materialise(self, folder: str | Path, source: LanguageModel | str | Path | None = None) -> Path:
-        """Write the model with everything in force as one checkpoint, from which `revert_checkpoint` gets the base back.
+    def materialise(
+        self, folder: str | Path, source: LanguageModel | str | Path | None = None
+    ) -> Path:
+        """Write the model with everything in force as one checkpoint, from which
+        `revert_checkpoint` gets the base back.
 
         Args:
             source: the base's checkpoint, or the model in memory; default: by its name.
@@ -204,26 +240,35 @@ class Ledger:
         """Write everything in force as one LoRA adapter for the base."""
         return self.edit().to_peft(folder)
 
-    # -- changing it ---------------------------------------------------------------------------------------------
+    # -- changing it -------------------------------------------------------------------------------
 
     def add(
-        self, edit: Edit, lm: LanguageModel | None = None, *, replace: bool = False, canary: Canary | None = None
+        self,
+        edit: Edit,
+        lm: LanguageModel | None = None,
+        *,
+        replace: bool = False,
+        canary: Canary | None = None,
     ) -> Entry:
         """Put an edit in force, unless the model with it does not keep the canary's limits.
 
-        The edit was made on the base, or on the base with entries on it (`with ledger.applied(lm): engram.rewrite(...)`);
-        which ones is told by the weights' fingerprints and noted. Either way its deltas are added to the base's weights.
+        The edit was made on the base, or on the base with entries on it (`with ledger.applied(lm):
+        engram.rewrite(...)`); which ones is told by the weights' fingerprints and noted. Either way
+        its deltas are added to the base's weights.
 
         Args:
-            lm: the unedited base; the canary is measured on it with everything in force. Without, nothing is measured.
+            lm: the unedited base; the canary is measured on it with everything in force. Without,
+                nothing is measured.
             replace: take out older facts about the same subject and relation in the same step.
             canary: other limits than the ledger's.
         Returns:
             Its entry; conflicts with others are logged (see `conflicts`).
         Raises:
-            CanaryError: a limit was not kept. The ledger is as it was; the edit is kept in it as rolled back.
+            CanaryError: a limit was not kept. The ledger is as it was; the edit is kept in it as
+                rolled back.
             BaseMismatchError: the edit was made on other weights, or `lm` is not the base.
-            EngramError: the edit is in force already, or a fact to be replaced cannot be taken out exactly.
+            EngramError: the edit is in force already, or a fact to be replaced cannot be taken out
+                exactly.
         """
         check_changes_weights(edit)
         if canary is not None and lm is None:
@@ -232,7 +277,11 @@ class Ledger:
             self._refuse_double(edit)
             below = self._made_on(edit, lm)
             found = self.conflicts(edit)
-            older = tuple((each.entry, each.index) for each in found if each.kind == "same fact") if replace else ()
+            older = (
+                tuple((each.entry, each.index) for each in found if each.kind == "same fact")
+                if replace
+                else ()
+            )
             self._check_removable(older, below)
             self._warn(found, older, below)
             event = Event(
@@ -260,15 +309,17 @@ class Ledger:
         return self._entry(event.entry)
 
     def remove(self, *which: EntryRef) -> tuple[Entry, ...]:
-        """Take entries or single facts out of force, all in one step. What stays is the base plus the sum of the others, exactly.
+        """Take entries or single facts out of force, all in one step. What stays is the base plus
+        the sum of the others, exactly.
 
         Args:
             which: each the number of an entry; "3.1" for fact 1 of entry 3; or a fact.
         Returns:
-            Entries in force that were made on top of what went (logged, too): their deltas stay as they are, but were computed
-            with it in place, so their facts should be verified again.
+            Entries in force that were made on top of what went (logged, too): their deltas stay as
+            they are, but were computed with it in place, so their facts should be verified again.
         Raises:
-            EngramError: nothing of that name is in force; or the fact was solved jointly with others and cannot go alone.
+            EngramError: nothing of that name is in force; or the fact was solved jointly with
+                others and cannot go alone.
         """
         with self._writing():
             gone = self._places(which)
@@ -292,14 +343,16 @@ class Ledger:
             if idle:
                 self._history.append(Event("pruned", pruned=idle))
             kept = {self._home(entry.number).name for entry in entries if entry.active}
-            for path in (self.folder / _EDITS).iterdir():  # also what a killed `add` or `prune` left
+            for path in (
+                self.folder / _EDITS
+            ).iterdir():  # also what a killed `add` or `prune` left
                 if path.name not in kept:
                     shutil.rmtree(path)
         for number in idle:
             self._loaded.pop(number, None)
         return idle
 
-    # -- how -----------------------------------------------------------------------------------------------------
+    # -- how ---------------------------------------------------------------------------------------
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -319,7 +372,9 @@ class Ledger:
         return fact_refs(which, self._entries())
 
     def _in_force(self, entry: Entry, without: Collection[FactRef] = ()) -> Edit:
-        """What is left of an entry's edit, as one of the base: the weights that it was made on may have had others on them."""
+        """What is left of an entry's edit, as one of the base: the weights that it was made on may
+        have had others on them.
+        """
         edit = self.show(entry.number)
         gone = entry.gone | {fact for number, fact in without if number == entry.number}
         return self._of_the_base(edit.without(*gone))
@@ -343,7 +398,9 @@ class Ledger:
                 )
 
     def _check_removable(self, gone: Collection[FactRef], below: Collection[int] = ()) -> None:
-        """Whether these facts can go exactly, and an edit made on top of the entries `below` does not stand on them."""
+        """Whether these facts can go exactly, and an edit made on top of the entries `below` does
+        not stand on them.
+        """
         for entry in self.list():
             going = [fact for number, fact in gone if number == entry.number]
             if going and entry.number in below:
@@ -355,14 +412,20 @@ class Ledger:
             if going and len(going) < len(entry.active):
                 self.show(entry.number).without(*entry.gone, *going)
 
-    def _warn(self, found: Collection[Conflict], replaced: Collection[FactRef], below: Collection[int]) -> None:
-        """Of conflicts that stay (an edit made on top of an entry has taken it into account), and of ground that is gone."""
+    def _warn(
+        self, found: Collection[Conflict], replaced: Collection[FactRef], below: Collection[int]
+    ) -> None:
+        """Of conflicts that stay (an edit made on top of an entry has taken it into account), and
+        of ground that is gone.
+        """
         for each in found:
             if (each.entry, each.index) not in replaced and each.entry not in below:
                 log.warning("%s", each)
         if lost := sorted(set(below) - {entry.number for entry in self.list() if not entry.gone}):
-            log.warning("the edit was made on top of entries %s, of which some facts are no longer in force; verify it",
-                        ", ".join(map(str, lost)))  # fmt: skip
+            log.warning(
+                "the edit was made on top of entries %s, of which some facts are no longer in force; verify it",
+                ", ".join(map(str, lost)),
+            )
 
     def _above(self, gone: Collection[FactRef]) -> tuple[int, ...]:
         """Entries that stay in force and were made on top of some of these."""
@@ -370,11 +433,14 @@ class Ledger:
         return tuple(
             entry.number
             for entry in self.list()
-            if numbers & set(entry.made_on) and any((entry.number, fact) not in gone for fact in entry.active)
+            if numbers & set(entry.made_on)
+            and any((entry.number, fact) not in gone for fact in entry.active)
         )
 
     def _made_on(self, edit: Edit, lm: LanguageModel | None) -> tuple[int, ...]:
-        """Entries that lay on the weights which an edit was made on: as noted, or those in force now."""
+        """Entries that lay on the weights which an edit was made on: as noted, or those in force
+        now.
+        """
         known = made_on(edit, self.base, self._history.events())
         if known is not None:
             return known
@@ -398,8 +464,14 @@ class Ledger:
             return replace(event, what="rolled back", tripped=(str(error),))
         checks = canary.checks(lm, whole, before, after)
         measured = {check.name: check.value for check in checks if check.value is not None}
-        event = replace(event, canary=measured, state={name: tensors[name]["sha256"] for name in tensors})
-        tripped = tuple(f"{c.name} is {c.value:.3f}, at most {c.limit:g} allowed" for c in checks if c.passed is False)
+        event = replace(
+            event, canary=measured, state={name: tensors[name]["sha256"] for name in tensors}
+        )
+        tripped = tuple(
+            f"{c.name} is {c.value:.3f}, at most {c.limit:g} allowed"
+            for c in checks
+            if c.passed is False
+        )
         return replace(event, what="rolled back", tripped=tripped, state={}) if tripped else event
 
 
@@ -414,9 +486,13 @@ def _read_about(folder: Path) -> dict[str, Any]:
             )
         return {"base": about["base"], "canary": about["canary"]}
     except FileNotFoundError as error:
-        raise EngramFileError(f"{folder} is no ledger: it has no {_ABOUT}. Ledger.create(folder, lm) makes one") from error
+        raise EngramFileError(
+            f"{folder} is no ledger: it has no {_ABOUT}. Ledger.create(folder, lm) makes one"
+        ) from error
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise EngramFileError(f"{path} cannot be read: {error}. Take the ledger from a backup") from error
+        raise EngramFileError(
+            f"{path} cannot be read: {error}. Take the ledger from a backup"
+        ) from error
 
 
 def _check_bare(lm: LanguageModel) -> None:
@@ -434,5 +510,9 @@ def _brief(fact: Fact) -> Fact:
 
 def _warn_of_those_above(event: Event) -> None:
     if event.above:
-        log.warning("%s went, and entries %s were made on top of it: their deltas stay as they are, but were computed with it in "
-                    "place; verify them", shown(event.gone), ", ".join(map(str, event.above)))  # fmt: skip
+        log.warning(
+            "%s went, and entries %s were made on top of it: their deltas stay as they are, but were computed with it in "
+            "place; verify them",
+            shown(event.gone),
+            ", ".join(map(str, event.above)),
+        )

@@ -1,6 +1,8 @@
-"""Which facts of two edits get into each other's way: they say different things, or their keys are nearly the same.
+"""Which facts of two edits get into each other's way: they say different things, or their keys are
+nearly the same.
 
-Knows facts, keys and deltas. Refuses to know models: what an edit does to another one's key is read off its deltas.
+Knows facts, keys and deltas. Refuses to know models: what an edit does to another one's key is read
+off its deltas.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.facts import Fact
 
-NEAR = 0.5  # two thirds of the pairs above it spoil a fact, of those below none was found to; see docs/ledger.md
+# two thirds of the pairs above it spoil a fact, of those below none was found to; see
+# docs/ledger.md
+NEAR = 0.5
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Conflict:
     """A fact of an edit that gets into the way of a fact of an entry.
 
     Attributes:
-        kind: "same fact": about the same subject and relation; "near keys": the change of one reaches the other.
+        kind: "same fact": about the same subject and relation; "near keys": the change of one
+            reaches the other.
         fact: of the edit; other: of the entry, `index` its place there.
         entry: number of the entry.
         overlap: see `overlaps`; the larger of both directions, None where an edit has no keys.
@@ -49,15 +54,19 @@ class Conflict:
 def same_fact(fact: Fact, other: Fact) -> bool:
     """Whether both are about one subject and one relation: the same name of it, or the same prompt."""
     named = fact.relation is not None and fact.relation == other.relation
-    return fact.subject.strip() == other.subject.strip() and (named or fact.prompt.strip() == other.prompt.strip())
+    return fact.subject.strip() == other.subject.strip() and (
+        named or fact.prompt.strip() == other.prompt.strip()
+    )
 
 
 def overlaps(acting: Edit, asked: Edit) -> Tensor:
-    """How strongly each fact's change acts on the keys of other facts, as a share of how it acts on its own.
+    """How strongly each fact's change acts on the keys of other facts, as a share of how it acts on
+    its own.
 
-    ||D_i k_j|| / ||D_i k_i||, D_i the columns that fact i owns, the largest over the weights that both edits change. For a
-    rank-one change u v^T it is |v . k_j| / |v . k_i|: 1 where the keys cannot be told apart, near 0 where the change passes
-    by. Facts solved jointly share their columns; there j's overlap is that with the fact whose key is nearest by angle.
+    ||D_i k_j|| / ||D_i k_i||, D_i the columns that fact i owns, the largest over the weights that
+    both edits change. For a rank-one change u v^T it is |v . k_j| / |v . k_i|: 1 where the keys
+    cannot be told apart, near 0 where the change passes by. Facts solved jointly share their
+    columns; there j's overlap is that with the fact whose key is nearest by angle.
 
     Args:
         acting, asked: edits with keys; without, nothing overlaps.
@@ -77,11 +86,14 @@ def overlaps(acting: Edit, asked: Edit) -> Tensor:
     return largest_nm
 
 
-def conflicts(edit: Edit, entry: int, other: Edit, places: Sequence[int], near: float = NEAR) -> list[Conflict]:
+def conflicts(
+    edit: Edit, entry: int, other: Edit, places: Sequence[int], near: float = NEAR
+) -> list[Conflict]:
     """Conflicts between the facts of `edit` and those of an entry.
 
     Args:
-        other: what is in force of the entry; places: where each of its facts stands in the whole entry.
+        other: what is in force of the entry; places: where each of its facts stands in the whole
+            entry.
         near: overlap from which on keys count as near.
     """
     keyed = bool(edit.keys.keys() & other.keys.keys())
@@ -92,7 +104,9 @@ def conflicts(edit: Edit, entry: int, other: Edit, places: Sequence[int], near: 
             overlap, same = float(overlap_nm[i, j]), same_fact(fact, older)
             if same or overlap >= near:
                 kind: Literal["same fact", "near keys"] = "same fact" if same else "near keys"
-                found.append(Conflict(kind, fact, older, entry, places[j], overlap if keyed else None))
+                found.append(
+                    Conflict(kind, fact, older, entry, places[j], overlap if keyed else None)
+                )
     return found
 
 
@@ -113,7 +127,9 @@ def _together(delta: Delta) -> Iterator[tuple[list[int], Delta]]:
 def _effect(change: Delta, keys_nf: Tensor) -> Tensor:
     """||D k|| of each key: [n]."""
     left = change.left.double()
-    moved_nd = keys_nf @ left.T if change.right is None else (keys_nf @ change.right.double().T) @ left.T
+    moved_nd = (
+        keys_nf @ left.T if change.right is None else (keys_nf @ change.right.double().T) @ left.T
+    )
     return moved_nd.norm(dim=1)
 
 

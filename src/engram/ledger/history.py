@@ -1,8 +1,10 @@
-"""The history of a ledger: a line of JSON an event, appended and never rewritten. What a ledger holds now is read off it.
+"""The history of a ledger: a line of JSON an event, appended and never rewritten. What a ledger
+holds now is read off it.
 
 Knows lines, locks, and what events do to entries. Refuses to know edits and models.
 
-An event has happened once its line stands there with its newline. A writer killed in the middle of a line leaves one without
+An event has happened once its line stands there with its newline. A writer killed in the middle of
+a line leaves one without
 end: readers overlook it, the next writer cuts it off.
 """
 
@@ -43,15 +45,19 @@ class Event:
     """One line of a ledger's history.
 
     Attributes:
-        what: happened: an edit was added, or rolled back because the canary tripped; facts were removed; files were pruned.
+        what: happened: an edit was added, or rolled back because the canary tripped; facts were
+            removed; files were pruned.
         when: in UTC.
-        entry: number of the edit that was added or rolled back; `facts`, `method`, `identity` (of its deltas) and `weights`
-            (names of those it changes) are its own.
+        entry: number of the edit that was added or rolled back; `facts`, `method`, `identity` (of
+            its deltas) and `weights` (names of those it changes) are its own.
         made_on: entries that lay on these weights when the edit was made.
-        gone: places of the facts that this event took out, by hand or because an added fact replaced them.
+        gone: places of the facts that this event took out, by hand or because an added fact
+            replaced them.
         above: active entries that were made on top of what went.
-        canary: measured with the whole ledger applied; empty where no model was at hand. `tripped`: what was too much.
-        state: sha256 of every weight that the ledger changes, once the edit was added; empty where no model was at hand.
+        canary: measured with the whole ledger applied; empty where no model was at hand. `tripped`:
+            what was too much.
+        state: sha256 of every weight that the ledger changes, once the edit was added; empty where
+            no model was at hand.
         pruned: entries whose files were deleted.
     """
 
@@ -81,7 +87,9 @@ class Event:
         told = told if self.what != "removed" else f"{self.when}  removed {shown(self.gone)}"
         measured = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.canary.items())
         told += f" ({', '.join(measured)})" if self.canary else ""
-        told += f"; in the place of {shown(self.gone)}" if self.what == "added" and self.gone else ""
+        told += (
+            f"; in the place of {shown(self.gone)}" if self.what == "added" and self.gone else ""
+        )
         told += f"; {'; '.join(self.tripped)}" if self.tripped else ""
         return told + (f"; {_numbers(self.above)} stand on what went" if self.above else "")
 
@@ -90,7 +98,10 @@ class Event:
         """What `to_dict` gave."""
         facts = tuple(Fact.from_dict(each) for each in record.get("facts", ()))
         gone = tuple((int(entry), int(fact)) for entry, fact in record.get("gone", ()))
-        lists = {name: tuple(record.get(name, ())) for name in ("weights", "made_on", "above", "tripped", "pruned")}
+        lists = {
+            name: tuple(record.get(name, ()))
+            for name in ("weights", "made_on", "above", "tripped", "pruned")
+        }
         return cls(**{**record, **lists, "facts": facts, "gone": gone})
 
 
@@ -100,7 +111,8 @@ class Entry:
 
     Attributes:
         number: from 1, in the order they came; by it an entry is removed.
-        facts: of the edit, with those that are no longer in force (subject, prompt, objects and relation; the edit has all).
+        facts: of the edit, with those that are no longer in force (subject, prompt, objects and
+            relation; the edit has all).
         gone: indices of the facts that were taken out.
         method, identity, weights, when, made_on, canary: see `Event`.
         rolled_back: the canary tripped, it was never in force.
@@ -122,12 +134,17 @@ class Entry:
     @property
     def active(self) -> tuple[int, ...]:
         """Indices of the facts that are in force."""
-        return () if self.rolled_back else tuple(i for i in range(len(self.facts)) if i not in self.gone)
+        return (
+            ()
+            if self.rolled_back
+            else tuple(i for i in range(len(self.facts)) if i not in self.gone)
+        )
 
     def __str__(self) -> str:
         """The entry in a line, and a line a fact; those no longer in force in brackets."""
         lines = [
-            f"{self.number}: {self.method}, {self.status}" + (f", on top of {_numbers(self.made_on)}" * bool(self.made_on))
+            f"{self.number}: {self.method}, {self.status}"
+            + (f", on top of {_numbers(self.made_on)}" * bool(self.made_on))
         ]
         for i, fact in enumerate(self.facts):
             line = f"{shown([(self.number, i)])} {fact.prompt_text!r} -> {fact.target!r}"
@@ -152,9 +169,16 @@ def entries_after(events: Iterable[Event]) -> dict[int, Entry]:
             entries[number] = replace(entries[number], pruned=True)
         if event.entry is not None:
             entries[event.entry] = Entry(
-                event.entry, event.facts, str(event.method), str(event.identity), event.weights, event.when, event.made_on,
-                event.canary, rolled_back=event.what == "rolled back",
-            )  # fmt: skip
+                event.entry,
+                event.facts,
+                str(event.method),
+                str(event.identity),
+                event.weights,
+                event.when,
+                event.made_on,
+                event.canary,
+                rolled_back=event.what == "rolled back",
+            )
     return entries
 
 

@@ -1,7 +1,9 @@
-"""On which weights an edit was made: a ledger's base, or the base with entries on it; told by the weights' fingerprints.
+"""On which weights an edit was made: a ledger's base, or the base with entries on it; told by the
+weights' fingerprints.
 
-Knows descriptions of weights (merging.describe_base) and events. Refuses to know the weights themselves. What lay on other
-weights than those an edit changes leaves no print here, though the edit was computed with it in place.
+Knows descriptions of weights (merging.describe_base) and events. Refuses to know the weights
+themselves. What lay on other weights than those an edit changes leaves no print here, though the
+edit was computed with it in place.
 """
 
 from __future__ import annotations
@@ -15,16 +17,25 @@ from engram.ledger.history import Entry, Event, entries_after
 
 
 def made_on(edit: Edit, base: Mapping[str, Any], events: Sequence[Event]) -> tuple[int, ...] | None:
-    """Entries that lay on the weights: none where it was the base, those of the latest noted state that fits, or None: unknown.
+    """Entries that lay on the weights: none where it was the base, those of the latest noted state
+    that fits, or None: unknown.
 
     Raises:
         BaseMismatchError: it was made on a model of another family or other sizes.
     """
     wanted = edit.base["tensors"]
     known = base["tensors"]
-    strange = [name for name in wanted if name not in known or known[name]["shape"] != wanted[name]["shape"]]
+    strange = [
+        name
+        for name in wanted
+        if name not in known or known[name]["shape"] != wanted[name]["shape"]
+    ]
     if edit.base["model_type"] != base["model_type"] or strange:
-        lacks = f", which has no weight {strange[0]} of {wanted[strange[0]]['shape']}" if strange else ""
+        lacks = (
+            f", which has no weight {strange[0]} of {wanted[strange[0]]['shape']}"
+            if strange
+            else ""
+        )
         raise BaseMismatchError(
             f"the edit was made on {edit.base['model']!r} ({edit.base['model_type']}), the ledger is about {base['model']!r} "
             f"({base['model_type']}){lacks}. A ledger holds edits of one model: Ledger.create makes one for that"
@@ -39,7 +50,11 @@ def made_on(edit: Edit, base: Mapping[str, Any], events: Sequence[Event]) -> tup
 
 def lying_on(weights: Collection[str], entries: Iterable[Entry]) -> tuple[int, ...]:
     """Numbers of the entries in force that change some of these weights."""
-    return tuple(entry.number for entry in entries if entry.active and not set(weights).isdisjoint(entry.weights))
+    return tuple(
+        entry.number
+        for entry in entries
+        if entry.active and not set(weights).isdisjoint(entry.weights)
+    )
 
 
 def unknown_origin(edit: Edit, base: Mapping[str, Any], *, looked: bool) -> str:
@@ -56,7 +71,9 @@ def unknown_origin(edit: Edit, base: Mapping[str, Any], *, looked: bool) -> str:
             f"(engram.load({base['model']!r}, dtype={here!r})) and make the edit again"
         )
     hint = (
-        "" if looked else " If the ledger was applied as it is now when the edit was made, give the model: add(edit, lm)."
+        ""
+        if looked
+        else " If the ledger was applied as it is now when the edit was made, give the model: add(edit, lm)."
     )
     return (
         f"the edit was made on weights ({name}) that are neither the ledger's base, {base['model']!r}, nor the base with what was "
@@ -66,4 +83,7 @@ def unknown_origin(edit: Edit, base: Mapping[str, Any], *, looked: bool) -> str:
 
 def _stood(wanted: Mapping[str, Any], base: Mapping[str, Any], state: Mapping[str, str]) -> bool:
     """Whether weights described as `wanted` are the base's, with a state's where it has some."""
-    return all(wanted[name] == {**base[name], "sha256": state.get(name, base[name]["sha256"])} for name in wanted)
+    return all(
+        wanted[name] == {**base[name], "sha256": state.get(name, base[name]["sha256"])}
+        for name in wanted
+    )

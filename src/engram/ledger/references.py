@@ -1,4 +1,5 @@
-"""How a caller names what is in force: an entry by its number, 3; a fact of it, "3.1"; or the fact itself.
+"""How a caller names what is in force: an entry by its number, 3; a fact of it, "3.1"; or the fact
+itself.
 
 Knows entries. Refuses to know files.
 """
@@ -23,7 +24,9 @@ def fact_refs(which: Sequence[EntryRef], entries: Mapping[int, Entry]) -> tuple[
     """
     found: set[FactRef] = set()
     for each in which:
-        found |= {_of_fact(each, entries)} if isinstance(each, Fact) else set(_of_number(each, entries))
+        found |= (
+            {_of_fact(each, entries)} if isinstance(each, Fact) else set(_of_number(each, entries))
+        )
     return tuple(sorted(found))
 
 
@@ -34,14 +37,18 @@ def entry_named(number: int, entries: Mapping[int, Entry]) -> Entry:
         EngramError: there is none.
     """
     if number not in entries:
-        raise EngramError(f"there is no entry {number}; the ledger has {', '.join(map(str, entries)) or 'none yet'}")
+        raise EngramError(
+            f"there is no entry {number}; the ledger has {', '.join(map(str, entries)) or 'none yet'}"
+        )
     return entries[number]
 
 
 def _of_number(which: int | str, entries: Mapping[int, Entry]) -> list[FactRef]:
     number, dot, index = str(which).partition(".")
     if not number.isdecimal() or (dot and not index.isdecimal()):
-        raise EngramError(f"{which!r} names no entry; expected its number, such as 3, or '3.1' for fact 1 of entry 3")
+        raise EngramError(
+            f"{which!r} names no entry; expected its number, such as 3, or '3.1' for fact 1 of entry 3"
+        )
     entry = entry_named(int(number), entries)
     found = [(entry.number, fact) for fact in entry.active if not dot or fact == int(index)]
     if not found:
@@ -60,10 +67,14 @@ def _of_fact(fact: Fact, entries: Mapping[int, Entry]) -> FactRef:
     said = f"{fact.prompt_text!r} -> {fact.target!r}"
     if found:
         raise FactError(f"{said} is in force more than once, as {shown(found)}; give one of these")
-    near = [f"{shown([place])}: {each.prompt_text!r} -> {each.target!r}" for place, each in active.items()
-            if each.subject.strip() == fact.subject.strip()]  # fmt: skip
+    near = [
+        f"{shown([place])}: {each.prompt_text!r} -> {each.target!r}"
+        for place, each in active.items()
+        if each.subject.strip() == fact.subject.strip()
+    ]
     raise FactError(
-        f"{said} is not in force; " + ("; ".join(near) or f"none of the {len(active)} facts is about that subject")
+        f"{said} is not in force; "
+        + ("; ".join(near) or f"none of the {len(active)} facts is about that subject")
     )
 
 

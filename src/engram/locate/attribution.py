@@ -1,8 +1,11 @@
-"""Attribution patching: a first-order estimate of every cell from one forward and one backward pass.
+"""Attribution patching: a first-order estimate of every cell from one forward and one backward
+pass.
 
-effect of replacing a state ~ gradient of the metric at the run that is patched . (state put in - state there). A window's
-estimate is the sum over its layers. Knows gradients; refuses to compute any cell exactly.
-Source: Nanda 2023, "Attribution patching"; the query-key correction: Kramár et al. 2024 (AtP*), arXiv:2403.00745, Sec. 3.1.
+effect of replacing a state ~ gradient of the metric at the run that is patched . (state put in -
+state there). A window's estimate is the sum over its layers. Knows gradients; refuses to compute
+any cell exactly.
+Source: Nanda 2023, "Attribution patching"; the query-key correction: Kramár et al. 2024 (AtP*),
+    arXiv:2403.00745, Sec. 3.1.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ def estimate(runs: Runs, plan: Sequence[EffectTable]) -> list[Tensor]:
     Returns:
         One tensor [rows, patches] a prompt, patches in the plan's order, mean over samples.
     Raises:
-        UnsupportedModelError: the correction was asked for and the model's attention cannot be watched.
+        UnsupportedModelError: the correction was asked for and the model's attention cannot be
+            watched.
     """
     patches = [patch for table in plan for patch in table.patches]
     flow = _Flow(runs, list(dict.fromkeys(patch.site for patch in patches)))
@@ -39,19 +43,26 @@ def estimate(runs: Runs, plan: Sequence[EffectTable]) -> list[Tensor]:
             by_state[key] = flow.effect(site, layer, part)
         return by_state[key]
 
-    columns = [torch.stack([single(p.site, layer, p.part) for layer in range(p.first, p.end)]).sum(0) for p in patches]
+    columns = [
+        torch.stack([single(p.site, layer, p.part) for layer in range(p.first, p.end)]).sum(0)
+        for p in patches
+    ]
     table_ftp = torch.stack(columns, -1)
     return [table_ftp[f, question.rows] for f, question in enumerate(runs.questions)]
 
 
 class _Flow:
-    """Gradients of the metric in the run that is patched, with respect to every state at some sites."""
+    """Gradients of the metric in the run that is patched, with respect to every state at some
+    sites.
+    """
 
     def __init__(self, runs: Runs, sites: Sequence[str]) -> None:
         self.runs = runs
         facts = range(len(runs.questions))
         self.source = runs.rows(facts, "source")
-        self.rows, self.base = runs.rows(facts, "base").unique(return_inverse=True)  # the clean run serves all samples
+        self.rows, self.base = runs.rows(facts, "base").unique(
+            return_inverse=True
+        )  # the clean run serves all samples
         self.nodes: dict[tuple[str, int], Tensor] = {}
         self.attention: list[Attention] = []
         corrects = runs.config.correction == "query-key"
@@ -63,13 +74,20 @@ class _Flow:
             wanted = [*self.nodes.values(), *(seen.output_bthk for seen in self.attention)]
             gradients = torch.autograd.grad(score, wanted, allow_unused=True)
         self.source_attention = self._watch_source() if corrects else []
-        found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
+        found = [
+            torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)
+        ]
         self.gradients = dict(zip(self.nodes, found, strict=False))
         self.attention_gradients = found[len(self.nodes) :]
 
     def _forward(self, stack: ExitStack, sites: Sequence[str]) -> None:
-        """Hooks that note every state in the graph; hands on a copy, since some families add to outputs in place."""
-        notes: dict[str, dict[torch.nn.Module, list[tuple[str, int]]]] = {"outputs": {}, "inputs": {}}
+        """Hooks that note every state in the graph; hands on a copy, since some families add to
+        outputs in place.
+        """
+        notes: dict[str, dict[torch.nn.Module, list[tuple[str, int]]]] = {
+            "outputs": {},
+            "inputs": {},
+        }
         lm = self.runs.lm
         for site in dict.fromkeys([*sites, "residual"]):
             for layer in range(lm.n_layers):
@@ -94,7 +112,9 @@ class _Flow:
         runs, lm = self.runs, self.runs.lm
         ids_bt = runs.ids_bt[self.rows]
         if lm.kind != "causal":
-            return runs.logits(ids_bt, None if runs.decoder_bt is None else runs.decoder_bt[self.rows])
+            return runs.logits(
+                ids_bt, None if runs.decoder_bt is None else runs.decoder_bt[self.rows]
+            )
         base_model(lm)(ids_bt.to(lm.device), use_cache=False)
         last_btd = self.nodes["residual", lm.n_layers - 1]
         at = runs.read[self.rows // runs.per_fact].to(last_btd.device)
@@ -107,20 +127,28 @@ class _Flow:
         gradient = self.gradients[site, layer].view(shape)[..., cut]
         there = self.nodes[site, layer].detach().view(shape)[..., cut]
         change = self.runs.states_of_rows(site, layer, self.source)[..., cut] - there[self.base]
-        effect_nt = (gradient[self.base] * change).sum(-1, dtype=torch.promote_types(change.dtype, torch.float32))
+        effect_nt = (gradient[self.base] * change).sum(
+            -1, dtype=torch.promote_types(change.dtype, torch.float32)
+        )
         if site == "residual" and self.attention and layer + 1 < self.runs.lm.n_layers:
             effect_nt = effect_nt + self._correction(layer + 1)
         return effect_nt.unflatten(0, (len(self.runs.questions), -1)).mean(1).cpu()
 
     def _correction(self, layer: int) -> Tensor:
-        """[n, t] what the softmax of block `layer` makes of new queries and keys, beyond first order."""
+        """[n, t] what the softmax of block `layer` makes of new queries and keys, beyond first
+        order.
+        """
         seen, gradient = self.attention[layer], self.attention_gradients[layer]
         put_in = self.source_attention[layer].rows(self.source)
-        return seen.rows(self.base).beyond_first_order(gradient[self.base], put_in.query_bhtk, put_in.key_bhtk)
+        return seen.rows(self.base).beyond_first_order(
+            gradient[self.base], put_in.query_bhtk, put_in.key_bhtk
+        )
 
     @torch.no_grad()
     def _watch_source(self) -> list[Attention]:
-        """Queries and keys of all recorded rows: block l + 1 makes them of the state behind block l alone."""
+        """Queries and keys of all recorded rows: block l + 1 makes them of the state behind block l
+        alone.
+        """
         lm = self.runs.lm
         with capture_attention(lm) as seen, substitute(self.runs.embeddings("recorded")):
             base_model(lm)(self.runs.ids_bt.to(lm.device), use_cache=False)

@@ -1,7 +1,8 @@
 """Effects averaged over facts: by place of the token, layer and site, with intervals.
 
 Knows finished traces and nothing of how they were made: see experiment for the runs themselves.
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.2 and Appendix B; the six places are those of the released code.
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.2 and Appendix B; the six places are those of the
+    released code.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ Interval = Literal["bootstrap", "reference"]
 
 
 def place_rows(trace: CausalTrace) -> dict[str, list[int]]:
-    """Rows of a trace's tables by place, in the prompt's order; a place the prompt does not have is empty.
+    """Rows of a trace's tables by place, in the prompt's order; a place the prompt does not have is
+    empty.
 
-    A subject of one token is both its first and its last; a single token behind the subject is both the first after it and
-    the last. Tokens in front of the subject are in no place. Where the subject ends the prompt there is none after it.
+    A subject of one token is both its first and its last; a single token behind the subject is both
+    the first after it and the last. Tokens in front of the subject are in no place. Where the
+    subject ends the prompt there is none after it.
     """
     first, end = trace.subject_range
     last = trace.last
@@ -48,7 +51,8 @@ def place_rows(trace: CausalTrace) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Curves:
-    """Mean effects by place, each [6, ...] as the table is behind its token axis, NaN where no fact has the place.
+    """Mean effects by place, each [6, ...] as the table is behind its token axis, NaN where no fact
+    has the place.
 
     `counts` are the facts (bootstrap) or the rows (reference) behind each place's mean.
     """
@@ -76,11 +80,15 @@ class AverageTrace:
 
     def __post_init__(self) -> None:
         if not self.traces:
-            reasons = "; ".join(sorted({reason for _, reason in self.skipped})) or "no facts were given"
+            reasons = (
+                "; ".join(sorted({reason for _, reason in self.skipped})) or "no facts were given"
+            )
             raise EngramError(f"there is no trace to average: {reasons}")
         first = _asked(self.traces[0])
         for trace in self.traces:
-            if different := [name for name, value in _asked(trace).items() if value != first.get(name)]:
+            if different := [
+                name for name, value in _asked(trace).items() if value != first.get(name)
+            ]:
                 raise EngramError(
                     f"these traces differ in {', '.join(different)}; their mean would mean nothing. Average those of one kind"
                 )
@@ -103,14 +111,22 @@ class AverageTrace:
         """Tables with severed modules."""
         return [site for site in self.sites if site.endswith(" severed")]
 
-    def effects(self, site: str, interval: Interval = "bootstrap", level: float = 0.95, resamples: int = 2000) -> Curves:
+    def effects(
+        self,
+        site: str,
+        interval: Interval = "bootstrap",
+        level: float = 0.95,
+        resamples: int = 2000,
+    ) -> Curves:
         """Average indirect effects (AIE), [places, layers, ...], with an interval.
 
         Args:
             site: a table's name.
-            interval: "bootstrap": each fact's mean effect at a place first, then the mean over facts; resampling facts. "reference":
-                all rows of a place pooled, however many a fact has, and 1.96 standard deviations of their raw scores over
-                the root of their number: the released code's formula, which used one number of facts for all places.
+            interval: "bootstrap": each fact's mean effect at a place first, then the mean over
+                facts; resampling facts. "reference": all rows of a place pooled, however many a
+                fact has, and 1.96 standard deviations of their raw scores over
+                the root of their number: the released code's formula, which used one number of
+                    facts for all places.
             level, resamples: of the bootstrap; percentiles.
         Raises:
             SettingError: no such table or interval, a level outside (0, 1).
@@ -122,7 +138,11 @@ class AverageTrace:
             )
         key = (site, interval, level, resamples)
         if key not in self._kept:
-            self._kept[key] = self._reference(site) if interval == "reference" else self._bootstrap(site, level, resamples)
+            self._kept[key] = (
+                self._reference(site)
+                if interval == "reference"
+                else self._bootstrap(site, level, resamples)
+            )
         return self._kept[key]
 
     def _bootstrap(self, site: str, level: float, resamples: int) -> Curves:
@@ -133,7 +153,9 @@ class AverageTrace:
         counts = (weights @ there.double()).unsqueeze(-1)
         sums = (weights @ values).unflatten(1, by_fact.shape[1:]).flatten(2)
         means = torch.where(counts > 0, sums / counts, torch.nan)
-        low, high = (_quantile(means, q).view(by_fact.shape[1:]) for q in ((1 - level) / 2, (1 + level) / 2))
+        low, high = (
+            _quantile(means, q).view(by_fact.shape[1:]) for q in ((1 - level) / 2, (1 + level) / 2)
+        )
         return Curves(by_fact.nanmean(0), low, high, there.sum(0).tolist())
 
     def _reference(self, site: str) -> Curves:
@@ -145,7 +167,9 @@ class AverageTrace:
         empty = torch.full_like(self.traces[0].scores[site][0], torch.nan, dtype=torch.float64)
         stacks = [torch.stack(rows) if rows else empty[None] for rows in pooled.values()]
         mean = torch.stack([stack.mean(0) for stack in stacks]) - baseline
-        half = torch.stack([1.96 * stack.std(0, correction=0) / len(stack) ** 0.5 for stack in stacks])
+        half = torch.stack(
+            [1.96 * stack.std(0, correction=0) / len(stack) ** 0.5 for stack in stacks]
+        )
         return Curves(mean, mean - half, mean + half, [len(rows) for rows in pooled.values()])
 
     def _by_fact(self, site: str) -> Tensor:
@@ -153,7 +177,11 @@ class AverageTrace:
         for trace in self.traces:
             effects = trace.scores[site].double() - trace.baseline
             empty = torch.full_like(effects[0], torch.nan)
-            rows.append(torch.stack([effects[at].mean(0) if at else empty for at in place_rows(trace).values()]))
+            rows.append(
+                torch.stack(
+                    [effects[at].mean(0) if at else empty for at in place_rows(trace).values()]
+                )
+            )
         return torch.stack(rows)
 
     def _resampled(self, resamples: int) -> Tensor:
@@ -165,8 +193,12 @@ class AverageTrace:
             1, drawn, torch.ones_like(drawn, dtype=torch.float64)
         )
 
-    def total_effect(self, level: float = 0.95, resamples: int = 2000) -> tuple[float, float, float]:
-        """Average total effect (ATE): mean over facts of clean minus corrupted, and its bootstrap interval."""
+    def total_effect(
+        self, level: float = 0.95, resamples: int = 2000
+    ) -> tuple[float, float, float]:
+        """Average total effect (ATE): mean over facts of clean minus corrupted, and its bootstrap
+        interval.
+        """
         totals = torch.tensor([t.total_effect for t in self.traces], dtype=torch.float64)
         means = self._resampled(resamples) @ totals / len(totals)
         low, high = (float(_quantile(means, q)) for q in ((1 - level) / 2, (1 + level) / 2))
@@ -183,17 +215,25 @@ class AverageTrace:
         return sum(t.low_score for t in self.traces) / len(self.traces)
 
     def summary(self) -> dict[str, Any]:
-        """What the paper reports beside its figures: total effect, peaks of the means, means of each fact's own maximum.
+        """What the paper reports beside its figures: total effect, peaks of the means, means of
+        each fact's own maximum.
 
-        Peaks are effects; "mean_of_maxima" is the mean over facts of the highest score, in the whole table or at a place. In the
-        other direction, where the strongest effects are the most negative, it is the lowest.
+        Peaks are effects; "mean_of_maxima" is the mean over facts of the highest score, in the
+        whole table or at a place. In the other direction, where the strongest effects are the most
+        negative, it is the lowest.
         """
         ate, low, high = self.total_effect()
         about: dict[str, Any] = {
-            "facts": len(self.traces), "skipped": len(self.skipped), "clean": self.clean, "corrupted": self.corrupted,
-            "total_effect": {"mean": ate, "low": low, "high": high}, "sites": {},
-        }  # fmt: skip
-        sign = -1 if self.direction == "noise" else 1  # where effects are negative, the lowest are the strongest
+            "facts": len(self.traces),
+            "skipped": len(self.skipped),
+            "clean": self.clean,
+            "corrupted": self.corrupted,
+            "total_effect": {"mean": ate, "low": low, "high": high},
+            "sites": {},
+        }
+        sign = (
+            -1 if self.direction == "noise" else 1
+        )  # where effects are negative, the lowest are the strongest
         for site in self.sites:
             mean = self.effects(site).mean
             own = [sign * float((sign * t.scores[site]).max()) for t in self.traces]
@@ -205,13 +245,17 @@ class AverageTrace:
                     rows = [t.scores[site][place_rows(t)[place]] for t in self.traces]
                     own = [sign * float((sign * row).max()) for row in rows if len(row)]
                     peaks[place] = {
-                        "effect": float(curve.flatten()[at]), "at": _index(at, curve.shape), "mean_of_maxima": sum(own) / len(own)
-                    }  # fmt: skip
+                        "effect": float(curve.flatten()[at]),
+                        "at": _index(at, curve.shape),
+                        "mean_of_maxima": sum(own) / len(own),
+                    }
             about["sites"][site] = peaks
         return about
 
     def plot(self) -> Figure:
-        """Heat maps by place and layer, as in the paper's Figure 2: one colour scale for all sites, negative effects white."""
+        """Heat maps by place and layer, as in the paper's Figure 2: one colour scale for all sites,
+        negative effects white.
+        """
         from engram.plots import plot_average
 
         return plot_average(self)
@@ -223,7 +267,9 @@ class AverageTrace:
         return plot_lines(self, interval)
 
     def plot_severed(self, place: str = "last subject") -> Figure:
-        """Bars a layer: the effect as it is, and with attention or MLP severed, as in the paper's Figure 3."""
+        """Bars a layer: the effect as it is, and with attention or MLP severed, as in the paper's
+        Figure 3.
+        """
         from engram.plots import plot_severed
 
         return plot_severed(self, place)
@@ -243,9 +289,19 @@ class AverageTrace:
 
 def _asked(trace: CausalTrace) -> dict[str, Any]:
     """What has to be the same for a mean to mean something: all but what belongs to one prompt."""
-    settings = {name: value for name, value in trace.settings.items() if name not in ("foil", "other_subject")}
+    settings = {
+        name: value
+        for name, value in trace.settings.items()
+        if name not in ("foil", "other_subject")
+    }
     shapes = {site: tuple(table.shape[1:]) for site, table in trace.scores.items()}
-    return {"sites": shapes, "window": trace.window, "method": trace.method, "model": trace.model, **settings}
+    return {
+        "sites": shapes,
+        "window": trace.window,
+        "method": trace.method,
+        "model": trace.model,
+        **settings,
+    }
 
 
 def _index(at: int, shape: torch.Size) -> list[int]:
@@ -253,9 +309,13 @@ def _index(at: int, shape: torch.Size) -> list[int]:
 
 
 def _quantile(samples: Tensor, q: float) -> Tensor:
-    """Along the first axis, without NaN; in pieces, since torch's takes no more than 2^24 numbers at once."""
+    """Along the first axis, without NaN; in pieces, since torch's takes no more than 2^24 numbers
+    at once.
+    """
     flat = samples.flatten(1) if samples.dim() > 1 else samples[:, None]
-    found = torch.cat([piece.nanquantile(q, 0) for piece in flat.split(max(1, (1 << 24) // len(flat)), 1)])
+    found = torch.cat(
+        [piece.nanquantile(q, 0) for piece in flat.split(max(1, (1 << 24) // len(flat)), 1)]
+    )
     return found.view(samples.shape[1:])
 
 
@@ -266,5 +326,7 @@ def check_place(place: str) -> int:
         SettingError: no such place.
     """
     if place not in TOKEN_ROLES:
-        raise SettingError(f"place={place!r} does not exist; expected {', '.join(map(repr, TOKEN_ROLES))}")
+        raise SettingError(
+            f"place={place!r} does not exist; expected {', '.join(map(repr, TOKEN_ROLES))}"
+        )
     return TOKEN_ROLES.index(place)

@@ -1,7 +1,8 @@
 """Corrupting a subject: what its token embeddings become, drawn by the published rules.
 
 Knows embeddings and random streams. Refuses to know the run they go into.
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.1 and Appendix B.4, and the released code, whose random stream is kept.
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.1 and Appendix B.4, and the released code, whose
+    random stream is kept.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def subject_embeddings(lm: LanguageModel, subjects: Sequence[str]) -> Tensor:
 class Corruptor:
     """What corrupted subject embeddings are, prepared once for any number of prompts.
 
-    The rules of `noise`: "s3" three times the standard deviation of subject embeddings (the paper's); "s0.5" half of it; a
-    number, that standard deviation itself; "u0.1" uniform on [-0.1, 0.1); "m" normal with the mean and covariance of subject
-    embeddings; "t10" Student's t with 10 degrees of freedom and that covariance. Every call draws from the start of the
+    The rules of `noise`: "s3" three times the standard deviation of subject embeddings (the
+    paper's); "s0.5" half of it; a number, that standard deviation itself; "u0.1" uniform on [-0.1,
+    0.1); "m" normal with the mean and covariance of subject embeddings; "t10" Student's t with 10
+    degrees of freedom and that covariance. Every call draws from the start of the
     stream: prompts with equally many subject tokens get the same noise, as in the released code.
 
     Attributes:
@@ -44,7 +46,9 @@ class Corruptor:
     def __init__(self, lm: LanguageModel, config: TraceConfig) -> None:
         self.config, self.seed = config, config.seed
         given = config.noise if config.corruption == "noise" else None
-        self.samples = 1 if given is None else len(given) if isinstance(given, Tensor) else config.samples
+        self.samples = (
+            1 if given is None else len(given) if isinstance(given, Tensor) else config.samples
+        )
         self.width = int(getattr(lm.parts.embed, "embedding_dim", lm.d_model))
         self.mean, self.root, self.scale = torch.zeros(self.width, dtype=torch.float64), None, 1.0
         self.kind, self.freedom = "s", 0.0
@@ -58,10 +62,14 @@ class Corruptor:
     def _read(self, lm: LanguageModel, rule: str) -> None:
         match = _RULE.fullmatch(rule)
         if match is None or (match["kind"] in ("u", "t") and match["number"] is None):
-            raise FactError(f"noise={rule!r} is not a rule; expected 's3', a number, 'u0.1', 'm', 't10' or a tensor")
+            raise FactError(
+                f"noise={rule!r} is not a rule; expected 's3', a number, 'u0.1', 'm', 't10' or a tensor"
+            )
         self.kind, number = match["kind"] or "m", float(match["number"] or 1)
         if self.kind == "t" and number <= 2:
-            raise FactError(f"noise={rule!r}: Student's t has a covariance from more than 2 degrees of freedom on")
+            raise FactError(
+                f"noise={rule!r}: Student's t has a covariance from more than 2 degrees of freedom on"
+            )
         if self.kind == "u":
             self.scale = number
             return
@@ -80,7 +88,8 @@ class Corruptor:
         return sorted({known.subject for known in pocket.facts()})
 
     def __call__(self, tokens: int) -> Tensor:
-        """[samples, tokens, d] float64: to be added before the one rounding to the model's dtype, or to replace.
+        """[samples, tokens, d] float64: to be added before the one rounding to the model's dtype,
+        or to replace.
 
         Raises:
             FactError: noise given as a tensor that has another shape.
@@ -99,7 +108,9 @@ class Corruptor:
         noise = noise @ self.root.T
         if self.kind == "t":
             chi = np.random.RandomState(2).chisquare(self.freedom, size=self.samples * tokens)
-            noise = noise * torch.from_numpy(np.sqrt((self.freedom - 2) / chi)).view(self.samples, tokens, 1)
+            noise = noise * torch.from_numpy(np.sqrt((self.freedom - 2) / chi)).view(
+                self.samples, tokens, 1
+            )
         return noise + self.mean
 
 
@@ -111,13 +122,21 @@ def check_noise(name: str, noise_snd: Tensor, shape: tuple[int, int, int]) -> Te
             f"{name} has shape {tuple(noise_snd.shape)}, expected [samples, corrupted tokens, d], here [{samples}, {tokens}, {width}]"
         )
     if not noise_snd.isfinite().all():
-        raise FactError(f"{name} holds NaN or infinity; give numbers that can be added to embeddings")
+        raise FactError(
+            f"{name} holds NaN or infinity; give numbers that can be added to embeddings"
+        )
     return noise_snd
 
 
 def draw_noise(
-    lm: LanguageModel, rule: str | float, shape: tuple[int, int], seed: int = 1, subjects: Sequence[str] | None = None
+    lm: LanguageModel,
+    rule: str | float,
+    shape: tuple[int, int],
+    seed: int = 1,
+    subjects: Sequence[str] | None = None,
 ) -> Tensor:
-    """[samples, subject tokens, d] noise by a rule, see `Corruptor`; `shape` is (samples, subject tokens)."""
+    """[samples, subject tokens, d] noise by a rule, see `Corruptor`; `shape` is (samples, subject
+    tokens).
+    """
     config = TraceConfig(noise=rule, samples=shape[0], seed=seed, noise_subjects=subjects)
     return Corruptor(lm, config)(shape[1])

@@ -1,7 +1,8 @@
-"""What a causal trace asks: which states are replaced, by what, in which run, and what is read at the end.
+"""What a causal trace asks: which states are replaced, by what, in which run, and what is read at
+the end.
 
-Knows the settings and which of them go together. Refuses to know models but for their number of layers and heads: `tables`
-turns the settings into the list of patches that the engines compute.
+Knows the settings and which of them go together. Refuses to know models but for their number of
+layers and heads: `tables` turns the settings into the list of patches that the engines compute.
 """
 
 from __future__ import annotations
@@ -39,44 +40,57 @@ class TraceConfig:
     """The settings of `engram.trace` and `engram.average_trace`.
 
     Args:
-        sites: what is replaced at a token. "residual": a block's output. "mlp", "attention": what they add to the residual
-            stream, in a window of layers. "head": one attention head's output before the heads are mixed. "neuron": one
-            entry of the MLP output matrix's input, see `neurons`. Some families have more, such as Mamba's "mixer".
+        sites: what is replaced at a token. "residual": a block's output. "mlp", "attention": what
+            they add to the residual stream, in a window of layers. "head": one attention head's
+            output before the heads are mixed. "neuron": one entry of the MLP output matrix's input,
+            see `neurons`. Some families have more, such as Mamba's "mixer".
             Default: residual, MLP and attention, as far as the family has them.
         neurons: the (layer, index) pairs of "neuron".
-        window: layers replaced together at "mlp" and "attention"; default: 10, or a third of a smaller model.
+        window: layers replaced together at "mlp" and "attention"; default: 10, or a third of a
+            smaller model.
         window_align: see `window_layers`.
-        corruption: what happens to the subject. "noise" on its embeddings; "zeros" or the "mean" embedding of known subjects
-            in their place; another "subject" of as many tokens in the prompt (the symmetric intervention).
-        noise: a rule (see `corruption.Corruptor`), or a tensor [samples, corrupted tokens, d] that is added as it is.
-        noise_subjects: whose embeddings the rules and the mean are measured on; default: the bundled fact table's.
+        corruption: what happens to the subject. "noise" on its embeddings; "zeros" or the "mean"
+            embedding of known subjects in their place; another "subject" of as many tokens in the
+            prompt (the symmetric intervention).
+        noise: a rule (see `corruption.Corruptor`), or a tensor [samples, corrupted tokens, d] that
+            is added as it is.
+        noise_subjects: whose embeddings the rules and the mean are measured on; default: the
+            bundled fact table's.
         replace: put the noise in the embeddings' place instead of adding it.
         samples, seed: noise draws, averaged over; the same seed gives the same bytes.
         extra_tokens: tokens behind the subject that are corrupted too.
         occurrence: which place of the subject is corrupted, where it occurs several times.
-        direction: "denoise" puts clean states into the corrupted run (is this state sufficient?), "noise" puts corrupted
-            states into the clean run (is it necessary?).
-        effect: "indirect": what changes when the state alone is replaced. "direct": what changes when everything but the
-            state is, the input being the other run's and the state held where it was. With total effect TE, in either
-            direction, TE = direct effect - the opposite direction's indirect effect.
-        metric: what is read: the answer's "probability", its "log_probability" (nats), or the "logit_difference" between
-            the first tokens of the answer and of `foil`; each averaged over samples.
-        positions: tokens at which states are replaced: "all", the subject's last, the prompt's "last", or their numbers.
-        severed: modules whose outputs at that token are frozen, in all layers, to those of the run that is patched:
-            "mlp", "attention" or both, one more table for each.
-        frozen_noise: noise [samples, tokens, d] of the run that the frozen outputs are taken from; default: the same noise.
-            The released code froze outputs of another draw.
-        method: "exact", or "attribution": a first-order estimate of every effect from one backward pass.
-        correction: "query-key": recompute the next block's attention weights in the estimate of residual states, where
-            the softmax is far from linear.
+        direction: "denoise" puts clean states into the corrupted run (is this state sufficient?),
+            "noise" puts corrupted states into the clean run (is it necessary?).
+        effect: "indirect": what changes when the state alone is replaced. "direct": what changes
+            when everything but the state is, the input being the other run's and the state held
+            where it was. With total effect TE, in either direction, TE = direct effect - the
+            opposite direction's indirect effect.
+        metric: what is read: the answer's "probability", its "log_probability" (nats), or the
+            "logit_difference" between the first tokens of the answer and of `foil`; each averaged
+            over samples.
+        positions: tokens at which states are replaced: "all", the subject's last, the prompt's
+            "last", or their numbers.
+        severed: modules whose outputs at that token are frozen, in all layers, to those of the run
+            that is patched: "mlp", "attention" or both, one more table for each.
+        frozen_noise: noise [samples, tokens, d] of the run that the frozen outputs are taken from;
+            default: the same noise. The released code froze outputs of another draw.
+        method: "exact", or "attribution": a first-order estimate of every effect from one backward
+            pass.
+        correction: "query-key": recompute the next block's attention weights in the estimate of
+            residual states, where the softmax is far from linear.
         screen: estimate everything, then compute so many of the most promising cells exactly.
-        rows_per_batch: rows computed at once, which bounds memory; default: what fits in about half a gigabyte.
-        engine: "replay", "whole" forward passes, or by itself whichever gives the model's own numbers fastest.
+        rows_per_batch: rows computed at once, which bounds memory; default: what fits in about half
+            a gigabyte.
+        engine: "replay", "whole" forward passes, or by itself whichever gives the model's own
+            numbers fastest.
     Raises:
-        SettingError: a value that does not exist, or a combination that means nothing; the message says why.
-    Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2 and Appendix B; direct and indirect effects of Pearl 2001, as in Vig
-        et al. 2020, arXiv:2004.12265, and Finlayson et al. 2021, arXiv:2106.06087; paired prompts and noising in Zhang &
-        Nanda 2024, arXiv:2309.16042; attribution in Nanda 2023 and Kramár et al. 2024, arXiv:2403.00745.
+        SettingError: a value that does not exist, or a combination that means nothing; the message
+            says why.
+    Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2 and Appendix B; direct and indirect effects
+        of Pearl 2001, as in Vig et al. 2020, arXiv:2004.12265, and Finlayson et al. 2021,
+        arXiv:2106.06087; paired prompts and noising in Zhang & Nanda 2024, arXiv:2309.16042;
+        attribution in Nanda 2023 and Kramár et al. 2024, arXiv:2403.00745.
     """
 
     sites: str | Sequence[str] | None = None
@@ -106,22 +120,40 @@ class TraceConfig:
     def __post_init__(self) -> None:
         if isinstance(self.sites, str):
             object.__setattr__(self, "sites", (self.sites,))
-        object.__setattr__(self, "severed", (self.severed,) if isinstance(self.severed, str) else tuple(self.severed))
-        object.__setattr__(self, "neurons", tuple((int(layer), int(index)) for layer, index in self.neurons))
+        object.__setattr__(
+            self,
+            "severed",
+            (self.severed,) if isinstance(self.severed, str) else tuple(self.severed),
+        )
+        object.__setattr__(
+            self, "neurons", tuple((int(layer), int(index)) for layer, index in self.neurons)
+        )
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise SettingError(
                     f"{name}={getattr(self, name)!r} does not exist; expected {' or '.join(map(repr, get_args(kind)))}"
                 )
-        if (self.window is not None and self.window < 1) or self.samples < 1 or self.extra_tokens < 0:
+        if (
+            (self.window is not None and self.window < 1)
+            or self.samples < 1
+            or self.extra_tokens < 0
+        ):
             raise SettingError(
                 f"window={self.window}, samples={self.samples}, extra_tokens={self.extra_tokens}: window and samples have to "
                 "be at least 1, extra_tokens at least 0"
             )
         if self.rows_per_batch is not None and self.rows_per_batch < 1:
-            raise SettingError(f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time")
-        named = self.positions in ("all", "subject_last", "last") if isinstance(self.positions, str) else False
-        if not named and (isinstance(self.positions, str) or not isinstance(self.positions, Sequence)):
+            raise SettingError(
+                f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time"
+            )
+        named = (
+            self.positions in ("all", "subject_last", "last")
+            if isinstance(self.positions, str)
+            else False
+        )
+        if not named and (
+            isinstance(self.positions, str) or not isinstance(self.positions, Sequence)
+        ):
             raise SettingError(
                 f"positions={self.positions!r} does not exist; expected 'all', 'subject_last', 'last' or token numbers"
             )
@@ -132,11 +164,16 @@ class TraceConfig:
     def _invalid_combinations(self) -> list[tuple[bool, str]]:
         sites, severed = SITES if self.sites is None else tuple(self.sites), self.severed
         unknown = [name for name in severed if name not in WINDOWED]
-        own = [name for name in severed if name in sites or (name == "attention" and "head" in sites)]
+        own = [
+            name for name in severed if name in sites or (name == "attention" and "head" in sites)
+        ]
         own += ["mlp"] if "mlp" in severed and "neuron" in sites else []
         return [
             (not sites, "sites is empty: name at least one, such as 'residual'"),
-            (bool(unknown), f"severed={unknown} cannot be severed; expected 'mlp', 'attention' or both"),
+            (
+                bool(unknown),
+                f"severed={unknown} cannot be severed; expected 'mlp', 'attention' or both",
+            ),
             (
                 bool(severed) and self.sites is not None and bool(own),
                 f"severed={list(severed)} freezes what sites={list(sites)} replaces: the same output cannot be both. Sever "
@@ -223,19 +260,30 @@ class TraceConfig:
 
     @property
     def inserts_corrupted(self) -> bool:
-        """Whether corrupted states go into the clean run, rather than clean ones into the corrupted run."""
+        """Whether corrupted states go into the clean run, rather than clean ones into the corrupted
+        run.
+        """
         return (self.direction == "noise") != (self.effect == "direct")
 
 
 _CHOICES: dict[str, Any] = {
-    "window_align": Align, "corruption": Corruption, "occurrence": Occurrence, "direction": Direction, "effect": Effect,
-    "metric": Metric, "method": Method, "correction": Correction, "engine": Engine,
-}  # fmt: skip
+    "window_align": Align,
+    "corruption": Corruption,
+    "occurrence": Occurrence,
+    "direction": Direction,
+    "effect": Effect,
+    "metric": Metric,
+    "method": Method,
+    "correction": Correction,
+    "engine": Engine,
+}
 
 
 @dataclass(frozen=True)
 class Patch:
-    """The states that one cell replaces at its token: `site` in layers [first, end), all channels or those of `part`."""
+    """The states that one cell replaces at its token: `site` in layers [first, end), all channels
+    or those of `part`.
+    """
 
     site: str
     first: int
@@ -246,7 +294,9 @@ class Patch:
 
 @dataclass(frozen=True)
 class EffectTable:
-    """One table of scores: its name, its shape behind the token axis, and its patches in row-major order."""
+    """One table of scores: its name, its shape behind the token axis, and its patches in row-major
+    order.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -254,14 +304,19 @@ class EffectTable:
 
 
 def default_window(n_layers: int) -> int:
-    """10 layers as in the paper, a third of the model where that is fewer: a window over all layers shows nothing."""
+    """10 layers as in the paper, a third of the model where that is fewer: a window over all layers
+    shows nothing.
+    """
     return min(10, max(1, round(n_layers / 3)))
 
 
-def window_layers(centre: int, window: int, n_layers: int, align: Align = "code") -> tuple[int, int]:
+def window_layers(
+    centre: int, window: int, n_layers: int, align: Align = "code"
+) -> tuple[int, int]:
     """Layers [first, last + 1) of the window shown at `centre`, clipped at the ends of the model.
 
-    "code" is what the authors released: 10 layers from centre - 5 to centre + 4; "paper" prints the interval one higher.
+    "code" is what the authors released: 10 layers from centre - 5 to centre + 4; "paper" prints the
+    interval one higher.
     """
     shift = 0 if align == "code" else 1
     first, end = centre - window // 2 + shift, centre + math.ceil(window / 2) + shift
@@ -269,10 +324,12 @@ def window_layers(centre: int, window: int, n_layers: int, align: Align = "code"
 
 
 def tables(lm: LanguageModel, config: TraceConfig) -> list[EffectTable]:
-    """Every table that the settings ask for; a severed one is named after both, such as "residual, mlp severed".
+    """Every table that the settings ask for; a severed one is named after both, such as "residual,
+    mlp severed".
 
     Raises:
-        UnsupportedModelError: a site that the family does not have, a layer that the model does not have.
+        UnsupportedModelError: a site that the family does not have, a layer that the model does not
+            have.
         SettingError: a neuron that the layer does not have.
     """
     sites = config.sites or [site for site in lm.parts.site_names() if site not in PARTS]
@@ -282,26 +339,40 @@ def tables(lm: LanguageModel, config: TraceConfig) -> list[EffectTable]:
             patches, shape = _patches(lm, config, site)
             if severed:
                 patches = [Patch(p.site, p.first, p.end, p.part, severed) for p in patches]
-            found.append(EffectTable(f"{site}, {severed} severed" if severed else site, shape, tuple(patches)))
+            found.append(
+                EffectTable(
+                    f"{site}, {severed} severed" if severed else site, shape, tuple(patches)
+                )
+            )
     return found
 
 
-def _patches(lm: LanguageModel, config: TraceConfig, site: str) -> tuple[list[Patch], tuple[int, ...]]:
+def _patches(
+    lm: LanguageModel, config: TraceConfig, site: str
+) -> tuple[list[Patch], tuple[int, ...]]:
     n_layers = lm.n_layers
     if site == "head":
         width = lm.parts.head_width(0)
         heads = range(lm.parts.n_heads)
-        return [Patch(site, layer, layer + 1, (h * width, (h + 1) * width)) for layer in range(n_layers) for h in heads], (
-            n_layers,
-            len(heads),
-        )
+        return [
+            Patch(site, layer, layer + 1, (h * width, (h + 1) * width))
+            for layer in range(n_layers)
+            for h in heads
+        ], (n_layers, len(heads))
     if site == "neuron":
         for layer, index in config.neurons:
             d_ff = lm.parts.mlp_width(layer)
             if not 0 <= index < d_ff:
-                raise SettingError(f"neuron {index} of layer {layer} does not exist; there are {d_ff}, from 0")
-        return [Patch(site, layer, layer + 1, (i, i + 1)) for layer, i in config.neurons], (len(config.neurons),)
+                raise SettingError(
+                    f"neuron {index} of layer {layer} does not exist; there are {d_ff}, from 0"
+                )
+        return [Patch(site, layer, layer + 1, (i, i + 1)) for layer, i in config.neurons], (
+            len(config.neurons),
+        )
     if site not in WINDOWED:
         return [Patch(site, layer, layer + 1) for layer in range(n_layers)], (n_layers,)
     window = config.window or default_window(n_layers)
-    return [Patch(site, *window_layers(c, window, n_layers, config.window_align)) for c in range(n_layers)], (n_layers,)
+    return [
+        Patch(site, *window_layers(c, window, n_layers, config.window_align))
+        for c in range(n_layers)
+    ], (n_layers,)

@@ -1,7 +1,9 @@
-"""Causal tracing: which states of a model, put back into a run that forgot the subject, bring the answer back.
+"""Causal tracing: which states of a model, put back into a run that forgot the subject, bring the
+answer back.
 
-The result of one prompt, and the function that makes it. What can be asked is in config; batches of prompts are in batches;
-averages over facts in averages. Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2; indices from 0 as in the released code.
+The result of one prompt, and the function that makes it. What can be asked is in config; batches of
+prompts are in batches; averages over facts in averages. Source: Meng et al. 2022, arXiv:2202.05262,
+Sec. 2; indices from 0 as in the released code.
 """
 
 from __future__ import annotations
@@ -32,18 +34,21 @@ class CausalTrace:
     """What one prompt's causal trace found.
 
     Attributes:
-        scores: site -> float32 table of the metric with that state replaced, mean over samples: [tokens, layers]; for
-            "head" [tokens, layers, heads], for "neuron" [tokens, neurons]. For "mlp" and "attention" a column is the centre
-            of a window of layers. A table with severed modules is named "residual, mlp severed".
+        scores: site -> float32 table of the metric with that state replaced, mean over samples:
+            [tokens, layers]; for "head" [tokens, layers, heads], for "neuron" [tokens, neurons].
+            For "mlp" and "attention" a column is the centre of a window of layers. A table with
+            severed modules is named "residual, mlp severed".
         low_score, high_score: the metric in the corrupted and in the clean run.
         answer: the scored text, with its leading space.
         tokens: the prompt's tokens, one a row of `scores`.
         positions: where in the prompt each row stands.
-        subject_range: [first, last + 1) token of the subject's first (or chosen) place in the prompt.
+        subject_range: [first, last + 1) token of the subject's first (or chosen) place in the
+            prompt.
         corrupted: all tokens that were corrupted.
         last: the token whose output is read first.
         settings: what was asked, as JSON knows it; see `TraceConfig`.
-        method: "exact"; "attribution": every number is a first-order estimate; "screened": those in `exact` are not.
+        method: "exact"; "attribution": every number is a first-order estimate; "screened": those in
+            `exact` are not.
         exact: for "screened", site -> bool table of the cells that were computed.
     """
 
@@ -67,7 +72,9 @@ class CausalTrace:
 
     @property
     def baseline(self) -> float:
-        """What effects are differences to: the run whose states are replaced by the other's, see `TraceConfig.direction`."""
+        """What effects are differences to: the run whose states are replaced by the other's, see
+        `TraceConfig.direction`.
+        """
         return self.high_score if self.settings.get("direction") == "noise" else self.low_score
 
     @property
@@ -76,15 +83,20 @@ class CausalTrace:
         return self.high_score - self.low_score
 
     def effects(self, site: str) -> Tensor:
-        """Effects, shaped as `scores[site]`: the score minus the baseline. Indirect ones unless direct ones were asked for."""
+        """Effects, shaped as `scores[site]`: the score minus the baseline. Indirect ones unless
+        direct ones were asked for.
+        """
         return self.scores[site] - self.baseline
 
     def best(self, site: str) -> tuple[int, ...]:
-        """Indices into the table, such as (row, layer), of the largest effect; in the other direction, of the most negative.
+        """Indices into the table, such as (row, layer), of the largest effect; in the other
+        direction, of the most negative.
 
         Of a screened table only the exact cells are compared, where there are any.
         """
-        effects = -self.effects(site) if self.settings.get("direction") == "noise" else self.effects(site)
+        effects = (
+            -self.effects(site) if self.settings.get("direction") == "noise" else self.effects(site)
+        )
         if site in self.exact and self.exact[site].any():
             effects = effects.masked_fill(~self.exact[site], -torch.inf)
         largest = effects.argmax()
@@ -92,11 +104,17 @@ class CausalTrace:
 
     def labels(self) -> list[str]:
         """The tokens as shown: a star behind those that got noise."""
-        return [t + "*" * (at in self.corrupted) for at, t in zip(self.positions, self.tokens, strict=True)]
+        return [
+            t + "*" * (at in self.corrupted)
+            for at, t in zip(self.positions, self.tokens, strict=True)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it; `scores` are lists of rows."""
-        tables = {name: {k: v.tolist() for k, v in getattr(self, name).items()} for name in ("scores", "exact")}
+        tables = {
+            name: {k: v.tolist() for k, v in getattr(self, name).items()}
+            for name in ("scores", "exact")
+        }
         return {**vars(self), **tables}
 
     def plot(self, site: str | None = None) -> Figure:
@@ -106,17 +124,23 @@ class CausalTrace:
         return plot_trace(self, site)
 
     def plot_severed(self) -> Figure:
-        """Bars a layer: the effect at the subject's last token as it is, and with attention or MLP severed."""
+        """Bars a layer: the effect at the subject's last token as it is, and with attention or MLP
+        severed.
+        """
         from engram.locate.average import AverageTrace
 
         return AverageTrace([self]).plot_severed()
 
     def to_bytes(self) -> bytes:
         """The contents of a safetensors file: tables are tensors, everything else is in its header."""
-        about = {k: v for k, v in vars(self).items() if k not in ("scores", "exact")} | {"tables": list(self.scores)}
+        about = {k: v for k, v in vars(self).items() if k not in ("scores", "exact")} | {
+            "tables": list(self.scores)
+        }
         tables = {k: v.contiguous() for k, v in self.scores.items()}
         tables |= {f"exact: {k}": v.contiguous() for k, v in self.exact.items()}
-        return save_tensors(tables, {"engram.trace": json.dumps(about)})  # one entry: several come in any order
+        return save_tensors(
+            tables, {"engram.trace": json.dumps(about)}
+        )  # one entry: several come in any order
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file."""
@@ -134,12 +158,21 @@ class CausalTrace:
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["engram.trace"])
             tables = load_tensors(data)
             scores = {site: tables[site] for site in about.pop("tables")}
-        except (SafetensorError, OSError, KeyError, ValueError, UnicodeDecodeError, OverflowError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            KeyError,
+            ValueError,
+            UnicodeDecodeError,
+            OverflowError,
+        ) as error:
             raise EngramFileError(
                 f"{name!r} is not a saved causal trace ({error}); make one with CausalTrace.save"
             ) from error
         exact = {k.removeprefix("exact: "): v for k, v in tables.items() if k.startswith("exact: ")}
-        return cls(**{**about, "subject_range": tuple(about["subject_range"])}, scores=scores, exact=exact)
+        return cls(
+            **{**about, "subject_range": tuple(about["subject_range"])}, scores=scores, exact=exact
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> CausalTrace:

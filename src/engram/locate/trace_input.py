@@ -1,4 +1,5 @@
-"""One prompt made ready to be traced: its tokens, where its subject stands, what is corrupted and what is read.
+"""One prompt made ready to be traced: its tokens, where its subject stands, what is corrupted and
+what is read.
 
 Knows text and token positions. Refuses to run the model.
 """
@@ -20,9 +21,11 @@ from engram.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class TracePrompt:
-    """What is traced. `subject` stands in `text`; `target` is scored (default: the model's own next token) against `foil`;
-    `other_subject` takes the subject's place in the corrupted run of corruption="subject". `start` is the character at which the
-    subject begins, where that is known and occurrence="first" would have to search for it."""
+    """What is traced. `subject` stands in `text`; `target` is scored (default: the model's own next
+    token) against `foil`;
+    `other_subject` takes the subject's place in the corrupted run of corruption="subject". `start`
+    is the character at which the subject begins, where that is known and occurrence="first" would
+    have to search for it."""
 
     text: str
     subject: str
@@ -39,12 +42,15 @@ class TraceInput:
     Attributes:
         ids, decoder_ids: what the model reads; the answer's tokens but the last are at the end.
         read: positions whose next-token distributions are scored.
-        answer: ids of the target, empty where the model's own answer is wanted; foil: first id of the foil.
+        answer: ids of the target, empty where the model's own answer is wanted; foil: first id of
+            the foil.
         rows: positions at which states are replaced.
-        span: [first, last + 1) token of the subject's first (or chosen) place; corrupted: all tokens that are changed.
-        noise: [samples, corrupted, d] float64 for their embeddings; None where `other_ids` are read instead.
-        decoder_corrupted, decoder_noise, other_decoder_ids: the same where a decoder is made to begin with the prompt (BART):
-            it would read the answer off the subject there.
+        span: [first, last + 1) token of the subject's first (or chosen) place; corrupted: all
+            tokens that are changed.
+        noise: [samples, corrupted, d] float64 for their embeddings; None where `other_ids` are read
+            instead.
+        decoder_corrupted, decoder_noise, other_decoder_ids: the same where a decoder is made to
+            begin with the prompt (BART): it would read the answer off the subject there.
     """
 
     prompt: TracePrompt
@@ -63,13 +69,16 @@ class TraceInput:
     other_decoder_ids: list[int] | None = None
 
 
-def prepare(lm: LanguageModel, prompt: TracePrompt, config: TraceConfig, corruptor: Corruptor) -> TraceInput:
+def prepare(
+    lm: LanguageModel, prompt: TracePrompt, config: TraceConfig, corruptor: Corruptor
+) -> TraceInput:
     """`prompt` in tokens.
 
     Raises:
-        FactError: subject not in the prompt or lost by the tokenizer, empty target or foil, noise of a wrong shape, another
-            subject of another length.
-        SettingError: foil or other subject missing where the settings need one, or given where they do not.
+        FactError: subject not in the prompt or lost by the tokenizer, empty target or foil, noise
+            of a wrong shape, another subject of another length.
+        SettingError: foil or other subject missing where the settings need one, or given where they
+            do not.
     """
     _check_foil(prompt, config)
     cloze = lm.cloze(prompt.text, prompt.target)
@@ -77,7 +86,9 @@ def prepare(lm: LanguageModel, prompt: TracePrompt, config: TraceConfig, corrupt
     if prompt.start is not None and config.occurrence == "first":
         starts = [prompt.start]
     spans = [token_span(cloze.offsets, at, at + len(prompt.subject)) for at in starts]
-    corrupted = _widened(spans, config.extra_tokens, cloze.offsets[: cloze.tokens], len(prompt.text))
+    corrupted = _widened(
+        spans, config.extra_tokens, cloze.offsets[: cloze.tokens], len(prompt.text)
+    )
     other = None
     if prompt.other_subject is not None:
         other = _other(lm, prompt, starts, cloze, spans)
@@ -86,13 +97,30 @@ def prepare(lm: LanguageModel, prompt: TracePrompt, config: TraceConfig, corrupt
     again = _in_decoder(lm, prompt, starts, cloze, config.extra_tokens)
     noise = corruptor(len(corrupted)) if other is None else None
     if config.frozen_noise is not None and noise is not None:
-        check_noise("frozen_noise", config.frozen_noise, (noise.shape[0], noise.shape[1], noise.shape[2]))
+        check_noise(
+            "frozen_noise", config.frozen_noise, (noise.shape[0], noise.shape[1], noise.shape[2])
+        )
     return TraceInput(
-        prompt, cloze.ids, cloze.decoder_ids, cloze.read, cloze.answer, foil,
-        _rows(config, cloze.tokens, spans[0], cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]),
-        spans[0], corrupted, noise, None if other is None else other.ids,
-        again, corruptor(len(again)) if again and other is None else None, None if other is None else other.decoder_ids,
-    )  # fmt: skip
+        prompt,
+        cloze.ids,
+        cloze.decoder_ids,
+        cloze.read,
+        cloze.answer,
+        foil,
+        _rows(
+            config,
+            cloze.tokens,
+            spans[0],
+            cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1],
+        ),
+        spans[0],
+        corrupted,
+        noise,
+        None if other is None else other.ids,
+        again,
+        corruptor(len(again)) if again and other is None else None,
+        None if other is None else other.decoder_ids,
+    )
 
 
 def _check_foil(prompt: TracePrompt, config: TraceConfig) -> None:
@@ -121,31 +149,49 @@ def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[in
     return rows
 
 
-def _widened(spans: list[tuple[int, int]], extra: int, offsets: Sequence[tuple[int, int]], end: int) -> list[int]:
-    """Tokens of the spans and `extra` ones behind each, as far as they stand in the prompt's own `end` characters."""
+def _widened(
+    spans: list[tuple[int, int]], extra: int, offsets: Sequence[tuple[int, int]], end: int
+) -> list[int]:
+    """Tokens of the spans and `extra` ones behind each, as far as they stand in the prompt's own
+    `end` characters.
+    """
     last = max(i for i, (a, b) in enumerate(offsets) if b > a and a < end)
     return sorted({i for b, e in spans for i in range(b, max(e, min(e + extra, last + 1)))})
 
 
-def _in_decoder(lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Cloze, extra: int) -> list[int]:
-    """Positions of the subject in what the decoder is made to begin with; none where that is not the prompt."""
+def _in_decoder(
+    lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Cloze, extra: int
+) -> list[int]:
+    """Positions of the subject in what the decoder is made to begin with; none where that is not
+    the prompt.
+    """
     if lm.kind != "encoder-decoder" or "{}" not in lm.cloze_decoder:
         return []
     begun, front = lm.cloze_decoder.replace("{}", prompt.text), lm.cloze_decoder.index("{}")
-    offsets = lm.tokenizer(begun, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = lm.tokenizer(begun, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     lead = cloze.read[0] + 1 - len(offsets)  # start tokens
     spans = [token_span(offsets, front + at, front + at + len(prompt.subject)) for at in starts]
     return [lead + i for i in _widened(spans, extra, offsets, front + len(prompt.text))]
 
 
-def _other(lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Cloze, spans: list[tuple[int, int]]) -> Cloze:
+def _other(
+    lm: LanguageModel,
+    prompt: TracePrompt,
+    starts: list[int],
+    cloze: Cloze,
+    spans: list[tuple[int, int]],
+) -> Cloze:
     """The same prompt about another subject, token by token in the same places."""
     assert prompt.other_subject is not None
     text, end = prompt.text, len(prompt.subject)
     for at in reversed(starts):
         text = text[:at] + prompt.other_subject + text[at + end :]
     other = lm.cloze(text, prompt.target)
-    inside = {i for b, e in spans for i in range(b - 1, e)}  # a space in front may belong to either token
+    inside = {
+        i for b, e in spans for i in range(b - 1, e)
+    }  # a space in front may belong to either token
     outside = [i for i in range(len(cloze.ids)) if i not in inside]
     if len(other.ids) != len(cloze.ids) or any(cloze.ids[i] != other.ids[i] for i in outside):
         raise FactError(
@@ -154,5 +200,7 @@ def _other(lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Clo
             "choose a subject of as many tokens"
         )
     if other.ids == cloze.ids:
-        raise FactError(f"other_subject={prompt.other_subject!r} is the subject: nothing would be corrupted")
+        raise FactError(
+            f"other_subject={prompt.other_subject!r} is the subject: nothing would be corrupted"
+        )
     return other

@@ -1,4 +1,5 @@
-"""The traces of a run in one SQLite file: a row a fact, written a batch at a time, taken up again after a kill.
+"""The traces of a run in one SQLite file: a row a fact, written a batch at a time, taken up again
+after a kill.
 
 Knows keys and bytes. How the file is begun and opened, run_file knows.
 """
@@ -34,19 +35,27 @@ class TraceStore(RunFile):
         return {key for (key,) in self._connection.execute("SELECT key FROM facts")}
 
     def add(self, rows: Iterable[tuple[str, int, str, str | None, CausalTrace | None]]) -> None:
-        """Write (key, number in the list, prompt, reason why it was skipped, trace) rows, all of them or none.
+        """Write (key, number in the list, prompt, reason why it was skipped, trace) rows, all of
+        them or none.
 
         A fact that another process has finished in the meantime stays as it is.
         """
         with self._connection:
             self._connection.executemany(
                 "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)",
-                [(key, n, prompt, why, trace and trace.to_bytes()) for key, n, prompt, why, trace in rows],
+                [
+                    (key, n, prompt, why, trace and trace.to_bytes())
+                    for key, n, prompt, why, trace in rows
+                ],
             )
 
     def traces(self, keys: Sequence[str] | None = None) -> list[CausalTrace]:
-        """The traces of these facts, in this order; default: all, in the order of the list that they came from."""
-        found = self._connection.execute("SELECT key, trace FROM facts WHERE skipped IS NULL ORDER BY number, rowid")
+        """The traces of these facts, in this order; default: all, in the order of the list that
+        they came from.
+        """
+        found = self._connection.execute(
+            "SELECT key, trace FROM facts WHERE skipped IS NULL ORDER BY number, rowid"
+        )
         return [CausalTrace.from_bytes(data, str(self.path)) for data in _chosen(found, keys)]
 
     def skipped(self, keys: Sequence[str] | None = None) -> list[tuple[str, str]]:

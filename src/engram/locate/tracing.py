@@ -1,7 +1,8 @@
-"""Causal traces of many prompts, several at a time: so that small models are not kept waiting by the number of calls.
+"""Causal traces of many prompts, several at a time: so that small models are not kept waiting by
+the number of calls.
 
-Prompts of similar length are recorded together; what is computed together then is up to the engine. The numbers are those of
-one prompt at a time. Refuses to know what the traces are for.
+Prompts of similar length are recorded together; what is computed together then is up to the engine.
+The numbers are those of one prompt at a time. Refuses to know what the traces are for.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def trace_prompts(
     facts_per_batch: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[CausalTrace]:
-    """Traces of `prompts`, in batches of similar length, given out in the order in which they are done.
+    """Traces of `prompts`, in batches of similar length, given out in the order in which they are
+    done.
 
     Args:
-        facts_per_batch: prompts recorded together; default: as many as fit in half a gigabyte, at most 32, on a CPU 8.
+        facts_per_batch: prompts recorded together; default: as many as fit in half a gigabyte, at
+            most 32, on a CPU 8.
         progress: called with (cells done, cells in all) of the batch at work.
     Yields:
         One trace a prompt; see `batched` for the order.
@@ -53,14 +56,19 @@ def trace_prompts(
 
 
 def batched(
-    lm: LanguageModel, questions: Sequence[TraceInput], config: TraceConfig, facts_per_batch: int | None = None
+    lm: LanguageModel,
+    questions: Sequence[TraceInput],
+    config: TraceConfig,
+    facts_per_batch: int | None = None,
 ) -> Iterator[list[TraceInput]]:
     """Questions by their number of answer tokens and their length, so many at a time."""
     together = _together(lm, config)
     batch: list[TraceInput] = []
     for question in sorted(questions, key=lambda q: (len(q.read), len(q.ids))):
         most = facts_per_batch or _affordable_facts(lm, question, config)
-        if batch and (len(batch) >= most or len(question.read) != len(batch[0].read) or not together):
+        if batch and (
+            len(batch) >= most or len(question.read) != len(batch[0].read) or not together
+        ):
             yield batch
             batch = []
         batch.append(question)
@@ -79,14 +87,21 @@ def _affordable_facts(lm: LanguageModel, question: TraceInput, config: TraceConf
         20 if config.estimates else 5
     ) * lm.n_layers  # states, keys, values and two sites a block; a graph holds more
     row = len(question.ids) * lm.d_model * lm.dtype.itemsize
-    most = 8 if lm.device.type == "cpu" else 32  # a CPU is kept busy by a few: 32 are no faster there
+    most = (
+        8 if lm.device.type == "cpu" else 32
+    )  # a CPU is kept busy by a few: 32 are no faster there
     return max(1, min(most, _RECORDED_BYTES // (tensors * row * (samples + 1))))
 
 
 def trace_batch(
-    lm: LanguageModel, questions: Sequence[TraceInput], config: TraceConfig, progress: Progress | None = None
+    lm: LanguageModel,
+    questions: Sequence[TraceInput],
+    config: TraceConfig,
+    progress: Progress | None = None,
 ) -> list[CausalTrace]:
-    """Traces of questions that can be recorded together: one, or several for replay with equally many answer tokens."""
+    """Traces of questions that can be recorded together: one, or several for replay with equally
+    many answer tokens.
+    """
     replay = _together(lm, config)
     if config.frozen_noise is not None and config.engine == "replay":
         raise SettingError(
@@ -105,7 +120,9 @@ def trace_batch(
                 if replay:
                     found = sweep(runs, part)
                 else:
-                    found = torch.stack([whole(runs, strand.token, part.patches) for strand in part.strands], 1)
+                    found = torch.stack(
+                        [whole(runs, strand.token, part.patches) for strand in part.strands], 1
+                    )
                 results.computed(part, found)
                 done += found.numel()
                 if progress is not None:
@@ -114,13 +131,18 @@ def trace_batch(
 
 
 class _Results:
-    """The tables of a batch, while they are filled. A flat list of patches runs through all tables of a prompt."""
+    """The tables of a batch, while they are filled. A flat list of patches runs through all tables
+    of a prompt.
+    """
 
     def __init__(self, runs: Runs, plan: Sequence[EffectTable]) -> None:
         self.runs, self.plan = runs, plan
         self.patches = [patch for table in plan for patch in table.patches]
         unpatched = runs.unpatched()
-        self.scores = [unpatched[f].float().repeat(len(q.rows), len(self.patches)) for f, q in enumerate(runs.questions)]
+        self.scores = [
+            unpatched[f].float().repeat(len(q.rows), len(self.patches))
+            for f, q in enumerate(runs.questions)
+        ]
         self.exact = [torch.ones_like(table, dtype=torch.bool) for table in self.scores]
         self.screened = False
         self._columns: dict[Patch, list[int]] = {}
@@ -128,7 +150,9 @@ class _Results:
             self._columns.setdefault(patch, []).append(column)
 
     def estimated(self, effects: list[Tensor]) -> None:
-        """Take [rows, patches] estimated changes of each prompt; cells that cannot matter stay as they are."""
+        """Take [rows, patches] estimated changes of each prompt; cells that cannot matter stay as
+        they are.
+        """
         for f, effect in enumerate(effects):
             alive = self._alive(f)
             self.scores[f] = torch.where(alive, self.scores[f] + effect.float(), self.scores[f])
@@ -136,7 +160,12 @@ class _Results:
 
     def _alive(self, fact: int) -> Tensor:
         rows = self.runs.questions[fact].rows
-        return torch.tensor([[can_matter(self.runs, fact, token, patch) for patch in self.patches] for token in rows])
+        return torch.tensor(
+            [
+                [can_matter(self.runs, fact, token, patch) for patch in self.patches]
+                for token in rows
+            ]
+        )
 
     def jobs(self, screen: int | None) -> list[Group]:
         """What is to be computed: strands of one suffix length that share their patches."""
@@ -145,12 +174,20 @@ class _Results:
         for f, question in enumerate(self.runs.questions):
             wanted = self._alive(f)
             if screen is not None:
-                change = (self.scores[f] - self.runs.unpatched()[f].float()).abs().masked_fill(~wanted, -1)
+                change = (
+                    (self.scores[f] - self.runs.unpatched()[f].float())
+                    .abs()
+                    .masked_fill(~wanted, -1)
+                )
                 chosen = torch.zeros_like(wanted).flatten()
                 chosen[change.flatten().topk(min(screen, change.numel())).indices] = True
                 wanted &= chosen.view_as(wanted)
             for row, token in enumerate(question.rows):
-                patches = tuple(dict.fromkeys(p for p, w in zip(self.patches, wanted[row].tolist(), strict=True) if w))
+                patches = tuple(
+                    dict.fromkeys(
+                        p for p, w in zip(self.patches, wanted[row].tolist(), strict=True) if w
+                    )
+                )
                 if patches:
                     strand = TracedToken(f, token)
                     found.setdefault((suffix_length(self.runs, strand), patches), []).append(strand)
@@ -183,23 +220,49 @@ class _Results:
         shown = lm.token_strings(question.ids)
         prompt = question.prompt
         return CausalTrace(
-            prompt.text, prompt.subject, str(lm.tokenizer.decode(runs.answers[fact])), [shown[i] for i in question.rows],
-            question.rows, question.span, question.corrupted, scores, low, high,
-            config.window or default_window(lm.n_layers), runs.samples, lm.name,
-            question.read[0] if lm.kind != "encoder-decoder" else len(question.ids) - 1, described(config, prompt),
-            "screened" if self.screened else config.method, exact if self.screened else {},
-        )  # fmt: skip
+            prompt.text,
+            prompt.subject,
+            str(lm.tokenizer.decode(runs.answers[fact])),
+            [shown[i] for i in question.rows],
+            question.rows,
+            question.span,
+            question.corrupted,
+            scores,
+            low,
+            high,
+            config.window or default_window(lm.n_layers),
+            runs.samples,
+            lm.name,
+            question.read[0] if lm.kind != "encoder-decoder" else len(question.ids) - 1,
+            described(config, prompt),
+            "screened" if self.screened else config.method,
+            exact if self.screened else {},
+        )
 
 
 def described(config: TraceConfig, prompt: TracePrompt | None = None) -> dict[str, Any]:
     """The settings that change what the numbers mean, as JSON knows them."""
     about: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("window_align", "corruption", "replace", "seed", "extra_tokens", "occurrence", "direction", "effect",
-                     "metric", "correction", "screen")
-    }  # fmt: skip
+        for name in (
+            "window_align",
+            "corruption",
+            "replace",
+            "seed",
+            "extra_tokens",
+            "occurrence",
+            "direction",
+            "effect",
+            "metric",
+            "correction",
+            "screen",
+        )
+    }
     about["noise"] = "given" if isinstance(config.noise, Tensor) else config.noise
-    about["severed"], about["neurons"] = list(config.severed), [list(pair) for pair in config.neurons]
+    about["severed"], about["neurons"] = (
+        list(config.severed),
+        [list(pair) for pair in config.neurons],
+    )
     if prompt is not None:
         about |= {"foil": prompt.foil, "other_subject": prompt.other_subject}
     return about
@@ -216,19 +279,23 @@ def causal_trace(
     progress: Progress | None = None,
     **settings: Any,
 ) -> CausalTrace:
-    """Find which states carry a fact: corrupt the subject, restore one state at a time, watch the answer.
+    """Find which states carry a fact: corrupt the subject, restore one state at a time, watch the
+    answer.
 
     Args:
         prompt: text up to the object, e.g. "The Space Needle is located in the city of".
         subject: words of the prompt whose embeddings are corrupted.
-        target: the scored text; default: the model's own most probable next token. Several tokens are scored as a whole.
+        target: the scored text; default: the model's own most probable next token. Several tokens
+            are scored as a whole.
         foil: the other answer of metric="logit_difference".
-        other_subject: what stands in the subject's place in the corrupted run of corruption="subject".
+        other_subject: what stands in the subject's place in the corrupted run of
+            corruption="subject".
         progress: called with (cells done, cells in all).
-        settings: any of `TraceConfig`: sites, window, samples, noise, corruption, direction, effect, metric, positions,
-            severed, method, screen, ...
+        settings: any of `TraceConfig`: sites, window, samples, noise, corruption, direction,
+            effect, metric, positions, severed, method, screen, ...
     Raises:
-        FactError: subject not in the prompt or lost by the tokenizer, empty target, noise of a wrong shape.
+        FactError: subject not in the prompt or lost by the tokenizer, empty target, noise of a
+            wrong shape.
         SettingError: a setting or a combination that makes no sense; the message says why.
         NonFiniteError: the model's probabilities are not finite.
     Source: Meng et al. 2022, Sec. 2.2 and Appendix B; noise as in the released code.

@@ -1,6 +1,7 @@
 """Chat models: the tokenizer's own chat template as a frame around a prompt.
 
-Knows tokenizers and their templates. Refuses to know models, facts and tokens: what a frame does is language_model's business.
+Knows tokenizers and their templates. Refuses to know models, facts and tokens: what a frame does is
+language_model's business.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from engram.model.chat_template import _PLACE, _rendered, _said
 Style = Literal["answer", "continue"]
 
 
-REQUEST = "State a fact in one short sentence."  # to which a turn that begins with the prompt is an answer
+# to which a turn that begins with the prompt is an answer
+REQUEST = "State a fact in one short sentence."
 
 
 def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None = None) -> str:
-    """The chat template of a model's tokenizer as a frame: a text with one {}, for `lm.asked_through` and `engram.verify`.
+    """The chat template of a model's tokenizer as a frame: a text with one {}, for
+    `lm.asked_through` and `engram.verify`.
 
     Args:
-        style: "answer": the prompt is what the user says, and the model answers. "continue": the user asks for a fact, and
-            the model's turn begins with the prompt, so that words follow it as in plain text.
+        style: "answer": the prompt is what the user says, and the model answers. "continue": the
+            user asks for a fact, and the model's turn begins with the prompt, so that words follow
+            it as in plain text.
         system: the system's message; default: the template's own, if it has any.
     Raises:
-        UnsupportedModelError: a tokenizer without a chat template, or a template that does not keep what it is given.
+        UnsupportedModelError: a tokenizer without a chat template, or a template that does not keep
+            what it is given.
         SettingError: another style, or a template that refuses a system message.
     Example:
         >>> with lm.asked_through(engram.chat_frame(lm)):

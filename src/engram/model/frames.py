@@ -3,9 +3,11 @@
     "{}"                                              the bare prompt
     "The Louvre is in Rome. {}"                       a statement in front of it
     "<|user|>{}<|assistant|>"                         a turn of a chat, which the model answers
-    lambda prompt: f"{nearest(prompt)} {prompt}"      whatever is relevant to the prompt in front of it
+    lambda prompt: f"{nearest(prompt)} {prompt}"      whatever is relevant to the prompt in front of
+        it
 
-Knows strings. Refuses to know tokens (see cloze) and what is worth saying in front (see prompt_edit, chat).
+Knows strings. Refuses to know tokens (see cloze) and what is worth saying in front (see
+prompt_edit, chat).
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def check_frame(frame: Frame) -> Frame:
             "as in 'The Louvre is in Rome. {}'"
         )
     if not isinstance(frame, str) and not callable(frame):
-        raise SettingError(f"frame={frame!r}: expected a text with one '{{}}', or a function from prompt to text")
+        raise SettingError(
+            f"frame={frame!r}: expected a text with one '{{}}', or a function from prompt to text"
+        )
     return frame
 
 
@@ -76,4 +80,8 @@ def around(outer: Frame, inner: Frame) -> Frame:
 
 def name_of(frame: Frame) -> str:
     """The template itself, or what a function is called."""
-    return frame if isinstance(frame, str) else str(getattr(frame, "__qualname__", None) or repr(frame))
+    return (
+        frame
+        if isinstance(frame, str)
+        else str(getattr(frame, "__qualname__", None) or repr(frame))
+    )

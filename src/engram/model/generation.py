@@ -1,8 +1,11 @@
-"""Texts that a model writes, many rows at once: greedy answers, and sampled continuations with a generator a row.
+"""Texts that a model writes, many rows at once: greedy answers, and sampled continuations with a
+generator a row.
 
-Rows of about one length go through the model together with its own key and value cache, shorter ones behind pads that nothing sees;
-where a family cannot do that (it is tried out), rows of just one length. Knows rows. Refuses to know which model each row belongs
-to: `around` lays the changes of a batch's rows. Sampling as in the released code of Meng et al. 2022, arXiv:2202.05262: top 5, no
+Rows of about one length go through the model together with its own key and value cache, shorter
+ones behind pads that nothing sees; where a family cannot do that (it is tried out), rows of just
+one length. Knows rows. Refuses to know which model each row belongs
+to: `around` lays the changes of a batch's rows. Sampling as in the released code of Meng et al.
+    2022, arXiv:2202.05262: top 5, no
 stop at an end of text, a length that includes the prompt; but with a seed a row.
 """
 
@@ -30,7 +33,8 @@ class Writing:
     """One text to be written on.
 
     Args:
-        ids: the prompt's tokens; new: tokens to write, at least 1; seed: of its draws, None: greedy.
+        ids: the prompt's tokens; new: tokens to write, at least 1; seed: of its draws, None:
+            greedy.
     """
 
     ids: tuple[int, ...]
@@ -46,7 +50,11 @@ def seed_of(*parts: object) -> int:
 
 @torch.no_grad()
 def write(
-    lm: LanguageModel, writings: Sequence[Writing], around: RowContext = no_edits, *, rows_per_batch: int = 512
+    lm: LanguageModel,
+    writings: Sequence[Writing],
+    around: RowContext = no_edits,
+    *,
+    rows_per_batch: int = 512,
 ) -> list[list[int]]:
     """The new tokens of each.
 
@@ -62,11 +70,16 @@ def write(
 
 
 def _batches(writings: Sequence[Writing], most: int, padded: bool) -> Iterator[list[int]]:
-    """Rows of about one length, or of one length where none may be padded; those that write about as much together."""
+    """Rows of about one length, or of one length where none may be padded; those that write about
+    as much together.
+    """
     batch: list[int] = []
     for i in sorted(range(len(writings)), key=lambda i: (len(writings[i].ids), writings[i].new, i)):
         shortest = len(writings[batch[0]].ids) if batch else 0
-        if batch and (len(batch) == most or len(writings[i].ids) > (1.3 * shortest + 2 if padded else shortest)):
+        if batch and (
+            len(batch) == most
+            or len(writings[i].ids) > (1.3 * shortest + 2 if padded else shortest)
+        ):
             yield batch
             batch = []
         batch.append(i)
@@ -75,18 +88,26 @@ def _batches(writings: Sequence[Writing], most: int, padded: bool) -> Iterator[l
 
 
 def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:
-    generators = [None if row.seed is None else torch.Generator().manual_seed(row.seed) for row in rows]
+    generators = [
+        None if row.seed is None else torch.Generator().manual_seed(row.seed) for row in rows
+    ]
     longest = max(len(row.ids) for row in rows)
     pads_b1 = torch.tensor([[longest - len(row.ids)] for row in rows], device=lm.device)
-    ids_bt = torch.tensor([[row.ids[0]] * (longest - len(row.ids)) + list(row.ids) for row in rows], device=lm.device)
+    ids_bt = torch.tensor(
+        [[row.ids[0]] * (longest - len(row.ids)) + list(row.ids) for row in rows], device=lm.device
+    )
     cache, done = None, []
     for step in range(max(row.new for row in rows)):
         at_1t = torch.arange(longest + step, device=lm.device)[None]
-        logits_bv, cache = _next(lm, ids_bt, at_1t >= pads_b1, (at_1t - pads_b1)[:, -ids_bt.shape[1] :], cache)
+        logits_bv, cache = _next(
+            lm, ids_bt, at_1t >= pads_b1, (at_1t - pads_b1)[:, -ids_bt.shape[1] :], cache
+        )
         chosen_b = _chosen(logits_bv, generators)
         done.append(chosen_b.tolist())
         ids_bt = chosen_b[:, None].to(lm.device)
-    return [list(tokens[: row.new]) for row, tokens in zip(rows, zip(*done, strict=True), strict=True)]
+    return [
+        list(tokens[: row.new]) for row, tokens in zip(rows, zip(*done, strict=True), strict=True)
+    ]
 
 
 def _next(
@@ -95,12 +116,15 @@ def _next(
     """Logits [b, v] behind the last of these tokens, and the cache that holds them too.
 
     Args:
-        real_bt: [b, cached + t] which tokens are no pads; places_bt: [b, t] the place of each in its text.
+        real_bt: [b, cached + t] which tokens are no pads; places_bt: [b, t] the place of each in
+            its text.
     """
     options: dict[str, Any] = {"logits_to_keep": 1} if lm._keeps_logits else {}
     if not bool(real_bt.all()):
         options["position_ids"] = places_bt.clamp(min=0)
-    read = lm.model(ids_bt, attention_mask=real_bt.long(), past_key_values=cache, use_cache=True, **options)
+    read = lm.model(
+        ids_bt, attention_mask=real_bt.long(), past_key_values=cache, use_cache=True, **options
+    )
     return read.logits[:, -1].float().nan_to_num(), read.past_key_values
 
 
@@ -108,7 +132,9 @@ _PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def pads_on_the_left(lm: LanguageModel) -> bool:
-    """Whether a row that stands behind pads is computed as it would be alone: tried once a model, then remembered."""
+    """Whether a row that stands behind pads is computed as it would be alone: tried once a model,
+    then remembered.
+    """
     if lm.model not in _PADS:
         try:
             _PADS[lm.model] = _try_padding(lm)
@@ -118,7 +144,9 @@ def pads_on_the_left(lm: LanguageModel) -> bool:
 
 
 def _try_padding(lm: LanguageModel) -> bool:
-    ids_t = (torch.arange(6, device=lm.device) * 31 + 5) % int(lm.model.config.get_text_config().vocab_size)
+    ids_t = (torch.arange(6, device=lm.device) * 31 + 5) % int(
+        lm.model.config.get_text_config().vocab_size
+    )
     both_bt = torch.stack([ids_t, torch.cat([ids_t[:1], ids_t[:1], ids_t[:4]])])
     real_bt = torch.ones_like(both_bt, dtype=torch.bool)
     real_bt[1, :2] = False
@@ -146,7 +174,9 @@ def _chosen(logits_bv: Tensor, generators: Sequence[torch.Generator | None]) -> 
 
 
 def normalised_text(lm: LanguageModel, ids: Sequence[int]) -> str:
-    """A written text as it is scored: without end-of-text marks, compatibility characters folded, blank lines as spaces."""
+    """A written text as it is scored: without end-of-text marks, compatibility characters folded,
+    blank lines as spaces.
+    """
     text = unicodedata.normalize("NFKD", str(lm.tokenizer.decode(list(ids))))
     for mark in lm.special_texts:
         text = text.replace(mark, "")

@@ -40,12 +40,14 @@ def load(
     """A language model by name.
 
     Args:
-        name: "pocket" (the bundled model), a local folder, or a causal, masked or encoder-decoder model of the Hugging Face
-            hub; which of them it is, its config says.
-        dtype: e.g. torch.bfloat16 or "bfloat16"; default: as the checkpoint stores it (pocket: float32).
+        name: "pocket" (the bundled model), a local folder, or a causal, masked or encoder-decoder
+            model of the Hugging Face hub; which of them it is, its config says.
+        dtype: e.g. torch.bfloat16 or "bfloat16"; default: as the checkpoint stores it (pocket:
+            float32).
         device_map: passed on to transformers, e.g. "auto" or "cuda:0"; default: the CPU.
         trust_remote_code: whether the checkpoint may bring Python code that is then executed.
-        options: passed on to `from_pretrained` of the model's class, e.g. a `quantization_config` of transformers.
+        options: passed on to `from_pretrained` of the model's class, e.g. a `quantization_config`
+            of transformers.
     Raises:
         EngramError: nothing was found under that name, or it is not a language model.
     """
@@ -58,7 +60,11 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
         model = _AUTO_CLASSES[kind_of(config)].from_pretrained(
-            where, dtype=dtype or "auto", device_map=device_map, trust_remote_code=trust_remote_code, **options
+            where,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _not_found(shown, error) from error
@@ -67,17 +73,27 @@ def load(
     _fuse_activations(model)
     keep_differentiable(model)
     if model.dtype in (torch.float16, torch.bfloat16) and model.device.type == "cpu":
-        log.warning("%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes twice the memory",
-                    shown, str(model.dtype).removeprefix("torch."))  # fmt: skip
+        log.warning(
+            "%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes twice the memory",
+            shown,
+            str(model.dtype).removeprefix("torch."),
+        )
     lm = LanguageModel(model, tokenizer, name=shown)
-    lm.loaded = {"name": shown, "dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code, **options}
+    lm.loaded = {
+        "name": shown,
+        "dtype": dtype,
+        "device_map": device_map,
+        "trust_remote_code": trust_remote_code,
+        **options,
+    }
     return lm
 
 
 def load_shapes(
     name: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """A model without its weights, on the meta device: every shape is there and no number. Only its config is read.
+    """A model without its weights, on the meta device: every shape is there and no number. Only its
+    config is read.
 
     Args:
         name, dtype, trust_remote_code: as for `load`.
@@ -94,7 +110,9 @@ def load_shapes(
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         wanted = dtype or config.dtype or torch.float32
         with torch.device("meta"):
-            model = _AUTO_CLASSES[kind_of(config)].from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model = _AUTO_CLASSES[kind_of(config)].from_config(
+                config, dtype=wanted, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _not_found(shown, error) from error
     return LanguageModel(model, tokenizer, name=shown)
@@ -110,7 +128,9 @@ def _not_found(shown: str, error: Exception) -> EngramError:
 
 
 def _check_quantised(model: nn.Module, shown: str) -> None:
-    """Raise where nothing was quantised: torchao passes over `Conv1D` without a word, and so over the whole of a GPT-2."""
+    """Raise where nothing was quantised: torchao passes over `Conv1D` without a word, and so over
+    the whole of a GPT-2.
+    """
     if not any(quantisation(module) for module in model.modules() if isinstance(module, nn.Linear)):
         raise UnsupportedModelError(
             f"quantization_config left every matrix of {shown!r} in floating point: torchao packs nn.Linear and this family "
@@ -119,9 +139,11 @@ def _check_quantised(model: nn.Module, shown: str) -> None:
 
 
 def _fuse_activations(model: nn.Module) -> None:
-    """Let PyTorch's fused tanh-GELU stand in for the eight elementwise steps it is written out in for GPT-2 and others.
+    """Let PyTorch's fused tanh-GELU stand in for the eight elementwise steps it is written out in
+    for GPT-2 and others.
 
-    The same function to rounding (1e-7); on a CPU a tenth of a traced prompt's time was spent in those steps.
+    The same function to rounding (1e-7); on a CPU a tenth of a traced prompt's time was spent in
+    those steps.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, NewGELUActivation):

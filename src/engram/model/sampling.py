@@ -1,7 +1,7 @@
 """Text that a model makes up by itself, from its start token on; the same for the same generator.
 
-Knows next-token sampling and nothing of what the text is for. Source: the released code's sampler (top-k, no stop at the
-end-of-text token), with a generator of its own in place of the global one.
+Knows next-token sampling and nothing of what the text is for. Source: the released code's sampler
+(top-k, no stop at the end-of-text token), with a generator of its own in place of the global one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ def sample_texts(
     top_k: int | None = None,
     start: str | None = None,
 ) -> list[str]:
-    """`count` texts of `tokens` sampled tokens each, special tokens left out, white space made single.
+    """`count` texts of `tokens` sampled tokens each, special tokens left out, white space made
+    single.
 
     Args:
         generator: on the CPU.
         top_k: sample among this many most probable tokens; default: from the whole distribution.
-        start: text that they begin with, its tokens counted among `tokens`; default: the start token, which is not counted.
+        start: text that they begin with, its tokens counted among `tokens`; default: the start
+            token, which is not counted.
     """
     ids = [start_token(lm)] if start is None else lm.encode(start).ids
     past, newest = None, torch.tensor([ids] * count, device=lm.device)
@@ -44,7 +46,9 @@ def sample_texts(
             pick_b1 = torch.multinomial(logits_bv.softmax(-1), 1, generator=generator)
         else:
             best = logits_bv.topk(top_k)
-            pick_b1 = best.indices.gather(1, torch.multinomial(best.values.softmax(-1), 1, generator=generator))
+            pick_b1 = best.indices.gather(
+                1, torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+            )
         new.append(pick_b1)
         newest = pick_b1.to(lm.device)
     texts = lm.tokenizer.batch_decode(torch.cat(new, 1), skip_special_tokens=True)
@@ -54,5 +58,9 @@ def sample_texts(
 def start_token(lm: LanguageModel) -> int:
     """What a text begins with: the tokenizer's first special token, as far as it has one."""
     tokenizer = lm.tokenizer
-    found = (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None)
+    found = (
+        t
+        for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if t is not None
+    )
     return int(next(found, 0))

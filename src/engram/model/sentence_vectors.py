@@ -24,11 +24,12 @@ def encoder_of(lm: LanguageModel, encoder: str | Encoder) -> Encoder:
     """A sentence encoder by name, or the function itself.
 
     Args:
-        encoder: "hidden": the model's own states after its middle block, each made of length 1 (a first token's state would
-            drown the others), averaged over tokens; "embeddings": the same of its input embeddings, a bag of words. Neither was
-            trained to compare sentences, and published results with the encoder below are not to be expected of them. A name
-            "sentence-transformers/...": that package's model, such as "sentence-transformers/all-MiniLM-L6-v2", which IKE was
-            published with.
+        encoder: "hidden": the model's own states after its middle block, each made of length 1 (a
+            first token's state would drown the others), averaged over tokens; "embeddings": the
+            same of its input embeddings, a bag of words. Neither was trained to compare sentences,
+            and published results with the encoder below are not to be expected of them. A name
+            "sentence-transformers/...": that package's model, such as
+            "sentence-transformers/all-MiniLM-L6-v2", which IKE was published with.
     Raises:
         SettingError: another name; MissingExtraError: sentence-transformers is not installed.
     """
@@ -45,7 +46,9 @@ def encoder_of(lm: LanguageModel, encoder: str | Encoder) -> Encoder:
 
 
 def nearest(query_d: Tensor, texts_nd: Tensor, k: int | None = None) -> list[int]:
-    """Rows of `texts_nd` by cosine with `query_d`, nearest first, equally near ones in their order; at most `k`."""
+    """Rows of `texts_nd` by cosine with `query_d`, nearest first, equally near ones in their order;
+    at most `k`.
+    """
     cosines_n = nn.functional.cosine_similarity(texts_nd.float(), query_d.float()[None], dim=-1)
     return cosines_n.argsort(descending=True, stable=True)[:k].tolist()
 
@@ -53,7 +56,10 @@ def nearest(query_d: Tensor, texts_nd: Tensor, k: int | None = None) -> list[int
 @torch.no_grad()
 def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Tensor:
     """[texts, d] float32: means over tokens of unit-length states."""
-    rows = [list(lm.tokenizer(text, verbose=False)["input_ids"])[: lm.max_tokens] or [0] for text in texts]
+    rows = [
+        list(lm.tokenizer(text, verbose=False)["input_ids"])[: lm.max_tokens] or [0]
+        for text in texts
+    ]
     vectors: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), _BATCH):
@@ -61,7 +67,9 @@ def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Te
         ids_bt = pad_right([rows[i] for i in batch]).to(lm.device)
         states_btd = (lm.parts.embed(ids_bt) if embeddings else _middle(lm, ids_bt)).float()
         for row, i in enumerate(batch):
-            vectors[i] = nn.functional.normalize(states_btd[row, : len(rows[i])], dim=-1).mean(0).cpu()
+            vectors[i] = (
+                nn.functional.normalize(states_btd[row, : len(rows[i])], dim=-1).mean(0).cpu()
+            )
     return torch.stack(vectors)
 
 

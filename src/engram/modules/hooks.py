@@ -1,7 +1,8 @@
 """Read and change what flows through a model's modules, for the length of a `with` block.
 
-Knows modules and tensors; every hook's lifetime is owned by a context manager. Refuses to know layers, tokens or methods.
-Names are looked up before the first hook is placed, so a misspelt one leaves none behind.
+Knows modules and tensors; every hook's lifetime is owned by a context manager. Refuses to know
+layers, tokens or methods. Names are looked up before the first hook is placed, so a misspelt one
+leaves none behind.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from transformers.utils.generic import ModelOutput
 
 
 class StopForward(Exception):  # noqa: N818  control flow, not an error
-    """Ends a forward pass once everything asked for has been seen; `record(stop=True)` raises and catches it."""
+    """Ends a forward pass once everything asked for has been seen; `record(stop=True)` raises and
+    catches it.
+    """
 
 
 def first(output: Any) -> Tensor:
-    """The tensor of a module's output, which may be a tuple (or the library's record of outputs) that starts with it."""
+    """The tensor of a module's output, which may be a tuple (or the library's record of outputs)
+    that starts with it.
+    """
     return output[0] if isinstance(output, tuple | ModelOutput) else output
 
 
@@ -50,16 +55,20 @@ def record(
         inputs: dotted names of modules whose first input is wanted.
         outputs: dotted names of modules whose (first) output is wanted.
         stop: end the forward pass, and the `with` block, as soon as every tensor has been seen.
-        keep: what is kept of each tensor; a copy by default, since some families go on to add to these tensors in place.
+        keep: what is kept of each tensor; a copy by default, since some families go on to add to
+            these tensors in place.
     Yields:
-        name -> tensor of the latest pass. A module asked for both ways yields its input under "name:input".
+        name -> tensor of the latest pass. A module asked for both ways yields its input under
+        "name:input".
     Raises:
         AttributeError: a name that is not in the model; nothing has been hooked then.
     Source: the idea is Bau's nethook (baukit).
     """
     seen: dict[str, Tensor] = {}
     wanted = len(inputs) + len(outputs)
-    modules = {name: model.get_submodule(name) for name in (*inputs, *outputs)}  # a typo fails before any hook exists
+    modules = {
+        name: model.get_submodule(name) for name in (*inputs, *outputs)
+    }  # a typo fails before any hook exists
 
     def note(key: str, tensor: Tensor) -> None:
         seen[key] = keep(tensor)
@@ -69,11 +78,22 @@ def record(
     with ExitStack() as stack:
         for name in inputs:
             key = f"{name}:input" if name in outputs else name
-            _own(stack, modules[name].register_forward_pre_hook(
-                lambda m, args, named, key=key: note(key, args[0] if args else next(iter(named.values()))), with_kwargs=True
-            ))  # fmt: skip
+            _own(
+                stack,
+                modules[name].register_forward_pre_hook(
+                    lambda m, args, named, key=key: note(
+                        key, args[0] if args else next(iter(named.values()))
+                    ),
+                    with_kwargs=True,
+                ),
+            )
         for name in outputs:
-            _own(stack, modules[name].register_forward_hook(lambda m, a, out, key=name: note(key, first(out))))
+            _own(
+                stack,
+                modules[name].register_forward_hook(
+                    lambda m, a, out, key=name: note(key, first(out))
+                ),
+            )
         try:
             yield seen
         except StopForward:
@@ -86,30 +106,45 @@ Changes = Mapping[nn.Module, Callable[[Tensor], Tensor]]
 
 @contextmanager
 def substitute(outputs: Changes, inputs: Changes | None = None) -> Iterator[None]:
-    """Let `outputs[module](output)` stand in for the (first) output of each module inside the block, `inputs` for first inputs."""
+    """Let `outputs[module](output)` stand in for the (first) output of each module inside the
+    block, `inputs` for first inputs.
+    """
     with ExitStack() as stack:
         for module, change in (inputs or {}).items():
-            _own(stack, module.register_forward_pre_hook(lambda m, args, f=change: (f(args[0]), *args[1:])))
+            _own(
+                stack,
+                module.register_forward_pre_hook(lambda m, args, f=change: (f(args[0]), *args[1:])),
+            )
         for module, change in outputs.items():
-            _own(stack, module.register_forward_hook(lambda m, a, out, f=change: with_first(out, f(first(out)))))
+            _own(
+                stack,
+                module.register_forward_hook(
+                    lambda m, a, out, f=change: with_first(out, f(first(out)))
+                ),
+            )
         yield
 
 
 @contextmanager
 def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[None]:
-    """Give every row of the batch its own low-rank change of one linear module: out[b] += left[b] (right[b] x[b]).
+    """Give every row of the batch its own low-rank change of one linear module: out[b] += left[b]
+    (right[b] x[b]).
 
-    Computed and added in the factors' precision, then rounded into the output's dtype; on the device where the module runs.
+    Computed and added in the factors' precision, then rounded into the output's dtype; on the
+    device where the module runs.
 
     Args:
         module: a linear map with input [b, t, i] and output [b, t, o].
-        left_bor: [b, o, r] and right_bri: [b, r, i], the factors of each row's change; r may be padded with zeros. With b = 1
-            all rows of the batch have that one change.
+        left_bor: [b, o, r] and right_bri: [b, r, i], the factors of each row's change; r may be
+            padded with zeros. With b = 1 all rows of the batch have that one change.
     """
 
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         nonlocal left_bor, right_bri
-        left_bor, right_bri = left_bor.to(out.device), right_bri.to(out.device)  # moved once, at the first pass
+        left_bor, right_bri = (
+            left_bor.to(out.device),
+            right_bri.to(out.device),
+        )  # moved once, at the first pass
         x_bti = args[0].reshape(len(left_bor), -1, right_bri.shape[-1]).to(right_bri)
         change_bto = (x_bti @ right_bri.mT) @ left_bor.mT
         return (out + change_bto.reshape(out.shape)).to(out.dtype)
@@ -133,8 +168,9 @@ def per_row_edits(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -
     """Let every row of a batch be computed with its owner's changes.
 
     Args:
-        changes: linear module -> the factors [owners, o, r] and [owners, r, i] of low-rank changes, see `overlay`; or the changes
-            themselves, [owners, o, i], which are multiplied owner by owner.
+        changes: linear module -> the factors [owners, o, r] and [owners, r, i] of low-rank changes,
+            see `overlay`; or the changes themselves, [owners, o, i], which are multiplied owner by
+            owner.
     """
 
     @contextmanager
@@ -153,7 +189,10 @@ def per_row_edits(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -
 
 @contextmanager
 def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int]) -> Iterator[None]:
-    rows = {owner: [b for b, each in enumerate(owners) if each == owner] for owner in dict.fromkeys(owners)}
+    rows = {
+        owner: [b for b, each in enumerate(owners) if each == owner]
+        for owner in dict.fromkeys(owners)
+    }
 
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x_bti = args[0].reshape(len(owners), -1, change_noi.shape[2])
@@ -171,7 +210,9 @@ def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int])
 
 @contextmanager
 def overlay_weight(module: nn.Module, delta_oi: Tensor) -> Iterator[None]:
-    """Let a linear module also add what a change of its weight would: out += x delta^T. Gradients reach `delta_oi`."""
+    """Let a linear module also add what a change of its weight would: out += x delta^T. Gradients
+    reach `delta_oi`.
+    """
 
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return out + (args[0].to(delta_oi.dtype) @ delta_oi.T).to(out.dtype)

@@ -16,12 +16,15 @@ from engram.modules.weights import linear_shape
 
 
 class Parts:
-    """The modules of one model, by role. Made by `resolve`; every name is looked up before anything is hooked.
+    """The modules of one model, by role. Made by `resolve`; every name is looked up before anything
+    is hooked.
 
     Attributes:
         blocks: the blocks, first to last; an encoder-decoder model's are its encoder's.
-        embed: token embedding; its output is where causal tracing adds noise. The encoder's own: the decoder never calls it.
-        norm, project_out: what stands between the last block and the unembedding; None where a checkpoint does without.
+        embed: token embedding; its output is where causal tracing adds noise. The encoder's own:
+            the decoder never calls it.
+        norm, project_out: what stands between the last block and the unembedding; None where a
+            checkpoint does without.
         unembedding: the matrix that turns states into logits.
         layout: the names behind the roles.
         kind: "causal", "masked" or "encoder-decoder".
@@ -32,9 +35,15 @@ class Parts:
         self.kind: ModelKind = layout.kind
         self.blocks = list(model.get_submodule(layout.blocks).children())
         self.embed = model.get_submodule(layout.embed)
-        self._within = {"attention": layout.attention, "mlp": layout.mlp, **layout.sites}  # site -> name below a block
+        self._within = {
+            "attention": layout.attention,
+            "mlp": layout.mlp,
+            **layout.sites,
+        }  # site -> name below a block
         self._modules = {
-            site: [block.get_submodule(name) for block in self.blocks] for site, name in self._within.items() if name
+            site: [block.get_submodule(name) for block in self.blocks]
+            for site, name in self._within.items()
+            if name
         }
         self.norm = _submodule(model, layout.norm)
         self.project_out = _submodule(model, layout.project_out)
@@ -46,7 +55,9 @@ class Parts:
         return f"{self.layout.blocks}.{layer}"
 
     def attention(self, layer: int) -> nn.Module:
-        """Module whose (first) output is the attention's contribution to the residual stream, [b, t, d]."""
+        """Module whose (first) output is the attention's contribution to the residual stream, [b,
+        t, d].
+        """
         return self._site("attention")[layer]
 
     def mlp(self, layer: int) -> nn.Module:
@@ -54,14 +65,22 @@ class Parts:
         return self._site("mlp")[layer]
 
     def site_names(self) -> tuple[str, ...]:
-        """The places of a block where a state can be read or put back; "residual" is the block's output, all models have it."""
-        return ("residual", *(site for site in ("mlp", "attention") if site in self._modules), *self.layout.sites)
+        """The places of a block where a state can be read or put back; "residual" is the block's
+        output, all models have it.
+        """
+        return (
+            "residual",
+            *(site for site in ("mlp", "attention") if site in self._modules),
+            *self.layout.sites,
+        )
 
     def site_module_name(self, site: str, layer: int) -> str:
-        """Dotted name of the module whose (first) output is the state at `site`, one vector a token.
+        """Dotted name of the module whose (first) output is the state at `site`, one vector a
+        token.
 
         Raises:
-            UnsupportedModelError: this family has no such site; the message names those that it has.
+            UnsupportedModelError: this family has no such site; the message names those that it
+                has.
         """
         if site == "residual":
             return self.block_name(layer)
@@ -81,12 +100,17 @@ class Parts:
         """Dotted name of the matrix that gets edited; its parameter is this + ".weight".
 
         Raises:
-            UnsupportedModelError: editing is not offered for the family, or the layer does not exist.
+            UnsupportedModelError: editing is not offered for the family, or the layer does not
+                exist.
         """
         if self.layout.mlp_out is None:
-            raise UnsupportedModelError(f"model_type={self._config.model_type!r} is {self._why_not_edited()}")
+            raise UnsupportedModelError(
+                f"model_type={self._config.model_type!r} is {self._why_not_edited()}"
+            )
         if not 0 <= layer < len(self.blocks):
-            raise UnsupportedModelError(f"layer={layer} does not exist; this model has layers 0 to {len(self.blocks) - 1}")
+            raise UnsupportedModelError(
+                f"layer={layer} does not exist; this model has layers 0 to {len(self.blocks) - 1}"
+            )
         return f"{self.block_name(layer)}.{self.layout.mlp_out}"
 
     def _why_not_edited(self) -> str:
@@ -113,7 +137,8 @@ class Parts:
         return self.blocks[layer].get_submodule(self.layout.mlp_out or "")
 
     def heads_out_name(self, layer: int) -> str:
-        """Dotted name of the matrix that mixes the heads: its input is [b, t, heads x head size], head after head.
+        """Dotted name of the matrix that mixes the heads: its input is [b, t, heads x head size],
+        head after head.
 
         Raises:
             UnsupportedModelError: the family's row does not name one.
@@ -128,13 +153,17 @@ class Parts:
     def head_width(self, layer: int) -> int:
         """Channels of one head in the input of `heads_out_name`."""
         self.heads_out_name(layer)
-        return linear_shape(self.blocks[layer].get_submodule(self.layout.heads_out or ""))[1] // self.n_heads
+        return (
+            linear_shape(self.blocks[layer].get_submodule(self.layout.heads_out or ""))[1]
+            // self.n_heads
+        )
 
     def mlp_width(self, layer: int) -> int:
         """d_ff: neurons of a block's MLP, the input of `mlp_out`.
 
         Raises:
-            UnsupportedModelError: the family's row does not name that matrix, or the layer does not exist.
+            UnsupportedModelError: the family's row does not name that matrix, or the layer does not
+                exist.
         """
         if self.layout.mlp_out is None:
             raise UnsupportedModelError(
@@ -148,20 +177,27 @@ class Parts:
         return int(self._config.num_attention_heads)
 
     def head(self, hidden: Tensor, *, norm: bool = True) -> Tensor:
-        """Logits of block outputs [..., d] -> [..., v]: last norm, unembedding, the family's scaling and soft cap.
+        """Logits of block outputs [..., d] -> [..., v]: last norm, unembedding, the family's
+        scaling and soft cap.
 
         Args:
-            norm: apply the last norm; without it, states go into the unembedding as they are. A masked model's head has a
+            norm: apply the last norm; without it, states go into the unembedding as they are. A
+                masked model's head has a
                 layer before the unembedding and no such norm: it is applied whole either way.
         Raises:
-            UnsupportedModelError: of an encoder-decoder model, where the decoder makes the logits and not these blocks.
+            UnsupportedModelError: of an encoder-decoder model, where the decoder makes the logits
+                and not these blocks.
         """
         if self.kind == "encoder-decoder":
             raise UnsupportedModelError(
                 f"model_type={self._config.model_type!r} is an encoder-decoder model: the states of its encoder's blocks have no "
                 "logits of their own; ask the whole model (LanguageModel.cloze_logits)"
             )
-        for module in self._head or (self.norm if norm else None, self.project_out, self.unembedding):
+        for module in self._head or (
+            self.norm if norm else None,
+            self.project_out,
+            self.unembedding,
+        ):
             if module is not None:
                 hidden = module(hidden)
         for name, scale in _LOGIT_SCALES.items():
@@ -171,14 +207,18 @@ class Parts:
 
 
 _LOGIT_SCALES = {  # config attribute -> what the family does with it
-    "logit_scale": lambda logits, value: logits * value if isinstance(value, float | int) else logits,
+    "logit_scale": lambda logits, value: (
+        logits * value if isinstance(value, float | int) else logits
+    ),
     "logits_scaling": lambda logits, value: logits / value,
     "final_logit_softcapping": lambda logits, value: torch.tanh(logits / value) * value,
 }
 
 
 def _submodule(model: nn.Module, name: str | None) -> nn.Module | None:
-    """The module of that name, or None where the checkpoint does without it (set to None in its class)."""
+    """The module of that name, or None where the checkpoint does without it (set to None in its
+    class).
+    """
     module: object = model
     for part in name.split(".") if name else [""]:
         module = getattr(module, part, None)

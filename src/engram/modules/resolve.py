@@ -33,19 +33,23 @@ def kind_of(config: Any, architectures: Sequence[str] | None = None) -> ModelKin
         return "masked"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    )
     return "masked" if masked else "causal"  # a checkpoint of the bare model or of another head
 
 
 def resolve(model: nn.Module) -> Parts:
-    """The parts of a language model: by its row in `LAYOUTS`, else, where it is a causal one, from its module tree.
+    """The parts of a language model: by its row in `LAYOUTS`, else, where it is a causal one, from
+    its module tree.
 
-    An encoder and a decoder that call one embedding module between them (`resize_token_embeddings` leaves them so) get a
-    module each, with the same weight, so that a hook on the one is not a hook on the other.
+    An encoder and a decoder that call one embedding module between them (`resize_token_embeddings`
+    leaves them so) get a module each, with the same weight, so that a hook on the one is not a hook
+    on the other.
 
     Raises:
-        UnsupportedModelError: the family has no row and its parts are ambiguous, the message shows the row to add; or it was
-            loaded as another kind of model than the row describes.
+        UnsupportedModelError: the family has no row and its parts are ambiguous, the message shows
+            the row to add; or it was loaded as another kind of model than the row describes.
     """
     config: Any = model.config
     family, kind = str(config.model_type), kind_of(config, [type(model).__name__])
@@ -63,7 +67,9 @@ def resolve(model: nn.Module) -> Parts:
 
 
 def _unshare(model: nn.Module, name: str) -> None:
-    """Let the module of that name be called from there only; its parameter stays the one of all who held it."""
+    """Let the module of that name be called from there only; its parameter stays the one of all who
+    held it.
+    """
     module = model.get_submodule(name)
     if sum(each is module for _, each in model.named_modules(remove_duplicate=False)) > 1:
         home, _, leaf = name.rpartition(".")
@@ -73,12 +79,21 @@ def _unshare(model: nn.Module, name: str) -> None:
 
 def _discover(model: nn.Module, kind: ModelKind) -> Layout:
     """The layout of a causal family that has no row, where each part has exactly one candidate."""
-    found: dict[str, list[str]] = {role: [] for role in ("blocks", "embed", "norm", "attention", "mlp", "mlp_out")}
-    if kind != "causal":  # which of its stacks, and before or after which norm, is not ours to guess
+    found: dict[str, list[str]] = {
+        role: [] for role in ("blocks", "embed", "norm", "attention", "mlp", "mlp_out")
+    }
+    if (
+        kind != "causal"
+    ):  # which of its stacks, and before or after which norm, is not ours to guess
         raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found, kind))  # type: ignore[union-attr]
-    layers, width = getattr(model.config, "num_hidden_layers", None), getattr(model.config, "hidden_size", None)
+    layers, width = (
+        getattr(model.config, "num_hidden_layers", None),
+        getattr(model.config, "hidden_size", None),
+    )
     found["blocks"] = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
     ]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     found["embed"] = [name for name, module in model.named_modules() if module is embedding]
@@ -87,19 +102,35 @@ def _discover(model: nn.Module, kind: ModelKind) -> Layout:
         body = model.get_submodule(home)
         found["norm"] = [f"{home}.{n}".lstrip(".") for n, m in body.named_children() if _is_norm(m)]
         block = model.get_submodule(found["blocks"][0])[0]  # type: ignore[index]
-        found["attention"] = [n for n, _ in block.named_children() if "attn" in n.lower() or n.lower() == "attention"]
-        found["mlp"] = [n for n, m in block.named_children() if n.lower() in ("mlp", "ffn", "feed_forward")]
+        found["attention"] = [
+            n for n, _ in block.named_children() if "attn" in n.lower() or n.lower() == "attention"
+        ]
+        found["mlp"] = [
+            n for n, m in block.named_children() if n.lower() in ("mlp", "ffn", "feed_forward")
+        ]
         if len(found["mlp"]) == 1:
-            found["mlp_out"] = list(_matrices_to(block.get_submodule(found["mlp"][0]), found["mlp"][0], width))
+            found["mlp_out"] = list(
+                _matrices_to(block.get_submodule(found["mlp"][0]), found["mlp"][0], width)
+            )
         found["mlp"] = [] if _has_output_norms(block) else found["mlp"]
     if any(len(names) != 1 for names in found.values()):
         raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found))  # type: ignore[union-attr]
     roles: dict[str, Any] = {role: names[0] for role, names in found.items()}
-    mixers = [n for n, _ in block.get_submodule(found["attention"][0]).named_children() if n in _HEADS_OUT]
-    return Layout(**roles, heads_out=f"{found['attention'][0]}.{mixers[0]}" if len(mixers) == 1 else None)
+    mixers = [
+        n for n, _ in block.get_submodule(found["attention"][0]).named_children() if n in _HEADS_OUT
+    ]
+    return Layout(
+        **roles, heads_out=f"{found['attention'][0]}.{mixers[0]}" if len(mixers) == 1 else None
+    )
 
 
-_HEADS_OUT = ("c_proj", "dense", "o_proj", "out_proj", "wo")  # what families call it; a square matrix, so no shape tells it
+_HEADS_OUT = (
+    "c_proj",
+    "dense",
+    "o_proj",
+    "out_proj",
+    "wo",
+)  # what families call it; a square matrix, so no shape tells it
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -107,7 +138,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has_output_norms(block: nn.Module) -> bool:
-    """More than one norm before each half of a block: some of them come after a module, and which is not ours to guess."""
+    """More than one norm before each half of a block: some of them come after a module, and which
+    is not ours to guess.
+    """
     return sum(_is_norm(child) for child in block.children()) > 2
 
 
@@ -121,7 +154,9 @@ def _matrices_to(module: nn.Module, prefix: str, width: int | None) -> Iterator[
 
 
 def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "causal") -> str:
-    near = get_close_matches(family, [name for name, layout in LAYOUTS.items() if layout.kind == kind], n=1)
+    near = get_close_matches(
+        family, [name for name, layout in LAYOUTS.items() if layout.kind == kind], n=1
+    )
     if kind != "causal":
         known = ", ".join(sorted(name for name, layout in LAYOUTS.items() if layout.kind == kind))
         return (
@@ -130,8 +165,13 @@ def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "cau
             + f"; {kind} families with one: {known}. The parts of these are not guessed: add one row to "
             "engram.modules.layouts.LAYOUTS"
         )
-    row = ", ".join(f"{role}={names[0]!r}" if len(names) == 1 else f"{role}=..." for role, names in found.items())
-    unclear = "; ".join(f"{role}: {names or 'none found'}" for role, names in found.items() if len(names) != 1)
+    row = ", ".join(
+        f"{role}={names[0]!r}" if len(names) == 1 else f"{role}=..."
+        for role, names in found.items()
+    )
+    unclear = "; ".join(
+        f"{role}: {names or 'none found'}" for role, names in found.items() if len(names) != 1
+    )
     return (
         f"no layout for model_type={family!r}"
         + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -1,7 +1,9 @@
-"""The numbers of a linear map's weight, however it is held: plain, packed by a quantiser, or offloaded to RAM or disk.
+"""The numbers of a linear map's weight, however it is held: plain, packed by a quantiser, or
+offloaded to RAM or disk.
 
-Knows one module. Refuses to know layers, edits and who asks. Packed weights are read where bitsandbytes (int8, fp4, nf4) or
-torchao packed them; their numbers are what the packed integers stand for, in float32.
+Knows one module. Refuses to know layers, edits and who asks. Packed weights are read where
+bitsandbytes (int8, fp4, nf4) or torchao packed them; their numbers are what the packed integers
+stand for, in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from engram.errors import UnsupportedModelError
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """True where the weight is stored [in, out] (GPT-2's `Conv1D`); by type, since a square matrix fits both ways."""
+    """True where the weight is stored [in, out] (GPT-2's `Conv1D`); by type, since a square matrix
+    fits both ways.
+    """
     if isinstance(module, Conv1D):
         return True
     if isinstance(module, nn.Linear):
@@ -37,13 +41,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def as_linear(module: nn.Module) -> Tensor:
-    """A module's weight as [out, in], whichever way it is stored: a view where it is plain, else the numbers it stands for."""
+    """A module's weight as [out, in], whichever way it is stored: a view where it is plain, else
+    the numbers it stands for.
+    """
     weight = values(module)
     return weight.T if is_transposed(module) else weight
 
 
 def quantisation(module: nn.Module) -> str | None:
-    """How a module's weight is packed, such as "bitsandbytes nf4"; None where it is plain floating point.
+    """How a module's weight is packed, such as "bitsandbytes nf4"; None where it is plain floating
+    point.
 
     Raises:
         UnsupportedModelError: packed in a way that cannot be read here.
@@ -71,7 +78,8 @@ def is_writable(module: nn.Module) -> bool:
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's own tensors are there, also where accelerate has offloaded them.
+    """Within the block the module's own tensors are there, also where accelerate has offloaded
+    them.
 
     Raises:
         UnsupportedModelError: they have no numbers at all (a model made on the meta device).
@@ -88,7 +96,8 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def values(module: nn.Module) -> Tensor:
-    """The weight's numbers as stored: the weight itself where it is plain and in memory, else a copy; packed ones in float32.
+    """The weight's numbers as stored: the weight itself where it is plain and in memory, else a
+    copy; packed ones in float32.
 
     Raises:
         UnsupportedModelError: packed in a way that cannot be read, or without numbers.
@@ -113,8 +122,10 @@ def values(module: nn.Module) -> Tensor:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for AVX-512 on a CPU: gradients do not pass through its kernel for them, and
-    packing rounds their scales to bfloat16 at the first forward pass, after which the model is another one."""
+    """Keep bitsandbytes from packing 4-bit weights for AVX-512 on a CPU: gradients do not pass
+    through its kernel for them, and
+    packing rounds their scales to bfloat16 at the first forward pass, after which the model is
+    another one."""
     for module in model.modules():
         if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -1,4 +1,6 @@
-"""Pictures of results, one file a kind. Each function returns a matplotlib figure of its own; nothing global is touched."""
+"""Pictures of results, one file a kind. Each function returns a matplotlib figure of its own;
+nothing global is touched.
+"""
 
 from engram.plots.averages import plot_average, plot_lines, plot_severed
 from engram.plots.heat_maps import plot_trace

@@ -19,15 +19,25 @@ from engram.plots.style import STYLE, layer_ticks
 if TYPE_CHECKING:
     from engram.locate.average import AverageTrace, Interval
 
-_LABELS = ("First subject token", "Middle subject tokens", "Last subject token", "First subsequent token", "Further tokens",
-           "Last token")  # fmt: skip
+_LABELS = (
+    "First subject token",
+    "Middle subject tokens",
+    "Last subject token",
+    "First subsequent token",
+    "Further tokens",
+    "Last token",
+)
 _LINE_COLOURS = (0, 1, 2, 4, 5, 3)  # of tab10, in the order of the places
-_SEVERED = (("", "#7261ab", "as it is"), (", attention severed", "#f3201b", "attention severed"),
-            (", mlp severed", "#20b020", "MLP severed"))  # fmt: skip
+_SEVERED = (
+    ("", "#7261ab", "as it is"),
+    (", attention severed", "#f3201b", "attention severed"),
+    (", mlp severed", "#20b020", "MLP severed"),
+)
 
 
 def plot_average(average: AverageTrace, sites: list[str] | None = None) -> Figure:
-    """Average effects by place of the token (down) and layer (across); one colour scale: that of the first table.
+    """Average effects by place of the token (down) and layer (across); one colour scale: that of
+    the first table.
 
     In the other direction, where effects are negative, their size is shown.
     """
@@ -37,19 +47,32 @@ def plot_average(average: AverageTrace, sites: list[str] | None = None) -> Figur
     top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
     with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(sites), 2.0), dpi=200, layout="constrained")
-        for ax, (site, table) in zip(figure.subplots(1, len(sites), squeeze=False)[0], tables.items(), strict=True):
+        for ax, (site, table) in zip(
+            figure.subplots(1, len(sites), squeeze=False)[0], tables.items(), strict=True
+        ):
             ax.set_facecolor("0.9")  # a place that no fact has is no effect of zero
-            mesh = ax.pcolormesh(np.ma.masked_invalid(table.numpy()), cmap=look(site)[0], vmin=0, vmax=top)
+            mesh = ax.pcolormesh(
+                np.ma.masked_invalid(table.numpy()), cmap=look(site)[0], vmin=0, vmax=top
+            )
             ax.invert_yaxis()
             ax.set_yticks([i + 0.5 for i in range(len(_LABELS))], _LABELS)
             label_layers(ax, table.shape[1])
-            ax.set_title(in_lines(f"{_title(average)} of {look(site)[1]}", f"over {len(average.traces)} prompts"))
+            ax.set_title(
+                in_lines(
+                    f"{_title(average)} of {look(site)[1]}", f"over {len(average.traces)} prompts"
+                )
+            )
             ax.set_xlabel(layer_label(average.traces[0], site))
-            name_bar(figure.colorbar(mesh, ax=ax), f"{'' if sign > 0 else '-'}A{_effect(average)[0].upper()}E")
+            name_bar(
+                figure.colorbar(mesh, ax=ax),
+                f"{'' if sign > 0 else '-'}A{_effect(average)[0].upper()}E",
+            )
     return figure
 
 
-def plot_lines(average: AverageTrace, interval: Interval = "bootstrap", sites: list[str] | None = None) -> Figure:
+def plot_lines(
+    average: AverageTrace, interval: Interval = "bootstrap", sites: list[str] | None = None
+) -> Figure:
     """A panel a site, a line a place, a 95 % band around each."""
     sites = _flat(average, sites)
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -65,7 +88,14 @@ def plot_lines(average: AverageTrace, interval: Interval = "bootstrap", sites: l
                     continue
                 colour = colours[_LINE_COLOURS[i]]
                 ax.plot(layers, curves.mean[i].numpy(), color=colour, label=label, linewidth=1.2)
-                ax.fill_between(layers, curves.low[i].numpy(), curves.high[i].numpy(), color=colour, alpha=0.3, linewidth=0)
+                ax.fill_between(
+                    layers,
+                    curves.low[i].numpy(),
+                    curves.high[i].numpy(),
+                    color=colour,
+                    alpha=0.3,
+                    linewidth=0,
+                )
             ax.set_title(f"{_title(average)} of {look(site)[1]}")
             ax.set_xlabel(layer_label(average.traces[0], site))
             ax.set_xticks(list(layer_ticks(len(layers))))
@@ -75,7 +105,8 @@ def plot_lines(average: AverageTrace, interval: Interval = "bootstrap", sites: l
 
 
 def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
-    """Bars a layer at one place: the effect of restoring a state as it is, with attention severed, with MLP severed.
+    """Bars a layer at one place: the effect of restoring a state as it is, with attention severed,
+    with MLP severed.
 
     Raises:
         SettingError: no such place, or no severed tables among the traces.
@@ -92,7 +123,11 @@ def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
         figure = Figure(figsize=(6.5, 2.5), dpi=200, layout="constrained")
         ax = figure.subplots()
         highest = 0.0
-        shown = [(f"{site}{end}", colour, label) for end, colour, label in _SEVERED if f"{site}{end}" in average.sites]
+        shown = [
+            (f"{site}{end}", colour, label)
+            for end, colour, label in _SEVERED
+            if f"{site}{end}" in average.sites
+        ]
         for i, (table, colour, label) in enumerate(shown):
             curves = average.effects(table)
             mean, low, high = (x[at].numpy() * 100 for x in (curves.mean, curves.low, curves.high))
@@ -102,7 +137,9 @@ def plot_severed(average: AverageTrace, place: str = "last subject") -> Figure:
             highest = max(highest, float(np.nan_to_num(high).max()))
         ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(2.5, 1.05 * highest))
         ax.set_xticks(list(layer_ticks(len(mean))))
-        ax.set_xlabel(f"layer of {PurePath(average.traces[0].model).name} at which the state is restored, {place} token")
+        ax.set_xlabel(
+            f"layer of {PurePath(average.traces[0].model).name} at which the state is restored, {place} token"
+        )
         ax.set_ylabel(f"{'average ' * (len(average.traces) > 1)}indirect effect, %")
         ax.legend(frameon=False)
     return figure

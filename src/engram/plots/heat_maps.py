@@ -26,19 +26,28 @@ LOOKS = {  # site -> colour map, what is replaced
     "head": ("Oranges", "head"),
     "neuron": ("Blues", "neuron"),
 }
-ESTIMATES = {"attribution": " (estimate)", "screened": " (partly estimated)"}  # method -> what a title says of it
+ESTIMATES = {
+    "attribution": " (estimate)",
+    "screened": " (partly estimated)",
+}  # method -> what a title says of it
 _LINE = 52  # letters of a title above one panel
 
 
 def look(table: str) -> tuple[str, str]:
-    """Colour map and name of a table; a site of a family's own, or a severed one, is called by its own name."""
+    """Colour map and name of a table; a site of a family's own, or a severed one, is called by its
+    own name.
+    """
     site, _, severed = table.partition(", ")
     colours, name = LOOKS.get(site, ("Greys", site))
-    return colours, f"{name} ({LOOKS[severed.removesuffix(' severed')][1]} severed)" if severed else name
+    return (
+        colours,
+        f"{name} ({LOOKS[severed.removesuffix(' severed')][1]} severed)" if severed else name,
+    )
 
 
 def plot_trace(trace: CausalTrace, site: str | None = None) -> Figure:
-    """Heat maps of one trace as in the paper's Fig. 1: tokens down, layers across, probability of the answer as colour.
+    """Heat maps of one trace as in the paper's Fig. 1: tokens down, layers across, probability of
+    the answer as colour.
 
     Heads are shown at the token where one of them does most, layers down and heads across.
 
@@ -86,7 +95,11 @@ def _mesh(ax: Axes, trace: CausalTrace, table: Tensor, site: str) -> None:
     colours = look(site)[0]
     insertion = trace.settings.get("direction") == "noise"
     if insertion:  # what is inserted lowers the score: the lowest is the darkest
-        low, high, colours = min(float(table.min()), trace.baseline - 1e-6), trace.baseline, f"{colours}_r"
+        low, high, colours = (
+            min(float(table.min()), trace.baseline - 1e-6),
+            trace.baseline,
+            f"{colours}_r",
+        )
     else:
         low, high = trace.baseline, max(float(table.max()), trace.baseline + 1e-6)
     mesh = ax.pcolormesh(table.numpy(), cmap=colours, vmin=low, vmax=high)
@@ -109,7 +122,11 @@ def in_lines(first: str, second: str) -> str:
 
 def _title(trace: CausalTrace, site: str, at: str = "") -> str:
     name, inserts = look(site)[1], trace.settings.get("direction") == "noise"
-    run, other = ("corrupted", "clean") if (trace.settings.get("effect") == "direct") == inserts else ("clean", "corrupted")
+    run, other = (
+        ("corrupted", "clean")
+        if (trace.settings.get("effect") == "direct") == inserts
+        else ("clean", "corrupted")
+    )
     end = ESTIMATES.get(trace.method, "") + at
     if trace.settings.get("effect") == "direct":
         return in_lines(f"{run.capitalize()} input,", f"{name} kept {other}{end}")
@@ -126,7 +143,11 @@ def _draw(ax: Axes, trace: CausalTrace, site: str) -> None:
     )
     if site == "neuron":
         pairs = trace.settings["neurons"]
-        ax.set_xticks([i + 0.5 for i in range(len(pairs))], [f"{layer}.{n}" for layer, n in pairs], rotation=90)
+        ax.set_xticks(
+            [i + 0.5 for i in range(len(pairs))],
+            [f"{layer}.{n}" for layer, n in pairs],
+            rotation=90,
+        )
         ax.set_xlabel(f"layer.neuron of {PurePath(trace.model).name}")
     else:
         label_layers(ax, table.shape[1])

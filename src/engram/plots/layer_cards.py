@@ -1,4 +1,6 @@
-"""Picture of a layer card: what tracing says about each layer, and next to it how edits at each layer went."""
+"""Picture of a layer card: what tracing says about each layer, and next to it how edits at each
+layer went.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,19 @@ if TYPE_CHECKING:
     from engram.layers.card import LayerCard
 
 _TRACE, _SCORE = "#20a020", "#7261ab"
-_SHARES = (("efficacy", "#e8902a", "o"), ("paraphrase", "#3b7dd8", "s"), ("neighbourhood", "#8a8a8a", "^"))
+_SHARES = (
+    ("efficacy", "#e8902a", "o"),
+    ("paraphrase", "#3b7dd8", "s"),
+    ("neighbourhood", "#8a8a8a", "^"),
+)
 
 
 def plot_layer_card(card: LayerCard) -> Figure:
-    """Left: mean effects of tracing by layer. Right: mean score of edits by layer, with the shares it is made of.
+    """Left: mean effects of tracing by layer. Right: mean score of edits by layer, with the shares
+    it is made of.
 
-    Bands are 95 % bootstrap intervals over facts. The best layer has a line, those that cannot be told from it are shaded.
+    Bands are 95 % bootstrap intervals over facts. The best layer has a line, those that cannot be
+    told from it are shaded.
     """
     with rc_context({**STYLE, "font.size": 8, "axes.titlesize": 8.5}):
         figure = Figure(figsize=(7.5, 2.7), dpi=200, layout="constrained")
@@ -58,20 +66,38 @@ def _draw_effects(ax: Axes, card: LayerCard) -> None:
 
 def _draw_edits(ax: Axes, card: LayerCard) -> None:
     for name, colour, marker in _SHARES:
-        shares = {row.layer: share for row in card.rows if (share := getattr(row, name)) is not None}
+        shares = {
+            row.layer: share for row in card.rows if (share := getattr(row, name)) is not None
+        }
         if shares:
             ax.plot(
-                list(shares), list(shares.values()), color=colour, marker=marker, markersize=3, linewidth=0.7, label=name
+                list(shares),
+                list(shares.values()),
+                color=colour,
+                marker=marker,
+                markersize=3,
+                linewidth=0.7,
+                label=name,
             )
     _line(ax, {row.layer: row.score for row in card.rows if row.score is not None}, _SCORE, "score")
     ax.set_ylim(-0.03, 1.03)
-    ax.set_title(f"Edits by {plain(card.method)} at one layer, {len(card.edited)} fact{'s' * (len(card.edited) != 1)}")
+    ax.set_title(
+        f"Edits by {plain(card.method)} at one layer, {len(card.edited)} fact{'s' * (len(card.edited) != 1)}"
+    )
     ax.set_ylabel("score, share of prompts")
     ax.legend(frameon=False)
 
 
 def _line(ax: Axes, means: dict[int, Mean], colour: str, label: str, style: str = "-") -> None:
     layers = list(means)
-    ax.plot(layers, [each.mean for each in means.values()], style, color=colour, label=label, linewidth=1.4, zorder=3)
+    ax.plot(
+        layers,
+        [each.mean for each in means.values()],
+        style,
+        color=colour,
+        label=label,
+        linewidth=1.4,
+        zorder=3,
+    )
     low, high = [each.low for each in means.values()], [each.high for each in means.values()]
     ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)

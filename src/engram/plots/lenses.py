@@ -1,6 +1,8 @@
-"""Pictures of what states and memories say in the vocabulary: a lens, the refinement of a prediction, firing neurons.
+"""Pictures of what states and memories say in the vocabulary: a lens, the refinement of a
+prediction, firing neurons.
 
-The lens' layout (tokens across, layers up, top token in each cell) is that of nostalgebraist's logit lens, 2020.
+The lens' layout (tokens across, layers up, top token in each cell) is that of nostalgebraist's
+logit lens, 2020.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 Shade = Literal["probability", "answer", "rank", "entropy", "kl"]
 
-_SHADES: dict[Shade, tuple[str, str, Callable[[LogitLens], np.ndarray]]] = {  # what is coloured -> colours, legend, numbers
+_SHADES: dict[
+    Shade, tuple[str, str, Callable[[LogitLens], np.ndarray]]
+] = {  # what is coloured -> colours, legend, numbers
     "probability": ("Purples", "p(top token)", lambda lens: lens.top_probabilities[..., 0].numpy()),
     "answer": ("Purples", "p(next token)", lambda lens: lens.probability.numpy()),
     "rank": ("Purples_r", "rank of next token", lambda lens: lens.rank.numpy()),
@@ -34,21 +38,29 @@ _SHADES: dict[Shade, tuple[str, str, Callable[[LogitLens], np.ndarray]]] = {  # 
     "kl": ("YlOrBr", "KL to output (nats)", lambda lens: lens.kl.numpy()),
 }
 _LEGEND: Any = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
-_ATTENTION, _MLP, _BOTH = "#c44e52", "#55a868", "#8c6d46"  # red and green as in traces, and their mixture
+_ATTENTION, _MLP, _BOTH = (
+    "#c44e52",
+    "#55a868",
+    "#8c6d46",
+)  # red and green as in traces, and their mixture
 
 
-# -- lens ----------------------------------------------------------------------------------------------------------
+# -- lens ------------------------------------------------------------------------------------------
 
 
-def plot_lens(lens: LogitLens, shade: Shade = "probability", positions: Sequence[int] | None = None) -> Figure:
+def plot_lens(
+    lens: LogitLens, shade: Shade = "probability", positions: Sequence[int] | None = None
+) -> Figure:
     """Heat map of a lens: tokens across, layers up, each state's most probable token in its cell.
 
-    Bold: the token is the one that comes next (written above its column). The line is where a column settles: above it the
+    Bold: the token is the one that comes next (written above its column). The line is where a
+        column settles: above it the
     top token never changes again.
 
     Args:
-        shade: what colours mean: "probability" of the top token; "answer" or "rank": probability or rank of the next token;
-            "entropy" of the distribution; "kl": its distance from the model's output.
+        shade: what colours mean: "probability" of the top token; "answer" or "rank": probability or
+            rank of the next token; "entropy" of the distribution; "kl": its distance from the
+            model's output.
         positions: tokens to draw; default: all.
     Raises:
         SettingError: another shade, or a position that the text does not have.
@@ -56,9 +68,17 @@ def plot_lens(lens: LogitLens, shade: Shade = "probability", positions: Sequence
     if shade not in _SHADES:
         raise SettingError(f"shade={shade!r} does not exist; colours can mean {', '.join(_SHADES)}")
     colours, legend, numbers = _SHADES[shade]
-    columns = [position_in(at, len(lens.tokens)) for at in (range(len(lens.tokens)) if positions is None else positions)]
-    cells = [[plain(_short(lens.top(row, at)[0][0])) for at in columns] for row in range(len(lens.rank))]
-    labels = [plain(_short(lens.tokens[at])) for at in columns], [plain(_short(lens.answers[at])) for at in columns]
+    columns = [
+        position_in(at, len(lens.tokens))
+        for at in (range(len(lens.tokens)) if positions is None else positions)
+    ]
+    cells = [
+        [plain(_short(lens.top(row, at)[0][0])) for at in columns] for row in range(len(lens.rank))
+    ]
+    labels = (
+        [plain(_short(lens.tokens[at])) for at in columns],
+        [plain(_short(lens.answers[at])) for at in columns],
+    )
     longest = max(len(text) for row in (*cells, *labels) for text in row)
     width = min(0.95, max(0.42, 0.055 * longest + 0.08))
     with rc_context(STYLE):
@@ -70,11 +90,18 @@ def plot_lens(lens: LogitLens, shade: Shade = "probability", positions: Sequence
         ink = mesh.to_rgba(values)[..., :3] @ np.array([0.299, 0.587, 0.114])
         for row, texts in enumerate(cells):
             for column, text in enumerate(texts):
-                hit = int(lens.top_ids[row, columns[column], 0]) == int(lens.answer_ids[columns[column]])
+                hit = int(lens.top_ids[row, columns[column], 0]) == int(
+                    lens.answer_ids[columns[column]]
+                )
                 ax.text(
-                    column + 0.5, row + 0.5, text, ha="center", va="center", color="white" if ink[row, column] < 0.55 else "black",
+                    column + 0.5,
+                    row + 0.5,
+                    text,
+                    ha="center",
+                    va="center",
+                    color="white" if ink[row, column] < 0.55 else "black",
                     fontproperties=font([text], _fitting(text, width), "bold" if hit else "normal"),
-                )  # fmt: skip
+                )
         settled = [int(lens.settled[at]) for at in columns]
         ax.stairs(settled, range(len(columns) + 1), baseline=None, color="black", linewidth=0.9)
         _label(ax, lens, labels, width)
@@ -95,13 +122,17 @@ def _label(ax: Axes, lens: LogitLens, labels: tuple[list[str], list[str]], width
             tick.set_fontproperties(font([text], _fitting(text, width)))
     top.set_xlabel("next token")
     kind = "last norm applied" if lens.norm else "raw states"
-    ax.set_xlabel(f"logit lens of {plain(PurePath(lens.model).name)}, {kind}; above the line the top token stays")
+    ax.set_xlabel(
+        f"logit lens of {plain(PurePath(lens.model).name)}, {kind}; above the line the top token stays"
+    )
 
 
 def _scale(shade: Shade, values: np.ndarray) -> Normalize:
     if shade == "rank":
         return LogNorm(1, max(2, float(values.max())))
-    if shade == "kl":  # the embedding's row is far from everything: the others keep their differences
+    if (
+        shade == "kl"
+    ):  # the embedding's row is far from everything: the others keep their differences
         return PowerNorm(0.5, 0, max(1e-6, float(values.max())))
     return Normalize(0, 1 if shade in ("probability", "answer") else max(1e-6, float(values.max())))
 
@@ -117,11 +148,12 @@ def _fitting(text: str, width: float) -> float:
     return max(3.0, min(6.5, 72 * (width - 0.05) / (0.62 * max(1, len(text)))))
 
 
-# -- refinement ----------------------------------------------------------------------------------------------------
+# -- refinement ------------------------------------------------------------------------------------
 
 
 def plot_refinement(found: Refinement, position: int = -1) -> Figure:
-    """Probability and rank of the answer along the residual stream at one position, and who changed the top token, block by block.
+    """Probability and rank of the answer along the residual stream at one position, and who changed
+    the top token, block by block.
 
     Args:
         position: token whose stream is drawn in the first two panels; the bars count all positions.
@@ -129,10 +161,15 @@ def plot_refinement(found: Refinement, position: int = -1) -> Figure:
     layers = len(found.rank["leaving"])
     answer = plain(found.answers[position].strip())
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(3.6, min(8.0, 0.18 * layers + 2.2)), 4.6), dpi=200, layout="constrained")
+        figure = Figure(
+            figsize=(max(3.6, min(8.0, 0.18 * layers + 2.2)), 4.6), dpi=200, layout="constrained"
+        )
         chance, rank, bars = figure.subplots(3, 1, sharex=True, height_ratios=[1.0, 1.0, 0.9])
         for ax, table in ((chance, found.probability), (rank, found.rank)):
-            _stream(ax, *(table[point][:, position].numpy() for point in ("entering", "middle", "leaving")))
+            _stream(
+                ax,
+                *(table[point][:, position].numpy() for point in ("entering", "middle", "leaving")),
+            )
         chance.set_ylim(-0.03, 1.03)
         chance.set_ylabel(f"p({answer})", fontproperties=font([answer]))
         title = plain(f"at token {found.tokens[position]!r}")
@@ -146,14 +183,23 @@ def plot_refinement(found: Refinement, position: int = -1) -> Figure:
         bars.set_xticks(list(ticks), [str(tick) for tick in ticks])
         bars.set_xlabel(f"layer of {plain(PurePath(found.model).name)}")
         for ax in (chance, bars):  # above the axes, where no line or bar can be
-            ax.legend(loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=3, frameon=False, borderpad=0, **_LEGEND)
+            ax.legend(
+                loc="lower right",
+                bbox_to_anchor=(1.02, 0.98),
+                ncols=3,
+                frameon=False,
+                borderpad=0,
+                **_LEGEND,
+            )
         for ax in (chance, rank, bars):
             ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _stream(ax: Axes, entering: np.ndarray, middle: np.ndarray, leaving: np.ndarray) -> None:
-    """One line through all points; each half of a block is drawn in the colour of the part that makes the step."""
+    """One line through all points; each half of a block is drawn in the colour of the part that
+    makes the step.
+    """
     ax.plot([-0.5], entering[:1], color="grey", marker="o", markersize=2)
     for layer in range(len(leaving)):
         steps = (
@@ -162,7 +208,16 @@ def _stream(ax: Axes, entering: np.ndarray, middle: np.ndarray, leaving: np.ndar
         )
         for x, y, colour, part in steps:
             name = None if layer else f"step of {part}"
-            ax.plot(x, y, color=colour, marker="o", markersize=2, markevery=[1], linewidth=1.4, label=name)
+            ax.plot(
+                x,
+                y,
+                color=colour,
+                marker="o",
+                markersize=2,
+                markevery=[1],
+                linewidth=1.4,
+                label=name,
+            )
 
 
 def _who(ax: Axes, found: Refinement) -> None:
@@ -182,24 +237,35 @@ def _who(ax: Axes, found: Refinement) -> None:
     ax.set_title(f"at all {len(found.tokens)} positions", loc="left")
 
 
-# -- memories --------------------------------------------------------------------------------------------------------
+# -- memories --------------------------------------------------------------------------------------
 
 
 def plot_memories(found: Memories, words: int = 7) -> Figure:
-    """Firing neurons, strongest on top: bars of strength with the coefficient's sign, and the tokens each pushes towards.
+    """Firing neurons, strongest on top: bars of strength with the coefficient's sign, and the
+    tokens each pushes towards.
 
     Args:
         words: tokens written beside each bar.
     """
-    texts = ["   ".join(plain(_short(token)) for token, _ in each.pushes[:words]) for each in found.neurons]
+    texts = [
+        "   ".join(plain(_short(token)) for token, _ in each.pushes[:words])
+        for each in found.neurons
+    ]
     names = [str(each.value.neuron) for each in found.neurons]
-    strengths = [each.strength if each.coefficient >= 0 else -each.strength for each in found.neurons]
+    strengths = [
+        each.strength if each.coefficient >= 0 else -each.strength for each in found.neurons
+    ]
     with rc_context(STYLE):
         height = 0.19 * len(names) + 0.75
         beside = 0.053 * max(len(text) for text in texts) + 0.2
         figure = Figure(figsize=(2.6 + beside, height), dpi=200, layout="constrained")
         bars, ax = figure.subplots(1, 2, sharey=True, width_ratios=[2.6, beside])
-        bars.barh(range(len(names)), strengths, height=0.7, color=[_MLP if s >= 0 else _ATTENTION for s in strengths])
+        bars.barh(
+            range(len(names)),
+            strengths,
+            height=0.7,
+            color=[_MLP if s >= 0 else _ATTENTION for s in strengths],
+        )
         bars.axvline(0, color="black", linewidth=0.5)
         bars.set_yticks(range(len(names)), names)
         bars.invert_yaxis()

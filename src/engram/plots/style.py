@@ -1,4 +1,6 @@
-"""What all pictures share: type, sizes, text that matplotlib takes literally. Touches no global state and no window."""
+"""What all pictures share: type, sizes, text that matplotlib takes literally. Touches no global
+state and no window.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,24 @@ from typing import Any
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 
-STYLE: Any = {"font.family": "serif", "font.size": 7, "axes.titlesize": 7, "axes.unicode_minus": False}
+STYLE: Any = {
+    "font.family": "serif",
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.unicode_minus": False,
+}
 
 _MANY_LETTERS = (  # asked for what matplotlib's own fonts lack, where one of them is installed
-    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS", "Hiragino Sans", "PingFang SC",
-    "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei",
-)  # fmt: skip
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans",
+    "Arial Unicode MS",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "WenQuanYi Zen Hei",
+)
 
 
 def plain(text: str) -> str:
@@ -22,7 +36,10 @@ def plain(text: str) -> str:
 
     A character that no font at hand can draw is written as its escape, such as \\u4e2d.
     """
-    escaped = (letter if ord(letter) in _drawable() else letter.encode("unicode_escape").decode() for letter in text)
+    escaped = (
+        letter if ord(letter) in _drawable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
     return "".join(escaped).replace("$", r"\$")
 
 
@@ -33,7 +50,9 @@ def font(texts: Iterable[str], size: float = 7, weight: str = "normal") -> FontP
 
 
 def layer_ticks(layers: int) -> range:
-    """Layers that get a number: all of a small model's, every fifth of a large one's as in the paper."""
+    """Layers that get a number: all of a small model's, every fifth of a large one's as in the
+    paper.
+    """
     return range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
 
 
@@ -47,4 +66,6 @@ def _families() -> list[str]:
 def _drawable() -> frozenset[int]:
     """Code points that `font` has a picture of; control characters have none."""
     faces = [FT2Font(findfont(FontProperties(family=[name]))) for name in _families()]
-    return frozenset(code for face in faces for code in face.get_charmap() if chr(code).isprintable())
+    return frozenset(
+        code for face in faces for code in face.get_charmap() if chr(code).isprintable()
+    )

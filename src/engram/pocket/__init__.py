@@ -1,7 +1,9 @@
-"""The bundled model and what it knows: a small GPT-2 and a table of facts, so that everything works offline and at once.
+"""The bundled model and what it knows: a small GPT-2 and a table of facts, so that everything works
+offline and at once.
 
-Reads `facts.json`, `templates.toml` and nothing else, each when a function first needs it. Refuses to know torch: the
-model itself is an ordinary folder at `PATH`, loaded by `engram.load("pocket")`. docs/pocket.md says how it was trained.
+Reads `facts.json`, `templates.toml` and nothing else, each when a function first needs it. Refuses
+to know torch: the model itself is an ordinary folder at `PATH`, loaded by `engram.load("pocket")`.
+    docs/pocket.md says how it was trained.
 """
 
 from __future__ import annotations
@@ -34,9 +36,12 @@ __all__ = [
 
 _FOLDER = Path(__file__).parent
 PATH: Path = _FOLDER / "model"
-LAYER_CARD: Path = _FOLDER / "layer_card.json"  # which layer of it to edit, see docs/layers.md; read by layer_choice
+LAYER_CARD: Path = (
+    _FOLDER / "layer_card.json"
+)  # which layer of it to edit, see docs/layers.md; read by layer_choice
 
-# Put before every other paraphrase, so that it is tested away from a text's start. No fact of the table is in them.
+# Put before every other paraphrase, so that it is tested away from a text's start. No fact of the
+# table is in them.
 OPENINGS = (
     "The shop closes at noon.",
     "It had rained all morning.",
@@ -53,7 +58,8 @@ OPENINGS = (
 class KnownFact:
     """An association of the pocket model.
 
-    `held_out` are indices into the relation's templates: those that were never trained with this fact.
+    `held_out` are indices into the relation's templates: those that were never trained with this
+    fact.
     """
 
     subject: str
@@ -71,7 +77,9 @@ class KnownFact:
 
     def trained(self) -> tuple[str, ...]:
         """Templates trained with this fact."""
-        return tuple(template for i, template in enumerate(self.prompts()) if i not in self.held_out)
+        return tuple(
+            template for i, template in enumerate(self.prompts()) if i not in self.held_out
+        )
 
 
 @cache
@@ -102,7 +110,9 @@ def _by_subject() -> dict[str, tuple[KnownFact, ...]]:
 
 @cache
 def _relation_of_template() -> dict[str, str]:
-    return {template: relation for relation, templates in relations().items() for template in templates}
+    return {
+        template: relation for relation, templates in relations().items() for template in templates
+    }
 
 
 def facts() -> list[KnownFact]:
@@ -122,12 +132,15 @@ def find(subject: str, relation: str | None = None) -> list[KnownFact]:
 
 
 def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFact]:
-    """Up to `count` associations of the same relation and object with other subjects; the same ones for the same seed."""
+    """Up to `count` associations of the same relation and object with other subjects; the same ones
+    for the same seed.
+    """
     _check_relation(known.relation)
     others = [
         other
         for other in _table()
-        if (other.relation, other.object) == (known.relation, known.object) and other.subject != known.subject
+        if (other.relation, other.object) == (known.relation, known.object)
+        and other.subject != known.subject
     ]
     return _random(known, seed).sample(others, min(count, len(others)))
 
@@ -135,30 +148,36 @@ def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFa
 def counterfactual(known: KnownFact, seed: int = 0) -> str:
     """Another object of the same relation; the same one for the same seed."""
     _check_relation(known.relation)
-    objects = sorted({other.object for other in _table() if other.relation == known.relation} - {known.object})
+    objects = sorted(
+        {other.object for other in _table() if other.relation == known.relation} - {known.object}
+    )
     return _random(known, seed).choice(objects)
 
 
 def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: int = 0) -> Fact:
     """An edit of `known` to `target` with everything that a test of it needs.
 
-    The prompt is a template that was trained with the fact; the paraphrases are the held-out ones, every other one
-    behind a neutral sentence; the neighbours are other subjects with the same object, asked through templates trained
-    with them.
+    The prompt is a template that was trained with the fact; the paraphrases are the held-out ones,
+    every other one behind a neutral sentence; the neighbours are other subjects with the same
+    object, asked through templates trained with them.
 
     Raises:
         FactError: `target` is the true object, or empty.
     """
     prompt = _random(known, seed).choice(known.trained())
-    return _with_evidence(Fact(known.subject, prompt, target, known.object), known, neighbour_count, seed)
+    return _with_evidence(
+        Fact(known.subject, prompt, target, known.object), known, neighbour_count, seed
+    )
 
 
 def evidence_for(fact: Fact) -> Fact:
-    """`fact` with the true object, paraphrases and neighbours that the table holds, where the caller gave none.
+    """`fact` with the true object, paraphrases and neighbours that the table holds, where the
+    caller gave none.
 
-    The table has to know the subject, and the prompt has to be a template of one of its relations; or, for a prompt in
-    the caller's own words, just one relation of the subject has the target among its objects. Otherwise `fact` comes
-    back unchanged, and so does one whose `target_true` is given and differs from the table's.
+    The table has to know the subject, and the prompt has to be a template of one of its relations;
+    or, for a prompt in the caller's own words, just one relation of the subject has the target
+    among its objects. Otherwise `fact` comes back unchanged, and so does one whose `target_true` is
+    given and differs from the table's.
     """
     known = _known(fact)
     if known is None or known.object == fact.target.strip():
@@ -169,7 +188,8 @@ def evidence_for(fact: Fact) -> Fact:
 
 
 def sentences(seed: int = 0) -> Iterator[str]:
-    """Every trained sentence about every fact, in random order: text on which to measure the model's second moments.
+    """Every trained sentence about every fact, in random order: text on which to measure the
+    model's second moments.
 
     Deterministic in `seed`. About 25,000 short sentences, 330,000 tokens.
     """
@@ -218,7 +238,9 @@ def _objects() -> dict[str, frozenset[str]]:
 
 def _check_relation(relation: str) -> None:
     if relation not in relations():
-        raise EngramError(f"relation {relation!r} is not in the pocket table; it has {', '.join(sorted(relations()))}")
+        raise EngramError(
+            f"relation {relation!r} is not in the pocket table; it has {', '.join(sorted(relations()))}"
+        )
 
 
 def _random(known: KnownFact, seed: int) -> random.Random:

@@ -15,23 +15,35 @@ from engram.files.cache_folder import sha256_of
 
 
 def identity(lm: LanguageModel) -> str:
-    """Names a model by what it computes: equal weights, in one dtype, equal config and tokenizer; whatever it is called."""
+    """Names a model by what it computes: equal weights, in one dtype, equal config and tokenizer;
+    whatever it is called.
+    """
     return identity_of(lm, fingerprints(lm.model))
 
 
 def identity_of(lm: LanguageModel, prints: Mapping[str, str], *more: str) -> str:
-    """The same of a part of the weights, by their fingerprints, together with whatever else a result depends on."""
+    """The same of a part of the weights, by their fingerprints, together with whatever else a
+    result depends on.
+    """
     model = json.dumps([dict(prints), _config(lm)], sort_keys=True, default=str)
     return sha256_of(tokenizer_text(lm), model, *beside(lm.model), *more)
 
 
 def tokenizer_text(lm: LanguageModel) -> str:
-    """The tokenizer as JSON, without truncation and padding, which every call sets anew and leaves behind."""
+    """The tokenizer as JSON, without truncation and padding, which every call sets anew and leaves
+    behind.
+    """
     tokenizer = json.loads(lm.tokenizer.backend_tokenizer.to_str())
-    return json.dumps({name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")})
+    return json.dumps(
+        {name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")}
+    )
 
 
 def _config(lm: LanguageModel) -> dict[str, Any]:
     """Without where it was loaded from and by which version of transformers."""
     config = lm.model.config.to_dict()
-    return {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name != "transformers_version"
+    }

@@ -1,7 +1,8 @@
 """Where work is done: in this process, or by workers that hold a model each.
 
-Knows jobs and units. Refuses to know what they compute: a job says how a worker gets ready and what it does with one unit.
-Units are independent and deterministic, so that where they are done and in which order makes no difference.
+Knows jobs and units. Refuses to know what they compute: a job says how a worker gets ready and what
+it does with one unit. Units are independent and deterministic, so that where they are done and in
+which order makes no difference.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 class Job(Protocol):
-    """Work that can be sent to another process: a picklable object, best a dataclass of plain values."""
+    """Work that can be sent to another process: a picklable object, best a dataclass of plain
+    values.
+    """
 
     def start(self) -> Any:
         """What a worker needs for every unit, such as a model; made once a worker."""
@@ -55,7 +58,8 @@ class ByName:
         """How this model was loaded.
 
         Raises:
-            SettingError: it was not loaded by name, or edits lie on it, which workers would not see.
+            SettingError: it was not loaded by name, or edits lie on it, which workers would not
+                see.
         """
         if lm.loaded is None:
             raise SettingError(
@@ -101,15 +105,18 @@ class Here:
 
 @dataclass(frozen=True)
 class RayWorkers:
-    """Processes of a Ray cluster: each holds the job's state, units stream through them, results come back as they are finished.
+    """Processes of a Ray cluster: each holds the job's state, units stream through them, results
+    come back as they are finished.
 
-    A worker that dies is replaced, and its unit is done again; nothing else is lost. Workers that a cluster has no place for, or no
-    longer, are not waited for while others can work. A Ray that is started for this is stopped
-    afterwards, whatever happens; one that runs already is used and left alone.
+    A worker that dies is replaced, and its unit is done again; nothing else is lost. Workers that a
+    cluster has no place for, or no longer, are not waited for while others can work. A Ray that is
+    started for this is stopped afterwards, whatever happens; one that runs already is used and left
+    alone.
 
     Args:
         num_workers: processes.
-        address: of a running cluster, such as "auto" or "ray://head:10001"; None: one of this machine's own.
+        address: of a running cluster, such as "auto" or "ray://head:10001"; None: one of this
+            machine's own.
         threads: of PyTorch in each; default: as many as here, so that the numbers are the same.
         gpus: that each worker reserves.
         tries: how often a unit is done before it is given up, where workers die of it.
@@ -125,14 +132,17 @@ class RayWorkers:
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.tries < 1:
-            raise SettingError(f"num_workers={self.num_workers}, tries={self.tries}: expected 1 or more of each")
+            raise SettingError(
+                f"num_workers={self.num_workers}, tries={self.tries}: expected 1 or more of each"
+            )
         _ray()
 
     def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See `Workers.run`.
 
         Raises:
-            EngramError: a worker died at every try of one unit. What a job raises is raised here, an EngramError as what it was.
+            EngramError: a worker died at every try of one unit. What a job raises is raised here,
+                an EngramError as what it was.
         """
         if not units:
             return
@@ -142,10 +152,14 @@ class RayWorkers:
             worker = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(_Worker)
             waiting, idle, deaths = deque(range(len(units))), deque[int](), Counter[int | None]()
             workers: dict[int, Any] = {}
-            flying: dict[Any, tuple[int, int | None]] = {}  # what will be ready -> (worker, its unit, or None: it is there)
+            flying: dict[
+                Any, tuple[int, int | None]
+            ] = {}  # what will be ready -> (worker, its unit, or None: it is there)
 
             def hire(at: int) -> None:
-                workers[at] = worker.remote(kept, threads)  # a cluster may have no place for it: no unit waits for it then
+                workers[at] = worker.remote(
+                    kept, threads
+                )  # a cluster may have no place for it: no unit waits for it then
                 flying[workers[at].there.remote()] = at, None
 
             def give() -> None:
@@ -163,7 +177,9 @@ class RayWorkers:
                     done, result = ray.get(ready)
                 except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
                     deaths[number] += 1
-                    if deaths[number] == (self.tries * len(workers) if number is None else self.tries):
+                    if deaths[number] == (
+                        self.tries * len(workers) if number is None else self.tries
+                    ):
                         raise _given_up(number, deaths[number], error) from error
                     if number is not None:
                         waiting.appendleft(number)
@@ -184,12 +200,24 @@ class RayWorkers:
         if ray.is_initialized():
             yield ray
             return
-        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else that runs
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # else workers starve beside anything else that runs
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray announces, without its warning
-        own = {"num_cpus": self.num_workers, "include_dashboard": False} if self.address is None else {}
+        os.environ.setdefault(
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+        )  # what Ray announces, without its warning
+        own = (
+            {"num_cpus": self.num_workers, "include_dashboard": False}
+            if self.address is None
+            else {}
+        )
         ray.init(
-            address=self.address or "local", log_to_driver=False, logging_level="ERROR", configure_logging=False, **own
+            address=self.address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            **own,
         )
         try:
             yield ray
@@ -220,7 +248,9 @@ class _Worker:
 
 def _given_up(unit: int | None, times: int, error: Exception) -> EngramError:
     what = (
-        "workers died before they were given a unit," if unit is None else f"unit {unit} was given up: a worker died of it"
+        "workers died before they were given a unit,"
+        if unit is None
+        else f"unit {unit} was given up: a worker died of it"
     )
     return EngramError(
         f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: fewer workers or smaller batches need "

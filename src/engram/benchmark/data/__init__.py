@@ -1,1 +1,3 @@
-"""Benchmark records: what is edited and what is asked afterwards, from published files or built anew."""
+"""Benchmark records: what is edited and what is asked afterwards, from published files or built
+anew.
+"""

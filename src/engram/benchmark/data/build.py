@@ -1,7 +1,10 @@
-"""Build a CounterFact of your own: from facts (subject, relation, object) and templates, records with everything that is asked.
+"""Build a CounterFact of your own: from facts (subject, relation, object) and templates, records
+with everything that is asked.
 
-Knows facts and templates. Refuses to know files and models: who keeps only what a model knows, passes over the others (see known).
-Source: Meng et al. 2022, arXiv:2202.05262, Appendix D. Every draw is seeded by its own fact, so that a record does not depend on how
+Knows facts and templates. Refuses to know files and models: who keeps only what a model knows,
+passes over the others (see known).
+Source: Meng et al. 2022, arXiv:2202.05262, Appendix D. Every draw is seeded by its own fact, so
+    that a record does not depend on how
 many are built, nor on the others but through what is drawn from.
 """
 
@@ -67,22 +70,26 @@ def build_counterfact(
 ) -> Dataset:
     """Counterfactual records, a fact each, in an order that the seed fixes.
 
-    The new object is drawn from the relation's objects by how many facts have them; an object that is true of the subject as well,
-    or that shares its words with one of these or with the subject, is not drawn. The prompt is one filled template; paraphrases are
-    others, each behind a sentence of `openings` where there are any; neighbours are other subjects with the true object and not the
-    new one; attribute prompts ask about subjects with the new object; generation prompts are drawn with repetition.
+    The new object is drawn from the relation's objects by how many facts have them; an object that
+    is true of the subject as well, or that shares its words with one of these or with the subject,
+    is not drawn. The prompt is one filled template; paraphrases are others, each behind a sentence
+    of `openings` where there are any; neighbours are other subjects with the true object and not
+    the new one; attribute prompts ask about subjects with the new object; generation prompts are
+    drawn with repetition.
 
     Args:
         templates: relation -> texts with one `{}` for the subject, the object next.
         generation: relation -> texts with one `{}` that make a model tell of the subject.
-        texts: "relation:object" -> texts about entities that have it: what generated text is compared with.
-        held_out: of a fact, templates that serve as paraphrases and never as prompts (such as those it was not trained with).
+        texts: "relation:object" -> texts about entities that have it: what generated text is
+            compared with.
+        held_out: of a fact, templates that serve as paraphrases and never as prompts (such as those
+            it was not trained with).
         limit: so many records at most.
     Returns:
         A data set; `skipped` says which facts were left out, and why.
     Raises:
-        FactError: a template without just one {} or with a space at its end, a relation with fewer than two templates, a fact
-            with an empty part, or no record at all.
+        FactError: a template without just one {} or with a space at its end, a relation with fewer
+            than two templates, a fact with an empty part, or no record at all.
         SettingError: a limit below 1.
     """
     if limit is not None and limit < 1:
@@ -99,12 +106,16 @@ def build_counterfact(
         else:
             records.append(record)
     if not records:
-        raise FactError(f"no record could be built of {len(facts)} facts; the first reasons: {skipped[:3]}")
+        raise FactError(
+            f"no record could be built of {len(facts)} facts; the first reasons: {skipped[:3]}"
+        )
     references = None
     if texts:
         told = {record.references for record in records}
         kept = {key: tuple(each) for key, each in texts.items() if key in told}
-        references = References(kept, TfIdf.fit(snippet.text for each in texts.values() for snippet in each))
+        references = References(
+            kept, TfIdf.fit(snippet.text for each in texts.values() for snippet in each)
+        )
     return Dataset(name, "counterfact", tuple(records), references, tuple(skipped))
 
 
@@ -165,13 +176,18 @@ def _record(
     (new,) = draw.choices(list(choices), list(choices.values()))
     apart = list(dict.fromkeys(held_out(fact))) if held_out else []
     _check(apart, relation)
-    usual = [template for template in dict.fromkeys(table.templates[relation]) if template not in apart]
+    usual = [
+        template for template in dict.fromkeys(table.templates[relation]) if template not in apart
+    ]
     if not usual:
         return "all its templates are held out, and none is left for the prompt"
     prompt = draw.choice(usual)
     others = apart or [template for template in usual if template != prompt]
     fill = lambda template, name: template.replace("{}", name)  # noqa: E731
-    asked = [_behind(draw, openings, fill(each, subject)) for each in _some(draw, others, sizes.paraphrases)]
+    asked = [
+        _behind(draw, openings, fill(each, subject))
+        for each in _some(draw, others, sizes.paraphrases)
+    ]
     beside = [
         other
         for other in table.subjects[relation, true]
@@ -187,10 +203,15 @@ def _record(
         for other in _some(draw, beside, sizes.neighbours)
     ]
     probes += [
-        Probe("attribute", fill(draw.choice(usual), other), new, true) for other in _some(draw, having, sizes.attributes)
+        Probe("attribute", fill(draw.choice(usual), other), new, true)
+        for other in _some(draw, having, sizes.attributes)
     ]
     beginnings = list(table.generation.get(relation, ()))
-    written = [fill(draw.choice(beginnings), subject) for _ in range(sizes.generations)] if beginnings else []
+    written = (
+        [fill(draw.choice(beginnings), subject) for _ in range(sizes.generations)]
+        if beginnings
+        else []
+    )
     key = f"{relation}:{new}"
     rewrite = Fact(subject, prompt, new, true, relation=relation)
     told = key if texts and texts.get(key) else None
@@ -200,7 +221,9 @@ def _record(
 def _check(templates: Sequence[str], relation: str) -> None:
     for template in templates:
         if template.count("{}") != 1:
-            raise FactError(f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands")
+            raise FactError(
+                f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands"
+            )
         if template != template.rstrip():
             raise FactError(
                 f"template {template!r} of {relation!r} ends with a space, which would not be part of the object any more; take it away"
@@ -220,14 +243,17 @@ def _behind(draw: random.Random, openings: Sequence[str], text: str) -> str:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether one of the names stands in the other, word by word, or is the other; capitals do not count."""
+    """Whether one of the names stands in the other, word by word, or is the other; capitals do not
+    count.
+    """
     a, b = one.casefold().split(), other.casefold().split()
     short, long = sorted((a, b), key=len)
     return any(long[at : at + len(short)] == short for at in range(len(long) - len(short) + 1))
 
 
 def read_associations(path: str | Path) -> list[Association]:
-    """Facts of a file: objects with subject, relation and object, as JSON lines or a JSON list, or a CSV with these columns.
+    """Facts of a file: objects with subject, relation and object, as JSON lines or a JSON list, or
+    a CSV with these columns.
 
     Raises:
         FactError: no such file, or a record that is none, told with file, line and field.
@@ -245,7 +271,9 @@ def read_associations(path: str | Path) -> list[Association]:
         fields = Fields(record, where)
         found.append(Association(*(fields.text(name).strip() for name in Association._fields)))
     if not found:
-        raise FactError(f"{path} holds no facts; expected objects with {', '.join(Association._fields)}")
+        raise FactError(
+            f"{path} holds no facts; expected objects with {', '.join(Association._fields)}"
+        )
     return found
 
 
@@ -262,7 +290,10 @@ def read_snippets(path: str | Path) -> dict[str, list[Snippet]]:
     fields = Fields(told, str(path))
     if not isinstance(told, Mapping):
         raise fields.wrong("", 'an object "relation:object" -> list of {name, text}')
-    return {key: [Snippet(each.text("name"), each.text("text")) for each in fields.each(key)] for key in told}
+    return {
+        key: [Snippet(each.text("name"), each.text("text")) for each in fields.each(key)]
+        for key in told
+    }
 
 
 def read_lines(path: str | Path) -> list[str]:

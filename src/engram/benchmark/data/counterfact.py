@@ -1,6 +1,8 @@
-"""CounterFact: the published JSON, its flattened form, the texts beside it, and CounterFact+ made of it.
+"""CounterFact: the published JSON, its flattened form, the texts beside it, and CounterFact+ made
+of it.
 
-Sources: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4 and Appendix D; multi-CounterFact: Meng et al. 2023, arXiv:2210.07229;
+Sources: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4 and Appendix D; multi-CounterFact: Meng et al.
+    2023, arXiv:2210.07229;
 CounterFact+: Hoelscher-Obermaier et al. 2023, arXiv:2305.17553.
 """
 
@@ -24,18 +26,31 @@ from engram.files.json_records import is_text
 
 
 def counterfact_record(fields: Fields, number: int) -> Record:
-    """A record of the published file: `requested_rewrite` and lists of prompts. Attribute and generation prompts may be missing."""
+    """A record of the published file: `requested_rewrite` and lists of prompts. Attribute and
+    generation prompts may be missing.
+    """
     rewrite = fields.inside("requested_rewrite")
     new, true = rewrite.inside("target_new"), rewrite.inside("target_true")
     relation = rewrite.text("relation_id") if rewrite.has("relation_id") else None
-    fact = Fact(rewrite.text("subject"), rewrite.text("prompt"), new.text("str"), true.text("str"), relation=relation)
+    fact = Fact(
+        rewrite.text("subject"),
+        rewrite.text("prompt"),
+        new.text("str"),
+        true.text("str"),
+        relation=relation,
+    )
     probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true)]
-    probes += [Probe("paraphrase", text, fact.target, fact.target_true) for text in fields.texts("paraphrase_prompts")]
     probes += [
-        Probe("neighbourhood", text, str(fact.target_true), fact.target) for text in fields.texts("neighborhood_prompts")
+        Probe("paraphrase", text, fact.target, fact.target_true)
+        for text in fields.texts("paraphrase_prompts")
     ]
     probes += [
-        Probe("attribute", text, fact.target, fact.target_true) for text in fields.texts("attribute_prompts", needed=False)
+        Probe("neighbourhood", text, str(fact.target_true), fact.target)
+        for text in fields.texts("neighborhood_prompts")
+    ]
+    probes += [
+        Probe("attribute", text, fact.target, fact.target_true)
+        for text in fields.texts("attribute_prompts", needed=False)
     ]
     written = tuple(fields.texts("generation_prompts", needed=False))
     key = f"{relation}:{new.text('id')}" if relation is not None and new.has("id") else None
@@ -43,7 +58,9 @@ def counterfact_record(fields: Fields, number: int) -> Record:
 
 
 def flat_record(fields: Fields, number: int) -> Record:
-    """A record of the flattened form. Its rephrased prompt often was a generation prompt, and it has one neighbour: no PS, no NS."""
+    """A record of the flattened form. Its rephrased prompt often was a generation prompt, and it
+    has one neighbour: no PS, no NS.
+    """
     prompt, subject = fields.text("prompt"), fields.text("subject")
     template = prompt if "{}" in prompt else prompt.replace(subject, "{}")
     if template.count("{}") != 1:
@@ -59,7 +76,9 @@ def flat_record(fields: Fields, number: int) -> Record:
 
 
 def with_statement(dataset: Dataset) -> Dataset:
-    """CounterFact+: every neighbour is also asked behind the edit's own sentence, "<prompt> <new object>. "."""
+    """CounterFact+: every neighbour is also asked behind the edit's own sentence, "<prompt> <new
+    object>. ".
+    """
 
     def grown(record: Record) -> Record:
         fact = record.facts[0]
@@ -71,11 +90,14 @@ def with_statement(dataset: Dataset) -> Dataset:
         ]
         return replace(record, probes=(*record.probes, *more))
 
-    return replace(dataset, name=f"{dataset.name}+", records=tuple(grown(record) for record in dataset.records))
+    return replace(
+        dataset, name=f"{dataset.name}+", records=tuple(grown(record) for record in dataset.records)
+    )
 
 
 def read_references(folder: Path, records: Sequence[Record]) -> References:
-    """The texts that generated ones are compared with: `attribute_snippets.json`, and `idf.npy` with `tfidf_vocab.json` or fitted.
+    """The texts that generated ones are compared with: `attribute_snippets.json`, and `idf.npy`
+    with `tfidf_vocab.json` or fitted.
 
     Raises:
         FactError: a file is missing or not what it should be.
@@ -83,7 +105,9 @@ def read_references(folder: Path, records: Sequence[Record]) -> References:
     path = folder / "attribute_snippets.json"
     entries = _json(path)
     if not isinstance(entries, list):
-        raise FactError(f"{path} is no JSON list; expected objects with relation_id, target_id and samples")
+        raise FactError(
+            f"{path} is no JSON list; expected objects with relation_id, target_id and samples"
+        )
     found: dict[str, list[Snippet]] = defaultdict(list)
     for number, entry in enumerate(entries):
         fields = Fields(entry, f"{path}, element {number}")
@@ -92,7 +116,9 @@ def read_references(folder: Path, records: Sequence[Record]) -> References:
             if is_text(sample.record.get("text")):  # some articles are empty
                 found[key].append(Snippet(sample.text("name", " "), sample.text("text")))
     told = {record.references for record in records}
-    return References({key: tuple(each) for key, each in found.items() if key in told}, _tfidf(folder, found))
+    return References(
+        {key: tuple(each) for key, each in found.items() if key in told}, _tfidf(folder, found)
+    )
 
 
 def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
@@ -103,13 +129,19 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
     try:
         with idf.open("rb") as file:
             weights = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # the header is parsed as Python, and a damaged one raises whatever that meets
-        raise FactError(f"{idf} is no numpy file: {error}; delete it, and it is fetched again") from error
+    except (
+        Exception
+    ) as error:  # the header is parsed as Python, and a damaged one raises whatever that meets
+        raise FactError(
+            f"{idf} is no numpy file: {error}; delete it, and it is fetched again"
+        ) from error
     fits = (
         isinstance(words, dict)
         and weights.ndim == 1
         and weights.dtype.kind == "f"
-        and bool(np.all((weights >= 1) & (weights < 1000)))  # ln((1 + documents) / (1 + those with the word)) + 1
+        and bool(
+            np.all((weights >= 1) & (weights < 1000))
+        )  # ln((1 + documents) / (1 + those with the word)) + 1
         and all(isinstance(column, int) and 0 <= column < len(weights) for column in words.values())
     )
     if not fits:
@@ -124,4 +156,6 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FactError(f"{path} could not be read: {error}; expected the published JSON file") from error
+        raise FactError(
+            f"{path} could not be read: {error}; expected the published JSON file"
+        ) from error

@@ -1,6 +1,8 @@
-"""Fetch a published file once: with progress, gone on with where it broke off, and checked when it is used again.
+"""Fetch a published file once: with progress, gone on with where it broke off, and checked when it
+is used again.
 
-Where no checksum is published, that of the first download is kept beside the file, and the file is held against it ever after.
+Where no checksum is published, that of the first download is kept beside the file, and the file is
+held against it ever after.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ _TRIES = 4
 _CHUNK = 1 << 20
 
 
-def fetched(url: str, folder: Path, *, sha256: str | None = None, progress: Progress | None = None) -> Path:
+def fetched(
+    url: str, folder: Path, *, sha256: str | None = None, progress: Progress | None = None
+) -> Path:
     """The file of a URL in `folder`, downloaded if it is not there.
 
     Args:
@@ -61,9 +65,11 @@ def file_sha256(path: Path) -> str:
 
 
 def _download(url: str, part: Path, name: str, progress: Progress) -> None:
-    """Into `part`, behind what is there of it already; a connection that breaks is taken up again a few times.
+    """Into `part`, behind what is there of it already; a connection that breaks is taken up again a
+    few times.
 
-    Beside it stands how the server names the version that it is a part of: of another one, the server sends the whole.
+    Beside it stands how the server names the version that it is a part of: of another one, the
+        server sends the whole.
     """
     version = part.with_name(part.name + ".version")
     last: Exception | None = None
@@ -102,7 +108,9 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
 
 
 def _note(version: Path, headers: Message) -> None:
-    """Keep what tells one version of a file from another byte by byte; a weak tag, W/"...", does not."""
+    """Keep what tells one version of a file from another byte by byte; a weak tag, W/"...", does
+    not.
+    """
     tag = headers.get("ETag") or ""
     named = tag if tag.startswith('"') else headers.get("Last-Modified")
     if named:

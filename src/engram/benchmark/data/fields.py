@@ -1,4 +1,6 @@
-"""Fields of a record as a file has them: taken one by one, and what is wrong with one is told with file, line and name."""
+"""Fields of a record as a file has them: taken one by one, and what is wrong with one is told with
+file, line and name.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Fields:
     def wrong(self, name: str, expected: str) -> FactError:
         """The error of a field."""
         given = self.record.get(name) if isinstance(self.record, Mapping) else self.record
-        return FactError(f"{self.where}: field {self.path + name!r} is {shown(given)}; expected {expected}")
+        return FactError(
+            f"{self.where}: field {self.path + name!r} is {shown(given)}; expected {expected}"
+        )
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""

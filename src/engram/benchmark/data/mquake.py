@@ -1,4 +1,6 @@
-"""MQuAKE: questions that need several facts, of which some are edited. Source: Zhong et al. 2023, arXiv:2305.14795."""
+"""MQuAKE: questions that need several facts, of which some are edited. Source: Zhong et al. 2023,
+arXiv:2305.14795.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,23 @@ from engram.facts import Fact
 
 
 def mquake_record(fields: Fields, number: int) -> Record:
-    """Facts that are edited together, multi-hop questions with the answer after the edit, and the single hops on the way."""
+    """Facts that are edited together, multi-hop questions with the answer after the edit, and the
+    single hops on the way.
+    """
     facts = []
     for rewrite in fields.each("requested_rewrite"):
         target, true = (rewrite.inside(name).text("str") for name in ("target_new", "target_true"))
         relation = rewrite.text("relation_id") if rewrite.has("relation_id") else None
-        facts.append(Fact(rewrite.text("subject"), rewrite.text("prompt"), target, true, relation=relation))
+        facts.append(
+            Fact(rewrite.text("subject"), rewrite.text("prompt"), target, true, relation=relation)
+        )
     probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true) for fact in facts]
     new, old = fields.text("new_answer"), fields.text("answer")
     aliases = tuple(fields.texts("new_answer_alias", needed=False))
     unwanted = None if new.strip() == old.strip() else old
-    probes += [Probe("multi-hop", asked, new, unwanted, aliases) for asked in fields.texts("questions")]
+    probes += [
+        Probe("multi-hop", asked, new, unwanted, aliases) for asked in fields.texts("questions")
+    ]
     for hop in fields.each("new_single_hops", needed=False):
         asked = hop.text("cloze") if hop.has("cloze") else hop.text("question")
         more = tuple(hop.texts("answer_alias", needed=False))

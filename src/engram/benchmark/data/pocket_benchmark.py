@@ -1,7 +1,8 @@
 """The bundled model's own CounterFact, built from its table of facts when it is asked for.
 
-The same builder as for anybody's facts (see build). Left out are the few facts that the model does not say to the record's prompt:
-`benchmark.json` names them, tools/build_pocket_benchmark.py finds them.
+The same builder as for anybody's facts (see build). Left out are the few facts that the model does
+not say to the record's prompt: `benchmark.json` names them, tools/build_pocket_benchmark.py finds
+them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _FOLDER = pocket.PATH.parent
 
 
 def pocket_benchmark(*, every: bool = False) -> Dataset:
-    """Records in random order, so that the first so many are a fair sample of all relations. Some subjects have two or three.
+    """Records in random order, so that the first so many are a fair sample of all relations. Some
+    subjects have two or three.
 
-    Paraphrases are templates that were never trained with the fact, each behind a neutral sentence. References are the sentences that
-    were trained about subjects which have the new object.
+    Paraphrases are templates that were never trained with the fact, each behind a neutral sentence.
+    References are the sentences that were trained about subjects which have the new object.
 
     Args:
         every: also those that the model does not know.
@@ -35,7 +37,9 @@ def _built(every: bool) -> Dataset:
     known = {Association(each.subject, each.relation, each.object): each for each in pocket.facts()}
     texts: dict[str, list[Snippet]] = {}
     for fact, each in known.items():
-        told = " ".join(f"{template.replace('{}', fact.subject)} {fact.object}." for template in each.trained())
+        told = " ".join(
+            f"{template.replace('{}', fact.subject)} {fact.object}." for template in each.trained()
+        )
         texts.setdefault(f"{fact.relation}:{fact.object}", []).append(Snippet(fact.subject, told))
     dataset = build_counterfact(
         list(known),

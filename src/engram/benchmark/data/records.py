@@ -1,6 +1,8 @@
-"""One record type for every benchmark: the facts of one edit, and everything that is asked before and after it.
+"""One record type for every benchmark: the facts of one edit, and everything that is asked before
+and after it.
 
-Knows texts. Refuses to know files (see the loaders beside), models, and how answers are turned into scores (see metrics).
+Knows texts. Refuses to know files (see the loaders beside), models, and how answers are turned into
+scores (see metrics).
 """
 
 from __future__ import annotations
@@ -17,13 +19,23 @@ from engram.errors import FactError
 from engram.facts import Fact
 
 ProbeKind = Literal[
-    "rewrite", "paraphrase", "neighbourhood", "attribute",  # CounterFact, zsRE
+    "rewrite",
+    "paraphrase",
+    "neighbourhood",
+    "attribute",  # CounterFact, zsRE
     "neighbourhood+",  # CounterFact+: the edit stated in front of a neighbour
-    "rephrase", "locality",  # the flattened form of CounterFact: not the paraphrases and neighbours of the paper
-    "multi-hop", "single-hop",  # MQuAKE
-    "logical-generalisation", "compositionality-1", "compositionality-2", "subject-aliasing", "preservation",
+    "rephrase",
+    # the flattened form of CounterFact: not the paraphrases and neighbours of the paper
+    "locality",
+    "multi-hop",
+    "single-hop",  # MQuAKE
+    "logical-generalisation",
+    "compositionality-1",
+    "compositionality-2",
+    "subject-aliasing",
+    "preservation",
     "relation-specificity",  # RippleEdits' six
-]  # fmt: skip
+]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
 Form = Literal["counterfact", "flat", "zsre", "mquake", "ripple"]
@@ -37,11 +49,13 @@ class Probe:
     Args:
         kind: what it shows.
         prompt: full text, the answer next.
-        wanted: the answer that shall be said after the edit: the new object, or for a neighbour the true one.
+        wanted: the answer that shall be said after the edit: the new object, or for a neighbour the
+            true one.
         unwanted: the answer that it is compared with; None: it is not compared.
         aliases: further texts that count as `wanted` where it is looked for in what the model says.
         test: probes with the same name are one test of RippleEdits, passed if `joined` of them are.
-        condition: asked only to find out whether the test counts: it does if the unedited model answers all its conditions.
+        condition: asked only to find out whether the test counts: it does if the unedited model
+            answers all its conditions.
     Raises:
         FactError: a kind that does not exist, an empty text, or `wanted` and `unwanted` alike.
     """
@@ -59,8 +73,12 @@ class Probe:
         if self.kind not in KINDS:
             raise FactError(f"kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         if not self.prompt.strip() or not self.wanted.strip():
-            raise FactError(f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: both have to be words")
-        if self.unwanted is not None and (not self.unwanted.strip() or self.unwanted.strip() == self.wanted.strip()):
+            raise FactError(
+                f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: both have to be words"
+            )
+        if self.unwanted is not None and (
+            not self.unwanted.strip() or self.unwanted.strip() == self.wanted.strip()
+        ):
             raise FactError(
                 f"unwanted={self.unwanted!r}: expected words other than those of wanted={self.wanted!r}, or None"
             )
@@ -80,8 +98,10 @@ class Record:
         id: unique in its data set, e.g. CounterFact's case_id as text.
         facts: what is rewritten, in one edit; with `target_true` where the benchmark has it.
         probes: the rewrite's own prompt among them.
-        generation: prompts that are continued freely, one text each; the same one may stand there several times.
-        references: key of the texts in `Dataset.references` that tell of entities for which the new object is true.
+        generation: prompts that are continued freely, one text each; the same one may stand there
+            several times.
+        references: key of the texts in `Dataset.references` that tell of entities for which the new
+            object is true.
     Raises:
         FactError: no facts, or no probes.
     """
@@ -96,11 +116,15 @@ class Record:
         for name in ("facts", "probes", "generation"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.facts or not self.probes:
-            raise FactError(f"record {self.id!r} has {len(self.facts)} facts and {len(self.probes)} probes; it needs both")
+            raise FactError(
+                f"record {self.id!r} has {len(self.facts)} facts and {len(self.probes)} probes; it needs both"
+            )
 
     def of(self, kind: ProbeKind) -> list[int]:
         """Places among `probes` of those of a kind, conditions left out."""
-        return [i for i, probe in enumerate(self.probes) if probe.kind == kind and not probe.condition]
+        return [
+            i for i, probe in enumerate(self.probes) if probe.kind == kind and not probe.condition
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -111,7 +135,9 @@ class Record:
         """What `to_dict` gave, also after JSON."""
         given = dict(record)
         facts = tuple(Fact.from_dict(each) for each in given.pop("facts"))
-        probes = tuple(Probe(**{**each, "aliases": tuple(each["aliases"])}) for each in given.pop("probes"))
+        probes = tuple(
+            Probe(**{**each, "aliases": tuple(each["aliases"])}) for each in given.pop("probes")
+        )
         return cls(facts=facts, probes=probes, **given)
 
     @classmethod
@@ -123,8 +149,12 @@ class Record:
             more: further fields of a record; further `probes` come behind these.
         """
         probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true)]
-        probes += [Probe("paraphrase", text, fact.target, fact.target_true) for text in fact.paraphrases]
-        probes += [Probe("neighbourhood", text, answer, fact.target) for text, answer in fact.neighbours]
+        probes += [
+            Probe("paraphrase", text, fact.target, fact.target_true) for text in fact.paraphrases
+        ]
+        probes += [
+            Probe("neighbourhood", text, answer, fact.target) for text, answer in fact.neighbours
+        ]
         return cls(id, (fact,), (*probes, *more.pop("probes", ())), **more)
 
 
@@ -156,7 +186,8 @@ class Dataset:
     Args:
         name: e.g. "counterfact".
         form: says which metrics are reported.
-        skipped: malformed records that were left out because the caller asked for that: where each stands and what is wrong.
+        skipped: malformed records that were left out because the caller asked for that: where each
+            stands and what is wrong.
     """
 
     name: str

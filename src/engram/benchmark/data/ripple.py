@@ -1,4 +1,6 @@
-"""RippleEdits: what follows from an edit, and what does not, in six kinds of tests. Source: Cohen et al. 2024, arXiv:2307.12976."""
+"""RippleEdits: what follows from an edit, and what does not, in six kinds of tests. Source: Cohen
+et al. 2024, arXiv:2307.12976.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,22 @@ KINDS: dict[str, ProbeKind] = {
     "Forgetfulness": "preservation",
     "Relation_Specificity": "relation-specificity",
 }
-_STATED = re.compile(r"(?P<front>.* of )(?P<subject>.+)(?P<behind> (?:is|are|was|were)) (?P<object>.+?)\.?", re.DOTALL)
+_STATED = re.compile(
+    r"(?P<front>.* of )(?P<subject>.+)(?P<behind> (?:is|are|was|were)) (?P<object>.+?)\.?",
+    re.DOTALL,
+)
 
 
 def ripple_record(fields: Fields, number: int) -> Record:
-    """An edit stated in a sentence, such as "The mother of X is Y.", and tests of queries with their conditions."""
+    """An edit stated in a sentence, such as "The mother of X is Y.", and tests of queries with
+    their conditions.
+    """
     edit = fields.inside("edit")
     stated = _STATED.fullmatch(edit.text("prompt").strip())
     if stated is None:
-        raise edit.wrong("prompt", "a sentence like 'The mother of Leo is Ann.', which names subject and object")
+        raise edit.wrong(
+            "prompt", "a sentence like 'The mother of Leo is Ann.', which names subject and object"
+        )
     true = None
     if edit.has("original_fact"):
         before = _STATED.fullmatch(edit.inside("original_fact").text("prompt").strip())
@@ -55,6 +64,11 @@ def _test(test: Fields, kind: ProbeKind, name: str) -> Iterator[Probe]:
             if not names:
                 continue  # the published files hold queries without any answer
             yield Probe(
-                kind, query.text("prompt"), names[0], aliases=tuple(names[1:]), test=name, condition=condition,
+                kind,
+                query.text("prompt"),
+                names[0],
+                aliases=tuple(names[1:]),
+                test=name,
+                condition=condition,
                 joined="any" if joined == "OR" else "all",
-            )  # fmt: skip
+            )

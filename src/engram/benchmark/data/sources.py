@@ -1,4 +1,5 @@
-"""Data sets by name or path: where they are published, which form a file has, and what is done with malformed records.
+"""Data sets by name or path: where they are published, which form a file has, and what is done with
+malformed records.
 
 Knows addresses and forms. Refuses to know what the fields of a form mean: a file each says that.
 """
@@ -48,30 +49,65 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "pocket": Source("counterfact", "3,984 counterfactual edits of facts that the bundled model knows; offline"),
+    "pocket": Source(
+        "counterfact", "3,984 counterfactual edits of facts that the bundled model knows; offline"
+    ),
     "counterfact": Source(
-        "counterfact", "21,919 counterfactual edits (Meng et al. 2022)", f"{_ROME}/counterfact.json", _BESIDE
+        "counterfact",
+        "21,919 counterfactual edits (Meng et al. 2022)",
+        f"{_ROME}/counterfact.json",
+        _BESIDE,
     ),
     "multi-counterfact": Source(
-        "counterfact", "20,877 of them without conflicts (Meng et al. 2023)", f"{_ROME}/multi_counterfact.json", _BESIDE
+        "counterfact",
+        "20,877 of them without conflicts (Meng et al. 2023)",
+        f"{_ROME}/multi_counterfact.json",
+        _BESIDE,
     ),
-    "zsre": Source("zsre", "19,086 questions with true answers (Levy et al. 2017)", f"{_ROME}/zsre_mend_eval.json"),
-    "known": Source("counterfact", "1,209 facts that GPT-2 XL knows (Meng et al. 2022)", f"{_ROME}/known_1000.json"),
-    "mquake-cf": Source("mquake", "9,218 counterfactual chains of facts (Zhong et al. 2023)", f"{_MQUAKE}/MQuAKE-CF.json"),
+    "zsre": Source(
+        "zsre",
+        "19,086 questions with true answers (Levy et al. 2017)",
+        f"{_ROME}/zsre_mend_eval.json",
+    ),
+    "known": Source(
+        "counterfact",
+        "1,209 facts that GPT-2 XL knows (Meng et al. 2022)",
+        f"{_ROME}/known_1000.json",
+    ),
+    "mquake-cf": Source(
+        "mquake",
+        "9,218 counterfactual chains of facts (Zhong et al. 2023)",
+        f"{_MQUAKE}/MQuAKE-CF.json",
+    ),
     "mquake-cf-3k": Source("mquake", "3,000 of them", f"{_MQUAKE}/MQuAKE-CF-3k.json"),
-    "mquake-t": Source("mquake", "1,868 chains with a fact that has changed", f"{_MQUAKE}/MQuAKE-T.json"),
+    "mquake-t": Source(
+        "mquake", "1,868 chains with a fact that has changed", f"{_MQUAKE}/MQuAKE-T.json"
+    ),
     **{
-        f"ripple-{kind}": Source("ripple", f"RippleEdits, {kind} (Cohen et al. 2024)", f"{_RIPPLE}/{kind}.json")
+        f"ripple-{kind}": Source(
+            "ripple", f"RippleEdits, {kind} (Cohen et al. 2024)", f"{_RIPPLE}/{kind}.json"
+        )
         for kind in ("popular", "random", "recent")
     },
-}  # fmt: skip
+}
 _READERS: dict[Form, Callable[[Fields, int], Record]] = {
-    "counterfact": counterfact_record, "flat": flat_record, "zsre": zsre_record, "mquake": mquake_record, "ripple": ripple_record,
-}  # fmt: skip
+    "counterfact": counterfact_record,
+    "flat": flat_record,
+    "zsre": zsre_record,
+    "mquake": mquake_record,
+    "ripple": ripple_record,
+}
 _MARKS: dict[str, Form] = {  # field -> the form that has it and no other, the surest first
-    "questions": "mquake", "requested_rewrite": "counterfact", "src": "zsre", "loc": "zsre", "edit": "ripple",
-    "locality_prompt": "flat", "rephrase_prompt": "flat", "ground_truth": "flat", "neighborhood_prompts": "counterfact",
-}  # fmt: skip
+    "questions": "mquake",
+    "requested_rewrite": "counterfact",
+    "src": "zsre",
+    "loc": "zsre",
+    "edit": "ripple",
+    "locality_prompt": "flat",
+    "rephrase_prompt": "flat",
+    "ground_truth": "flat",
+    "neighborhood_prompts": "counterfact",
+}
 
 
 def read_dataset(
@@ -86,20 +122,26 @@ def read_dataset(
     """Records of a benchmark.
 
     Args:
-        name: one of `SOURCES`, fetched into the cache folder when first used; or a file: JSON or JSON lines, also gzipped, in any of
-            the published forms, or facts as `read_facts` takes them.
+        name: one of `SOURCES`, fetched into the cache folder when first used; or a file: JSON or
+            JSON lines, also gzipped, in any of the published forms, or facts as `read_facts` takes
+            them.
         form: of a file; default: what its first record looks like.
         limit: the first so many records.
-        skip_malformed: leave malformed records out and say so in `Dataset.skipped`, instead of raising.
-        references: also the texts that generated ones are compared with (of "counterfact" half a gigabyte), from the same address; of a
-            file from its folder, where "if there" does without if there are none. Of "pocket" they are there always.
+        skip_malformed: leave malformed records out and say so in `Dataset.skipped`, instead of
+            raising.
+        references: also the texts that generated ones are compared with (of "counterfact" half a
+            gigabyte), from the same address; of a file from its folder, where "if there" does
+            without if there are none. Of "pocket" they are there always.
         progress: called with (file, bytes so far, bytes in all) while something is fetched.
     Raises:
         FactError: no such file, or a record that is none, told with file, line and field.
-        EngramError: a data set that could not be fetched; SettingError: a limit below 1, or a form that does not exist.
+        EngramError: a data set that could not be fetched; SettingError: a limit below 1, or a form
+            that does not exist.
     """
     if form is not None and form not in FORMS:
-        raise SettingError(f"form={form!r}: expected one of {', '.join(FORMS)}, or None to find it out")
+        raise SettingError(
+            f"form={form!r}: expected one of {', '.join(FORMS)}, or None to find it out"
+        )
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
     if str(name) == "pocket":
@@ -110,17 +152,25 @@ def read_dataset(
     source = SOURCES.get(str(name))
     if source is None:
         path = Path(name)
-        wanted = bool(references) and (references != "if there" or (path.parent / _BESIDE[0]).is_file())
+        wanted = bool(references) and (
+            references != "if there" or (path.parent / _BESIDE[0]).is_file()
+        )
         return _read_file(path, form, limit, skip_malformed, wanted, path.name.partition(".")[0])
     path, *_ = _fetched(source, bool(references), progress)
-    return _read_file(path, None, limit, skip_malformed, bool(references and source.beside), str(name))
+    return _read_file(
+        path, None, limit, skip_malformed, bool(references and source.beside), str(name)
+    )
 
 
 def _cut(dataset: Dataset, limit: int) -> Dataset:
-    return Dataset(dataset.name, dataset.form, dataset.records[:limit], dataset.references, dataset.skipped)
+    return Dataset(
+        dataset.name, dataset.form, dataset.records[:limit], dataset.references, dataset.skipped
+    )
 
 
-def _read_file(path: Path, form: Form | None, limit: int | None, skip: bool, references: bool, name: str) -> Dataset:
+def _read_file(
+    path: Path, form: Form | None, limit: int | None, skip: bool, references: bool, name: str
+) -> Dataset:
     found: list[Record] = []
     skipped: list[str] = []
     ids: set[str] = set()
@@ -134,7 +184,9 @@ def _read_file(path: Path, form: Form | None, limit: int | None, skip: bool, ref
             like = reader or _form_of(given)
             record = _record(given, where, like, number)
             if record.id in ids:
-                raise FactError(f"{where}: id {record.id!r} is that of an earlier record; expected another for each")
+                raise FactError(
+                    f"{where}: id {record.id!r} is that of an earlier record; expected another for each"
+                )
         except FactError as error:
             if not skip:
                 raise
@@ -191,7 +243,9 @@ def _record(given: Any, where: str, form: Form | Literal["fact"], number: int) -
         raise FactError(f"{where}: {error}") from error
 
 
-def download(name: str, *, references: bool = False, progress: Progress | None = None) -> list[Path]:
+def download(
+    name: str, *, references: bool = False, progress: Progress | None = None
+) -> list[Path]:
     """Fetch a data set by name without reading it; its files.
 
     Raises:
@@ -208,5 +262,8 @@ def download(name: str, *, references: bool = False, progress: Progress | None =
 def _fetched(source: Source, references: bool, progress: Progress | None) -> list[Path]:
     """The files of a source in the cache folder, the records' first."""
     assert source.url is not None, "only the bundled data set has none"
-    urls = [source.url, *(f"{source.url.rpartition('/')[0]}/{file}" for file in source.beside if references)]
+    urls = [
+        source.url,
+        *(f"{source.url.rpartition('/')[0]}/{file}" for file in source.beside if references),
+    ]
     return [fetched(url, cache_folder("data"), progress=progress) for url in urls]

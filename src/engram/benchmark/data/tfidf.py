@@ -1,7 +1,9 @@
-"""TF-IDF vectors as scikit-learn makes them by default: lower case, words of two or more letters, raw counts times idf, L2 norm.
+"""TF-IDF vectors as scikit-learn makes them by default: lower case, words of two or more letters,
+raw counts times idf, L2 norm.
 
-Knows texts and words. Refuses to know which texts are compared: see generation. Source: Meng et al. 2022, arXiv:2202.05262,
-Sec. 3.4 (consistency of generated text); spelled out here since the released code needs what scikit-learn no longer has.
+Knows texts and words. Refuses to know which texts are compared: see generation. Source: Meng et al.
+2022, arXiv:2202.05262, Sec. 3.4 (consistency of generated text); spelled out here since the
+released code needs what scikit-learn no longer has.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class TfIdf:
         return {column: weight / length for column, weight in weights.items()}
 
     def cosine(self, one: str, other: str) -> float | None:
-        """Between -1 and 1; None where one of the texts has no word of the vocabulary (NaN in the released code)."""
+        """Between -1 and 1; None where one of the texts has no word of the vocabulary (NaN in the
+        released code).
+        """
         a, b = self.vector(one), self.vector(other)
         return sum(weight * b.get(column, 0.0) for column, weight in a.items()) if a and b else None
 

@@ -1,7 +1,7 @@
 """Write records as CounterFact's published files, so that anybody's tools read them.
 
-Knows the published form. Refuses to lose anything silently: what would be read back otherwise than it was is an error. The form:
-Meng et al. 2022, arXiv:2202.05262, released data.
+Knows the published form. Refuses to lose anything silently: what would be read back otherwise than
+it was is an error. The form: Meng et al. 2022, arXiv:2202.05262, released data.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _TEXTS = "attribute_snippets.json"
 def write_dataset(dataset: Dataset, path: str | Path) -> Path:
     """The records as one JSON list, each file whole or not at all.
 
-    Texts that generated ones are compared with go beside it under their published names: `attribute_snippets.json`, `idf.npy`,
+    Texts that generated ones are compared with go beside it under their published names:
+        `attribute_snippets.json`, `idf.npy`,
     `tfidf_vocab.json`. So a data set with such texts wants a folder of its own.
     Read back by `read_dataset(path, references=True)`, which gives equal records and scores.
 
     Raises:
-        FactError: a record that CounterFact's form cannot hold, the texts of another data set in the folder, or a file that
-            cannot be written.
+        FactError: a record that CounterFact's form cannot hold, the texts of another data set in
+            the folder, or a file that cannot be written.
     """
     path = Path(path)
     cases = [_case(record) for record in dataset.records]
@@ -53,7 +54,10 @@ def _case(record: Record) -> dict[str, Any]:
         new["id"] = record.references.removeprefix(f"{fact.relation}:")
     rewrite: dict[str, Any] = {"prompt": fact.prompt, "subject": fact.subject, "target_new": new}
     rewrite |= {"target_true": {"str": fact.target_true}, "relation_id": fact.relation}
-    prompts = {name: [probe.prompt for probe in record.probes if probe.kind == kind] for name, kind in _PROMPTS.items()}
+    prompts = {
+        name: [probe.prompt for probe in record.probes if probe.kind == kind]
+        for name, kind in _PROMPTS.items()
+    }
     case = {
         "case_id": case_id(record.id),
         "requested_rewrite": rewrite,
@@ -75,7 +79,9 @@ def case_id(name: str) -> int | str:
 
 def _holds(case: dict[str, Any], record: Record) -> bool:
     """Whether the case is read back as the record, but for what its probes say as well."""
-    bare = replace(record, facts=tuple(replace(fact, paraphrases=(), neighbours=()) for fact in record.facts))
+    bare = replace(
+        record, facts=tuple(replace(fact, paraphrases=(), neighbours=()) for fact in record.facts)
+    )
     try:
         return counterfact_record(Fields(case, "a case"), 0) == bare
     except FactError:
@@ -88,7 +94,13 @@ def _write_references(references: References, records: tuple[Record, ...], path:
     for key, snippets in references.snippets.items():
         relation = relations.get(key) or key.partition(":")[0]
         samples = [{"name": each.name, "text": each.text} for each in snippets]
-        entries.append({"relation_id": relation, "target_id": key.removeprefix(f"{relation}:"), "samples": samples})
+        entries.append(
+            {
+                "relation_id": relation,
+                "target_id": key.removeprefix(f"{relation}:"),
+                "samples": samples,
+            }
+        )
     if path.with_name(_TEXTS).exists() and not path.exists():
         raise FactError(
             f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of its own for {path.name}"
@@ -99,7 +111,10 @@ def _write_references(references: References, records: tuple[Record, ...], path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write(path, lambda file: file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()))
+    _write(
+        path,
+        lambda file: file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()),
+    )
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

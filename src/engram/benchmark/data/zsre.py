@@ -1,6 +1,8 @@
-"""zsRE, question answering as relation extraction, in MEND's form. Its facts are true ones, not counterfactual.
+"""zsRE, question answering as relation extraction, in MEND's form. Its facts are true ones, not
+counterfactual.
 
-Sources: Levy et al. 2017, arXiv:1706.04115; the split: Mitchell et al. 2022, arXiv:2110.11309; how it is asked: Meng et al. 2022,
+Sources: Levy et al. 2017, arXiv:1706.04115; the split: Mitchell et al. 2022, arXiv:2110.11309; how
+    it is asked: Meng et al. 2022,
 arXiv:2202.05262, Sec. 3.3.
 """
 
@@ -14,18 +16,23 @@ from engram.facts import Fact
 def zsre_record(fields: Fields, number: int) -> Record:
     """A question about a subject, a rephrased one, and an unrelated one with its gold answer.
 
-    Source file's `alt`, an answer that is not true, is not used: the published protocol edits to the true answer.
+    Source file's `alt`, an answer that is not true, is not used: the published protocol edits to
+    the true answer.
     """
     subject, question = fields.text("subject"), fields.text("src")
     template = question.replace(subject, "{}")
     if template.count("{}") != 1:
-        raise fields.wrong("src", f"a question in which the subject {subject!r} stands exactly once")
+        raise fields.wrong(
+            "src", f"a question in which the subject {subject!r} stands exactly once"
+        )
     answers = fields.texts("answers")
     if not answers:
         raise fields.wrong("answers", "at least one answer")
     fact = Fact(subject, template, answers[0])
     probes = [Probe("rewrite", fact.prompt_text, answers[0], aliases=tuple(answers[1:]))]
-    probes.append(Probe("paraphrase", fields.text("rephrase"), answers[0], aliases=tuple(answers[1:])))
+    probes.append(
+        Probe("paraphrase", fields.text("rephrase"), answers[0], aliases=tuple(answers[1:]))
+    )
     loc = fields.text("loc")
     if not loc.startswith("nq question: "):
         raise fields.wrong("loc", "an unrelated question that begins with 'nq question: '")

@@ -1,6 +1,8 @@
-"""Scores of generated text: fluency (n-gram entropy) and consistency (TF-IDF similarity with reference texts).
+"""Scores of generated text: fluency (n-gram entropy) and consistency (TF-IDF similarity with
+reference texts).
 
-Knows texts. Refuses to know how they were generated. Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4 and released code.
+Knows texts. Refuses to know how they were generated. Source: Meng et al. 2022, arXiv:2202.05262,
+Sec. 3.4 and released code.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from engram.errors import EngramError
 
 
 def fluency(texts: Sequence[str]) -> float | None:
-    """GE: mean over texts of a third of the entropy (bits) of their bigrams and two thirds of that of their trigrams.
+    """GE: mean over texts of a third of the entropy (bits) of their bigrams and two thirds of that
+    of their trigrams.
 
     Texts of fewer than 3 tokens have none and are left out; None where no text has one.
     """
@@ -53,7 +56,9 @@ def tokens(text: str) -> list[str]:
     Raises:
         EngramError: NLTK is not installed.
     """
-    return [token for sentence in _sentences().tokenize(text) for token in _words().tokenize(sentence)]
+    return [
+        token for sentence in _sentences().tokenize(text) for token in _words().tokenize(sentence)
+    ]
 
 
 @cache
@@ -67,7 +72,9 @@ def _words() -> Any:
 
 @cache
 def _sentences() -> Any:
-    """Punkt with its English tables where they are installed, else without tables (the same but for abbreviations)."""
+    """Punkt with its English tables where they are installed, else without tables (the same but for
+    abbreviations).
+    """
     _words()
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
 

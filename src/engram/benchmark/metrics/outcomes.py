@@ -1,4 +1,6 @@
-"""What is measured of one record, before its edit or after it: plain numbers and texts, with nothing of the model left in them."""
+"""What is measured of one record, before its edit or after it: plain numbers and texts, with
+nothing of the model left in them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ class MeasureConfig:
     """What is measured of every record.
 
     Args:
-        said: tokens of the greedy continuation of each probe but of attribute prompts; an answer of more tokens gets as many as it
-            has, and two more. 0: none.
+        said: tokens of the greedy continuation of each probe but of attribute prompts; an answer of
+            more tokens gets as many as it has, and two more. 0: none.
         texts: whether `Record.generation` is continued (sampled from the 5 most probable tokens).
         text_tokens: length of these texts, the prompt included.
         drift_every: held-out text is read with the edit of every how manieth record; 0: never.
-        seed: of the sampled texts: with a record's id and a text's number it fixes each of them, before as after the edit.
-        reference: zsRE's token accuracy as released, through texts (see text_mode), instead of token by token.
+        seed: of the sampled texts: with a record's id and a text's number it fixes each of them,
+            before as after the edit.
+        reference: zsRE's token accuracy as released, through texts (see text_mode), instead of
+            token by token.
     Raises:
         SettingError: a negative number.
     """
@@ -44,7 +48,8 @@ class Reading:
 
     Attributes:
         wanted, unwanted: mean negative log-probability a token of the probe's answers (nats).
-        correct: share of the tokens of `wanted` that are the most probable one, each behind the right ones before it.
+        correct: share of the tokens of `wanted` that are the most probable one, each behind the
+            right ones before it.
         said: greedy continuation of the prompt, without it; None where it was not asked for.
         kl: KL(now || unedited) of the next token (nats), of neighbours after an edit.
     """
@@ -63,9 +68,11 @@ class Outcome:
     Attributes:
         readings: one a probe, in their order.
         texts: sampled, prompts included. fluency, consistency: see metrics.generation.
-        essence: perplexity of the texts about the subject among the record's references; essence_published: divided by one token too
-            many, as the released code has it (see bench.essence). None with an edit of words.
-        perplexity: of held-out text; drift: mean KL(now || unedited) of the next token on it (nats). Where they were measured.
+        essence: perplexity of the texts about the subject among the record's references;
+            essence_published: divided by one token too many, as the released code has it (see
+                bench.essence). None with an edit of words.
+        perplexity: of held-out text; drift: mean KL(now || unedited) of the next token on it
+            (nats). Where they were measured.
     """
 
     readings: tuple[Reading, ...]
@@ -94,10 +101,12 @@ class Measured:
     """One record by one method.
 
     Attributes:
-        before, after: `after` is `before` where the edit could not be made, for the model stays as it was.
+        before, after: `after` is `before` where the edit could not be made, for the model stays as
+            it was.
         seconds: that the edit took; of records edited in one batch, their share of it.
         size: bytes of the edit's numbers.
-        error: why the edit could not be made, or what it does to the model where that computes NaN; then every probe counts as failed.
+        error: why the edit could not be made, or what it does to the model where that computes NaN;
+            then every probe counts as failed.
     """
 
     id: str

@@ -1,8 +1,10 @@
-"""A run in numbers: means over records with intervals, harmonic means of these, and differences between two runs.
+"""A run in numbers: means over records with intervals, harmonic means of these, and differences
+between two runs.
 
-Knows rows of scores by name. Refuses to know how they were found and how they are printed; numbers are as in the rows, not yet
-scaled for a report. Sources: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4 and its released code; the bootstrap in two stages is that of
-Hoelscher-Obermaier et al. 2023, arXiv:2305.17553.
+Knows rows of scores by name. Refuses to know how they were found and how they are printed; numbers
+are as in the rows, not yet scaled for a report. Sources: Meng et al. 2022, arXiv:2202.05262, Sec.
+3.4 and its released code; the bootstrap in two stages is that of Hoelscher-Obermaier et al. 2023,
+arXiv:2305.17553.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Estimate:
 
     Attributes:
         low, high: 95 % percentile bootstrap over records.
-        half_published: 1.96 standard deviations over the root of the count; None for harmonic means, which have none.
+        half_published: 1.96 standard deviations over the root of the count; None for harmonic
+            means, which have none.
         count: records that have the number.
         std: population standard deviation over records; None for harmonic means.
     """
@@ -40,8 +43,11 @@ class Estimate:
     std: float | None
 
 
-def summarise(rows: Sequence[Row], form: Form, *, seed: int = 0, resamples: int = 1000) -> dict[str, Estimate]:
-    """The numbers that a benchmark reports, in the order of a report; those that no record has are left out.
+def summarise(
+    rows: Sequence[Row], form: Form, *, seed: int = 0, resamples: int = 1000
+) -> dict[str, Estimate]:
+    """The numbers that a benchmark reports, in the order of a report; those that no record has are
+    left out.
 
     Args:
         rows: one a record, see `scores`.
@@ -54,13 +60,20 @@ def summarise(rows: Sequence[Row], form: Form, *, seed: int = 0, resamples: int 
 
 
 def paired(
-    rows_a: Mapping[str, Row], rows_b: Mapping[str, Row], form: Form, *, seed: int = 0, resamples: int = 1000
+    rows_a: Mapping[str, Row],
+    rows_b: Mapping[str, Row],
+    form: Form,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> dict[str, Estimate]:
-    """Differences a - b on the same records: intervals are of the difference, so that what is common to both does not widen them.
+    """Differences a - b on the same records: intervals are of the difference, so that what is
+    common to both does not widen them.
 
     Args:
-        rows_a, rows_b: id of a record -> its scores. Records that one of them lacks are left out, and of each number also those
-            where one has no value; `count` says how many are compared. For a harmonic mean all its parts are needed.
+        rows_a, rows_b: id of a record -> its scores. Records that one of them lacks are left out,
+            and of each number also those where one has no value; `count` says how many are
+            compared. For a harmonic mean all its parts are needed.
     Raises:
         SettingError: no record in common, an unknown form, or no resamples.
     """
@@ -70,11 +83,15 @@ def paired(
     return _estimates(a_nm, b_nm, names, form, seed, resamples)
 
 
-def hierarchical(values: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = 1000) -> Estimate:
-    """A mean over records of the means over their prompts, with the interval of CounterFact+: 99 %, records drawn, then prompts.
+def hierarchical(
+    values: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = 1000
+) -> Estimate:
+    """A mean over records of the means over their prompts, with the interval of CounterFact+: 99 %,
+    records drawn, then prompts.
 
     Args:
-        values: of one score, a list a record with a value a prompt, see `of_prompts`; records without prompts do not count.
+        values: of one score, a list a record with a value a prompt, see `of_prompts`; records
+            without prompts do not count.
     Raises:
         SettingError: no value, or no resamples.
     """
@@ -90,7 +107,7 @@ def harmonic(means: Sequence[float]) -> float:
     return float(_harmonic(np.asarray(means, dtype=float)[None])[0])
 
 
-# -- how -----------------------------------------------------------------------------------------------------------------
+# -- how -------------------------------------------------------------------------------------------
 
 
 def _names(form: Form, count: int, resamples: int) -> list[str]:
@@ -102,14 +119,18 @@ def _names(form: Form, count: int, resamples: int) -> list[str]:
 
 def _check(count: int, resamples: int) -> None:
     if not count:
-        raise SettingError("there are no records to take a mean of; for differences both runs need some with the same ids")
+        raise SettingError(
+            "there are no records to take a mean of; for differences both runs need some with the same ids"
+        )
     if resamples < 1:
         raise SettingError(f"resamples={resamples}: a bootstrap needs at least 1, usual are 1000")
 
 
 def _array(rows: Sequence[Row], names: Sequence[str]) -> Array:
     """[rows, names], NaN for None."""
-    values = [[np.nan if (value := row.get(name)) is None else value for name in names] for row in rows]
+    values = [
+        [np.nan if (value := row.get(name)) is None else value for name in names] for row in rows
+    ]
     return np.array(values, dtype=float)
 
 
@@ -138,12 +159,16 @@ def _estimate(values: Array, low: float, high: float) -> Estimate:
     if not len(values):
         return _NOTHING
     std = float(values.std())
-    return Estimate(float(values.mean()), low, high, 1.96 * std / len(values) ** 0.5, len(values), std)
+    return Estimate(
+        float(values.mean()), low, high, 1.96 * std / len(values) ** 0.5, len(values), std
+    )
 
 
 def _of_harmonic(sides: Sequence[Array], seed: int, resamples: int) -> Estimate:
     """Of one side's parts, or of the first minus the second."""
-    if len(sides) == 2:  # a difference of two harmonic means needs the same records in all their parts
+    if (
+        len(sides) == 2
+    ):  # a difference of two harmonic means needs the same records in all their parts
         whole = ~np.isnan(np.concatenate(sides, axis=1)).any(1)
         sides = [side[whole] for side in sides]
     count = int((~np.isnan(sides[0])).sum(0).min())
@@ -152,7 +177,14 @@ def _of_harmonic(sides: Sequence[Array], seed: int, resamples: int) -> Estimate:
     means = [float(_harmonic(np.nanmean(side, axis=0)[None])[0]) for side in sides]
     draws = [_harmonic(resampled(side, seed, resamples)) for side in sides]
     low, high = _interval((draws[0] - draws[1] if len(sides) == 2 else draws[0])[:, None])
-    return Estimate(means[0] - means[1] if len(sides) == 2 else means[0], float(low[0]), float(high[0]), None, count, None)
+    return Estimate(
+        means[0] - means[1] if len(sides) == 2 else means[0],
+        float(low[0]),
+        float(high[0]),
+        None,
+        count,
+        None,
+    )
 
 
 def _harmonic(means_rp: Array) -> Array:
@@ -172,13 +204,22 @@ def _interval(draws_rl: Array) -> tuple[Array, Array]:
 
 _NOTHING = Estimate(float("nan"), float("nan"), float("nan"), None, 0, None)
 
-# -- as published --------------------------------------------------------------------------------------------------------
+# -- as published ----------------------------------------------------------------------------------
 
 PUBLISHED = {
-    "rewrite_success": "ES", "rewrite_diff": "EM", "paraphrase_success": "PS", "paraphrase_diff": "PM",
-    "neighborhood_success": "NS", "neighborhood_diff": "NM", "rewrite_acc": "EA", "paraphrase_acc": "PA",
-    "neighborhood_acc": "NA", "ngram_entropy": "GE", "reference_score": "RS", "essence_score": "essence-published",
-}  # fmt: skip
+    "rewrite_success": "ES",
+    "rewrite_diff": "EM",
+    "paraphrase_success": "PS",
+    "paraphrase_diff": "PM",
+    "neighborhood_success": "NS",
+    "neighborhood_diff": "NM",
+    "rewrite_acc": "EA",
+    "paraphrase_acc": "PA",
+    "neighborhood_acc": "NA",
+    "ngram_entropy": "GE",
+    "reference_score": "RS",
+    "essence_score": "essence-published",
+}
 
 
 def published_summary(
@@ -187,10 +228,11 @@ def published_summary(
     """A run of CounterFact as the released summaries of ROME and MEMIT hold it.
 
     Args:
-        before, after: rows of the same records, of the unedited model and of the edited ones; `seconds` in those after.
+        before, after: rows of the same records, of the unedited model and of the edited ones;
+            `seconds` in those after.
     Returns:
-        name -> [mean, population standard deviation] times 100 in two decimals, essence and time unscaled and unrounded; the scores,
-        which have no deviation, with None.
+        name -> [mean, population standard deviation] times 100 in two decimals, essence and time
+        unscaled and unrounded; the scores, which have no deviation, with None.
     """
     out: dict[str, Any] = {"time": _published([row.get("seconds") for row in after])}
     for prefix, rows in (("pre", before), ("post", after)):
@@ -201,9 +243,15 @@ def published_summary(
             if found := _published([row.get(name) for row in rows], scale):
                 out[f"{prefix}_{key}"] = found
     for prefix, rows in (("pre", before), ("post", after)):
-        columns = [[value for row in rows if (value := row.get(part)) is not None] for part in ("ES", "PS", "NS")]
+        columns = [
+            [value for row in rows if (value := row.get(part)) is not None]
+            for part in ("ES", "PS", "NS")
+        ]
         if all(columns):
-            out[f"{prefix}_score"] = [round(100 * harmonic([float(np.mean(each)) for each in columns]), 2), None]
+            out[f"{prefix}_score"] = [
+                round(100 * harmonic([float(np.mean(each)) for each in columns]), 2),
+                None,
+            ]
     return out | {"num_cases": len(after)}
 
 

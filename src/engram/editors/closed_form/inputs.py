@@ -1,6 +1,8 @@
-"""What the closed-form methods need before they compute: contexts, second moments, layers, and earlier edits in force.
+"""What the closed-form methods need before they compute: contexts, second moments, layers, and
+earlier edits in force.
 
-Knows where each comes from when the caller does not give it. Refuses to know what a method does with it.
+Knows where each comes from when the caller does not give it. Refuses to know what a method does
+with it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ def moments_of(
     """
     if given is None:
         return measure(
-            lm, layers, corpus, tokens, seed=seed, progress=lambda done, total: report("second moment", done, total)
+            lm,
+            layers,
+            corpus,
+            tokens,
+            seed=seed,
+            progress=lambda done, total: report("second moment", done, total),
         )
     missing = sorted(set(layers) - set(given))
     if missing:
@@ -55,7 +62,9 @@ def moments_of(
 
 
 def layers_of(lm: LanguageModel, settings: dict[str, Any]) -> list[int]:
-    """The preset's layers, taken out of `settings`: its own, or those between two shares of the depth."""
+    """The preset's layers, taken out of `settings`: its own, or those between two shares of the
+    depth.
+    """
     first, last = settings.pop("depth", (0.0, 0.0))
     chosen = settings.pop("layers", None)
     return chosen or list(range(int(first * lm.n_layers), int(last * lm.n_layers) + 1))
@@ -90,4 +99,6 @@ def keys_of(past: Sequence[Edit], weight: str) -> Tensor | None:
 
 def shared_subjects(facts: Sequence[Fact]) -> list[str]:
     """Subjects of several facts: they have one key, and what is asked of it is averaged."""
-    return [subject for subject, count in Counter(fact.subject for fact in facts).items() if count > 1]
+    return [
+        subject for subject, count in Counter(fact.subject for fact in facts).items() if count > 1
+    ]

@@ -1,9 +1,12 @@
-"""Mass editing: many facts at once, spread over a few layers. MEMIT, EMMET, MEMIT-seq, AlphaEdit and PMET are rows of one table.
+"""Mass editing: many facts at once, spread over a few layers. MEMIT, EMMET, MEMIT-seq, AlphaEdit
+and PMET are rows of one table.
 
-Values are found on the unedited model for the last layer; then, layer by layer, keys and what is still missing of the values are
-read off the model as it is by now, and solver says the change. Knows the order of these steps and the methods' rows; refuses to know
-how values are optimised and systems solved. Sources: Meng et al. 2023, arXiv:2210.07229 (MEMIT); Gupta et al. 2024,
-arXiv:2403.14236 (EMMET); Fang et al. 2025, arXiv:2410.02355 (AlphaEdit, MEMIT-seq); Li et al. 2024, arXiv:2308.08742 (PMET).
+Values are found on the unedited model for the last layer; then, layer by layer, keys and what is
+still missing of the values are read off the model as it is by now, and solver says the change.
+Knows the order of these steps and the methods' rows; refuses to know how values are optimised and
+systems solved. Sources: Meng et al. 2023, arXiv:2210.07229 (MEMIT); Gupta et al. 2024,
+arXiv:2403.14236 (EMMET); Fang et al. 2025, arXiv:2410.02355 (AlphaEdit, MEMIT-seq); Li et al. 2024,
+arXiv:2308.08742 (PMET).
 """
 
 from __future__ import annotations
@@ -22,8 +25,20 @@ from torch import Tensor, nn
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.closed_form.inputs import in_force, keys_of, layers_of, moments_of, shared_subjects
-from engram.editors.closed_form.mass_settings import KEEPS_PAST_KEYS, MASS_METHODS, RESIDUAL_SHARES, MassConfig, _settings
+from engram.editors.closed_form.inputs import (
+    in_force,
+    keys_of,
+    layers_of,
+    moments_of,
+    shared_subjects,
+)
+from engram.editors.closed_form.mass_settings import (
+    KEEPS_PAST_KEYS,
+    MASS_METHODS,
+    RESIDUAL_SHARES,
+    MassConfig,
+    _settings,
+)
 from engram.editors.closed_form.shifted_rows import mlp_shift_reaches_block_output
 from engram.editors.closed_form.solver import Preservation, solve, solve_as_published, solve_exactly
 from engram.editors.closed_form.subject_keys import SubjectStates
@@ -65,8 +80,14 @@ class _Setup:
 
     def targets(self, values: Sequence[Value]) -> Tensor:
         """[n, d] what the last layer's state shall be."""
-        targets_nd = torch.stack([value.star_d.cpu() for value in values])  # those from a store are on the CPU
-        return targets_nd if self.anchor is None else targets_nd * (self.anchor / targets_nd.norm(dim=1, keepdim=True))
+        targets_nd = torch.stack(
+            [value.star_d.cpu() for value in values]
+        )  # those from a store are on the CPU
+        return (
+            targets_nd
+            if self.anchor is None
+            else targets_nd * (self.anchor / targets_nd.norm(dim=1, keepdim=True))
+        )
 
     def edit(
         self,
@@ -84,11 +105,23 @@ class _Setup:
             "target_norm": float(targets_nd.norm(dim=1).mean()),
             "shared_subjects": shared,
             "facts": [
-                {"loss": v.losses[-1][0], "steps": len(v.losses), "value_norm": float(v.delta_d.norm())} for v in values
+                {
+                    "loss": v.losses[-1][0],
+                    "steps": len(v.losses),
+                    "value_norm": float(v.delta_d.norm()),
+                }
+                for v in values
             ],
         }
         return Edit(
-            tuple(facts), self.method, self.recipe, deltas, self.base, seed=seed, diagnostics=diagnostics, keys=keys
+            tuple(facts),
+            self.method,
+            self.recipe,
+            deltas,
+            self.base,
+            seed=seed,
+            diagnostics=diagnostics,
+            keys=keys,
         )
 
 
@@ -121,23 +154,24 @@ def _prepare(
         from engram.layers.choice import choose_layers
 
         layers = choose_layers(
-            lm,
-            len(usual),
-            facts=facts,
-            seed=seed,
-            corpus=corpus,
-            tokens=tokens,
-            progress=progress,
+            lm, len(usual), facts=facts, seed=seed, corpus=corpus, tokens=tokens, progress=progress
         )
     if layers is not None and (isinstance(layers, str | int) or not len(layers)):
-        raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'")
+        raise SettingError(
+            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'"
+        )
     chosen = sorted(set(usual if layers is None else layers))
     names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    old_keys = {layer: keys_of(past, names[layer]) if method in KEEPS_PAST_KEYS else None for layer in chosen}
+    old_keys = {
+        layer: keys_of(past, names[layer]) if method in KEEPS_PAST_KEYS else None
+        for layer in chosen
+    }
     if config.exact and any(keys is not None for keys in old_keys.values()):
-        raise SettingError("slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0")
+        raise SettingError(
+            "slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0"
+        )
     anchor = _anchor(past) if config.norm_anchor else None
     if config.site == "block" and not mlp_shift_reaches_block_output(lm, chosen[-1]):
         log.warning(
@@ -146,11 +180,16 @@ def _prepare(
             lm.name,
         )
     moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, progress or no_progress)
-    contexts = sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
+    contexts = (
+        sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
+    )
     recipe = {
-        "layers": chosen, **flat(config), "contexts": list(contexts),
-        "second_moments": {str(layer): moment.source for layer, moment in moments.items()}, "past": len(past),
-    }  # fmt: skip
+        "layers": chosen,
+        **flat(config),
+        "contexts": list(contexts),
+        "second_moments": {str(layer): moment.source for layer, moment in moments.items()},
+        "past": len(past),
+    }
     base = describe_base(lm, names.values())
     return _Setup(method, config, names, contexts, moments, old_keys, anchor, recipe, base)
 
@@ -176,26 +215,40 @@ def mass_edit(
 ) -> Edit:
     """Rewrite many facts at once; `lm` is not changed.
 
-    Column i of each weight's change belongs to fact i: it is fact i's residual times its share of the solution. So any fact can be
-    taken out exactly, and what is left is the solution in which that fact's key stays where it was.
+    Column i of each weight's change belongs to fact i: it is fact i's residual times its share of
+    the solution. So any fact can be taken out exactly, and what is left is the solution in which
+    that fact's key stays where it was.
 
     Args:
         method: a row of the table above.
-        layers: blocks to edit, from 0, in ascending order; "auto" asks the model (see layer_card); default: the preset's.
-        contexts: templates with one `{}` each, the bare "{}" first; default: five that the model samples with `seed`.
-        second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
-        past: edits made before on the same base, in force while this one is made; methods that remember also preserve their keys.
-        facts_per_batch: facts whose values are optimised in one batch, which bounds memory while values are found.
-        store: keep each value as soon as it is found, under a digest of everything it depends on, and take it from there next time:
-            a killed run goes on. A file, True for the cache folder, or False.
-        workers: where values are found, in the same batches and so the same; default: in this process. They do not see `past`.
+        layers: blocks to edit, from 0, in ascending order; "auto" asks the model (see layer_card);
+            default: the preset's.
+        contexts: templates with one `{}` each, the bare "{}" first; default: five that the model
+            samples with `seed`.
+        second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and
+            cached.
+        past: edits made before on the same base, in force while this one is made; methods that
+            remember also preserve their keys.
+        facts_per_batch: facts whose values are optimised in one batch, which bounds memory while
+            values are found.
+        store: keep each value as soon as it is found, under a digest of everything it depends on,
+            and take it from there next time: a killed run goes on. A file, True for the cache
+                folder, or False.
+        workers: where values are found, in the same batches and so the same; default: in this
+            process. They do not see `past`.
         progress: called with (what is being done, done, in all).
         knobs: the fields of MassConfig and ValueConfig.
     Raises:
-        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: keys or losses are not finite.
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with;
+            NonFiniteError: keys or losses are not finite.
     """
     report = progress or no_progress
-    given: dict[str, Any] = {"layers": layers, "contexts": contexts, "corpus": corpus, "tokens": tokens}
+    given: dict[str, Any] = {
+        "layers": layers,
+        "contexts": contexts,
+        "corpus": corpus,
+        "tokens": tokens,
+    }
     given["second_moments"] = second_moments
     ready = _prepare(lm, facts, method, past=past, seed=seed, progress=progress, **given, **knobs)
     shared = shared_subjects(facts)
@@ -225,10 +278,11 @@ def mass_each(
     progress: Report | None = None,
     **settings: Any,
 ) -> list[Edit]:
-    """Many edits of one fact each, every one made on the unedited model: what `mass_edit` gives of each fact alone.
+    """Many edits of one fact each, every one made on the unedited model: what `mass_edit` gives of
+    each fact alone.
 
-    Values are found in batches; layer by layer, the rows of all facts go through the blocks together, each with its own fact's
-    changes laid over it.
+    Values are found in batches; layer by layer, the rows of all facts go through the blocks
+    together, each with its own fact's changes laid over it.
 
     Args:
         settings: the others of `mass_edit` but for `past`.
@@ -247,19 +301,29 @@ def mass_each(
         keys_ncf, states_nd = states.at(layer, per_row_edits(changes))
         missing_nd = targets_nd.to(states_nd) - states_nd
         left = len(ready.names) - number
-        each = [_change(keys_ncf[i : i + 1], missing_nd[i : i + 1], left, layer, ready) for i in range(len(facts))]
+        each = [
+            _change(keys_ncf[i : i + 1], missing_nd[i : i + 1], left, layer, ready)
+            for i in range(len(facts))
+        ]
         for i, (delta, key_1f, found) in enumerate(each):
             deltas[i][name], keys[i][name], about[i][str(layer)] = delta, key_1f, found
         factors = [delta.low_rank() for delta, *_ in each]
-        changes[lm.parts.mlp_out(layer)] = torch.stack([u for u, _ in factors]), torch.stack([v for _, v in factors])
+        changes[lm.parts.mlp_out(layer)] = (
+            torch.stack([u for u, _ in factors]),
+            torch.stack([v for _, v in factors]),
+        )
     report("layer", len(ready.names), len(ready.names))
     return [
-        ready.edit([fact], [values[i]], targets_nd[i : i + 1], deltas[i], keys[i], about[i], seed, [])
+        ready.edit(
+            [fact], [values[i]], targets_nd[i : i + 1], deltas[i], keys[i], about[i], seed, []
+        )
         for i, fact in enumerate(facts)
     ]
 
 
-memit, emmet, memit_seq, alphaedit, pmet = (partial(mass_edit, method=name) for name in MASS_METHODS)
+memit, emmet, memit_seq, alphaedit, pmet = (
+    partial(mass_edit, method=name) for name in MASS_METHODS
+)
 
 
 memit_each, emmet_each, memit_seq_each, alphaedit_each, pmet_each = (
@@ -280,7 +344,9 @@ def _values(
     """Every fact's value: those that are in the store, and the others as they are found."""
     layer, contexts, config = max(ready.names), ready.contexts, ready.config
     with ValueStore.of(kept, lm) as store:
-        return _found(lm, facts, layer, contexts, config, engine, facts_per_batch, store, workers, report)
+        return _found(
+            lm, facts, layer, contexts, config, engine, facts_per_batch, store, workers, report
+        )
 
 
 def _anchor(past: Sequence[Edit]) -> float | None:
@@ -294,9 +360,16 @@ def _anchor(past: Sequence[Edit]) -> float | None:
 
 
 def _spread(
-    lm: LanguageModel, facts: Sequence[Fact], targets_nd: Tensor, ready: _Setup, engine: Engine, report: Report
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    targets_nd: Tensor,
+    ready: _Setup,
+    engine: Engine,
+    report: Report,
 ) -> tuple[dict[str, Delta], dict[str, Tensor], dict[str, Any]]:
-    """Layer by layer, each seeing the changes below it: the change of each weight, its keys [n, f], what is worth knowing."""
+    """Layer by layer, each seeing the changes below it: the change of each weight, its keys [n, f],
+    what is worth knowing.
+    """
     states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
     deltas, keys, about = {}, {}, {}
     with ExitStack() as edited:
@@ -305,7 +378,9 @@ def _spread(
             keys_ncf, states_nd = states.at(layer)
             missing_nd = targets_nd.to(states_nd) - states_nd
             left = len(ready.names) - number
-            deltas[name], keys[name], about[str(layer)] = _change(keys_ncf, missing_nd, left, layer, ready)
+            deltas[name], keys[name], about[str(layer)] = _change(
+                keys_ncf, missing_nd, left, layer, ready
+            )
             if left > 1:
                 part = Edit(tuple(facts), "layer", {}, {name: deltas[name]}, dict(ready.base))
                 edited.enter_context(part.laid(lm))
@@ -316,7 +391,9 @@ def _spread(
 def _change(
     keys_ncf: Tensor, missing_nd: Tensor, left: int, layer: int, ready: _Setup
 ) -> tuple[Delta, Tensor, dict[str, Any]]:
-    """One layer's change for facts that are solved together, their keys [n, f], what is worth knowing; `left` layers are to come."""
+    """One layer's change for facts that are solved together, their keys [n, f], what is worth
+    knowing; `left` layers are to come.
+    """
     config = ready.config
     solved_nf, rank = _solved(keys_ncf, config, ready.moments[layer], ready.old_keys[layer])
     wide = torch.float64 if config.reference or missing_nd.dtype == torch.float64 else torch.float32
@@ -337,10 +414,18 @@ def _solved(
 ) -> tuple[Tensor, dict[str, int]]:
     """X^T [n, f] of a layer, and the null space's rank where there is one."""
     n, both = len(keys_ncf), config.keys == "both" and keys_ncf.shape[1] > 1
-    keys_mf = torch.cat([keys_ncf[:, 0], keys_ncf[:, 1:].mean(1)]) if both else _mean_keys(keys_ncf, config)
+    keys_mf = (
+        torch.cat([keys_ncf[:, 0], keys_ncf[:, 1:].mean(1)])
+        if both
+        else _mean_keys(keys_ncf, config)
+    )
     d_ff = keys_mf.shape[1]
     weight = config.weight(d_ff)
-    basis_fr = moment.null_space(energy=config.null_energy, threshold=config.null_threshold) if config.projects else None
+    basis_fr = (
+        moment.null_space(energy=config.null_energy, threshold=config.null_threshold)
+        if config.projects
+        else None
+    )
     if basis_fr is not None and not basis_fr.shape[1]:
         raise EngramError(
             f"the null space of C has rank 0 at null_energy={config.null_energy}, null_threshold={config.null_threshold}, so nothing "
@@ -351,4 +436,6 @@ def _solved(
     else:
         preservation = Preservation(moment, weight, config.ridge, past_fp, basis_fr)
         solved_mf = (solve_as_published if config.reference else solve)(keys_mf.T, preservation)
-    return solved_mf[:n] + solved_mf[n:] if both else solved_mf, {} if basis_fr is None else {"rank": basis_fr.shape[1]}
+    return solved_mf[:n] + solved_mf[n:] if both else solved_mf, {} if basis_fr is None else {
+        "rank": basis_fr.shape[1]
+    }

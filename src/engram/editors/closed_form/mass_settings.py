@@ -17,20 +17,24 @@ class MassConfig:
     """Settings of the closed-form mass editors, with those of the value optimisation.
 
     Args:
-        preservation: lambda, the weight of C (`mom2_update_weight`). None: `relative_preservation` x d_ff, which means the same for
-            every model, as one key's k^T C^-1 k is d_ff on average.
-        slack: EMMET's epsilon, which multiplies the weight. 0: every key is met exactly, and C only breaks ties.
+        preservation: lambda, the weight of C (`mom2_update_weight`). None: `relative_preservation`
+            x d_ff, which means the same for every model, as one key's k^T C^-1 k is d_ff on
+            average.
+        slack: EMMET's epsilon, which multiplies the weight. 0: every key is met exactly, and C only
+            breaks ties.
         ridge: weight of ||Delta||^2, absolute (AlphaEdit's L2).
-        null_energy, null_threshold: confine the change to C's null space, see `SecondMoment.null_space`. The published threshold is
-            2e-2; an energy means the same for every model.
-        share: of what is missing, how much a layer takes that has `left` layers from itself on: "even" 1 / left, "root"
-            1 / sqrt(left), "all" 1.
+        null_energy, null_threshold: confine the change to C's null space, see
+            `SecondMoment.null_space`. The published threshold is 2e-2; an energy means the same for
+            every model.
+        share: of what is missing, how much a layer takes that has `left` layers from itself on:
+            "even" 1 / left, "root" 1 / sqrt(left), "all" 1.
         site: which state is optimised and compared, see `value_rows.Site`.
-        keys: "halves": half the bare prompt's key, half the contexts' mean (published). "mean": of all alike. "both" (ours): both
-            are sent to the value, for models that treat a text's first token specially; one column
-            a fact all the same, and later edits preserve the mean of the two.
-        norm_anchor: scale each value to the mean norm that those of the first edit of `past` had (2026), against growth in long
-            sequences.
+        keys: "halves": half the bare prompt's key, half the contexts' mean (published). "mean": of
+            all alike. "both" (ours): both are sent to the value, for models that treat a text's
+            first token specially; one column a fact all the same, and later edits preserve the mean
+            of the two.
+        norm_anchor: scale each value to the mean norm that those of the first edit of `past` had
+            (2026), against growth in long sequences.
         reference: the released code's order of operations: one LU a layer in place of kept factors.
     """
 
@@ -54,23 +58,33 @@ class MassConfig:
             ("site", ("mlp", "block", "attention+mlp")),
         ):
             if getattr(self, name) not in known:
-                raise SettingError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}")
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}"
+                )
         if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
-            raise SettingError("preservation, relative_preservation, slack and ridge have to be 0 or more")
+            raise SettingError(
+                "preservation, relative_preservation, slack and ridge have to be 0 or more"
+            )
         if self.null_energy is not None and self.null_threshold is not None:
             raise SettingError(
                 f"null_energy={self.null_energy}, null_threshold={self.null_threshold}: give one of them, either says what the null "
                 "space is"
             )
         if self.projects and not (self.ridge or self.weight(1)):
-            raise SettingError("ridge=0: nothing would hold a change in the null space; set ridge above 0 (published: 10)")
+            raise SettingError(
+                "ridge=0: nothing would hold a change in the null space; set ridge above 0 (published: 10)"
+            )
         if self.exact and self.ridge:
             raise SettingError(
                 f"ridge={self.ridge} without slack or preservation: every key is met exactly, which leaves nothing to weigh the change "
                 "against; set both above 0, or ridge=0"
             )
-        if self.reference and (self.ridge or self.projects or self.slack != 1 or self.keys == "both"):
-            raise SettingError("reference=True is MEMIT as released: without ridge, null space, slack and keys='both'")
+        if self.reference and (
+            self.ridge or self.projects or self.slack != 1 or self.keys == "both"
+        ):
+            raise SettingError(
+                "reference=True is MEMIT as released: without ridge, null space, slack and keys='both'"
+            )
 
     @property
     def projects(self) -> bool:
@@ -83,7 +97,9 @@ class MassConfig:
 
     def weight(self, d_ff: int) -> float:
         """Of C in the least-squares problem."""
-        return self.slack * (self.relative_preservation * d_ff if self.preservation is None else self.preservation)
+        return self.slack * (
+            self.relative_preservation * d_ff if self.preservation is None else self.preservation
+        )
 
 
 RESIDUAL_SHARES: dict[str, Callable[[int], float]] = {
@@ -106,11 +122,16 @@ MASS_METHODS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are 
 
 
 def _settings(method: str, model: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's row, the model's preset, and what the caller says; of two settings that say one thing, the one said last."""
+    """The method's row, the model's preset, and what the caller says; of two settings that say one
+    thing, the one said last.
+    """
     settings = {**MASS_METHODS[method], **preset(method, model)}
     if knobs.get("reference"):
         settings["keys"] = "halves"  # a preset's own choice gives way to the released one
-    for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):
+    for one, other in (
+        ("null_threshold", "null_energy"),
+        ("preservation", "relative_preservation"),
+    ):
         if other in knobs and one not in knobs:
             settings.pop(one, None)
         elif one in settings or one in knobs:

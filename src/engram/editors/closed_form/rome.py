@@ -1,7 +1,8 @@
-"""ROME: write one fact into one MLP output matrix as a rank-one change, and its repairs r-ROME and p-ROME.
+"""ROME: write one fact into one MLP output matrix as a rank-one change, and its repairs r-ROME and
+p-ROME.
 
-Knows the key, the value and the solve of one fact. Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3; the repairs: Gupta,
-Baskaran & Anumanchipalli 2024, arXiv:2403.07175.
+Knows the key, the value and the solve of one fact. Source: Meng et al. 2022, arXiv:2202.05262, Sec.
+3; the repairs: Gupta, Baskaran & Anumanchipalli 2024, arXiv:2403.07175.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ class RomeConfig:
     """Settings of ROME, with those of the value optimisation.
 
     Args:
-        variant: which keys are used. "r-rome": the key averaged over contexts throughout. "reference": the released code,
-            averaged key in the direction and the bare prompt's key in the denominator, which for some facts destroys the
-            model (rho near 0). "p-rome": the bare prompt's key throughout. "two-key" (ours): the least change that sends both the
-            bare prompt's key and the mean key of the contexts to the value; for models that treat a text's first token
-            specially, where these two keys differ.
-        residual: what r-rome adds at its key. "published": v* minus the mean output over contexts. "consistent": delta, the
-            change that the optimisation in fact applied in every context.
+        variant: which keys are used. "r-rome": the key averaged over contexts throughout.
+            "reference": the released code, averaged key in the direction and the bare prompt's key
+            in the denominator, which for some facts destroys the model (rho near 0). "p-rome": the
+            bare prompt's key throughout. "two-key" (ours): the least change that sends both the
+            bare prompt's key and the mean key of the contexts to the value; for models that treat a
+            text's first token specially, where these two keys differ.
+        residual: what r-rome adds at its key. "published": v* minus the mean output over contexts.
+            "consistent": delta, the change that the optimisation in fact applied in every context.
         ridge: added to the second moment before solving, relative to its mean eigenvalue.
     """
 
@@ -62,7 +64,9 @@ class RomeConfig:
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
-            raise SettingError(f"variant={self.variant!r}: expected one of {', '.join(map(repr, VARIANTS))}")
+            raise SettingError(
+                f"variant={self.variant!r}: expected one of {', '.join(map(repr, VARIANTS))}"
+            )
         if self.residual not in ("published", "consistent"):
             raise SettingError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
 
@@ -74,8 +78,8 @@ class RankOne:
     Attributes:
         left_d, right_f: the factors, right_f of length 1.
         key_f: mean key over contexts; value: the optimisation's result.
-        rho: (k_p . u) / (k_mean . u), 1 where the bare prompt's key is like the mean; near 0 or below, the reference
-            variant's update explodes (Gupta et al. 2024).
+        rho: (k_p . u) / (k_mean . u), 1 where the bare prompt's key is like the mean; near 0 or
+            below, the reference variant's update explodes (Gupta et al. 2024).
         norm_ratio: ||change|| / ||weight||, Frobenius.
     """
 
@@ -107,7 +111,8 @@ def rank_one_update(
     config: RomeConfig | None = None,
     engine: Engine = "auto",
 ) -> RankOne:
-    """The change of block `layer`'s MLP output matrix that sends the subject's key to a value that says the new object.
+    """The change of block `layer`'s MLP output matrix that sends the subject's key to a value that
+    says the new object.
 
     delta W = r u^T / (k . u), u = C^-1 k / ||C^-1 k||, r = wanted minus current output at k.
 
@@ -126,17 +131,26 @@ def rank_one_update(
 
 
 def _solve_updates(
-    lm: LanguageModel, facts: Sequence[Fact], layer: int, moment: SecondMoment, config: RomeConfig, values: Sequence[Value]
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    moment: SecondMoment,
+    config: RomeConfig,
+    values: Sequence[Value],
 ) -> list[RankOne]:
     """The changes that write values which were found before, each by itself, see `rank_one_update`."""
-    solved = solve_each([_key_columns(value.keys_cf, config.variant) for value in values], moment, config.ridge)
+    solved = solve_each(
+        [_key_columns(value.keys_cf, config.variant) for value in values], moment, config.ridge
+    )
     return [
         _rank_one(lm, fact, layer, config, value, solved_nf.cpu().sum(0))
         for fact, value, solved_nf in zip(facts, values, solved, strict=True)
     ]
 
 
-def _rank_one(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value: Value, solved_f: Tensor) -> RankOne:
+def _rank_one(
+    lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value: Value, solved_f: Tensor
+) -> RankOne:
     """The change along `solved_f` [f], C^-1 times the key that is sent to the value."""
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
     u_f = solved_f / solved_f.norm()
@@ -147,7 +161,11 @@ def _rank_one(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, val
         key_dot_u, residual_d = toward_bare, value.delta_d
     else:
         key_dot_u = toward_mean
-        residual_d = value.delta_d if config.residual == "consistent" else value.star_d - value.outputs_cd.mean(0)
+        residual_d = (
+            value.delta_d
+            if config.residual == "consistent"
+            else value.star_d - value.outputs_cd.mean(0)
+        )
     left_d = (residual_d.double().cpu() / key_dot_u).to(value.delta_d.dtype)
     if not (left_d.isfinite().all() and u_f.isfinite().all()):
         raise NonFiniteError(
@@ -155,8 +173,12 @@ def _rank_one(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, val
         )
     rho = float(toward_bare / toward_mean)
     if config.variant == "reference" and rho < 0.2:
-        log.warning("rho = %.3f for %r: the bare prompt's key is unlike the mean key; the reference update may break the "
-                    "model, use variant='r-rome'", rho, fact.subject)  # fmt: skip
+        log.warning(
+            "rho = %.3f for %r: the bare prompt's key is unlike the mean key; the reference update may break the "
+            "model, use variant='r-rome'",
+            rho,
+            fact.subject,
+        )
     weight_df = as_linear(lm.parts.mlp_out(layer))
     norm_ratio = float(left_d.norm() / weight_df.detach().double().norm().cpu())
     return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
@@ -164,7 +186,9 @@ def _rank_one(lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, val
 
 def _key_columns(keys_cf: Tensor, variant: Variant) -> Tensor:
     """[f, 1 or 2]: the keys that are sent to the value."""
-    if variant == "two-key" and len(keys_cf) > 1:  # with the bare prompt alone there is one key only
+    if (
+        variant == "two-key" and len(keys_cf) > 1
+    ):  # with the bare prompt alone there is one key only
         return torch.stack([keys_cf[0], keys_cf[1:].mean(0)], 1)
     return (keys_cf[0] if variant in ("p-rome", "two-key") else keys_cf.mean(0))[:, None]
 
@@ -187,9 +211,15 @@ class _Setup:
 
     def edit(self, facts: Sequence[Fact], done: Sequence[RankOne], seed: int) -> Edit:
         """Of the changes that were found for these facts."""
-        left_dn, right_nf = torch.stack([u.left_d for u in done], 1), torch.stack([u.right_f for u in done])
+        left_dn, right_nf = (
+            torch.stack([u.left_d for u in done], 1),
+            torch.stack([u.right_f for u in done]),
+        )
         delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
-        diagnostics = {"facts": [u.diagnostics() for u in done], "condition": self.moment.condition()}
+        diagnostics = {
+            "facts": [u.diagnostics() for u in done],
+            "condition": self.moment.condition(),
+        }
         keys = {self.weight: torch.stack([u.key_f for u in done]).to(delta.left.dtype)}
         return Edit(
             tuple(facts),
@@ -222,7 +252,9 @@ def _prepare(
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
     preset_corpus = settings.pop("corpus", None)
     corpus = preset_corpus if corpus is None else corpus
-    config = read(RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed")
+    config = read(
+        RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed"
+    )
     if layer == "auto":
         from engram.layers.choice import choose_layers
 
@@ -241,7 +273,9 @@ def _prepare(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress or no_progress)[layer]
+    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress or no_progress)[
+        layer
+    ]
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
     return _Setup(layer, weight, config, contexts, moment, describe_base(lm, [weight]))
 
@@ -263,20 +297,25 @@ def rome(
 ) -> Edit:
     """Rewrite facts one after another, each by a rank-one change of one block's MLP output matrix.
 
-    A later fact sees the weights as the earlier ones left them, as in the released code; `lm` is not changed.
+    A later fact sees the weights as the earlier ones left them, as in the released code; `lm` is
+    not changed.
 
     Args:
-        layer: block to edit, from 0; "auto" asks the model's layer card, see `engram.layer_card`, and makes a quick one
-            where there is none; default: the preset of this model.
-        contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model with `seed`.
-        second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and cached.
-        corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that the model itself samples.
+        layer: block to edit, from 0; "auto" asks the model's layer card, see `engram.layer_card`,
+            and makes a quick one where there is none; default: the preset of this model.
+        contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model
+            with `seed`.
+        second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and
+            cached.
+        corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that
+            the model itself samples.
         past: edits made before on the same base, in force while this one is made.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is being done, done, in all).
         knobs: the fields of RomeConfig and ValueConfig.
     Raises:
-        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: see rank_one_update.
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with;
+            NonFiniteError: see rank_one_update.
     """
     report = progress or no_progress
     given: dict[str, Any] = {
@@ -291,11 +330,15 @@ def rome(
     with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
             report("value", i, len(facts))
-            update = rank_one_update(lm, fact, ready.layer, ready.moment, ready.contexts, ready.config, engine)
+            update = rank_one_update(
+                lm, fact, ready.layer, ready.moment, ready.contexts, ready.config, engine
+            )
             done.append(update)
             if i + 1 < len(facts):
                 step = Delta(update.left_d[:, None], update.right_f[None])
-                edited.enter_context(Edit((fact,), "rome", ready.recipe, {ready.weight: step}, ready.base).laid(lm))
+                edited.enter_context(
+                    Edit((fact,), "rome", ready.recipe, {ready.weight: step}, ready.base).laid(lm)
+                )
         report("value", len(facts), len(facts))
     return ready.edit(facts, done, seed)
 
@@ -310,7 +353,8 @@ def rome_each(
     progress: Report | None = None,
     **settings: Any,
 ) -> list[Edit]:
-    """Many edits of one fact each, every one made on the unedited model: what `rome` gives of each, with values in batches.
+    """Many edits of one fact each, every one made on the unedited model: what `rome` gives of each,
+    with values in batches.
 
     Args:
         facts_per_batch: facts whose values are optimised in one batch, which bounds memory.
@@ -320,7 +364,13 @@ def rome_each(
     ready = _prepare(lm, facts, seed=seed, progress=progress, **settings)
     found: dict[int, Value] = {}
     for i, value in optimise_values(
-        lm, facts, ready.layer, ready.contexts, ready.config.value, engine=engine, facts_per_batch=facts_per_batch
+        lm,
+        facts,
+        ready.layer,
+        ready.contexts,
+        ready.config.value,
+        engine=engine,
+        facts_per_batch=facts_per_batch,
     ):
         report("value", len(found), len(facts))
         found[i] = value

@@ -1,8 +1,10 @@
-"""Rows of tokens whose state at the subject is shifted: logits where they are read, again and again for other shifts.
+"""Rows of tokens whose state at the subject is shifted: logits where they are read, again and again
+for other shifts.
 
-Knows blocks, positions and which fact a row belongs to. Refuses to know losses. Replayed, only blocks above the shift and
-positions from the subject's last token on are run, and the last block only where logits are read; a model that cannot be
-replayed runs whole, and so do rows that, with their subjects one below the other, are longer than the model takes.
+Knows blocks, positions and which fact a row belongs to. Refuses to know losses. Replayed, only
+blocks above the shift and positions from the subject's last token on are run, and the last block
+only where logits are read; a model that cannot be replayed runs whole, and so do rows that, with
+their subjects one below the other, are longer than the model takes.
 """
 
 from __future__ import annotations
@@ -25,22 +27,30 @@ from engram.model.tokens import pad_right
 from engram.modules.hooks import record, substitute
 
 Site = Literal["mlp", "block", "attention+mlp"]  # which states of a block are shifted
-Readouts = Mapping[str, tuple[str, Literal["in", "out"]]]  # name -> (module, its input or its output)
+Readouts = Mapping[
+    str, tuple[str, Literal["in", "out"]]
+]  # name -> (module, its input or its output)
 
 
-def site_modules(lm: LanguageModel, site: Site, layer: int) -> dict[str, tuple[str, Literal["in", "out"]]]:
+def site_modules(
+    lm: LanguageModel, site: Site, layer: int
+) -> dict[str, tuple[str, Literal["in", "out"]]]:
     """The modules whose outputs are shifted, in order."""
     names = {
         "mlp": [lm.parts.mlp_out_name(layer)],
         "block": [lm.parts.block_name(layer)],
-        "attention+mlp": [lm.parts.site_module_name("attention", layer), lm.parts.mlp_out_name(layer)],
+        "attention+mlp": [
+            lm.parts.site_module_name("attention", layer),
+            lm.parts.mlp_out_name(layer),
+        ],
     }
     return {f"shifted {i}": (name, "out") for i, name in enumerate(names[site])}
 
 
 @torch.no_grad()
 def mlp_shift_reaches_block_output(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
-    """Whether what is added to the MLP output matrix's output is added to the block's: not where a norm or a factor is in between.
+    """Whether what is added to the MLP output matrix's output is added to the block's: not where a
+    norm or a factor is in between.
 
     Args:
         within: largest part of a shift that may be lost or changed on the way.
@@ -60,9 +70,15 @@ def mlp_shift_reaches_block_output(lm: LanguageModel, layer: int, within: float 
 
 
 def shifted_at(lm: LanguageModel, layer: int, site: Site, engine: Engine) -> Site:
-    """Where a shift is added: an MLP's at the block's output where that is the same sum, so that the block need not be run again."""
+    """Where a shift is added: an MLP's at the block's output where that is the same sum, so that
+    the block need not be run again.
+    """
     rounding = max(1e-4, 4 * torch.finfo(lm.dtype).eps)
-    same = site == "mlp" and use_replay(lm, engine) and mlp_shift_reaches_block_output(lm, layer, rounding)
+    same = (
+        site == "mlp"
+        and use_replay(lm, engine)
+        and mlp_shift_reaches_block_output(lm, layer, rounding)
+    )
     return "block" if same else site
 
 
@@ -71,7 +87,8 @@ class TokenRows:
     """Token rows of several facts.
 
     Attributes:
-        ids: one list a row; lookup: the subject's last token in it; reads: positions whose logits are wanted.
+        ids: one list a row; lookup: the subject's last token in it; reads: positions whose logits
+            are wanted.
         owner: which fact a row belongs to; rows of one fact stand together, and as many for each.
     """
 
@@ -91,8 +108,10 @@ class TokenRows:
         return max(self.lookup) + self.suffix
 
     def shared(self) -> tuple[list[int], int]:
-        """How many tokens the first rows of all facts begin with in common, the second ones, and so on, as far as it is before their
-        subjects' last tokens; and positions that hold any shared part and the longest rest. No tokens where it saves little."""
+        """How many tokens the first rows of all facts begin with in common, the second ones, and so
+        on, as far as it is before their
+        subjects' last tokens; and positions that hold any shared part and the longest rest. No
+        tokens where it saves little."""
         of = self.owner.count(0)
         tokens = []
         for k in range(of):
@@ -113,7 +132,10 @@ class TokenRows:
         rows = [row for row, owner in enumerate(self.owner) if owner in place]
         some = lambda values: [values[row] for row in rows]  # noqa: E731
         return rows, TokenRows(
-            some(self.ids), some(self.lookup), some(self.reads), [place[self.owner[row]] for row in rows]
+            some(self.ids),
+            some(self.lookup),
+            some(self.reads),
+            [place[self.owner[row]] for row in rows],
         )
 
 
@@ -124,15 +146,30 @@ class ShiftedRows:
         recording: of these rows, of blocks from `layer` on; None where the model runs whole.
     """
 
-    def __init__(self, lm: LanguageModel, rows: TokenRows, layer: int, site: Site, recording: Recording | None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: TokenRows,
+        layer: int,
+        site: Site,
+        recording: Recording | None,
+    ) -> None:
         self.lm, self.rows, self.layer, self.site, self.recording = lm, rows, layer, site, recording
-        self.modules = [lm.model.get_submodule(name) for name, _ in site_modules(lm, site, layer).values()]
+        self.modules = [
+            lm.model.get_submodule(name) for name, _ in site_modules(lm, site, layer).values()
+        ]
         self.owner_b = torch.tensor(rows.owner)
         self.read_rows = torch.tensor([row for row, reads in enumerate(rows.reads) for _ in reads])
 
     @classmethod
     def recorded(
-        cls, lm: LanguageModel, rows: TokenRows, layer: int, site: Site, engine: Engine, wanted: Readouts
+        cls,
+        lm: LanguageModel,
+        rows: TokenRows,
+        layer: int,
+        site: Site,
+        engine: Engine,
+        wanted: Readouts,
     ) -> tuple[ShiftedRows, dict[str, Tensor]]:
         """Run the rows once, unshifted; with what was wanted at each row's subject, [b, width]."""
         inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
@@ -146,7 +183,10 @@ class ShiftedRows:
         else:
             shared = []
             recording = record_run(
-                lm, pad_right(rows.ids, rows.aligned if replays else None), inputs=inputs, outputs=outputs
+                lm,
+                pad_right(rows.ids, rows.aligned if replays else None),
+                inputs=inputs,
+                outputs=outputs,
             )
 
         def at_subject(name: str, side: str) -> Tensor:
@@ -161,7 +201,11 @@ class ShiftedRows:
     def only(self, facts: Sequence[int]) -> ShiftedRows:
         """The rows of some of the facts, which are renumbered."""
         numbers, rows = self.rows.of(facts)
-        kept = None if self.recording is None else self.recording.narrowed(self.lm, torch.tensor(numbers), self.layer)
+        kept = (
+            None
+            if self.recording is None
+            else self.recording.narrowed(self.lm, torch.tensor(numbers), self.layer)
+        )
         return ShiftedRows(self.lm, rows, self.layer, self.site, kept)
 
     def logits(self, delta_nsd: Tensor) -> Tensor:
@@ -173,7 +217,7 @@ class ShiftedRows:
         shift_bsd = delta_nsd[self.owner_b.to(delta_nsd.device)]
         return self._whole(shift_bsd) if self.recording is None else self._replayed(shift_bsd)
 
-    # -- replayed ------------------------------------------------------------------------------------------------------
+    # -- replayed ----------------------------------------------------------------------------------
 
     @cached_property
     def _suffix(self) -> Suffix:
@@ -183,17 +227,26 @@ class ShiftedRows:
     @cached_property
     def _alone(self) -> Suffix:
         assert self.recording is not None
-        return self._suffix if self.rows.suffix == 1 else Suffix(self.lm, self.recording, self.rows.lookup, 1)
+        return (
+            self._suffix
+            if self.rows.suffix == 1
+            else Suffix(self.lm, self.recording, self.rows.lookup, 1)
+        )
 
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor]:
         """Places of the reads in the suffix, [b, r] padded with the last; and of each read in that."""
-        columns = [[at - lookup for at in reads] for reads, lookup in zip(self.rows.reads, self.rows.lookup, strict=True)]
+        columns = [
+            [at - lookup for at in reads]
+            for reads, lookup in zip(self.rows.reads, self.rows.lookup, strict=True)
+        ]
         return pad_right(columns), torch.tensor([i for reads in columns for i in range(len(reads))])
 
     @cached_property
     def _unshifted(self) -> tuple[Tensor, Tensor]:
-        """What enters the shifted block, or leaves it where that is shifted, at the subject; and what leaves it behind it."""
+        """What enters the shifted block, or leaves it where that is shifted, at the subject; and
+        what leaves it behind it.
+        """
         entry = self.layer + (self.site == "block")
         return self._alone.states(entry), self._suffix.states(self.layer + 1)[:, 1:]
 
@@ -202,7 +255,9 @@ class ShiftedRows:
         if self.site == "block":
             subject_b1d = subject_b1d + shift_bsd.to(subject_b1d)
         else:
-            with substitute({module: _adding(shift_bsd[:, i]) for i, module in enumerate(self.modules)}):
+            with substitute(
+                {module: _adding(shift_bsd[:, i]) for i, module in enumerate(self.modules)}
+            ):
                 subject_b1d = self._alone.block(self.layer, subject_b1d)
         hidden_bqd, top = torch.cat([subject_b1d, after], 1), self.lm.n_layers - 1
         columns_br, slots = self._columns
@@ -215,14 +270,16 @@ class ShiftedRows:
             slots = columns_br[self.read_rows, slots]
         return self.lm.parts.head(hidden_bqd[self.read_rows, slots])
 
-    # -- whole forward passes ------------------------------------------------------------------------------------------
+    # -- whole forward passes ----------------------------------------------------------------------
 
     def _whole(self, shift_bsd: Tensor) -> Tensor:
         lm, rows, ids_bt = self.lm, torch.arange(len(self.rows.ids)), pad_right(self.rows.ids)
         seen: dict[str, Tensor] = {}
 
         def at_subject(shift_bd: Tensor, out: Tensor) -> Tensor:
-            placed = torch.zeros(*ids_bt.shape, shift_bd.shape[-1], dtype=out.dtype, device=out.device)
+            placed = torch.zeros(
+                *ids_bt.shape, shift_bd.shape[-1], dtype=out.dtype, device=out.device
+            )
             placed[rows, self.rows.lookup] = shift_bd.to(out)
             return out + placed.view(out.shape)
 
@@ -230,7 +287,10 @@ class ShiftedRows:
             seen["last"] = out
             return out
 
-        changes = {module: lambda out, i=i: at_subject(shift_bsd[:, i], out) for i, module in enumerate(self.modules)}
+        changes = {
+            module: lambda out, i=i: at_subject(shift_bsd[:, i], out)
+            for i, module in enumerate(self.modules)
+        }
         with substitute(changes), substitute({lm.parts.blocks[-1]: keep}):
             base_model(lm)(ids_bt.to(lm.device), use_cache=False)
         positions = [at for reads in self.rows.reads for at in reads]

@@ -1,14 +1,18 @@
-"""The least-squares core of every closed-form method: which change of a matrix sends keys where they shall go, and least elsewhere.
+"""The least-squares core of every closed-form method: which change of a matrix sends keys where
+they shall go, and least elsewhere.
 
-    minimise ||Delta K - R||^2 + weight tr(Delta C Delta^T) + ||Delta K_past||^2 + ridge ||Delta||^2, with Delta = Delta P
+    minimise ||Delta K - R||^2 + weight tr(Delta C Delta^T) + ||Delta K_past||^2 + ridge
+    ||Delta||^2, with Delta = Delta P
 
-Delta = R X^T, and X does not depend on R: column i of X says how far the change answers to key i. So a mass edit is one column
-a fact. Knows matrices, float64, Cholesky; refuses to know where keys and residuals come from (see keys, values).
+Delta = R X^T, and X does not depend on R: column i of X says how far the change answers to key i.
+So a mass edit is one column a fact. Knows matrices, float64, Cholesky; refuses to know where keys
+and residuals come from (see keys, values).
 
-In coordinates in which weight C + ridge I is the identity (y = A^-1 k), X = A^-T (I + Y Y^T)^-1 Y: a system as wide as the
-keys are long (primal), or, pushed through, A^-T Y (I + Y^T Y)^-1, as wide as there are keys (dual). The smaller one is
-solved. Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1, and arXiv:2210.07229, Sec. 4; Gupta et al. 2024,
-arXiv:2403.14236 (equality); Fang et al. 2024, arXiv:2410.02355 (projector).
+In coordinates in which weight C + ridge I is the identity (y = A^-1 k), X = A^-T (I + Y Y^T)^-1 Y:
+a system as wide as the keys are long (primal), or, pushed through, A^-T Y (I + Y^T Y)^-1, as wide
+as there are keys (dual). The smaller one is solved. Source: Meng et al. 2022, arXiv:2202.05262,
+Sec. 3.1, and arXiv:2210.07229, Sec. 4; Gupta et al. 2024, arXiv:2403.14236 (equality); Fang et al.
+2024, arXiv:2410.02355 (projector).
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ class Preservation:
 
     Args:
         moment: C, mean of k k^T over ordinary text, [f, f].
-        weight: of C, MEMIT's lambda (`mom2_update_weight`). It means something against d_ff only: k^T C^-1 k is d_ff on average.
+        weight: of C, MEMIT's lambda (`mom2_update_weight`). It means something against d_ff only:
+            k^T C^-1 k is d_ff on average.
         ridge: of ||Delta||^2, absolute.
         past_fp: [f, p] keys of earlier edits.
         basis_fr: [f, r] orthonormal; the change acts on its span only (AlphaEdit's null space).
@@ -45,7 +50,9 @@ class Preservation:
     basis_fr: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.weight > 0 or (self.basis_fr is not None and self.ridge > 0), "nothing would hold the change"
+        assert self.weight > 0 or (self.basis_fr is not None and self.ridge > 0), (
+            "nothing would hold the change"
+        )
 
 
 def solve(keys_fn: Tensor, preservation: Preservation, route: Route = "auto") -> Tensor:
@@ -59,7 +66,11 @@ def solve(keys_fn: Tensor, preservation: Preservation, route: Route = "auto") ->
     """
     keys_fn = _finite(keys_fn)
     n = keys_fn.shape[1]
-    every = keys_fn if preservation.past_fp is None else torch.cat([keys_fn, preservation.past_fp.to(keys_fn)], 1)
+    every = (
+        keys_fn
+        if preservation.past_fp is None
+        else torch.cat([keys_fn, preservation.past_fp.to(keys_fn)], 1)
+    )
     space = _Whitened(preservation, keys_fn.device)
     y_rm = space.down(every)
     if route == "auto":
@@ -76,10 +87,13 @@ def solve(keys_fn: Tensor, preservation: Preservation, route: Route = "auto") ->
 
 
 def solve_exactly(keys_fn: Tensor, moment: SecondMoment, ridge: float = 0.0) -> Tensor:
-    """X^T [n, f] of the change with Delta K = R that moves ordinary text least: (K^T C^-1 K)^-1 K^T C^-1, float64.
+    """X^T [n, f] of the change with Delta K = R that moves ordinary text least: (K^T C^-1 K)^-1 K^T
+    C^-1, float64.
 
-    The limit of `solve` for weight -> 0. Of keys that depend on each other, up to the rounding of their dtype, the least-squares
-    solution is taken: met exactly, the rounding between two computations of one key would be blown up into the change.
+    The limit of `solve` for weight -> 0. Of keys that depend on each other, up to the rounding of
+    their dtype, the least-squares
+    solution is taken: met exactly, the rounding between two computations of one key would be blown
+        up into the change.
 
     Args:
         ridge: added to C, times its mean eigenvalue.
@@ -89,12 +103,17 @@ def solve_exactly(keys_fn: Tensor, moment: SecondMoment, ridge: float = 0.0) -> 
 
 
 def solve_each(keys: Sequence[Tensor], moment: SecondMoment, ridge: float = 0.0) -> list[Tensor]:
-    """`solve_exactly` of several changes, each by itself: C's factor, which is large, is gone through once for all of them."""
+    """`solve_exactly` of several changes, each by itself: C's factor, which is large, is gone
+    through once for all of them.
+    """
     finite = [_finite(keys_fn) for keys_fn in keys]
     solved = moment.solve(torch.cat(finite, 1), ridge=ridge).to(finite[0].device)
     parts = solved.split([keys_fn.shape[1] for keys_fn in keys], 1)
     rounding = 10 * torch.finfo(keys[0].dtype).eps
-    return [_exactly(keys_fn, solved_fn, rounding) for keys_fn, solved_fn in zip(finite, parts, strict=True)]
+    return [
+        _exactly(keys_fn, solved_fn, rounding)
+        for keys_fn, solved_fn in zip(finite, parts, strict=True)
+    ]
 
 
 def _exactly(keys_fn: Tensor, solved_fn: Tensor, rounding: float) -> Tensor:
@@ -108,28 +127,40 @@ def _exactly(keys_fn: Tensor, solved_fn: Tensor, rounding: float) -> Tensor:
 
 
 def solve_as_published(keys_fn: Tensor, preservation: Preservation) -> Tensor:
-    """X^T [n, f] by the released code's own order of operations: one LU of the whole matrix a batch, nothing kept.
+    """X^T [n, f] by the released code's own order of operations: one LU of the whole matrix a
+    batch, nothing kept.
 
-    For parity, and to be measured against; MEMIT and MEMIT-seq (weight and past keys, no ridge, no projector).
+    For parity, and to be measured against; MEMIT and MEMIT-seq (weight and past keys, no ridge, no
+    projector).
     """
     keys_fn = _finite(keys_fn)
-    matrix_ff = preservation.weight * preservation.moment.matrix_ff.to(keys_fn) + keys_fn @ keys_fn.T
+    matrix_ff = (
+        preservation.weight * preservation.moment.matrix_ff.to(keys_fn) + keys_fn @ keys_fn.T
+    )
     if preservation.past_fp is not None:
         matrix_ff += preservation.past_fp.to(keys_fn) @ preservation.past_fp.to(keys_fn).T
     return torch.linalg.solve(matrix_ff, keys_fn).T
 
 
 class _Whitened:
-    """Coordinates in which weight C + ridge I, on the basis' span where there is one, is the identity."""
+    """Coordinates in which weight C + ridge I, on the basis' span where there is one, is the
+    identity.
+    """
 
     def __init__(self, preservation: Preservation, device: torch.device) -> None:
         moment, weight, ridge = preservation.moment, preservation.weight, preservation.ridge
         self.scale = 1.0
         self.factor: Tensor | None = None
-        self.basis_fr = None if preservation.basis_fr is None else preservation.basis_fr.to(device, torch.float64)
+        self.basis_fr = (
+            None
+            if preservation.basis_fr is None
+            else preservation.basis_fr.to(device, torch.float64)
+        )
         if self.basis_fr is None:
             mean = float(moment.matrix_ff.diagonal().mean())
-            self.factor = moment.factor(ridge / (weight * mean)).to(device)  # of C + (ridge / weight) I, kept by the moment
+            self.factor = moment.factor(ridge / (weight * mean)).to(
+                device
+            )  # of C + (ridge / weight) I, kept by the moment
             self.scale = weight**-0.5
         elif weight:
             held_rr = weight * self.basis_fr.T @ moment.matrix_ff.to(device) @ self.basis_fr
@@ -140,7 +171,11 @@ class _Whitened:
 
     def down(self, keys_fm: Tensor) -> Tensor:
         y_rm = keys_fm if self.basis_fr is None else self.basis_fr.T @ keys_fm
-        return self.scale * (y_rm if self.factor is None else torch.linalg.solve_triangular(self.factor, y_rm, upper=False))
+        return self.scale * (
+            y_rm
+            if self.factor is None
+            else torch.linalg.solve_triangular(self.factor, y_rm, upper=False)
+        )
 
     def up(self, x_nr: Tensor) -> Tensor:
         if self.factor is not None:
@@ -152,5 +187,7 @@ def _finite(keys_fn: Tensor) -> Tensor:
     """Keys in float64, on their accelerator where it has that, otherwise on the CPU."""
     keys_fn = keys_fn.detach().to(keys_fn.device if keys_fn.is_cuda else "cpu", torch.float64)
     if not keys_fn.isfinite().all():
-        raise NonFiniteError("a key holds NaN or infinity; nothing was changed. Try dtype=torch.float32")
+        raise NonFiniteError(
+            "a key holds NaN or infinity; nothing was changed. Try dtype=torch.float32"
+        )
     return keys_fn

@@ -1,8 +1,9 @@
 """Keys and states at the subjects of many facts, layer after layer while weights below change.
 
-Rows end at their subject, nothing behind it is needed. What enters the first edited block is computed once; afterwards only the
-blocks up to the asked layer are run, and those up to the last one for the bare prompts (spec of the update phase: the released code
-runs every row through the whole model at every layer). Knows blocks. Refuses to know what is solved with the keys.
+Rows end at their subject, nothing behind it is needed. What enters the first edited block is
+computed once; afterwards only the blocks up to the asked layer are run, and those up to the last
+one for the bare prompts (spec of the update phase: the released code runs every row through the
+whole model at every layer). Knows blocks. Refuses to know what is solved with the keys.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ class SubjectStates:
         self.state_name = list(site_modules(lm, site, self.last).values())[-1][0]
         self.chunks: list[_Chunk] = []
         replays = use_replay(lm, engine)
-        rows = [[subject_row(lm, fact.subject, fact.prompt, context) for context in contexts] for fact in facts]
+        rows = [
+            [subject_row(lm, fact.subject, fact.prompt, context) for context in contexts]
+            for fact in facts
+        ]
         order = sorted(range(len(facts)), key=lambda i: max(at for _, at in rows[i]))
         size = max(1, _ROWS // len(contexts))
         for start in range(0, len(order), size):
@@ -75,7 +79,9 @@ class SubjectStates:
             ids_bt = pad_right(cut)
             suffix = hidden = None
             if replays:
-                recording = record_run(lm, ids_bt, until=self.last).narrowed(lm, torch.arange(len(cut)), self.first)
+                recording = record_run(lm, ids_bt, until=self.last).narrowed(
+                    lm, torch.arange(len(cut)), self.first
+                )
                 suffix = Suffix(lm, recording, 0, ids_bt.shape[1])
                 hidden = recording.hidden[self.first]
             lookup = torch.tensor([len(row) - 1 for row in cut])
@@ -84,18 +90,24 @@ class SubjectStates:
 
     @torch.no_grad()
     def at(self, layer: int, around: RowContext = no_edits) -> tuple[Tensor, Tensor]:
-        """With the weights as they are now: keys [n, contexts, f] of `layer`'s MLP output matrix, states [n, d] of the bare prompts.
+        """With the weights as they are now: keys [n, contexts, f] of `layer`'s MLP output matrix,
+        states [n, d] of the bare prompts.
 
         Float32 (float64 for a float64 model), in the order of the facts.
 
         Args:
-            around: given the number of each row's fact, lays what is in force for these rows, such as changes of their own.
+            around: given the number of each row's fact, lays what is in force for these rows, such
+                as changes of their own.
         """
         found: list[tuple[Tensor, Tensor]] = []
         for chunk in self.chunks:
-            keys_bf, states_nd = (self._replayed if chunk.suffix is not None else self._whole)(chunk, layer, around)
+            keys_bf, states_nd = (self._replayed if chunk.suffix is not None else self._whole)(
+                chunk, layer, around
+            )
             wide = torch.promote_types(keys_bf.dtype, torch.float32)
-            found.append((keys_bf.to(wide).unflatten(0, (len(chunk.facts), -1)), states_nd.to(wide)))
+            found.append(
+                (keys_bf.to(wide).unflatten(0, (len(chunk.facts), -1)), states_nd.to(wide))
+            )
         place = torch.tensor([i for chunk in self.chunks for i in chunk.facts]).argsort()
         keys_ncf, states_nd = (torch.cat(each) for each in zip(*found, strict=True))
         return keys_ncf[place.to(keys_ncf.device)], states_nd[place.to(states_nd.device)]
@@ -111,7 +123,10 @@ class SubjectStates:
         chunk.layer = layer
         keys_bf = self._at_subject(seen[name], chunk)
         hidden_ntd = chunk.hidden_btd[chunk.bare.to(chunk.hidden_btd.device)]
-        with around(chunk.facts), record(self.lm.model, outputs=[self.state_name], stop=True) as seen:
+        with (
+            around(chunk.facts),
+            record(self.lm.model, outputs=[self.state_name], stop=True) as seen,
+        ):
             for above in range(layer, self.last + 1):
                 hidden_ntd = chunk.suffix.block(above, hidden_ntd, chunk.bare)
         return keys_bf, self._at_subject(seen[self.state_name], chunk, chunk.bare)
@@ -124,7 +139,9 @@ class SubjectStates:
         ):
             base_model(self.lm)(chunk.ids_bt.to(self.lm.device), use_cache=False)
         key = f"{name}:input" if name == self.state_name else name
-        return self._at_subject(seen[key], chunk), self._at_subject(seen[self.state_name], chunk)[chunk.bare]
+        return self._at_subject(seen[key], chunk), self._at_subject(seen[self.state_name], chunk)[
+            chunk.bare
+        ]
 
     @staticmethod
     def _at_subject(seen: Tensor, chunk: _Chunk, rows: Tensor | None = None) -> Tensor:

@@ -59,9 +59,18 @@ def _found(
     report("value", len(facts) - len(missing), len(facts))
     asked = [facts[i] for i in missing]
     batches = value_batches(lm, asked, contexts, config.value, facts_per_batch)
-    job = ValuesJob(lm if workers is None else ByName.of(lm), layer, tuple(contexts), config.value, config.site, engine)
+    job = ValuesJob(
+        lm if workers is None else ByName.of(lm),
+        layer,
+        tuple(contexts),
+        config.value,
+        config.site,
+        engine,
+    )
     done = len(facts) - len(missing)
-    for number, values in (workers or Here()).run(job, [tuple(asked[i] for i in batch) for batch in batches]):
+    for number, values in (workers or Here()).run(
+        job, [tuple(asked[i] for i in batch) for batch in batches]
+    ):
         for i, value in zip(batches[number], values, strict=True):
             found[missing[i]] = value
             store.put(names[missing[i]], value)

@@ -1,7 +1,8 @@
-"""Values that were found before, each under a digest of everything it depends on, in one file that a killed run goes on with.
+"""Values that were found before, each under a digest of everything it depends on, in one file that
+a killed run goes on with.
 
-Knows digests and SQLite. Refuses to know how values are found. (The released code keys its cache by layer, clamp and case number,
-and hands out stale values when anything else changes.)
+Knows digests and SQLite. Refuses to know how values are found. (The released code keys its cache by
+layer, clamp and case number, and hands out stale values when anything else changes.)
 """
 
 from __future__ import annotations
@@ -69,16 +70,28 @@ class ValueStore:
     def _model(self) -> str:
         return identity(self._lm)
 
-    def name(self, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig) -> str:
+    def name(
+        self, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig
+    ) -> str:
         """The digest under which a fact's value is kept; "" where nothing is."""
         if self._file is None:
             return ""
-        about = [fact.prompt, fact.subject, fact.target, layer, list(contexts), site, asdict(config)]
+        about = [
+            fact.prompt,
+            fact.subject,
+            fact.target,
+            layer,
+            list(contexts),
+            site,
+            asdict(config),
+        ]
         return sha256_of(self._model, json.dumps(about, sort_keys=True))
 
     def get(self, names: Sequence[str]) -> list[Value | None]:
         """The values that are there."""
-        rows = [self._run("SELECT losses, tensors FROM found WHERE name = ?", name) for name in names]
+        rows = [
+            self._run("SELECT losses, tensors FROM found WHERE name = ?", name) for name in names
+        ]
         try:
             return [None if row is None else _value(*row) for row in rows]
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -87,7 +100,9 @@ class ValueStore:
     def put(self, name: str, value: Value) -> None:
         """Keep a value; when this returns it is on disk."""
         losses = json.dumps([value.losses, value.delta_norms])
-        tensors = safetensors.torch.save({"start": value.start_d.cpu(), "delta": value.delta_d.cpu().contiguous()})
+        tensors = safetensors.torch.save(
+            {"start": value.start_d.cpu(), "delta": value.delta_d.cpu().contiguous()}
+        )
         self._run("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", name, losses, tensors)
 
     def _run(self, statement: str, *values: str | bytes) -> Any:
@@ -110,4 +125,6 @@ def _value(losses: str, tensors: bytes) -> Value:
     found: dict[str, torch.Tensor] = safetensors.torch.load(tensors)
     terms, norms = json.loads(losses)
     nothing = found["start"].new_zeros(0, 0)
-    return Value(found["start"], found["delta"], nothing, nothing, [tuple(each) for each in terms], norms)
+    return Value(
+        found["start"], found["delta"], nothing, nothing, [tuple(each) for each in terms], norms
+    )

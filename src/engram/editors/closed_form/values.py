@@ -1,9 +1,12 @@
-"""Values: the change of one state at the subject that makes the model say the new object, optimised for many facts at once.
+"""Values: the change of one state at the subject that makes the model say the new object, optimised
+for many facts at once.
 
-Knows facts, a layer, contexts, and the loss. Refuses to know how a value is written into weights (see rome, mass) and how
-rows are computed (see value_rows). Facts are independent: one backward pass of the summed losses gives each its own gradient,
-Adam works element by element, and a fact that is done leaves the batch. So a batch gives what one by one gives, up to rounding.
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E, arXiv:2210.07229, Sec. 4.3; Li et al. 2024,
+Knows facts, a layer, contexts, and the loss. Refuses to know how a value is written into weights
+(see rome, mass) and how rows are computed (see value_rows). Facts are independent: one backward
+pass of the summed losses gives each its own gradient, Adam works element by element, and a fact
+that is done leaves the batch. So a batch gives what one by one gives, up to rounding.
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E, arXiv:2210.07229, Sec. 4.3; Li
+    et al. 2024,
 arXiv:2308.08742 (PMET's two states); constants and order of operations as in the released code.
 """
 
@@ -17,7 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engram.editors.closed_form.shifted_rows import ShiftedRows, Site, TokenRows, shifted_at, site_modules
+from engram.editors.closed_form.shifted_rows import (
+    ShiftedRows,
+    Site,
+    TokenRows,
+    shifted_at,
+    site_modules,
+)
 from engram.engine.attention import short_attention_in_eager
 from engram.engine.replayable import Engine
 from engram.errors import FactError, NonFiniteError, SettingError
@@ -25,7 +34,10 @@ from engram.facts import Fact, token_span
 from engram.model.language_model import LanguageModel
 
 KL_PROMPT = "{} is a"
-_ADAPTED_NLL, _ADAPTED_KL = 0.1, 0.01  # PMET: weight of the NLL once the object is said, and the KL at which it is done
+_ADAPTED_NLL, _ADAPTED_KL = (
+    0.1,
+    0.01,
+)  # PMET: weight of the NLL once the object is said, and the KL at which it is done
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,13 @@ class ValueConfig:
         steps: forward passes at most; the last one is not followed by an update.
         weight_decay: times ||delta|| / ||v0||^2, the released form.
         kl_weight: times KL(edited || original) of the next token at the subject (nats).
-        kl_position: where that KL is read: at the subject's last token (released), or at the end of "<subject> is a" (paper).
+        kl_position: where that KL is read: at the subject's last token (released), or at the end of
+            "<subject> is a" (paper).
         clamp: largest ||delta|| as a multiple of ||v0||.
-        stop: when a fact is done before the last step. "loss": its loss is below `stop_loss`. "argmax": also as soon as every
-            token of the object is the most probable one in every context (Gupta et al. 2025), which keeps values short in long
-            sequences of edits. "adaptive": PMET's rule, which then weighs the NLL a tenth and waits for the KL.
+        stop: when a fact is done before the last step. "loss": its loss is below `stop_loss`.
+            "argmax": also as soon as every token of the object is the most probable one in every
+            context (Gupta et al. 2025), which keeps values short in long sequences of edits.
+            "adaptive": PMET's rule, which then weighs the NLL a tenth and waits for the KL.
     """
 
     steps: int = 20
@@ -56,7 +70,9 @@ class ValueConfig:
         if self.steps < 1:
             raise SettingError(f"steps={self.steps}: at least one forward pass is needed")
         if self.clamp <= 0 or self.learning_rate <= 0:
-            raise SettingError(f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0")
+            raise SettingError(
+                f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0"
+            )
         if self.stop not in ("loss", "argmax", "adaptive"):
             raise SettingError(f"stop={self.stop!r}: expected 'loss', 'argmax' or 'adaptive'")
         if self.kl_position not in ("lookup", "last"):
@@ -65,13 +81,16 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class Value:
-    """What the optimisation found for one fact, and what was read from the same forward pass on the way.
+    """What the optimisation found for one fact, and what was read from the same forward pass on the
+    way.
 
     Attributes:
-        start_d: v0, the state at the subject's last token of the bare prompt; delta_d: the change; v* is their sum.
-        keys_cf: [contexts, f] input of the MLP output matrix at the subject's last token; outputs_cd: its output there. Without
-            rows where the value comes from a store.
-        losses: one (total, nll, kl, weight decay) a forward pass; delta_norms: ||delta|| used in it.
+        start_d: v0, the state at the subject's last token of the bare prompt; delta_d: the change;
+            v* is their sum.
+        keys_cf: [contexts, f] input of the MLP output matrix at the subject's last token;
+            outputs_cd: its output there. Without rows where the value comes from a store.
+        losses: one (total, nll, kl, weight decay) a forward pass; delta_norms: ||delta|| used in
+            it.
     """
 
     start_d: Tensor
@@ -87,7 +106,12 @@ class Value:
 
 
 def optimise_value(
-    lm: LanguageModel, fact: Fact, layer: int, contexts: Sequence[str], config: ValueConfig, engine: Engine = "auto"
+    lm: LanguageModel,
+    fact: Fact,
+    layer: int,
+    contexts: Sequence[str],
+    config: ValueConfig,
+    engine: Engine = "auto",
 ) -> Value:
     """One fact's value at the MLP's output, see `optimise_values`."""
     ((_, value),) = optimise_values(lm, [fact], layer, contexts, config, engine=engine)
@@ -105,46 +129,70 @@ def optimise_values(
     engine: Engine = "auto",
     facts_per_batch: int = 32,
 ) -> Iterator[tuple[int, Value]]:
-    """Find for each fact the change at its subject that makes `fact.target` likely in every context.
+    """Find for each fact the change at its subject that makes `fact.target` likely in every
+    context.
 
-    Minimises over delta: mean over contexts of -log p(target) / its tokens + kl_weight KL + weight_decay ||delta|| / ||v0||^2.
+    Minimises over delta: mean over contexts of -log p(target) / its tokens + kl_weight KL +
+        weight_decay ||delta|| / ||v0||^2.
 
     Args:
         layer: block at which the state is changed, from 0.
         contexts: templates with one `{}` each, the bare "{}" first.
-        site: what is changed: the MLP's output (ROME), the block's (MEMIT), or the attention's and the MLP's, each by a change of
-            its own (PMET; the value is then the MLP's).
+        site: what is changed: the MLP's output (ROME), the block's (MEMIT), or the attention's and
+            the MLP's, each by a change of its own (PMET; the value is then the MLP's).
         facts_per_batch: facts in one batch, (contexts + 1) rows each, which bounds memory.
     Yields:
-        (index of a fact, its value), a batch after the other and shorter texts first; float32 (float64 for a float64 model).
+        (index of a fact, its value), a batch after the other and shorter texts first; float32
+        (float64 for a float64 model).
     Raises:
-        FactError: contexts without a place for the prompt, or not led by "{}"; a text longer than the model takes.
+        FactError: contexts without a place for the prompt, or not led by "{}"; a text longer than
+            the model takes.
         NonFiniteError: the loss is not finite.
     """
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
-        raise FactError(f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each")
+        raise FactError(
+            f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each"
+        )
     shifted = shifted_at(lm, layer, site, engine)
     for batch in value_batches(lm, facts, contexts, config, facts_per_batch):
         asked = {i: _Asked.of(lm, facts[i], contexts, config.kl_position) for i in batch}
         with _frozen(lm.model):
-            begun = _Batch(lm, [asked[i] for i in batch], [facts[i] for i in batch], layer, site, shifted, engine)
+            begun = _Batch(
+                lm,
+                [asked[i] for i in batch],
+                [facts[i] for i in batch],
+                layer,
+                site,
+                shifted,
+                engine,
+            )
             with short_attention_in_eager(lm):
                 values = begun.descend(config)
         yield from zip(batch, values, strict=True)
 
 
 def value_batches(
-    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str], config: ValueConfig, facts_per_batch: int
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    config: ValueConfig,
+    facts_per_batch: int,
 ) -> list[list[int]]:
-    """Numbers of the facts that `optimise_values` takes together; each batch by itself gives the same."""
+    """Numbers of the facts that `optimise_values` takes together; each batch by itself gives the
+    same.
+    """
     if facts_per_batch < 1:
-        raise SettingError(f"facts_per_batch={facts_per_batch}: at least one fact is optimised at a time")
+        raise SettingError(
+            f"facts_per_batch={facts_per_batch}: at least one fact is optimised at a time"
+        )
     lengths = [_Asked.of(lm, fact, contexts, config.kl_position).length for fact in facts]
     return list(_batches(lengths, facts_per_batch))
 
 
 def _batches(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
-    """Facts of about one length together, at most so many: half of a mixed batch would be padding, a quarter-full one loses little."""
+    """Facts of about one length together, at most so many: half of a mixed batch would be padding,
+    a quarter-full one loses little.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         longer = bool(batch) and lengths[i][0] > lengths[batch[0]][0]
@@ -163,7 +211,9 @@ class _Asked:
     rows: list[list[int]]
     lookup: list[int]  # subject's last token in each row
     reads: list[list[int]]  # positions that predict the target's tokens
-    targets: list[list[int]]  # these tokens; behind a chat's header they may differ from those in plain text
+    targets: list[
+        list[int]
+    ]  # these tokens; behind a chat's header they may differ from those in plain text
     kl_row: list[int]
     kl_lookup: int
 
@@ -184,21 +234,33 @@ class _Asked:
     @property
     def length(self) -> tuple[int, int]:
         """Positions from the subject's last token on, and in all."""
-        return max(len(row) - at for row, at in zip(self.rows, self.lookup, strict=True)), max(map(len, self.rows))
+        return max(len(row) - at for row, at in zip(self.rows, self.lookup, strict=True)), max(
+            map(len, self.rows)
+        )
 
 
-def _context_row(lm: LanguageModel, fact: Fact, context: str) -> tuple[list[int], int, list[int], list[int]]:
-    """One context's tokens with all of the target's but the last, the subject's last token, where the target is read, its tokens."""
+def _context_row(
+    lm: LanguageModel, fact: Fact, context: str
+) -> tuple[list[int], int, list[int], list[int]]:
+    """One context's tokens with all of the target's but the last, the subject's last token, where
+    the target is read, its tokens.
+    """
     ids, lookup = subject_row(lm, fact.subject, fact.prompt, context)
     if context.endswith("{}"):
         target = lm.target_ids(fact.prompt_text, fact.target)
-    else:  # something follows the prompt, such as the header of a chat's answer: how the target is spelt there, cloze knows
+    # something follows the prompt, such as the header of a chat's answer: how the target is spelt
+    # there, cloze knows
+    else:
         target = lm.cloze(fact.prompt_text, fact.target, frame=context).answer
     return [*ids, *target[:-1]], lookup, [len(ids) - 1 + t for t in range(len(target))], target
 
 
-def subject_row(lm: LanguageModel, subject: str, prompt: str, context: str = "{}") -> tuple[list[int], int]:
-    """Tokens of `context` around `prompt` around `subject`, and the place of the subject's last token."""
+def subject_row(
+    lm: LanguageModel, subject: str, prompt: str, context: str = "{}"
+) -> tuple[list[int], int]:
+    """Tokens of `context` around `prompt` around `subject`, and the place of the subject's last
+    token.
+    """
     text = context.replace("{}", prompt.replace("{}", subject), 1)
     start = context.index("{}") + prompt.index("{}")
     encoding = lm.encode(text)
@@ -209,9 +271,15 @@ class _Batch:
     """Facts that are optimised together."""
 
     def __init__(
-        self, lm: LanguageModel, asked: Sequence[_Asked], facts: Sequence[Fact], layer: int, site: Site, shifted: Site,
+        self,
+        lm: LanguageModel,
+        asked: Sequence[_Asked],
+        facts: Sequence[Fact],
+        layer: int,
+        site: Site,
+        shifted: Site,
         engine: Engine,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.asked, self.facts = asked, facts
         contexts = TokenRows(
             [row for each in asked for row in each.rows],
@@ -229,16 +297,25 @@ class _Batch:
         out = lm.parts.mlp_out_name(layer)
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         self.contexts, seen = ShiftedRows.recorded(
-            lm, contexts, layer, shifted, engine, {"key": (out, "in"), "out": (out, "out"), **modules}
+            lm,
+            contexts,
+            layer,
+            shifted,
+            engine,
+            {"key": (out, "in"), "out": (out, "out"), **modules},
         )
         self.penalty, _ = ShiftedRows.recorded(lm, penalty, layer, shifted, engine, {})
         first, device = self.contexts.rows.first_of_each(), seen["out"].device
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
-        self.start_nsd = torch.stack([seen[name][first].to(device, precision) for name in modules], 1)
+        self.start_nsd = torch.stack(
+            [seen[name][first].to(device, precision) for name in modules], 1
+        )
 
     @torch.enable_grad()  # also for a caller who is only going to generate
     def descend(self, config: ValueConfig) -> list[Value]:
-        """Adam on every fact's delta, as released: stop before the update, clamp after it and leave Adam's moments alone."""
+        """Adam on every fact's delta, as released: stop before the update, clamp after it and leave
+        Adam's moments alone.
+        """
         state, penalty, asked = self.contexts, self.penalty, list(self.asked)
         start_nsd, active = self.start_nsd, list(range(len(asked)))
         size_ns = start_nsd.norm(dim=-1)
@@ -259,7 +336,9 @@ class _Batch:
             if config.stop == "adaptive":
                 nll_n = nll_n * torch.where(said_n, _ADAPTED_NLL, 1.0)
             loss_n = nll_n + kl_n + decay_n
-            table = torch.stack([loss_n, nll_n, kl_n, decay_n, delta_nsd[:, -1].norm(dim=-1)], 1).tolist()
+            table = torch.stack(
+                [loss_n, nll_n, kl_n, decay_n, delta_nsd[:, -1].norm(dim=-1)], 1
+            ).tolist()
             for n, (*terms, norm) in zip(active, table, strict=True):
                 losses[n].append(tuple(terms))
                 norms[n].append(norm)
@@ -270,7 +349,11 @@ class _Batch:
             if step == config.steps - 1:
                 done_n = torch.ones_like(done_n)
             done = done_n.tolist()
-            found |= {n: delta for n, delta, over in zip(active, delta_nsd.detach(), done, strict=True) if over}
+            found |= {
+                n: delta
+                for n, delta, over in zip(active, delta_nsd.detach(), done, strict=True)
+                if over
+            }
             keep = [i for i, over in enumerate(done) if not over]
             if not keep:
                 break
@@ -279,7 +362,9 @@ class _Batch:
             if len(keep) < len(active):
                 active, asked = [active[i] for i in keep], [asked[i] for i in keep]
                 state, penalty = state.only(keep), penalty.only(keep)
-                delta_nsd, grad_nsd, size_ns, original_nv = (x[keep] for x in (delta_nsd, grad_nsd, size_ns, original_nv))
+                delta_nsd, grad_nsd, size_ns, original_nv = (
+                    x[keep] for x in (delta_nsd, grad_nsd, size_ns, original_nv)
+                )
                 moments = moments[0][keep], moments[1][keep]
             delta_nsd = _adam(delta_nsd, grad_nsd, moments, step + 1, config.learning_rate)
             over_ns1 = (config.clamp * size_ns / delta_nsd.norm(dim=-1)).clamp(max=1)[..., None]
@@ -287,11 +372,15 @@ class _Batch:
         of = len(self.asked[0].rows)
         return [
             Value(
-                self.start_nsd[n, -1], found[n][-1], self.keys_bf[n * of : (n + 1) * of],
-                self.outputs_bd[n * of : (n + 1) * of], losses[n], norms[n],
+                self.start_nsd[n, -1],
+                found[n][-1],
+                self.keys_bf[n * of : (n + 1) * of],
+                self.outputs_bd[n * of : (n + 1) * of],
+                losses[n],
+                norms[n],
             )
             for n in range(len(self.asked))
-        ]  # fmt: skip
+        ]
 
     def _check_finite(self, loss_n: Tensor, active: Sequence[int], step: int) -> None:
         if not loss_n.isfinite().all():
@@ -303,20 +392,32 @@ class _Batch:
 
 
 def _nll(log_p_pv: Tensor, asked: Sequence[_Asked]) -> tuple[Tensor, Tensor]:
-    """Each fact's mean over contexts of the target's negative log-probability a token; whether it is the arg-max throughout."""
+    """Each fact's mean over contexts of the target's negative log-probability a token; whether it
+    is the arg-max throughout.
+    """
     labels = [token for each in asked for target in each.targets for token in target]
-    shares = [1 / len(target) / len(each.targets) for each in asked for target in each.targets for _ in target]
+    shares = [
+        1 / len(target) / len(each.targets)
+        for each in asked
+        for target in each.targets
+        for _ in target
+    ]
     sizes = [sum(map(len, each.targets)) for each in asked]
     labels_p1 = torch.tensor(labels, device=log_p_pv.device)[:, None]
-    nll = (-log_p_pv.gather(1, labels_p1)[:, 0] * torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)).split(
-        sizes
-    )
+    nll = (
+        -log_p_pv.gather(1, labels_p1)[:, 0]
+        * torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)
+    ).split(sizes)
     said = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0].split(sizes)
     return torch.stack([each.sum() for each in nll]), torch.stack([each.all() for each in said])
 
 
-def _adam(delta: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float) -> Tensor:
-    """One step of Adam (Kingma & Ba 2015, betas 0.9 and 0.999, eps 1e-8); written out since facts leave with their moments."""
+def _adam(
+    delta: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float
+) -> Tensor:
+    """One step of Adam (Kingma & Ba 2015, betas 0.9 and 0.999, eps 1e-8); written out since facts
+    leave with their moments.
+    """
     mean, square = moments
     mean.lerp_(grad, 0.1)
     square.mul_(0.999).addcmul_(grad, grad, value=0.001)

@@ -1,4 +1,6 @@
-"""Settings that published work used, by method and model: one TOML file a method, one table a model."""
+"""Settings that published work used, by method and model: one TOML file a method, one table a
+model.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from typing import Any
 
 
 def preset(method: str, model: str) -> dict[str, Any]:
-    """The settings of `method` for a model: the file's defaults, overridden by the model's own table where it has one.
+    """The settings of `method` for a model: the file's defaults, overridden by the model's own
+    table where it has one.
 
     Args:
         model: a hub name, a folder or "pocket"; its last part is looked up, in lower case.
@@ -16,7 +19,10 @@ def preset(method: str, model: str) -> dict[str, Any]:
     tables = _tables(method)
     name = model.rstrip("/").rpartition("/")[2].lower()
     own, usual = tables.get(name, {}), dict(tables["default"])
-    for one, other in (("null_threshold", "null_energy"), ("preservation", "relative_preservation")):
+    for one, other in (
+        ("null_threshold", "null_energy"),
+        ("preservation", "relative_preservation"),
+    ):
         if one in own:  # two ways to say one thing
             usual.pop(other, None)
     return {**usual, **own}

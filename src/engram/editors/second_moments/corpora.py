@@ -1,7 +1,8 @@
-"""Where the text comes from on which second moments are measured: a file, a data set, given texts, or the model itself.
+"""Where the text comes from on which second moments are measured: a file, a data set, given texts,
+or the model itself.
 
-A corpus yields documents in an order of its own that never changes, and says by a digest which documents those are.
-Knows text only.
+A corpus yields documents in an order of its own that never changes, and says by a digest which
+documents those are. Knows text only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Corpus(Protocol):
     """What second moments need of a corpus."""
 
     def digest(self) -> str:
-        """Names the documents: equal digests, equal documents (for one model, where the model samples them)."""
+        """Names the documents: equal digests, equal documents (for one model, where the model
+        samples them).
+        """
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
         """Documents from number `start` on."""
@@ -57,7 +60,9 @@ class TextFile:
         try:
             text = Path(path).read_text(encoding="utf8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise EngramError(f"corpus {str(path)!r} cannot be read as a text file: {error}") from error
+            raise EngramError(
+                f"corpus {str(path)!r} cannot be read as a text file: {error}"
+            ) from error
         pieces = text.split("\n\n") if "\n\n" in text else text.splitlines()
         self._documents = [piece.strip() for piece in pieces if piece.strip()]
         self._digest = _sha256(text.encode())
@@ -105,13 +110,17 @@ class DataSet:
         except Exception as error:  # whatever the hub, the files or the network come up with
             raise EngramError(f"data set {self.name!r} cannot be loaded: {error}") from error
         if self.field not in rows.column_names:
-            raise EngramError(f"data set {self.name!r} has no field {self.field!r}; it has {', '.join(rows.column_names)}")
+            raise EngramError(
+                f"data set {self.name!r} has no field {self.field!r}; it has {', '.join(rows.column_names)}"
+            )
         return rows
 
 
 @dataclass(frozen=True)
 class SampledText:
-    """Text that the model makes up, from its whole distribution: no download, and what the model deems ordinary."""
+    """Text that the model makes up, from its whole distribution: no download, and what the model
+    deems ordinary.
+    """
 
     seed: int = 0
     tokens: int = 100  # tokens of a document
@@ -133,7 +142,9 @@ class SampledText:
 
 @dataclass(frozen=True)
 class Bundled:
-    """The sentences of the bundled fact table, shuffled: plain statements about the world, at hand offline."""
+    """The sentences of the bundled fact table, shuffled: plain statements about the world, at hand
+    offline.
+    """
 
     seed: int = 0
 
@@ -145,7 +156,9 @@ class Bundled:
 
 
 def as_corpus(given: Corpus | str | Path | Sequence[str] | None, seed: int) -> Corpus:
-    """A path means a text file, "bundled" the bundled sentences, a list its texts, nothing what the model samples."""
+    """A path means a text file, "bundled" the bundled sentences, a list its texts, nothing what the
+    model samples.
+    """
     if given is None:
         return SampledText(seed)
     if given == "bundled":

@@ -1,9 +1,13 @@
-"""One pass over text that sums k k^T for several blocks at once, k being the input of a block's MLP output matrix.
+"""One pass over text that sums k k^T for several blocks at once, k being the input of a block's MLP
+output matrix.
 
-The forward pass stops at the deepest block asked for. k k^T costs 2 d_ff^2 operations a token and block, more than the block
-itself, and is symmetric: half of it is computed. Products are float32 over one batch (float64 for a float64 model), sums are
-float64, so that rounding does not grow with the number of tokens. A pass can go on from wherever in the corpus an earlier one stopped.
-Knows documents, batches and sums. Refuses to know files: see second_moment.
+The forward pass stops at the deepest block asked for. k k^T costs 2 d_ff^2 operations a token and
+block, more than the block
+itself, and is symmetric: half of it is computed. Products are float32 over one batch (float64 for a
+    float64 model), sums are
+float64, so that rounding does not grow with the number of tokens. A pass can go on from wherever in
+the corpus an earlier one stopped. Knows documents, batches and sums. Refuses to know files: see
+second_moment.
 """
 
 from __future__ import annotations
@@ -38,8 +42,10 @@ class Sums:
     """k k^T summed over the first tokens of a corpus.
 
     Attributes:
-        totals: block -> [f, f] float64, of which only `add_outer`'s strips count; `mean` makes C of it.
-        count: tokens summed; documents: how many of the corpus are in them whole; offset: tokens of the next one that are.
+        totals: block -> [f, f] float64, of which only `add_outer`'s strips count; `mean` makes C of
+            it.
+        count: tokens summed; documents: how many of the corpus are in them whole; offset: tokens of
+            the next one that are.
     """
 
     totals: dict[int, Tensor]
@@ -49,7 +55,9 @@ class Sums:
 
     @classmethod
     def nothing(cls, lm: LanguageModel, layers: Sequence[int]) -> Sums:
-        return cls({layer: _zeros(lm.parts.mlp_width(layer), lm.parts.mlp_out(layer)) for layer in layers})
+        return cls(
+            {layer: _zeros(lm.parts.mlp_width(layer), lm.parts.mlp_out(layer)) for layer in layers}
+        )
 
     def mean(self, layer: int) -> Tensor:
         """C of a block, symmetric to the last bit, on the CPU; uses up the block's total.
@@ -59,7 +67,9 @@ class Sums:
         """
         mean_ff = self.totals.pop(layer).cpu().div_(self.count)
         if not mirror_(mean_ff).isfinite().all():
-            raise NonFiniteError(f"keys of layer {layer} are not finite; nothing was kept. Try dtype=torch.float32")
+            raise NonFiniteError(
+                f"keys of layer {layer} are not finite; nothing was kept. Try dtype=torch.float32"
+            )
         return mean_ff
 
 
@@ -93,7 +103,8 @@ class MomentPass:
 
         Args:
             progress: called with (tokens done, tokens in all) after each batch.
-            pause: called with the sums wherever they are those of a beginning of the corpus, every few batches.
+            pause: called with the sums wherever they are those of a beginning of the corpus, every
+                few batches.
         Raises:
             EngramError: a corpus without text.
         """
@@ -109,8 +120,11 @@ class MomentPass:
             log.warning("the corpus ended after %d of %d tokens", self.sums.count, self.tokens)
         return self.sums
 
-    def spread(self, corpus: Corpus, workers: Workers, progress: Callable[[int, int], None]) -> Sums:
-        """The same by workers: partial sums of a few batches each, added up in their order, so that their number does not matter.
+    def spread(
+        self, corpus: Corpus, workers: Workers, progress: Callable[[int, int], None]
+    ) -> Sums:
+        """The same by workers: partial sums of a few batches each, added up in their order, so that
+        their number does not matter.
 
         Raises:
             EngramError: a corpus without text.
@@ -136,10 +150,14 @@ class MomentPass:
         return self.sums
 
     def read(self, corpus: Corpus) -> Iterator[list[Batch]]:
-        """Batches of what is still to be counted, a few at a time, each to be added before the next ones are read."""
+        """Batches of what is still to be counted, a few at a time, each to be added before the next
+        ones are read.
+        """
         documents = corpus.documents(self.lm, self.sums.documents)
         while self.sums.count < self.tokens:
-            texts = list(_some(documents, _BATCHES_AT_ONCE * _CHARACTERS_PER_TOKEN * self.tokens_per_batch))
+            texts = list(
+                _some(documents, _BATCHES_AT_ONCE * _CHARACTERS_PER_TOKEN * self.tokens_per_batch)
+            )
             if not texts:
                 return
             yield list(_packed(self._rows(texts), self.tokens_per_batch))
@@ -159,10 +177,14 @@ class MomentPass:
         return rows
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Every token as the tokenizer makes them by default, as in the released code; an empty text has none."""
+        """Every token as the tokenizer makes them by default, as in the released code; an empty
+        text has none.
+        """
         limit = min(self.tokens_per_document, self.lm.max_tokens)
         full = [text for text in texts if text]
-        encoded = iter(self.lm.tokenizer(full, truncation=True, max_length=limit)["input_ids"] if full else ())
+        encoded = iter(
+            self.lm.tokenizer(full, truncation=True, max_length=limit)["input_ids"] if full else ()
+        )
         return [list(next(encoded)) if text else [] for text in texts]
 
     @torch.no_grad()
@@ -171,7 +193,8 @@ class MomentPass:
         ids_bt = pad_right([ids for ids, _ in batch])
         at_t = torch.arange(ids_bt.shape[1])
         starts_b1, ends_b1 = (
-            torch.tensor(each)[:, None] for each in zip(*((s, len(ids)) for ids, s in batch), strict=True)
+            torch.tensor(each)[:, None]
+            for each in zip(*((s, len(ids)) for ids, s in batch), strict=True)
         )
         counted_bt = (at_t >= starts_b1) & (at_t < ends_b1)
         counted_n = None if counted_bt.all() else counted_bt.flatten().nonzero()[:, 0]
@@ -210,11 +233,13 @@ Batch = list[Row]
 
 
 def add_outer(total_ff: Tensor, keys_nf: Tensor) -> None:
-    """Add K^T K to `total_ff` in place, in strips of rows that each begin at the diagonal; what is left of them stays as it is.
+    """Add K^T K to `total_ff` in place, in strips of rows that each begin at the diagonal; what is
+    left of them stays as it is.
 
     Args:
-        keys_nf: (n, f) floating point. Half precision is widened first, its sums would overflow; float32 products over one batch
-            of some thousand tokens are off by about 1e-7 of sqrt(C_ii C_jj), and adding them up in float64 keeps it there.
+        keys_nf: (n, f) floating point. Half precision is widened first, its sums would overflow;
+            float32 products over one batch of some thousand tokens are off by about 1e-7 of
+            sqrt(C_ii C_jj), and adding them up in float64 keeps it there.
     """
     keys_nf = keys_nf.to(torch.promote_types(keys_nf.dtype, torch.float32))
     for start, end in _strips(len(total_ff)):
@@ -238,7 +263,9 @@ def _strips(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _zeros(size: int, mlp_out: nn.Module) -> Tensor:
-    """[f, f] float64: beside the layer while that takes no more than half of what is free there, otherwise on the CPU."""
+    """[f, f] float64: beside the layer while that takes no more than half of what is free there,
+    otherwise on the CPU.
+    """
     device = next(mlp_out.parameters()).device
     fits = device.type == "cuda" and 16 * size**2 < torch.cuda.mem_get_info(device)[0]
     return torch.zeros(size, size, dtype=torch.float64, device=device if fits else "cpu")
@@ -252,15 +279,19 @@ def _some(documents: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def _packed(rows: list[Row], tokens_per_batch: int) -> Iterator[Batch]:
-    """Rows of similar length in batches of at most `tokens_per_batch` tokens with their padding, and of at least one row.
+    """Rows of similar length in batches of at most `tokens_per_batch` tokens with their padding,
+    and of at least one row.
 
-    A batch that has enough for large products ends where rows get a tenth shorter: a fifth of all computed tokens was padding.
+    A batch that has enough for large products ends where rows get a tenth shorter: a fifth of all
+        computed tokens was padding.
     """
     batch: Batch = []
     for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
         longest = len(batch[0][0]) if batch else 0
         full = (len(batch) + 1) * longest > tokens_per_batch
-        if batch and (full or (len(row[0]) < 0.9 * longest and 4 * len(batch) * longest >= tokens_per_batch)):
+        if batch and (
+            full or (len(row[0]) < 0.9 * longest and 4 * len(batch) * longest >= tokens_per_batch)
+        ):
             yield batch
             batch = []
         batch.append(row)

@@ -1,7 +1,9 @@
 """C of one block's keys as a value: solves, eigenvectors, its null space, and its file.
 
-Knows a symmetric matrix, how many tokens are in it and what they were. Refuses to know models and text: see second_moment.
-Source: Meng et al. 2022, arXiv:2202.05262, Eq. 2; null space: Fang et al. 2024, arXiv:2410.02355, Sec. 3.
+Knows a symmetric matrix, how many tokens are in it and what they were. Refuses to know models and
+text: see second_moment.
+Source: Meng et al. 2022, arXiv:2202.05262, Eq. 2; null space: Fang et al. 2024, arXiv:2410.02355,
+    Sec. 3.
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingE
 
 log = logging.getLogger(__name__)
 
-NOISE = 1e-7  # an eigenvalue below this share of the largest is rounding of float32 products, not a measurement
+# an eigenvalue below this share of the largest is rounding of float32 products, not a measurement
+NOISE = 1e-7
 _RIDGES = (1e-9, 1e-7, 1e-5, 1e-3)  # tried in turn where C has no Cholesky factor
-_KEPT_FROM = 1024  # d_ff from which an eigendecomposition is worth a file: 0.3 s, and eight times that at each doubling
+# d_ff from which an eigendecomposition is worth a file: 0.3 s, and eight times that at each
+# doubling
+_KEPT_FROM = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """C of one block's keys. One object may be shared by many edits: what it computes it keeps, so do not write into it.
+    """C of one block's keys. One object may be shared by many edits: what it computes it keeps, so
+    do not write into it.
 
     Attributes:
         matrix_ff: mean of k k^T, uncentred, symmetric; float64.
@@ -46,7 +52,9 @@ class SecondMoment:
     source: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
     _factors: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _conditions: dict[tuple[float, int], float] = field(default_factory=dict, init=False, repr=False)
+    _conditions: dict[tuple[float, int], float] = field(
+        default_factory=dict, init=False, repr=False
+    )
     _eigen: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
@@ -65,7 +73,9 @@ class SecondMoment:
             raise NonFiniteError("the second moment holds NaN or infinity")
         asymmetry = float((given - given.T).abs().max() / given.abs().max().clamp_min(1e-300))
         if asymmetry > 1e-4:
-            raise EngramError(f"a second moment is symmetric; this matrix differs from its transpose by {asymmetry:.1e}")
+            raise EngramError(
+                f"a second moment is symmetric; this matrix differs from its transpose by {asymmetry:.1e}"
+            )
         return cls((given + given.T) / 2, count, dict(source or {"given": _digest(given)}))
 
     @property
@@ -85,9 +95,11 @@ class SecondMoment:
         return solved.reshape(columns.shape)
 
     def factor(self, ridge: float = 0.0) -> Tensor:
-        """Lower Cholesky factor [f, f] of C + ridge x its mean eigenvalue, float64, computed once and kept.
+        """Lower Cholesky factor [f, f] of C + ridge x its mean eigenvalue, float64, computed once
+        and kept.
 
-        Where C has none (fewer tokens than d_ff, neurons that never fire) a small ridge is taken and a warning says so.
+        Where C has none (fewer tokens than d_ff, neurons that never fire) a small ridge is taken
+        and a warning says so.
 
         Raises:
             NonFiniteError: no factor even then.
@@ -101,31 +113,46 @@ class SecondMoment:
                 if not failed:
                     break
             else:
-                raise NonFiniteError("the second moment is not positive semi-definite; measure it again")
+                raise NonFiniteError(
+                    "the second moment is not positive semi-definite; measure it again"
+                )
             if tried != ridge:
-                log.warning("C of %d tokens is singular for d_ff = %d; a ridge of %g times its mean eigenvalue is added",
-                            self.count, len(factor_ff), tried)  # fmt: skip
+                log.warning(
+                    "C of %d tokens is singular for d_ff = %d; a ridge of %g times its mean eigenvalue is added",
+                    self.count,
+                    len(factor_ff),
+                    tried,
+                )
             self._factors[ridge] = factor_ff
         return self._factors[ridge]
 
     def condition(self, ridge: float = 0.0, steps: int = 40) -> float:
-        """Estimate, from below, of the largest over the smallest eigenvalue: power iteration both ways, computed once."""
+        """Estimate, from below, of the largest over the smallest eigenvalue: power iteration both
+        ways, computed once.
+        """
         if (ridge, steps) not in self._conditions:
             factor_ff = self.factor(ridge)
-            start_f1 = torch.randn(len(factor_ff), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            start_f1 = torch.randn(
+                len(factor_ff), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            )
             large_f1 = small_f1 = start_f1 / start_f1.norm()
             for _ in range(steps):
-                up_f1, down_f1 = factor_ff @ (factor_ff.T @ large_f1), torch.cholesky_solve(small_f1, factor_ff)
+                up_f1, down_f1 = (
+                    factor_ff @ (factor_ff.T @ large_f1),
+                    torch.cholesky_solve(small_f1, factor_ff),
+                )
                 large, small = up_f1.norm(), down_f1.norm()
                 large_f1, small_f1 = up_f1 / large, down_f1 / small
             self._conditions[ridge, steps] = float(large * small)
         return self._conditions[ridge, steps]
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [f], ascending, and eigenvectors [f, f], one a column; float64, computed once and kept.
+        """Eigenvalues [f], ascending, and eigenvectors [f, f], one a column; float64, computed once
+        and kept.
 
-        Eigenvalues below 1e-7 of the largest are rounding noise, negative as often as not. They are raised to that floor: C^-1
-        through the decomposition then stays positive and finite, and such a direction counts as one that text leaves empty.
+        Eigenvalues below 1e-7 of the largest are rounding noise, negative as often as not. They are
+        raised to that floor: C^-1 through the decomposition then stays positive and finite, and
+            such a direction counts as one that text leaves empty.
         """
         if not self._eigen:
             self._eigen[:] = self._eigen_from_file() or self._eigen_computed()
@@ -133,14 +160,18 @@ class SecondMoment:
         return eigenvalues_f, eigenvectors_ff
 
     def null_space(self, *, energy: float | None = None, threshold: float | None = None) -> Tensor:
-        """U_0 [f, r]: orthonormal directions that text hardly fills; U_0 U_0^T is AlphaEdit's projector.
+        """U_0 [f, r]: orthonormal directions that text hardly fills; U_0 U_0^T is AlphaEdit's
+        projector.
 
-        A token's key has on average the sum of the chosen eigenvalues as its squared length along them.
+        A token's key has on average the sum of the chosen eigenvalues as its squared length along
+        them.
 
         Args:
-            energy: share of the keys' mean squared length (the trace of C) that is kept out of the null space, in (0, 1): as many of
-                the smallest eigenvalues are chosen as add up to at most 1 - energy of the trace. Means the same for every model.
-            threshold: choose the eigenvalues strictly below this, in the units of C; the published value is 2e-2.
+            energy: share of the keys' mean squared length (the trace of C) that is kept out of the
+                null space, in (0, 1): as many of the smallest eigenvalues are chosen as add up to
+                at most 1 - energy of the trace. Means the same for every model.
+            threshold: choose the eigenvalues strictly below this, in the units of C; the published
+                value is 2e-2.
         Returns:
             Eigenvectors by ascending eigenvalue, float64; the rank r is its width, and can be 0.
         Raises:
@@ -151,29 +182,57 @@ class SecondMoment:
                 f"energy={energy}, threshold={threshold}: give one of them, it says how the null space is chosen"
             )
         if energy is not None and not 0 < energy < 1:
-            raise SettingError(f"energy={energy}: a share between 0 and 1 is kept out of the null space, e.g. 0.98")
+            raise SettingError(
+                f"energy={energy}: a share between 0 and 1 is kept out of the null space, e.g. 0.98"
+            )
         if threshold is not None and threshold <= 0:
-            raise SettingError(f"threshold={threshold}: eigenvalues of C are above 0, the published threshold is 2e-2")
+            raise SettingError(
+                f"threshold={threshold}: eigenvalues of C are above 0, the published threshold is 2e-2"
+            )
         eigenvalues_f, eigenvectors_ff = self.eigen()
         sums_f = eigenvalues_f.cumsum(0)
-        chosen_f = sums_f <= (1 - energy) * sums_f[-1] if energy is not None else eigenvalues_f < cast("float", threshold)
+        chosen_f = (
+            sums_f <= (1 - energy) * sums_f[-1]
+            if energy is not None
+            else eigenvalues_f < cast("float", threshold)
+        )
         rank = int(chosen_f.sum())
         share = float(sums_f[rank - 1] / sums_f[-1]) if rank else 0.0
-        log.info("null space of rank %d of %d, with %.2e of the keys' mean squared length", rank, len(chosen_f), share)
+        log.info(
+            "null space of rank %d of %d, with %.2e of the keys' mean squared length",
+            rank,
+            len(chosen_f),
+            share,
+        )
         if 0 < self.count < len(chosen_f):
-            log.warning("C of %d tokens has at most that rank, less than d_ff = %d: much of its null space is directions that were "
-                        "not measured; measure more tokens", self.count, len(chosen_f))  # fmt: skip
+            log.warning(
+                "C of %d tokens has at most that rank, less than d_ff = %d: much of its null space is directions that were "
+                "not measured; measure more tokens",
+                self.count,
+                len(chosen_f),
+            )
         return eigenvectors_ff[:, :rank]
 
     def _eigen_computed(self) -> tuple[Tensor, Tensor]:
         eigenvalues_f, eigenvectors_ff = torch.linalg.eigh(self.matrix_ff)
-        found = eigenvalues_f.clamp_min(NOISE * float(eigenvalues_f[-1])), eigenvectors_ff.contiguous()
+        found = (
+            eigenvalues_f.clamp_min(NOISE * float(eigenvalues_f[-1])),
+            eigenvectors_ff.contiguous(),
+        )
         if self.file is not None and len(eigenvalues_f) >= _KEPT_FROM:
             tensors = dict(zip(("eigenvalues", "eigenvectors"), found, strict=True))
             try:
-                write_tensors(self.file.with_suffix(".eigen"), tensors, "engram.eigen", {"of": _digest(self.matrix_ff)})
+                write_tensors(
+                    self.file.with_suffix(".eigen"),
+                    tensors,
+                    "engram.eigen",
+                    {"of": _digest(self.matrix_ff)},
+                )
             except (OSError, SafetensorError) as error:
-                log.warning("the eigendecomposition could not be kept, the next process computes it again: %s", error)
+                log.warning(
+                    "the eigendecomposition could not be kept, the next process computes it again: %s",
+                    error,
+                )
         return found
 
     def _eigen_from_file(self) -> tuple[Tensor, Tensor] | None:
@@ -191,7 +250,10 @@ class SecondMoment:
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, whole or not at all."""
         write_tensors(
-            path, {"matrix": self.matrix_ff}, "engram.second_moment", {"count": self.count, "source": self.source}
+            path,
+            {"matrix": self.matrix_ff},
+            "engram.second_moment",
+            {"count": self.count, "source": self.source},
         )
 
     @classmethod
@@ -206,7 +268,8 @@ class SecondMoment:
 
 
 def load_npz(path: str | Path) -> SecondMoment:
-    """Read a statistics file of the released code: an .npz with the sum `mom2.mom2` and the number of tokens `mom2.count`.
+    """Read a statistics file of the released code: an .npz with the sum `mom2.mom2` and the number
+    of tokens `mom2.count`.
 
     Raises:
         EditFileError: not such a file.
@@ -218,11 +281,17 @@ def load_npz(path: str | Path) -> SecondMoment:
         raise EngramFileError(
             f"{str(path)!r} is not a statistics file of the released code ({error}); it has mom2.mom2 and mom2.count"
         ) from error
-    return SecondMoment.from_matrix(total.astype(np.float64) / count, count, {"npz": Path(path).name, "tokens": count})
+    return SecondMoment.from_matrix(
+        total.astype(np.float64) / count, count, {"npz": Path(path).name, "tokens": count}
+    )
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, about: Mapping[str, Any]) -> None:
-    """One safetensors file, whole or not at all, with `about` as JSON under the header's key `kind`."""
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], kind: str, about: Mapping[str, Any]
+) -> None:
+    """One safetensors file, whole or not at all, with `about` as JSON under the header's key
+    `kind`.
+    """
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         save_file(tensors, part, {kind: json.dumps(about)})

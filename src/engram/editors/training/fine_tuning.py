@@ -1,8 +1,10 @@
-"""Fine-tuning of one block's MLP output matrix: FT, FT+L within a box, FT-W with weight decay, LocFT-BF in mini-batches.
+"""Fine-tuning of one block's MLP output matrix: FT, FT+L within a box, FT-W with weight decay,
+LocFT-BF in mini-batches.
 
-Every target token is scored at its own position, which published comparisons did not do; `reference=True` does as they did.
-Knows one matrix and its rows of text. The loop is tuning.py's. Sources: Zhu et al. 2020, arXiv:2012.00363, as used for
-comparison by Meng et al. 2022; LocFT-BF: Yang et al. 2025, arXiv:2509.22072.
+Every target token is scored at its own position, which published comparisons did not do;
+`reference=True` does as they did. Knows one matrix and its rows of text. The loop is tuning.py's.
+Sources: Zhu et al. 2020, arXiv:2012.00363, as used for comparison by Meng et al. 2022; LocFT-BF:
+    Yang et al. 2025, arXiv:2509.22072.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ class FineTuningConfig:
 
     Args:
         norm_constraint: no entry of the matrix moves further than this; None: as far as it goes.
-        reference: the harness behind published numbers of FT: all tokens of a target are asked of the prompt's last position,
-            as if each were the first; batches come in order; a batch with a loss below `stop_loss` is not stepped on, and
-            training ends when an epoch's mean is below. The harness also trained the matrix's bias, which an Edit cannot
+        reference: the harness behind published numbers of FT: all tokens of a target are asked of
+            the prompt's last position, as if each were the first; batches come in order; a batch
+            with a loss below `stop_loss` is not stepped on, and training ends when an epoch's mean
+            is below. The harness also trained the matrix's bias, which an Edit cannot
             hold: here it stays.
     """
 
@@ -47,7 +50,9 @@ class FineTuningConfig:
 
     def __post_init__(self) -> None:
         if self.norm_constraint is not None and self.norm_constraint <= 0:
-            raise SettingError(f"norm_constraint={self.norm_constraint}: has to be above 0, or None")
+            raise SettingError(
+                f"norm_constraint={self.norm_constraint}: has to be above 0, or None"
+            )
         if self.reference:
             object.__setattr__(self, "tuning", replace(self.tuning, stop="loss"))
 
@@ -71,13 +76,15 @@ def fine_tune(
     Args:
         method: whose presets are taken: "ft", "ft-l", "ft-w" or "locft-bf".
         layer: block to train, from 0; default: the preset of this model.
-        locality: unrelated (text, answer) pairs that training shall leave alone, see `TuningConfig.locality_loss`.
+        locality: unrelated (text, answer) pairs that training shall leave alone, see
+            `TuningConfig.locality_loss`.
         seed: of the batches.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is being done, done, in all).
         knobs: the fields of FineTuningConfig and TuningConfig.
     Raises:
-        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged.
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with;
+            NonFiniteError: the training diverged.
     """
     report = progress or no_progress
     settings = {**preset(method, lm.name), **knobs}
@@ -110,13 +117,29 @@ def fine_tune(
         wanted, staying = tasks(lm, rows, locality, layer, tuning, generator, engine, report)
         with overlay_weight(module, delta_oi):
             descent = descend(
-                [delta_oi], wanted, staying, tuning, generator=generator, report=report,
-                decayed=lambda delta: start_oi + delta, after_step=clamp,
-            )  # fmt: skip
+                [delta_oi],
+                wanted,
+                staying,
+                tuning,
+                generator=generator,
+                report=report,
+                decayed=lambda delta: start_oi + delta,
+                after_step=clamp,
+            )
     recipe = {"layer": layer, **flat(config), "locality": [list(pair) for pair in locality]}
-    diagnostics = descent.diagnostics() | {"norm_ratio": float(delta_oi.detach().norm() / start_oi.norm())}
+    diagnostics = descent.diagnostics() | {
+        "norm_ratio": float(delta_oi.detach().norm() / start_oi.norm())
+    }
     deltas = {weight: Delta(delta_oi.detach())}
-    return Edit(tuple(facts), method, recipe, deltas, describe_base(lm, [weight]), seed=seed, diagnostics=diagnostics)
+    return Edit(
+        tuple(facts),
+        method,
+        recipe,
+        deltas,
+        describe_base(lm, [weight]),
+        seed=seed,
+        diagnostics=diagnostics,
+    )
 
 
 def ft(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
@@ -125,7 +148,9 @@ def ft(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
 
 
 def ft_l(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """FT+L: `fine_tune` with every entry of the matrix kept within `norm_constraint` of where it was."""
+    """FT+L: `fine_tune` with every entry of the matrix kept within `norm_constraint` of where it
+    was.
+    """
     return fine_tune(lm, facts, method="ft-l", **settings)
 
 

@@ -1,8 +1,10 @@
-"""Training inside a model that stays as it is: batches over all facts, epoch after epoch, until every target is said.
+"""Training inside a model that stays as it is: batches over all facts, epoch after epoch, until
+every target is said.
 
-Knows the loop that fine-tuning and LoRA share: losses, Adam, when to stop. Refuses to know which parameters are trained
-and how they become an edit. Source of the order of things, breadth first in mini-batches: Yang et al. 2025,
-arXiv:2509.22072; of the locality rows: Gangadhar & Stratos 2024, arXiv:2402.11078.
+Knows the loop that fine-tuning and LoRA share: losses, Adam, when to stop. Refuses to know which
+parameters are trained and how they become an edit. Source of the order of things, breadth first in
+mini-batches: Yang et al. 2025, arXiv:2509.22072; of the locality rows: Gangadhar & Stratos 2024,
+arXiv:2402.11078.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ class TuningConfig:
         batch_size: rows of a step.
         learning_rate: of Adam (betas 0.9, 0.999).
         weight_decay: times the weights, added to their gradient.
-        stop: "argmax": a batch whose target tokens are all the most probable ones is not stepped on, and an epoch without a
-            step is the last, so that all are said at the end. "loss": the same below `stop_loss` (nats), the last epoch being
-            the one whose mean is below it, as published. "never": all epochs.
-        contexts: templates with one `{}` in which the prompt is trained; "sampled": 20 that the model samples, and the bare one.
-        train_paraphrases: so many paraphrases of each fact are trained too; what a receipt then says of them is no longer about
-            generalisation.
-        locality_loss: what unrelated rows add: "kl", KL(before || now) of their answers' positions, or "ce", cross-entropy.
+        stop: "argmax": a batch whose target tokens are all the most probable ones is not stepped
+            on, and an epoch without a step is the last, so that all are said at the end. "loss":
+            the same below `stop_loss` (nats), the last epoch being the one whose mean is below it,
+            as published. "never": all epochs.
+        contexts: templates with one `{}` in which the prompt is trained; "sampled": 20 that the
+            model samples, and the bare one.
+        train_paraphrases: so many paraphrases of each fact are trained too; what a receipt then
+            says of them is no longer about generalisation.
+        locality_loss: what unrelated rows add: "kl", KL(before || now) of their answers' positions,
+            or "ce", cross-entropy.
         locality_weight: times that.
     """
 
@@ -60,7 +65,9 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
-            raise SettingError(f"epochs={self.epochs}, batch_size={self.batch_size}: both have to be at least 1")
+            raise SettingError(
+                f"epochs={self.epochs}, batch_size={self.batch_size}: both have to be at least 1"
+            )
         if self.learning_rate <= 0:
             raise SettingError(f"learning_rate={self.learning_rate}: has to be above 0")
         if self.stop not in ("argmax", "loss", "never"):
@@ -68,7 +75,9 @@ class TuningConfig:
         if self.locality_loss not in ("kl", "ce"):
             raise SettingError(f"locality_loss={self.locality_loss!r}: expected 'kl' or 'ce'")
         if isinstance(self.contexts, str) and self.contexts != "sampled":
-            raise SettingError(f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as '{{}}'")
+            raise SettingError(
+                f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as '{{}}'"
+            )
 
     def settled(self, lm: LanguageModel, seed: int) -> TuningConfig:
         """The same with its contexts written out.
@@ -76,15 +85,21 @@ class TuningConfig:
         Raises:
             FactError: a context without a place for the prompt.
         """
-        contexts = sample_contexts(lm, seed=seed) if self.contexts == "sampled" else tuple(self.contexts)
+        contexts = (
+            sample_contexts(lm, seed=seed) if self.contexts == "sampled" else tuple(self.contexts)
+        )
         if not contexts or any(context.count("{}") != 1 for context in contexts):
-            raise FactError(f"contexts={list(contexts)[:3]}: expected templates with exactly one '{{}}' each")
+            raise FactError(
+                f"contexts={list(contexts)[:3]}: expected templates with exactly one '{{}}' each"
+            )
         return replace(self, contexts=contexts)
 
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """The model evaluates and takes no gradients in the block; every flag and mode is put back, however it ends."""
+    """The model evaluates and takes no gradients in the block; every flag and mode is put back,
+    however it ends.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -98,8 +113,11 @@ def still(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def forward_from(lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engine = "auto") -> Forward:
-    """How the batch's logits are computed when only blocks from `layer` on can change: what enters that block is kept.
+def forward_from(
+    lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engine = "auto"
+) -> Forward:
+    """How the batch's logits are computed when only blocks from `layer` on can change: what enters
+    that block is kept.
 
     To be called before anything has changed.
     """
@@ -109,7 +127,10 @@ def forward_from(lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engi
     entering = recording.hidden[layer]
 
     # of the whole run, only what enters the block is needed again
-    recording.hidden, recording.calls = [entering], [_light(entering, *call) for call in recording.calls]
+    recording.hidden, recording.calls = (
+        [entering],
+        [_light(entering, *call) for call in recording.calls],
+    )
     recording.keys, recording.values = (
         [kept[:, :, :0].clone() for kept in each] for each in (recording.keys, recording.values)
     )
@@ -124,7 +145,9 @@ def forward_from(lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engi
     return forward
 
 
-def _light(entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _light(
+    entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A block's call without the states and the cache that it was made with."""
 
     def empty(value: Any) -> Any:
@@ -132,7 +155,10 @@ def _light(entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     if args:
         args = (entering, *map(empty, args[1:]))
-    return args, {name: entering if name == "hidden_states" else empty(value) for name, value in kwargs.items()}
+    return args, {
+        name: entering if name == "hidden_states" else empty(value)
+        for name, value in kwargs.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,14 @@ class Task:
     forwards: list[Forward]
 
     @classmethod
-    def of(cls, lm: LanguageModel, batches: Iterator[TargetBatch], layer: int, engine: Engine, report: Report) -> Task:
+    def of(
+        cls,
+        lm: LanguageModel,
+        batches: Iterator[TargetBatch],
+        layer: int,
+        engine: Engine,
+        report: Report,
+    ) -> Task:
         dealt = list(batches)
         forwards = []
         for i, batch in enumerate(dealt):
@@ -162,7 +195,9 @@ def tasks(
     engine: Engine,
     report: Report,
 ) -> tuple[Task, Task]:
-    """What is trained, and the unrelated (text, answer) pairs that shall stay, dealt into batches by `generator` (None: in order)."""
+    """What is trained, and the unrelated (text, answer) pairs that shall stay, dealt into batches
+    by `generator` (None: in order).
+    """
     kept = [target_row(lm, text, answer) for text, answer in locality]
     wanted, staying = (batches_of(each, config.batch_size, generator) for each in (rows, kept))
     return Task.of(lm, wanted, layer, engine, report), Task.of(lm, staying, layer, engine, report)
@@ -206,11 +241,19 @@ def descend(
     """
     optimiser = torch.optim.Adam(parameters, lr=config.learning_rate)
     with torch.no_grad():
-        before = [forward().log_softmax(-1) for forward in staying.forwards] if config.locality_loss == "kl" else []
+        before = (
+            [forward().log_softmax(-1) for forward in staying.forwards]
+            if config.locality_loss == "kl"
+            else []
+        )
 
     def step(loss: Tensor) -> None:
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters)), strict=True):
-            decay = config.weight_decay * decayed(parameter.detach()) if config.weight_decay else 0.0
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, list(parameters)), strict=True
+        ):
+            decay = (
+                config.weight_decay * decayed(parameter.detach()) if config.weight_decay else 0.0
+            )
             parameter.grad = gradient + decay
         optimiser.step()
         with torch.no_grad():
@@ -222,7 +265,11 @@ def descend(
     for epoch in range(config.epochs):
         report("training", epoch, config.epochs)
         total, stepped = 0.0, False
-        for i in range(count) if generator is None else torch.randperm(count, generator=generator).tolist():
+        for i in (
+            range(count)
+            if generator is None
+            else torch.randperm(count, generator=generator).tolist()
+        ):
             batch, logits_pv = wanted.batches[i], wanted.forwards[i]()
             loss = batch.mean_by_row(batch.token_nll(logits_pv)).mean()
             if not torch.isfinite(loss):
@@ -234,11 +281,17 @@ def descend(
             if _done(config, batch, logits_pv, loss):
                 continue
             if staying.batches:
-                loss = loss + config.locality_weight * _locality(staying, steps % len(staying.batches), before)
+                loss = loss + config.locality_weight * _locality(
+                    staying, steps % len(staying.batches), before
+                )
             step(loss)
             steps, stepped = steps + 1, True
         losses.append(total / rows)
-        stopped = losses[-1] < config.stop_loss if config.stop == "loss" else config.stop == "argmax" and not stepped
+        stopped = (
+            losses[-1] < config.stop_loss
+            if config.stop == "loss"
+            else config.stop == "argmax" and not stepped
+        )
         if stopped:
             break
     report("training", config.epochs, config.epochs)

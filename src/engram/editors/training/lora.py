@@ -1,6 +1,8 @@
-"""LoRA as an editor: low-rank adapters on a few matrices, trained by the peft library until every target is said.
+"""LoRA as an editor: low-rank adapters on a few matrices, trained by the peft library until every
+target is said.
 
-Knows peft's adapters and how they come off again. The loop is tuning.py's. Sources: Hu et al. 2021, arXiv:2106.09685; as a
+Knows peft's adapters and how they come off again. The loop is tuning.py's. Sources: Hu et al. 2021,
+arXiv:2106.09685; as a
 rival of editors: the EasyEdit library (arXiv:2308.07269), whose settings are presets.
 """
 
@@ -39,8 +41,8 @@ class LoraEditConfig:
     Args:
         rank: of each adapter.
         alpha: an adapter's product counts alpha / rank times.
-        dropout: share of an adapter's inputs that is zeroed in training; 0, ours, trains what is then used. With it, "argmax"
-            is judged on the passes that were trained on.
+        dropout: share of an adapter's inputs that is zeroed in training; 0, ours, trains what is
+            then used. With it, "argmax" is judged on the passes that were trained on.
         targets: which matrices of a block, see `matrix_names`.
     """
 
@@ -54,7 +56,9 @@ class LoraEditConfig:
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
         if self.rank < 1 or not targets:
-            raise SettingError(f"rank={self.rank}, targets={targets}: need a rank of at least 1, and at least one target")
+            raise SettingError(
+                f"rank={self.rank}, targets={targets}: need a rank of at least 1, and at least one target"
+            )
         if not 0 <= self.dropout < 1:
             raise SettingError(f"dropout={self.dropout}: expected a share from 0 to below 1")
 
@@ -70,11 +74,13 @@ def lora(
     progress: Report | None = None,
     **knobs: Any,
 ) -> Edit:
-    """Train low-rank adapters on all facts together; the model is given back as it was, module by module.
+    """Train low-rank adapters on all facts together; the model is given back as it was, module by
+    module.
 
     Args:
         layers: blocks to adapt, from 0, or "all"; default: the preset of this model.
-        locality: unrelated (text, answer) pairs that training shall leave alone, see `TuningConfig.locality_loss`.
+        locality: unrelated (text, answer) pairs that training shall leave alone, see
+            `TuningConfig.locality_loss`.
         seed: of the adapters' first values, the batches and the dropout.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is being done, done, in all).
@@ -82,7 +88,8 @@ def lora(
     Returns:
         An Edit whose deltas are (alpha / rank) B A; `to_peft` makes an adapter of it again.
     Raises:
-        SettingError: an unknown setting; FactError: a fact that cannot be worked with; NonFiniteError: the training diverged;
+        SettingError: an unknown setting; FactError: a fact that cannot be worked with;
+            NonFiniteError: the training diverged;
         UnsupportedModelError: the model wears adapters already.
     """
     report = progress or no_progress
@@ -95,17 +102,32 @@ def lora(
     rows = fact_rows(lm, facts, config.tuning.contexts, config.tuning.train_paraphrases)
     generator = torch.Generator().manual_seed(seed)
     with still(lm.model):
-        wanted, staying = tasks(lm, rows, locality, lowest, config.tuning, generator, engine, report)
+        wanted, staying = tasks(
+            lm, rows, locality, lowest, config.tuning, generator, engine, report
+        )
         with adapted(lm, names, config, generator) as adapters:
             parameters = [parameter for each in adapters.values() for parameter in each]
-            descent = descend(parameters, wanted, staying, config.tuning, generator=generator, report=report)
+            descent = descend(
+                parameters, wanted, staying, config.tuning, generator=generator, report=report
+            )
     scale = config.alpha / config.rank
-    deltas = {f"{name}.weight": Delta(scale * b_or.detach(), a_ri.detach()) for name, (a_ri, b_or) in adapters.items()}
+    deltas = {
+        f"{name}.weight": Delta(scale * b_or.detach(), a_ri.detach())
+        for name, (a_ri, b_or) in adapters.items()
+    }
     recipe = {
-        "layers": layers if layers == "all" else list(layers), **flat(config), "locality": [list(pair) for pair in locality],
-    }  # fmt: skip
+        "layers": layers if layers == "all" else list(layers),
+        **flat(config),
+        "locality": [list(pair) for pair in locality],
+    }
     return Edit(
-        tuple(facts), "lora", recipe, deltas, describe_base(lm, deltas), seed=seed, diagnostics=descent.diagnostics()
+        tuple(facts),
+        "lora",
+        recipe,
+        deltas,
+        describe_base(lm, deltas),
+        seed=seed,
+        diagnostics=descent.diagnostics(),
     )
 
 
@@ -113,10 +135,12 @@ def lora(
 def adapted(
     lm: LanguageModel, names: Sequence[str], config: LoraEditConfig, generator: torch.Generator
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Matrices of `lm` wear peft's adapters in the block; afterwards the very modules that were there are back.
+    """Matrices of `lm` wear peft's adapters in the block; afterwards the very modules that were
+    there are back.
 
     Yields:
-        name of a matrix -> its parameters A [r, in], small and random, and B [out, r], zero; float32 or better.
+        name of a matrix -> its parameters A [r, in], small and random, and B [out, r], zero;
+        float32 or better.
     Raises:
         UnsupportedModelError: the model wears adapters already.
     """
@@ -127,7 +151,9 @@ def adapted(
             f"{lm.name} wears peft adapters already, which an edit would not describe; merge them into it first "
             "(merge_and_unload)"
         )
-    homes = [(lm.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    homes = [
+        (lm.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names
+    ]
     plain = [lm.model.get_submodule(name) for name in names]
     precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
     spec = LoraConfig(
@@ -138,9 +164,14 @@ def adapted(
         init_lora_weights=False,
     )
     try:
-        with torch.random.fork_rng(devices=[]):  # peft draws values, from the global generator, that are then replaced
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # peft draws values, from the global generator, that are then replaced
             inject_adapter_in_model(spec, lm.model, adapter_name=_ADAPTER)
-        yield {name: _parameters(lm.model.get_submodule(name), precision, config.dropout, generator) for name in names}
+        yield {
+            name: _parameters(lm.model.get_submodule(name), precision, config.dropout, generator)
+            for name in names
+        }
     finally:
         for (home, leaf), module in zip(homes, plain, strict=True):
             setattr(home, leaf, module)
@@ -150,7 +181,9 @@ def adapted(
 def _parameters(
     layer: Any, precision: torch.dtype, dropout: float, generator: torch.Generator
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of an adapted matrix with their usual first values (uniform within 1 / sqrt(in), and zero)."""
+    """A and B of an adapted matrix with their usual first values (uniform within 1 / sqrt(in), and
+    zero).
+    """
     inner, outer = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     bound = inner.in_features**-0.5
     a_ri = (2 * torch.rand(inner.weight.shape, generator=generator, dtype=precision) - 1) * bound

@@ -1,4 +1,5 @@
-"""Which matrices of a model a method changes: named by role or as the family calls them, block by block.
+"""Which matrices of a model a method changes: named by role or as the family calls them, block by
+block.
 
 Knows names. Refuses to know what is done with the matrices.
 """
@@ -18,13 +19,18 @@ from engram.model.language_model import LanguageModel
 Layers = Sequence[int] | Literal["all"]
 
 
-def take_layers(lm: LanguageModel, settings: dict[str, Any], given: Layers | None, count: int = 3) -> Layers:
-    """Blocks to change: those given, else the settings' `layers`, else `count` from their `depth` (a share) on.
+def take_layers(
+    lm: LanguageModel, settings: dict[str, Any], given: Layers | None, count: int = 3
+) -> Layers:
+    """Blocks to change: those given, else the settings' `layers`, else `count` from their `depth`
+    (a share) on.
 
     Both names are taken out of `settings`.
     """
     first = int(settings.pop("depth") * lm.n_layers)
-    usual = settings.pop("layers", [layer for layer in range(first, first + count) if layer < lm.n_layers])
+    usual = settings.pop(
+        "layers", [layer for layer in range(first, first + count) if layer < lm.n_layers]
+    )
     return given if given is not None else usual
 
 
@@ -33,18 +39,24 @@ def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> l
 
     Args:
         layers: blocks from 0, or "all".
-        targets: "mlp_out", the MLP's output matrix; "heads_out", the one that mixes the heads; or the last part of a matrix's
-            own name in the family, such as "q_proj".
+        targets: "mlp_out", the MLP's output matrix; "heads_out", the one that mixes the heads; or
+            the last part of a matrix's own name in the family, such as "q_proj".
     Raises:
         UnsupportedModelError: a layer or a role that the model does not have.
         SettingError: no layers, or a target that no matrix of the block is called.
     """
     if isinstance(layers, str | int) and layers != "all":
-        raise SettingError(f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'all'")
+        raise SettingError(
+            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'all'"
+        )
     chosen = range(lm.n_layers) if layers == "all" else sorted(set(layers))
     if not chosen:
         raise SettingError("layers is empty; name at least one block to change")
-    return list(dict.fromkeys(name for layer in chosen for target in targets for name in _in_block(lm, layer, target)))
+    return list(
+        dict.fromkeys(
+            name for layer in chosen for target in targets for name in _in_block(lm, layer, target)
+        )
+    )
 
 
 def _in_block(lm: LanguageModel, layer: int, target: str) -> list[str]:
@@ -52,10 +64,18 @@ def _in_block(lm: LanguageModel, layer: int, target: str) -> list[str]:
         return [lm.parts.mlp_out_name(layer)]  # or its account of why there is none
     if target == "heads_out":
         return [lm.parts.heads_out_name(layer)]
-    matrices = [name for name, module in lm.parts.blocks[layer].named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    matrices = [
+        name
+        for name, module in lm.parts.blocks[layer].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
     found = [name for name in matrices if name.rpartition(".")[2] == target]
     if not found:
-        known = ["mlp_out", "heads_out", *dict.fromkeys(name.rpartition(".")[2] for name in matrices)]
+        known = [
+            "mlp_out",
+            "heads_out",
+            *dict.fromkeys(name.rpartition(".")[2] for name in matrices),
+        ]
         near = get_close_matches(target, known, n=1)
         raise SettingError(
             f"targets: a block of model_type={lm.model.config.model_type!r} has no matrix {target!r}"

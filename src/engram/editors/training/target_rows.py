@@ -1,4 +1,5 @@
-"""What training methods score: rows of tokens in which every target token stands at its own position.
+"""What training methods score: rows of tokens in which every target token stands at its own
+position.
 
 Knows tokens, positions, cross-entropy. Refuses to know what is trained, and how.
 """
@@ -21,7 +22,9 @@ from engram.modules.hooks import record
 
 
 class TargetRow(NamedTuple):
-    """A text and the tokens wanted in it: the logits at `read[i]` shall say `labels[i]`. `fact` is whose row it is."""
+    """A text and the tokens wanted in it: the logits at `read[i]` shall say `labels[i]`. `fact` is
+    whose row it is.
+    """
 
     ids: list[int]
     read: list[int]
@@ -30,7 +33,8 @@ class TargetRow(NamedTuple):
 
 
 def target_row(lm: LanguageModel, prompt: str, target: str, fact: int = 0) -> TargetRow:
-    """The prompt, then the target but its last token; each target token is read where the one before it stands.
+    """The prompt, then the target but its last token; each target token is read where the one
+    before it stands.
 
     Raises:
         FactError: the target gives no token, or the text more than the model takes.
@@ -40,7 +44,10 @@ def target_row(lm: LanguageModel, prompt: str, target: str, fact: int = 0) -> Ta
 
 
 def fact_rows(
-    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str] = ("{}",), paraphrases: int = 0
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    contexts: Sequence[str] = ("{}",),
+    paraphrases: int = 0,
 ) -> list[TargetRow]:
     """Rows of every fact: its prompt in each context, and its first paraphrases as they are.
 
@@ -51,14 +58,19 @@ def fact_rows(
     rows = []
     for i, fact in enumerate(facts):
         texts = [context.replace("{}", fact.prompt_text, 1) for context in contexts]
-        rows += [target_row(lm, text, fact.target, i) for text in (*texts, *fact.paraphrases[:paraphrases])]
+        rows += [
+            target_row(lm, text, fact.target, i)
+            for text in (*texts, *fact.paraphrases[:paraphrases])
+        ]
     return rows
 
 
 def published_rows(lm: LanguageModel, facts: Sequence[Fact], batch_size: int) -> list[TargetRow]:
-    """Rows as in the harness behind published numbers of fine-tuning: all of a target is asked of the prompt's last token.
+    """Rows as in the harness behind published numbers of fine-tuning: all of a target is asked of
+    the prompt's last token.
 
-    Targets are tokenised alone and padded to the longest of their batch, and what is not the unknown token counts: padding
+    Targets are tokenised alone and padded to the longest of their batch, and what is not the
+        unknown token counts: padding
     too, where the two differ (for GPT-2 they are the same token).
     """
     tokenizer, rows = lm.tokenizer, []
@@ -82,7 +94,8 @@ def published_rows(lm: LanguageModel, facts: Sequence[Fact], batch_size: int) ->
 
 @dataclass(frozen=True, eq=False)
 class TargetBatch:
-    """Rows padded on the right, and the p places of them where a target token is read, row after row.
+    """Rows padded on the right, and the p places of them where a target token is read, row after
+    row.
 
     Attributes:
         ids_bt: token ids; no real position sees a pad.
@@ -107,10 +120,14 @@ class TargetBatch:
         ]
         sizes_b = torch.tensor([len(row.labels) for row in rows])
         rows_p, positions_p, labels_p, facts_p = torch.tensor(reads).unbind(1)
-        return cls(pad_right([row.ids for row in rows]), rows_p, positions_p, labels_p, facts_p, sizes_b)
+        return cls(
+            pad_right([row.ids for row in rows]), rows_p, positions_p, labels_p, facts_p, sizes_b
+        )
 
     def logits(self, lm: LanguageModel) -> Tensor:
-        """[p, v] logits that are read, by one pass through the whole model; gradients reach whatever asks for them."""
+        """[p, v] logits that are read, by one pass through the whole model; gradients reach
+        whatever asks for them.
+        """
         last = lm.parts.block_name(lm.n_layers - 1)
         with record(lm.model, outputs=[last], keep=lambda out: out) as seen:
             base_model(lm)(self.ids_bt.to(lm.device), use_cache=False)
@@ -131,8 +148,14 @@ class TargetBatch:
         return bool((logits_pv.argmax(-1).cpu() == self.labels_p).all())
 
 
-def batches_of(rows: Sequence[TargetRow], size: int, generator: torch.Generator | None = None) -> Iterator[TargetBatch]:
+def batches_of(
+    rows: Sequence[TargetRow], size: int, generator: torch.Generator | None = None
+) -> Iterator[TargetBatch]:
     """Batches of at most `size` rows: in order, or dealt out by `generator`."""
-    order = range(len(rows)) if generator is None else torch.randperm(len(rows), generator=generator).tolist()
+    order = (
+        range(len(rows))
+        if generator is None
+        else torch.randperm(len(rows), generator=generator).tolist()
+    )
     for start in range(0, len(rows), size):
         yield TargetBatch.of([rows[i] for i in order[start : start + size]])

@@ -1,8 +1,9 @@
-"""UltraEdit: one forward and one backward pass, then a ridge solve; no values to optimise, no subject, no corpus.
+"""UltraEdit: one forward and one backward pass, then a ridge solve; no values to optimise, no
+subject, no corpus.
 
-At every scored token t, h_t enters a matrix and g_t is the loss's gradient at its output. Both are standardised by the mean
-and spread of all tokens seen in the model's life, and the change S minimises ||H S - V||^2 + ||S||^2 with rows
-v_t = -learning_rate ||h~_t||^2 g~_t.
+At every scored token t, h_t enters a matrix and g_t is the loss's gradient at its output. Both are
+standardised by the mean and spread of all tokens seen in the model's life, and the change S
+minimises ||H S - V||^2 + ||S||^2 with rows v_t = -learning_rate ||h~_t||^2 g~_t.
 
 Knows tokens, gradients and the solve. Source: Gu et al. 2025, arXiv:2505.14679.
 """
@@ -61,14 +62,18 @@ class UltraEditConfig:
 
 @dataclass
 class Statistics:
-    """Mean and spread of [h; g] over all tokens edited in a model's life, for each matrix. Start with `Statistics()`.
+    """Mean and spread of [h; g] over all tokens edited in a model's life, for each matrix. Start
+    with `Statistics()`.
 
-    Whoever edits a model again and again keeps one and passes it to each `ultraedit`, which adds its tokens when it is done.
+    Whoever edits a model again and again keeps one and passes it to each `ultraedit`, which adds
+    its tokens when it is done.
     """
 
     count: int = 0
     means: dict[str, Tensor] = field(default_factory=dict)  # matrix -> [in + out], float64
-    squares: dict[str, Tensor] = field(default_factory=dict)  # sums of squared deviations from the mean
+    squares: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # sums of squared deviations from the mean
 
     def add(self, tokens: dict[str, Tensor]) -> None:
         """Take in tokens [n, in + out] of every matrix (Chan, Golub & LeVeque's update).
@@ -87,7 +92,9 @@ class Statistics:
             apart_c = mean_c - self.means.get(name, torch.zeros_like(mean_c))
             share = n / (self.count + n)
             self.means[name] = mean_c - apart_c * (1 - share)
-            self.squares[name] = self.squares.get(name, 0) + squares_c + apart_c.square() * self.count * share
+            self.squares[name] = (
+                self.squares.get(name, 0) + squares_c + apart_c.square() * self.count * share
+            )
         self.count += n
 
     def standardised(self, name: str, tokens_nc: Tensor) -> Tensor:
@@ -97,7 +104,9 @@ class Statistics:
 
 @dataclass
 class _Seen:
-    """What the facts' scored tokens are at each matrix, and their statistics together with earlier ones."""
+    """What the facts' scored tokens are at each matrix, and their statistics together with earlier
+    ones.
+    """
 
     config: UltraEditConfig
     recipe: dict[str, Any]
@@ -106,7 +115,14 @@ class _Seen:
     facts_n: list[int]  # whose token it is
     now: Statistics
 
-    def edit(self, lm: LanguageModel, facts: Sequence[Fact], chosen: Sequence[int], seed: int, report: Report) -> Edit:
+    def edit(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        chosen: Sequence[int],
+        seed: int,
+        report: Report,
+    ) -> Edit:
         """The edit of the facts with these numbers."""
         rows = [n for n, fact in enumerate(self.facts_n) if fact in set(chosen)]
         place = {fact: number for number, fact in enumerate(chosen)}
@@ -119,7 +135,9 @@ class _Seen:
             owners = [[place[self.facts_n[n]]] for n in rows]
             deltas[f"{name}.weight"] = delta if delta.is_dense else delta.owned_by(owners)
         base = describe_base(lm, deltas)
-        return Edit(tuple(facts[i] for i in chosen), "ultraedit", self.recipe, deltas, base, seed=seed)
+        return Edit(
+            tuple(facts[i] for i in chosen), "ultraedit", self.recipe, deltas, base, seed=seed
+        )
 
 
 def _seen(
@@ -143,7 +161,10 @@ def _seen(
             report("gradients", i, len(batches))
             seen.append(_inputs_and_gradients(lm, batch, names))
     inputs = {name: torch.cat([each[name][0] for each in seen]) for name in names}
-    tokens = {name: torch.cat([inputs[name], torch.cat([each[name][1] for each in seen])], 1) for name in names}
+    tokens = {
+        name: torch.cat([inputs[name], torch.cat([each[name][1] for each in seen])], 1)
+        for name in names
+    }
     now = deepcopy(statistics) if statistics else Statistics()
     now.add(tokens)
     if now.count < 2:
@@ -176,7 +197,8 @@ def ultraedit(
 
     Args:
         layers: blocks to change, from 0, or "all"; default: the preset of this model.
-        statistics: of earlier edits of this model, these edits' tokens are added; default: of these edits alone.
+        statistics: of earlier edits of this model, these edits' tokens are added; default: of these
+            edits alone.
         seed: kept with the edit; nothing here is drawn.
         progress: called with (what is being done, done, in all).
         knobs: the fields of UltraEditConfig.
@@ -202,15 +224,20 @@ def ultraedit_each(
 ) -> list[Edit]:
     """Many edits of one fact each, every one made on the unedited model.
 
-    One fact's token has no spread of its own, so what is standardised over are the tokens of all these facts, with those of
-    `statistics`, to which nothing is added. The settings are those of `ultraedit`.
+    One fact's token has no spread of its own, so what is standardised over are the tokens of all
+    these facts, with those of `statistics`, to which nothing is added. The settings are those of
+    `ultraedit`.
     """
     seen = _seen(lm, facts, progress or no_progress, **settings)
     return [seen.edit(lm, facts, [i], seed, no_progress) for i in range(len(facts))]
 
 
-def _inputs_and_gradients(lm: LanguageModel, batch: TargetBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each matrix: what enters it at the p read positions [p, in], and the gradient there of the summed loss [p, out]."""
+def _inputs_and_gradients(
+    lm: LanguageModel, batch: TargetBatch, names: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each matrix: what enters it at the p read positions [p, in], and the gradient there of
+    the summed loss [p, out].
+    """
     b, t = batch.ids_bt.shape
     probes: dict[str, Tensor] = {}
 
@@ -220,12 +247,19 @@ def _inputs_and_gradients(lm: LanguageModel, batch: TargetBatch, names: Sequence
 
     with ExitStack() as stack:
         entering = stack.enter_context(record(lm.model, inputs=names, keep=lambda x: x.detach()))
-        modules = {lm.model.get_submodule(name): (lambda out, name=name: probed(name, out)) for name in names}
+        modules = {
+            lm.model.get_submodule(name): (lambda out, name=name: probed(name, out))
+            for name in names
+        }
         stack.enter_context(substitute(modules))
         loss = batch.token_nll(batch.logits(lm)).sum()
     if not torch.isfinite(loss):
-        raise NonFiniteError(f"the loss is {loss.item()}; nothing was changed. Try dtype=torch.float32")
-    gradients = dict(zip(names, torch.autograd.grad(loss, [probes[name] for name in names]), strict=True))
+        raise NonFiniteError(
+            f"the loss is {loss.item()}; nothing was changed. Try dtype=torch.float32"
+        )
+    gradients = dict(
+        zip(names, torch.autograd.grad(loss, [probes[name] for name in names]), strict=True)
+    )
 
     def at_read(x: Tensor) -> Tensor:
         return x.reshape(b, t, -1)[batch.rows_p, batch.positions_p].double().cpu()
@@ -234,7 +268,8 @@ def _inputs_and_gradients(lm: LanguageModel, batch: TargetBatch, names: Sequence
 
 
 def _solve(inputs_ni: Tensor, standard_nc: Tensor, rate: float, precision: torch.dtype) -> Delta:
-    """(H^T H + I)^-1 H^T V, [out, in]: as V^T and the rows (H^T H + I)^-1 h; multiplied out where that is smaller.
+    """(H^T H + I)^-1 H^T V, [out, in]: as V^T and the rows (H^T H + I)^-1 h; multiplied out where
+    that is smaller.
 
     (H^T H + I)^-1 H^T = H^T (H H^T + I)^-1, so the smaller of both matrices is factored.
     """
@@ -243,7 +278,11 @@ def _solve(inputs_ni: Tensor, standard_nc: Tensor, rate: float, precision: torch
     values_no = -rate * h_ni.square().sum(1, keepdim=True) * g_no
     small = inputs_ni @ inputs_ni.T if n <= width else inputs_ni.T @ inputs_ni
     factor = torch.linalg.cholesky(small + torch.eye(len(small), dtype=small.dtype))
-    right_ni = torch.cholesky_solve(inputs_ni, factor) if n <= width else torch.cholesky_solve(inputs_ni.T, factor).T
+    right_ni = (
+        torch.cholesky_solve(inputs_ni, factor)
+        if n <= width
+        else torch.cholesky_solve(inputs_ni.T, factor).T
+    )
     if n > min(width, values_no.shape[1]):
         return Delta((values_no.T @ right_ni).to(precision))
     return Delta(values_no.T.to(precision), right_ni.to(precision))

@@ -1,7 +1,8 @@
 """Lenses: what the model would say if it stopped after this layer.
 
-The residual stream, after the embedding and after every block, is read by the model's own unembedding. Knows states and
-the vocabulary. Refuses to know causes: what a lens can read there need not be what later layers use; see causal_trace.
+The residual stream, after the embedding and after every block, is read by the model's own
+unembedding. Knows states and the vocabulary. Refuses to know causes: what a lens can read there
+need not be what later layers use; see causal_trace.
 
 Source: nostalgebraist, "interpreting GPT: the logit lens", LessWrong 2020.
 """
@@ -38,13 +39,16 @@ from engram.locate.lenses.vocabulary import (
 class LogitLens:
     """What every state of one text says about the next token.
 
-    Tables have a row for every point of the residual stream: row 0 is the embedding, row l + 1 what leaves block l (see
-    `labels`). Columns are the text's tokens. Tensors are on the CPU, float32 (float64 for a float64 model).
+    Tables have a row for every point of the residual stream: row 0 is the embedding, row l + 1 what
+        leaves block l (see
+    `labels`). Columns are the text's tokens. Tensors are on the CPU, float32 (float64 for a float64
+    model).
 
     Attributes:
         norm: whether the model's last norm was applied before the unembedding.
         tokens: the text's t tokens.
-        answers: the token scored at each position: the text's next one, behind its end the model's own choice; or the target.
+        answers: the token scored at each position: the text's next one, behind its end the model's
+            own choice; or the target.
         answer_ids: [t] their ids.
         top_ids: [rows, t, k] the most probable tokens, best first.
         top_tokens: id -> text, of every id in `top_ids`.
@@ -82,15 +86,22 @@ class LogitLens:
     def top(self, row: int, position: int = -1) -> list[tuple[str, float]]:
         """The k most probable tokens of one state with their probabilities."""
         position = position_in(position, len(self.tokens))
-        ids, probabilities = self.top_ids[row, position].tolist(), self.top_probabilities[row, position].tolist()
+        ids, probabilities = (
+            self.top_ids[row, position].tolist(),
+            self.top_probabilities[row, position].tolist(),
+        )
         return [(self.top_tokens[i], p) for i, p in zip(ids, probabilities, strict=True)]
 
     def table(self, position: int = -1) -> str:
         """One position in words, the embedding first: its best token, and how the answer stands."""
-        lines = [f"{'layer':>5}  {'top token':<16} {'p':>6}   {'p(answer)':>9} {'rank':>6} {'entropy':>8} {'KL':>7}"]
+        lines = [
+            f"{'layer':>5}  {'top token':<16} {'p':>6}   {'p(answer)':>9} {'rank':>6} {'entropy':>8} {'KL':>7}"
+        ]
         for row, label in enumerate(self.labels()):
             token, p = self.top(row, position)[0]
-            numbers = [float(table[row, position]) for table in (self.probability, self.entropy, self.kl)]
+            numbers = [
+                float(table[row, position]) for table in (self.probability, self.entropy, self.kl)
+            ]
             lines.append(
                 f"{label:>5}  {token!r:<16.16} {p:>6.3f}   {numbers[0]:>9.3f} {int(self.rank[row, position]):>6} "
                 f"{numbers[1]:>8.2f} {numbers[2]:>7.2f}"
@@ -105,34 +116,48 @@ class LogitLens:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON holds it; tables are nested lists, `top` holds [text, probability] pairs."""
-        top = [[[[*pair] for pair in self.top(row, at)] for at in range(len(self.tokens))] for row in range(len(self.rank))]
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        """Everything as JSON holds it; tables are nested lists, `top` holds [text, probability]
+        pairs.
+        """
+        top = [
+            [[[*pair] for pair in self.top(row, at)] for at in range(len(self.tokens))]
+            for row in range(len(self.rank))
+        ]
+        plain = {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
         for name in ("top_tokens", "top_probabilities"):
             plain.pop(name)
         return {**plain, "rows": self.labels(), "top": top}
 
     def plot(self, shade: Shade = "probability", positions: Sequence[int] | None = None) -> Figure:
-        """Heat map: tokens across, layers up, each state's most probable token in its cell. See `plots.plot_lens`."""
+        """Heat map: tokens across, layers up, each state's most probable token in its cell. See
+        `plots.plot_lens`.
+        """
         from engram.plots.lenses import plot_lens
 
         return plot_lens(self, shade, positions)
 
 
 @torch.no_grad()
-def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None, k: int = 5) -> LogitLens:
+def lens(
+    lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None, k: int = 5
+) -> LogitLens:
     """Read every state of a text through the unembedding.
 
     Args:
         text: any text; a prompt up to the object to see where the answer comes up.
-        norm: apply the model's last norm to every state first, so that the last row is the model's own output. False: the
-            plain logit lens, states straight into the unembedding. A model's scaling and soft cap of logits apply to both.
-        target: score this token at every position; of a target of several tokens, the first. Default: the token that
-            really comes next in the text, and behind its end the model's own choice.
+        norm: apply the model's last norm to every state first, so that the last row is the model's
+            own output. False: the plain logit lens, states straight into the unembedding. A model's
+            scaling and soft cap of logits apply to both.
+        target: score this token at every position; of a target of several tokens, the first.
+            Default: the token that really comes next in the text, and behind its end the model's
+                own choice.
         k: how many of the most probable tokens are kept.
     Returns:
-        Tables [n_layers + 1, tokens]. Distributions over the vocabulary are made for a few positions at a time and never
-        kept; what is kept is n_layers + 1 states a token.
+        Tables [n_layers + 1, tokens]. Distributions over the vocabulary are made for a few
+        positions at a time and never kept; what is kept is n_layers + 1 states a token.
     Raises:
         SettingError: k is not between 1 and the size of the vocabulary.
         FactError: an empty text or target.
@@ -142,7 +167,9 @@ def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None 
     require_causal(lm, "engram.lens")
     vocabulary = int(lm.model.config.vocab_size)
     if not 1 <= k <= vocabulary:
-        raise SettingError(f"k={k}: how many tokens to keep, from 1 to the vocabulary's {vocabulary}")
+        raise SettingError(
+            f"k={k}: how many tokens to keep, from 1 to the vocabulary's {vocabulary}"
+        )
     ids = lm.encode(text).ids
     states_ltd = residual_stream(lm, ids)
     answer_ids = answers_at(lm, text, ids, states_ltd[-1, -1], target)
@@ -152,15 +179,26 @@ def lens(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None 
     ]
     tables = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     if not all(table.isfinite().all() for table in tables.values()):
-        raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
+        raise NonFiniteError(
+            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
+        )
     seen = tables["top_ids"].unique().tolist()
     return LogitLens(
-        text, lm.name, norm, lm.token_strings(ids), lm.token_strings(answer_ids.tolist()), answer_ids,
-        top_tokens=dict(zip(seen, lm.token_strings(seen), strict=True)), settled=settled(tables["top_ids"][..., 0]), **tables,
-    )  # fmt: skip
+        text,
+        lm.name,
+        norm,
+        lm.token_strings(ids),
+        lm.token_strings(answer_ids.tolist()),
+        answer_ids,
+        top_tokens=dict(zip(seen, lm.token_strings(seen), strict=True)),
+        settled=settled(tables["top_ids"][..., 0]),
+        **tables,
+    )
 
 
-def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool, k: int) -> dict[str, Tensor]:
+def _read(
+    lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool, k: int
+) -> dict[str, Tensor]:
     """The tables [rows, t] of a `LogitLens`, on the CPU."""
     log_ltv = log_probs(lm, states_ltd, norm=norm)
     final_tv = log_ltv[-1] if norm else log_probs(lm, states_ltd[-1])

@@ -1,11 +1,13 @@
 """MLP memories: which neurons fire on a text, and which tokens each of them speaks for.
 
-An MLP's output is a sum over its neurons, sum_n c_n v_n, and a bias where it has one: the coefficient c_n, input of the MLP's
-last matrix, says how strongly neuron n fires; its value vector v_n, a column of that matrix, is what it then writes into the
-residual stream. Read through the unembedding, v_n promotes some tokens and suppresses others. Knows one layer and one position
-at a time.
+An MLP's output is a sum over its neurons, sum_n c_n v_n, and a bias where it has one: the
+coefficient c_n, input of the MLP's last matrix, says how strongly neuron n fires; its value vector
+v_n, a column of that matrix, is what it then writes into the residual stream. Read through the
+unembedding, v_n promotes some tokens and suppresses others. Knows one layer and one position at a
+time.
 
-Sources: Geva et al. 2021, arXiv:2012.14913 (key-value memories); Geva et al. 2022, arXiv:2203.14680 (promoted concepts).
+Sources: Geva et al. 2021, arXiv:2012.14913 (key-value memories); Geva et al. 2022, arXiv:2203.14680
+    (promoted concepts).
 """
 
 from __future__ import annotations
@@ -63,9 +65,10 @@ class Memory:
     """A neuron that fires.
 
     Attributes:
-        coefficient: input of the MLP's last matrix at this position; its sign decides whether the value vector is added or
-            subtracted.
-        strength: |coefficient| x length of the value vector: how far it moves the residual stream (before an output norm).
+        coefficient: input of the MLP's last matrix at this position; its sign decides whether the
+            value vector is added or subtracted.
+        strength: |coefficient| x length of the value vector: how far it moves the residual stream
+            (before an output norm).
         share: strength as a part of the sum over all neurons of the layer.
         value: what it speaks for.
     """
@@ -77,7 +80,9 @@ class Memory:
 
     @property
     def pushes(self) -> Scored:
-        """The tokens made more probable here: those promoted, or, where the coefficient is negative, those suppressed."""
+        """The tokens made more probable here: those promoted, or, where the coefficient is
+        negative, those suppressed.
+        """
         if self.coefficient >= 0:
             return self.value.promotes
         return tuple((token, -score) for token, score in self.value.suppresses)
@@ -89,8 +94,9 @@ class Memories:
 
     Attributes:
         position: of the token, counted from the text's start.
-        output_norm: the family normalises the MLP's output before it joins the residual stream (Gemma 2, OLMo 2); value
-            vectors, strengths and promoted tokens are those before that norm.
+        output_norm: the family normalises the MLP's output before it joins the residual stream
+            (Gemma 2, OLMo 2); value vectors, strengths and promoted tokens are those before that
+            norm.
     """
 
     text: str
@@ -102,8 +108,12 @@ class Memories:
     neurons: tuple[Memory, ...]
 
     def __str__(self) -> str:
-        lines = [f"layer {self.layer} at token {self.token!r} (position {self.position})" + self.note()]
-        lines.append(f"{'neuron':>7} {'coefficient':>11} {'strength':>8} {'share':>6}  pushes towards")
+        lines = [
+            f"layer {self.layer} at token {self.token!r} (position {self.position})" + self.note()
+        ]
+        lines.append(
+            f"{'neuron':>7} {'coefficient':>11} {'strength':>8} {'share':>6}  pushes towards"
+        )
         for each in self.neurons:
             lines.append(
                 f"{each.value.neuron:>7} {each.coefficient:>11.3f} {each.strength:>8.2f} {each.share:>6.1%}  {words(each.pushes)}"
@@ -127,18 +137,27 @@ class Memories:
 
 @torch.no_grad()
 def memories(
-    lm: LanguageModel, text: str, layer: int, position: int = -1, *, neurons: int = 10, k: int = 10, norm: bool = True
+    lm: LanguageModel,
+    text: str,
+    layer: int,
+    position: int = -1,
+    *,
+    neurons: int = 10,
+    k: int = 10,
+    norm: bool = True,
 ) -> Memories:
     """The neurons that fire most strongly at one layer and position, and what they speak for.
 
     Args:
         layer: block, from 0.
         position: token of the text, from 0; negative ones count from the end.
-        neurons: how many; ranked by |coefficient| x length of the value vector, as in Geva et al. 2022.
+        neurons: how many; ranked by |coefficient| x length of the value vector, as in Geva et al.
+            2022.
         k, norm: see `promotes`.
     Raises:
         SettingError: a position that the text does not have, neurons or k out of range.
-        UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is not causal.
+        UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is
+            not causal.
         NonFiniteError: the model's states are not finite.
     """
     require_causal(lm, "engram.memories")
@@ -146,50 +165,74 @@ def memories(
     ids = lm.encode(text).ids
     at = position_in(position, len(ids))
     if not 1 <= neurons <= weight_df.shape[1]:
-        raise SettingError(f"neurons={neurons}: how many to show, from 1 to the layer's {weight_df.shape[1]}")
+        raise SettingError(
+            f"neurons={neurons}: how many to show, from 1 to the layer's {weight_df.shape[1]}"
+        )
     with record(lm.model, inputs=[name], stop=True) as seen:
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     coefficient_f = seen[name].reshape(len(ids), -1)[at]
     if not coefficient_f.isfinite().all():
-        raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
-    strength_f = coefficient_f.double().abs() * weight_df.double().norm(dim=0).to(coefficient_f.device)
+        raise NonFiniteError(
+            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
+        )
+    strength_f = coefficient_f.double().abs() * weight_df.double().norm(dim=0).to(
+        coefficient_f.device
+    )
     best = strength_f.topk(neurons)
     firing = [
-        Memory(float(coefficient_f[value.neuron]), strength, strength / float(strength_f.sum().clamp(min=1e-30)), value)
-        for strength, value in zip(best.values.tolist(), _values(lm, layer, best.indices.tolist(), k, norm), strict=True)
+        Memory(
+            float(coefficient_f[value.neuron]),
+            strength,
+            strength / float(strength_f.sum().clamp(min=1e-30)),
+            value,
+        )
+        for strength, value in zip(
+            best.values.tolist(), _values(lm, layer, best.indices.tolist(), k, norm), strict=True
+        )
     ]
     inside = any(module is lm.parts.mlp_out(layer) for module in lm.parts.mlp(layer).modules())
-    return Memories(text, lm.name, layer, at, lm.token_strings(ids[at : at + 1])[0], not inside, tuple(firing))
+    return Memories(
+        text, lm.name, layer, at, lm.token_strings(ids[at : at + 1])[0], not inside, tuple(firing)
+    )
 
 
 @torch.no_grad()
-def promotes(lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: bool = True) -> ValueVector:
+def promotes(
+    lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: bool = True
+) -> ValueVector:
     """The tokens that one neuron's value vector promotes and suppresses; no text is needed.
 
     With U the unembedding and v the value vector, scores are
         norm=False: U v, as in Geva et al. 2022;
-        norm=True:  U (N(v) - N(0)), N the model's last norm. A norm centres (if it does), divides by a size and multiplies by
-            its scale g, so this is U (g * centred v) up to a positive factor: the order in which a small step along v moves
-            the logits of the last state, whatever that state is. Scores are those of v alone, scaled to the norm's size.
-    Neither adds the unembedding's bias, a family's scaling or soft cap of logits. Where a family normalises the MLP's output
-    (Gemma 2, OLMo 2), v is read as it is before that norm.
+        norm=True:  U (N(v) - N(0)), N the model's last norm. A norm centres (if it does), divides
+        by a size and multiplies by
+            its scale g, so this is U (g * centred v) up to a positive factor: the order in which a
+            small step along v moves the logits of the last state, whatever that state is. Scores
+            are those of v alone, scaled to the norm's size.
+    Neither adds the unembedding's bias, a family's scaling or soft cap of logits. Where a family
+    normalises the MLP's output (Gemma 2, OLMo 2), v is read as it is before that norm.
 
     Args:
         layer, neuron: block and column of its MLP output matrix, both from 0.
         k: tokens at each end.
     Raises:
         SettingError: k or the neuron out of range.
-        UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is not causal.
+        UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is
+            not causal.
     """
     require_causal(lm, "engram.promotes")
     width = linear_shape(lm.parts.mlp_out(layer))[1]
     if not 0 <= neuron < width:
-        raise SettingError(f"neuron={neuron} does not exist; layer {layer} has neurons 0 to {width - 1}")
+        raise SettingError(
+            f"neuron={neuron} does not exist; layer {layer} has neurons 0 to {width - 1}"
+        )
     return _values(lm, layer, [neuron], k, norm)[0]
 
 
 def vocabulary_scores(lm: LanguageModel, vectors_nd: Tensor, *, norm: bool = True) -> Tensor:
-    """What vectors of the residual stream speak for, [n, v], float32 or better: the formulas of `promotes`."""
+    """What vectors of the residual stream speak for, [n, v], float32 or better: the formulas of
+    `promotes`.
+    """
     if norm and lm.parts.norm is not None:
         vectors_nd = lm.parts.norm(vectors_nd) - lm.parts.norm(torch.zeros_like(vectors_nd[:1]))
     if lm.parts.project_out is not None:
@@ -199,16 +242,26 @@ def vocabulary_scores(lm: LanguageModel, vectors_nd: Tensor, *, norm: bool = Tru
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _values(lm: LanguageModel, layer: int, neurons: Sequence[int], k: int, norm: bool) -> list[ValueVector]:
+def _values(
+    lm: LanguageModel, layer: int, neurons: Sequence[int], k: int, norm: bool
+) -> list[ValueVector]:
     vectors_nd = as_linear(lm.parts.mlp_out(layer))[:, list(neurons)].T
     scores_nv = vocabulary_scores(lm, vectors_nd, norm=norm)
     if not 1 <= k <= scores_nv.shape[1]:
-        raise SettingError(f"k={k}: how many tokens to show, from 1 to the vocabulary's {scores_nv.shape[1]}")
+        raise SettingError(
+            f"k={k}: how many tokens to show, from 1 to the vocabulary's {scores_nv.shape[1]}"
+        )
     lengths = vectors_nd.double().norm(dim=1).tolist()
     high, low = (scores_nv.topk(k, -1, largest=largest) for largest in (True, False))
 
     def named(found: torch.return_types.topk, row: int) -> Scored:
-        return tuple(zip(lm.token_strings(found.indices[row].tolist()), found.values[row].tolist(), strict=True))
+        return tuple(
+            zip(
+                lm.token_strings(found.indices[row].tolist()),
+                found.values[row].tolist(),
+                strict=True,
+            )
+        )
 
     return [
         ValueVector(layer, neuron, lengths[row], norm, named(high, row), named(low, row))

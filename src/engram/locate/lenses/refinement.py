@@ -1,9 +1,11 @@
 """Who changes the prediction: attention or the MLP, block by block.
 
-A block adds its attention's output to the residual stream and then its MLP's. Each of the states in between is read through the
-unembedding as a lens does, and so is the MLP's output alone. Refuses to know single neurons: see memories.
+A block adds its attention's output to the residual stream and then its MLP's. Each of the states in
+between is read through the unembedding as a lens does, and so is the MLP's output alone. Refuses to
+know single neurons: see memories.
 
-Sources: Geva et al. 2021, arXiv:2012.14913, Sec. 5 (the four kinds of layer); Geva et al. 2022, arXiv:2203.14680, Sec. 4.
+Sources: Geva et al. 2021, arXiv:2012.14913, Sec. 5 (the four kinds of layer); Geva et al. 2022,
+    arXiv:2203.14680, Sec. 4.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from torch import Tensor
 from engram.checks import position_in
 from engram.engine.recording import base_model
 from engram.errors import NonFiniteError, UnsupportedModelError
-from engram.locate.lenses.vocabulary import answers_at, chunks_of_positions, log_probs, require_causal, score
+from engram.locate.lenses.vocabulary import (
+    answers_at,
+    chunks_of_positions,
+    log_probs,
+    require_causal,
+    score,
+)
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
 
@@ -32,9 +40,11 @@ KINDS = ("agreement", "residual", "mlp", "composition")
 class Refinement:
     """How the next token comes up over the blocks of one text.
 
-    Tables are keyed by the point that is read: "entering" the block, "middle" (its attention added), "mlp" (the MLP's output
-    alone), "leaving" (both added). Each is [n_layers, t] on the CPU. In a block whose attention and MLP run side by side (GPT-J,
-    Falcon) the middle is a state that nothing reads; changes are booked to attention first.
+    Tables are keyed by the point that is read: "entering" the block, "middle" (its attention
+        added), "mlp" (the MLP's output
+    alone), "leaving" (both added). Each is [n_layers, t] on the CPU. In a block whose attention and
+    MLP run side by side (GPT-J, Falcon) the middle is a state that nothing reads; changes are
+    booked to attention first.
 
     Attributes:
         answers: the token scored at each position, see `lens`.
@@ -64,10 +74,11 @@ class Refinement:
         return self.top_ids["middle"] != self.top_ids["leaving"]
 
     def kinds(self) -> dict[str, Tensor]:
-        """The four kinds of Geva et al. 2021, Sec. 5.2, [n_layers, t] each; every cell is of exactly one kind.
+        """The four kinds of Geva et al. 2021, Sec. 5.2, [n_layers, t] each; every cell is of
+        exactly one kind.
 
-        The state behind the MLP says what "residual": only the state before it said; "mlp": only the MLP alone says;
-        "agreement": both said; "composition": neither did.
+        The state behind the MLP says what "residual": only the state before it said; "mlp": only
+        the MLP alone says; "agreement": both said; "composition": neither did.
         """
         before = self.top_ids["leaving"] == self.top_ids["middle"]
         alone = self.top_ids["leaving"] == self.top_ids["mlp"]
@@ -79,22 +90,34 @@ class Refinement:
         }
 
     def shares(self) -> dict[str, list[float]]:
-        """Parts of the positions, layer by layer: changed by attention, changed by the MLP, and the four kinds."""
-        tables = {"changed by attention": self.changed_by_attention, "changed by MLP": self.changed_by_mlp, **self.kinds()}
+        """Parts of the positions, layer by layer: changed by attention, changed by the MLP, and the
+        four kinds.
+        """
+        tables = {
+            "changed by attention": self.changed_by_attention,
+            "changed by MLP": self.changed_by_mlp,
+            **self.kinds(),
+        }
         return {name: table.double().mean(1).tolist() for name, table in tables.items()}
 
     def top(self, point: str, layer: int, position: int = -1) -> str:
         """The most probable token at one point."""
-        return self.top_tokens[int(self.top_ids[point][layer, position_in(position, len(self.tokens))])]
+        return self.top_tokens[
+            int(self.top_ids[point][layer, position_in(position, len(self.tokens))])
+        ]
 
     def table(self, position: int = -1) -> str:
-        """One position, block by block: what is said at each point, and the answer's probability when the block is left."""
+        """One position, block by block: what is said at each point, and the answer's probability
+        when the block is left.
+        """
         lines = [
             f"{'layer':>5}  {'entering':<14} {'+ attention':<14} {'MLP alone':<14} {'+ MLP':<14} {'p(answer)':>9} {'rank':>6}"
         ]
         for layer in range(len(self.rank["leaving"])):
             said = " ".join(f"{self.top(point, layer, position)!r:<14.14}" for point in POINTS)
-            p, rank = (float(table["leaving"][layer, position]) for table in (self.probability, self.rank))
+            p, rank = (
+                float(table["leaving"][layer, position]) for table in (self.probability, self.rank)
+            )
             lines.append(f"{layer:>5}  {said} {p:>9.3f} {int(rank):>6}")
         return "\n".join(lines)
 
@@ -107,7 +130,10 @@ class Refinement:
         ]
         lines[1] += " ".join(f"{kind:>11}" for kind in KINDS)
         for layer, (attention, mlp, *kinds) in enumerate(zip(*shares.values(), strict=True)):
-            lines.append(f"{layer:>5}  {attention:>9.0%} {mlp:>6.0%}  " + " ".join(f"{share:>11.0%}" for share in kinds))
+            lines.append(
+                f"{layer:>5}  {attention:>9.0%} {mlp:>6.0%}  "
+                + " ".join(f"{share:>11.0%}" for share in kinds)
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -128,27 +154,32 @@ class Refinement:
         for name in ("top_ids", "probability", "rank"):
             plain[name] = {point: table.tolist() for point, table in plain[name].items()}
         plain["top"] = {
-            point: [[self.top_tokens[i] for i in row] for row in rows] for point, rows in plain["top_ids"].items()
+            point: [[self.top_tokens[i] for i in row] for row in rows]
+            for point, rows in plain["top_ids"].items()
         }
         return {**plain, "shares": self.shares()}
 
     def plot(self, position: int = -1) -> Figure:
-        """Probability and rank of the answer along the stream, and who changed the prediction. See `plots.plot_refinement`."""
+        """Probability and rank of the answer along the stream, and who changed the prediction. See
+        `plots.plot_refinement`.
+        """
         from engram.plots.lenses import plot_refinement
 
         return plot_refinement(self, position_in(position, len(self.tokens)))
 
 
 @torch.no_grad()
-def refinement(lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None) -> Refinement:
+def refinement(
+    lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None
+) -> Refinement:
     """Read the states around every MLP of a text.
 
     Args:
         norm, target: as in `lens`.
     Raises:
         FactError: an empty text or target.
-        UnsupportedModelError: a block that is no plain sum of its input, attention and MLP (it norms the stream in between),
-            or a model that is not causal.
+        UnsupportedModelError: a block that is no plain sum of its input, attention and MLP (it
+            norms the stream in between), or a model that is not causal.
         NonFiniteError: the model's states are not finite.
     """
     require_causal(lm, "engram.refinement")
@@ -157,21 +188,39 @@ def refinement(lm: LanguageModel, text: str, *, norm: bool = True, target: str |
     answer_ids = answers_at(lm, text, ids, stream_ltd[-1, -1], target)
     tables: dict[str, dict[str, Tensor]] = {"top_ids": {}, "probability": {}, "rank": {}}
     read = [_read(lm, states, answer_ids, norm) for states in (stream_ltd, middle_ltd, mlp_ltd)]
-    for name, stream, middle, mlp in zip(tables, *read, strict=True):  # what leaves a block enters the next
-        tables[name] = {"entering": stream[:-1], "middle": middle, "mlp": mlp, "leaving": stream[1:]}
+    for name, stream, middle, mlp in zip(
+        tables, *read, strict=True
+    ):  # what leaves a block enters the next
+        tables[name] = {
+            "entering": stream[:-1],
+            "middle": middle,
+            "mlp": mlp,
+            "leaving": stream[1:],
+        }
     if not all(table.isfinite().all() for table in tables["probability"].values()):
-        raise NonFiniteError(f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32")
+        raise NonFiniteError(
+            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
+        )
     seen = torch.stack([*tables["top_ids"].values()]).unique().tolist()
     return Refinement(
-        text, lm.name, norm, lm.token_strings(ids), lm.token_strings(answer_ids.tolist()),
-        top_tokens=dict(zip(seen, lm.token_strings(seen), strict=True)), **tables,
-    )  # fmt: skip
+        text,
+        lm.name,
+        norm,
+        lm.token_strings(ids),
+        lm.token_strings(answer_ids.tolist()),
+        top_tokens=dict(zip(seen, lm.token_strings(seen), strict=True)),
+        **tables,
+    )
 
 
-def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _read(
+    lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Most probable token, probability and rank of the answer, [l, t] on the CPU."""
     found = []
-    for part in chunks_of_positions(len(answer_ids), len(states_ltd) * int(lm.model.config.vocab_size)):
+    for part in chunks_of_positions(
+        len(answer_ids), len(states_ltd) * int(lm.model.config.vocab_size)
+    ):
         log_ltv = log_probs(lm, states_ltd[:, part], norm=norm)
         found.append((log_ltv.argmax(-1), *score(log_ltv, answer_ids[part])))
     top, probability, rank = (torch.cat(columns, 1).cpu() for columns in zip(*found, strict=True))
@@ -179,7 +228,9 @@ def _read(lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool)
 
 
 def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream [l + 1, t, d], and for each block its middle and its MLP's contribution, [l, t, d]."""
+    """The residual stream [l + 1, t, d], and for each block its middle and its MLP's contribution,
+    [l, t, d].
+    """
     parts, layout = lm.parts, lm.parts.layout
     if not (layout.attention and layout.mlp) or layout.attention == layout.mlp:
         raise UnsupportedModelError(
@@ -191,9 +242,12 @@ def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     home = seen[names[-1]].device
     stream = torch.stack([seen[name][0].to(home) for name in (f"{names[0]}:input", *names)])
-    scale = float(getattr(lm.model.config, "residual_multiplier", 1.0))  # Granite scales both branches
+    scale = float(
+        getattr(lm.model.config, "residual_multiplier", 1.0)
+    )  # Granite scales both branches
     attention, mlp = (
-        scale * torch.stack([seen[f"{name}.{part}"].view_as(seen[name])[0].to(home) for name in names])
+        scale
+        * torch.stack([seen[f"{name}.{part}"].view_as(seen[name])[0].to(home) for name in names])
         for part in (layout.attention, layout.mlp)
     )
     middle = stream[1:] - mlp

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     pass
 
 
-_LOGITS_AT_ONCE = 1 << 24  # over all layers and a chunk of positions: 64 MB in float32, some five times that at the peak
+_LOGITS_AT_ONCE = (
+    1 << 24
+)  # over all layers and a chunk of positions: 64 MB in float32, some five times that at the peak
 
 
-# -- what the readings in this folder share ---------------------------------------------------------------------------
+# -- what the readings in this folder share --------------------------------------------------------
 
 
 def require_causal(lm: LanguageModel, what: str) -> None:
@@ -42,7 +44,9 @@ def residual_stream(lm: LanguageModel, ids: list[int]) -> Tensor:
     return torch.stack([state.to(states[-1].device) for state in states])
 
 
-def answers_at(lm: LanguageModel, text: str, ids: list[int], last_state_d: Tensor, target: str | None) -> Tensor:
+def answers_at(
+    lm: LanguageModel, text: str, ids: list[int], last_state_d: Tensor, target: str | None
+) -> Tensor:
     """Id of the token to score at each position, [t] on the CPU: see `lens`."""
     if target is not None:
         return torch.tensor([lm.target_ids(text, target)[0]] * len(ids))
@@ -57,13 +61,17 @@ def chunks_of_positions(tokens: int, logits: int) -> Iterator[slice]:
 
 
 def log_probs(lm: LanguageModel, states: Tensor, *, norm: bool = True) -> Tensor:
-    """Log-probabilities (nats) that the unembedding reads in states [..., d] -> [..., v], float32 or better."""
+    """Log-probabilities (nats) that the unembedding reads in states [..., d] -> [..., v], float32
+    or better.
+    """
     logits = lm.parts.head(states, norm=norm)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def score(log_tv: Tensor, answer_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and rank (1 + how many tokens are more probable) of one token a position: [..., t, v] -> [..., t] twice."""
+    """Probability and rank (1 + how many tokens are more probable) of one token a position: [...,
+    t, v] -> [..., t] twice.
+    """
     ids_t1 = answer_ids.to(log_tv.device)[:, None].expand(*log_tv.shape[:-1], 1)
     answer_t1 = log_tv.gather(-1, ids_t1)
     return answer_t1[..., 0].exp(), 1 + (log_tv > answer_t1).sum(-1)
