@@ -62,10 +62,10 @@ def knows(
             asked,
             candidates=candidates,
             aggregate="first" if paraphrases == "none" else paraphrases,  # type: ignore[arg-type]
-            length=length,
+            length=length,  # type: ignore[arg-type]
             paraphrases=paraphrases != "none",
             k=k,
-            table=table,  # type: ignore[arg-type]
+            table=table,
             progress=lambda done, total: report("asking", done, total),
         )
     if as_json:

@@ -62,12 +62,12 @@ def layers(
         card = engram.layer_card(
             lm,
             table,
-            keep=keep,
+            keep=keep,  # type: ignore[arg-type]
             edits=edits,
             traces=traces,
             estimates=estimates,
             every=every,
-            fine=fine,  # type: ignore[arg-type]
+            fine=fine,
             method=method,
             corpus=corpus,
             tokens=tokens,
