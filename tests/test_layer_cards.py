@@ -75,7 +75,7 @@ def test_layers_that_were_not_tried_have_effects_and_no_score():
     found = card([[0.5, 0.9]], [[0.3, 0.2, 0.1]], layers=[0, 2])
     assert [row.score is None for row in found.rows] == [False, True, False]
     assert [row.trace.mean for row in found.rows] == pytest.approx([0.3, 0.2, 0.1])
-    assert found.tried == [0, 2] and found.best == 2
+    assert found.layers_tested == [0, 2] and found.best == 2
 
 
 def test_the_best_layer_has_the_highest_mean_and_of_equal_ones_is_the_first():
@@ -87,7 +87,7 @@ def test_a_layer_is_as_good_where_its_difference_fact_by_fact_may_be_none():
     facts = [[0.5 + 0.02 * i, 0.4 + 0.02 * i, 0.49 + 0.02 * i + 0.1 * (-1) ** i] for i in range(20)]
     found = card(facts)
     assert found.best == 0
-    assert found.as_good == [0, 2], (
+    assert found.tied_with_best == [0, 2], (
         "layer 1 is behind by little, but always; layer 2 by less on average, and not always"
     )
     assert (
@@ -134,12 +134,14 @@ def test_rank_correlation_is_that_of_counted_ranks():
 
 def test_the_card_says_whether_the_trace_would_have_told():
     scores = [[0.1, 0.5, 0.9], [0.2, 0.6, 0.8]]
-    assert card(scores, [[0.0, 0.1, 0.3]] * 2).trace_tells == Mean(
+    assert card(scores, [[0.0, 0.1, 0.3]] * 2).trace_correlation == Mean(
         pytest.approx(1), pytest.approx(1), pytest.approx(1)
     )
-    assert card(scores, [[0.3, 0.1, 0.0]] * 2).trace_tells.mean == pytest.approx(-1)
-    assert card(scores, [[0.0, 0.0, 0.0]] * 2).trace_tells is None, "a flat curve has no ranks"
-    assert card(scores).trace_tells is None and card(scores).attribution_tells is None
+    assert card(scores, [[0.3, 0.1, 0.0]] * 2).trace_correlation.mean == pytest.approx(-1)
+    assert card(scores, [[0.0, 0.0, 0.0]] * 2).trace_correlation is None, (
+        "a flat curve has no ranks"
+    )
+    assert card(scores).trace_correlation is None and card(scores).attribution_correlation is None
     assert card(scores, [[0.3, 0.1, 0.0], [0.0, 0.1, 0.2]]).own_trace_hits == (1, 2)
     told = list(card(scores, [[0.3, 0.1, 0.0], [0.0, 0.1, 0.2]]).advice())
     assert any("1 of 2 (by chance about 0.7)" in line for line in told)

@@ -73,10 +73,9 @@ def measured(monkeypatch):
 
 def test_the_numbers_are_those_of_traces_and_receipts_one_by_one(lm, tmp_path):
     found = layer_card(lm, EDITS, cache_dir=tmp_path, **QUICK)
-    assert found.tried == [0, 1, 2, 3] and [each.fact.target for each in found.evidence] == [
-        "Paris",
-        "Rome",
-    ]
+    assert found.layers_tested == [0, 1, 2, 3] and [
+        each.fact.target for each in found.evidence
+    ] == ["Paris", "Rome"]
     for fact, evidence in zip(EDITS, found.evidence, strict=True):
         asked = {
             "subject": fact.subject,
@@ -122,14 +121,20 @@ def test_a_deep_model_is_tried_here_and_there_and_then_around_the_best():
     assert Budget().between([0, 4, 8], 0, 10) == [1, 2, 3] and Budget().between(
         [0, 4, 8], 8, 10
     ) == [5, 6, 7, 9]
-    assert Budget(fine=False).between([0, 4, 8], 4, 10) == []
+    assert Budget(refine=False).between([0, 4, 8], 4, 10) == []
 
 
 def test_coarse_layers_come_first_and_those_next_to_the_best_follow(lm, tmp_path, measured):
-    found = layer_card(lm, EDITS, every=3, cache_dir=tmp_path, **QUICK)
+    found = layer_card(lm, EDITS, layer_step=3, cache_dir=tmp_path, **QUICK)
     tried = [layer for _, layer in measured]
-    assert tried[:4] == [0, 3, 0, 3] and set(tried[4:]) == {1, 2} and found.tried == [0, 1, 2, 3]
-    assert layer_card(lm, EDITS, every=3, fine=False, cache_dir=tmp_path, **QUICK).tried == [0, 3]
+    assert (
+        tried[:4] == [0, 3, 0, 3]
+        and set(tried[4:]) == {1, 2}
+        and found.layers_tested == [0, 1, 2, 3]
+    )
+    assert layer_card(
+        lm, EDITS, layer_step=3, refine=False, cache_dir=tmp_path, **QUICK
+    ).layers_tested == [0, 3]
 
 
 def test_a_method_that_takes_a_list_of_layers_is_asked_one_by_one(lm, tmp_path, monkeypatch):
@@ -222,7 +227,7 @@ def test_facts_without_which_there_is_no_choice(lm, tmp_path):
     ("settings", "told"),
     [
         ({"edits": 0}, "edits=0, .*at least one edited fact"),
-        ({"every": 0}, "every=0"),
+        ({"layer_step": 0}, "layer_step=0"),
         ({"keep": "some"}, "keep='some' does not exist; expected 'known' or 'all'"),
         ({"layer": 1}, "layer is what a layer card is to find"),
         ({"method": "none"}, "method='none' has no setting layer or layers"),
@@ -436,14 +441,14 @@ def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path):
         edits=1,
         traces=1,
         estimates=2,
-        every=7,
-        fine=False,
+        layer_step=7,
+        refine=False,
         cache_dir=tmp_path,
         contexts=("{}",),
         tokens=1000,
         steps=20,
     )
-    assert found.tried == [0, 7] and found.best == 0, (
+    assert found.layers_tested == [0, 7] and found.best == 0, (
         "the last layer's change at the subject reaches no answer"
     )
     assert found.rows[0].trace.mean > found.rows[7].trace.mean

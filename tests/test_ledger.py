@@ -280,15 +280,15 @@ def test_an_edit_made_on_top_is_noted_and_leaves_exactly(ledger, caplog):
         with above.applied(LM):
             as_made = LM.model.get_parameter(name).detach().clone()
     entry = ledger.add(above, LM, canary=NOTHING)
-    assert entry.made_on == (1,)
+    assert entry.base_entries == (1,)
     with ledger.applied(LM):
         torch.testing.assert_close(LM.model.get_parameter(name).detach(), as_made)
-    assert ledger.add(third).made_on == ()
+    assert ledger.add(third).base_entries == ()
 
     left = ledger.remove(1)
     assert [entry.number for entry in left] == [2]
     assert "1.0 went, and entries 2 were made on top of it" in caplog.text
-    assert ledger.history()[-1].above == (2,)
+    assert ledger.history()[-1].dependents == (2,)
     assert ledger.edit().deltas == compose([second, third]).deltas
     with ledger.applied(LM):
         now = LM.model.get_parameter(name).detach().double()
@@ -301,7 +301,7 @@ def test_a_state_that_was_noted_is_known_again_without_the_model(ledger):
     with ledger.applied(LM):
         above = on_top(LM, random_edit(LM, seed=3))
     ledger.add(random_edit(LM, (2,), seed=4), LM, canary=NOTHING)
-    assert ledger.add(above).made_on == (1, 2)
+    assert ledger.add(above).base_entries == (1, 2)
 
 
 def test_a_state_that_was_not_noted_takes_the_model(ledger):
@@ -313,7 +313,7 @@ def test_a_state_that_was_not_noted_takes_the_model(ledger):
         match=r"neither the ledger's base, 'tiny-gpt2', nor .* give the model: add\(edit, lm\)",
     ):
         ledger.add(above)
-    assert ledger.add(above, LM, canary=NOTHING).made_on == (1,)
+    assert ledger.add(above, LM, canary=NOTHING).base_entries == (1,)
 
 
 def test_ground_that_is_gone_is_warned_of(ledger, caplog):
@@ -321,7 +321,7 @@ def test_ground_that_is_gone_is_warned_of(ledger, caplog):
     with ledger.applied(LM):
         above = on_top(LM, random_edit(LM, seed=2))
     ledger.remove(1)
-    assert ledger.add(above).made_on == (1,)
+    assert ledger.add(above).base_entries == (1,)
     assert (
         "made on top of entries 1, of which some facts are no longer in force; verify it"
         in caplog.text
@@ -338,7 +338,7 @@ def test_an_edit_does_not_replace_what_it_stands_on(ledger):
         ledger.add(above, replace=True)
     with ledger.applied(LM, without=["1.0"]):
         beside = on_top(LM, about("Tower", "Oslo", seed=2))
-    assert ledger.add(beside, replace=True).made_on == ()
+    assert ledger.add(beside, replace=True).base_entries == ()
     assert [entry.number for entry in ledger.list()] == [2]
 
 

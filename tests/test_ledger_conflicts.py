@@ -172,7 +172,7 @@ def test_an_edit_made_on_top_is_not_warned_of_what_it_stands_on(ledger, caplog):
     with ledger.applied(LM):
         base = describe_base(LM, [NAME])
     ledger.add(replace(keyed(keys_of(1, 1), seed=2), base=base), LM, canary=Canary(None, None))
-    assert caplog.text == "" and ledger.list()[1].made_on == (1,)
+    assert caplog.text == "" and ledger.list()[1].base_entries == (1,)
 
 
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")

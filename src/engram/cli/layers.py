@@ -21,15 +21,15 @@ def layers(
     keep: Annotated[
         str, typer.Option(help="Facts of the file that count: known or all.")
     ] = "known",
-    edits: Annotated[int, typer.Option(help="Facts edited at every layer that is tried.")] = 20,
+    edits: Annotated[int, typer.Option(help="Facts edited at every tested layer.")] = 20,
     traces: Annotated[int, typer.Option(help="Facts traced exactly.")] = 20,
     estimates: Annotated[int, typer.Option(help="Facts whose trace is estimated.")] = 40,
-    every: Annotated[
+    layer_step: Annotated[
         int | None,
-        typer.Option(help="Try every so many layers first; default: all, or 12 of a deeper model."),
+        typer.Option(help="Test every Nth layer first; default: all, or 12 of a deeper model."),
     ] = None,
-    fine: Annotated[
-        bool, typer.Option(help="Then try the layers between, around the best.")
+    refine: Annotated[
+        bool, typer.Option(help="Then test the layers between the best and its neighbours.")
     ] = True,
     method: Annotated[str, typer.Option(help="How to edit: a method that takes a layer.")] = "rome",
     setting: Annotated[
@@ -66,8 +66,8 @@ def layers(
             edits=edits,
             traces=traces,
             estimates=estimates,
-            every=every,
-            fine=fine,
+            layer_step=layer_step,
+            refine=refine,
             method=method,
             corpus=corpus,
             tokens=tokens,

@@ -201,7 +201,11 @@ def show_layer_card(card: LayerCard) -> None:
     highest = max((row.trace.mean for row in card.rows if row.trace), default=0.0)
     for row in card.rows:
         style = (
-            "bold green" if row.layer == card.best else "green" if row.layer in card.as_good else ""
+            "bold green"
+            if row.layer == card.best
+            else "green"
+            if row.layer in card.tied_with_best
+            else ""
         )
         table.add_row(
             ("→ " if row.layer == card.best else "") + str(row.layer),

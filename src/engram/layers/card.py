@@ -116,7 +116,7 @@ class LayerCard:
         return [each for each in self.evidence if each.edits]
 
     @property
-    def tried(self) -> list[int]:
+    def layers_tested(self) -> list[int]:
         """The layers that were edited."""
         return sorted(self.edited[0].edits)
 
@@ -124,7 +124,7 @@ class LayerCard:
     def rows(self) -> tuple[LayerRow, ...]:
         """One a layer, all layers of the model."""
         traced, estimated = self._effects("trace"), self._effects("attribution")
-        scored = dict(zip(self.tried, means(self._scores), strict=True))
+        scored = dict(zip(self.layers_tested, means(self._scores), strict=True))
         return tuple(
             LayerRow(
                 layer,
@@ -141,17 +141,17 @@ class LayerCard:
     @property
     def best(self) -> int:
         """The layer whose edits have the highest mean score; of equal ones the first."""
-        return self.tried[int(self._scores.mean(0).argmax())]
+        return self.layers_tested[int(self._scores.mean(0).argmax())]
 
     @cached_property
-    def as_good(self) -> list[int]:
+    def tied_with_best(self) -> list[int]:
         """Layers that these facts cannot tell from the best: the difference, fact by fact, has an
         interval that holds 0.
         """
-        behind_nl = self._scores - self._scores[:, [self.tried.index(self.best)]]
+        behind_nl = self._scores - self._scores[:, [self.layers_tested.index(self.best)]]
         return [
             layer
-            for layer, each in zip(self.tried, means(behind_nl), strict=True)
+            for layer, each in zip(self.layers_tested, means(behind_nl), strict=True)
             if each.high >= 0
         ]
 
@@ -170,7 +170,7 @@ class LayerCard:
             raise SettingError(
                 f"count={count}: {self.model} has {self.n_layers} layers; expected 1 to {self.n_layers}"
             )
-        score_l = np.interp(np.arange(self.n_layers), self.tried, self._scores.mean(0))
+        score_l = np.interp(np.arange(self.n_layers), self.layers_tested, self._scores.mean(0))
         firsts = range(max(0, self.best - count + 1), min(self.best, self.n_layers - count) + 1)
         first = max(
             firsts,
@@ -179,14 +179,14 @@ class LayerCard:
         return list(range(first, first + count))
 
     @cached_property
-    def trace_tells(self) -> Mean | None:
+    def trace_correlation(self) -> Mean | None:
         """Rank correlation, over layers that were tried, of mean trace effect and mean score; None
         where a curve is flat.
         """
         return self._correlation("trace")
 
     @cached_property
-    def attribution_tells(self) -> Mean | None:
+    def attribution_correlation(self) -> Mean | None:
         """The same of the estimated effect."""
         return self._correlation("attribution")
 
@@ -200,9 +200,9 @@ class LayerCard:
         for each in traced:
             effects, scores = (
                 each.trace or (),
-                {layer: each.edits[layer].score for layer in self.tried},
+                {layer: each.edits[layer].score for layer in self.layers_tested},
             )
-            hits += scores[max(self.tried, key=lambda layer: effects[layer])] == max(
+            hits += scores[max(self.layers_tested, key=lambda layer: effects[layer])] == max(
                 scores.values()
             )
         return hits, len(traced)
@@ -211,11 +211,11 @@ class LayerCard:
         """Why the best layer is the best, in a sentence or two."""
         score = self.rows[self.best].score
         assert score is not None, "the best layer was tried"
-        others = [layer for layer in self.as_good if layer != self.best]
+        others = [layer for layer in self.tied_with_best if layer != self.best]
         count = len(self.edited)
         return (
             f"layer {self.best}: edits there have the highest mean score, {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}, "
-            f"{count} fact{'s' * (count != 1)}, {len(self.tried)} of {self.n_layers} layers tried)"
+            f"{count} fact{'s' * (count != 1)}, {len(self.layers_tested)} of {self.n_layers} layers tried)"
             + (
                 f"; {ranges(others)} cannot be told from it"
                 if others
@@ -234,8 +234,8 @@ class LayerCard:
         if several:
             yield "several at once: " + ", ".join(several)
         for name, found in (
-            ("effect", self.trace_tells),
-            ("estimated effect", self.attribution_tells),
+            ("effect", self.trace_correlation),
+            ("estimated effect", self.attribution_correlation),
         ):
             if found is not None:
                 yield (
@@ -245,7 +245,7 @@ class LayerCard:
         if of:
             yield (
                 f"facts whose own trace is strongest where their edit is best: {hits} of {of} "
-                f"(by chance about {of / len(self.tried):.1f})"
+                f"(by chance about {of / len(self.layers_tested):.1f})"
             )
 
     # -- as a file ---------------------------------------------------------------------------------
@@ -258,9 +258,10 @@ class LayerCard:
             "format_version": FORMAT_VERSION,
             **{name: value for name, value in asdict(self).items() if name != "evidence"},
             "best": self.best,
-            "as_good": self.as_good,
-            "trace_tells": self.trace_tells and asdict(self.trace_tells),
-            "attribution_tells": self.attribution_tells and asdict(self.attribution_tells),
+            "tied_with_best": self.tied_with_best,
+            "trace_correlation": self.trace_correlation and asdict(self.trace_correlation),
+            "attribution_correlation": self.attribution_correlation
+            and asdict(self.attribution_correlation),
             "rows": [asdict(row) for row in self.rows],
             "evidence": [_to_record(each) for each in self.evidence],
         }
@@ -323,7 +324,9 @@ class LayerCard:
     @cached_property
     def _scores(self) -> Array:
         """[n, l] of the layers that were tried."""
-        return np.array([[each.edits[layer].score for layer in self.tried] for each in self.edited])
+        return np.array(
+            [[each.edits[layer].score for layer in self.layers_tested] for each in self.edited]
+        )
 
     def _curves(self, name: str) -> Array:
         """[n, l] effects of the facts that have them."""
@@ -344,7 +347,7 @@ class LayerCard:
         effects_nl = self._curves(name)
         if not len(effects_nl):
             return None
-        effects_nl = effects_nl[:, self.tried]
+        effects_nl = effects_nl[:, self.layers_tested]
         found = spearman(effects_nl.mean(0), self._scores.mean(0))
         draws = zip(resampled(effects_nl), resampled(self._scores), strict=True)
         spread = [each for pair in draws if (each := spearman(*pair)) is not None]

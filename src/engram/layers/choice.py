@@ -46,8 +46,8 @@ def layer_card(
     edits: int = 20,
     traces: int = 20,
     estimates: int = 40,
-    every: int | None = None,
-    fine: bool = True,
+    layer_step: int | None = None,
+    refine: bool = True,
     method: str = "rome",
     corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: int | None = None,
@@ -71,9 +71,9 @@ def layer_card(
             advice rests on.
         traces: facts that are traced exactly; estimates: facts whose trace is estimated to first
             order.
-        every: every so many layers are tried; default: all of a model of 12 layers or fewer, else
+        layer_step: every so many layers are tried; default: all of a model of 12 layers or fewer, else
             so many that 12 are.
-        fine: whether the layers between are tried too, next to the best of those.
+        refine: whether the layers between are tried too, next to the best of those.
         method: how to edit: any of `METHODS` that takes a layer.
         corpus, tokens: of the second moments, see `second_moments`; default: the model's preset.
             All layers are measured in
@@ -90,7 +90,7 @@ def layer_card(
         SettingError: a method without a layer, a number that makes no sense.
         UnsupportedModelError: a family that cannot be edited.
     """
-    plan = Budget(edits, traces, estimates, every, fine)
+    plan = Budget(edits, traces, estimates, layer_step, refine)
     if keep not in ("known", "all"):
         raise SettingError(f"keep={keep!r} does not exist; expected 'known' or 'all'")
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -175,8 +175,8 @@ def choose_layers(
             edits=_QUICK_FACTS,
             traces=_QUICK_FACTS,
             estimates=0,
-            every=-(-lm.n_layers // _QUICK_LAYERS),
-            fine=False,
+            layer_step=-(-lm.n_layers // _QUICK_LAYERS),
+            refine=False,
             method=method,
             cache_dir=cache_dir,
             progress=progress,

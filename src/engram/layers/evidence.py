@@ -45,9 +45,9 @@ class Budget:
         edits: facts that are edited, one at a time, at every layer that is tried.
         traces: facts that are traced exactly; estimates: facts whose trace is estimated, which is
             many times cheaper.
-        every: every so many layers are tried at first; default: all of a model of 12 layers or
+        layer_step: every so many layers are tried at first; default: all of a model of 12 layers or
             fewer, else so many that 12 are.
-        fine: whether the layers between are tried too, around the best of those.
+        refine: whether the layers between are tried too, around the best of those.
     Raises:
         SettingError: no edits, or a negative number.
     """
@@ -55,17 +55,17 @@ class Budget:
     edits: int = 20
     traces: int = 20
     estimates: int = 40
-    every: int | None = None
-    fine: bool = True
+    layer_step: int | None = None
+    refine: bool = True
 
     def __post_init__(self) -> None:
         if (
             self.edits < 1
             or min(self.traces, self.estimates) < 0
-            or (self.every is not None and self.every < 1)
+            or (self.layer_step is not None and self.layer_step < 1)
         ):
             raise SettingError(
-                f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, every={self.every}: a card needs at "
+                f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, layer_step={self.layer_step}: a card needs at "
                 "least one edited fact and a step of at least one layer; facts to trace may be 0"
             )
 
@@ -74,14 +74,14 @@ class Budget:
         return max(self.edits, self.traces, self.estimates)
 
     def coarse(self, n_layers: int) -> list[int]:
-        return list(range(0, n_layers, self.every or -(-n_layers // 12)))
+        return list(range(0, n_layers, self.layer_step or -(-n_layers // 12)))
 
     def between(self, coarse: Sequence[int], best: int, n_layers: int) -> list[int]:
         """Layers between the best of the coarse ones and its neighbours."""
         at = coarse.index(best)
         low = coarse[at - 1] if at else -1
         high = coarse[at + 1] if at + 1 < len(coarse) else n_layers
-        return [layer for layer in range(low + 1, high) if layer != best] if self.fine else []
+        return [layer for layer in range(low + 1, high) if layer != best] if self.refine else []
 
 
 @dataclass(frozen=True)

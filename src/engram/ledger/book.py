@@ -41,7 +41,7 @@ from engram.files.locks import locked
 from engram.files.whole_folders import atomic_folder
 from engram.ledger.conflicts import NEAR, Conflict, conflicts
 from engram.ledger.history import Entry, Event, FactRef, History, entries_after, now, shown
-from engram.ledger.origin import lying_on, made_on, unknown_origin
+from engram.ledger.origin import entries_changing, find_base_entries, unknown_origin
 from engram.ledger.references import EntryRef, entry_named, fact_refs
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Ledger:
             BaseMismatchError: an edit of another model.
         """
         check_changes_weights(edit)
-        made_on(edit, self.base, ())
+        find_base_entries(edit, self.base, ())
         found: list[Conflict] = []
         for entry in self.list():
             found += conflicts(edit, entry.number, self._in_force(entry), entry.active, near)
@@ -275,7 +275,7 @@ class Ledger:
             raise EngramError("canary=... was given without a model to measure it on; pass lm, too")
         with self._writing():
             self._refuse_double(edit)
-            below = self._made_on(edit, lm)
+            below = self._base_entries(edit, lm)
             found = self.conflicts(edit)
             older = (
                 tuple((each.entry, each.index) for each in found if each.kind == "same fact")
@@ -291,9 +291,9 @@ class Ledger:
                 method=edit.method,
                 identity=change_identity(edit),
                 weights=tuple(edit.deltas),
-                made_on=below,
+                base_entries=below,
                 gone=tuple(sorted(set(older))),
-                above=self._above(older),
+                dependents=self._dependents(older),
             )
             if lm is not None:
                 event = self._judged(event, edit, lm, canary or self.canary)
@@ -305,7 +305,7 @@ class Ledger:
                 f"entry {event.entry} was rolled back: with it, {'; '.join(event.tripped)}. The ledger is as it was before. Make "
                 "the edit again with a smaller change, take out others, or pass canary=Canary(...) with other limits"
             )
-        _warn_of_those_above(event)
+        _warn_about_dependents(event)
         return self._entry(event.entry)
 
     def remove(self, *which: EntryRef) -> tuple[Entry, ...]:
@@ -326,10 +326,10 @@ class Ledger:
             if not gone:
                 return ()
             self._check_removable(gone)
-            event = Event("removed", gone=gone, above=self._above(gone))
+            event = Event("removed", gone=gone, dependents=self._dependents(gone))
             self._history.append(event)
-        _warn_of_those_above(event)
-        return tuple(self._entry(number) for number in event.above)
+        _warn_about_dependents(event)
+        return tuple(self._entry(number) for number in event.dependents)
 
     def prune(self) -> tuple[int, ...]:
         """Delete the files of entries that have no fact in force; the history keeps their names.
@@ -427,28 +427,28 @@ class Ledger:
                 ", ".join(map(str, lost)),
             )
 
-    def _above(self, gone: Collection[FactRef]) -> tuple[int, ...]:
+    def _dependents(self, gone: Collection[FactRef]) -> tuple[int, ...]:
         """Entries that stay in force and were made on top of some of these."""
         numbers = {number for number, _ in gone}
         return tuple(
             entry.number
             for entry in self.list()
-            if numbers & set(entry.made_on)
+            if numbers & set(entry.base_entries)
             and any((entry.number, fact) not in gone for fact in entry.active)
         )
 
-    def _made_on(self, edit: Edit, lm: LanguageModel | None) -> tuple[int, ...]:
+    def _base_entries(self, edit: Edit, lm: LanguageModel | None) -> tuple[int, ...]:
         """Entries that lay on the weights which an edit was made on: as noted, or those in force
         now.
         """
-        known = made_on(edit, self.base, self._history.events())
+        known = find_base_entries(edit, self.base, self._history.events())
         if known is not None:
             return known
         if lm is not None:
             with self.applied(lm):
                 as_it_is = describe_base(lm, edit.base["tensors"])["tensors"]
             if as_it_is == edit.base["tensors"]:
-                return lying_on(edit.deltas, self.list())
+                return entries_changing(edit.deltas, self.list())
         raise BaseMismatchError(unknown_origin(edit, self.base, looked=lm is not None))
 
     def _judged(self, event: Event, edit: Edit, lm: LanguageModel, canary: Canary) -> Event:
@@ -508,11 +508,11 @@ def _brief(fact: Fact) -> Fact:
     return Fact(fact.subject, fact.prompt, fact.target, fact.target_true, relation=fact.relation)
 
 
-def _warn_of_those_above(event: Event) -> None:
-    if event.above:
+def _warn_about_dependents(event: Event) -> None:
+    if event.dependents:
         log.warning(
             "%s went, and entries %s were made on top of it: their deltas stay as they are, but were computed with it in "
             "place; verify them",
             shown(event.gone),
-            ", ".join(map(str, event.above)),
+            ", ".join(map(str, event.dependents)),
         )

@@ -50,10 +50,10 @@ class Event:
         when: in UTC.
         entry: number of the edit that was added or rolled back; `facts`, `method`, `identity` (of
             its deltas) and `weights` (names of those it changes) are its own.
-        made_on: entries that lay on these weights when the edit was made.
+        base_entries: entries that lay on these weights when the edit was made.
         gone: places of the facts that this event took out, by hand or because an added fact
             replaced them.
-        above: active entries that were made on top of what went.
+        dependents: active entries that were made on top of what went.
         canary: measured with the whole ledger applied; empty where no model was at hand. `tripped`:
             what was too much.
         state: sha256 of every weight that the ledger changes, once the edit was added; empty where
@@ -68,9 +68,9 @@ class Event:
     method: str | None = None
     identity: str | None = None
     weights: tuple[str, ...] = ()
-    made_on: tuple[int, ...] = ()
+    base_entries: tuple[int, ...] = ()
     gone: tuple[FactRef, ...] = ()
-    above: tuple[int, ...] = ()
+    dependents: tuple[int, ...] = ()
     canary: dict[str, float] = field(default_factory=dict)
     tripped: tuple[str, ...] = ()
     state: dict[str, str] = field(default_factory=dict)
@@ -91,7 +91,9 @@ class Event:
             f"; in the place of {shown(self.gone)}" if self.what == "added" and self.gone else ""
         )
         told += f"; {'; '.join(self.tripped)}" if self.tripped else ""
-        return told + (f"; {_numbers(self.above)} stand on what went" if self.above else "")
+        return told + (
+            f"; {_numbers(self.dependents)} stand on what went" if self.dependents else ""
+        )
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Event:
@@ -100,7 +102,7 @@ class Event:
         gone = tuple((int(entry), int(fact)) for entry, fact in record.get("gone", ()))
         lists = {
             name: tuple(record.get(name, ()))
-            for name in ("weights", "made_on", "above", "tripped", "pruned")
+            for name in ("weights", "base_entries", "dependents", "tripped", "pruned")
         }
         return cls(**{**record, **lists, "facts": facts, "gone": gone})
 
@@ -114,7 +116,7 @@ class Entry:
         facts: of the edit, with those that are no longer in force (subject, prompt, objects and
             relation; the edit has all).
         gone: indices of the facts that were taken out.
-        method, identity, weights, when, made_on, canary: see `Event`.
+        method, identity, weights, when, base_entries, canary: see `Event`.
         rolled_back: the canary tripped, it was never in force.
         pruned: its files were deleted.
     """
@@ -125,7 +127,7 @@ class Entry:
     identity: str
     weights: tuple[str, ...]
     when: str
-    made_on: tuple[int, ...] = ()
+    base_entries: tuple[int, ...] = ()
     canary: dict[str, float] = field(default_factory=dict)
     gone: frozenset[int] = frozenset()
     rolled_back: bool = False
@@ -144,7 +146,7 @@ class Entry:
         """The entry in a line, and a line a fact; those no longer in force in brackets."""
         lines = [
             f"{self.number}: {self.method}, {self.status}"
-            + (f", on top of {_numbers(self.made_on)}" * bool(self.made_on))
+            + (f", on top of {_numbers(self.base_entries)}" * bool(self.base_entries))
         ]
         for i, fact in enumerate(self.facts):
             line = f"{shown([(self.number, i)])} {fact.prompt_text!r} -> {fact.target!r}"
@@ -175,7 +177,7 @@ def entries_after(events: Iterable[Event]) -> dict[int, Entry]:
                 str(event.identity),
                 event.weights,
                 event.when,
-                event.made_on,
+                event.base_entries,
                 event.canary,
                 rolled_back=event.what == "rolled back",
             )

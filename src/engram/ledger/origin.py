@@ -16,7 +16,9 @@ from engram.errors import BaseMismatchError
 from engram.ledger.history import Entry, Event, entries_after
 
 
-def made_on(edit: Edit, base: Mapping[str, Any], events: Sequence[Event]) -> tuple[int, ...] | None:
+def find_base_entries(
+    edit: Edit, base: Mapping[str, Any], events: Sequence[Event]
+) -> tuple[int, ...] | None:
     """Entries that lay on the weights: none where it was the base, those of the latest noted state
     that fits, or None: unknown.
 
@@ -44,11 +46,11 @@ def made_on(edit: Edit, base: Mapping[str, Any], events: Sequence[Event]) -> tup
         return ()
     for last in range(len(events), 0, -1):
         if (state := events[last - 1].state) and _stood(wanted, known, state):
-            return lying_on(wanted, entries_after(events[:last]).values())
+            return entries_changing(wanted, entries_after(events[:last]).values())
     return None
 
 
-def lying_on(weights: Collection[str], entries: Iterable[Entry]) -> tuple[int, ...]:
+def entries_changing(weights: Collection[str], entries: Iterable[Entry]) -> tuple[int, ...]:
     """Numbers of the entries in force that change some of these weights."""
     return tuple(
         entry.number

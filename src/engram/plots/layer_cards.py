@@ -38,7 +38,7 @@ def plot_layer_card(card: LayerCard) -> Figure:
         _draw_effects(left, card)
         _draw_edits(right, card)
         for ax in (left, right):
-            for layer in card.as_good:
+            for layer in card.tied_with_best:
                 ax.axvspan(layer - 0.5, layer + 0.5, color=_SCORE, alpha=0.08, linewidth=0)
             ax.axvline(card.best, color=_SCORE, linewidth=0.8, linestyle=":")
             ax.set_xlim(-0.5, card.n_layers - 0.5)
