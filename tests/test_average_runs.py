@@ -288,7 +288,7 @@ def stop_after(batches):
     """A progress callback that interrupts."""
     calls = []
 
-    def progress(done, total):
+    def progress(what, done, total):
         calls.append((done, total))
         if len(calls) == batches:
             raise KeyboardInterrupt
@@ -446,7 +446,7 @@ def test_progress_counts_what_was_there(lm, tmp_path):
         progress=lambda *call: calls.append(call),
         **GIVEN,
     )
-    assert calls == [(5, 5)]
+    assert calls == [("facts", 5, 5)]
 
 
 def test_what_is_loaded_is_what_was_returned(lm, tmp_path):
@@ -501,7 +501,7 @@ def test_two_runs_at_once_leave_each_fact_once(lm, tmp_path):
     out, given = tmp_path / "run", {"noise": 1.0, "facts_per_batch": 2, **GIVEN}
     started = []
 
-    def other(done, total):
+    def other(what, done, total):
         if not started:
             started.append(True)
             engram.average_trace(lm, FACTS, out=out, **given)
@@ -840,7 +840,7 @@ def test_what_a_kill_left_half_written_is_rolled_back_before_reading(tmp_path, r
 
 
 def test_a_mistake_of_a_callback_is_not_the_files(lm, tmp_path):
-    def progress(done, total):
+    def progress(what, done, total):
         raise BrokenPipeError("the terminal is gone")
 
     with pytest.raises(BrokenPipeError, match="the terminal is gone"):

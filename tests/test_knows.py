@@ -335,7 +335,7 @@ def test_facts_come_back_in_their_order_from_many_blocks(monkeypatch):
     ):
         monkeypatch.setattr(f"engram.evaluate.{module}.{name}", 1)
     for candidates, wanted in whole.items():
-        told: list[tuple[int, int]] = []
+        told: list[tuple[str, int, int]] = []
         found = knows(
             lm, FACTS, candidates=candidates, progress=lambda *each, told=told: told.append(each)
         )
@@ -343,7 +343,7 @@ def test_facts_come_back_in_their_order_from_many_blocks(monkeypatch):
         for got, want in zip(found.records, wanted.records, strict=True):
             assert (got.rank, got.answer) == (want.rank, want.answer)
             assert got.log_prob == pytest.approx(want.log_prob, abs=1e-9)
-        assert told[-1] == (9, 9) and len(told) == len(FACTS)
+        assert told[-1] == ("prompts", 9, 9) and len(told) == len(FACTS)
 
 
 @pytest.mark.parametrize("candidates", ["vocabulary", "relation"])

@@ -1,11 +1,11 @@
-"""TODO progress"""
+"""How long work reports how far it is: one callback for the whole library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Report = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # (what is done, units done, units in all)
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Where no progress is wanted."""
+    """Ignore a report: the default of every `progress`."""

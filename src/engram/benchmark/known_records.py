@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.knowledge.knows import knows
 from engram.model.language_model import LanguageModel
+from engram.progress import Progress, no_progress
 
 Rule = Literal["greedy", "relation"]
 _AT_ONCE = 256
@@ -23,7 +24,7 @@ def known_records(
     rule: Rule = "greedy",
     *,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Dataset:
     """The records whose true object the model says, in their order.
 
@@ -33,7 +34,7 @@ def known_records(
             (a token's mean) of all true objects that the data set has in the relation, others of
             the same subject left out. Looser: the model may say something else altogether.
         limit: stop at so many.
-        progress: called with (records looked at, records in all).
+        progress: called with (what is done, done, total).
     Raises:
         FactError: none of the records, one without a true object, or for "relation" one without a
             relation.
@@ -49,8 +50,7 @@ def known_records(
         some = dataset.records[start : start + _AT_ONCE]
         found = _said(lm, some) if rule == "greedy" else _likeliest(lm, some, table)
         kept += [record for record, known in zip(some, found, strict=True) if known]
-        if progress is not None:
-            progress(start + len(some), len(dataset.records))
+        progress("records", start + len(some), len(dataset.records))
         if limit is not None and len(kept) >= limit:
             break
     if not kept:

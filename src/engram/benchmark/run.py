@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,13 +29,13 @@ from engram.editors.methods import METHODS, method_named
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 from engram.model.loading import load
+from engram.progress import Progress, no_progress
 from engram.runs.identity import identity
 from engram.runs.workers import ByName, Here, ModelJob, Workers
 
 _ONE_BY_ONE = 8  # records in a unit of a method that edits one by one: what a kill can cost
 
 Methods = Sequence[str] | Mapping[str, str | Mapping[str, Any]]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def bench(
     asked: MeasureConfig | None = None,
     batch: int = 32,
     workers: Workers | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Run:
     """Edit each record of a data set by itself, by each method, and keep what was measured in a
     file.
@@ -157,7 +157,7 @@ def _run(
     batch: int,
     job: RecordsJob,
     workers: Workers,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     units = _units(
         label,
@@ -175,8 +175,7 @@ def _run(
             label, zip((place for place, _ in unit.records), found, strict=True), texts=unit.texts
         )
         finished += len(found)
-        if progress is not None:
-            progress(label, finished, len(records))
+        progress(label, finished, len(records))
 
 
 def _units(

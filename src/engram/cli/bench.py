@@ -81,15 +81,15 @@ def bench(
     from engram.cli import terminal
     from engram.cli.options import workers_of
 
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         wanted: Literal[False, "if there"] = "if there" if texts else False
-        data = read_dataset(dataset, limit=n, references=wanted, progress=report)
+        data = read_dataset(dataset, limit=n, references=wanted, progress=progress)
     if plus:
         data = with_statement(data)
     asked = MeasureConfig(said=said, texts=texts, drift_every=drift_every, seed=seed)
     lm = terminal.load(model, dtype, device_map)
     somewhere = workers_of(workers, num_workers, ray_address)
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         done = run(
             lm,
             data,
@@ -99,7 +99,7 @@ def bench(
             asked=asked,
             batch=batch,
             workers=somewhere,
-            progress=report,
+            progress=progress,
         )
     _show([done], every=False)
     typer.echo(f"run: {out}    (engram report {out} --help tells what else it holds)")

@@ -47,8 +47,8 @@ def get(
     from engram.benchmark.data.sources import download
     from engram.cli import terminal
 
-    with terminal.progress() as report:
-        files = download(name, references=references, progress=report)
+    with terminal.progress() as progress:
+        files = download(name, references=references, progress=progress)
     for file in files:
         typer.echo(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
     if not files:
@@ -130,10 +130,8 @@ def build(
     skipped = made.skipped
     if known_to is not None:
         lm = terminal.load(known_to, dtype, device_map)
-        with terminal.progress() as report:
-            made = known_records(
-                lm, made, limit=n, progress=lambda done, total: report("asking", done, total)
-            )
+        with terminal.progress() as progress:
+            made = known_records(lm, made, limit=n, progress=progress)
     write_dataset(made, out)
     typer.echo(f"{len(made.records)} records: {out}")
     for reason in skipped[:5]:
@@ -172,16 +170,16 @@ def filter(
     from engram.cli import terminal
 
     lm = terminal.load(known_to, dtype, device_map)
-    with terminal.progress() as report:
-        whole = read_dataset(dataset, references=references, progress=report)
+    with terminal.progress() as progress:
+        whole = read_dataset(dataset, references=references, progress=progress)
         looked = 0
 
-        def asking(done: int, total: int) -> None:
+        def watch(what: str, done: int, total: int) -> None:
             nonlocal looked
             looked = done
-            report("asking", done, total)
+            progress(what, done, total)
 
-        kept = known_records(lm, whole, rule.value, limit=n, progress=asking)
+        kept = known_records(lm, whole, rule.value, limit=n, progress=watch)
     write_dataset(kept, out)
     typer.echo(
         f"{len(kept.records)} of the first {looked} records are known by the rule {rule.value!r}: {out}"

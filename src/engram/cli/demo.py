@@ -62,9 +62,9 @@ def demo(
         f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: one rank-one change of one matrix (ROME)"
     )
     before = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
-    with terminal.progress() as report:
-        edit = engram.rewrite(lm, fact, progress=report)
-        receipt = engram.verify(lm, edit, progress=report)
+    with terminal.progress() as progress:
+        edit = engram.rewrite(lm, fact, progress=progress)
+        receipt = engram.verify(lm, edit, progress=progress)
     show.show_receipt(receipt)
 
     folder = edit.with_receipt(receipt).save(out / "edit")

@@ -94,9 +94,9 @@ def edit(
     if chat and "contexts" not in settings and method not in ("ultraedit", "in-context", "ike"):
         settings["contexts"] = engram.chat_contexts(lm, seed=seed)
     terminal.show_plan_if_large(lm, len(wanted), method, settings)
-    with terminal.progress() as report:
-        made = engram.rewrite(lm, wanted, method, **settings, progress=report)
-        receipts = [engram.verify(lm, made, frame=frame, progress=report) for frame in frames]
+    with terminal.progress() as progress:
+        made = engram.rewrite(lm, wanted, method, **settings, progress=progress)
+        receipts = [engram.verify(lm, made, frame=frame, progress=progress) for frame in frames]
     made = made.with_receipt(
         receipts[-1]
     )  # of the chat, where there is one: that is how the model will be used
@@ -135,9 +135,9 @@ def verify(
             f"--store keeps the receipt of one edit, {len(edits)} were given; verify them one by one"
         )
     lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         receipt = engram.verify(
-            lm, made, frame=engram.chat_frame(lm) if chat else None, progress=report
+            lm, made, frame=engram.chat_frame(lm) if chat else None, progress=progress
         )
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))

@@ -56,7 +56,7 @@ def knows(
         else table
     )
     lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         found = engram.knows(
             lm,
             asked,
@@ -66,7 +66,7 @@ def knows(
             paraphrases=paraphrases != "none",
             k=k,
             table=table,
-            progress=lambda done, total: report("asking", done, total),
+            progress=progress,
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))

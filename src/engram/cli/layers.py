@@ -58,7 +58,7 @@ def layers(
     table = None if facts is None else engram.read_facts(facts)
     others = settings_of(setting)
     lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         card = engram.layer_card(
             lm,
             table,
@@ -72,7 +72,7 @@ def layers(
             corpus=corpus,
             tokens=tokens,
             seed=seed,
-            progress=report,
+            progress=progress,
             **others,
         )
     if as_json:

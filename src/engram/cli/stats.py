@@ -56,7 +56,7 @@ def stats(
     lm = terminal.load(model, dtype, device_map)
     name, _, config = (data_set or "").partition(":")
     source = DataSet(name, config or None) if data_set else corpus
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         found = second_moments(
             lm,
             layers or range(lm.n_layers),
@@ -64,7 +64,7 @@ def stats(
             tokens,
             seed=seed,
             workers=workers_of(workers, num_workers, ray_address),
-            progress=lambda done, total: report("tokens", done, total),
+            progress=progress,
         )
     terminal.console.print(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
     for layer, moment in found.items():

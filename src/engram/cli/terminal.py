@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,21 +13,19 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
+    from engram.progress import Progress
 
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-Report = Callable[[str, int, int], None]
 
 
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
@@ -45,7 +43,7 @@ def load(name: str, dtype: str | None = None, device_map: str | None = None) -> 
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[Progress]:
     """A callback (what, done, in all) that draws a bar; nothing where the output is no terminal."""
     columns = (
         TextColumn("{task.description}"),
@@ -54,9 +52,7 @@ def progress() -> Iterator[Report]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 
         def report(what: str, done: int, total: int) -> None:

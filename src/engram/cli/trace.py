@@ -203,15 +203,8 @@ def _one(
     from engram.cli import show, terminal
 
     lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as report:
-        found = engram.trace(
-            lm,
-            prompt,
-            subject=subject,
-            progress=lambda done, total: report("tracing", done, total),
-            **company,
-            **asked,
-        )
+    with terminal.progress() as progress:
+        found = engram.trace(lm, prompt, subject=subject, progress=progress, **company, **asked)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
@@ -246,13 +239,9 @@ def _average(
     if out is not None:
         _make_folder(out)
     lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as report:
+    with terminal.progress() as progress:
         average = engram.average_trace(
-            lm,
-            table,
-            out=out and out / TRACES,
-            progress=lambda done, total: report("facts", done, total),
-            **asked,
+            lm, table, out=out and out / TRACES, progress=progress, **asked
         )
     if as_json:
         typer.echo(json.dumps(average.summary()))

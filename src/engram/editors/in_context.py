@@ -14,7 +14,7 @@ Source: Zheng et al. 2023, arXiv:2305.12740 (IKE); one demonstration of each kin
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
-from engram.progress import no_progress
+from engram.progress import Progress, no_progress
 
 _BUNDLED = 128  # facts of the bundled table that demonstrations are made of
 CUSTOM = "custom"  # what settings call an encoder that was given as a function
@@ -80,7 +80,7 @@ def in_context(
     *,
     encoder: str | Encoder = "hidden",
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> PromptEdit:
     """State the facts in front of every prompt that they are relevant to, each as a sentence.
@@ -107,7 +107,7 @@ def ike(
     demonstrations: Sequence[Fact] | str | Path | None = None,
     encoder: str | Encoder = "hidden",
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> PromptEdit:
     """State the fact behind demonstrations: other new facts, each with a prompt that it answers, or
@@ -125,13 +125,12 @@ def ike(
         encoder: by which demonstrations are compared with a fact, and facts with a prompt that
             names no subject, see `similarity.encoder_of`.
         seed: of the choice from the bundled table.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         knobs: the fields of IkeConfig.
     Raises:
         SettingError: an unknown setting; FactError: no demonstrations to choose from;
             UnsupportedModelError: a model that is not causal.
     """
-    report = progress or no_progress
     lm.check_framed()
     config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
     blocks: list[str] = []
@@ -142,7 +141,7 @@ def ike(
             for block in demonstrations_of(fact)
         ]
     encode = encoder_of(lm, encoder)
-    report("demonstrations", 0, len(facts))
+    progress("demonstrations", 0, len(facts))
     blocks_nd = encode(blocks) if blocks else None
     wordings = []
     for i, fact in enumerate(facts):
@@ -152,7 +151,7 @@ def ike(
             else []
         )
         wordings.append(Wording(f"New Fact: {_stated(fact)}\n", tuple(blocks[at] for at in shown)))
-        report("demonstrations", i + 1, len(facts))
+        progress("demonstrations", i + 1, len(facts))
     return _edit(lm, facts, "ike", wordings, "Prompt: ", config, encoder, seed, blocks=len(blocks))
 
 

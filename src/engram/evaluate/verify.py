@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from engram.facts import Fact
 from engram.model.frames import BARE, Frame, name_of
 from engram.model.language_model import LanguageModel
 from engram.modules.weights import as_linear, quantisation
+from engram.progress import Progress, no_progress
 
 _CONTINUED = 3  # texts that are continued before and after
 
@@ -30,7 +31,7 @@ def verify(
     thresholds: Thresholds | None = None,
     text: str | None = None,
     continuation_tokens: int = 16,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Receipt:
     """Measure what an edit does: on its prompts, paraphrases and neighbours, on free text, on
     held-out text.
@@ -44,7 +45,7 @@ def verify(
             `LanguageModel.asked_through`; such as `chat_frame(lm)` for a chat model, whose receipt
             in plain text may look different.
         text: held-out text for perplexity; default: half a page of plain prose.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
     Raises:
         BaseMismatchError: `lm` is not what the edit was made on.
     """
@@ -58,7 +59,6 @@ def verify(
                 continuation_tokens=continuation_tokens,
                 progress=progress,
             )
-    report = progress or (lambda what, done, total: None)
     facts = [pocket.evidence_for(fact) for fact in edit.facts]
     asked = list(_prompts(lm, facts))
     opened = list(dict.fromkeys(_openings(facts)))[:_CONTINUED]
@@ -69,16 +69,16 @@ def verify(
     def measure(
         what: str, edited: bool
     ) -> tuple[list[tuple[float, float]], list[bool], list[str], float]:
-        report(what, 0, 2)
+        progress(what, 0, 2)
         probabilities, right = _score(lm, asked)
-        report(what, 1, 2)
+        progress(what, 1, 2)
         continued = [_continuation(lm, prompt, continuation_tokens) for prompt in opened]
         return probabilities, right, continued, perplexity(lm, edit, text, edited=edited)
 
     before = measure("before the edit", False)
     with edit.laid(lm):
         after = measure("after the edit", True)
-    report("after the edit", 2, 2)
+    progress("after the edit", 2, 2)
     written = not isinstance(edit, Edit) or can_apply(edit, lm)
     columns = zip(asked, before[0], after[0], before[1], after[1], strict=True)
     answers = tuple(

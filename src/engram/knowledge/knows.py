@@ -10,7 +10,7 @@ al. 2021 (ParaRel), arXiv:2102.01017.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, get_args
@@ -24,6 +24,7 @@ from engram.facts import Fact
 from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
 from engram.knowledge.knowledge import Aggregate, Knowledge, KnownRecord, Length, Reply
 from engram.model.language_model import LanguageModel
+from engram.progress import Progress, no_progress
 
 _LOGITS = 1 << 24  # log-probabilities held at once: 64 MB in float32
 _IN_CACHE = 1 << 19  # of them compared at once: 2 MB
@@ -42,7 +43,7 @@ def knows(
     paraphrases: bool = True,
     k: int = 10,
     table: Sequence[Fact] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Knowledge:
     """Ask a model of any kind for the object of each fact, by its prompt and by its paraphrases;
     see `LanguageModel.cloze`.
@@ -74,7 +75,7 @@ def knows(
             `facts`. Give all of them where `facts` is a sample. Other objects of the same subject
             and relation are right too, and are taken out of the ranking, as in LAMA (in the
             vocabulary: those of one token).
-        progress: called with (prompts done, prompts in all).
+        progress: called with (what is done, done, total).
     Raises:
         FactError: no facts; a fact without a relation, or without its object among the candidates;
             a text without tokens or too long for the model.
@@ -119,8 +120,7 @@ def knows(
             counted = overall or (best.answer, best.rank, best.log_prob)
             found[i] = KnownRecord(question.fact, replies, *counted)
             done += len(replies)
-        if progress is not None:
-            progress(done, total)
+        progress("prompts", done, total)
     return Knowledge(
         tuple(found[i] for i in range(len(facts))), among, aggregate, length, k, lm.name
     )

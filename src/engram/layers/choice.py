@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from engram.layers.candidates import as_edits, bundled_edits, known
 from engram.layers.card import FORMAT_VERSION, LayerCard
 from engram.layers.evidence import Budget, EditRecipe, ResumeLog, measure, trace_settings
 from engram.model.language_model import LanguageModel
+from engram.progress import Progress, no_progress
 from engram.runs.identity import identity
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def layer_card(
     tokens: int | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> LayerCard:
     """Measure which layer of a model to edit: traces, and single edits at every layer, over facts
@@ -80,7 +81,7 @@ def layer_card(
             one pass, and held in memory: d_ff x d_ff in float64 each.
         seed: of facts, objects, contexts and sampled text.
         cache_dir: default: $ENGRAM_CACHE, or ~/.cache/engram.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         settings: the method's other settings.
     Returns:
         The card; `best` is the layer to edit, `layers(count)` those for a method that edits
@@ -126,7 +127,7 @@ def layer_card(
     if not chosen:
         raise FactError(_no_facts(lm, facts))
     notes = ResumeLog(path.with_suffix(".partial"))
-    evidence = measure(lm, chosen, plan, how, notes, progress or (lambda what, done, total: None))
+    evidence = measure(lm, chosen, plan, how, notes, progress)
     seconds = round(time.monotonic() - began + notes.seconds, 1)
     about = json.loads(json.dumps(about, default=repr))
     card = LayerCard(
@@ -144,7 +145,7 @@ def choose_layers(
     facts: Sequence[Fact] = (),
     method: str = "rome",
     cache_dir: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> list[int]:
     """`count` consecutive layers to edit, by the card of this model: what `layer="auto"` means.

@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
@@ -30,11 +30,10 @@ from engram.locate.settings import TraceConfig, default_window
 from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 from engram.model.language_model import LanguageModel
+from engram.progress import Progress
 from engram.rewriting import rewrite
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,9 @@ class EditRecipe:
     def at(self, layer: int) -> dict[str, Any]:
         return {"layer": layer} if "layer" in self._takes else {"layers": [layer]}
 
-    def prepared(self, lm: LanguageModel, layers: Sequence[int], report: Report) -> dict[str, Any]:
+    def prepared(
+        self, lm: LanguageModel, layers: Sequence[int], progress: Progress
+    ) -> dict[str, Any]:
         """What all edits share, computed once: second moments of all layers in one pass, and
         contexts.
         """
@@ -121,12 +122,7 @@ class EditRecipe:
             shared["contexts"] = sample_contexts(lm, seed=self.seed)
         if "second_moments" in self._takes:
             shared["second_moments"] = second_moments(
-                lm,
-                layers,
-                self.corpus,
-                self.tokens,
-                seed=self.seed,
-                progress=lambda done, total: report("second moments", done, total),
+                lm, layers, self.corpus, self.tokens, seed=self.seed, progress=progress
             )
         return shared
 
@@ -137,22 +133,24 @@ def measure(
     plan: Budget,
     edits: EditRecipe,
     notes: ResumeLog,
-    report: Report,
+    progress: Progress,
 ) -> list[Evidence]:
     """Trace and edit, going on from `notes`.
 
     Args:
         facts: edits, with the true object; the first ones are used for each purpose.
     """
-    exact = _traces(lm, facts[: plan.traces], "exact", notes, report)
-    estimated = _traces(lm, facts[: plan.estimates], "attribution", notes, report)
+    exact = _traces(lm, facts[: plan.traces], "exact", notes, progress)
+    estimated = _traces(lm, facts[: plan.estimates], "attribution", notes, progress)
     edited = facts[: plan.edits]
     coarse = plan.coarse(lm.n_layers)
-    outcomes = _edit_at(lm, edited, coarse, edits, notes, report)
+    outcomes = _edit_at(lm, edited, coarse, edits, notes, progress)
     best = max(
         coarse, key=lambda layer: fmean(outcomes[i, layer].score for i in range(len(edited)))
     )
-    outcomes |= _edit_at(lm, edited, plan.between(coarse, best, lm.n_layers), edits, notes, report)
+    outcomes |= _edit_at(
+        lm, edited, plan.between(coarse, best, lm.n_layers), edits, notes, progress
+    )
     return [
         Evidence(
             replace(fact, paraphrases=(), neighbours=()),
@@ -180,7 +178,7 @@ def trace_settings(lm: LanguageModel) -> dict[str, Any]:
 
 
 def _traces(
-    lm: LanguageModel, facts: Sequence[Fact], method: str, notes: ResumeLog, report: Report
+    lm: LanguageModel, facts: Sequence[Fact], method: str, notes: ResumeLog, progress: Progress
 ) -> list[tuple[float, ...]]:
     """Effects by layer, one row a fact."""
     what = {"exact": "tracing", "attribution": "estimating traces"}[method]
@@ -204,7 +202,7 @@ def _traces(
         effects = [round(each, 6) for each in trace.effects("mlp")[0].tolist()]
         notes.put(f"{method} {left[trace.prompt, trace.subject]}", effects)
         done += 1
-        report(what, done, len(facts))
+        progress(what, done, len(facts))
     return [tuple(notes.get(f"{method} {i}")) for i in range(len(facts))]
 
 
@@ -214,19 +212,19 @@ def _edit_at(
     layers: Sequence[int],
     edits: EditRecipe,
     notes: ResumeLog,
-    report: Report,
+    progress: Progress,
 ) -> dict[tuple[int, int], EditOutcome]:
     """How the edit of each fact at each layer goes, by (fact, layer)."""
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
     missing = [(i, layer) for i, layer in todo if notes.get(f"edit {i} {layer}") is None]
-    shared = edits.prepared(lm, layers, report) if missing else {}
+    shared = edits.prepared(lm, layers, progress) if missing else {}
     done = len(todo) - len(missing)
     for i, layer in missing:
-        report("editing", done, len(todo))
+        progress("editing", done, len(todo))
         outcome = _outcome(lm, facts[i], edits.method, seed=edits.seed, **edits.at(layer), **shared)
         notes.put(f"edit {i} {layer}", asdict(outcome))
         done += 1
-    report("editing", done, len(todo))
+    progress("editing", done, len(todo))
     return {(i, layer): EditOutcome(**notes.get(f"edit {i} {layer}")) for i, layer in todo}
 
 

@@ -23,12 +23,13 @@ from engram.facts import Fact
 from engram.locate.average import AverageTrace
 from engram.locate.corruption import Corruptor
 from engram.locate.settings import TraceConfig, default_window, tables
-from engram.locate.trace import CausalTrace, Progress
+from engram.locate.trace import CausalTrace
 from engram.locate.trace_input import TraceInput, TracePrompt, prepare
 from engram.locate.trace_store import TraceStore
 from engram.locate.tracing import batched, described, trace_batch
 from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints
+from engram.progress import Progress, no_progress
 from engram.runs.workers import ByName, Here, ModelJob, Workers
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def average_trace(
     answer: Answer = "model",
     facts_per_batch: int | None = None,
     workers: Workers | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> AverageTrace:
     """Trace many facts and average their effects.
@@ -70,7 +71,7 @@ def average_trace(
             on a CPU 8.
         workers: where batches are traced, such as `distribute.RayWorkers`; default: in this
             process. The batches are the same.
-        progress: called with (facts done, facts in all).
+        progress: called with (what is done, done, total).
         settings: any of `TraceConfig`. "s3", "m" and "t" noise are measured on these facts'
             subjects unless `noise_subjects` says otherwise. With corruption="subject" each fact is
             paired with another of the same prompt (else of any) whose subject has as many tokens;
@@ -124,8 +125,7 @@ def average_trace(
             for rows in _traced(run, todo, facts_per_batch, workers):
                 store.add(rows)
                 done += len(rows)
-                if progress is not None:
-                    progress(done, len(plan))
+                progress("facts", done, len(plan))
         skipped = store.skipped(keys)
         for reason, count in Counter(reason for _, reason in skipped).items():
             log.info("%d facts left out: %s", count, reason)

@@ -9,7 +9,6 @@ Sec. 2; indices from 0 as in the released code.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,6 @@ from engram.errors import EngramFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

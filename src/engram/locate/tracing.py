@@ -20,10 +20,11 @@ from engram.locate.corruption import Corruptor
 from engram.locate.recorded_runs import Runs
 from engram.locate.settings import EffectTable, Patch, TraceConfig, default_window, tables
 from engram.locate.sweep import Group, TracedToken, chunks, suffix_length, sweep
-from engram.locate.trace import CausalTrace, Progress
+from engram.locate.trace import CausalTrace
 from engram.locate.trace_input import TraceInput, TracePrompt, prepare
 from engram.locate.whole_passes import can_matter, whole
 from engram.model.language_model import LanguageModel
+from engram.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +38,7 @@ def trace_prompts(
     config: TraceConfig,
     *,
     facts_per_batch: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[CausalTrace]:
     """Traces of `prompts`, in batches of similar length, given out in the order in which they are
     done.
@@ -45,7 +46,7 @@ def trace_prompts(
     Args:
         facts_per_batch: prompts recorded together; default: as many as fit in half a gigabyte, at
             most 32, on a CPU 8.
-        progress: called with (cells done, cells in all) of the batch at work.
+        progress: called with (what is done, done, total) of the batch at work.
     Yields:
         One trace a prompt; see `batched` for the order.
     """
@@ -97,7 +98,7 @@ def trace_batch(
     lm: LanguageModel,
     questions: Sequence[TraceInput],
     config: TraceConfig,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[CausalTrace]:
     """Traces of questions that can be recorded together: one, or several for replay with equally
     many answer tokens.
@@ -125,8 +126,7 @@ def trace_batch(
                     )
                 results.computed(part, found)
                 done += found.numel()
-                if progress is not None:
-                    progress(done, total)
+                progress("tracing", done, total)
     return results.traces()
 
 
@@ -276,7 +276,7 @@ def causal_trace(
     target: str | None = None,
     foil: str | None = None,
     other_subject: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> CausalTrace:
     """Find which states carry a fact: corrupt the subject, restore one state at a time, watch the
@@ -290,7 +290,7 @@ def causal_trace(
         foil: the other answer of metric="logit_difference".
         other_subject: what stands in the subject's place in the corrupted run of
             corruption="subject".
-        progress: called with (cells done, cells in all).
+        progress: called with (what is done, done, total).
         settings: any of `TraceConfig`: sites, window, samples, noise, corruption, direction,
             effect, metric, positions, severed, method, screen, ...
     Raises:

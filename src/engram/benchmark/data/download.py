@@ -10,20 +10,19 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 
 from engram.errors import EngramError
+from engram.progress import Progress, no_progress
 
-Progress = Callable[[str, int, int], None]
 _TRIES = 4
 _CHUNK = 1 << 20
 
 
 def fetched(
-    url: str, folder: Path, *, sha256: str | None = None, progress: Progress | None = None
+    url: str, folder: Path, *, sha256: str | None = None, progress: Progress = no_progress
 ) -> Path:
     """The file of a URL in `folder`, downloaded if it is not there.
 
@@ -38,7 +37,7 @@ def fetched(
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        _download(url, part, path.name, progress or (lambda name, done, total: None))
+        _download(url, part, path.name, progress)
         found = file_sha256(part)
         if sha256 is not None and found != sha256:
             part.unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram.benchmark.data.counterfact import counterfact_record, flat_record, read_references
-from engram.benchmark.data.download import Progress, fetched
+from engram.benchmark.data.download import fetched
 from engram.benchmark.data.fields import Fields
 from engram.benchmark.data.mquake import mquake_record
 from engram.benchmark.data.records import FORMS, Dataset, Form, Record
@@ -25,6 +25,7 @@ from engram.errors import EngramError, FactError, SettingError
 from engram.fact_files import fact_of, raw_records
 from engram.files.cache_folder import cache_folder
 from engram.files.json_records import shown
+from engram.progress import Progress, no_progress
 
 _ROME = "https://rome.baulab.info/data/dsets"
 _MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
@@ -117,7 +118,7 @@ def read_dataset(
     limit: int | None = None,
     skip_malformed: bool = False,
     references: bool | Literal["if there"] = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Dataset:
     """Records of a benchmark.
 
@@ -244,7 +245,7 @@ def _record(given: Any, where: str, form: Form | Literal["fact"], number: int) -
 
 
 def download(
-    name: str, *, references: bool = False, progress: Progress | None = None
+    name: str, *, references: bool = False, progress: Progress = no_progress
 ) -> list[Path]:
     """Fetch a data set by name without reading it; its files.
 
@@ -259,7 +260,7 @@ def download(
     return [] if source.url is None else _fetched(source, references, progress)
 
 
-def _fetched(source: Source, references: bool, progress: Progress | None) -> list[Path]:
+def _fetched(source: Source, references: bool, progress: Progress) -> list[Path]:
     """The files of a source in the cache folder, the records' first."""
     assert source.url is not None, "only the bundled data set has none"
     urls = [

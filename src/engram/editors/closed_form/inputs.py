@@ -23,7 +23,7 @@ from engram.editors.second_moments.measure import second_moments as measure
 from engram.errors import EngramError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
-from engram.progress import Report
+from engram.progress import Progress
 
 
 def moments_of(
@@ -33,7 +33,7 @@ def moments_of(
     corpus: Corpus | str | Path | Sequence[str] | None,
     tokens: int | None,
     seed: int,
-    report: Report,
+    progress: Progress,
 ) -> dict[int, SecondMoment]:
     """The second moment of each layer: given, or measured on `lm` as it is now.
 
@@ -41,14 +41,7 @@ def moments_of(
         EngramError: some were given, not those of all layers.
     """
     if given is None:
-        return measure(
-            lm,
-            layers,
-            corpus,
-            tokens,
-            seed=seed,
-            progress=lambda done, total: report("second moment", done, total),
-        )
+        return measure(lm, layers, corpus, tokens, seed=seed, progress=progress)
     missing = sorted(set(layers) - set(given))
     if missing:
         raise EngramError(

@@ -54,7 +54,7 @@ from engram.errors import EngramError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import per_row_edits
-from engram.progress import Report, no_progress
+from engram.progress import Progress, no_progress
 from engram.runs.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _prepare(
     method: str,
     *,
     seed: int,
-    progress: Report | None,
+    progress: Progress,
     layers: Sequence[int] | Literal["auto"] | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
@@ -179,7 +179,7 @@ def _prepare(
             "written exactly; one for the MLP's can: site='mlp'",
             lm.name,
         )
-    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, progress or no_progress)
+    moments = moments_of(lm, chosen, second_moments, corpus, tokens, seed, progress)
     contexts = (
         sample_contexts(lm, seed=seed, started=STARTED) if contexts is None else tuple(contexts)
     )
@@ -210,7 +210,7 @@ def mass_edit(
     workers: Workers | None = None,
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> Edit:
     """Rewrite many facts at once; `lm` is not changed.
@@ -236,13 +236,12 @@ def mass_edit(
                 folder, or False.
         workers: where values are found, in the same batches and so the same; default: in this
             process. They do not see `past`.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         knobs: the fields of MassConfig and ValueConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with;
             NonFiniteError: keys or losses are not finite.
     """
-    report = progress or no_progress
     given: dict[str, Any] = {
         "layers": layers,
         "contexts": contexts,
@@ -259,9 +258,9 @@ def mass_edit(
             shared[0],
         )
     with in_force(past, lm):
-        values = _values(lm, facts, ready, engine, facts_per_batch, store, workers, report)
+        values = _values(lm, facts, ready, engine, facts_per_batch, store, workers, progress)
         targets_nd = ready.targets(values)
-        deltas, keys, about = _spread(lm, facts, targets_nd, ready, engine, report)
+        deltas, keys, about = _spread(lm, facts, targets_nd, ready, engine, progress)
     return ready.edit(facts, values, targets_nd, deltas, keys, about, seed, shared)
 
 
@@ -275,7 +274,7 @@ def mass_each(
     workers: Workers | None = None,
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Edit]:
     """Many edits of one fact each, every one made on the unedited model: what `mass_edit` gives of
@@ -287,9 +286,8 @@ def mass_each(
     Args:
         settings: the others of `mass_edit` but for `past`.
     """
-    report = progress or no_progress
     ready = _prepare(lm, facts, method, seed=seed, progress=progress, **settings)
-    values = _values(lm, facts, ready, engine, facts_per_batch, store, workers, report)
+    values = _values(lm, facts, ready, engine, facts_per_batch, store, workers, progress)
     targets_nd = ready.targets(values)
     states = SubjectStates(lm, facts, ready.contexts, list(ready.names), ready.config.site, engine)
     changes: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
@@ -297,7 +295,7 @@ def mass_each(
     keys: list[dict[str, Tensor]] = [{} for _ in facts]
     about: list[dict[str, Any]] = [{} for _ in facts]
     for number, (layer, name) in enumerate(ready.names.items()):
-        report("layer", number, len(ready.names))
+        progress("layer", number, len(ready.names))
         keys_ncf, states_nd = states.at(layer, per_row_edits(changes))
         missing_nd = targets_nd.to(states_nd) - states_nd
         left = len(ready.names) - number
@@ -312,7 +310,7 @@ def mass_each(
             torch.stack([u for u, _ in factors]),
             torch.stack([v for _, v in factors]),
         )
-    report("layer", len(ready.names), len(ready.names))
+    progress("layer", len(ready.names), len(ready.names))
     return [
         ready.edit(
             [fact], [values[i]], targets_nd[i : i + 1], deltas[i], keys[i], about[i], seed, []
@@ -339,13 +337,13 @@ def _values(
     facts_per_batch: int,
     kept: str | Path | bool,
     workers: Workers | None,
-    report: Report,
+    progress: Progress,
 ) -> list[Value]:
     """Every fact's value: those that are in the store, and the others as they are found."""
     layer, contexts, config = max(ready.names), ready.contexts, ready.config
     with ValueStore.of(kept, lm) as store:
         return _found(
-            lm, facts, layer, contexts, config, engine, facts_per_batch, store, workers, report
+            lm, facts, layer, contexts, config, engine, facts_per_batch, store, workers, progress
         )
 
 
@@ -365,7 +363,7 @@ def _spread(
     targets_nd: Tensor,
     ready: _Setup,
     engine: Engine,
-    report: Report,
+    progress: Progress,
 ) -> tuple[dict[str, Delta], dict[str, Tensor], dict[str, Any]]:
     """Layer by layer, each seeing the changes below it: the change of each weight, its keys [n, f],
     what is worth knowing.
@@ -374,7 +372,7 @@ def _spread(
     deltas, keys, about = {}, {}, {}
     with ExitStack() as edited:
         for number, (layer, name) in enumerate(ready.names.items()):
-            report("layer", number, len(ready.names))
+            progress("layer", number, len(ready.names))
             keys_ncf, states_nd = states.at(layer)
             missing_nd = targets_nd.to(states_nd) - states_nd
             left = len(ready.names) - number
@@ -384,7 +382,7 @@ def _spread(
             if left > 1:
                 part = Edit(tuple(facts), "layer", {}, {name: deltas[name]}, dict(ready.base))
                 edited.enter_context(part.laid(lm))
-    report("layer", len(ready.names), len(ready.names))
+    progress("layer", len(ready.names), len(ready.names))
     return deltas, keys, about
 
 

@@ -33,7 +33,7 @@ from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import as_linear
-from engram.progress import Report, no_progress
+from engram.progress import Progress, no_progress
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _prepare(
     facts: Sequence[Fact],
     *,
     seed: int,
-    progress: Report | None,
+    progress: Progress,
     layer: int | Literal["auto"] | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
@@ -273,9 +273,7 @@ def _prepare(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress or no_progress)[
-        layer
-    ]
+    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress)[layer]
     contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
     return _Setup(layer, weight, config, contexts, moment, describe_base(lm, [weight]))
 
@@ -292,7 +290,7 @@ def rome(
     past: Sequence[Edit] = (),
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> Edit:
     """Rewrite facts one after another, each by a rank-one change of one block's MLP output matrix.
@@ -311,13 +309,12 @@ def rome(
             the model itself samples.
         past: edits made before on the same base, in force while this one is made.
         engine: "replay", "whole" forward passes, or by itself.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         knobs: the fields of RomeConfig and ValueConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with;
             NonFiniteError: see rank_one_update.
     """
-    report = progress or no_progress
     given: dict[str, Any] = {
         "layer": layer,
         "contexts": contexts,
@@ -329,7 +326,7 @@ def rome(
     done: list[RankOne] = []
     with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
-            report("value", i, len(facts))
+            progress("value", i, len(facts))
             update = rank_one_update(
                 lm, fact, ready.layer, ready.moment, ready.contexts, ready.config, engine
             )
@@ -339,7 +336,7 @@ def rome(
                 edited.enter_context(
                     Edit((fact,), "rome", ready.recipe, {ready.weight: step}, ready.base).laid(lm)
                 )
-        report("value", len(facts), len(facts))
+        progress("value", len(facts), len(facts))
     return ready.edit(facts, done, seed)
 
 
@@ -350,7 +347,7 @@ def rome_each(
     facts_per_batch: int = 32,
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Edit]:
     """Many edits of one fact each, every one made on the unedited model: what `rome` gives of each,
@@ -360,7 +357,6 @@ def rome_each(
         facts_per_batch: facts whose values are optimised in one batch, which bounds memory.
         settings: the others of `rome` but for `past`.
     """
-    report = progress or no_progress
     ready = _prepare(lm, facts, seed=seed, progress=progress, **settings)
     found: dict[int, Value] = {}
     for i, value in optimise_values(
@@ -372,9 +368,9 @@ def rome_each(
         engine=engine,
         facts_per_batch=facts_per_batch,
     ):
-        report("value", len(found), len(facts))
+        progress("value", len(found), len(facts))
         found[i] = value
-    report("value", len(facts), len(facts))
+    progress("value", len(facts), len(facts))
     values = [found[i] for i in range(len(facts))]
     updates = _solve_updates(lm, facts, ready.layer, ready.moment, ready.config, values)
     return [ready.edit([fact], [update], seed) for fact, update in zip(facts, updates, strict=True)]

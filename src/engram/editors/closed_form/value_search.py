@@ -12,7 +12,7 @@ from engram.editors.closed_form.values import Value, ValueConfig, optimise_value
 from engram.engine.replayable import Engine
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
-from engram.progress import Report
+from engram.progress import Progress
 from engram.runs.workers import ByName, Here, ModelJob, Workers
 
 
@@ -51,12 +51,12 @@ def _found(
     facts_per_batch: int,
     store: ValueStore,
     workers: Workers | None,
-    report: Report,
+    progress: Progress,
 ) -> list[Value]:
     names = [store.name(fact, layer, contexts, config.site, config.value) for fact in facts]
     found = dict(enumerate(store.get(names)))
     missing = [i for i, value in found.items() if value is None]
-    report("value", len(facts) - len(missing), len(facts))
+    progress("value", len(facts) - len(missing), len(facts))
     asked = [facts[i] for i in missing]
     batches = value_batches(lm, asked, contexts, config.value, facts_per_batch)
     job = ValuesJob(
@@ -75,5 +75,5 @@ def _found(
             found[missing[i]] = value
             store.put(names[missing[i]], value)
             done += 1
-            report("value", done, len(facts))
+            progress("value", done, len(facts))
     return [value for value in found.values() if value is not None]

@@ -27,6 +27,7 @@ from engram.errors import EngramError, NonFiniteError
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import StopForward, substitute
+from engram.progress import Progress, no_progress
 from engram.runs.workers import ByName, ModelJob, Workers
 
 log = logging.getLogger(__name__)
@@ -96,23 +97,23 @@ class MomentPass:
     def go(
         self,
         corpus: Corpus,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = no_progress,
         pause: Callable[[Sums], None] = lambda sums: None,
     ) -> Sums:
         """Measure what is left.
 
         Args:
-            progress: called with (tokens done, tokens in all) after each batch.
+            progress: called with (what is done, done, total) after each batch.
             pause: called with the sums wherever they are those of a beginning of the corpus, every
                 few batches.
         Raises:
             EngramError: a corpus without text.
         """
-        progress(self.sums.count, self.tokens)
+        progress("second moments", self.sums.count, self.tokens)
         for batches in self.read(corpus):
             for batch in batches:
                 self.add(batch)
-                progress(self.sums.count, self.tokens)
+                progress("second moments", self.sums.count, self.tokens)
             pause(self.sums)
         if not self.sums.count:
             raise EngramError("the corpus has no text to measure second moments on")
@@ -120,9 +121,7 @@ class MomentPass:
             log.warning("the corpus ended after %d of %d tokens", self.sums.count, self.tokens)
         return self.sums
 
-    def spread(
-        self, corpus: Corpus, workers: Workers, progress: Callable[[int, int], None]
-    ) -> Sums:
+    def spread(self, corpus: Corpus, workers: Workers, progress: Progress) -> Sums:
         """The same by workers: partial sums of a few batches each, added up in their order, so that
         their number does not matter.
 
@@ -142,7 +141,7 @@ class MomentPass:
         for number, totals in workers.run(job, units):
             early[number] = totals
             done += counts[number]
-            progress(done, self.tokens)
+            progress("second moments", done, self.tokens)
             while added in early:
                 for layer, total_ff in early.pop(added).items():
                     self.sums.totals[layer] += total_ff.to(self.sums.totals[layer].device)

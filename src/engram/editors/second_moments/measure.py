@@ -28,6 +28,7 @@ from engram.errors import EngramFileError
 from engram.files.cache_folder import cache_folder, sha256_of
 from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints
+from engram.progress import Progress, no_progress
 from engram.runs.identity import identity_of
 from engram.runs.workers import Workers
 
@@ -53,7 +54,7 @@ def second_moments(
     cache_dir: str | Path | None = None,
     save_every: float = 20.0,
     workers: Workers | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[int, SecondMoment]:
     """Measure C of several blocks in one pass over text, or read it where the same was measured
     before.
@@ -77,7 +78,7 @@ def second_moments(
             whatever the number of workers, in other groups than without them, which changes the
             last bits of float64. Nothing is saved on the way.
         save_every: seconds between two states that an interrupted run goes on from.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (what is done, done, total).
     Raises:
         UnsupportedModelError: a block without a single MLP output matrix; EngramError: a corpus
             without text;
@@ -102,12 +103,11 @@ def second_moments(
         run = MomentPass(
             lm, sums or Sums.nothing(lm, missing), tokens, tokens_per_document, tokens_per_batch
         )
-        report = progress or (lambda done, total: None)
         pause = _every(save_every, partial)
         sums = (
-            run.go(chosen, report, pause)
+            run.go(chosen, progress, pause)
             if workers is None
-            else run.spread(chosen, workers, report)
+            else run.spread(chosen, workers, progress)
         )
         about = {**source, "tokens": tokens, "documents": sums.documents, "offset": sums.offset}
         for layer in missing:

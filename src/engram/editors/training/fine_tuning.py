@@ -28,7 +28,7 @@ from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import overlay_weight
 from engram.modules.layouts import as_linear
-from engram.progress import Report, no_progress
+from engram.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fine_tune(
     locality: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> Edit:
     """Train one block's MLP output matrix on all facts together; the model itself is not changed.
@@ -80,13 +80,12 @@ def fine_tune(
             `TuningConfig.locality_loss`.
         seed: of the batches.
         engine: "replay", "whole" forward passes, or by itself.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         knobs: the fields of FineTuningConfig and TuningConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with;
             NonFiniteError: the training diverged.
     """
-    report = progress or no_progress
     settings = {**preset(method, lm.name), **knobs}
     depth = settings.pop("depth")
     preset_layer = settings.pop("layer", int(depth * lm.n_layers))
@@ -114,7 +113,7 @@ def fine_tune(
             delta_oi.clamp_(-config.norm_constraint, config.norm_constraint)
 
     with still(lm.model):
-        wanted, staying = tasks(lm, rows, locality, layer, tuning, generator, engine, report)
+        wanted, staying = tasks(lm, rows, locality, layer, tuning, generator, engine, progress)
         with overlay_weight(module, delta_oi):
             descent = descend(
                 [delta_oi],
@@ -122,7 +121,7 @@ def fine_tune(
                 staying,
                 tuning,
                 generator=generator,
-                report=report,
+                progress=progress,
                 decayed=lambda delta: start_oi + delta,
                 after_step=clamp,
             )

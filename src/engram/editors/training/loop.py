@@ -25,7 +25,7 @@ from engram.engine.replayable import Engine, use_replay
 from engram.engine.suffix import Suffix
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.model.language_model import LanguageModel
-from engram.progress import Report
+from engram.progress import Progress
 
 Forward = Callable[[], Tensor]  # logits [p, v] of a batch as the parameters stand
 
@@ -175,12 +175,12 @@ class Task:
         batches: Iterator[TargetBatch],
         layer: int,
         engine: Engine,
-        report: Report,
+        progress: Progress,
     ) -> Task:
         dealt = list(batches)
         forwards = []
         for i, batch in enumerate(dealt):
-            report("below the layer", i, len(dealt))
+            progress("below the layer", i, len(dealt))
             forwards.append(forward_from(lm, batch, layer, engine))
         return cls(dealt, forwards)
 
@@ -193,14 +193,16 @@ def tasks(
     config: TuningConfig,
     generator: torch.Generator | None,
     engine: Engine,
-    report: Report,
+    progress: Progress,
 ) -> tuple[Task, Task]:
     """What is trained, and the unrelated (text, answer) pairs that shall stay, dealt into batches
     by `generator` (None: in order).
     """
     kept = [target_row(lm, text, answer) for text, answer in locality]
     wanted, staying = (batches_of(each, config.batch_size, generator) for each in (rows, kept))
-    return Task.of(lm, wanted, layer, engine, report), Task.of(lm, staying, layer, engine, report)
+    return Task.of(lm, wanted, layer, engine, progress), Task.of(
+        lm, staying, layer, engine, progress
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def descend(
     config: TuningConfig,
     *,
     generator: torch.Generator | None,
-    report: Report,
+    progress: Progress,
     decayed: Callable[[Tensor], Tensor] = lambda parameter: parameter,
     after_step: Callable[[], None] = lambda: None,
 ) -> Descent:
@@ -263,7 +265,7 @@ def descend(
     losses: list[float] = []
     steps = 0
     for epoch in range(config.epochs):
-        report("training", epoch, config.epochs)
+        progress("training", epoch, config.epochs)
         total, stepped = 0.0, False
         for i in (
             range(count)
@@ -294,7 +296,7 @@ def descend(
         )
         if stopped:
             break
-    report("training", config.epochs, config.epochs)
+    progress("training", config.epochs, config.epochs)
     return Descent(losses, steps, stopped)
 
 

@@ -29,7 +29,7 @@ from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import is_transposed
-from engram.progress import Report, no_progress
+from engram.progress import Progress, no_progress
 
 _ADAPTER = "engram"
 
@@ -71,7 +71,7 @@ def lora(
     locality: Sequence[tuple[str, str]] = (),
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> Edit:
     """Train low-rank adapters on all facts together; the model is given back as it was, module by
@@ -83,7 +83,7 @@ def lora(
             `TuningConfig.locality_loss`.
         seed: of the adapters' first values, the batches and the dropout.
         engine: "replay", "whole" forward passes, or by itself.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         knobs: the fields of LoraEditConfig and TuningConfig.
     Returns:
         An Edit whose deltas are (alpha / rank) B A; `to_peft` makes an adapter of it again.
@@ -92,7 +92,6 @@ def lora(
             NonFiniteError: the training diverged;
         UnsupportedModelError: the model wears adapters already.
     """
-    report = progress or no_progress
     settings = {**preset("lora", lm.name), **knobs}
     layers = take_layers(lm, settings, layers)
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")
@@ -103,12 +102,12 @@ def lora(
     generator = torch.Generator().manual_seed(seed)
     with still(lm.model):
         wanted, staying = tasks(
-            lm, rows, locality, lowest, config.tuning, generator, engine, report
+            lm, rows, locality, lowest, config.tuning, generator, engine, progress
         )
         with adapted(lm, names, config, generator) as adapters:
             parameters = [parameter for each in adapters.values() for parameter in each]
             descent = descend(
-                parameters, wanted, staying, config.tuning, generator=generator, report=report
+                parameters, wanted, staying, config.tuning, generator=generator, progress=progress
             )
     scale = config.alpha / config.rank
     deltas = {

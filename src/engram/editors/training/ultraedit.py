@@ -31,7 +31,7 @@ from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record, substitute
-from engram.progress import Report, no_progress
+from engram.progress import Progress, no_progress
 
 _TINY = 1e-7  # added to a spread, for coordinates that never vary
 
@@ -121,7 +121,7 @@ class _Seen:
         facts: Sequence[Fact],
         chosen: Sequence[int],
         seed: int,
-        report: Report,
+        progress: Progress,
     ) -> Edit:
         """The edit of the facts with these numbers."""
         rows = [n for n, fact in enumerate(self.facts_n) if fact in set(chosen)]
@@ -129,7 +129,7 @@ class _Seen:
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         deltas = {}
         for i, (name, inputs_ni) in enumerate(self.inputs.items()):
-            report("solving", i, len(self.inputs))
+            progress("solving", i, len(self.inputs))
             standard_nc = self.now.standardised(name, self.tokens[name][rows])
             delta = _solve(inputs_ni[rows], standard_nc, self.config.learning_rate, precision)
             owners = [[place[self.facts_n[n]]] for n in rows]
@@ -143,7 +143,7 @@ class _Seen:
 def _seen(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    report: Report,
+    progress: Progress,
     *,
     layers: Layers | None = None,
     statistics: Statistics | None = None,
@@ -158,7 +158,7 @@ def _seen(
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
     with still(lm.model):
         for i, batch in enumerate(batches):
-            report("gradients", i, len(batches))
+            progress("gradients", i, len(batches))
             seen.append(_inputs_and_gradients(lm, batch, names))
     inputs = {name: torch.cat([each[name][0] for each in seen]) for name in names}
     tokens = {
@@ -188,7 +188,7 @@ def ultraedit(
     layers: Layers | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **knobs: Any,
 ) -> Edit:
     """Change matrices in one step toward the targets of all facts; the model itself is not changed.
@@ -200,15 +200,14 @@ def ultraedit(
         statistics: of earlier edits of this model, these edits' tokens are added; default: of these
             edits alone.
         seed: kept with the edit; nothing here is drawn.
-        progress: called with (what is being done, done, in all).
+        progress: called with (what is done, done, total).
         knobs: the fields of UltraEditConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with.
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
-    report = progress or no_progress
-    seen = _seen(lm, facts, report, layers=layers, statistics=statistics, **knobs)
-    edit = seen.edit(lm, facts, range(len(facts)), seed, report)
+    seen = _seen(lm, facts, progress, layers=layers, statistics=statistics, **knobs)
+    edit = seen.edit(lm, facts, range(len(facts)), seed, progress)
     if statistics is not None:
         statistics.__dict__.update(seen.now.__dict__)
     return edit
@@ -219,7 +218,7 @@ def ultraedit_each(
     facts: Sequence[Fact],
     *,
     seed: int = 0,
-    progress: Report | None = None,
+    progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Edit]:
     """Many edits of one fact each, every one made on the unedited model.
@@ -228,7 +227,7 @@ def ultraedit_each(
     these facts, with those of `statistics`, to which nothing is added. The settings are those of
     `ultraedit`.
     """
-    seen = _seen(lm, facts, progress or no_progress, **settings)
+    seen = _seen(lm, facts, progress, **settings)
     return [seen.edit(lm, facts, [i], seed, no_progress) for i in range(len(facts))]
 
 
