@@ -31,7 +31,7 @@ types: $(STAMP)
 
 test-quantised: $(STAMP) # last: once torchao is installed, transformers imports it everywhere, and it talks
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[quant]"
-	$(BIN)/pytest tests/test_quantised.py tests/test_memory_plan.py
+	$(BIN)/pytest tests/model/test_quantised.py tests/editors/test_memory_plan.py
 
 check: lint types test test-quantised
 

@@ -8,7 +8,7 @@ attribution.
 
 Prompts of 8 to 14 random words, subjects of 2 to 4 of them from the second on, 10 noise samples,
 residual, MLP and attention with windows of a third of the layers (10 at most). The loop
-(tests/naive.py, one forward pass of 11 rows a cell, logits at all positions) runs on `--loops` of
+(tests/helpers/naive.py, one forward pass of 11 rows a cell, logits at all positions) runs on `--loops` of
 the facts and is extrapolated by time a fact. Each variant runs in a process of its own.
 """
 
@@ -96,7 +96,7 @@ def ours(kind: str, shape: str, device: str, facts: int, loops: int) -> dict[str
 
 
 def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
-    from tests import naive
+    from tests.helpers import naive
 
     from engram.locate.corruption import draw_noise
 

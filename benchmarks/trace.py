@@ -5,7 +5,7 @@ it.
     python benchmarks/trace.py --shape xl --device cuda     GPT-2 XL shape on a GPU
 
 12 tokens, subject at tokens 2 to 5, 10 noise samples, windows of 10. The loop is one forward pass
-of 11 rows a cell with logits at all positions (tests/naive.py). Each variant runs in a process of
+of 11 rows a cell with logits at all positions (tests/helpers/naive.py). Each variant runs in a process of
 its own, so that peak memory is its own. The PyPI package causal-tracer takes part where it is
 installed (pip install --no-deps causal-tracer; it asks for an older transformers).
 """
@@ -71,7 +71,7 @@ def ours(sites: list[str], shape: str, device: str, repeats: int) -> dict[str, A
 
 
 def loop(site: str, shape: str, device: str) -> dict[str, Any]:
-    from tests import naive
+    from tests.helpers import naive
 
     model = make_model(shape, device)
     model_mib = peak_mib(device)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import engram
 from engram import Edit, Fact
 from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint
-from tests.tiny import DENSE, EXPERTS, TEXT, tiny_folder
+from tests.helpers.tiny import DENSE, EXPERTS, TEXT, tiny_folder
 
 FACT = Fact(
     "tower of Rome",

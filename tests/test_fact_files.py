@@ -9,6 +9,7 @@ import pytest
 
 from engram import Fact, pocket, read_facts
 from engram.errors import FactError
+from tests.helpers.paths import SHARED
 
 FACTS = [
     Fact("Space Needle", "The {} is in the city of", "Seattle", relation="city"),
@@ -30,7 +31,7 @@ KNOWN = {
     "prompt": "Vinson Massif is located in the continent of",
     "relation_id": "P30",
 }
-OPTIONAL = Path(__file__).resolve().parents[1] / "../shared/data/known_1000.json"
+OPTIONAL = SHARED / "data/known_1000.json"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engram import EngramError, Fact
 from engram.errors import FactError
 from engram.facts import subject_starts, token_span
-from tests.tiny import TOKENIZERS
+from tests.helpers.tiny import TOKENIZERS
 
 
 def test_prompt_text_puts_the_subject_in_its_place():

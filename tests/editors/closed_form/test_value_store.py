@@ -1,0 +1,261 @@
+"""A value is found once: it is on disk before the next one, and anything that would change it gives
+it another name.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engram import Fact
+from engram.editors.closed_form import mass
+from engram.editors.closed_form.value_store import ValueStore
+from engram.editors.closed_form.values import ValueConfig, optimise_values
+from engram.errors import EngramError
+from tests.helpers.mass_samples import FACTS, rewrite
+from tests.helpers.rewrite_samples import CONTEXTS
+from tests.helpers.tiny import tiny_lm
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The facts whose values were optimised, batch after batch."""
+    calls: list[list[Fact]] = []
+
+    def counting(lm: Any, facts: Any, *args: Any, **options: Any) -> Any:
+        calls.append(list(facts))
+        return optimise_values(lm, facts, *args, **options)
+
+    monkeypatch.setattr(mass, "optimise_values", counting)
+    return calls
+
+
+def kept(path: Path) -> int:
+    """Values that another process would see in the file."""
+    with closing(sqlite3.connect(path)) as file:
+        return int(file.execute("SELECT COUNT(*) FROM found").fetchone()[0])
+
+
+def test_a_second_call_finds_all_values(asked, tmp_path):
+    lm = tiny_lm("gpt2")
+    first, second = (rewrite(lm, store=tmp_path / "values") for _ in range(2))
+    assert (
+        sorted(fact.subject for fact in asked[0]) == sorted(fact.subject for fact in FACTS)
+        and len(asked) == 1
+    )
+    assert first == second
+    rewrite(lm, [*FACTS, Fact("bridge", "The {} is in", "London")], store=tmp_path / "values")
+    assert [fact.subject for fact in asked[1]] == ["bridge"], "only what is new"
+    assert kept(tmp_path / "values") == 4
+
+
+def test_new_and_old_values_come_back_in_the_order_of_the_facts(tmp_path):
+    lm = tiny_lm("gpt2")
+    rewrite(lm, FACTS[1:2], store=tmp_path / "values")
+    assert rewrite(lm, FACTS[::-1], store=tmp_path / "values").without(0, 2).facts == (FACTS[1],)
+    mixed, fresh = rewrite(lm, FACTS, store=tmp_path / "values"), rewrite(lm, FACTS)
+    for mine, wanted in zip(mixed.deltas.values(), fresh.deltas.values(), strict=True):
+        torch.testing.assert_close(mine.dense(), wanted.dense(), atol=1e-6, rtol=1e-3)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "prompt": {"facts": [replace(FACTS[0], prompt="The {} stands in")]},
+    "subject": {"facts": [replace(FACTS[0], subject="tower")]},
+    "target": {"facts": [replace(FACTS[0], target="London")]},
+    "contexts": {"contexts": CONTEXTS[:3]},
+    "order of contexts": {"contexts": (CONTEXTS[0], *CONTEXTS[:0:-1])},
+    "layer": {"layers": [0, 1]},
+    "site": {"site": "mlp"},
+    **{
+        name: {name: value}
+        for name, value in {
+            "steps": 4,
+            "learning_rate": 0.4,
+            "weight_decay": 0.4,
+            "kl_weight": 0.1,
+            "kl_position": "last",
+            "clamp": 0.5,
+            "stop": "argmax",
+            "stop_loss": 0.1,
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_value_changes_its_name(change, asked, tmp_path):
+    lm = tiny_lm("gpt2")
+    rewrite(lm, FACTS[:1], store=tmp_path / "values")
+    rewrite(lm, **{"facts": FACTS[:1], "store": tmp_path / "values", **CHANGES[change]})
+    assert [len(facts) for facts in asked] == [1, 1]
+
+
+def test_every_setting_of_the_optimisation_is_tried():
+    assert set(ValueConfig.__dataclass_fields__) <= set(CHANGES)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"preservation": 5.0},
+        {"method": "memit-seq"},
+        {"layers": [1, 2]},
+        {"engine": "whole"},
+        {"facts_per_batch": 1},
+        {"keys": "mean"},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_a_value_does_not_change_its_name(same, asked, tmp_path):
+    lm = tiny_lm("gpt2")
+    rewrite(lm, store=tmp_path / "values")
+    rewrite(lm, **{"store": tmp_path / "values", **same})
+    assert [len(facts) for facts in asked] == [3]
+
+
+def test_a_fact_may_say_more_about_itself(asked, tmp_path):
+    lm = tiny_lm("gpt2")
+    rewrite(lm, FACTS[:1], store=tmp_path / "values")
+    rewrite(
+        lm,
+        [replace(FACTS[0], target_true="Rome", paraphrases=("Where?",))],
+        store=tmp_path / "values",
+    )
+    assert [len(facts) for facts in asked] == [1]
+
+
+@pytest.mark.parametrize(
+    "changed", ["a weight", "dtype", "tokenizer", "an edit in force", "an edit beside the weights"]
+)
+def test_values_of_one_model_are_not_anothers(changed, asked, tmp_path):
+    lm = tiny_lm("gpt2")
+    edit = rewrite(lm, FACTS[1:], store=False, layers=[0])
+    store, others = (
+        tmp_path / "values",
+        {
+            "dtype": tiny_lm("gpt2", torch.float64),
+            "tokenizer": tiny_lm(tokenizer="metaspace with BOS"),
+        },
+    )
+    rewrite(lm, FACTS[:1], store=store)
+    asked.clear()
+    if changed == "a weight":
+        with torch.no_grad():
+            lm.model.transformer.h[3].ln_1.bias[0] += 1e-3
+        rewrite(lm, FACTS[:1], store=store)
+    elif changed == "an edit in force":
+        rewrite(lm, FACTS[:1], store=store, past=[edit])
+    elif changed == "an edit beside the weights":
+        with edit.attached(lm):
+            rewrite(lm, FACTS[:1], store=store)
+    else:
+        rewrite(others[changed], FACTS[:1], store=store)
+    assert [len(facts) for facts in asked] == [1]
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("facts_per_batch", [1, 2])
+def test_a_killed_run_goes_on_where_it_was(facts_per_batch, asked, tmp_path):
+    """Each value is in the file, for other processes too, by the time it is reported."""
+    lm, store = tiny_lm("gpt2"), tmp_path / "values"
+
+    def until_two(what: str, done: int, total: int) -> None:
+        if what == "value":
+            assert kept(store) == done
+            if done == 2:
+                raise KilledError
+
+    with pytest.raises(KilledError):
+        rewrite(lm, store=store, facts_per_batch=facts_per_batch, progress=until_two)
+    assert kept(store) == 2
+    seen = []
+    resumed = rewrite(
+        lm, store=store, facts_per_batch=facts_per_batch, progress=lambda *at: seen.append(at)
+    )
+    assert sum(len(facts) for facts in asked) == 3, "none is found twice"
+    assert [at for at in seen if at[0] == "value"] == [("value", 2, 3), ("value", 3, 3)]
+    assert resumed == rewrite(lm, store=False, facts_per_batch=facts_per_batch)
+
+
+def test_what_is_kept_comes_back_bit_for_bit(tmp_path):
+    lm, config = tiny_lm("gpt2", torch.float64), ValueConfig(steps=3)
+    (_, value), *_ = optimise_values(lm, FACTS[:1], 1, CONTEXTS, config)
+    with ValueStore(tmp_path / "values", lm) as store:
+        name = store.name(FACTS[0], 1, CONTEXTS, "mlp", config)
+        assert store.get([name]) == [None]
+        store.put(name, value)
+        (found,) = store.get([name])
+    assert (
+        found is not None
+        and torch.equal(found.start_d, value.start_d)
+        and torch.equal(found.delta_d, value.delta_d)
+    )
+    assert (found.losses, found.delta_norms) == (value.losses, value.delta_norms)
+
+
+def test_two_writers_share_a_file(tmp_path):
+    lm, config = tiny_lm("gpt2"), ValueConfig(steps=1)
+    values = dict(optimise_values(lm, FACTS, 1, CONTEXTS, config))
+    with ValueStore(tmp_path / "values", lm) as one, ValueStore(tmp_path / "values", lm) as two:
+        names = [one.name(fact, 1, CONTEXTS, "mlp", config) for fact in FACTS]
+        for i, name in enumerate(names):
+            (one, two)[i % 2].put(name, values[i])
+        assert all(one.get(names)) and all(two.get(names))
+
+
+def test_without_a_store_nothing_is_touched(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    lm = tiny_lm("gpt2")
+    for _ in range(2):
+        rewrite(lm, store=False)
+    assert [len(facts) for facts in asked] == [3, 3] and not (tmp_path / "cache").exists()
+
+
+def test_by_default_the_cache_folder_has_it(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
+    for _ in range(2):
+        rewrite(tiny_lm("gpt2"), store=True)
+    assert [len(facts) for facts in asked] == [3] and kept(
+        tmp_path / "values" / "values.sqlite"
+    ) == 3
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    rewrite(tiny_lm("gpt2"), store=str(tmp_path / "new" / "values"))
+    assert kept(tmp_path / "new" / "values") == 3
+
+
+@pytest.mark.parametrize(
+    "damage", ["not a database", "a folder", "a torn page", "a torn value", "no numbers"]
+)
+def test_a_damaged_store_is_explained(damage, tmp_path):
+    lm, path = tiny_lm("gpt2"), tmp_path / "values"
+    if damage == "not a database":
+        path.write_bytes(b"nonsense" * 1000)
+    elif damage == "a folder":
+        path.mkdir()
+    else:
+        rewrite(lm, store=path)
+        if damage == "a torn page":
+            whole = path.read_bytes()
+            path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+        else:
+            column = "tensors" if damage == "a torn value" else "losses"
+            with closing(sqlite3.connect(path)) as file, file:
+                file.execute(f"UPDATE found SET {column} = ?", (b"torn",))
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(
+        EngramError,
+        match=r"values cannot be kept in .*values: .*give store= another file, or False",
+    ):
+        rewrite(lm, store=path)
+    assert before is None or path.read_bytes() == before, "it is not ours to delete"

@@ -1,0 +1,187 @@
+"""A receipt says what was measured, by the library's own scoring, and judges it by limits that it
+shows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import engram
+from engram import Fact, Receipt
+from engram.edit.edit import Edit, compose
+from engram.errors import BaseMismatchError, FactError
+from engram.evaluate.held_out import held_out_text
+from engram.evaluate.receipt import Thresholds
+from tests.helpers.edit_samples import random_edit
+from tests.helpers.receipt_samples import GOOD, made
+from tests.helpers.tiny import tiny_lm
+
+FACT = Fact(
+    "tower of Rome",
+    "The {} is in the city of",
+    "Paris",
+    "London",
+    paraphrases=("To see the tower of Rome, go to", "The tower of Rome stands in"),
+    neighbours=(
+        ("The bridge is in the city of", "London"),
+        ("The river runs through", "London and Rome"),
+    ),
+)
+
+
+def edit_of(lm, fact=FACT):
+    return replace(random_edit(lm), facts=(fact,))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm("gpt2", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def receipt(lm):
+    return engram.verify(lm, edit_of(lm))
+
+
+def test_every_prompt_is_scored_before_and_after(lm, receipt):
+    assert [answer.kind for answer in receipt.answers] == [
+        "edit",
+        "paraphrase",
+        "paraphrase",
+        *["neighbour", "neighbour+"] * 2,
+    ]
+    edit = edit_of(lm)
+    for answer in receipt.answers:
+        pairs = [(answer.prompt, answer.wanted), (answer.prompt, answer.unwanted)]
+        assert answer.before == pytest.approx(lm.probabilities(pairs))
+        with edit.applied(lm):
+            assert answer.after == pytest.approx(lm.probabilities(pairs))
+            means = [float(log_p.mean()) for log_p in lm.log_probs(pairs)]
+        assert answer.right_after == (means[0] > means[1])
+
+
+def test_neighbours_want_their_own_answer_and_stand_behind_the_edit_too(receipt):
+    near, plus = receipt.of("neighbour")[1], receipt.of("neighbour+")[1]
+    assert (near.wanted, near.unwanted) == ("London and Rome", "Paris")
+    assert plus.prompt == "The tower of Rome is in the city of Paris. The river runs through"
+
+
+def test_text_is_continued_before_and_after(lm, receipt):
+    prompts = [prompt for prompt, _, _ in receipt.continuations]
+    assert prompts == [FACT.prompt_text, FACT.paraphrases[0], FACT.neighbours[0][0]]
+    prompt, before, after = receipt.continuations[0]
+    assert prompt + before == lm.generate(prompt, 16)
+    with edit_of(lm).applied(lm):
+        assert prompt + after == lm.generate(prompt, 16)
+
+
+def test_drift_is_measured_on_held_out_text_and_on_the_weight(lm, receipt):
+    edit = edit_of(lm)
+    (name,) = edit.deltas
+    weight = lm.model.get_parameter(name).detach()
+    assert receipt.perplexity[0] == pytest.approx(lm.perplexity(held_out_text()))
+    with edit.applied(lm):
+        assert receipt.perplexity[1] == pytest.approx(lm.perplexity(held_out_text()))
+    assert receipt.norm_ratio == pytest.approx(
+        float(edit.deltas[name].dense().double().norm() / weight.norm())
+    )
+    assert receipt.rounding < 1e-6
+
+
+def test_the_model_is_as_it_was(lm):
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    engram.verify(lm, edit_of(lm))
+    assert all(torch.equal(before[name], tensor) for name, tensor in lm.model.state_dict().items())
+
+
+def test_half_precision_costs_are_shown():
+    lm = tiny_lm("gpt2", torch.bfloat16)
+    small = random_edit(lm)
+    (name,) = small.deltas
+    delta = small.deltas[name]
+    small = replace(
+        small,
+        facts=(FACT,),
+        deltas={name: engram.Delta(delta.left * 1e-4, delta.right, delta.owners)},
+    )
+    receipt = engram.verify(lm, small)
+    assert receipt.rounding > 0.25 and not receipt.passed
+    assert receipt.dtype == "bfloat16"
+
+
+def test_a_missing_true_object_is_the_models_own_answer(lm):
+    fact = Fact("tower of Rome", "The {} is in the city of", "Paris")
+    answer = engram.verify(lm, edit_of(lm, fact)).answers[0]
+    assert answer.unwanted == lm.next_tokens(fact.prompt_text, 1)[0][0]
+
+
+def test_the_collapse_indicator_is_the_worst_of_all_facts(lm):
+    edits = [replace(edit_of(lm), diagnostics={"facts": [{"rho": rho}]}) for rho in (0.9, 0.1)]
+    assert engram.verify(lm, edits[0]).rho == 0.9
+    assert engram.verify(lm, compose(edits)).rho == 0.1
+
+
+def test_a_neighbour_that_answers_the_target_cannot_show_damage(lm):
+    with pytest.raises(FactError, match="cannot show damage"):
+        engram.verify(lm, edit_of(lm, replace(FACT, neighbours=(("The bridge is in", "Paris"),))))
+
+
+def test_another_model_is_refused(lm):
+    with pytest.raises(BaseMismatchError):
+        engram.verify(tiny_lm("gpt2", torch.float64, seed=5), edit_of(lm))
+
+
+def test_a_receipt_is_kept_in_the_edit(lm, receipt, tmp_path):
+    kept = edit_of(lm).with_receipt(receipt)
+    kept.save(tmp_path / "edit")
+    again = Receipt.from_dict(Edit.load(tmp_path / "edit").receipt)
+    assert again == receipt
+    assert json.loads(json.dumps(receipt.to_dict()))["passed"] == receipt.passed
+
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+
+def test_a_good_edit_passes():
+    assert made(GOOD).passed
+    assert made({"edit": [(False, True)]}, rho=None).passed, "what was not measured is no failure"
+
+
+@pytest.mark.parametrize(
+    ("right", "numbers", "failing"),
+    [
+        ({"edit": [(False, False)]}, {}, "efficacy"),
+        ({"paraphrase": [(False, True), (False, False)]}, {}, "paraphrase"),
+        ({"neighbour": [(True, True), (True, False)]}, {}, "neighbourhood"),
+        ({}, {"perplexity": (10.0, 10.6)}, "perplexity_ratio"),
+        ({}, {"norm_ratio": 20.0}, "norm_ratio"),
+        ({}, {"rho": -0.3}, "rho"),
+        ({}, {"rounding": 0.6}, "rounding"),
+    ],
+)
+def test_each_limit_can_fail_an_edit(right, numbers, failing):
+    receipt = made({**GOOD, **right}, **numbers)
+    assert [check.name for check in receipt.checks() if check.passed is False] == [failing]
+    assert not receipt.passed and str(receipt).endswith("FAILED")
+
+
+def test_neighbours_that_were_wrong_before_do_not_count_as_lost():
+    receipt = made({**GOOD, "neighbour": [(True, True), (False, False), (False, False)]})
+    assert receipt.kept() == 1 and receipt.share("neighbour") == pytest.approx(1 / 3)
+
+
+def test_limits_can_be_chosen_and_are_shown():
+    receipt = replace(
+        made({**GOOD, "edit": [(False, False)]}),
+        thresholds=Thresholds(min_efficacy=None, max_norm_ratio=0.5),
+    )
+    assert receipt.passed
+    assert "≤ 0.5" in str(receipt) and "efficacy               0.000         —" in str(receipt)
+
+
+def test_margins_are_mean_differences_in_probability():
+    assert made({"edit": [(False, True)]}).margins() == (pytest.approx(0.6), None, None)
