@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engram.batching import batches
 from engram.benchmark.data.records import Record
 from engram.benchmark.metrics.outcomes import Reading
 from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
@@ -93,20 +94,18 @@ class ProbeRows:
         one forward should have.
         """
         tokens = _TOKENS if self._device.type == "cpu" else 4 * _TOKENS
-        batch: list[int] = []
-        reads = 0
-        for i in sorted(range(len(self.rows)), key=lambda i: (len(self.rows[i].ids), i)):
-            row = self.rows[i]
-            if batch and (
-                (len(batch) + 1) * len(row.ids) > tokens
-                or (reads + len(row.read)) * self._vocabulary > _LOGITS
-            ):
-                yield batch
-                batch, reads = [], 0
-            batch.append(i)
-            reads += len(row.read)
-        if batch:
-            yield batch
+
+        def length(i: int) -> int:
+            return len(self.rows[i].ids)
+
+        return batches(
+            range(len(self.rows)),
+            key=length,
+            length=length,
+            tokens=tokens,
+            size=lambda i: len(self.rows[i].read) * self._vocabulary,
+            total=_LOGITS,
+        )
 
     def tally(self) -> AnswerScores:
         return AnswerScores(self)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from engram.batching import batches
 from engram.engine.recording import Recording, base_model, record_run
 from engram.engine.suffix import Suffix, _CaptureKV, _take
 from engram.model.language_model import LanguageModel
@@ -76,16 +77,12 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
 
 def _batches(continued: Sequence[tuple[Ids, Ids]]) -> Iterator[list[tuple[Ids, Ids]]]:
     """Neighbours with prompts of one length, as many as memory holds."""
-    batch: list[tuple[Ids, Ids]] = []
-    longest = 0
-    for head, tail in continued:
-        longest = max(longest, len(head) + len(tail))
-        if batch and (len(head) != len(batch[0][0]) or (len(batch) + 1) * longest > _CACHED_TOKENS):
-            yield batch
-            batch, longest = [], len(head) + len(tail)
-        batch.append((head, tail))
-    if batch:
-        yield batch
+    return batches(
+        continued,
+        lambda batch, row: len(row[0]) == len(batch[0][0]),
+        length=lambda row: len(row[0]) + len(row[1]),
+        tokens=_CACHED_TOKENS,
+    )
 
 
 def record_shared_prefixes(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engram.batching import batches
 from engram.engine.shared_prompts import Ids, can_share, shared_logits
 from engram.errors import FactError, NonFiniteError
 from engram.model.language_model import LanguageModel
@@ -158,19 +159,12 @@ class ClozeRows:
         return text.strip() or text
 
     def _batches(self, rows: Sequence[ClozeRow]) -> Iterator[list[int]]:
-        most = max(1, _LOGITS // int(self.lm.model.config.get_text_config().vocab_size))
-        batch: list[int] = []
-        held = 0
-        for i in sorted(
-            range(len(rows)), key=lambda i: (rows[i].read[0], rows[i])
-        ):  # of a prompt together
-            if batch and held + len(rows[i].read) > most:
-                yield batch
-                batch, held = [], 0
-            batch.append(i)
-            held += len(rows[i].read)
-        if batch:
-            yield batch
+        return batches(
+            range(len(rows)),
+            key=lambda i: (rows[i].read[0], rows[i]),  # those of one prompt together
+            size=lambda i: len(rows[i].read),
+            total=_LOGITS // int(self.lm.model.config.get_text_config().vocab_size),
+        )
 
 
 def _longest(prefixes: Iterable[Ids]) -> list[Ids]:

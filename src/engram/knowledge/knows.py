@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from engram.batching import batches
 from engram.engine.shared_prompts import Ids
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
@@ -217,19 +218,18 @@ def _check(
 
 def _blocks(questions: Sequence[_Question], vocabulary: int | None) -> Iterator[list[int]]:
     """Numbers of questions, short ones first, as many together as memory holds."""
-    block: list[int] = []
-    held = 0
-    for i in sorted(range(len(questions)), key=lambda i: max(map(len, questions[i].prompts))):
-        question = questions[i]
+
+    def size(i: int) -> int:
         # An object's tokens are not counted yet; three a prompt is more than most have.
-        size = len(question.prompts) * (3 * vocabulary if vocabulary else len(question.candidates))
-        if block and held + size > (_LOGITS if vocabulary else _SCORES):
-            yield block
-            block, held = [], 0
-        block.append(i)
-        held += size
-    if block:
-        yield block
+        question = questions[i]
+        return len(question.prompts) * (3 * vocabulary if vocabulary else len(question.candidates))
+
+    return batches(
+        range(len(questions)),
+        key=lambda i: max(map(len, questions[i].prompts)),
+        size=size,
+        total=_LOGITS if vocabulary else _SCORES,
+    )
 
 
 # -- how it is judged ------------------------------------------------------------------------------

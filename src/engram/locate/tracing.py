@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engram.batching import batches
 from engram.engine.replayable import use_replay
 from engram.errors import NonFiniteError, SettingError
 from engram.locate.attribution import estimate
@@ -64,17 +65,12 @@ def batched(
 ) -> Iterator[list[TraceInput]]:
     """Questions by their number of answer tokens and their length, so many at a time."""
     together = _together(lm, config)
-    batch: list[TraceInput] = []
-    for question in sorted(questions, key=lambda q: (len(q.read), len(q.ids))):
-        most = facts_per_batch or _affordable_facts(lm, question, config)
-        if batch and (
-            len(batch) >= most or len(question.read) != len(batch[0].read) or not together
-        ):
-            yield batch
-            batch = []
-        batch.append(question)
-    if batch:
-        yield batch
+
+    def fits(batch: list[TraceInput], question: TraceInput) -> bool:
+        limit = facts_per_batch or _affordable_facts(lm, question, config)
+        return together and len(batch) < limit and len(question.read) == len(batch[0].read)
+
+    return batches(questions, fits, key=lambda q: (len(q.read), len(q.ids)))
 
 
 def _together(lm: LanguageModel, config: TraceConfig) -> bool:

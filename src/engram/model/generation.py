@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from engram.batching import batches
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import RowContext, no_edits
 
@@ -69,22 +70,17 @@ def write(
     return out
 
 
-def _batches(writings: Sequence[Writing], most: int, padded: bool) -> Iterator[list[int]]:
+def _batches(writings: Sequence[Writing], limit: int, padded: bool) -> Iterator[list[int]]:
     """Rows of about one length, or of one length where none may be padded; those that write about
     as much together.
     """
-    batch: list[int] = []
-    for i in sorted(range(len(writings)), key=lambda i: (len(writings[i].ids), writings[i].new, i)):
-        shortest = len(writings[batch[0]].ids) if batch else 0
-        if batch and (
-            len(batch) == most
-            or len(writings[i].ids) > (1.3 * shortest + 2 if padded else shortest)
-        ):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    lengths = [len(writing.ids) for writing in writings]
+
+    def fits(batch: list[int], i: int) -> bool:
+        shortest = lengths[batch[0]]
+        return len(batch) < limit and lengths[i] <= (1.3 * shortest + 2 if padded else shortest)
+
+    return batches(range(len(lengths)), fits, key=lambda i: (lengths[i], writings[i].new))
 
 
 def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engram.batching import batches
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.cloze import (
     Cloze,
@@ -379,22 +380,20 @@ class LanguageModel:
         bounded in tokens and in logits.
         """
         vocabulary = int(self.model.config.get_text_config().vocab_size)
-        batch: list[int] = []
         wanted: set[int] = set()
-        for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-            count, both = len(batch) + 1, wanted | set(positions[i])
-            if batch and self.kind != "causal" and len(rows[i]) != len(rows[batch[0]]):
-                yield batch
-                batch, count, both = [], 1, set(positions[i])
-            if batch and (
-                count * len(rows[i]) > _TOKENS_PER_BATCH
-                or count * len(both) * vocabulary > _LOGITS_PER_BATCH
-            ):
-                yield batch
-                batch, both = [], set(positions[i])
-            batch, wanted = [*batch, i], both
-        if batch:
-            yield batch
+
+        def fits(batch: list[int], i: int) -> bool:
+            if len(batch) == 1:
+                wanted.clear()
+                wanted.update(positions[batch[0]])
+            wanted.update(positions[i])
+            one_length = self.kind == "causal" or len(rows[i]) == len(rows[batch[0]])
+            return one_length and (len(batch) + 1) * len(wanted) * vocabulary <= _LOGITS_PER_BATCH
+
+        def length(i: int) -> int:
+            return len(rows[i])
+
+        return batches(range(len(rows)), fits, key=length, length=length, tokens=_TOKENS_PER_BATCH)
 
     def log_probs(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """Log-probability (nats) of every token of each target, after its prompt and the target's

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from engram.batching import batches
 from engram.errors import MissingExtraError, SettingError
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
@@ -61,9 +62,9 @@ def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Te
         for text in texts
     ]
     vectors: list[Tensor] = [torch.empty(0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
+    for batch in batches(
+        range(len(rows)), lambda batch, i: len(batch) < _BATCH, key=lambda i: len(rows[i])
+    ):
         ids_bt = pad_right([rows[i] for i in batch]).to(lm.device)
         states_btd = (lm.parts.embed(ids_bt) if embeddings else _middle(lm, ids_bt)).float()
         for row, i in enumerate(batch):

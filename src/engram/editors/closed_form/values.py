@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from engram.batching import batches
 from engram.editors.closed_form.shifted_rows import (
     ShiftedRows,
     Site,
@@ -189,19 +190,16 @@ def value_batches(
     return list(_batches(lengths, facts_per_batch))
 
 
-def _batches(lengths: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
-    """Facts of about one length together, at most so many: half of a mixed batch would be padding,
+def _batches(lengths: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
+    """Facts of about one length together, `limit` at most: half of a mixed batch would be padding,
     a quarter-full one loses little.
     """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        longer = bool(batch) and lengths[i][0] > lengths[batch[0]][0]
-        if len(batch) == most or (longer and 4 * len(batch) >= most):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+
+    def fits(batch: list[int], i: int) -> bool:
+        longer = lengths[i][0] > lengths[batch[0]][0]
+        return len(batch) < limit and not (longer and 4 * len(batch) >= limit)
+
+    return batches(range(len(lengths)), fits, key=lengths.__getitem__)
 
 
 @dataclass(frozen=True)

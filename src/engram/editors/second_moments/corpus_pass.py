@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from engram.batching import batches
 from engram.editors.second_moments.corpora import Corpus
 from engram.engine.recording import base_model
 from engram.errors import EngramError, NonFiniteError
@@ -282,17 +283,17 @@ def _packed(rows: list[Row], tokens_per_batch: int) -> Iterator[Batch]:
     and of at least one row.
 
     A batch that has enough for large products ends where rows get a tenth shorter: a fifth of all
-        computed tokens was padding.
+    computed tokens was padding.
     """
-    batch: Batch = []
-    for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
-        longest = len(batch[0][0]) if batch else 0
-        full = (len(batch) + 1) * longest > tokens_per_batch
-        if batch and (
-            full or (len(row[0]) < 0.9 * longest and 4 * len(batch) * longest >= tokens_per_batch)
-        ):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+
+    def fits(batch: Batch, row: Row) -> bool:
+        longest = len(batch[0][0])
+        return len(row[0]) >= 0.9 * longest or 4 * len(batch) * longest < tokens_per_batch
+
+    return batches(
+        rows,
+        fits,
+        key=lambda row: -len(row[0]),
+        length=lambda row: len(row[0]),
+        tokens=tokens_per_batch,
+    )
