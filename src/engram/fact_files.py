@@ -11,11 +11,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from engram import pocket
+from engram.checks import did_you_mean
 from engram.errors import FactError
 from engram.facts import Fact
 from engram.files.json_records import is_text, json_records, shown, writable
@@ -182,8 +182,7 @@ def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _check_fields(record: Mapping[str, Any], where: str, allowed: tuple[str, ...]) -> None:
     for name in record:
         if name not in allowed:
-            near = get_close_matches(name, allowed, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, allowed)
             raise FactError(
                 f"{where}: field {name!r} is not one of a fact{hint}; expected {', '.join(allowed)}"
             )

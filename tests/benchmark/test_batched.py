@@ -150,7 +150,7 @@ def test_one_fact_that_cannot_be_edited_does_not_cost_the_others() -> None:
     assert isinstance(made[1], Edit)
     with pytest.raises(SettingError, match="no setting 'stepz'"):
         rewrite_each(lm, [[good]], "rome", stepz=1)
-    with pytest.raises(EngramError, match="does not exist"):
+    with pytest.raises(EngramError, match="expected '"):
         rewrite_each(lm, [[good]], "romee")
 
 

@@ -428,15 +428,12 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
             ["trace", "MODEL", "--facts", "/no/such/file"],
             "no facts could be read from '/no/such/file'",
         ),
-        (["trace", "MODEL", "--facts", "pocket", "--keep", "some"], "keep='some' does not exist"),
+        (["trace", "MODEL", "--facts", "pocket", "--keep", "some"], "keep='some': expected"),
         (
             ["trace", "MODEL", "--facts", "pocket", "--limit", "1", "-o", "/dev/null"],
             "/dev/null cannot be the folder of a run",
         ),
-        (
-            ["trace", "MODEL", PROMPT, "-s", "Rome", "--method", "fast"],
-            "method='fast' does not exist",
-        ),
+        (["trace", "MODEL", PROMPT, "-s", "Rome", "--method", "fast"], "method='fast': expected"),
         (["trace", "MODEL", PROMPT, "-s", "Rome", "--set", "windw=3"], "did you mean 'window'?"),
         (
             ["trace", "no/such/model", PROMPT, "-s", "Rome"],
@@ -463,7 +460,7 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
         ),
         (["edit", "MODEL", *FACT, "--set", "steps"], "expected NAME=VALUE"),
         (["edit", "MODEL", *FACT, "--set", "stps=3"], "did you mean 'steps'"),
-        (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme' does not exist"),
+        (["edit", "MODEL", *FACT, "--method", "rme"], "method='rme': expected"),
         (
             ["edit", "MODEL", "--facts", "/no/such/file"],
             "Expected 'pocket', or a file: a JSON list",

@@ -95,7 +95,7 @@ def test_refinement_and_memories_speak_of_the_position_asked_for(model, tmp_path
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["lens", "--shade", "loss", "-o", "x.png"], "shade='loss' does not exist"),
+        (["lens", "--shade", "loss", "-o", "x.png"], "shade='loss': expected"),
         (["lens", "-k", "0"], "k=0: how many tokens"),
         (["lens", "--target", " "], "target=' ' is empty"),
         (["refinement", "-p", "99"], "position=99: the text has"),

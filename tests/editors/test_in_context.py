@@ -425,7 +425,7 @@ def test_settings_are_checked(lm):
         ({"otherwise": "all"}, "otherwise='all': expected 'nearest' or 'nothing'"),
         ({"moist": 3}, r"in-context has no setting 'moist' \(did you mean 'most'\?\)"),
         ({"layer": 3}, "in-context has no setting 'layer'"),
-        ({"encoder": "bert"}, "encoder='bert': expected 'hidden', 'embeddings'"),
+        ({"encoder": "bert"}, "encoder='bert': expected 'hidden' or 'embeddings', a name"),
     ):
         with pytest.raises(SettingError, match=message):
             engram.rewrite(lm, FACT, "in-context", **settings)

@@ -80,9 +80,7 @@ def test_a_packed_weight_counts_what_it_is_packed_in() -> None:
 
 def test_what_cannot_be_planned_is_refused() -> None:
     lm = tiny_lm()
-    with pytest.raises(
-        SettingError, match="method='in-context' has no memory plan; planned are rome, memit"
-    ):
+    with pytest.raises(SettingError, match="method='in-context': expected 'rome', 'memit'"):
         engram.memory_plan(lm, 1, "in-context")
     with pytest.raises(SettingError, match="n_facts=0: expected at least 1"):
         engram.memory_plan(lm, 0)

@@ -582,15 +582,15 @@ def test_a_damaged_file_is_refused(tmp_path, text):
             FACTS,
             {"candidates": "relations"},
             SettingError,
-            r"did you mean 'relation'\?\); expected .* or a list of texts",
+            r"expected .* or a list of texts \(did you mean 'relation'\?\)",
         ),
         (
             FACTS,
             {"aggregate": "oracle"},
             SettingError,
-            "aggregate='oracle' does not exist; expected 'first' or 'best' or 'mean'",
+            "aggregate='oracle': expected 'first', 'best' or 'mean'",
         ),
-        (FACTS, {"length": "total"}, SettingError, "length='total' does not exist"),
+        (FACTS, {"length": "total"}, SettingError, "length='total': expected"),
         (FACTS, {"k": 0}, SettingError, "k=0: P@k needs k of at least 1"),
         (
             FACTS,

@@ -216,7 +216,7 @@ def test_facts_without_which_there_is_no_choice(lm, tmp_path):
     [
         ({"edits": 0}, "edits=0, .*at least one edited fact"),
         ({"layer_step": 0}, "layer_step=0"),
-        ({"keep": "some"}, "keep='some' does not exist; expected 'known' or 'all'"),
+        ({"keep": "some"}, "keep='some': expected 'known' or 'all'"),
         ({"layer": 1}, "layer is what a layer card is to find"),
         ({"method": "none"}, "method='none' has no setting layer or layers"),
         ({"method": "rmoe"}, "did you mean 'rome'"),

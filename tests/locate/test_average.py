@@ -419,7 +419,6 @@ def test_foils_and_partners_may_differ():
 def test_a_place_that_does_not_exist():
     assert check_place("last") == 5
     with pytest.raises(
-        SettingError,
-        match="place='first' does not exist; expected 'first subject', 'middle subject'",
+        SettingError, match="place='first': expected 'first subject', 'middle subject'"
     ):
         check_place("first")

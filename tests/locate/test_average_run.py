@@ -831,16 +831,8 @@ def test_a_file_that_was_begun_and_not_written(lm, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (
-            {"keep": "some"},
-            SettingError,
-            "keep='some' does not exist; expected 'known' or 'exact' or 'all'",
-        ),
-        (
-            {"answer": "true"},
-            SettingError,
-            "answer='true' does not exist; expected 'model' or 'object'",
-        ),
+        ({"keep": "some"}, SettingError, "keep='some': expected 'known', 'exact' or 'all'"),
+        ({"answer": "true"}, SettingError, "answer='true': expected 'model' or 'object'"),
         (
             {"metric": "logit_difference"},
             SettingError,

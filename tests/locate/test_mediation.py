@@ -366,11 +366,8 @@ def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"site": ["mlp"]}, r"no setting 'site'; did you mean 'sites'\?"),
-        (
-            {"direction": "forwards"},
-            "direction='forwards' does not exist; expected 'denoise' or 'noise'",
-        ),
+        ({"site": ["mlp"]}, r"no setting 'site' \(did you mean 'sites'\?\)"),
+        ({"direction": "forwards"}, "direction='forwards': expected 'denoise' or 'noise'"),
         (
             {"positions": "first"},
             "positions='first' does not exist; expected 'all', 'subject_last', 'last'",

@@ -188,10 +188,7 @@ def test_a_flat_table_is_drawn(read, refined):
 
 
 def test_mistakes_are_explained(read, refined):
-    with pytest.raises(
-        SettingError,
-        match="shade='loss' does not exist; colours can mean probability, answer, rank",
-    ):
+    with pytest.raises(SettingError, match="shade='loss': expected 'probability', 'answer'"):
         read.plot("loss")
     with pytest.raises(SettingError, match="position=99: the text has"):
         read.plot(positions=[99])

@@ -8,6 +8,7 @@ from typing import Literal
 
 from engram.benchmark.data.records import Dataset, Record
 from engram.benchmark.metrics.scores import begins
+from engram.checks import one_of
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.knowledge.knows import knows
@@ -40,8 +41,7 @@ def known_records(
             relation.
         SettingError: another rule, or a limit below 1.
     """
-    if rule not in ("greedy", "relation"):
-        raise SettingError(f"rule={rule!r}: expected 'greedy' or 'relation'")
+    one_of("rule", rule, ("greedy", "relation"))
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
     table = [fact for record in dataset.records for fact in _true(record)]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
+from engram.checks import one_of
 from engram.edit.prompt_edit import PromptEdit, Wording
 from engram.editors.settings import flat, read
 from engram.errors import FactError, SettingError
@@ -53,8 +54,7 @@ class InContextConfig:
             raise SettingError(
                 f"most={self.most}, reserve={self.reserve}: both have to be 1 or more"
             )
-        if self.otherwise not in ("nearest", "nothing"):
-            raise SettingError(f"otherwise={self.otherwise!r}: expected 'nearest' or 'nothing'")
+        one_of("otherwise", self.otherwise, ("nearest", "nothing"))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from engram.checks import one_of
 from engram.editors.closed_form.inputs import layers_of
 from engram.editors.closed_form.mass_settings import MASS_METHODS
 from engram.editors.presets import preset
@@ -127,10 +128,7 @@ def memory_plan(
         SettingError: a method that is not planned here, or a number below 1.
         UnsupportedModelError: a model without a single MLP output matrix per block.
     """
-    if method not in PLANNED:
-        raise SettingError(
-            f"method={method!r} has no memory plan; planned are {', '.join(PLANNED)}"
-        )
+    one_of("method", method, PLANNED)
     asked = {
         "n_facts": n_facts,
         "facts_per_batch": facts_per_batch,

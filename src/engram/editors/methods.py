@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, cast
 
+from engram.checks import one_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import EngramError
@@ -140,11 +140,5 @@ def method_named(name: str) -> Callable[..., Edit | PromptEdit]:
     Raises:
         EngramError: there is none of that name.
     """
-    if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
-        raise EngramError(
-            f"method={name!r} does not exist"
-            + (f" (did you mean {near[0]!r}?)" if near else "")
-            + f"; known: {', '.join(sorted(METHODS))}"
-        )
+    one_of("method", name, METHODS, error=EngramError)
     return METHODS[name].function()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar, cast, get_type_hints
 
+from engram.checks import did_you_mean
 from engram.errors import SettingError
 
 Config = TypeVar("Config")
@@ -32,11 +32,9 @@ def read(
     known = own.union(*({f.name for f in fields(each)} for each in inner.values()))
     for name in knobs:
         if name not in known:
-            near = get_close_matches(name, [*known, *also.split(", ")], n=1)
+            hint = did_you_mean(name, [*known, *also.split(", ")])
             raise SettingError(
-                f"{method} has no setting {name!r}"
-                + (f" (did you mean {near[0]!r}?)" if near else "")
-                + f"; it has {', '.join(sorted(known))}, and {also}"
+                f"{method} has no setting {name!r}{hint}; it has {', '.join(sorted(known))}, and {also}"
             )
     parts = {
         name: each(**{f.name: knobs[f.name] for f in fields(each) if f.name in knobs})

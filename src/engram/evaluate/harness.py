@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from engram.checks import one_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import MissingExtraError, SettingError
@@ -53,8 +54,7 @@ def harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtraError("lm-eval", "harness") from error
-    if mode not in get_args(Mode):
-        raise SettingError(f"mode={mode!r}: expected {' or '.join(map(repr, get_args(Mode)))}")
+    one_of("mode", mode, get_args(Mode))
     if isinstance(edit, PromptEdit):
         raise SettingError(
             f"{edit!r} is a text in front of prompts, and the harness puts its own prompts to the model; give an edit of weights"

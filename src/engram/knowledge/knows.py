@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from engram.batching import batches
+from engram.checks import one_of
 from engram.engine.shared_prompts import Ids
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
@@ -201,13 +201,9 @@ def _check(
         ("aggregate", aggregate, get_args(Aggregate)),
         ("length", length, get_args(Length)),
     ):
-        if isinstance(value, str) and value not in allowed:
-            near = get_close_matches(value, allowed, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+        if isinstance(value, str):
             more = ", or a list of texts" if name == "candidates" else ""
-            raise SettingError(
-                f"{name}={value!r} does not exist{hint}; expected {' or '.join(map(repr, allowed))}{more}"
-            )
+            one_of(name, value, allowed, more=more)
     if k < 1:
         raise SettingError(f"k={k}: P@k needs k of at least 1")
     if aggregate != "first" and not paraphrases:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
+from engram.checks import one_of
 from engram.edit.recipe import library_versions
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, as_corpus
-from engram.errors import EngramFileError, FactError, SettingError
+from engram.errors import EngramFileError, FactError
 from engram.evaluate.verify import true_answer
 from engram.facts import Fact
 from engram.files.cache_folder import cache_folder, sha256_of
@@ -92,8 +93,7 @@ def layer_card(
         UnsupportedModelError: a family that cannot be edited.
     """
     plan = Budget(edits, traces, estimates, layer_step, refine)
-    if keep not in ("known", "all"):
-        raise SettingError(f"keep={keep!r} does not exist; expected 'known' or 'all'")
+    one_of("keep", keep, ("known", "all"))
     settings = {name: value for name, value in settings.items() if value is not None}
     corpus = (
         preset("rome", lm.name).get("corpus") if corpus is None else corpus

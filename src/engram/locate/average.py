@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from engram.checks import one_of
 from engram.errors import EngramError, SettingError
 from engram.locate.settings import PARTS
 from engram.locate.trace import CausalTrace
@@ -325,8 +326,5 @@ def check_place(place: str) -> int:
     Raises:
         SettingError: no such place.
     """
-    if place not in TOKEN_ROLES:
-        raise SettingError(
-            f"place={place!r} does not exist; expected {', '.join(map(repr, TOKEN_ROLES))}"
-        )
+    one_of("place", place, TOKEN_ROLES)
     return TOKEN_ROLES.index(place)

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from engram.checks import one_of
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.locate.average import AverageTrace
@@ -83,10 +84,7 @@ def average_trace(
         EngramError: no fact is left to average.
     """
     for name, value, kind in (("keep", keep, Keep), ("answer", answer, Answer)):
-        if value not in get_args(kind):
-            raise SettingError(
-                f"{name}={value!r} does not exist; expected {' or '.join(map(repr, get_args(kind)))}"
-            )
+        one_of(name, value, get_args(kind))
     if facts_per_batch is not None and facts_per_batch < 1:
         raise SettingError(
             f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time"

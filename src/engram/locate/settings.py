@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
+from engram.checks import did_you_mean, one_of
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Occurrence
@@ -129,10 +129,7 @@ class TraceConfig:
             self, "neurons", tuple((int(layer), int(index)) for layer, index in self.neurons)
         )
         for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r} does not exist; expected {' or '.join(map(repr, get_args(kind)))}"
-                )
+            one_of(name, getattr(self, name), get_args(kind))
         if (
             (self.window is not None and self.window < 1)
             or self.samples < 1
@@ -244,9 +241,10 @@ class TraceConfig:
         known = [field.name for field in fields(cls)]
         for name in names:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; settings: {', '.join(known)}"
-                raise SettingError(f"causal tracing has no setting {name!r}{hint}")
+                raise SettingError(
+                    f"causal tracing has no setting {name!r}{did_you_mean(name, known)}; "
+                    f"settings: {', '.join(known)}"
+                )
 
     @property
     def estimates(self) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from engram.errors import SettingError, UnsupportedModelError
+from engram.checks import one_of
+from engram.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -38,8 +39,7 @@ def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None
         >>> with lm.asked_through(engram.chat_frame(lm)):
         ...     lm.next_tokens("The Space Needle is in the city of")
     """
-    if style not in get_args(Style):
-        raise SettingError(f"style={style!r}: expected 'answer' or 'continue'")
+    one_of("style", style, get_args(Style))
     first = [] if system is None else [_said("system", system)]
     if style == "answer":
         text = _rendered(lm.tokenizer, [*first, _said("user", _PLACE)], add_generation_prompt=True)

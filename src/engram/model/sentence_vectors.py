@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from engram.batching import batches
-from engram.errors import MissingExtraError, SettingError
+from engram.checks import one_of
+from engram.errors import MissingExtraError
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record
@@ -38,11 +39,13 @@ def encoder_of(lm: LanguageModel, encoder: str | Encoder) -> Encoder:
         return encoder
     if encoder.startswith("sentence-transformers/"):
         return _sentence_transformer(encoder)
-    if encoder not in ("hidden", "embeddings"):
-        raise SettingError(
-            f"encoder={encoder!r}: expected 'hidden', 'embeddings', a name such as {PUBLISHED!r}, or a function from a list of "
-            "texts to a tensor with one row a text; one that was given as a function is not kept in a file and has to be given again"
-        )
+    one_of(
+        "encoder",
+        encoder,
+        ("hidden", "embeddings"),
+        more=f", a name such as {PUBLISHED!r}, or a function from a list of texts to a tensor with "
+        "one row per text (files do not keep a function: pass it again)",
+    )
     return lambda texts: _own_vectors(lm, texts, embeddings=encoder == "embeddings")
 
 

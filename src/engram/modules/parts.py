@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engram.checks import did_you_mean
 from engram.errors import UnsupportedModelError
 from engram.modules.layouts import Layout, ModelKind
 from engram.modules.weights import as_linear as as_linear
@@ -89,10 +89,10 @@ class Parts:
 
     def _site(self, site: str) -> list[nn.Module]:
         if site not in self._modules:
-            near = get_close_matches(site, self.site_names(), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(site, self.site_names())
             raise UnsupportedModelError(
-                f"model_type={self._config.model_type!r} has no site {site!r}{hint}; it has {', '.join(self.site_names())}"
+                f"model_type={self._config.model_type!r} has no site {site!r}{hint}; "
+                f"it has {', '.join(self.site_names())}"
             )
         return self._modules[site]
 

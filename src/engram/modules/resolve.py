@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from engram.checks import did_you_mean
 from engram.errors import UnsupportedModelError
 from engram.modules.layouts import AUTO_CLASSES, LAYOUTS, Layout, ModelKind, log
 from engram.modules.parts import Parts
@@ -154,15 +154,12 @@ def _matrices_to(module: nn.Module, prefix: str, width: int | None) -> Iterator[
 
 
 def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "causal") -> str:
-    near = get_close_matches(
-        family, [name for name, layout in LAYOUTS.items() if layout.kind == kind], n=1
-    )
+    near = did_you_mean(family, [n for n, layout in LAYOUTS.items() if layout.kind == kind])
     if kind != "causal":
         known = ", ".join(sorted(name for name, layout in LAYOUTS.items() if layout.kind == kind))
         return (
-            f"no layout for model_type={family!r}"
-            + (f" (did you mean {near[0]!r}?)" if near else "")
-            + f"; {kind} families with one: {known}. The parts of these are not guessed: add one row to "
+            f"no layout for model_type={family!r}{near}"
+            f"; {kind} families with one: {known}. The parts of these are not guessed: add one row to "
             "engram.modules.layouts.LAYOUTS"
         )
     row = ", ".join(
@@ -173,8 +170,7 @@ def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "cau
         f"{role}: {names or 'none found'}" for role, names in found.items() if len(names) != 1
     )
     return (
-        f"no layout for model_type={family!r}"
-        + (f" (did you mean {near[0]!r}?)" if near else "")
-        + f", and its module tree does not say where everything is ({unclear}). "
+        f"no layout for model_type={family!r}{near}"
+        f", and its module tree does not say where everything is ({unclear}). "
         f"Add one row to engram.modules.layouts.LAYOUTS: {family!r}: Layout({row})"
     )

@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from engram.checks import position_in
-from engram.errors import SettingError
+from engram.checks import one_of, position_in
 from engram.plots.style import STYLE, font, layer_ticks, plain
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ def plot_lens(
     Raises:
         SettingError: another shade, or a position that the text does not have.
     """
-    if shade not in _SHADES:
-        raise SettingError(f"shade={shade!r} does not exist; colours can mean {', '.join(_SHADES)}")
+    one_of("shade", shade, _SHADES)
     colours, legend, numbers = _SHADES[shade]
     columns = [
         position_in(at, len(lens.tokens))

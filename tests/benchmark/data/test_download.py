@@ -291,6 +291,6 @@ def test_the_command_lists_every_name():
 def test_a_name_that_is_none_is_not_fetched():
     with pytest.raises(
         EngramError,
-        match=r"data set 'zsree' is not known \(did you mean 'zsre'\?\); known: pocket, counterfact",
+        match=r"data set='zsree': expected 'pocket', 'counterfact'.* \(did you mean 'zsre'\?\)",
     ):
         sources.download("zsree")

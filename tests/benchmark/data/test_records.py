@@ -239,7 +239,7 @@ def test_a_form_that_is_given_is_not_guessed(tmp_path):
         read_dataset(path, form="counterfact")
     with pytest.raises(
         SettingError,
-        match="form='zsRE': expected one of counterfact, flat, zsre, mquake, ripple, or None",
+        match="form='zsRE': expected 'counterfact', 'flat', 'zsre', 'mquake' or 'ripple', or None",
     ):
         read_dataset(path, form="zsRE")
 
@@ -668,7 +668,7 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path, data):
 def test_a_name_that_is_none_is_told_with_those_that_are():
     with pytest.raises(
         FactError,
-        match=r"from 'zsree'.* Did you mean 'zsre'\? Expected a file, or one of pocket, counterfact",
+        match=r"from 'zsree' \(did you mean 'zsre'\?\): .* Expected a file, or one of pocket, counterfact",
     ):
         read_dataset("zsree")
 

@@ -271,10 +271,7 @@ def test_records_without_texts_have_no_place_in_the_published_summary():
     ("call", "message"),
     [
         (lambda: summarise([], "counterfact"), "no records"),
-        (
-            lambda: summarise([{}], "counterfacts"),
-            "form='counterfacts': expected one of counterfact",
-        ),
+        (lambda: summarise([{}], "counterfacts"), "form='counterfacts': expected 'counterfact'"),
         (lambda: summarise([{}], "flat", resamples=0), "resamples=0"),
         (lambda: paired({"1": {}}, {"2": {}}, "zsre"), "no records .* same ids"),
         (lambda: hierarchical([[]]), "no records"),

@@ -335,13 +335,9 @@ def test_a_key_without_any_weight_is_no_edit():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (
-            {"method": "roem"},
-            EngramError,
-            r"method='roem' does not exist \(did you mean 'rome'\?\)",
-        ),
+        ({"method": "roem"}, EngramError, r"method='roem': expected .* \(did you mean 'rome'\?\)"),
         ({"step": 3}, SettingError, r"no setting 'step' \(did you mean 'steps'\?\)"),
-        ({"variant": "best"}, SettingError, "variant=.best.: expected one of .r-rome."),
+        ({"variant": "best"}, SettingError, "variant=.best.: expected .r-rome."),
         ({"residual": "x"}, SettingError, "residual='x'"),
         ({"steps": 0}, SettingError, "steps=0"),
         ({"clamp": 0.0}, SettingError, "clamp=0.0"),

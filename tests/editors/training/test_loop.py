@@ -105,7 +105,7 @@ def descended(lm, delta_oi, locality=(), **settings):
     with still(lm.model):
         wanted, staying = tasks(lm, fact_rows(lm, FACTS), locality, 1, config, None, "auto", quiet)
         with overlay_weight(module, delta_oi):
-            return descend([delta_oi], wanted, staying, config, generator=None, report=quiet)
+            return descend([delta_oi], wanted, staying, config, generator=None, progress=quiet)
 
 
 def zeros(lm):

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from engram.benchmark.data.tfidf import TfIdf
+from engram.checks import one_of
 from engram.errors import FactError
 from engram.facts import Fact
 
@@ -70,8 +71,7 @@ class Probe:
     condition: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise FactError(f"kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+        one_of("kind", self.kind, KINDS, error=FactError)
         if not self.prompt.strip() or not self.wanted.strip():
             raise FactError(
                 f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: both have to be words"

@@ -10,7 +10,6 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from engram.benchmark.data.mquake import mquake_record
 from engram.benchmark.data.records import FORMS, Dataset, Form, Record
 from engram.benchmark.data.ripple import ripple_record
 from engram.benchmark.data.zsre import zsre_record
+from engram.checks import did_you_mean, one_of
 from engram.errors import EngramError, FactError, SettingError
 from engram.fact_files import fact_of, raw_records
 from engram.files.cache_folder import cache_folder
@@ -139,10 +139,8 @@ def read_dataset(
         EngramError: a data set that could not be fetched; SettingError: a limit below 1, or a form
             that does not exist.
     """
-    if form is not None and form not in FORMS:
-        raise SettingError(
-            f"form={form!r}: expected one of {', '.join(FORMS)}, or None to find it out"
-        )
+    if form is not None:
+        one_of("form", form, FORMS, more=", or None to find it out")
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
     if str(name) == "pocket":
@@ -216,10 +214,9 @@ def _given(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _unreadable(path: Path, error: Exception) -> FactError:
-    near = get_close_matches(str(path), SOURCES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     return FactError(
-        f"no data set could be read from {str(path)!r}: {error}.{hint} Expected a file, or one of {', '.join(SOURCES)}"
+        f"no data set could be read from {str(path)!r}{did_you_mean(str(path), SOURCES)}: {error}. "
+        f"Expected a file, or one of {', '.join(SOURCES)}"
     )
 
 
@@ -252,10 +249,7 @@ def download(
     Raises:
         EngramError: there is none of that name, or it could not be fetched.
     """
-    if name not in SOURCES:
-        near = get_close_matches(name, SOURCES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise EngramError(f"data set {name!r} is not known{hint}; known: {', '.join(SOURCES)}")
+    one_of("data set", name, SOURCES, error=EngramError)
     source = SOURCES[name]
     return [] if source.url is None else _fetched(source, references, progress)
 

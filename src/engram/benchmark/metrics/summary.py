@@ -18,6 +18,7 @@ import numpy as np
 from engram.benchmark.data.records import FORMS, Form
 from engram.benchmark.metrics.table import HARMONIC, METRICS, of_form
 from engram.bootstrap import Array, resampled, resampled_twice
+from engram.checks import one_of
 from engram.errors import SettingError
 
 Row = Mapping[str, float | None]
@@ -111,8 +112,7 @@ def harmonic(means: Sequence[float]) -> float:
 
 
 def _names(form: Form, count: int, resamples: int) -> list[str]:
-    if form not in FORMS:
-        raise SettingError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+    one_of("form", form, FORMS)
     _check(count, resamples)
     return [name for name in METRICS if form in METRICS[name].forms and name not in HARMONIC]
 

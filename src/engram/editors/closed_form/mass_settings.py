@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engram.checks import one_of
 from engram.editors.closed_form.shifted_rows import Site
 from engram.editors.closed_form.values import ValueConfig
 from engram.editors.presets import preset
@@ -57,10 +58,7 @@ class MassConfig:
             ("keys", ("halves", "mean", "both")),
             ("site", ("mlp", "block", "attention+mlp")),
         ):
-            if getattr(self, name) not in known:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}"
-                )
+            one_of(name, getattr(self, name), known)
         if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
             raise SettingError(
                 "preservation, relative_preservation, slack and ridge have to be 0 or more"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from engram.checks import one_of
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
@@ -29,7 +30,7 @@ from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import flat, read
 from engram.engine.replayable import Engine
-from engram.errors import NonFiniteError, SettingError
+from engram.errors import NonFiniteError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import as_linear
@@ -63,12 +64,8 @@ class RomeConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise SettingError(
-                f"variant={self.variant!r}: expected one of {', '.join(map(repr, VARIANTS))}"
-            )
-        if self.residual not in ("published", "consistent"):
-            raise SettingError(f"residual={self.residual!r}: expected 'published' or 'consistent'")
+        one_of("variant", self.variant, VARIANTS)
+        one_of("residual", self.residual, ("published", "consistent"))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.batching import batches
+from engram.checks import one_of
 from engram.editors.closed_form.shifted_rows import (
     ShiftedRows,
     Site,
@@ -74,10 +75,8 @@ class ValueConfig:
             raise SettingError(
                 f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0"
             )
-        if self.stop not in ("loss", "argmax", "adaptive"):
-            raise SettingError(f"stop={self.stop!r}: expected 'loss', 'argmax' or 'adaptive'")
-        if self.kl_position not in ("lookup", "last"):
-            raise SettingError(f"kl_position={self.kl_position!r}: expected 'lookup' or 'last'")
+        one_of("stop", self.stop, ("loss", "argmax", "adaptive"))
+        one_of("kl_position", self.kl_position, ("lookup", "last"))
 
 
 @dataclass(frozen=True)

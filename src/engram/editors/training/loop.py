@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from engram.checks import one_of
 from engram.editors.contexts import sample_contexts
 from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of, target_row
 from engram.engine.recording import record_run
@@ -70,10 +71,8 @@ class TuningConfig:
             )
         if self.learning_rate <= 0:
             raise SettingError(f"learning_rate={self.learning_rate}: has to be above 0")
-        if self.stop not in ("argmax", "loss", "never"):
-            raise SettingError(f"stop={self.stop!r}: expected 'argmax', 'loss' or 'never'")
-        if self.locality_loss not in ("kl", "ce"):
-            raise SettingError(f"locality_loss={self.locality_loss!r}: expected 'kl' or 'ce'")
+        one_of("stop", self.stop, ("argmax", "loss", "never"))
+        one_of("locality_loss", self.locality_loss, ("kl", "ce"))
         if isinstance(self.contexts, str) and self.contexts != "sampled":
             raise SettingError(
                 f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as '{{}}'"

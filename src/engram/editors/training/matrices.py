@@ -7,12 +7,12 @@ Knows names. Refuses to know what is done with the matrices.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from engram.checks import did_you_mean
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 
@@ -76,10 +76,8 @@ def _in_block(lm: LanguageModel, layer: int, target: str) -> list[str]:
             "heads_out",
             *dict.fromkeys(name.rpartition(".")[2] for name in matrices),
         ]
-        near = get_close_matches(target, known, n=1)
         raise SettingError(
-            f"targets: a block of model_type={lm.model.config.model_type!r} has no matrix {target!r}"
-            + (f" (did you mean {near[0]!r}?)" if near else "")
-            + f"; it has {', '.join(known)}"
+            f"targets: a block of model_type={lm.model.config.model_type!r} has "
+            f"no matrix {target!r}{did_you_mean(target, known)}; it has {', '.join(known)}"
         )
     return [f"{lm.parts.block_name(layer)}.{name}" for name in found]
