@@ -1,4 +1,10 @@
-"""TODO rewrite"""
+"""Compute edits: `rewrite` calls a method of the table by its name.
+
+Knows the order: check the facts, choose layers where "auto" is asked for, put earlier edits in
+force, call the method. So a method takes numbers only, and knows neither cards nor other edits'
+files. Refuses to know what a method computes. (The module's name is not `rewrite`: that would hide
+the function `engram.rewrite`.)
+"""
 
 from __future__ import annotations
 
@@ -12,10 +18,16 @@ from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import check_changes_weights
 from engram.editors.closed_form.inputs import in_force
-from engram.editors.methods import METHODS, _found, method_named
+from engram.editors.methods import METHODS, method_named
+from engram.editors.presets import preset, preset_layers
 from engram.errors import EngramError, FactError, SettingError
 from engram.facts import Fact
+from engram.layers.choice import choose_layers
 from engram.model.language_model import LanguageModel
+
+# Settings that a layer card must not get: it decides the layers itself, measures each layer's own
+# second moments, and edits one fact at a time on the model as it is.
+_NOT_FOR_A_CARD = ("layer", "layers", "second_moments", "past", "facts_per_batch", "workers")
 
 
 @overload
@@ -46,81 +58,108 @@ def rewrite(
     past: Sequence[Edit] = (),
     **settings: Any,
 ) -> Edit | PromptEdit:
-    """Compute the edit that makes a model say other objects. The model itself is not changed.
+    """Compute the edit that makes a model state new objects. The model itself is not changed.
 
     Args:
         facts: what shall be true afterwards.
         method: one of `METHODS`.
-        past: edits made before, on this same `lm`, that shall hold too: they are in force while
-            this one is computed, and what comes back composes with them (`engram.compose([*past,
-            edit])`). For one edit after another.
-        settings: any setting of the method, see its function
-            (`engram.editors.closed_form.rome.rome`); the rest come from its presets for this model.
+        past: earlier edits of this same `lm` that shall stay true: they are in force while this
+            edit is computed, and the result composes with them
+            (`engram.compose([*past, edit])`). For one edit after another.
+        settings: any setting of the method, see its function, such as
+            `engram.editors.closed_form.rome.rome`; its presets for this model give the others.
+            layer="auto" (layers="auto" of a method that edits several) chooses by the model's
+            layer card, see `engram.layer_card`; a model without a card gets a quick one.
     Returns:
-        An Edit: apply it for a `with` block (`edit.applied(lm)`), save it, export it. Of
-            "in-context" and "ike" a PromptEdit:
-        a text in front of prompts, with no weights to export.
+        An Edit: apply it for a `with` block (`edit.applied(lm)`), save it, export it. The methods
+        "in-context" and "ike" return a PromptEdit: text in front of prompts, without weights.
     Raises:
         EngramError: a method that does not exist.
-        FactError: no facts, or one that cannot be worked with on this model.
+        FactError: no facts, or a fact that this model cannot represent.
     Example:
-        >>> edit = engram.rewrite(lm, [Fact("Space Needle", "The {} is located in the city of",
-        "Paris")])
+        >>> fact = engram.Fact("Space Needle", "The {} is located in the city of", "Paris")
+        >>> edit = engram.rewrite(lm, fact, layer=1, steps=5)
+        >>> with edit.applied(lm):
+        ...     text = lm.generate("The Space Needle is located in the city of", 1)
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise FactError("facts is empty; give at least one Fact(subject, prompt, target)")
-    make = method_named(method)
-    for each in past:
-        check_changes_weights(each)
+    function = method_named(method)
+    for edit in past:
+        check_changes_weights(edit)
+    settings = _with_numbered_layers(lm, facts, method, settings)
     if not past:
-        return make(lm, facts, **settings)
-    if "past" in signature(make).parameters:
-        return make(lm, facts, past=past, **settings)
+        return function(lm, facts, **settings)
+    if "past" in signature(function).parameters:
+        return function(lm, facts, past=past, **settings)
     with in_force(past, lm):
-        edit = make(lm, facts, **settings)
-    return (
-        edit if isinstance(edit, PromptEdit) else replace(edit, base=describe_base(lm, edit.deltas))
-    )
+        computed = function(lm, facts, **settings)
+    if isinstance(computed, PromptEdit):
+        return computed
+    return replace(computed, base=describe_base(lm, computed.deltas))
 
 
 def rewrite_each(
     lm: LanguageModel, groups: Sequence[Sequence[Fact]], method: str = "rome", **settings: Any
 ) -> list[Edit | PromptEdit | EngramError]:
-    """One edit a group of facts, every one made on the unedited model: what `rewrite` gives of
-    each, batched where the method can.
+    """Compute one edit per group of facts, each on the unedited model, as `rewrite` would alone.
 
-    Groups of one fact are computed together by methods that have `Method.each`.
+    Groups of one fact are computed together by methods that have a `Method.batch_function`.
 
     Args:
         settings: as for `rewrite`; of a batched method also `facts_per_batch`, which bounds memory.
     Returns:
-        In the order of the groups. Where an edit cannot be made, the error, and the others all the
-        same.
+        In the order of the groups. Where an edit cannot be computed, its error takes the place; the
+        other edits are not affected.
     Raises:
-        EngramError: a method that does not exist; SettingError: settings that it does not have.
+        EngramError: a method that does not exist, or no layer to choose; SettingError: settings
+            that the method does not have.
     """
-    make, each = method_named(method), METHODS[method].each
-    if each is not None and groups and all(len(facts) == 1 for facts in groups):
+    function, batch_function = method_named(method), METHODS[method].load_batch()
+    settings = _with_numbered_layers(
+        lm, [fact for facts in groups for fact in facts], method, settings
+    )
+    if batch_function is not None and groups and all(len(facts) == 1 for facts in groups):
         try:
-            return list(_found(each)(lm, [facts[0] for facts in groups], **settings))
-        except SettingError:
-            raise
-        except EngramError as error:  # of one of them: find out which
-            if len(groups) == 1:
-                return [error]
-            return [
-                made for facts in groups for made in rewrite_each(lm, [facts], method, **settings)
-            ]
-    settings = {
-        name: value for name, value in settings.items() if name != "facts_per_batch" or each is None
-    }
-    out: list[Edit | PromptEdit | EngramError] = []
-    for facts in groups:
-        try:
-            out.append(make(lm, facts, **settings))
+            return list(batch_function(lm, [facts[0] for facts in groups], **settings))
         except SettingError:
             raise
         except EngramError as error:
-            out.append(error)
-    return out
+            # One fact of the batch fails, and the error does not say which: try them one by one.
+            if len(groups) == 1:
+                return [error]
+            return [
+                out for facts in groups for out in rewrite_each(lm, [facts], method, **settings)
+            ]
+    if batch_function is not None:
+        settings.pop("facts_per_batch", None)
+    results: list[Edit | PromptEdit | EngramError] = []
+    for facts in groups:
+        try:
+            results.append(function(lm, facts, **settings))
+        except SettingError:
+            raise
+        except EngramError as error:
+            results.append(error)
+    return results
+
+
+def _with_numbered_layers(
+    lm: LanguageModel, facts: Sequence[Fact], method: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a copy of `settings` in which numbers replace layer="auto" or layers="auto".
+
+    A method that edits several layers gets as many as its preset has. The card is one of this very
+    method with these settings: the best layer of one method need not be that of another one.
+    """
+    takes = signature(method_named(method)).parameters
+    name = next((n for n in ("layer", "layers") if n in takes and settings.get(n) == "auto"), None)
+    if name is None:
+        return dict(settings)
+    about = {key: value for key, value in settings.items() if key not in _NOT_FOR_A_CARD}
+    count = 1
+    if name == "layers":
+        count = len(preset_layers({**preset(method, lm.name), **about}, lm.n_layers, "layers"))
+    chosen = choose_layers(lm, count, facts=facts, method=method, **about)
+    return {**settings, name: chosen[0] if name == "layer" else chosen}

@@ -246,7 +246,7 @@ def test_a_run_grows(lm, whole, tmp_path, measured):
 def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(
     lm, whole, tmp_path, measured
 ):
-    assert engram.editors.methods.METHODS["ultraedit"].companions
+    assert engram.editors.methods.METHODS["ultraedit"].depends_on_batch
     start(lm, tmp_path / "run", n=5)
     measured.clear()
     grown = start(lm, tmp_path / "run", n=7)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import engram
 from engram import Fact, LayerCard, pocket
 from engram.cli import show
 from engram.editors.closed_form.rome import rome
-from engram.editors.methods import METHODS, Method
+from engram.editors.methods import METHODS, Method, method_named
 from engram.errors import (
     EngramError,
     FactError,
@@ -48,11 +49,17 @@ def measured(monkeypatch):
     """Counts the edits that are made."""
     made = []
 
-    def counted(lm, facts, method, **settings):
-        made.append((facts[0].subject, settings.get("layer")))
-        return engram.rewrite(lm, facts, method, **settings)
+    def counted(method):
+        function = method_named(method)
 
-    monkeypatch.setattr(layer_evidence, "rewrite", counted)
+        @wraps(function)
+        def edit(lm, facts, **settings):
+            made.append((facts[0].subject, settings.get("layer")))
+            return function(lm, facts, **settings)
+
+        return edit
+
+    monkeypatch.setattr(layer_evidence, "method_named", counted)
     return made
 
 

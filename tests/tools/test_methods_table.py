@@ -138,8 +138,8 @@ def test_ultraedits_sequence_keeps_its_statistics(lm, monkeypatch):
         given.append((id(statistics), statistics.count))
         return original(lm, facts, statistics=statistics, **rest)
 
-    original = METHODS["ultraedit"].function()
-    monkeypatch.setitem(METHODS, "ultraedit", replace(METHODS["ultraedit"], home=spy))
+    original = METHODS["ultraedit"].load()
+    monkeypatch.setitem(METHODS, "ultraedit", replace(METHODS["ultraedit"], function=spy))
     methods_table.sequential(lm, "ultraedit", methods_table.facts_of(lm, 4, 0))
     assert len({which for which, _ in given}) == 1
     assert [count for _, count in given] == sorted({count for _, count in given})

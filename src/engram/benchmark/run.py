@@ -100,7 +100,7 @@ def bench(
         out: file of the run.
         n: the first so many records; default: all.
         asked: what is measured of each record.
-        batch: records that are edited and measured together, by methods that can (`Method.each`).
+        batch: records that are edited and measured together, by methods that can (`Method.batch_function`).
         workers: where the work is done, such as `distribute.RayWorkers`; default: this process.
         progress: called with (label, records done, records in all).
     Raises:
@@ -128,7 +128,9 @@ def bench(
         store.add_records(records)
         for label, (method, settings) in wanted.items():
             store.add_method(
-                label, method, settings | ({"batch": batch} if METHODS[method].companions else {})
+                label,
+                method,
+                settings | ({"batch": batch} if METHODS[method].depends_on_batch else {}),
             )
         store.begin_session(datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, batch))
         for label, (method, settings) in wanted.items():
@@ -194,13 +196,13 @@ def _units(
             which are written once.
     """
     way, units = METHODS[method], []
-    size = batch if way.each is not None else min(batch, _ONE_BY_ONE)
+    size = batch if way.batch_function is not None else min(batch, _ONE_BY_ONE)
     for first in range(0, len(records), size):
         together = range(first, min(first + size, len(records)))
         places = [place for place in together if place not in done]
         write = set(places) - written
         if (
-            places and way.companions
+            places and way.depends_on_batch
         ):  # of a run that grew: with more facts beside them, the others' edits change too
             places, write = list(together), set(together) if write else set()
         for texts in (True, False):

@@ -15,9 +15,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from engram.checks import one_of
-from engram.editors.closed_form.inputs import layers_of
 from engram.editors.closed_form.mass_settings import MASS_METHODS
-from engram.editors.presets import preset
+from engram.editors.presets import preset, preset_layers
 from engram.editors.second_moments.measure import TOKENS_PER_KEY
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
@@ -139,7 +138,11 @@ def memory_plan(
         if number < 1:
             raise SettingError(f"{name}={number}: expected at least 1")
     mass = method in MASS_METHODS
-    chosen = _layers(lm, method) if layers is None else sorted(set(layers))
+    chosen = (
+        preset_layers(preset(method, lm.name), lm.n_layers, "layers" if mass else "layer")
+        if layers is None
+        else sorted(set(layers))
+    )
     contexts = (6 if mass else 21) if contexts is None else contexts
     d, f = linear_shape(lm.parts.mlp_out(chosen[-1]))
     config: Any = lm.model.config.get_text_config()
@@ -207,14 +210,6 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
             (3 * s.d * s.f + s.facts * (s.f + s.d)) * _WIDE,
         )
     yield Part("the edit", "on disk", s.edited * 4 * min(s.facts * (s.d + s.f), s.d * s.f))
-
-
-def _layers(lm: LanguageModel, method: str) -> list[int]:
-    """The preset's layers."""
-    settings = preset(method, lm.name)
-    if method in MASS_METHODS:
-        return layers_of(lm, settings)
-    return [int(settings.get("layer", settings["depth"] * lm.n_layers))]
 
 
 def _stored(tensor: Tensor) -> int:

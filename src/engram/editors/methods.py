@@ -1,8 +1,8 @@
-"""Methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit, entered
-once in `METHODS`.
+"""The table of methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit.
 
-A method reads the model and never changes it; what it returns is a value (see edit, and prompt_edit
-for edits without weights).
+A method reads the model and never changes it. It returns a value: an Edit, or a PromptEdit, which
+has no weights. The table holds names, not functions, so that a command imports only the method that
+it uses. Refuses to know what a method computes.
 """
 
 from __future__ import annotations
@@ -23,33 +23,40 @@ class Method:
     """What `rewrite` calls by a name.
 
     Attributes:
-        home: "module:function", imported when first used, or the function itself: (lm, facts, *,
-            seed, progress, ...) -> Edit (or PromptEdit). Where it takes `past`, it gets the earlier
-            edits; otherwise they are in force on `lm` while it works.
-        summary: what it does, in a line.
+        function: "module:name", imported when first used, or the function itself: (lm, facts, *,
+            seed, progress, ...) -> Edit (or PromptEdit). A function that takes `past` gets the
+            earlier edits; for any other they are in force on `lm` while it works.
+        summary: what the method does, in a line.
         source: where it was published.
-        each: where it makes many edits of one fact each in one batch: "module:function" or a
-            function, (lm, facts, *, seed, ...) -> one Edit a fact, what `home` gives of it alone.
-            None: they are made one by one.
-        companions: whether these edits depend on which facts are in the batch, so that none is what
-            `home` gives of it alone.
+        batch_function: the same for many edits of one fact each, computed in one batch: (lm, facts,
+            *, seed, ...) -> one Edit per fact, equal to what `function` returns for that fact
+            alone. None: the edits are computed one by one.
+        depends_on_batch: True if an edit of `batch_function` depends on which other facts are in
+            the batch, so that it differs from what `function` returns.
     """
 
-    home: str | Callable[..., Edit | PromptEdit]
+    function: str | Callable[..., Edit | PromptEdit]
     summary: str
     source: str
-    each: str | Callable[..., list[Edit]] | None = None
-    companions: bool = False
+    batch_function: str | Callable[..., list[Edit]] | None = None
+    depends_on_batch: bool = False
 
-    def function(self) -> Callable[..., Edit | PromptEdit]:
-        return cast("Callable[..., Edit | PromptEdit]", _found(self.home))
+    def load(self) -> Callable[..., Edit | PromptEdit]:
+        """Import and return `function`."""
+        return cast("Callable[..., Edit | PromptEdit]", _imported(self.function))
+
+    def load_batch(self) -> Callable[..., list[Edit]] | None:
+        """Import and return `batch_function`, None where the method has none."""
+        if self.batch_function is None:
+            return None
+        return cast("Callable[..., list[Edit]]", _imported(self.batch_function))
 
 
-def _found(home: str | Callable[..., Any]) -> Callable[..., Any]:
-    if not isinstance(home, str):
-        return home
-    module, _, function = home.partition(":")
-    return cast("Callable[..., Any]", getattr(import_module(module), function))
+def _imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    return cast("Callable[..., Any]", getattr(import_module(module), name))
 
 
 METHODS: dict[str, Method] = {  # a new method is one file and one entry here
@@ -57,37 +64,37 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "engram.editors.closed_form.rome:rome",
         "one fact, one rank-one change of one MLP output matrix",
         "Meng et al. 2022, arXiv:2202.05262",
-        each="engram.editors.closed_form.rome:rome_each",
+        batch_function="engram.editors.closed_form.rome:rome_each",
     ),
     "memit": Method(
         "engram.editors.closed_form.mass:memit",
         "many facts at once, over a few layers",
         "Meng et al. 2023, arXiv:2210.07229",
-        each="engram.editors.closed_form.mass:memit_each",
+        batch_function="engram.editors.closed_form.mass:memit_each",
     ),
     "emmet": Method(
         "engram.editors.closed_form.mass:emmet",
         "many facts at once at one layer, each key met exactly up to a slack",
         "Gupta et al. 2024, arXiv:2403.14236",
-        each="engram.editors.closed_form.mass:emmet_each",
+        batch_function="engram.editors.closed_form.mass:emmet_each",
     ),
     "memit-seq": Method(
         "engram.editors.closed_form.mass:memit_seq",
         "MEMIT that preserves the keys of earlier edits",
         "Fang et al. 2025, arXiv:2410.02355 (baseline)",
-        each="engram.editors.closed_form.mass:memit_seq_each",
+        batch_function="engram.editors.closed_form.mass:memit_seq_each",
     ),
     "alphaedit": Method(
         "engram.editors.closed_form.mass:alphaedit",
         "changes in the null space of ordinary text's keys only; preserves the keys of earlier edits",
         "Fang et al. 2025, arXiv:2410.02355",
-        each="engram.editors.closed_form.mass:alphaedit_each",
+        batch_function="engram.editors.closed_form.mass:alphaedit_each",
     ),
     "pmet": Method(
         "engram.editors.closed_form.mass:pmet",
         "attention and MLP outputs optimised together, the MLP's part written",
         "Li et al. 2024, arXiv:2308.08742",
-        each="engram.editors.closed_form.mass:pmet_each",
+        batch_function="engram.editors.closed_form.mass:pmet_each",
     ),
     "ft": Method(
         "engram.editors.training.fine_tuning:ft",
@@ -118,8 +125,8 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "engram.editors.training.ultraedit:ultraedit",
         "one gradient step on a few matrices through a ridge solve, without subjects or a corpus",
         "Gu et al. 2025, arXiv:2505.14679",
-        each="engram.editors.training.ultraedit:ultraedit_each",
-        companions=True,
+        batch_function="engram.editors.training.ultraedit:ultraedit_each",
+        depends_on_batch=True,
     ),
     "in-context": Method(
         "engram.editors.in_context:in_context",
@@ -128,17 +135,17 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
     ),
     "ike": Method(
         "engram.editors.in_context:ike",
-        "the same behind demonstrations of what follows from a new fact and what does not",
+        "the same after demonstrations of what follows from a new fact and what does not",
         "Zheng et al. 2023, arXiv:2305.12740",
     ),
 }
 
 
 def method_named(name: str) -> Callable[..., Edit | PromptEdit]:
-    """The function of a method.
+    """Return the function of a method.
 
     Raises:
-        EngramError: there is none of that name.
+        EngramError: no method has that name.
     """
     one_of("method", name, METHODS, error=EngramError)
-    return METHODS[name].function()
+    return METHODS[name].load()

@@ -31,7 +31,6 @@ from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 from engram.model.language_model import LanguageModel
 from engram.progress import Progress
-from engram.rewriting import rewrite
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +230,7 @@ def _edit_at(
 def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> EditOutcome:
     """The edit's receipt in short; an edit that cannot be computed or applied has the worst score."""
     try:
-        edit = rewrite(lm, [fact], method, **settings)
+        edit = method_named(method)(lm, [fact], **settings)
         receipt = verify(
             lm, edit, text=fact.prompt_text, continuation_tokens=0
         )  # perplexity is not kept: of little text

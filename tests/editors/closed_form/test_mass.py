@@ -18,10 +18,9 @@ import engram
 from engram import Edit, Fact
 from engram.edit.base import describe_base
 from engram.editors.closed_form import mass, mass_settings
-from engram.editors.closed_form.inputs import layers_of
 from engram.editors.closed_form.mass_settings import MassConfig, _settings
 from engram.editors.closed_form.values import ValueConfig, optimise_values
-from engram.editors.presets import preset, published
+from engram.editors.presets import preset, preset_layers, published
 from engram.editors.settings import read
 from engram.errors import (
     EngramError,
@@ -555,20 +554,6 @@ def test_an_anchor_that_is_not_there_is_a_mistake():
 # --- settings -------------------------------------------------------------------------------------
 
 
-def test_auto_asks_the_layer_card(monkeypatch):
-    asked = {}
-
-    def choose(lm: Any, count: int, **given: Any) -> list[int]:
-        asked.update(given, count=count)
-        return [2, 3]
-
-    monkeypatch.setattr("engram.layers.choice.choose_layers", choose)
-    assert rewrite(tiny_lm(), layers="auto").settings["layers"] == [2, 3]
-    assert asked["count"] == 2 and asked["facts"] == FACTS and asked["seed"] == 0, (
-        "as many as the preset has"
-    )
-
-
 def test_a_model_without_a_preset_is_edited_between_two_shares_of_its_depth():
     assert rewrite(tiny_lm(), layers=None).settings["layers"] == [0, 1]
     assert rewrite(tiny_lm(), layers=None, method="emmet").settings["layers"] == [0]
@@ -582,7 +567,7 @@ def test_every_published_model_makes_a_config(method):
         settings = {
             name: value for name, value in _settings(method, model, {}).items() if name != "corpus"
         }
-        layers = layers_of(lm, settings)
+        layers = preset_layers(settings, lm.n_layers, "layers")
         assert layers == sorted(set(layers)) and isinstance(
             read(MassConfig, settings, method), MassConfig
         )
@@ -657,7 +642,7 @@ PUBLISHED = [  # method, model, layers, then what was released
 @pytest.mark.parametrize(("method", "model", "layers", "released"), PUBLISHED)
 def test_presets_are_the_published_settings(method, model, layers, released):
     settings = _settings(method, model, {})
-    assert layers_of(tiny_lm(), settings) == layers
+    assert preset_layers(settings, tiny_lm().n_layers, "layers") == layers
     config = read(MassConfig, settings, method)
     flat = {**vars(config.value), **vars(config)}
     assert {name: flat[name] for name in released} == released
@@ -697,7 +682,7 @@ def test_what_a_caller_says_outranks_the_presets_other_way_of_saying_it(
     method, model, given, wanted
 ):
     settings = _settings(method, model, given)
-    layers_of(tiny_lm(), settings)
+    preset_layers(settings, tiny_lm().n_layers, "layers")
     config = read(MassConfig, settings, method)
     assert {name: getattr(config, name) for name in wanted} == wanted
 
@@ -743,7 +728,7 @@ def test_what_a_caller_says_outranks_the_presets_other_way_of_saying_it(
         (
             {"layers": []},
             SettingError,
-            r"layers=\[\]: expected numbers of blocks, from 0, such as \[3, 4, 5\], or 'auto'",
+            r"layers=\[\]: expected numbers of blocks, from 0, such as \[3, 4, 5\]",
         ),
         ({"layers": 3}, SettingError, "layers=3: expected numbers of blocks"),
         ({"layers": "all"}, SettingError, "layers='all': expected numbers of blocks"),
@@ -814,7 +799,7 @@ def test_a_model_without_numbers_is_refused():
 
 def test_the_released_order_of_operations_is_to_be_had_whatever_a_preset_says(monkeypatch):
     monkeypatch.setattr(
-        mass, "preset", lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0}
+        mass_settings, "preset", lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0}
     )
     assert mass_settings._settings("memit", "tiny", {"reference": True})["keys"] == "halves"
 

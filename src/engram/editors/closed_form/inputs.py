@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +51,6 @@ def moments_of(
         layer: moment if isinstance(moment, SecondMoment) else SecondMoment.from_matrix(moment)
         for layer, moment in ((layer, given[layer]) for layer in layers)
     }
-
-
-def layers_of(lm: LanguageModel, settings: dict[str, Any]) -> list[int]:
-    """The preset's layers, taken out of `settings`: its own, or those between two shares of the
-    depth.
-    """
-    first, last = settings.pop("depth", (0.0, 0.0))
-    chosen = settings.pop("layers", None)
-    return chosen or list(range(int(first * lm.n_layers), int(last * lm.n_layers) + 1))
 
 
 @contextmanager

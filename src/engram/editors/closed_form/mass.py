@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,7 @@ from torch import Tensor, nn
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.closed_form.inputs import (
-    in_force,
-    keys_of,
-    layers_of,
-    moments_of,
-    shared_subjects,
-)
+from engram.editors.closed_form.inputs import in_force, keys_of, moments_of, shared_subjects
 from engram.editors.closed_form.mass_settings import (
     KEEPS_PAST_KEYS,
     MASS_METHODS,
@@ -46,6 +40,7 @@ from engram.editors.closed_form.value_search import _found
 from engram.editors.closed_form.value_store import ValueStore
 from engram.editors.closed_form.values import Value
 from engram.editors.contexts import STARTED, sample_contexts
+from engram.editors.presets import preset_layers
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import flat, read
@@ -132,7 +127,7 @@ def _prepare(
     *,
     seed: int,
     progress: Progress,
-    layers: Sequence[int] | Literal["auto"] | None = None,
+    layers: Sequence[int] | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
@@ -142,7 +137,10 @@ def _prepare(
 ) -> _Setup:
     """The settings of a call, checked, and what is made by them."""
     settings = _settings(method, lm.name, knobs)
-    usual, usual_corpus = layers_of(lm, settings), settings.pop("corpus", None)
+    usual, usual_corpus = (
+        preset_layers(settings, lm.n_layers, "layers"),
+        settings.pop("corpus", None),
+    )
     corpus = usual_corpus if corpus is None else corpus
     config = read(
         MassConfig,
@@ -150,15 +148,10 @@ def _prepare(
         method,
         "layers, contexts, second_moments, corpus, tokens, past, facts_per_batch, store, workers, seed",
     )
-    if layers == "auto":
-        from engram.layers.choice import choose_layers
-
-        layers = choose_layers(
-            lm, len(usual), facts=facts, seed=seed, corpus=corpus, tokens=tokens, progress=progress
-        )
     if layers is not None and (isinstance(layers, str | int) or not len(layers)):
         raise SettingError(
-            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'auto'"
+            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5]; "
+            f"engram.rewrite(lm, facts, {method!r}, layers='auto') chooses some"
         )
     chosen = sorted(set(usual if layers is None else layers))
     names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in chosen}
@@ -199,7 +192,7 @@ def mass_edit(
     facts: Sequence[Fact],
     method: str,
     *,
-    layers: Sequence[int] | Literal["auto"] | None = None,
+    layers: Sequence[int] | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
@@ -221,8 +214,8 @@ def mass_edit(
 
     Args:
         method: a row of the table above.
-        layers: blocks to edit, from 0, in ascending order; "auto" asks the model (see layer_card);
-            default: the preset's.
+        layers: blocks to edit, from 0, in ascending order; default: the preset's. `engram.rewrite`
+            chooses some for "auto".
         contexts: templates with one `{}` each, the bare "{}" first; default: five that the model
             samples with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and

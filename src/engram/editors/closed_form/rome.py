@@ -25,7 +25,7 @@ from engram.editors.closed_form.inputs import in_force, moments_of
 from engram.editors.closed_form.solver import solve_each
 from engram.editors.closed_form.values import Value, ValueConfig, optimise_value, optimise_values
 from engram.editors.contexts import sample_contexts
-from engram.editors.presets import preset
+from engram.editors.presets import preset, preset_layers
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import flat, read
@@ -236,7 +236,7 @@ def _prepare(
     *,
     seed: int,
     progress: Progress,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
@@ -245,28 +245,20 @@ def _prepare(
 ) -> _Setup:
     """The settings of a call, checked, and what is made by them."""
     settings = {**preset("rome", lm.name), **knobs}
-    depth = settings.pop("depth")
-    preset_layer = settings.pop("layer", int(depth * lm.n_layers))
-    preset_corpus = settings.pop("corpus", None)
+    (usual,), preset_corpus = (
+        preset_layers(settings, lm.n_layers, "layer"),
+        settings.pop("corpus", None),
+    )
     corpus = preset_corpus if corpus is None else corpus
     config = read(
         RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed"
     )
-    if layer == "auto":
-        from engram.layers.choice import choose_layers
-
-        (layer,) = choose_layers(
-            lm,
-            facts=facts,
-            method="rome",
-            contexts=contexts,
-            seed=seed,
-            corpus=corpus,
-            tokens=tokens,
-            progress=progress,
-            **knobs,
+    layer = usual if layer is None else layer
+    if isinstance(layer, str):
+        raise SettingError(
+            f"layer={layer!r}: rome takes a block's number, from 0; engram.rewrite(lm, facts, "
+            "layer='auto') chooses one"
         )
-    layer = preset_layer if layer is None else layer
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
@@ -279,7 +271,7 @@ def rome(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
@@ -296,8 +288,8 @@ def rome(
     not changed.
 
     Args:
-        layer: block to edit, from 0; "auto" asks the model's layer card, see `engram.layer_card`,
-            and makes a quick one where there is none; default: the preset of this model.
+        layer: block to edit, from 0; default: the preset of this model. `engram.rewrite` chooses one
+            for "auto".
         contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model
             with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and

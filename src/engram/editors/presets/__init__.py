@@ -5,8 +5,9 @@ model.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 
 def preset(method: str, model: str) -> dict[str, Any]:
@@ -26,6 +27,37 @@ def preset(method: str, model: str) -> dict[str, Any]:
         if one in own:  # two ways to say one thing
             usual.pop(other, None)
     return {**usual, **own}
+
+
+def preset_layers(
+    settings: dict[str, Any], n_layers: int, name: Literal["layer", "layers"], count: int = 1
+) -> list[int]:
+    """Pop `depth` and the setting `name` from `settings` and return the blocks that they say.
+
+    Of 24 blocks, where `layer` and `layers` come before `depth`:
+
+        layer = 5                 [5]
+        layers = [3, 4, 5]        [3, 4, 5]
+        layers = "all"            [0, 1, ..., 23]
+        depth = 0.35              [8]                or [8, 9, 10] where `count` is 3
+        depth = [0.125, 0.28]     [3, 4, 5, 6]       from one fraction of the blocks to the other
+
+    Args:
+        n_layers: blocks of the model.
+        name: the method's own: "layer", or "layers" of one that changes several.
+        count: blocks from a single `depth` on, for methods that change several.
+    """
+    depth = settings.pop("depth", 0.0)
+    given = settings.pop(name, None)
+    if given == "all":
+        return list(range(n_layers))
+    if given is not None:
+        return [given] if name == "layer" else list(given)
+    if isinstance(depth, Sequence):
+        first, last = (int(fraction * n_layers) for fraction in depth)
+        return list(range(first, last + 1))
+    first = int(depth * n_layers)
+    return [first, *range(first + 1, min(first + count, n_layers))]
 
 
 def published(method: str) -> list[str]:

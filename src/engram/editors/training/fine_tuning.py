@@ -18,7 +18,7 @@ import torch
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.presets import preset
+from engram.editors.presets import preset, preset_layers
 from engram.editors.settings import flat, read
 from engram.editors.training.loop import TuningConfig, descend, still, tasks
 from engram.editors.training.target_rows import fact_rows, published_rows
@@ -87,11 +87,10 @@ def fine_tune(
             NonFiniteError: the training diverged.
     """
     settings = {**preset(method, lm.name), **knobs}
-    depth = settings.pop("depth")
-    preset_layer = settings.pop("layer", int(depth * lm.n_layers))
+    (usual,) = preset_layers(settings, lm.n_layers, "layer")
     config = read(FineTuningConfig, settings, method, "layer, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
-    layer = preset_layer if layer is None else layer
+    layer = usual if layer is None else layer
     if isinstance(layer, str):
         raise SettingError(
             f"layer={layer!r}: {method} takes a block's number, from 0; 'auto' is for rome and the mass editors"

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.presets import preset
+from engram.editors.presets import preset, preset_layers
 from engram.editors.settings import flat, read
 from engram.editors.training.loop import TuningConfig, descend, still, tasks
-from engram.editors.training.matrices import Layers, matrix_names, take_layers
+from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import fact_rows
 from engram.engine.replayable import Engine
 from engram.errors import SettingError, UnsupportedModelError
@@ -93,7 +93,8 @@ def lora(
         UnsupportedModelError: the model wears adapters already.
     """
     settings = {**preset("lora", lm.name), **knobs}
-    layers = take_layers(lm, settings, layers)
+    usual = preset_layers(settings, lm.n_layers, "layers", count=3)
+    layers = usual if layers is None else layers
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
     names = matrix_names(lm, layers, config.targets)

@@ -7,7 +7,7 @@ Knows names. Refuses to know what is done with the matrices.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,21 +17,6 @@ from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 
 Layers = Sequence[int] | Literal["all"]
-
-
-def take_layers(
-    lm: LanguageModel, settings: dict[str, Any], given: Layers | None, count: int = 3
-) -> Layers:
-    """Blocks to change: those given, else the settings' `layers`, else `count` from their `depth`
-    (a share) on.
-
-    Both names are taken out of `settings`.
-    """
-    first = int(settings.pop("depth") * lm.n_layers)
-    usual = settings.pop(
-        "layers", [layer for layer in range(first, first + count) if layer < lm.n_layers]
-    )
-    return given if given is not None else usual
 
 
 def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> list[str]:

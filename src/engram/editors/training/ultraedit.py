@@ -22,10 +22,10 @@ from torch import Tensor
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.presets import preset
+from engram.editors.presets import preset, preset_layers
 from engram.editors.settings import flat, read
 from engram.editors.training.loop import still
-from engram.editors.training.matrices import Layers, matrix_names, take_layers
+from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows
 from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
@@ -150,7 +150,8 @@ def _seen(
     **knobs: Any,
 ) -> _Seen:
     settings = {**preset("ultraedit", lm.name), **knobs}
-    layers = take_layers(lm, settings, layers)
+    usual = preset_layers(settings, lm.n_layers, "layers", count=3)
+    layers = usual if layers is None else layers
     config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")
     names = matrix_names(lm, layers, config.targets)
     rows = fact_rows(lm, facts)
