@@ -30,7 +30,7 @@ from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
 from engram.editors.settings import flat, read
 from engram.engine.replayable import Engine
-from engram.errors import NonFiniteError
+from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import as_linear
