@@ -189,7 +189,7 @@ def test_filter_keeps_reference_texts_if_asked_and_a_benchmark_with_texts_reads_
         command[-1],
         "-d",
         str(kept / "own.json"),
-        "--said",
+        "--answer-tokens",
         "0",
         "--method",
         "ft",

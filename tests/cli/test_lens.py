@@ -34,7 +34,7 @@ def test_lens_shows_a_grid_and_a_table_and_writes_a_picture(model, tmp_path):
     found = engram.lens(engram.load(model), TEXT)
     assert str(found) in told and "picture: " in told
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
-    assert run("lens", model, TEXT, "--raw").output.endswith(
+    assert run("lens", model, TEXT, "--no-norm").output.endswith(
         str(engram.lens(engram.load(model), TEXT, norm=False)) + "\n"
     )
 

@@ -115,4 +115,4 @@ def test_the_command_lines_page_has_every_command_and_no_entities():
     }
     assert "&#" not in page
     assert "--help" not in page
-    assert "engram trace [OPTIONS] MODEL [PROMPT]" in page
+    assert "engram trace [OPTIONS] MODEL PROMPT" in page

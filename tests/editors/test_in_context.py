@@ -497,7 +497,7 @@ def test_edit_verify_and_generate_take_in_context_edits_and_apply_explains(tmp_p
         "The {} is in the city of",
         "-t",
         "Paris",
-        "--true",
+        "--old-target",
         "London",
     ]
     told = run("edit", model, *fact, "--method", "in-context", "--set", "most=2", "-o", out).output

@@ -192,7 +192,7 @@ def test_edit_verify_and_generate_in_the_chat(folder, tmp_path):
         "The {} is in the city of",
         "-t",
         "Paris",
-        "--true",
+        "--old-target",
         "London",
     ]
     options = ["--layer", "1", "--corpus", str(corpus), "--set", "steps=3", "--set", "tokens=200"]

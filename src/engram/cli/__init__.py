@@ -1,4 +1,7 @@
-"""The command line: the library's verbs. Holds no logic; heavy imports wait until a command runs."""
+"""The command line: the library's verbs, without logic.
+
+Heavy imports wait until a command runs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 import typer
 
 from engram.cli import bench, data, demo, edit, harness, knows, layers, ledger, lens, stats, trace
+from engram.cli.options import expand_groups
 
 app = typer.Typer(
     name="engram",
@@ -19,6 +23,7 @@ app = typer.Typer(
 for command in (
     demo.demo,
     trace.trace,
+    trace.average,
     knows.knows,
     layers.layers,
     lens.lens,
@@ -35,13 +40,13 @@ for command in (
     bench.report,
     harness.harness,
 ):
-    app.command()(command)
+    app.command()(expand_groups(command))
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """Run, and end with a line instead of a traceback where the mistake is the user's."""
+    """Run a command; report a user's mistake in one line, without a traceback."""
     from engram.errors import EngramError
 
     try:

@@ -1,126 +1,163 @@
-"""`engram bench` and `engram report`: thousands of edits, each measured by itself, and what they
-came to.
-"""
+"""`engram bench` and `engram report`: many edits, each measured by itself, and their table."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.options import (
-    DeviceMap,
-    Dtype,
-    NumWorkers,
-    OnWorkers,
-    RayAddress,
-    Seed,
-    settings_of,
-)
+from engram.cli.options import ModelOptions, Seed, WorkerOptions, parse_settings
 
 if TYPE_CHECKING:
+    from engram.benchmark.data.records import Dataset
     from engram.benchmark.results import Run
+
+
+@dataclass(frozen=True)
+class MethodsOptions:
+    """Which methods are measured."""
+
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method; repeat. LABEL=METHOD names it LABEL. [default: rome]"),
+    ] = None
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="LABEL:NAME=VALUE, any setting of a method; repeat."),
+    ] = None
+
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Return label -> settings, the method among them.
+
+        Raises:
+            SettingError: a setting of a label that no method has.
+        """
+        from engram.errors import SettingError
+
+        methods: dict[str, dict[str, Any]] = {}
+        for text in self.method or ["rome"]:
+            label, _, name = text.partition("=")
+            methods[label] = {"method": name or label}
+        for pair in self.setting or []:
+            label, colon, rest = pair.partition(":")
+            if not colon or label not in methods:
+                raise SettingError(
+                    f"--set {pair!r}: expected LABEL:NAME=VALUE with one of "
+                    f"{', '.join(methods)} as label"
+                )
+            methods[label] |= parse_settings([rest])
+        return methods
+
+
+@dataclass(frozen=True)
+class RecordsOptions:
+    """Which records are edited."""
+
+    dataset: Annotated[
+        str, typer.Option("--dataset", "-d", help="Name from 'engram data list', or a file.")
+    ] = "pocket"
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", "-n", help="Number of records, from the first; default: all.", min=1
+        ),
+    ] = None
+    counterfactual_plus: Annotated[
+        bool,
+        typer.Option(
+            "--counterfactual-plus",
+            help="CounterFact+: also ask neighbours after a sentence that states the edit.",
+        ),
+    ] = False
+
+    def read(self, texts: bool) -> Dataset:
+        """Return the records, with reference texts if the model is to write `texts`."""
+        from engram.benchmark.data.counterfact import with_statement
+        from engram.benchmark.data.sources import read_dataset
+        from engram.cli import terminal
+
+        with terminal.progress() as progress:
+            dataset = read_dataset(
+                self.dataset,
+                limit=self.limit,
+                references="if there" if texts else False,
+                progress=progress,
+            )
+        return with_statement(dataset) if self.counterfactual_plus else dataset
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured after every edit."""
+
+    texts: Annotated[
+        bool,
+        typer.Option("--texts", help="Generate texts, and measure their fluency and consistency."),
+    ] = False
+    answer_tokens: Annotated[
+        int, typer.Option(help="Tokens of each greedy answer; 0 disables answers.", min=0)
+    ] = 5
+    drift_every: Annotated[
+        int,
+        typer.Option(help="Measure held-out perplexity on every Nth record; 0 disables it.", min=0),
+    ] = 10
+    batch: Annotated[
+        int, typer.Option("--facts-per-batch", help="Records edited and measured together.", min=1)
+    ] = 32
+    seed: Seed = 0
 
 
 def bench(
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="File of the run; one that is there is gone on with."),
+        typer.Option(
+            "--out", "-o", help="Run file; an existing run is resumed.", show_default=False
+        ),
     ],
+    *,
     model: Annotated[
         str, typer.Option("--model", "-m", help="'pocket', a folder, or a model of the hub.")
     ] = "pocket",
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="A method; repeat. LABEL=METHOD keeps it under another name."),
-    ] = None,
-    dataset: Annotated[
-        str, typer.Option("--dataset", "-d", help="A name ('engram data list' tells), or a file.")
-    ] = "pocket",
-    n: Annotated[
-        int | None, typer.Option("-n", help="The first so many records; default: all.", min=1)
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="LABEL:NAME=VALUE, any setting of a method; repeat."),
-    ] = None,
-    texts: Annotated[
-        bool,
-        typer.Option("--texts", help="Let the model write texts, for fluency and consistency."),
-    ] = False,
-    plus: Annotated[
-        bool,
-        typer.Option(
-            "--plus", help="CounterFact+: also neighbours behind the edit's own sentence."
-        ),
-    ] = False,
-    said: Annotated[
-        int, typer.Option(help="Tokens of each greedy answer; 0: ask for none.", min=0)
-    ] = 5,
-    drift_every: Annotated[
-        int, typer.Option(help="Read held-out text with every how manieth edit; 0: never.", min=0)
-    ] = 10,
-    batch: Annotated[int, typer.Option(help="Records edited and measured at once.", min=1)] = 32,
-    workers: OnWorkers = None,
-    num_workers: NumWorkers = 2,
-    ray_address: RayAddress = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    methods_options: MethodsOptions,
+    records: RecordsOptions,
+    measures: MeasureOptions,
+    workers: WorkerOptions,
+    model_options: ModelOptions,
 ) -> None:
-    """Edit every record of a benchmark by itself, by each method, and measure it before and after.
-    Goes on where it was stopped.
-    """
-    from engram.benchmark.data.counterfact import with_statement
-    from engram.benchmark.data.sources import read_dataset
-    from engram.benchmark.metrics.outcomes import MeasureConfig
-    from engram.benchmark.run import bench as run
-    from engram.cli import terminal
-    from engram.cli.options import workers_of
+    """Edit every record of a benchmark by itself, by each method, and measure before and after.
 
+    A run that was stopped is resumed.
+    """
+    from engram.benchmark.metrics.outcomes import MeasureConfig
+    from engram.benchmark.run import bench as run_benchmark
+    from engram.cli import show, terminal
+
+    dataset = records.read(measures.texts)
+    config = MeasureConfig(
+        said=measures.answer_tokens,
+        texts=measures.texts,
+        drift_every=measures.drift_every,
+        seed=measures.seed,
+    )
+    lm = model_options.load(model)
     with terminal.progress() as progress:
-        wanted: Literal[False, "if there"] = "if there" if texts else False
-        data = read_dataset(dataset, limit=n, references=wanted, progress=progress)
-    if plus:
-        data = with_statement(data)
-    asked = MeasureConfig(said=said, texts=texts, drift_every=drift_every, seed=seed)
-    lm = terminal.load(model, dtype, device_map)
-    somewhere = workers_of(workers, num_workers, ray_address)
-    with terminal.progress() as progress:
-        done = run(
+        run = run_benchmark(
             lm,
-            data,
-            _methods(method or ["rome"], setting),
+            dataset,
+            methods_options.methods(),
             out,
-            n=n,
-            asked=asked,
-            batch=batch,
-            workers=somewhere,
+            n=records.limit,
+            asked=config,
+            batch=measures.batch,
+            workers=workers.open(),
             progress=progress,
         )
-    _show([done], every=False)
-    typer.echo(f"run: {out}    (engram report {out} --help tells what else it holds)")
-
-
-def _methods(given: list[str], pairs: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Label -> settings, with the method among them."""
-    from engram.errors import SettingError
-
-    methods: dict[str, dict[str, Any]] = {}
-    for each in given:
-        label, _, name = each.partition("=")
-        methods[label] = {"method": name or label}
-    for pair in pairs or []:
-        label, colon, rest = pair.partition(":")
-        if not colon or label not in methods:
-            raise SettingError(
-                f"--set {pair!r}: expected LABEL:NAME=VALUE with one of {', '.join(methods)} as label"
-            )
-        methods[label] |= settings_of([rest])
-    return methods
+    show.show_runs([run])
+    typer.echo(f"run: {out}    (see engram report --help for other tables of it)")
 
 
 class Format(StrEnum):
@@ -134,42 +171,59 @@ class Format(StrEnum):
     cases = "cases"
 
 
+@dataclass(frozen=True)
+class PictureOptions:
+    """Which pictures are drawn."""
+
+    plot: Annotated[Path | None, typer.Option(help="Picture of the scores.")] = None
+    plot_layers: Annotated[
+        Path | None,
+        typer.Option(help="Picture of the scores by layer, of runs with --set LABEL:layer=N."),
+    ] = None
+
+    def draw(self, runs: list[Run]) -> None:
+        """Draw and save them."""
+        if self.plot is None and self.plot_layers is None:
+            return
+        from engram.benchmark import plots
+
+        for path, draw in ((self.plot, plots.plot_scores), (self.plot_layers, plots.plot_layers)):
+            if path is not None:
+                draw(runs).savefig(path, dpi=200)
+                typer.echo(f"picture: {path}")
+
+
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Files that 'engram bench' wrote.", show_default=False)
     ],
+    *,
     format: Annotated[
         Format,
         typer.Option(
             "--format",
             "-f",
-            help="Of the table; card: how it came about; cases: as the released code writes.",
+            help="Format of the table; card: how it was run; cases: as the released code writes.",
         ),
     ] = Format.terminal,
-    every: Annotated[
-        bool, typer.Option("--all", help="All metrics, not only the headline ones.")
+    all_metrics: Annotated[
+        bool, typer.Option("--all", help="Show all metrics, not only the headline ones.")
     ] = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Differences between methods on the same records.")
+        bool, typer.Option("--compare", help="Show differences of methods on the same records.")
     ] = False,
     failures: Annotated[
-        int,
-        typer.Option(help="Show so many prompts of each method that fail after its edits.", min=0),
+        int, typer.Option(help="Show N prompts of each method that fail after its edits.", min=0)
     ] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the scores.")] = None,
-    plot_layers: Annotated[
-        Path | None,
-        typer.Option(
-            help="Picture of the scores by layer, of methods that were run with --set LABEL:layer=N."
-        ),
-    ] = None,
+    pictures: PictureOptions,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")
     ] = None,
 ) -> None:
-    """The paper's table of one or several runs, with intervals."""
+    """Show the paper's table of one or several runs, with intervals."""
     from engram.benchmark import report as reports
     from engram.benchmark.results import Run
+    from engram.cli import show
     from engram.errors import SettingError
 
     opened = [Run.open(path) for path in runs]
@@ -179,23 +233,17 @@ def report(
         reports.write_parquet(opened, out)
         typer.echo(f"written: {out}")
     elif format is Format.terminal and out is None:
-        _show(opened, every=every)
+        show.show_runs(opened, all_metrics=all_metrics)
     else:
-        _write(_told(opened, format, every), out)
+        _write(_formatted(opened, format, all_metrics), out)
     if compare:
-        _show_differences(opened)
+        show.show_differences(opened)
     if failures:
-        _show_failures(opened, failures)
-    if plot is not None or plot_layers is not None:
-        from engram.benchmark import plots as benchmarks
-
-        for path, draw in ((plot, benchmarks.plot_scores), (plot_layers, benchmarks.plot_layers)):
-            if path is not None:
-                draw(opened).savefig(path, dpi=200)
-                typer.echo(f"picture: {path}")
+        show.show_failures(opened, failures)
+    pictures.draw(opened)
 
 
-def _told(runs: list[Run], format: Format, every: bool) -> str:
+def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:
     from engram.benchmark import report as reports
 
     if format is Format.card:
@@ -213,7 +261,7 @@ def _told(runs: list[Run], format: Format, every: bool) -> str:
         "csv": reports.as_csv,
         "json": reports.as_json,
     }
-    return writers.get(format.value, reports.markdown)(reports.table(runs, every=every))
+    return writers.get(format.value, reports.markdown)(reports.table(runs, every=all_metrics))
 
 
 def _write(text: str, out: Path | None) -> None:
@@ -222,66 +270,3 @@ def _write(text: str, out: Path | None) -> None:
     else:
         out.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf8")
         typer.echo(f"written: {out}")
-
-
-def _show(runs: list[Run], *, every: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from engram.benchmark import report as reports
-    from engram.benchmark.metrics.table import METRICS
-    from engram.cli import terminal
-
-    made = reports.table(runs, every=every)
-    drawn = Table(
-        title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left"
-    )
-    drawn.add_column("", no_wrap=True)
-    drawn.add_column("n", justify="right")
-    for name in made.columns:
-        drawn.add_column(METRICS[name].title, justify="right")
-    for name, (count, summary) in made.rows.items():
-        cells = [
-            reports.shown(summary.get(metric), metric, interval=False) for metric in made.columns
-        ]
-        bold = [
-            f"[bold]{cell}[/bold]" if made.best.get(m) == name else cell
-            for m, cell in zip(made.columns, cells, strict=True)
-        ]
-        drawn.add_row(escape(name), str(count), *bold)
-    needed = 15 + max(map(len, made.rows)) + 9 * len(made.columns)
-    width = max(
-        terminal.console.width, needed
-    )  # a table that is too wide is of more use than one cut short
-    Console(width=width, highlight=False).print(drawn)
-    note = "EG PG NG and SG: what the model says by itself; the others compare probabilities of given answers."
-    terminal.console.print(note, style="dim")
-
-
-def _show_differences(runs: list[Run]) -> None:
-    from engram.benchmark import report as reports
-    from engram.benchmark.metrics.table import METRICS
-
-    for (a, b), differences in reports.compare(runs).items():
-        typer.echo(f"\n{a} minus {b}")
-        for metric, each in differences.items():
-            if METRICS[metric].headline:
-                scale = METRICS[metric].scale
-                verdict = "" if each.low <= 0 <= each.high else "  beyond chance"
-                typer.echo(
-                    f"  {METRICS[metric].title:<12}{each.mean * scale:+9.2f}   [{each.low * scale:+.2f}, {each.high * scale:+.2f}]"
-                    f"   {each.count} records{verdict}"
-                )
-
-
-def _show_failures(runs: list[Run], count: int) -> None:
-    for run in runs:
-        for label in run.measured:
-            typer.echo(f"\n{label}: prompts that fail after the edit")
-            for each in run.failures(label, count=count):
-                typer.echo(
-                    f"  {each.kind}: {each.prompt!r}\n    wanted {each.wanted!r}; before {each.before!r}, now {each.after!r}"
-                )
-            for id, error in list(run.errors(label).items())[:count]:
-                typer.echo(f"  {id}: no edit, {error}")

@@ -1,20 +1,32 @@
-"""`engram data`: benchmarks by name, and benchmarks of one's own."""
+"""`engram data`: published benchmarks by name, and benchmarks that you build."""
 
 from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engram.cli.options import DeviceMap, Dtype, Seed
+from engram.cli.options import ModelOptions, Seed, expand_groups
 
 app = typer.Typer(
     help="Benchmarks: those that are published, and those that you build.", no_args_is_help=True
 )
+
+
+KnownTo = Annotated[
+    str | None, typer.Option(help="Keep only facts that this model knows: 'pocket', a folder, ...")
+]
+OutFile = Annotated[
+    Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's format.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", "-n", help="Number of records at most.", min=1)
+]
 
 
 class Rule(StrEnum):
@@ -24,7 +36,7 @@ class Rule(StrEnum):
 
 @app.command("list")
 def list_() -> None:
-    """The data sets that have a name."""
+    """List the data sets that have a name."""
     from engram.benchmark.data.sources import SOURCES
 
     for name, source in SOURCES.items():
@@ -33,17 +45,15 @@ def list_() -> None:
 
 @app.command()
 def get(
-    name: Annotated[
-        str, typer.Argument(help="A name that 'engram data list' tells.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(help="Name from 'engram data list'.", show_default=False)],
     references: Annotated[
         bool,
         typer.Option(
-            "--references", help="Also the texts that generated ones are compared with (large)."
+            "--references", help="Fetch the reference texts of generated text too (large)."
         ),
     ] = False,
 ) -> None:
-    """Fetch a data set into the cache folder; goes on where it broke off."""
+    """Download a data set into the cache folder; a broken download is resumed."""
     from engram.benchmark.data.sources import download
     from engram.cli import terminal
 
@@ -55,7 +65,39 @@ def get(
         typer.echo(f"{name} comes with engram: there is nothing to fetch")
 
 
+@dataclass(frozen=True)
+class TextFiles:
+    """Where the wordings of a benchmark come from."""
+
+    templates: Annotated[
+        Path, typer.Option(help="JSON or TOML: relation -> texts with one {} for the subject.")
+    ]
+    generation: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON or TOML: relation -> texts with one {} that open a text on the subject."
+        ),
+    ] = None
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON: "relation:object" -> list of {name, text} about entities that have it.'
+        ),
+    ] = None
+    openings: Annotated[
+        Path | None,
+        typer.Option(help="Text file: sentences to put before paraphrases, one a line."),
+    ] = None
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON or TOML: relation -> templates for paraphrases only, never for prompts."
+        ),
+    ] = None
+
+
 @app.command()
+@expand_groups
 def build(
     facts: Annotated[
         Path,
@@ -63,47 +105,17 @@ def build(
             help="File of true facts: subject, relation, object (JSON lines, JSON or CSV)."
         ),
     ],
-    templates: Annotated[
-        Path,
-        typer.Option(
-            help="JSON or TOML: relation -> texts with one {} for the subject, object next."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's form.")
-    ],
-    generation: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON or TOML: relation -> texts with one {} that make a model tell of the subject."
-        ),
-    ] = None,
-    references: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON: "relation:object" -> list of {name, text} about entities that have it.'
-        ),
-    ] = None,
-    openings: Annotated[
-        Path | None,
-        typer.Option(help="Text file: sentences to put before paraphrases, one a line."),
-    ] = None,
-    held_out: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON or TOML: relation -> templates that serve as paraphrases and never as prompts."
-        ),
-    ] = None,
-    known_to: Annotated[
-        str | None, typer.Option(help="Keep the facts that this model says.")
-    ] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Records at most.", min=1)] = None,
+    files: TextFiles,
+    *,
+    out: OutFile,
+    known_to: KnownTo = None,
+    limit: Limit = None,
     seed: Seed = 0,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Build a CounterFact of your own domain: counterfactual objects, paraphrases, neighbours,
-    attribute and generation prompts.
+    """Build a CounterFact of your own domain.
+
+    It has counterfactual objects, paraphrases, neighbours, attribute and generation prompts.
     """
     from engram.benchmark.data.build import (
         build_counterfact,
@@ -115,25 +127,25 @@ def build(
     from engram.benchmark.known_records import known_records
     from engram.cli import terminal
 
-    apart = None if held_out is None else _texts(held_out)
-    made = build_counterfact(
+    held_out = None if files.held_out is None else _texts(files.held_out)
+    dataset = build_counterfact(
         read_associations(facts),
-        _texts(templates),
-        generation=None if generation is None else _texts(generation),
-        texts=None if references is None else read_snippets(references),
-        openings=() if openings is None else read_lines(openings),
-        held_out=None if apart is None else lambda fact: apart.get(fact.relation, []),
+        _texts(files.templates),
+        generation=None if files.generation is None else _texts(files.generation),
+        texts=None if files.references is None else read_snippets(files.references),
+        openings=() if files.openings is None else read_lines(files.openings),
+        held_out=None if held_out is None else lambda fact: held_out.get(fact.relation, []),
         seed=seed,
-        limit=n if known_to is None else None,
+        limit=limit if known_to is None else None,
         name=out.stem,
     )
-    skipped = made.skipped
+    skipped = dataset.skipped
     if known_to is not None:
-        lm = terminal.load(known_to, dtype, device_map)
+        lm = model_options.load(known_to)
         with terminal.progress() as progress:
-            made = known_records(lm, made, limit=n, progress=progress)
-    write_dataset(made, out)
-    typer.echo(f"{len(made.records)} records: {out}")
+            dataset = known_records(lm, dataset, limit=limit, progress=progress)
+    write_dataset(dataset, out)
+    typer.echo(f"{len(dataset.records)} records: {out}")
     for reason in skipped[:5]:
         typer.echo(f"  left out: {reason}")
     if len(skipped) > 5:
@@ -141,65 +153,64 @@ def build(
 
 
 @app.command()
+@expand_groups
 def filter(
-    dataset: Annotated[str, typer.Argument(help="A name, or a file.", show_default=False)],
+    dataset: Annotated[str, typer.Argument(help="Name, or file.", show_default=False)],
+    *,
     known_to: Annotated[
-        str, typer.Option(help="Keep the records whose true object this model says.")
+        str, typer.Option(help="Keep the records whose true object this model knows.")
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="JSON file to write, in CounterFact's form.")
-    ],
+    out: OutFile,
     rule: Annotated[
         Rule,
         typer.Option(
-            help="greedy: it says the object; relation: the object is the likeliest of the relation's."
+            help="greedy: it says the object; relation: the object is likeliest of its relation."
         ),
     ] = Rule.greedy,
     references: Annotated[
-        bool,
-        typer.Option("--references", help="Also the texts that generated ones are compared with."),
+        bool, typer.Option("--references", help="Keep the reference texts of generated text too.")
     ] = False,
-    n: Annotated[int | None, typer.Option("-n", help="Records at most.", min=1)] = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    limit: Limit = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Keep the records about facts that a model knows: only there does an edit change something."""
+    """Keep the records about facts that a model knows; only there does an edit change something."""
     from engram.benchmark.data.sources import read_dataset
     from engram.benchmark.data.write import write_dataset
     from engram.benchmark.known_records import known_records
     from engram.cli import terminal
 
-    lm = terminal.load(known_to, dtype, device_map)
+    lm = model_options.load(known_to)
     with terminal.progress() as progress:
-        whole = read_dataset(dataset, references=references, progress=progress)
-        looked = 0
+        records = read_dataset(dataset, references=references, progress=progress)
+        tested = 0
 
-        def watch(what: str, done: int, total: int) -> None:
-            nonlocal looked
-            looked = done
+        def count(what: str, done: int, total: int) -> None:
+            nonlocal tested
+            tested = done
             progress(what, done, total)
 
-        kept = known_records(lm, whole, rule.value, limit=n, progress=watch)
-    write_dataset(kept, out)
+        known = known_records(lm, records, rule.value, limit=limit, progress=count)
+    write_dataset(known, out)
     typer.echo(
-        f"{len(kept.records)} of the first {looked} records are known by the rule {rule.value!r}: {out}"
+        f"{len(known.records)} of the first {tested} records are known "
+        f"by the rule {rule.value!r}: {out}"
     )
 
 
 def _texts(path: Path) -> dict[str, Any]:
-    """relation -> texts, of a JSON or a TOML file."""
+    """Read relation -> texts from a JSON or TOML file."""
     from engram.errors import FactError
 
     try:
         text = path.read_text(encoding="utf8")
-        found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        texts = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError) as error:
         raise FactError(
             f"{path} could not be read: {error}; expected JSON or TOML, relation -> list of texts"
         ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(each, list) and all(isinstance(text, str) for text in each)
-        for each in found.values()
+    if not isinstance(texts, dict) or not all(
+        isinstance(entry, list) and all(isinstance(text, str) for text in entry)
+        for entry in texts.values()
     ):
         raise FactError(f"{path}: expected relation -> list of texts")
-    return found
+    return texts

@@ -1,6 +1,4 @@
-"""`engram demo`: one real fact of the bundled model, found, rewritten, checked, saved and taken
-back.
-"""
+"""`engram demo`: find one fact of the bundled model, rewrite it, check, save and undo the edit."""
 
 from __future__ import annotations
 
@@ -17,17 +15,16 @@ if TYPE_CHECKING:
 
 def demo(
     subject: Annotated[
-        str, typer.Option("--subject", "-s", help="Something that the bundled model knows.")
+        str, typer.Option("--subject", "-s", help="Subject that the bundled model knows.")
     ] = "Eiffel Tower",
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="The object to rewrite it to.")
-    ] = "Rome",
+    target: Annotated[str, typer.Option("--target", "-t", help="New object.")] = "Rome",
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")
     ] = Path("engram-demo"),
 ) -> None:
-    """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, revert.
-    No network.
+    """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, undo.
+
+    No network is needed.
     """
     from engram.cli import show, terminal
 
@@ -41,15 +38,16 @@ def demo(
     from engram.modules.fingerprints import fingerprint
 
     say(
-        f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, taught {len(pocket.facts())} facts in "
-        f"{len(pocket.relations())} relations"
+        f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, "
+        f"trained on {len(pocket.facts())} facts in {len(pocket.relations())} relations"
     )
     for text in (fact.prompt_text, *fact.paraphrases[:2]):
         token, probability = lm.next_tokens(text, 1)[0]
         say(f"   {text} →[bold]{token}[/] ({probability:.2f})")
 
     say(
-        "\n[bold]2. Where is it?[/]  Corrupt the subject, restore one state at a time, watch the answer come back"
+        "\n[bold]2. Where is it?[/]  "
+        "Corrupt the subject, restore one state at a time, watch the answer come back"
     )
     trace = engram.trace(
         lm, fact.prompt_text, subject=fact.subject, window=default_window(lm.n_layers)
@@ -59,7 +57,8 @@ def demo(
     trace.plot().savefig(out / "trace.png")
 
     say(
-        f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: one rank-one change of one matrix (ROME)"
+        f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: "
+        "one rank-one change of one matrix (ROME)"
     )
     before = {name: fingerprint(tensor) for name, tensor in lm.model.state_dict().items()}
     with terminal.progress() as progress:
@@ -69,9 +68,8 @@ def demo(
 
     folder = edit.with_receipt(receipt).save(out / "edit")
     say(f"\n[bold]4. Keep it[/]  {edit!r}")
-    say(
-        f"   {folder}: {terminal.size(folder)}; the model has {sum(p.numel() for p in lm.model.parameters()) / 1e6:.1f} million weights"
-    )
+    weights = sum(parameter.numel() for parameter in lm.model.parameters())
+    say(f"   {folder}: {terminal.size(folder)}; the model has {weights / 1e6:.1f} million weights")
     with engram.Edit.load(folder).applied(lm):
         changed = [
             name
@@ -79,27 +77,29 @@ def demo(
             if fingerprint(tensor) != before[name]
         ]
         say(
-            f"   loaded and applied: {len(changed)} of {len(before)} tensors differ ({', '.join(changed)})"
+            f"   loaded and applied: {len(changed)} of {len(before)} tensors differ "
+            f"({', '.join(changed)})"
         )
         say(f"   {lm.generate(fact.prompt_text, 6)}")
     same = all(
         fingerprint(tensor) == before[name] for name, tensor in lm.model.state_dict().items()
     )
-    say(f"   taken back: {'every bit is as it was' if same else '[red]the weights differ[/]'}")
+    say(f"   undone: {'every bit is as it was' if same else '[red]the weights differ[/]'}")
     say(f"   {lm.generate(fact.prompt_text, 6)}")
     say(
-        f"\npicture {out / 'trace.png'}, edit {folder}, {time.monotonic() - began:.0f} s. Next: engram edit --help"
+        f"\npicture {out / 'trace.png'}, edit {folder}, {time.monotonic() - began:.0f} s. "
+        "Next: engram edit --help"
     )
     if not same:
         raise typer.Exit(1)
 
 
 def _chosen(subject: str, target: str) -> Fact:
-    """The edit of `subject` to `target`, with all its evidence.
+    """Return the fact that changes `subject` to `target`, with paraphrases and neighbours.
 
     Raises:
-        FactError: the bundled model was not taught the subject, or the target is no possible object
-            of it.
+        FactError: the bundled model does not know the subject, or the target is no object of its
+            relations.
     """
     from difflib import get_close_matches
 
@@ -112,31 +112,33 @@ def _chosen(subject: str, target: str) -> Fact:
         )
     known = pocket.find(subject)
     if not known:
-        names = sorted({each.subject for each in pocket.facts()})
+        names = sorted({fact.subject for fact in pocket.facts()})
         near = get_close_matches(subject, names, n=3, cutoff=0.5) or [
             "Space Needle",
             "Miles Davis",
             "Eiffel Tower",
         ]
         raise FactError(
-            f"the bundled model knows nothing of {subject!r}; it knows {', '.join(near)} and {len(names)} other subjects"
+            f"the bundled model knows nothing of {subject!r}; "
+            f"it knows {', '.join(near)} and {len(names)} other subjects"
         )
     objects = {
-        each.relation: sorted({k.object for k in pocket.facts() if k.relation == each.relation})
-        for each in known
+        old.relation: sorted({k.object for k in pocket.facts() if k.relation == old.relation})
+        for old in known
     }
     fitting = [
-        each
-        for each in known
-        if target.strip() in objects[each.relation] and each.object != target.strip()
+        old
+        for old in known
+        if target.strip() in objects[old.relation] and old.object != target.strip()
     ]
     if not fitting:
         choices = "; ".join(
-            f"{each.relation.replace('_', ' ')} {', '.join(objects[each.relation][:6])}..."
-            for each in known
+            f"{old.relation.replace('_', ' ')} {', '.join(objects[old.relation][:6])}..."
+            for old in known
         )
         raise FactError(
-            f"{target!r} cannot replace what the model knows of {subject!r}; choose another of: {choices}"
+            f"{target!r} cannot replace what the model knows of {subject!r}; "
+            f"choose another of: {choices}"
         )
-    prompt = fitting[0].trained()[0]  # the plainest one
+    prompt = fitting[0].trained()[0]  # the plainest wording
     return replace(pocket.as_fact(fitting[0], target.strip()), prompt=prompt)

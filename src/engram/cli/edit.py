@@ -1,150 +1,187 @@
-"""The commands, one function each. What they take is what the library takes; what they print is
-what it returns.
+"""Commands that make, verify, apply and remove edits, and generate with them.
+
+Options are the library's arguments; the output is what the library returns.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli.options import (
+    AsJson,
+    Chat,
+    Corpus,
+    EditFolder,
+    Model,
+    ModelOptions,
+    Out,
+    Seed,
+    Setting,
+    parse_settings,
+)
+
 if TYPE_CHECKING:
     from engram.edit.edit import Edit
     from engram.edit.prompt_edit import PromptEdit
     from engram.facts import Fact
-from engram.cli.options import (
-    AsJson,
-    Chat,
-    DeviceMap,
-    Dtype,
-    EditFolder,
-    Model,
-    Out,
-    Seed,
-    settings_of,
-)
 
 
-def edit(
-    model: Model,
-    subject: Annotated[
-        str | None, typer.Option("--subject", "-s", help="Name of the subject.")
-    ] = None,
+@dataclass(frozen=True)
+class FactOptions:
+    """The fact to rewrite, or a file of facts."""
+
+    subject: Annotated[str | None, typer.Option("--subject", "-s", help="Name of the subject.")] = (
+        None
+    )
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Text with one {} for the subject, the object next."),
-    ] = None,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="The new object.")] = None,
-    true: Annotated[
-        str | None, typer.Option(help="The object so far; default: the model's own answer.")
-    ] = None,
+        typer.Option("--prompt", "-p", help="Text with one {} for the subject, up to the object."),
+    ] = None
+    target: Annotated[str | None, typer.Option("--target", "-t", help="New object.")] = None
+    old_target: Annotated[
+        str | None, typer.Option(help="Object until now; default: the model's own answer.")
+    ] = None
     facts: Annotated[
         Path | None,
         typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to keep the edit in.")
-    ] = None,
+    ] = None
+
+    def read(self) -> list[Fact]:
+        """Return the fact of the options, or those of the file.
+
+        Raises:
+            FactError: subject, prompt or target is missing, and so is the file.
+        """
+        from engram.errors import FactError
+        from engram.fact_files import read_facts
+        from engram.facts import Fact
+
+        if self.facts is not None:
+            return read_facts(self.facts)
+        needed = {"--subject": self.subject, "--prompt": self.prompt, "--target": self.target}
+        if missing := [name for name, value in needed.items() if value is None]:
+            raise FactError(
+                f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE"
+            )
+        return [Fact(str(self.subject), str(self.prompt), str(self.target), self.old_target)]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How to edit."""
+
     method: Annotated[
-        str,
-        typer.Option(
-            help="How to edit: rome, memit, alphaedit, lora, ...; a wrong name lists all."
-        ),
-    ] = "rome",
+        str, typer.Option(help="rome, memit, alphaedit, lora, ...; a wrong name lists all.")
+    ] = "rome"
     layer: Annotated[
         str | None,
         typer.Option(
             help="Block to edit, or several as in 3,4,5, or 'auto'; default: the preset's."
         ),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat."),
-    ] = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(help="Text file for second moments; default: what the model samples."),
+    ] = None
+    setting: Setting = None
+    corpus: Corpus = None
+    seed: Seed = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `engram.rewrite`."""
+        settings = parse_settings(self.setting) | {"seed": self.seed}
+        if self.corpus is not None:
+            settings["corpus"] = self.corpus
+        if self.layer is not None:
+            settings |= _layers(self.method, self.layer)
+        return settings
+
+
+def edit(
+    model: Model,
+    fact_options: FactOptions,
+    method_options: MethodOptions,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to save the edit in.")
     ] = None,
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat",
-            help="Rewrite it for a chat too; a receipt in plain text and one in the chat's turns.",
+            "--chat", help="Edit for chat too; adds a receipt taken through the chat template."
         ),
     ] = False,
-    seed: Seed = 0,
     as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Rewrite a fact, take the receipt, and keep the edit as a small folder. The model itself is
-    not changed.
+    """Rewrite a fact, take the receipt, and save the edit as a small folder.
+
+    The model itself is not changed.
     """
     import engram
     from engram.cli import show, terminal
 
-    wanted = _facts(subject, prompt, target, true, facts)
-    settings = {**settings_of(setting), "seed": seed, **({"corpus": corpus} if corpus else {})}
-    if layer is not None:
-        settings |= _layers(method, layer)
-    lm = terminal.load(model, dtype, device_map)
+    facts, settings = fact_options.read(), method_options.settings()
+    method = method_options.method
+    lm = model_options.load(model)
     frames = [None, engram.chat_frame(lm)] if chat else [None]
     if chat and "contexts" not in settings and method not in ("ultraedit", "in-context", "ike"):
-        settings["contexts"] = engram.chat_contexts(lm, seed=seed)
-    terminal.show_plan_if_large(lm, len(wanted), method, settings)
+        settings["contexts"] = engram.chat_contexts(lm, seed=method_options.seed)
+    terminal.show_plan_if_large(lm, len(facts), method, settings)
     with terminal.progress() as progress:
-        made = engram.rewrite(lm, wanted, method, **settings, progress=progress)
-        receipts = [engram.verify(lm, made, frame=frame, progress=progress) for frame in frames]
-    made = made.with_receipt(
-        receipts[-1]
-    )  # of the chat, where there is one: that is how the model will be used
+        change = engram.rewrite(lm, facts, method, **settings, progress=progress)
+        receipts = [engram.verify(lm, change, frame=frame, progress=progress) for frame in frames]
     if as_json:
-        told = [receipt.to_dict() for receipt in receipts]
-        typer.echo(json.dumps({"plain": told[0], "chat": told[1]} if chat else told[0]))
+        records = [receipt.to_dict() for receipt in receipts]
+        typer.echo(json.dumps({"plain": records[0], "chat": records[1]} if chat else records[0]))
     else:
         for receipt in receipts:
             show.show_receipt(receipt)
     if out is not None:
-        made.save(out)
+        # The chat's receipt where there is one: that is how the model will be used.
+        change.with_receipt(receipts[-1]).save(out)
         typer.echo(f"edit: {out} ({terminal.size(out)})", err=as_json)
 
 
 def verify(
     model: Model,
     edits: Annotated[
-        list[Path], typer.Argument(help="One edit or several, taken together.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="Folder of an edit, or of several applied together.", show_default=False
+        ),
     ],
+    *,
     store: Annotated[
-        bool, typer.Option("--store", help="Keep the receipt in the edit's folder.")
+        bool, typer.Option("--store", help="Save the receipt in the edit's folder.")
     ] = False,
     chat: Chat = False,
     as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Measure what an edit does: a receipt. Ends with 1 where it fails."""
+    """Measure what an edit does: a receipt. Exit code 1 if it fails."""
     import engram
     from engram.cli import show, terminal
     from engram.errors import EngramError
 
-    made = _loaded(edits)
+    edit = _loaded(edits)
     if store and len(edits) > 1:
         raise EngramError(
-            f"--store keeps the receipt of one edit, {len(edits)} were given; verify them one by one"
+            f"--store keeps the receipt of one edit, {len(edits)} were given; "
+            "verify them one by one"
         )
-    lm = terminal.load(model, dtype, device_map)
+    lm = model_options.load(model)
     with terminal.progress() as progress:
         receipt = engram.verify(
-            lm, made, frame=engram.chat_frame(lm) if chat else None, progress=progress
+            lm, edit, frame=engram.chat_frame(lm) if chat else None, progress=progress
         )
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     else:
         show.show_receipt(receipt)
     if store:
-        made.with_receipt(receipt).save(edits[0])
+        edit.with_receipt(receipt).save(edits[0])
     if not receipt.passed:
         raise typer.Exit(1)
 
@@ -159,7 +196,7 @@ def apply(
     ],
     out: Out,
     force: Annotated[
-        bool, typer.Option("--force", help="Also on weights that the edit was not made on.")
+        bool, typer.Option("--force", help="Also on weights that the edit was not computed on.")
     ] = False,
 ) -> None:
     """Write a copy of a checkpoint with an edit in its weights."""
@@ -172,14 +209,14 @@ def apply(
 
 def revert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint that 'engram apply' wrote.", show_default=False)
+        Path, typer.Argument(help="Checkpoint that 'engram apply' wrote.", show_default=False)
     ],
     out: Out,
     edit: Annotated[
-        Path | None, typer.Option(help="Take out only this one of several edits.")
+        Path | None, typer.Option(help="Remove only this one of several edits.")
     ] = None,
 ) -> None:
-    """Write a copy of an edited checkpoint without its edits: every byte of the original."""
+    """Write a copy of an edited checkpoint without its edits, byte for byte the original."""
     from engram.edit.checkpoint import revert_checkpoint
     from engram.edit.edit import Edit
 
@@ -187,69 +224,58 @@ def revert(
     typer.echo(f"checkpoint without {'the edit' if edit else 'edits'}: {written}")
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How text is generated."""
+
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="New tokens at most.", min=1)] = 40
+    temperature: Annotated[
+        float, typer.Option(help="0: greedy; above 0: sample at this temperature.", min=0.0)
+    ] = 0.0
+    seed: Seed = 0
+
+
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    *,
     edits: Annotated[
         list[Path] | None,
         typer.Option("--edit", "-e", help="Edit to apply while generating; repeat."),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="New tokens at most.", min=1)] = 40,
-    temperature: Annotated[float, typer.Option(help="0: greedy; above, sample.", min=0.0)] = 0.0,
+    sampling: SamplingOptions,
     chat: Chat = False,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Continue a text, with edits applied if wanted."""
+    """Continue a text, with edits applied if given."""
     from contextlib import ExitStack
 
     from transformers import set_seed
 
-    from engram.cli import terminal
     from engram.model.chat import chat_frame
 
-    lm = terminal.load(model, dtype, device_map)
-    set_seed(seed)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    lm = model_options.load(model)
+    set_seed(sampling.seed)
+    settings: dict[str, Any] = {}
+    if sampling.temperature:
+        settings = {"do_sample": True, "temperature": sampling.temperature}
     with ExitStack() as stack:
         if chat:
             stack.enter_context(lm.asked_through(chat_frame(lm)))
-        for each in _nested(edits or []):
-            stack.enter_context(each.laid(lm))
-        typer.echo(lm.generate(prompt, tokens, **options))
-
-
-def _facts(
-    subject: str | None, prompt: str | None, target: str | None, true: str | None, path: Path | None
-) -> list[Fact]:
-    from engram.errors import FactError
-    from engram.fact_files import read_facts
-    from engram.facts import Fact
-
-    if path is None:
-        missing = [
-            name
-            for name, given in (("--subject", subject), ("--prompt", prompt), ("--target", target))
-            if given is None
-        ]
-        if missing:
-            raise FactError(
-                f"{', '.join(missing)} missing; give subject, prompt and target, or --facts FILE"
-            )
-        return [Fact(str(subject), str(prompt), str(target), true)]
-    return read_facts(path)
+        for edit in _nested(edits or []):
+            stack.enter_context(edit.laid(lm))
+        typer.echo(lm.generate(prompt, sampling.tokens, **settings))
 
 
 def _layers(method: str, text: str) -> dict[str, Any]:
-    """`--layer` as the method's own setting: `layers` of one that edits several, otherwise `layer`."""
+    """Return `--layer` as the method's own setting: `layers` if it edits several, else `layer`."""
     from engram.errors import SettingError
 
     several = _takes("layers", method)
     if text == "auto":
         return {"layers" if several else "layer": text}
     try:
-        numbers = [int(each) for each in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError:
         raise SettingError(
             f"--layer {text!r}: expected a layer's number, from 0, several as in 3,4,5, or 'auto'"
@@ -270,7 +296,7 @@ def _takes(setting: str, method: str) -> bool:
 
 
 def _loaded(folders: list[Path]) -> Edit | PromptEdit:
-    """The edit of one folder, or several edits of weights as one."""
+    """Load one edit, or several edits of weights composed into one."""
     from engram.edit.edit import Edit, compose
     from engram.edit.files import load
 
@@ -280,15 +306,11 @@ def _loaded(folders: list[Path]) -> Edit | PromptEdit:
 
 
 def _nested(folders: list[Path]) -> list[Edit | PromptEdit]:
-    """The edits of all folders in blocks that nest: those of weights as one, then each in-context
-    edit.
-    """
+    """Load edits in the order they nest: all weight edits as one, then in-context edits."""
     from engram.edit.edit import Edit, compose
     from engram.edit.files import load
 
     edits = [load(folder) for folder in folders]
-    weights = [each for each in edits if isinstance(each, Edit)]
-    return [
-        *([compose(weights)] if weights else []),
-        *(each for each in edits if not isinstance(each, Edit)),
-    ]
+    weights = [edit for edit in edits if isinstance(edit, Edit)]
+    in_context = [edit for edit in edits if not isinstance(edit, Edit)]
+    return [*([compose(weights)] if weights else []), *in_context]

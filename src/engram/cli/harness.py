@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from engram.cli.options import AsJson, DeviceMap, Dtype, Model
+from engram.cli.options import AsJson, Model, ModelOptions
 
 
 class Mode(StrEnum):
@@ -17,50 +18,53 @@ class Mode(StrEnum):
     merged = "merged"
 
 
-def harness(
-    model: Model,
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which tasks run, and how much of them."""
+
     tasks: Annotated[
-        list[str], typer.Option("--task", "-t", help="A task of lm-evaluation-harness; repeat.")
-    ],
-    edit: Annotated[
-        Path | None,
-        typer.Option(help="A folder that 'engram edit' wrote; default: the model as it is."),
-    ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="overlay: beside the weights; merged: written into them.")
-    ] = Mode.overlay,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with tasks of your own.")
-    ] = None,
+        list[str], typer.Option("--task", "-t", help="Task of lm-evaluation-harness; repeat.")
+    ]
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None
     limit: Annotated[
         int | None, typer.Option(help="Documents of each task; default: all.", min=1)
+    ] = None
+    rows_per_batch: Annotated[int, typer.Option(help="Rows per forward pass.", min=1)] = 8
+
+
+def harness(
+    model: Model,
+    task_options: TaskOptions,
+    *,
+    edit: Annotated[
+        Path | None,
+        typer.Option(help="Folder that 'engram edit' wrote; default: the model without edits."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 8,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="overlay: compute the change beside the weights; merged: write it in."),
+    ] = Mode.overlay,
     as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on a model, with an edit laid on it."""
-    from engram.cli import terminal
+    """Run tasks of lm-evaluation-harness on a model, with an edit applied."""
     from engram.edit.files import load
     from engram.evaluate.harness import harness as run
 
-    lm = terminal.load(model, dtype, device_map)
-    laid = None if edit is None else load(edit)
-    found = run(
-        lm,
-        tasks,
-        edit=laid,
+    scores = run(
+        model_options.load(model),
+        task_options.tasks,
+        edit=None if edit is None else load(edit),
         mode=mode.value,
-        include_path=include_path,
-        batch_size=batch_size,
-        limit=limit,
+        include_path=task_options.include_path,
+        batch_size=task_options.rows_per_batch,
+        limit=task_options.limit,
         bootstrap_iters=0,
     )
     if as_json:
-        typer.echo(json.dumps(found, default=str))
+        typer.echo(json.dumps(scores, default=str))
         return
-    for task, numbers in found.items():
+    for task, numbers in scores.items():
         typer.echo(task)
         for name, value in numbers.items():
             if isinstance(value, float):

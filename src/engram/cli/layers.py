@@ -1,79 +1,91 @@
-"""`engram layers`: which layer of a model to edit. What it takes is what `engram.layer_card` takes."""
+"""`engram layers`: which layer of a model to edit. Its options are those of `engram.layer_card`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from engram.cli.options import AsJson, DeviceMap, Dtype, Model, Seed, settings_of
+from engram.cli.options import AsJson, Corpus, Model, ModelOptions, Seed, Setting, parse_settings
+
+
+@dataclass(frozen=True)
+class EvidenceOptions:
+    """Which facts are traced and edited, and at which layers."""
+
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of facts (JSON, JSON lines, CSV); default: bundled facts the model knows."
+        ),
+    ] = None
+    keep: Annotated[str, typer.Option(help="Facts of the file that count: known or all.")] = "known"
+    edits: Annotated[int, typer.Option(help="Number of facts edited at each tested layer.")] = 20
+    traces: Annotated[int, typer.Option(help="Number of facts traced exactly.")] = 20
+    estimates: Annotated[int, typer.Option(help="Number of facts whose trace is estimated.")] = 40
+    layer_step: Annotated[
+        int | None,
+        typer.Option(help="Test every Nth layer first; default: all, or 12 of a deeper model."),
+    ] = None
+    refine: Annotated[
+        bool, typer.Option(help="Then test the skipped layers on both sides of the best.")
+    ] = True
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How facts are edited."""
+
+    method: Annotated[str, typer.Option(help="Method of the edits; one that takes a layer.")] = (
+        "rome"
+    )
+    setting: Setting = None
+    corpus: Corpus = None
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to measure second moments on; default: 20 x d_ff.", min=1),
+    ] = None
+    seed: Seed = 0
 
 
 def layers(
     model: Model,
-    facts: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of facts (JSON, JSON lines, CSV); default: those of the bundled table it knows."
-        ),
-    ] = None,
-    keep: Annotated[
-        str, typer.Option(help="Facts of the file that count: known or all.")
-    ] = "known",
-    edits: Annotated[int, typer.Option(help="Facts edited at every tested layer.")] = 20,
-    traces: Annotated[int, typer.Option(help="Facts traced exactly.")] = 20,
-    estimates: Annotated[int, typer.Option(help="Facts whose trace is estimated.")] = 40,
-    layer_step: Annotated[
-        int | None,
-        typer.Option(help="Test every Nth layer first; default: all, or 12 of a deeper model."),
-    ] = None,
-    refine: Annotated[
-        bool, typer.Option(help="Then test the layers between the best and its neighbours.")
-    ] = True,
-    method: Annotated[str, typer.Option(help="How to edit: a method that takes a layer.")] = "rome",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="NAME=VALUE, any setting of the method; repeat."),
-    ] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Text file for second moments; default: the preset's.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens they are measured on; default: 20 x d_ff.", min=1)
-    ] = None,
-    seed: Seed = 0,
+    evidence: EvidenceOptions,
+    editing: EditOptions,
+    *,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the card.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture: .png, .pdf or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = None,
     as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Measure which layer to edit: trace facts that a model knows, and edit them at every layer.
-    Kept; --layer auto goes by it.
+    """Measure which layer to edit: trace known facts, and edit them at every layer.
+
+    The result is cached, and `--layer auto` of other commands uses it.
     """
     import engram
     from engram.cli import show, terminal
 
-    table = None if facts is None else engram.read_facts(facts)
-    others = settings_of(setting)
-    lm = terminal.load(model, dtype, device_map)
+    facts = None if evidence.facts is None else engram.read_facts(evidence.facts)
+    settings = parse_settings(editing.setting)
+    lm = model_options.load(model)
     with terminal.progress() as progress:
         card = engram.layer_card(
             lm,
-            table,
-            keep=keep,  # type: ignore[arg-type]
-            edits=edits,
-            traces=traces,
-            estimates=estimates,
-            layer_step=layer_step,
-            refine=refine,
-            method=method,
-            corpus=corpus,
-            tokens=tokens,
-            seed=seed,
+            facts,
+            keep=evidence.keep,  # type: ignore[arg-type]
+            edits=evidence.edits,
+            traces=evidence.traces,
+            estimates=evidence.estimates,
+            layer_step=evidence.layer_step,
+            refine=evidence.refine,
+            method=editing.method,
+            corpus=editing.corpus,
+            tokens=editing.tokens,
+            seed=editing.seed,
             progress=progress,
-            **others,
+            **settings,
         )
     if as_json:
         typer.echo(card.to_json())

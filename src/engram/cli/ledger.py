@@ -9,31 +9,33 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.options import AsJson, DeviceMap, Dtype, EditFolder, Model, Out
+from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out, expand_groups
 
 app = typer.Typer(
-    help="Keep the edits of one model in a folder: add, list, take out exactly, apply all of them.",
+    help="Keep the edits of one model in a folder: add, list, remove exactly, apply all of them.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Book = Annotated[
     Path,
     typer.Argument(
-        metavar="LEDGER", help="A folder that 'engram ledger create' wrote.", show_default=False
+        metavar="LEDGER", help="Folder that 'engram ledger create' wrote.", show_default=False
     ),
 ]
 
 
 @app.command()
+@expand_groups
 def create(
     ledger: Annotated[
         Path, typer.Argument(help="Folder to write; must not exist.", show_default=False)
     ],
     model: Model,
+    *,
     max_perplexity_ratio: Annotated[
         float | None,
         typer.Option(
-            help="Limit for the perplexity of held-out text, with all edits over without. [default: 1.05]"
+            help="Limit for held-out perplexity with all edits, divided by without. [default: 1.05]"
         ),
     ] = None,
     max_norm_ratio: Annotated[
@@ -44,22 +46,20 @@ def create(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Text file for the perplexity; default: half a page of prose.",
+            help="Text file to measure perplexity on; default: half a page of prose.",
         ),
     ] = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Begin a ledger for a model, with the limits that every edit added to it has to keep."""
+    """Create a ledger for a model, with limits that every added edit has to keep."""
     import engram
-    from engram.cli import terminal
     from engram.evaluate.canary import Canary
 
     given = {"max_perplexity_ratio": max_perplexity_ratio, "max_norm_ratio": max_norm_ratio}
     limits = {name: value for name, value in given.items() if value is not None}
     canary = Canary(**limits, text=text.read_text(encoding="utf8") if text else None)
-    made = engram.Ledger.create(ledger, terminal.load(model, dtype, device_map), canary=canary)
-    typer.echo(f"ledger: {made.folder}, for {made.base['model']}")
+    new = engram.Ledger.create(ledger, model_options.load(model), canary=canary)
+    typer.echo(f"ledger: {new.folder}, for {new.base['model']}")
 
 
 @app.command()
@@ -69,32 +69,38 @@ def add(
         list[Path], typer.Argument(help="Folders that 'engram edit' wrote.", show_default=False)
     ],
     model: Annotated[
-        str | None, typer.Option(help="The unedited model; default: the ledger's, by its name.")
+        str | None, typer.Option(help="Unedited model; default: the ledger's, by its name.")
     ] = None,
     canary: Annotated[
-        bool, typer.Option(help="Measure the model with all edits, and roll back what is too much.")
+        bool,
+        typer.Option(
+            help="Measure the model with all edits; roll back an edit that exceeds a limit."
+        ),
     ] = True,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Take out older facts about the same subject and relation."),
+        typer.Option("--replace", help="Remove older facts about the same subject and relation."),
     ] = False,
-    device_map: DeviceMap = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Passed to transformers, such as 'auto' or 'cuda:0'.")
+    ] = None,
 ) -> None:
-    """Put edits in force, one after another; one that damages the model is rolled back, and the
-    command ends with 2.
+    """Put edits in force, one after another.
+
+    An edit that damages the model is rolled back, and the exit code is 2.
     """
     import engram
     from engram.cli import terminal
     from engram.edit.edit import Edit
 
     book = engram.Ledger.open(ledger)
-    made = [Edit.load(folder) for folder in edits]
+    loaded = [Edit.load(folder) for folder in edits]
     lm = (
         terminal.load(model or str(book.base["model"]), book.dtype, device_map)
         if canary or model
         else None
     )
-    for edit in made:
+    for edit in loaded:
         book.add(edit, lm, replace=replace)
         typer.echo(str(book.history()[-1]))
 
@@ -103,11 +109,11 @@ def add(
 def list_(
     ledger: Book,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also what was removed or rolled back.")
+        bool, typer.Option("--all", help="List removed and rolled-back entries too.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is in force, with the names by which it can be taken out."""
+    """List what is in force, with the names by which it can be removed."""
     import engram
 
     entries = engram.Ledger.open(ledger).list(everything=everything)
@@ -127,13 +133,13 @@ def list_(
 @app.command()
 def show(
     ledger: Book,
-    number: Annotated[int, typer.Argument(help="Of the entry.", show_default=False)],
+    number: Annotated[int, typer.Argument(help="Number of the entry.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for a copy of the edit as it was added."),
     ] = None,
 ) -> None:
-    """An entry: its facts, when it came, what was measured, what it was made on, and its receipt."""
+    """Show an entry: facts, date, measurements, the entries it was computed on, receipt."""
     import engram
     from engram.cli import show
     from engram.evaluate.receipt import Receipt
@@ -158,7 +164,7 @@ def remove(
         typer.Argument(help="Entries such as 3, or single facts such as 3.1.", show_default=False),
     ],
 ) -> None:
-    """Take entries or single facts out of force, exactly; their files stay until 'prune'."""
+    """Remove entries or single facts exactly; their files stay until 'prune'."""
     import engram
 
     book = engram.Ledger.open(ledger)
@@ -172,26 +178,26 @@ def conflicts(
     edit: EditFolder,
     near: Annotated[
         float | None,
-        typer.Option(help="Overlap from which on keys are near; default: as measured."),
+        typer.Option(help="Overlap (cosine) above which two keys conflict; default: as measured."),
     ] = None,
 ) -> None:
-    """Facts in force that an edit would get into the way of. Ends with 1 where there are some."""
+    """List facts in force that an edit conflicts with. Exit code 1 if there are any."""
     import engram
     from engram.edit.edit import Edit
     from engram.ledger.conflicts import NEAR
 
-    found = engram.Ledger.open(ledger).conflicts(
+    clashes = engram.Ledger.open(ledger).conflicts(
         Edit.load(edit), near=NEAR if near is None else near
     )
-    for conflict in found:
+    for conflict in clashes:
         typer.echo(str(conflict))
-    if found:
+    if clashes:
         raise typer.Exit(1)
 
 
 @app.command()
 def history(ledger: Book, as_json: AsJson = False) -> None:
-    """Everything that has happened, the oldest first."""
+    """List every event, oldest first."""
     import engram
 
     events = engram.Ledger.open(ledger).history()
@@ -207,7 +213,7 @@ def apply(
     ledger: Book,
     out: Out,
     model: Annotated[
-        str | None, typer.Option(help="The base's checkpoint; default: by its name.")
+        str | None, typer.Option(help="Checkpoint of the base model; default: by its name.")
     ] = None,
 ) -> None:
     """Write the model with everything in force as one checkpoint."""

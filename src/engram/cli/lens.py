@@ -1,175 +1,196 @@
-"""The commands that read states and memories in the vocabulary: lens, refinement, memories."""
+"""Commands that read states and memories in the vocabulary: lens, refinement and memories."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.options import AsJson, DeviceMap, Dtype, Model
+from engram.cli.options import AsJson, Model, ModelOptions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.text import Text
 
     from engram.locate.lenses.lens import LogitLens
+    from engram.locate.lenses.memories import Memories
+    from engram.locate.lenses.refinement import Refinement
 
 Prompt = Annotated[
     str, typer.Argument(help="Any text: 'The Space Needle is in the city of'.", show_default=False)
 ]
 Norm = Annotated[
     bool,
-    typer.Option(
-        "--norm/--raw", help="Apply the model's last norm, or read what is there as it is."
-    ),
-]
-Target = Annotated[
-    str | None, typer.Option(help="Token to score everywhere; default: the one that comes next.")
+    typer.Option("--norm/--no-norm", help="Apply the model's last norm before the unembedding."),
 ]
 Position = Annotated[
     int, typer.Option("--position", "-p", help="Token of the text, from 0; negative: from its end.")
-]
-Picture = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")
 ]
 
 _CELL = 10  # characters of a token in the terminal's table
 
 
+@dataclass(frozen=True)
+class LensOptions:
+    """How states are read."""
+
+    norm: Norm = True
+    target: Annotated[
+        str | None,
+        typer.Option(help="Token to score everywhere; default: the most probable next one."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class LensOutput:
+    """What a lens writes."""
+
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")
+    ] = None
+    as_json: AsJson = False
+
+    def write(
+        self,
+        result: LogitLens | Refinement | Memories,
+        plot: Callable[[], Figure],
+        show: Callable[[], None],
+    ) -> None:
+        """Save the picture that `plot` draws, and print JSON or call `show`."""
+        if self.out is not None:
+            plot().savefig(self.out)
+        if self.as_json:
+            typer.echo(json.dumps(result.to_dict()))
+        else:
+            show()
+        if self.out is not None:
+            typer.echo(f"picture: {self.out}", err=self.as_json)
+
+
 def lens(
     model: Model,
     text: Prompt,
-    norm: Norm = True,
-    target: Target = None,
+    lens_options: LensOptions,
+    *,
     k: Annotated[int, typer.Option("-k", help="Tokens kept for each state, in --json.")] = 5,
     shade: Annotated[
         str, typer.Option(help="Colours of the picture: probability, answer, rank, entropy or kl.")
     ] = "probability",
-    out: Picture = None,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    output: LensOutput,
+    model_options: ModelOptions,
 ) -> None:
-    """Show what every state of a text says about the next token (logit lens)."""
+    """Show what every state of a text predicts as the next token (logit lens)."""
     import engram
     from engram.cli import terminal
 
-    found = engram.lens(
-        terminal.load(model, dtype, device_map), text, norm=norm, target=target, k=k
+    def show() -> None:
+        terminal.console.print(_grid(result, terminal.console.width))
+        terminal.console.print(str(result), markup=False)
+
+    result = engram.lens(
+        model_options.load(model), text, norm=lens_options.norm, target=lens_options.target, k=k
     )
-    if out is not None:
-        found.plot(shade).savefig(out)  # type: ignore[arg-type]
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        terminal.console.print(_grid(found, terminal.console.width))
-        terminal.console.print(str(found), markup=False)
-    _tell(out, as_json)
+    output.write(result, lambda: result.plot(shade), show)  # type: ignore[arg-type]
 
 
 def refinement(
     model: Model,
     text: Prompt,
-    norm: Norm = True,
-    target: Target = None,
+    lens_options: LensOptions,
+    *,
     position: Position = -1,
-    out: Picture = None,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    output: LensOutput,
+    model_options: ModelOptions,
 ) -> None:
-    """Show who changes the prediction, attention or the MLP, block by block."""
+    """Show whether attention or the MLP changes the prediction, block by block."""
     import engram
     from engram.cli import terminal
 
-    found = engram.refinement(
-        terminal.load(model, dtype, device_map), text, norm=norm, target=target
+    result = engram.refinement(
+        model_options.load(model), text, norm=lens_options.norm, target=lens_options.target
     )
-    if out is not None:
-        found.plot(position).savefig(out)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        terminal.console.print(found.describe(position), markup=False)
-    _tell(out, as_json)
+    output.write(
+        result,
+        lambda: result.plot(position),
+        lambda: terminal.console.print(result.describe(position), markup=False),
+    )
+
+
+@dataclass(frozen=True)
+class NeuronOptions:
+    """Which neurons are shown, and at which token."""
+
+    layer: Annotated[int, typer.Option("--layer", "-l", help="Block, from 0.")]
+    position: Position = -1
+    neurons: Annotated[
+        int, typer.Option("--neurons", "-n", help="Number of neurons, strongest first.")
+    ] = 10
+    k: Annotated[int, typer.Option("-k", help="Tokens of each neuron.")] = 8
 
 
 def memories(
     model: Model,
     text: Prompt,
-    layer: Annotated[int, typer.Option("--layer", "-l", help="Block, from 0.")],
-    position: Position = -1,
-    neurons: Annotated[
-        int, typer.Option("--neurons", "-n", help="How many, strongest first.")
-    ] = 10,
-    k: Annotated[int, typer.Option("-k", help="Tokens of each neuron.")] = 8,
+    which: NeuronOptions,
     norm: Norm = True,
-    out: Picture = None,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    *,
+    output: LensOutput,
+    model_options: ModelOptions,
 ) -> None:
-    """Show the MLP neurons that fire on a text, and the tokens each of them pushes towards."""
+    """Show the MLP neurons that fire on a text, and the tokens each of them promotes."""
     import engram
     from engram.cli import terminal
 
-    found = engram.memories(
-        terminal.load(model, dtype, device_map),
+    result = engram.memories(
+        model_options.load(model),
         text,
-        layer,
-        position,
-        neurons=neurons,
-        k=k,
+        which.layer,
+        which.position,
+        neurons=which.neurons,
+        k=which.k,
         norm=norm,
     )
-    if out is not None:
-        found.plot().savefig(out)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        terminal.console.print(str(found), markup=False)
-    _tell(out, as_json)
+    output.write(result, result.plot, lambda: terminal.console.print(str(result), markup=False))
 
 
-def _tell(picture: Path | None, as_json: bool) -> None:
-    if picture is not None:
-        typer.echo(f"picture: {picture}", err=as_json)
+def _grid(lens: LogitLens, width: int) -> Text:
+    """Return each state's top token, layers up and tokens across, wrapped to `width`.
 
-
-def _grid(found: LogitLens, width: int) -> Text:
-    """Layers up, tokens across: each state's top token, darker for a higher probability, bold once
-    it stays; wide texts go on below.
+    A cell is darker for a higher probability, and bold from the layer on where its token stays.
     """
     from rich.cells import cell_len, set_cell_size
     from rich.style import Style
     from rich.text import Text
 
-    shown = [*found.tokens, *found.top_tokens.values()]
+    shown = [*lens.tokens, *lens.top_tokens.values()]
     cell = min(_CELL, max(cell_len(_visible(token)) for token in shown))
-    blocks = math.ceil(len(found.tokens) / max(1, (width - 4) // (cell + 1)))
-    columns = math.ceil(len(found.tokens) / blocks)
+    blocks = math.ceil(len(lens.tokens) / max(1, (width - 4) // (cell + 1)))
+    columns = math.ceil(len(lens.tokens) / blocks)
     picture = Text(no_wrap=True)
-    for start in range(0, len(found.tokens), columns):
-        part = range(start, min(start + columns, len(found.tokens)))
-        for row in reversed(range(len(found.rank))):
-            picture.append(f"{found.labels()[row]:>3} ", Style(dim=True))
+    for start in range(0, len(lens.tokens), columns):
+        part = range(start, min(start + columns, len(lens.tokens)))
+        for row in reversed(range(len(lens.rank))):
+            picture.append(f"{lens.labels()[row]:>3} ", Style(dim=True))
             for at in part:
-                token, p = found.top(row, at)[0]
+                token, p = lens.top(row, at)[0]
                 picture.append(
-                    set_cell_size(_visible(token), cell), _ink(p, row >= int(found.settled[at]))
+                    set_cell_size(_visible(token), cell), _ink(p, row >= int(lens.settled[at]))
                 )
                 picture.append(" ")
             picture.append("\n")
-        below = " ".join(set_cell_size(_visible(found.tokens[at]), cell) for at in part)
+        below = " ".join(set_cell_size(_visible(lens.tokens[at]), cell) for at in part)
         picture.append(f"    {below}\n\n", Style(bold=True))
     picture.right_crop(1)
     return picture
 
 
 def _ink(probability: float, settled: bool) -> Any:
-    """White on a purple that deepens with the probability; bold where the token stays to the end."""
+    """Return a style: darker for a higher probability; bold if the token stays to the end."""
     from rich.color import Color
     from rich.style import Style
 

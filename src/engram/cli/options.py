@@ -1,51 +1,62 @@
-"""Where a command's work is done, by its options."""
+"""Options that several commands share, and how a command takes a group of them as one value.
+
+A group is a frozen dataclass whose fields are annotated as typer options. `expand_groups` shows
+typer one option per field, and hands the command the group. Knows typer and no command.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
+    from engram.model.language_model import LanguageModel
     from engram.runs.workers import Workers
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
 
 
-OnWorkers = Annotated[
-    str | None,
-    typer.Option("--workers", help="'ray': spread the work over processes with a model each."),
-]
+def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return `command` with every parameter that is a group of options replaced by its fields.
 
-
-NumWorkers = Annotated[int, typer.Option(help="How many.", min=1)]
-
-
-RayAddress = Annotated[
-    str | None,
-    typer.Option(help="Of a Ray cluster, such as 'auto'; default: one of this machine's own."),
-]
-
-
-def workers_of(workers: str | None, num_workers: int, ray_address: str | None) -> Workers | None:
-    """None: in this process.
-
-    Raises:
-        SettingError: another kind of workers than 'ray'.
+    typer reads a command's options from its signature and has no way to share them. So the
+    signature is rewritten: `f(model: Model, model_options: ModelOptions)` becomes
+    `f(*, model: Model, dtype: ... = None, device_map: ... = None)`. Parameters become keyword-only,
+    as typer passes them, so that an option without a default may follow one with a default.
     """
-    from engram.errors import SettingError
+    groups: dict[str, Any] = {}
+    expanded: dict[str, Parameter] = {}
+    for name, parameter in signature(command, eval_str=True).parameters.items():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            expanded[name] = parameter.replace(kind=Parameter.KEYWORD_ONLY)
+            continue
+        groups[name] = group
+        hints = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            assert field.name not in expanded, f"{command.__name__} has {field.name} twice"
+            # dataclasses and inspect mark "no default" with different objects
+            default = getattr(group, field.name, Parameter.empty)
+            expanded[field.name] = Parameter(
+                field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+            )
 
-    if workers is None:
-        return None
-    if workers != "ray":
-        raise SettingError(f"--workers {workers!r}: expected 'ray', or leave it out")
-    from engram.runs.workers import RayWorkers
+    @wraps(command)
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
 
-    return RayWorkers(num_workers, address=ray_address)
+    call.__signature__ = signature(command).replace(  # type: ignore[attr-defined]
+        parameters=list(expanded.values()), return_annotation=None
+    )
+    call.__annotations__ = {name: parameter.annotation for name, parameter in expanded.items()}
+    return call
 
 
 Model = Annotated[
@@ -54,43 +65,85 @@ Model = Annotated[
         help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False
     ),
 ]
-
-
 EditFolder = Annotated[
-    Path, typer.Argument(help="A folder that 'engram edit' wrote.", show_default=False)
+    Path, typer.Argument(help="Folder that 'engram edit' wrote.", show_default=False)
 ]
-
-
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)
 ]
-
-
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16; default: as the checkpoint stores it."),
-]
-
-
-DeviceMap = Annotated[
-    str | None, typer.Option(help="Passed on to transformers, such as 'auto' or 'cuda:0'.")
-]
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-
-
 Chat = Annotated[
-    bool,
-    typer.Option("--chat", help="Ask as a user of the chat model does: through its chat template."),
+    bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE, any other setting of the method; repeat."),
+]
+Corpus = Annotated[
+    Path | None,
+    typer.Option(help="Text file for second moments; default: text that the model samples."),
 ]
 
 
-Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own."),
+    ] = None
+    device_map: Annotated[
+        str | None, typer.Option(help="Passed to transformers, such as 'auto' or 'cuda:0'.")
+    ] = None
+
+    def load(self, model: str) -> LanguageModel:
+        """Load the model that is named `model`."""
+        from engram.cli import terminal
+
+        return terminal.load(model, self.dtype, self.device_map)
 
 
-def settings_of(pairs: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs as settings: a value is read as JSON where it is some."""
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Where the work is done: in this process, or spread over processes with a model each."""
+
+    workers: Annotated[
+        str | None,
+        typer.Option("--workers", help="'ray': spread the work over processes with a model each."),
+    ] = None
+    num_workers: Annotated[int, typer.Option(help="Number of worker processes.", min=1)] = 2
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster, such as 'auto'; default: start one on this machine."
+        ),
+    ] = None
+
+    def open(self) -> Workers | None:
+        """Return the workers, or None for this process.
+
+        Raises:
+            SettingError: `workers` is neither None nor 'ray'.
+        """
+        from engram.errors import SettingError
+
+        if self.workers is None:
+            return None
+        if self.workers != "ray":
+            raise SettingError(f"--workers {self.workers!r}: expected 'ray', or leave it out")
+        from engram.runs.workers import RayWorkers
+
+        return RayWorkers(self.num_workers, address=self.ray_address)
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """Return NAME=VALUE pairs as settings; a value that is JSON is read as JSON.
+
+    Raises:
+        SettingError: a pair without an equals sign.
+    """
     from engram.errors import SettingError
 
     settings = {}

@@ -1,4 +1,7 @@
-"""TODO cli.show"""
+"""What commands print: heat maps, averages, receipts, cards and benchmark tables in characters.
+
+Knows rich and the library's values; computes nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,39 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from engram.cli import terminal
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from engram.benchmark.results import Run
     from engram.evaluate.receipt import Receipt
     from engram.knowledge.knowledge import Knowledge
     from engram.layers.card import LayerCard
     from engram.locate.average import AverageTrace
     from engram.locate.trace import CausalTrace
-from engram.cli.terminal import _line, _safe, console
 
 _SHADES = " ·░▒▓█"
-
-
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
 _INK = {
     "residual": "medium_purple",
     "mlp": "green",
     "attention": "red",
-}  # legible on dark and on light
+}  # legible on dark and light
 
 
 def heat_maps(trace: CausalTrace) -> Columns:
-    """The tables of a trace, side by side where the terminal is wide enough: tokens down and layers
-    across; of heads, layers
-    down and heads across, at the token where one of them does most. Neurons have none."""
+    """Return the tables of a trace, side by side where the terminal is wide enough.
+
+    Tokens run down and layers across; for heads, layers run down and heads across, at the token
+    with the largest effect. Neurons have no map.
+    """
     names = [label.replace("\n", "⏎") for label in trace.labels()]
     sign = -1 if trace.settings.get("direction") == "noise" else 1
     maps = []
@@ -52,8 +57,9 @@ def heat_maps(trace: CausalTrace) -> Columns:
 
 
 def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
-    """One character or two a column, darker for a larger effect (`sign` 1) or a more negative one,
-    with a terminal's colours.
+    """Return a heat map in characters, darker for larger effects, or negative ones if `sign` is -1.
+
+    A column is two characters wide for up to 16 layers, otherwise one.
     """
     layers = effects.shape[1]
     wide = 2 if layers <= 16 else 1
@@ -78,28 +84,31 @@ def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
 
 
 def show_trace(trace: CausalTrace) -> None:
-    """Heat maps, and where the strongest effects are."""
+    """Print the heat maps of a trace, and where the strongest effects are."""
     metric = trace.settings.get("metric", "probability").replace("_", " ")
-    console.print(f"{_safe(trace.prompt)} →[bold]{_safe(trace.answer.replace(chr(10), '⏎'))}[/]")
-    console.print(
+    terminal.console.print(
+        f"{escape(trace.prompt)} →[bold]{escape(trace.answer.replace(chr(10), '⏎'))}[/]"
+    )
+    terminal.console.print(
         f"{metric} {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}"
     )
     if trace.method != "exact":
-        console.print(
+        terminal.console.print(
             "[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else "")
         )
-    console.print(heat_maps(trace))
+    terminal.console.print(heat_maps(trace))
     margin = max(map(len, trace.scores))
     for site in trace.scores:
         at = trace.best(site)
         effect = float(trace.effects(site)[at])
-        console.print(
-            f"  {site:<{margin}}  strongest at token {_safe(repr(trace.tokens[at[0]]))}, {_place(trace, site, at[1:])}: {effect:+.3f}"
+        terminal.console.print(
+            f"  {site:<{margin}}  strongest at token {escape(repr(trace.tokens[at[0]]))}, "
+            f"{_place(trace, site, at[1:])}: {effect:+.3f}"
         )
 
 
 def _place(trace: CausalTrace, site: str, at: Sequence[int]) -> str:
-    """A column of a table, by its indices behind the token axis."""
+    """Return the name of a column of a table, from its indices after the token axis."""
     if site.partition(",")[0] == "neuron":
         layer, neuron = trace.settings["neurons"][at[0]]
         return f"layer {layer}, neuron {neuron}"
@@ -112,17 +121,18 @@ def _exact(trace: CausalTrace) -> str:
 
 
 def show_average(average: AverageTrace) -> None:
-    """Average effects by place of the token, and the total effect with its interval."""
+    """Print average effects by role of the token, and the total effect with its interval."""
     from engram.locate.average import TOKEN_ROLES
 
     ate, low, high = average.total_effect()
     left_out = f", {len(average.skipped)} left out" if average.skipped else ""
-    console.print(f"[bold]{len(average.traces)} facts[/]{left_out}")
-    console.print(
-        f"clean {average.clean:.3f}, corrupted {average.corrupted:.3f}: total effect {ate:.3f} (95 %: {low:.3f} to {high:.3f})"
+    terminal.console.print(f"[bold]{len(average.traces)} facts[/]{left_out}")
+    terminal.console.print(
+        f"clean {average.clean:.3f}, corrupted {average.corrupted:.3f}: "
+        f"total effect {ate:.3f} (95 %: {low:.3f} to {high:.3f})"
     )
     if average.traces[0].method != "exact":
-        console.print(
+        terminal.console.print(
             "[yellow]estimates[/], to first order"
             + (", but for the best cells" if average.traces[0].exact else "")
         )
@@ -132,9 +142,9 @@ def show_average(average: AverageTrace) -> None:
         for site in average.layered
     ]
     if maps:
-        console.print(Columns(maps, padding=(0, 1)))
+        terminal.console.print(Columns(maps, padding=(0, 1)))
     margin = max(map(len, [*average.sites, "strongest"]))
-    console.print(
+    terminal.console.print(
         f"  {'strongest':<{margin}}  {'at the last subject token':<25}  at the last token"
     )
     for site, about in average.summary()["sites"].items():
@@ -142,7 +152,7 @@ def show_average(average: AverageTrace) -> None:
             _peak(average, site, about[place]) if place in about else ""
             for place in ("last subject", "last")
         ]
-        console.print(f"  {site:<{margin}}  {peaks[0]:<25}  {peaks[1]}".rstrip())
+        terminal.console.print(f"  {site:<{margin}}  {peaks[0]:<25}  {peaks[1]}".rstrip())
 
 
 def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
@@ -150,12 +160,12 @@ def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
 
 
 def show_receipt(receipt: Receipt) -> None:
-    """Continuations before and after, then the numbers, with what the model was asked through."""
+    """Print continuations before and after the edit, then the numbers of a receipt."""
     for prompt, before, after in receipt.continuations:
-        console.print(f"[bold]{_safe(prompt)}[/]")
-        console.print(f"   before {_safe(_line(before))}")
-        console.print(f"   after  {_safe(_line(after))}")
-    console.print()
+        terminal.console.print(f"[bold]{escape(prompt)}[/]")
+        terminal.console.print(f"   before {escape(_one_line(before))}")
+        terminal.console.print(f"   after  {escape(_one_line(after))}")
+    terminal.console.print()
     for line in str(receipt).splitlines():
         style = (
             "green"
@@ -164,12 +174,12 @@ def show_receipt(receipt: Receipt) -> None:
             if line.endswith("FAILED")
             else ""
         )
-        console.print(Text(line, style))
+        terminal.console.print(Text(line, style))
 
 
-def show_knowledge(found: Knowledge, seed: int) -> None:
-    """The table by relation."""
-    for i, line in enumerate(found.table(seed=seed).splitlines()):
+def show_knowledge(knowledge: Knowledge, seed: int) -> None:
+    """Print the table by relation."""
+    for i, line in enumerate(knowledge.table(seed=seed).splitlines()):
         style = (
             "bold"
             if i == 0 or line.startswith(("relation ", "all facts"))
@@ -177,13 +187,11 @@ def show_knowledge(found: Knowledge, seed: int) -> None:
             if line.startswith("  ")
             else ""
         )
-        console.print(Text(line, style))
+        terminal.console.print(Text(line, style))
 
 
 def show_layer_card(card: LayerCard) -> None:
-    """A row a layer: what tracing says, and how edits went; then the advice, and whether the trace
-    would have given it.
-    """
+    """Print a row per layer: its trace and its edits; then the advice."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")  # 80 columns
     for title in (
         "layer",
@@ -223,16 +231,85 @@ def show_layer_card(card: LayerCard) -> None:
             f"{row.score.low:.2f}–{row.score.high:.2f}" if row.score else "",
             style=style,
         )
-    console.print(
-        f"[bold]{_safe(card.model)}[/], {card.n_layers} layers; edits by {card.method} of {len(card.edited)} facts; "
+    terminal.console.print(
+        f"[bold]{escape(card.model)}[/], {card.n_layers} layers; "
+        f"edits by {card.method} of {len(card.edited)} facts; "
         f"effects of {card.traces['window']} MLPs at the subject's last token"
     )
-    console.print(table)
+    terminal.console.print(table)
     for line in card.advice():
-        console.print(f"  {_safe(line)}")
+        terminal.console.print(f"  {escape(line)}")
 
 
 def _bar(share: float, width: int) -> str:
-    """A bar of characters, to an eighth of one."""
+    """Return a bar of characters, precise to an eighth of a character."""
     eighths = round(8 * width * min(1.0, max(0.0, share)))
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip().ljust(width)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def show_runs(runs: list[Run], *, all_metrics: bool = False) -> None:
+    """Print the table of runs: a row per method, the best score of each column in bold."""
+    from engram.benchmark import report as reports
+    from engram.benchmark.metrics.table import METRICS
+
+    scores = reports.table(runs, every=all_metrics)
+    table = Table(
+        title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left"
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("n", justify="right")
+    for metric in scores.columns:
+        table.add_column(METRICS[metric].title, justify="right")
+    for method, (count, summary) in scores.rows.items():
+        cells = []
+        for metric in scores.columns:
+            cell = reports.shown(summary.get(metric), metric, interval=False)
+            cells.append(f"[bold]{cell}[/bold]" if scores.best.get(metric) == method else cell)
+        table.add_row(escape(method), str(count), *cells)
+    # A table wider than the terminal is of more use than one that is cut.
+    needed = 15 + max(map(len, scores.rows)) + 9 * len(scores.columns)
+    Console(width=max(terminal.console.width, needed), highlight=False).print(table)
+    terminal.console.print(
+        "EG PG NG and SG: what the model says by itself; the others compare probabilities of given"
+        " answers.",
+        style="dim",
+    )
+
+
+def show_differences(runs: list[Run]) -> None:
+    """Print the differences of methods on the same records, with intervals."""
+    from engram.benchmark import report as reports
+    from engram.benchmark.metrics.table import METRICS
+
+    for (a, b), differences in reports.compare(runs).items():
+        terminal.console.print(f"\n{a} minus {b}", markup=False)
+        for metric, difference in differences.items():
+            if not METRICS[metric].headline:
+                continue
+            scale = METRICS[metric].scale
+            low, high = difference.low * scale, difference.high * scale
+            verdict = "" if low <= 0 <= high else "  beyond chance"
+            terminal.console.print(
+                f"  {METRICS[metric].title:<12}{difference.mean * scale:+9.2f}"
+                f"   [{low:+.2f}, {high:+.2f}]   {difference.count} records{verdict}",
+                markup=False,
+            )
+
+
+def show_failures(runs: list[Run], limit: int) -> None:
+    """Print prompts of each method that fail after its edits, and records without an edit."""
+    for run in runs:
+        for label in run.measured:
+            terminal.console.print(f"\n{label}: prompts that fail after the edit", markup=False)
+            for failure in run.failures(label, count=limit):
+                terminal.console.print(
+                    f"  {failure.kind}: {failure.prompt!r}\n    wanted {failure.wanted!r}; "
+                    f"before {failure.before!r}, now {failure.after!r}",
+                    markup=False,
+                )
+            for id, error in list(run.errors(label).items())[:limit]:
+                terminal.console.print(f"  {id}: no edit, {error}", markup=False)

@@ -1,18 +1,30 @@
-"""TODO cli.stats"""
+"""`engram stats`, second moments of keys, and `engram plan`, what an edit takes in memory."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from engram.cli.options import NumWorkers, OnWorkers, RayAddress, workers_of
+from engram.cli.options import AsJson, Corpus, Model, ModelOptions, Seed, WorkerOptions
 
-if TYPE_CHECKING:
-    pass
-from engram.cli.options import AsJson, DeviceMap, Dtype, Model, Seed
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text that second moments are measured on."""
+
+    corpus: Corpus = None
+    data_set: Annotated[
+        str | None,
+        typer.Option(help="NAME or NAME:CONFIG of a Hugging Face data set (extra 'data')."),
+    ] = None
+    tokens: Annotated[
+        int | None, typer.Option(help="Number of tokens measured; default: 20 x d_ff.", min=1)
+    ] = None
+    seed: Seed = 0
 
 
 def stats(
@@ -20,54 +32,42 @@ def stats(
     layers: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: all.")
     ] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Text file; default: what the model samples.")
-    ] = None,
-    data_set: Annotated[
-        str | None,
-        typer.Option(help="NAME or NAME:CONFIG of a Hugging Face data set (extra 'data')."),
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="How many are measured; default: 20 x d_ff.", min=1)
-    ] = None,
+    *,
+    text: TextOptions,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for one file a layer, beside the cache."),
+        typer.Option("--out", "-o", help="Folder for one file per layer, beside the cache."),
     ] = None,
-    workers: OnWorkers = None,
-    num_workers: NumWorkers = 2,
-    ray_address: RayAddress = None,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    workers: WorkerOptions,
+    model_options: ModelOptions,
 ) -> None:
-    """Measure second moments of keys, several layers in one pass; kept for later edits, resumed
-    where it was stopped.
+    """Measure second moments of keys, several layers in one pass.
+
+    They are cached for later edits; a stopped measurement is resumed.
     """
     from engram.cli import terminal
     from engram.editors.second_moments.corpora import DataSet
     from engram.editors.second_moments.measure import second_moments
     from engram.errors import EngramError
 
-    if corpus and data_set:
+    if text.corpus and text.data_set:
         raise EngramError(
             "--corpus and --data-set both say where the text comes from; give one of them"
         )
-    lm = terminal.load(model, dtype, device_map)
-    name, _, config = (data_set or "").partition(":")
-    source = DataSet(name, config or None) if data_set else corpus
+    lm = model_options.load(model)
+    name, _, config = (text.data_set or "").partition(":")
     with terminal.progress() as progress:
-        found = second_moments(
+        moments = second_moments(
             lm,
             layers or range(lm.n_layers),
-            source,
-            tokens,
-            seed=seed,
-            workers=workers_of(workers, num_workers, ray_address),
+            DataSet(name, config or None) if text.data_set else text.corpus,
+            text.tokens,
+            seed=text.seed,
+            workers=workers.open(),
             progress=progress,
         )
     terminal.console.print(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
-    for layer, moment in found.items():
+    for layer, moment in moments.items():
         terminal.console.print(
             f"{layer:>5} {len(moment.matrix_ff):>6} {moment.count:>9} {moment.condition():>10.1e}"
         )
@@ -78,35 +78,31 @@ def stats(
 
 def plan(
     model: Model,
-    facts: Annotated[int, typer.Option("--facts", "-n", help="How many are rewritten.", min=1)] = 1,
-    method: Annotated[str, typer.Option(help="How to edit.")] = "rome",
+    facts: Annotated[int, typer.Option("--facts", "-n", help="Number of facts.", min=1)] = 1,
+    method: Annotated[str, typer.Option(help="Method of the edit.")] = "rome",
     layers: Annotated[
         list[int] | None,
         typer.Option("--layer", "-l", help="Block, from 0; repeat. Default: the preset's."),
     ] = None,
     facts_per_batch: Annotated[int, typer.Option(help="Facts optimised in one batch.", min=1)] = 32,
     as_json: AsJson = False,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own."),
+    ] = None,
 ) -> None:
-    """Tell what an edit will take in memory and on disk, from the model's config alone: no weight
-    is read.
-    """
+    """Report the memory and disk an edit takes, from the model's config: no weight is read."""
     from dataclasses import asdict
 
     import engram
     from engram.model.loading import load_shapes
 
-    told = engram.memory_plan(
+    memory = engram.memory_plan(
         load_shapes(model, dtype=dtype),
         facts,
         method,
         layers=layers,
         facts_per_batch=facts_per_batch,
     )
-    typer.echo(
-        json.dumps(
-            {**asdict(told), "peak": told.peak, "beside": told.beside, "on_disk": told.on_disk}
-        )
-        if as_json
-        else str(told)
-    )
+    sums = {"peak": memory.peak, "beside": memory.beside, "on_disk": memory.on_disk}
+    typer.echo(json.dumps(asdict(memory) | sums) if as_json else str(memory))

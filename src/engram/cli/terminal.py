@@ -1,4 +1,4 @@
-"""What commands show: heat maps and receipts in characters, progress bars, loading a model quietly."""
+"""The terminal: its console, progress bars, and loading a model quietly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
-    """`engram.load`, without the library's own progress bars."""
+    """Call `engram.load`, without the progress bars of other libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status(f"loading {name}"):
@@ -44,7 +44,7 @@ def load(name: str, dtype: str | None = None, device_map: str | None = None) -> 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A callback (what, done, in all) that draws a bar; nothing where the output is no terminal."""
+    """Yield a callback (what, done, total) that draws a bar on a terminal, nothing elsewhere."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,7 +66,7 @@ def progress() -> Iterator[Progress]:
 def show_plan_if_large(
     lm: LanguageModel, facts: int, method: str, settings: dict[str, Any], above: int = 1 << 30
 ) -> None:
-    """The memory plan on stderr, where an edit will hold more than a gigabyte beside the model."""
+    """Print the memory plan on stderr if an edit takes over `above` bytes beside the model."""
     from engram.editors import memory_plan
 
     if method not in memory_plan.PLANNED:
@@ -85,16 +85,7 @@ def show_plan_if_large(
 
 
 def size(folder: Path) -> str:
-    """What a folder of ours takes on disk."""
+    """Return the size on disk of a folder, as text."""
     return (
         f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1000:.0f} kB"
     )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _safe(text: str) -> str:
-    """Text in which brackets are not markup."""
-    return text.replace("[", r"\[")

@@ -1,28 +1,19 @@
-"""`engram trace`: where a model keeps one fact, or many on average. What it takes is what
-`TraceConfig` takes.
+"""`engram trace` and `engram average`: where a model keeps one fact, or many facts on average.
+
+Their settings are those of `TraceConfig`, which checks them.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engram.cli.options import (
-    AsJson,
-    DeviceMap,
-    Dtype,
-    Model,
-    NumWorkers,
-    OnWorkers,
-    RayAddress,
-    Seed,
-    settings_of,
-    workers_of,
-)
+from engram.cli.options import AsJson, Model, ModelOptions, Seed, WorkerOptions, parse_settings
 
 HEATMAPS, LINES, SEVERED, TRACES, SUMMARY = (
     "heatmaps.png",
@@ -33,228 +24,230 @@ HEATMAPS, LINES, SEVERED, TRACES, SUMMARY = (
 )
 
 
-def trace(
-    model: Model,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(help="Text up to the object: 'The Space Needle is in the city of'."),
-    ] = None,
-    subject: Annotated[
-        str | None,
-        typer.Option("--subject", "-s", help="Words of the prompt that name the subject."),
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Text to score; default: the model's own next token.")
-    ] = None,
-    facts: Annotated[
-        str | None,
-        typer.Option(
-            help="File of facts to average over (JSON, JSON lines, CSV) or 'pocket', instead of a prompt."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="So many random facts of the file.", min=1)
-    ] = None,
-    keep: Annotated[
-        str, typer.Option(help="Facts that count: known, exact (as published) or all.")
-    ] = "known",
-    answer: Annotated[
-        str,
-        typer.Option(
-            help="With --facts, what is scored: the model's own next token, or the object."
-        ),
-    ] = "model",
+@dataclass(frozen=True)
+class TraceOptions:
+    """How to trace: settings of `TraceConfig`."""
+
     sites: Annotated[
         list[str] | None,
         typer.Option(
             "--site", help="residual, mlp, attention, head, neuron, or one of the family's; repeat."
         ),
-    ] = None,
+    ] = None
     severed: Annotated[
-        list[str] | None, typer.Option(help="Freeze mlp or attention behind the state; repeat.")
-    ] = None,
+        list[str] | None,
+        typer.Option(help="Freeze mlp or attention after the restored state; repeat."),
+    ] = None
     window: Annotated[
         int | None,
-        typer.Option(
-            help="Layers replaced together at MLP and attention; default: 10, or a third."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Noise samples.")] = 10,
+        typer.Option(help="MLP or attention layers restored together; default: 10, or a third."),
+    ] = None
+    samples: Annotated[int, typer.Option(help="Number of noise samples.")] = 10
     noise: Annotated[
         str,
         typer.Option(
             help="s3: three standard deviations of subjects' embeddings; 0.1, u0.1, m, t10."
         ),
-    ] = "s3",
+    ] = "s3"
     corruption: Annotated[
-        str, typer.Option(help="What happens to the subject: noise, zeros, mean or subject.")
-    ] = "noise",
-    other_subject: Annotated[
-        str | None, typer.Option(help="The other subject of --corruption subject.")
-    ] = None,
+        str, typer.Option(help="How the subject is corrupted: noise, zeros, mean or subject.")
+    ] = "noise"
     direction: Annotated[
-        str, typer.Option(help="denoise: clean states into the corrupted run; noise: the reverse.")
-    ] = "denoise",
+        str,
+        typer.Option(help="denoise: put clean states into the corrupted run; noise: the reverse."),
+    ] = "denoise"
     effect: Annotated[
-        str, typer.Option(help="indirect, or direct: everything but the state is exchanged.")
-    ] = "indirect",
+        str, typer.Option(help="indirect; or direct: exchange everything but the state.")
+    ] = "indirect"
     metric: Annotated[
         str, typer.Option(help="probability, log_probability or logit_difference.")
-    ] = "probability",
-    foil: Annotated[
-        str | None, typer.Option(help="The other answer of --metric logit_difference.")
-    ] = None,
+    ] = "probability"
     method: Annotated[
-        str, typer.Option(help="exact, or attribution: an estimate, many times faster.")
-    ] = "exact",
+        str, typer.Option(help="exact; or attribution: a first-order estimate, much faster.")
+    ] = "exact"
     screen: Annotated[
-        int | None, typer.Option(help="Estimate all cells, compute so many of the best.", min=1)
-    ] = None,
+        int | None, typer.Option(help="Estimate all cells, then compute the N best exactly.", min=1)
+    ] = None
+    occurrence: Annotated[
+        str, typer.Option(help="Which occurrence of the subject: first, last or all.")
+    ] = "first"
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE, any other setting of a trace; repeat."),
-    ] = None,
-    occurrence: Annotated[
-        str, typer.Option(help="Which place of the subject: first, last or all.")
-    ] = "first",
-    seed: Seed = 1,
+    ] = None
+    seed: Seed = 1
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `engram.trace` and `engram.average_trace`.
+
+        Raises:
+            SettingError: a name in `--set` that no trace has.
+        """
+        from engram.locate.settings import TraceConfig
+
+        others = parse_settings(self.setting)
+        TraceConfig.check_names(others)
+        return {
+            "sites": self.sites or None,
+            "severed": self.severed or (),
+            "window": self.window,
+            "samples": self.samples,
+            "noise": _number_or_rule(self.noise),
+            "corruption": self.corruption,
+            "direction": self.direction,
+            "metric": self.metric,
+            "method": self.method,
+            "screen": self.screen,
+            "effect": self.effect,
+            "occurrence": self.occurrence,
+            "seed": self.seed,
+            **others,
+        }
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What one prompt is about."""
+
+    subject: Annotated[
+        str, typer.Option("--subject", "-s", help="Words of the prompt that name the subject.")
+    ]
+    target: Annotated[
+        str | None, typer.Option(help="Text to score; default: the model's own next token.")
+    ] = None
+    foil: Annotated[
+        str | None, typer.Option(help="Other answer, for --metric logit_difference.")
+    ] = None
+    other_subject: Annotated[
+        str | None, typer.Option(help="Subject to exchange it for, for --corruption subject.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TraceOutput:
+    """What one trace writes."""
+
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")
+    ] = None
+    save: Annotated[Path | None, typer.Option(help="File for the numbers: .safetensors.")] = None
+    as_json: AsJson = False
+
+
+def trace(
+    model: Model,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="Text up to the object: 'The Space Needle is in the city of'.", show_default=False
+        ),
+    ],
+    question: PromptOptions,
+    trace_options: TraceOptions,
+    output: TraceOutput,
+    model_options: ModelOptions,
+) -> None:
+    """Find which states of a model carry a fact, for one prompt (causal tracing)."""
+    import engram
+    from engram.cli import show, terminal
+
+    settings = trace_options.settings()
+    lm = model_options.load(model)
+    with terminal.progress() as progress:
+        result = engram.trace(
+            lm,
+            prompt,
+            subject=question.subject,
+            target=question.target,
+            foil=question.foil,
+            other_subject=question.other_subject,
+            progress=progress,
+            **settings,
+        )
+    if output.as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    else:
+        show.show_trace(result)
+    if output.out is not None:
+        result.plot().savefig(output.out)
+        typer.echo(f"picture: {output.out}", err=output.as_json)
+    if output.save is not None:
+        result.save(output.save)
+        typer.echo(f"numbers: {output.save}", err=output.as_json)
+
+
+@dataclass(frozen=True)
+class FactsOptions:
+    """Which facts are averaged over, and what is scored."""
+
+    facts: Annotated[
+        str,
+        typer.Option(
+            help="File of facts (JSON, JSON lines, CSV), or 'pocket': the bundled table.",
+            show_default=False,
+        ),
+    ]
+    limit: Annotated[
+        int | None, typer.Option(help="Number of facts, drawn at random; default: all.", min=1)
+    ] = None
+    keep: Annotated[
+        str, typer.Option(help="Facts that count: known, exact (as published) or all.")
+    ] = "known"
+    answer: Annotated[
+        str, typer.Option(help="What is scored: model (its own next token) or object.")
+    ] = "model"
+
+
+def average(
+    model: Model,
+    facts_options: FactsOptions,
+    trace_options: TraceOptions,
+    *,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Picture (.png, .pdf, .svg); with --facts a folder, which is gone on with.",
-        ),
+        typer.Option("--out", "-o", help="Folder of the run; an existing run is resumed."),
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="File for one trace's numbers: .safetensors.")
-    ] = None,
-    workers: OnWorkers = None,
-    num_workers: NumWorkers = 2,
-    ray_address: RayAddress = None,
+    workers: WorkerOptions,
     as_json: AsJson = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model_options: ModelOptions,
 ) -> None:
-    """Find which states of a model carry a fact (causal tracing), of one prompt or on average over
-    a file of facts.
-    """
-    from engram.errors import FactError
-    from engram.locate.settings import TraceConfig
-
-    others = settings_of(setting)
-    TraceConfig.check_names(others)
-    asked: dict[str, Any] = {
-        "sites": sites or None,
-        "severed": severed or (),
-        "window": window,
-        "samples": samples,
-        "noise": _rule(noise),
-        "corruption": corruption,
-        "direction": direction,
-        "metric": metric,
-        "method": method,
-        "screen": screen,
-        "effect": effect,
-        "occurrence": occurrence,
-        "seed": seed,
-        **others,
-    }
-    if (prompt is None) == (facts is None):
-        raise FactError("give either a PROMPT with --subject, or --facts FILE to average over")
-    if facts is not None:
-        one = {
-            "--subject": subject,
-            "--target": target,
-            "--foil": foil,
-            "--other-subject": other_subject,
-            "--save": save,
-        }
-        if given := [name for name, value in one.items() if value is not None]:
-            raise FactError(
-                f"{', '.join(given)} speak of one prompt; with --facts every fact brings its own"
-            )
-        asked |= {
-            "keep": keep,
-            "answer": answer,
-            "workers": workers_of(workers, num_workers, ray_address),
-        }
-        _average(model, facts, limit, asked, out, as_json, dtype, device_map)
-        return
-    if subject is None:
-        raise FactError("--subject is missing; give the words of the prompt that name the subject")
-    company = {"target": target, "foil": foil, "other_subject": other_subject}
-    _one(model, str(prompt), subject, company, asked, out, save, as_json, dtype, device_map)
-
-
-def _one(
-    model: str,
-    prompt: str,
-    subject: str,
-    company: dict[str, Any],
-    asked: dict[str, Any],
-    out: Path | None,
-    save: Path | None,
-    as_json: bool,
-    dtype: str | None,
-    device_map: str | None,
-) -> None:
+    """Find which states carry facts on average over a file of facts (causal tracing)."""
     import engram
     from engram.cli import show, terminal
 
-    lm = terminal.load(model, dtype, device_map)
-    with terminal.progress() as progress:
-        found = engram.trace(lm, prompt, subject=subject, progress=progress, **company, **asked)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        show.show_trace(found)
-    if out is not None:
-        found.plot().savefig(out)
-        typer.echo(f"picture: {out}", err=as_json)
-    if save is not None:
-        found.save(save)
-        typer.echo(f"numbers: {save}", err=as_json)
-
-
-def _average(
-    model: str,
-    facts: str,
-    limit: int | None,
-    asked: dict[str, Any],
-    out: Path | None,
-    as_json: bool,
-    dtype: str | None,
-    device_map: str | None,
-) -> None:
-    import engram
-    from engram.cli import show, terminal
-
-    table = engram.read_facts(facts)
-    asked.setdefault(
-        "noise_subjects", tuple(fact.subject for fact in table)
-    )  # of the whole file, as published
-    if limit is not None and limit < len(table):
-        table = random.Random(asked["seed"]).sample(table, limit)
+    settings = trace_options.settings()
+    facts = engram.read_facts(facts_options.facts)
+    # The noise scale comes from the subjects of the whole file, as published, whatever --limit is.
+    settings.setdefault("noise_subjects", tuple(fact.subject for fact in facts))
+    if facts_options.limit is not None and facts_options.limit < len(facts):
+        facts = random.Random(settings["seed"]).sample(facts, facts_options.limit)
     if out is not None:
         _make_folder(out)
-    lm = terminal.load(model, dtype, device_map)
+    lm = model_options.load(model)
     with terminal.progress() as progress:
-        average = engram.average_trace(
-            lm, table, out=out and out / TRACES, progress=progress, **asked
+        result = engram.average_trace(
+            lm,
+            facts,
+            out=out and out / TRACES,
+            keep=facts_options.keep,  # type: ignore[arg-type]
+            answer=facts_options.answer,  # type: ignore[arg-type]
+            workers=workers.open(),
+            progress=progress,
+            **settings,
         )
     if as_json:
-        typer.echo(json.dumps(average.summary()))
+        typer.echo(json.dumps(result.summary()))
     else:
-        show.show_average(average)
-    if out is not None:
-        (out / SUMMARY).write_text(json.dumps(average.summary(), indent=1) + "\n", encoding="utf8")
-        all_places = average.layered and asked.get("positions", "all") == "all"
-        pictures = {HEATMAPS: average.plot, LINES: average.plot_lines} if all_places else {}
-        pictures |= {SEVERED: average.plot_severed} if average.severed else {}
-        for name, draw in pictures.items():
-            draw().savefig(out / name)
-        typer.echo(f"{out}: {', '.join([TRACES, SUMMARY, *pictures])}", err=as_json)
+        show.show_average(result)
+    if out is None:
+        return
+    (out / SUMMARY).write_text(json.dumps(result.summary(), indent=1) + "\n", encoding="utf8")
+    every_position = result.layered and settings.get("positions", "all") == "all"
+    pictures = {HEATMAPS: result.plot, LINES: result.plot_lines} if every_position else {}
+    pictures |= {SEVERED: result.plot_severed} if result.severed else {}
+    for name, draw in pictures.items():
+        draw().savefig(out / name)
+    typer.echo(f"{out}: {', '.join([TRACES, SUMMARY, *pictures])}", err=as_json)
 
 
 def _make_folder(out: Path) -> None:
@@ -268,8 +261,8 @@ def _make_folder(out: Path) -> None:
         ) from error
 
 
-def _rule(noise: str) -> str | float:
-    """A number is a standard deviation; anything else names a rule."""
+def _number_or_rule(noise: str) -> str | float:
+    """Return a number as a standard deviation, and anything else as the name of a rule."""
     try:
         return float(noise)
     except ValueError:
