@@ -20,7 +20,7 @@ from engram.benchmark.known_records import known_records
 
 
 def main() -> None:
-    every = pocket_benchmark(every=True)
+    every = pocket_benchmark(all_facts=True)
     kept = known_records(engram.load("pocket"), every).records
     known = {record.id for record in kept}
     unknown = [record.id for record in every.records if record.id not in known]

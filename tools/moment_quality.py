@@ -99,10 +99,10 @@ def scores(lm: LanguageModel, edit: engram.Edit) -> dict[str, float]:
     as ratios.
     """
     receipt = engram.verify(lm, edit, continuation_tokens=0)
-    shares = (receipt.share("edit"), receipt.share("paraphrase"), receipt.share("neighbour"))
+    shares = (receipt.share("rewrite"), receipt.share("paraphrase"), receipt.share("neighbourhood"))
     percent = (math.nan if share is None else 100 * share for share in shares)
     margin = fmean(
-        a.after[0] - a.after[1] for kind in ("edit", "paraphrase") for a in receipt.of(kind)
+        a.after[0] - a.after[1] for kind in ("rewrite", "paraphrase") for a in receipt.of(kind)
     )
     drift = receipt.perplexity[1] / receipt.perplexity[0]
     return dict(zip(SCORES, (*percent, margin, drift, receipt.norm_ratio), strict=True))

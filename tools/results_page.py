@@ -26,7 +26,7 @@ MADE_BY = "tools/results_page.py: {}"
 def keep(name: str, paths: list[str]) -> None:
     """The table of these runs, and their cards, as JSON."""
     runs = [Run.open(path) for path in paths]
-    made = report.table(runs, every=True)
+    made = report.table(runs, all_metrics=True)
     told = {
         "table": json.loads(report.as_json(made)),
         "best": made.best,

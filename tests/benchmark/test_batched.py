@@ -30,7 +30,7 @@ from engram.modules.hooks import per_row_edits
 from engram.rewriting import rewrite_each
 from tests.helpers.tiny import DENSE, tiny_lm
 
-ASKED = MeasureConfig(said=2, texts=True, text_tokens=12, drift_every=1)
+ASKED = MeasureConfig(answer_tokens=2, texts=True, text_tokens=12, drift_every=1)
 
 
 def record(number: int) -> Record:
@@ -71,7 +71,7 @@ def assert_alike(some: Outcome, others: Outcome) -> None:
             a, b = getattr(one, name), getattr(other, name)
             assert (a is None) == (b is None), name
             assert a is None or a == pytest.approx(b, rel=1e-4, abs=1e-5), name
-        assert one.said == other.said
+        assert one.answer == other.answer
     assert some.texts == others.texts
     for name in ("perplexity", "drift", "fluency", "consistency", "essence"):
         a, b = getattr(some, name), getattr(others, name)
@@ -161,7 +161,7 @@ def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers() -> 
         "broken", (fact,), (Probe("rewrite", "The Louvre is in the city of", "Rome", "Paris"),)
     )
     (found,) = measure(
-        lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, MeasureConfig(said=1)
+        lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, MeasureConfig(answer_tokens=1)
     )
     assert found.error is not None
     assert found.after == found.before
@@ -176,7 +176,11 @@ def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() 
     )
     with patch.object(measuring, "rewrite_each", lambda *args, **settings: [ruin, good]):
         first, second = measure(
-            lm, [(1, record(0)), (2, record(1))], "rome", None, MeasureConfig(said=1, drift_every=0)
+            lm,
+            [(1, record(0)), (2, record(1))],
+            "rome",
+            None,
+            MeasureConfig(answer_tokens=1, drift_every=0),
         )
     assert first.error is not None
     assert all(each.wanted == each.unwanted and each.correct == 0 for each in first.after.readings)

@@ -135,7 +135,7 @@ def measured(i, phase):
         golden.model(),
         record(i),
         None if phase == "pre" else edit_of(i),
-        MeasureConfig(said=0, drift_every=0),
+        MeasureConfig(answer_tokens=0, drift_every=0),
     )[0]
 
 
@@ -166,7 +166,9 @@ def test_log_probabilities_after_an_edit_of_our_own(i):
         contexts=golden.inputs()["rome_context_templates"],
         second_moments={LAYER: golden.numbers("rome_tiny-gpt2")["mom2"]},
     )
-    mine, _ = measure_one(golden.model(), record(i), edit, MeasureConfig(said=0, drift_every=0))
+    mine, _ = measure_one(
+        golden.model(), record(i), edit, MeasureConfig(answer_tokens=0, drift_every=0)
+    )
     check_nlls(mine, nlls(i, "post"), 1e-4)
 
 
@@ -248,7 +250,7 @@ def test_perplexities(most):
 @pytest.mark.parametrize("i", CASES)
 def test_essence(i, phase):
     """Limit 1e-5, as of every perplexity here."""
-    lm, asked = golden.model(), MeasureConfig(said=0, texts=True, drift_every=0)
+    lm, asked = golden.model(), MeasureConfig(answer_tokens=0, texts=True, drift_every=0)
     silent = replace(record(i), generation=())  # texts are sampled with other draws than recorded
     mine, _ = measure_one(
         lm, silent, None if phase == "pre" else edit_of(i), asked, references=references()

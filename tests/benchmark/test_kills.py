@@ -34,7 +34,7 @@ folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 lm, data = tiny_lm(), dataset(RECORDS)
 
 def done(path):
-    run.bench(lm, data, METHODS, path, asked=ASKED, batch=3)
+    run.bench(lm, data, METHODS, path, config=ASKED, records_per_batch=3)
 
 def forked(path):
     pid = os.fork()
@@ -54,7 +54,7 @@ def ended(pid):
 AT_RANDOM = (
     PREAMBLE
     + """
-run.bench(lm, data, METHODS, folder / "warm", asked=ASKED, n=1)
+run.bench(lm, data, METHODS, folder / "warm", config=ASKED, limit=1)
 began = time.perf_counter()
 done(folder / "undisturbed")
 usual = time.perf_counter() - began

@@ -35,7 +35,7 @@ FACT = Fact("bridge", "The {} is in", "Madrid", "Rome")
 
 
 def quiet(**more):
-    return MeasureConfig(**{"said": 0, "drift_every": 0} | more)
+    return MeasureConfig(**{"answer_tokens": 0, "drift_every": 0} | more)
 
 
 def record(*probes, **more):
@@ -141,7 +141,7 @@ def test_what_is_measured_before_an_edit_is_bit_for_bit_the_same_behind_it():
     asked = record(
         *(Probe("rewrite", prompt, "Madrid", "Rome") for prompt in PROMPTS), generation=PROMPTS[:1]
     )
-    every = MeasureConfig(said=3, texts=True, text_tokens=16)
+    every = MeasureConfig(answer_tokens=3, texts=True, text_tokens=16)
     before, base = measure_one(lm, asked, None, every, drift=True)
     after, _ = measure_one(lm, asked, edited(lm), every, drift=True, base=base)
     again, _ = measure_one(lm, asked, None, every, drift=True)

@@ -41,7 +41,7 @@ def outcome(record, edited: bool, texts: bool = True) -> Outcome:
         return Reading(
             *pair,
             correct=float(right),
-            said=f" {probe.wanted if right else probe.unwanted} and",
+            answer=f" {probe.wanted if right else probe.unwanted} and",
             kl=0.1,
         )
 
@@ -61,7 +61,7 @@ def write(path, methods, data=DATA, model="tiny", **settings):
         "identity": model,
         "dataset": data.name,
         "form": data.form,
-        "asked": {},
+        "config": {},
     }
     with RunStore.writing(path, about) as store:
         store.add_records(data.records)
@@ -105,13 +105,13 @@ def test_the_unedited_model_comes_first_and_methods_in_the_order_of_the_library(
 def test_what_a_model_says_by_itself_comes_before_what_is_teacher_forced(made):
     columns = report.table([made]).columns
     assert columns == ("SG", "EG", "PG", "NG", "S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
-    more = report.table([made], every=True).columns
+    more = report.table([made], all_metrics=True).columns
     assert set(columns) < set(more)
     assert {"AS", "EA", "NKL", "failed", "seconds", "size"} <= set(more)
 
 
 def test_means_are_those_of_the_records(made):
-    rows = report.table([made], every=True).rows
+    rows = report.table([made], all_metrics=True).rows
     of = {name: summary for name, (_, summary) in rows.items()}
     assert (of[UNEDITED]["ES"].mean, of["rome"]["ES"].mean, of["memit"]["ES"].mean) == (0, 1, 0)
     assert of["ft"]["ES"].mean == of["ft"]["EG"].mean == 7 / 8
@@ -126,7 +126,7 @@ def test_means_are_those_of_the_records(made):
 def test_only_a_lead_over_every_other_method_that_is_beyond_chance_is_best(made, tmp_path):
     assert "ES" not in report.table([made]).best, "ROME's lead over FT is one record"
     without = write(tmp_path / "run", {"memit": BADLY, "rome": WELL})
-    best = report.table([without], every=True).best
+    best = report.table([without], all_metrics=True).best
     assert best["ES"] == best["PS"] == best["EG"] == best["S"] == "rome"
     assert "NS" not in best, "they are equal"
     assert "AS" not in best, "of which neither more nor less is better"
@@ -275,7 +275,7 @@ def test_latex_has_a_cell_a_column_and_no_letter_that_means_something_to_it(odd)
 
 
 def test_csv_has_the_numbers_in_their_unit(made):
-    table = report.table([made], every=True)
+    table = report.table([made], all_metrics=True)
     lines = list(csv.DictReader(io.StringIO(report.as_csv(table))))
     titles = {metric.title: name for name, metric in METRICS.items()}
     assert len(lines) == sum(len(summary) for _, summary in table.rows.values())
@@ -297,7 +297,7 @@ def test_json_is_json_to_every_reader(made, odd):
         raise AssertionError(f"{constant} is no JSON")
 
     for one in (made, odd):
-        table = report.table([one], every=True)
+        table = report.table([one], all_metrics=True)
         told = json.loads(report.as_json(table), parse_constant=refuse)
         assert list(told) == list(table.rows)
         for name, (count, summary) in table.rows.items():
@@ -387,13 +387,13 @@ def test_only_counterfact_has_published_cases(made, tmp_path):
 
 def test_failures_are_the_answers_that_are_not_what_is_wanted(made):
     assert made.failures("rome") == []
-    found = made.failures("ft", count=99)
+    found = made.failures("ft", limit=99)
     assert {each.record for each in found} == {"7"}
     assert [each.kind for each in found] == ["rewrite", "paraphrase", "attribute"]
     first, fact = found[0], DATA.records[7].facts[0]
     assert (first.prompt, first.wanted) == (fact.prompt_text, fact.target)
     assert first.after == first.before == f" {fact.target_true} and"
-    assert len(made.failures("memit", "paraphrase", count=3)) == 3
+    assert len(made.failures("memit", "paraphrase", limit=3)) == 3
     assert {each.kind for each in made.failures("memit", "paraphrase")} == {"paraphrase"}
     with pytest.raises(SettingError, match="label='lora': the run has memit, ft, rome"):
         made.failures("lora")
@@ -480,9 +480,9 @@ def test_a_benchmark_in_one_command_and_its_report_in_another(ran, tmp_path):
     made = Run.open(path)
     assert made.methods["strong"] == ("ft", {"epochs": 8, "learning_rate": 0.05})
     assert len(made.measured["strong"]) == 3
-    assert made.about["asked"] == {
-        **made.about["asked"],
-        "said": 2,
+    assert made.about["config"] == {
+        **made.about["config"],
+        "answer_tokens": 2,
         "texts": False,
         "drift_every": 0,
     }
@@ -559,7 +559,7 @@ def test_labels_are_shown_as_they_are(odd):
         ),
         (["--set", "epochs=3"], r"--set 'epochs=3': expected LABEL:NAME=VALUE"),
         (["--method", "roem"], r"method='roem': expected .* \(did you mean 'rome'\?\)"),
-        (["--seed", "3"], r"was begun with asked="),
+        (["--seed", "3"], r"was begun with config="),
         (["--workers", "dask"], r"--workers 'dask': expected 'ray'"),
     ],
 )

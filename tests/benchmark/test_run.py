@@ -34,7 +34,7 @@ def lm():
 
 
 def start(lm, path, methods=METHODS, data=DATA, **more):
-    return bench(lm, data, methods, path, **{"asked": ASKED, "batch": 3} | more)
+    return bench(lm, data, methods, path, **{"config": ASKED, "records_per_batch": 3} | more)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def alike(one: Run, two: Run) -> None:
     for label, results in two.measured.items():
         for at, each in results.items():
             assert one.measured[label][at].after.texts == each.after.texts
-            assert [r.said for r in one.measured[label][at].after.readings] == [
-                r.said for r in each.after.readings
+            assert [r.answer for r in one.measured[label][at].after.readings] == [
+                r.answer for r in each.after.readings
             ]
 
 
@@ -121,12 +121,12 @@ def test_the_numbers_are_those_of_measuring_each_record_by_itself(whole, lm):
                 assert (one.wanted, one.unwanted) == pytest.approx(
                     (other.wanted, other.unwanted), abs=1e-5
                 )
-                assert one.said == other.said
+                assert one.answer == other.answer
 
 
 def test_the_model_is_as_it_was(lm, tmp_path):
     before = {name: each.clone() for name, each in lm.model.state_dict().items()}
-    start(lm, tmp_path / "run", n=2)
+    start(lm, tmp_path / "run", limit=2)
     assert all(torch.equal(each, before[name]) for name, each in lm.model.state_dict().items())
 
 
@@ -155,7 +155,7 @@ def test_where_an_edit_cannot_be_made_the_record_counts_with_the_unedited_models
         ]
 
     monkeypatch.setattr(measuring, "rewrite_each", fails)
-    found = start(lm, tmp_path / "run", QUICK, n=3)
+    found = start(lm, tmp_path / "run", QUICK, limit=3)
     assert found.errors("ultraedit") == {"1": "subject 'bridge' is nowhere"}
     failed = found.measured["ultraedit"][1]
     assert failed.after == failed.before
@@ -172,7 +172,7 @@ def test_a_card_says_how_the_numbers_came_about(whole):
     assert json.loads(json.dumps(card)) == card
     assert card["model"] == "tiny-gpt2"
     assert card["dataset"] == "cities"
-    assert card["asked"]["seed"] == 0
+    assert card["config"]["seed"] == 0
     assert card["digest"] == DATA.digest
     assert len(card["identity"]) == 64
     assert card["methods"]["ft"]["settings"] == METHODS["ft"]
@@ -223,7 +223,7 @@ def test_a_finished_run_has_nothing_to_do(lm, copy, measured):
 
 def test_progress_counts_records_those_that_were_there_included(lm, tmp_path):
     calls: list[tuple[str, int, int]] = []
-    start(lm, tmp_path / "run", QUICK, n=3)
+    start(lm, tmp_path / "run", QUICK, limit=3)
     start(lm, tmp_path / "run", METHODS, progress=lambda *told: calls.append(told))
     assert calls == [
         ("ultraedit", 6, 7),
@@ -235,9 +235,9 @@ def test_progress_counts_records_those_that_were_there_included(lm, tmp_path):
 
 
 def test_a_run_grows(lm, whole, tmp_path, measured):
-    start(lm, tmp_path / "run", n=4)
+    start(lm, tmp_path / "run", limit=4)
     measured.clear()
-    grown = start(lm, tmp_path / "run", n=7)
+    grown = start(lm, tmp_path / "run", limit=7)
     assert {at for label, places, _ in measured for at in places if label == "ft"} == {4, 5, 6}
     alike(grown, Run.open(whole))
     assert contents(tmp_path / "run")["records"] == contents(whole)["records"]
@@ -247,9 +247,9 @@ def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(
     lm, whole, tmp_path, measured
 ):
     assert engram.editors.methods.METHODS["ultraedit"].depends_on_batch
-    start(lm, tmp_path / "run", n=5)
+    start(lm, tmp_path / "run", limit=5)
     measured.clear()
-    grown = start(lm, tmp_path / "run", n=7)
+    grown = start(lm, tmp_path / "run", limit=7)
     assert [places for label, places, _ in measured if label == "ultraedit"] == [[3, 4, 5], [6]]
     alike(grown, Run.open(whole))
 
@@ -258,14 +258,14 @@ def test_edits_that_depend_on_each_other_keep_to_their_batches(lm, copy, measure
     with pytest.raises(
         SettingError, match=r"has results of 'ultraedit'.*\"batch\": 3.*now .*\"batch\": 4"
     ):
-        start(lm, copy, batch=4)
-    start(lm, copy, {"ft": METHODS["ft"]}, batch=4)
+        start(lm, copy, records_per_batch=4)
+    start(lm, copy, {"ft": METHODS["ft"]}, records_per_batch=4)
     assert measured == []
 
 
 def test_fewer_records_are_no_other_run(lm, copy, measured):
     before = contents(copy)
-    assert len(start(lm, copy, n=2).records) == 7
+    assert len(start(lm, copy, limit=2).records) == 7
     assert measured == []
     assert contents(copy) == before
 
@@ -320,8 +320,8 @@ def test_methods_are_given_as_names_or_by_label(lm, copy, monkeypatch):
 def test_a_mistake_in_a_setting_does_not_take_its_label(lm, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(SettingError, match="epoch"):
-        start(lm, path, {"ft": {"epoch": 3}}, n=2)
-    assert start(lm, path, {"ft": METHODS["ft"]}, n=2).methods["ft"] == ("ft", METHODS["ft"])
+        start(lm, path, {"ft": {"epoch": 3}}, limit=2)
+    assert start(lm, path, {"ft": METHODS["ft"]}, limit=2).methods["ft"] == ("ft", METHODS["ft"])
 
 
 def test_a_callers_own_mistake_is_not_the_files(lm, tmp_path):
@@ -362,10 +362,10 @@ def other_record(data: Dataset) -> Dataset:
             "begun with another data set: its record 2 is not '2' as it is now",
         ),
         (
-            {"asked": replace(ASKED, seed=1)},
-            r"begun with asked=.*'seed': 0.*now asked for is .*'seed': 1",
+            {"config": replace(ASKED, seed=1)},
+            r"begun with config=.*'seed': 0.*now asked for is .*'seed': 1",
         ),
-        ({"asked": replace(ASKED, texts=False)}, "begun with asked="),
+        ({"config": replace(ASKED, texts=False)}, "begun with config="),
         (
             {"methods": {"ft": {"epochs": 4}}},
             r"has results of 'ft' with method 'ft' and .*\"epochs\": 3.*now .*\"epochs\": 4",
@@ -411,9 +411,9 @@ def test_an_edited_model_is_another_model(lm, copy):
     [
         ({"methods": []}, "methods is empty; name at least one"),
         ({"methods": ["roem"]}, r"method='roem': expected .* \(did you mean 'rome'\?\)"),
-        ({"batch": 0}, "batch=0.*expected 1 or more"),
-        ({"n": 0}, "n=0: expected 1 or more"),
-        ({"n": -1}, "n=-1: expected 1 or more"),
+        ({"records_per_batch": 0}, "records_per_batch=0.*expected 1 or more"),
+        ({"limit": 0}, "limit=0: expected 1 or more"),
+        ({"limit": -1}, "limit=-1: expected 1 or more"),
         ({"methods": {"ft": {"epochs": {3}}}}, r"settings of 'ft'.*JSON"),
     ],
 )
@@ -494,7 +494,7 @@ def test_a_lock_that_cannot_be_taken_is_told_with_the_files_name(lm, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_made(lm, tmp_path):
-    assert start(lm, tmp_path / "new" / "folder" / "run", QUICK, n=1).path.is_file()
+    assert start(lm, tmp_path / "new" / "folder" / "run", QUICK, limit=1).path.is_file()
 
 
 def test_a_file_that_another_program_holds(lm, copy, monkeypatch):

@@ -67,10 +67,10 @@ def test_accuracy_falls_where_the_fact_is_rewritten_and_comes_back_afterwards(
 ) -> None:
     asked = {"include_path": tasks, "bootstrap_iters": 0}
     before = harness(lm, ["tower"], **asked)
-    overlay = harness(lm, ["tower"], edit=edit, **asked)
-    merged = harness(lm, ["tower"], edit=edit, mode="merged", **asked)
+    beside = harness(lm, ["tower"], edit=edit, **asked)
+    written = harness(lm, ["tower"], edit=edit, mode="weights", **asked)
     after = harness(lm, ["tower"], **asked)
-    assert [run["tower"]["acc,none"] for run in (before, overlay, merged, after)] == [
+    assert [run["tower"]["acc,none"] for run in (before, beside, written, after)] == [
         1.0,
         0.0,
         0.0,
@@ -122,8 +122,8 @@ def test_mistakes_are_told(
 ) -> None:
     with pytest.raises(SettingError, match="tasks tovver do not exist"):
         harness(lm, ["tovver"], include_path=tasks)
-    with pytest.raises(SettingError, match="mode='beside'"):
-        harness(lm, ["tower"], mode="beside", include_path=tasks)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="mode='above'"):
+        harness(lm, ["tower"], mode="above", include_path=tasks)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="give an edit of weights"):
         harness(lm, ["tower"], edit=engram.rewrite(lm, fact, "in-context"), include_path=tasks)
     monkeypatch.setitem(sys.modules, "lm_eval", None)

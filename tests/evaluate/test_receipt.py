@@ -49,10 +49,10 @@ def receipt(lm):
 
 def test_every_prompt_is_scored_before_and_after(lm, receipt):
     assert [answer.kind for answer in receipt.answers] == [
-        "edit",
+        "rewrite",
         "paraphrase",
         "paraphrase",
-        *["neighbour", "neighbour+"] * 2,
+        *["neighbourhood", "neighbourhood+"] * 2,
     ]
     edit = edit_of(lm)
     for answer in receipt.answers:
@@ -65,7 +65,7 @@ def test_every_prompt_is_scored_before_and_after(lm, receipt):
 
 
 def test_neighbours_want_their_own_answer_and_stand_behind_the_edit_too(receipt):
-    near, plus = receipt.of("neighbour")[1], receipt.of("neighbour+")[1]
+    near, plus = receipt.of("neighbourhood")[1], receipt.of("neighbourhood+")[1]
     assert (near.wanted, near.unwanted) == ("London and Rome", "Paris")
     assert plus.prompt == "The tower of Rome is in the city of Paris. The river runs through"
 
@@ -148,15 +148,17 @@ def test_a_receipt_is_kept_in_the_edit(lm, receipt, tmp_path):
 
 def test_a_good_edit_passes():
     assert made(GOOD).passed
-    assert made({"edit": [(False, True)]}, rho=None).passed, "what was not measured is no failure"
+    assert made({"rewrite": [(False, True)]}, rho=None).passed, (
+        "what was not measured is no failure"
+    )
 
 
 @pytest.mark.parametrize(
     ("right", "numbers", "failing"),
     [
-        ({"edit": [(False, False)]}, {}, "efficacy"),
+        ({"rewrite": [(False, False)]}, {}, "efficacy"),
         ({"paraphrase": [(False, True), (False, False)]}, {}, "paraphrase"),
-        ({"neighbour": [(True, True), (True, False)]}, {}, "neighbourhood"),
+        ({"neighbourhood": [(True, True), (True, False)]}, {}, "neighbourhood"),
         ({}, {"perplexity": (10.0, 10.6)}, "perplexity_ratio"),
         ({}, {"norm_ratio": 20.0}, "norm_ratio"),
         ({}, {"rho": -0.3}, "rho"),
@@ -170,13 +172,13 @@ def test_each_limit_can_fail_an_edit(right, numbers, failing):
 
 
 def test_neighbours_that_were_wrong_before_do_not_count_as_lost():
-    receipt = made({**GOOD, "neighbour": [(True, True), (False, False), (False, False)]})
-    assert receipt.kept() == 1 and receipt.share("neighbour") == pytest.approx(1 / 3)
+    receipt = made({**GOOD, "neighbourhood": [(True, True), (False, False), (False, False)]})
+    assert receipt.kept() == 1 and receipt.share("neighbourhood") == pytest.approx(1 / 3)
 
 
 def test_limits_can_be_chosen_and_are_shown():
     receipt = replace(
-        made({**GOOD, "edit": [(False, False)]}),
+        made({**GOOD, "rewrite": [(False, False)]}),
         thresholds=Thresholds(min_efficacy=None, max_norm_ratio=0.5),
     )
     assert receipt.passed
@@ -184,4 +186,4 @@ def test_limits_can_be_chosen_and_are_shown():
 
 
 def test_margins_are_mean_differences_in_probability():
-    assert made({"edit": [(False, True)]}).margins() == (pytest.approx(0.6), None, None)
+    assert made({"rewrite": [(False, True)]}).margins() == (pytest.approx(0.6), None, None)

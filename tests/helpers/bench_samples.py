@@ -24,7 +24,7 @@ SUBJECTS = (
     "mayor",
 )
 CITIES = ("Paris", "Rome", "Madrid", "London")
-ASKED = MeasureConfig(said=1, texts=True, text_tokens=10, drift_every=5)
+ASKED = MeasureConfig(answer_tokens=1, texts=True, text_tokens=10, drift_every=5)
 METHODS: dict[str, dict[str, Any]] = {
     "ultraedit": {"learning_rate": 0.1},
     "ft": {"epochs": 3, "learning_rate": 0.05},

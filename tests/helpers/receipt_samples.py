@@ -16,7 +16,7 @@ def made(right: dict[str, list[tuple[bool, bool]]], **numbers) -> Receipt:
 
 
 GOOD = {
-    "edit": [(False, True)],
+    "rewrite": [(False, True)],
     "paraphrase": [(False, True)] * 4 + [(False, False)],
-    "neighbour": [(True, True)] * 5,
+    "neighbourhood": [(True, True)] * 5,
 }

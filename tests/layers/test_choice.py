@@ -83,7 +83,7 @@ def test_the_numbers_are_those_of_traces_and_receipts_one_by_one(lm, tmp_path):
         for layer, outcome in evidence.edits.items():
             receipt = engram.verify(lm, engram.rewrite(lm, fact, layer=layer, **ROME))
             assert outcome.score == pytest.approx(receipt_score(receipt), abs=1e-5)
-            shares = (receipt.share(kind) for kind in ("edit", "paraphrase", "neighbour"))
+            shares = (receipt.share(kind) for kind in ("rewrite", "paraphrase", "neighbourhood"))
             assert (outcome.efficacy, outcome.paraphrase, outcome.neighbourhood) == tuple(shares)
     estimate = engram.trace(
         lm,
@@ -163,7 +163,7 @@ def test_an_edit_that_cannot_be_computed_is_the_worst_and_stops_nothing(
 
 
 def test_receipts_are_compared_by_margins():
-    better, worse = made(GOOD), made({**GOOD, "edit": [(False, True)] * 2 + [(True, False)]})
+    better, worse = made(GOOD), made({**GOOD, "rewrite": [(False, True)] * 2 + [(True, False)]})
     assert 0 < receipt_score(worse) <= receipt_score(better) < 1
     with pytest.raises(EngramError, match="measured nothing"):
         receipt_score(made({}))

@@ -114,7 +114,7 @@ def test_an_edit_of_both_devices_is_verified_in_both_ways_and_gone_afterwards() 
         for way in (edit.applied, edit.attached):
             with way(lm, force=True):
                 got = lm.probabilities([(FACT.prompt_text, FACT.target)])[0]
-            assert got == pytest.approx(expected.of("edit")[0].after[0], rel=1e-4)
+            assert got == pytest.approx(expected.of("rewrite")[0].after[0], rel=1e-4)
         assert lm.log_probs([(FACT.prompt_text, FACT.target)])[0].tolist() == before
 
 

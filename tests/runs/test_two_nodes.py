@@ -40,7 +40,7 @@ from engram.model.loading import load
 from tests.helpers.two_nodes import HEAD, METHODS, Where
 workers = RayWorkers(3, address=f"{HEAD}:6379", threads=1)
 if sys.argv[1] == "bench":
-    bench(load("pocket"), pocket_benchmark(), METHODS, sys.argv[2], n=12, batch=2, workers=workers)
+    bench(load("pocket"), pocket_benchmark(), METHODS, sys.argv[2], limit=12, records_per_batch=2, workers=workers)
 for number, (square, where) in workers.run(Where(), range(24)):
     print(number, square, where, flush=True)
 """
@@ -118,7 +118,12 @@ def test_records_are_the_same_on_two_machines_and_on_one(inside: Any, tmp_path: 
     assert {where for *_, where in told} == {HEAD, OTHER}
     there = Run.open(tmp_path / "there.sqlite")
     here = bench(
-        load("pocket"), pocket_benchmark(), METHODS, tmp_path / "here.sqlite", n=12, batch=2
+        load("pocket"),
+        pocket_benchmark(),
+        METHODS,
+        tmp_path / "here.sqlite",
+        limit=12,
+        records_per_batch=2,
     )
     assert here.unedited == there.unedited
     for label in METHODS:

@@ -131,11 +131,19 @@ def test_benchmark_records_are_the_same_here_and_there_though_a_worker_is_killed
     lm: LanguageModel, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = {"memit": {"steps": 2, "store": False, "contexts": ["{}"]}, "ultraedit": {}}
-    here = bench(lm, pocket_benchmark(), methods, tmp_path / "here.sqlite", n=8, batch=4)
+    here = bench(
+        lm, pocket_benchmark(), methods, tmp_path / "here.sqlite", limit=8, records_per_batch=4
+    )
     marker = tmp_path / "died"
     monkeypatch.setattr(bench_run, "RecordsJob", lambda *args: Dying(*args, marker=marker))
     there = bench(
-        lm, pocket_benchmark(), methods, tmp_path / "there.sqlite", n=8, batch=4, workers=workers
+        lm,
+        pocket_benchmark(),
+        methods,
+        tmp_path / "there.sqlite",
+        limit=8,
+        records_per_batch=4,
+        workers=workers,
     )
     assert marker.exists()
     assert here.unedited == there.unedited

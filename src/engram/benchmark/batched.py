@@ -123,7 +123,7 @@ def measure_together(
     lm: LanguageModel,
     records: Sequence[Record],
     edits: Sequence[Edit],
-    asked: MeasureConfig,
+    config: MeasureConfig,
     *,
     drifts: Sequence[bool],
     references: References | None = None,
@@ -144,10 +144,10 @@ def measure_together(
         both = run(lm, ids_bt, [row.read for row in rows], owners, carried)
         compared = before.add(batch, next(both))
         after.add(batch, next(both), compared)
-    said = greedy(lm, questions, asked)
-    said_after = greedy(lm, questions, asked, carried.around)
-    texts = sampled(lm, records, asked) if unedited_texts else [()] * len(records)
-    texts_after = sampled(lm, records, asked, carried.around)
+    said = greedy(lm, questions, config)
+    said_after = greedy(lm, questions, config, carried.around)
+    texts = sampled(lm, records, config) if unedited_texts else [()] * len(records)
+    texts_after = sampled(lm, records, config, carried.around)
     base = HeldOut.read(lm) if any(drifts) else None
     held = (
         _held_out(lm, [n for n, wanted in enumerate(drifts) if wanted], carried)
@@ -155,7 +155,7 @@ def measure_together(
         else {}
     )
     read_before, read_after = before.readings(said), after.readings(said_after)
-    if asked.reference:
+    if config.reference:
         read_before, read_after = _in_text(lm, records, (read_before, read_after), carried, run)
     out = []
     for n, (record, was, now) in enumerate(zip(records, read_before, read_after, strict=True)):
@@ -163,7 +163,7 @@ def measure_together(
         if n in held and base is not None:
             unedited = Outcome(was, perplexity=base.perplexity)
             edited = Outcome(now, perplexity=held[n].perplexity, drift=held[n].kl(base))
-        if (ids := essence_ids(lm, record, asked, references)) is not None:
+        if (ids := essence_ids(lm, record, config, references)) is not None:
             if unedited_texts:
                 unedited = with_essence(
                     unedited, ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0]

@@ -22,7 +22,7 @@ TOKENS = 100  # of the texts, joined; as released
 
 
 def essence_ids(
-    lm: LanguageModel, record: Record, asked: MeasureConfig, references: References | None
+    lm: LanguageModel, record: Record, config: MeasureConfig, references: References | None
 ) -> list[int] | None:
     """Tokens of the texts whose name is the subject's, among the record's references.
 
@@ -33,7 +33,7 @@ def essence_ids(
         At least two tokens; None where there is no such text, texts are not asked for, or the model
         does not read from left to right.
     """
-    if references is None or record.references is None or not asked.texts or lm.kind != "causal":
+    if references is None or record.references is None or not config.texts or lm.kind != "causal":
         return None
     subjects = {fact.subject for fact in record.facts}
     told = [

@@ -32,7 +32,7 @@ def measure(
     records: Sequence[tuple[int, Record]],
     method: str,
     settings: Mapping[str, Any] | None = None,
-    asked: MeasureConfig | None = None,
+    config: MeasureConfig | None = None,
     references: References | None = None,
     *,
     together: bool = True,
@@ -46,11 +46,11 @@ def measure(
         references: for the consistency of texts.
         together: whether edits that rows can carry are measured in one batch; the numbers are the
             same.
-        unedited_texts: whether the unedited model writes `Asked.texts` as well; it need not where
+        unedited_texts: whether the unedited model writes `MeasureConfig.texts` as well; it need not where
             another method's run has them.
     """
-    asked = asked or MeasureConfig()
-    drifts = [bool(asked.drift_every) and place % asked.drift_every == 0 for place, _ in records]
+    config = config or MeasureConfig()
+    drifts = [bool(config.drift_every) and place % config.drift_every == 0 for place, _ in records]
     began = time.perf_counter()
     edits = rewrite_each(lm, [record.facts for _, record in records], method, **(settings or {}))
     seconds = (time.perf_counter() - began) / len(records)
@@ -68,13 +68,13 @@ def measure(
                 lm,
                 [records[n][1] for n in carried],
                 [edit for edit in carried.values() if isinstance(edit, Edit)],
-                asked,
+                config,
                 drifts=[drifts[n] for n in carried],
                 references=references,
                 unedited_texts=unedited_texts,
             )
             both = dict(zip(carried, outcomes, strict=True))
-    plain = asked if unedited_texts else replace(asked, texts=False)
+    plain = config if unedited_texts else replace(config, texts=False)
     for n, (edit, (_, record)) in enumerate(zip(edits, records, strict=True)):
         failed = str(edit) if isinstance(edit, EngramError) else None
         if n in both:
@@ -87,7 +87,7 @@ def measure(
             if not isinstance(edit, EngramError):
                 try:
                     after, _ = measure_one(
-                        lm, record, edit, asked, drift=drifts[n], references=references, base=base
+                        lm, record, edit, config, drift=drifts[n], references=references, base=base
                     )
                 except NonFiniteError as error:
                     after, failed = all_failed(record), f"with the edit {error}"

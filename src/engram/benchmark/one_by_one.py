@@ -39,7 +39,7 @@ def measure_one(
     lm: LanguageModel,
     record: Record,
     edit: Edit | PromptEdit | None,
-    asked: MeasureConfig,
+    config: MeasureConfig,
     *,
     drift: bool = False,
     references: References | None = None,
@@ -55,11 +55,11 @@ def measure_one(
     with nullcontext() if edit is None else edit.laid(lm):
         questions = ProbeRows(lm, [record])
         tally, compared = asked_now(lm, questions, None if base is None else base.compared)
-        (readings,) = tally.readings(greedy(lm, questions, asked))
-        if asked.reference:
+        (readings,) = tally.readings(greedy(lm, questions, config))
+        if config.reference:
             readings = _in_text(lm, record, readings)
-        essence = None if isinstance(edit, PromptEdit) else _essence(lm, record, asked, references)
-        texts = sampled(lm, [record], asked)[0]
+        essence = None if isinstance(edit, PromptEdit) else _essence(lm, record, config, references)
+        texts = sampled(lm, [record], config)[0]
         held = HeldOut.read(lm) if drift and not isinstance(edit, PromptEdit) else None
         ppl = None if held is None else held.perplexity
         if drift and isinstance(edit, PromptEdit):
@@ -74,9 +74,9 @@ def measure_one(
 
 
 def _essence(
-    lm: LanguageModel, record: Record, asked: MeasureConfig, references: References | None
+    lm: LanguageModel, record: Record, config: MeasureConfig, references: References | None
 ) -> tuple[list[int], Tensor] | None:
-    ids = essence_ids(lm, record, asked, references)
+    ids = essence_ids(lm, record, config, references)
     return None if ids is None else (ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0])
 
 

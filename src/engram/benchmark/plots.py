@@ -44,7 +44,7 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
     """
     from engram.benchmark.report import table
 
-    made = table(runs, every=metrics is not None)
+    made = table(runs, all_metrics=metrics is not None)
     names = [name for name in (metrics or SHOWN) if name in made.columns]
     if not names:
         raise SettingError(f"metrics={metrics}: the runs have {', '.join(made.columns)}")

@@ -46,12 +46,12 @@ class ScoreTable:
 
 
 def table(
-    runs: Sequence[Run], *, every: bool = False, seed: int = 0, resamples: int = 1000
+    runs: Sequence[Run], *, all_metrics: bool = False, seed: int = 0, resamples: int = 1000
 ) -> ScoreTable:
     """The table of one or several runs of the same benchmark.
 
     Args:
-        every: all metrics that there are numbers of, not only the headline ones.
+        all_metrics: all metrics that there are numbers of, not only the headline ones.
         seed, resamples: of the bootstrap.
     Raises:
         SettingError: no runs, or runs of different benchmarks.
@@ -64,7 +64,9 @@ def table(
         for name, (run, label) in rows.items()
     }
     there = {metric for _, summary in found.values() for metric in summary}
-    columns = tuple(name for name in METRICS if name in there and (every or METRICS[name].headline))
+    columns = tuple(
+        name for name in METRICS if name in there and (all_metrics or METRICS[name].headline)
+    )
     return ScoreTable(form, columns, found, _best(rows, form, columns, seed, resamples))
 
 

@@ -110,18 +110,18 @@ class Run:
             if rows
         }
 
-    def failures(self, label: str, kind: ProbeKind | None = None, count: int = 10) -> list[Failure]:
+    def failures(self, label: str, kind: ProbeKind | None = None, limit: int = 10) -> list[Failure]:
         """Probes whose greedy answer after the edit does not begin with what is wanted.
 
         Args:
             kind: of these probes only.
-            count: at most so many, in the order of the records.
+            limit: at most this many, in the order of the records.
         Raises:
             SettingError: a label that the run does not have.
         """
         if label not in self.measured:
             raise SettingError(f"label={label!r}: the run has {', '.join(self.measured)}")
-        return list(islice(self._failed(label, kind), count))
+        return list(islice(self._failed(label, kind), limit))
 
     def _failed(self, label: str, kind: ProbeKind | None) -> Iterator[Failure]:
         for place, measured in self.measured[label].items():
@@ -132,16 +132,16 @@ class Run:
                 strict=True,
             )
             for probe, was, now in each:
-                if kind not in (None, probe.kind) or now.said is None or probe.condition:
+                if kind not in (None, probe.kind) or now.answer is None or probe.condition:
                     continue
-                if not begins(now.said, (probe.wanted, *probe.aliases)):
+                if not begins(now.answer, (probe.wanted, *probe.aliases)):
                     yield Failure(
                         measured.id,
                         probe.kind,
                         probe.prompt,
                         probe.wanted,
-                        was.said or "",
-                        now.said,
+                        was.answer or "",
+                        now.answer,
                     )
 
     def errors(self, label: str) -> dict[str, str]:

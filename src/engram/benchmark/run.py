@@ -58,7 +58,7 @@ class Unit:
 class RecordsJob(ModelJob):
     """What workers do: edit and measure the records of a unit, see `distribute.Job`."""
 
-    asked: MeasureConfig
+    config: MeasureConfig
     references: References | None = None
 
     def do(self, state: LanguageModel, unit: Unit) -> list[Measured]:
@@ -67,7 +67,7 @@ class RecordsJob(ModelJob):
             unit.records,
             unit.method,
             unit.settings,
-            self.asked,
+            self.config,
             self.references,
             unedited_texts=unit.texts,
         )
@@ -80,9 +80,9 @@ def bench(
     methods: Methods,
     out: str | Path,
     *,
-    n: int | None = None,
-    asked: MeasureConfig | None = None,
-    batch: int = 32,
+    limit: int | None = None,
+    config: MeasureConfig | None = None,
+    records_per_batch: int = 32,
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Run:
@@ -98,9 +98,9 @@ def bench(
             "method" among them where the label
             is not its name: {"rome": {}, "rome-3": {"method": "rome", "layer": 3}}.
         out: file of the run.
-        n: the first so many records; default: all.
-        asked: what is measured of each record.
-        batch: records that are edited and measured together, by methods that can (`Method.batch_function`).
+        limit: the first records only; default: all.
+        config: what is measured of each record.
+        records_per_batch: records that are edited and measured together, by methods that can (`Method.batch_function`).
         workers: where the work is done, such as `distribute.RayWorkers`; default: this process.
         progress: called with (label, records done, records in all).
     Raises:
@@ -110,10 +110,12 @@ def bench(
     Source: the protocol of Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the
         unedited model.
     """
-    asked, wanted = asked or MeasureConfig(), _labelled(methods)
-    if batch < 1 or (n is not None and n < 1):
-        raise SettingError(f"batch={batch}, n={n}: expected 1 or more of each")
-    records = dataset.records[:n]
+    config, wanted = config or MeasureConfig(), _labelled(methods)
+    if records_per_batch < 1 or (limit is not None and limit < 1):
+        raise SettingError(
+            f"records_per_batch={records_per_batch}, limit={limit}: expected 1 or more of each"
+        )
+    records = dataset.records[:limit]
     lm = load(model) if isinstance(model, str) else model
     about = {
         "model": lm.name,
@@ -121,18 +123,21 @@ def bench(
         "dtype": str(lm.dtype).removeprefix("torch."),
         "dataset": dataset.name,
         "form": dataset.form,
-        "asked": asdict(asked),
+        "config": asdict(config),
     }
-    job = RecordsJob(lm if workers is None else ByName.of(lm), asked, dataset.references)
+    job = RecordsJob(lm if workers is None else ByName.of(lm), config, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
         for label, (method, settings) in wanted.items():
             store.add_method(
                 label,
                 method,
-                settings | ({"batch": batch} if METHODS[method].depends_on_batch else {}),
+                settings
+                | ({"records_per_batch": records_per_batch} if METHODS[method].depends_on_batch else {}),
             )
-        store.begin_session(datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, batch))
+        store.begin_session(
+            datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, records_per_batch)
+        )
         for label, (method, settings) in wanted.items():
             _run(
                 store,
@@ -140,8 +145,8 @@ def bench(
                 method,
                 settings,
                 records,
-                asked,
-                batch,
+                config,
+                records_per_batch,
                 job,
                 workers or Here(),
                 progress,
@@ -155,8 +160,8 @@ def _run(
     method: str,
     settings: dict[str, Any],
     records: Sequence[Record],
-    asked: MeasureConfig,
-    batch: int,
+    config: MeasureConfig,
+    records_per_batch: int,
     job: RecordsJob,
     workers: Workers,
     progress: Progress,
@@ -166,9 +171,9 @@ def _run(
         method,
         settings,
         records,
-        batch,
+        records_per_batch,
         store.done(label),
-        store.has_unedited() if asked.texts else set(),
+        store.has_unedited() if config.texts else set(),
     )
     finished = len(records) - sum(len(unit.records) for unit in units)
     for number, found in workers.run(job, units):
@@ -185,7 +190,7 @@ def _units(
     method: str,
     settings: dict[str, Any],
     records: Sequence[Record],
-    batch: int,
+    records_per_batch: int,
     done: set[int],
     written: set[int],
 ) -> list[Unit]:
@@ -196,7 +201,7 @@ def _units(
             which are written once.
     """
     way, units = METHODS[method], []
-    size = batch if way.batch_function is not None else min(batch, _ONE_BY_ONE)
+    size = records_per_batch if way.batch_function is not None else min(records_per_batch, _ONE_BY_ONE)
     for first in range(0, len(records), size):
         together = range(first, min(first + size, len(records)))
         places = [place for place in together if place not in done]
@@ -234,7 +239,7 @@ def _labelled(methods: Methods) -> dict[str, tuple[str, dict[str, Any]]]:
     return out
 
 
-def machine(lm: LanguageModel, batch: int) -> dict[str, Any]:
+def machine(lm: LanguageModel, records_per_batch: int) -> dict[str, Any]:
     """What a run is done on and by."""
     device = (
         torch.cuda.get_device_name(lm.device)
@@ -245,7 +250,7 @@ def machine(lm: LanguageModel, batch: int) -> dict[str, Any]:
         "device": device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "batch": batch,
+        "records_per_batch": records_per_batch,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         **{package: version(package) for package in ("engram", "torch", "transformers")},

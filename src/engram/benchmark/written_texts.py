@@ -17,7 +17,7 @@ from engram.modules.hooks import RowContext, no_edits
 
 
 def greedy(
-    lm: LanguageModel, questions: ProbeRows, asked: MeasureConfig, around: RowContext = no_edits
+    lm: LanguageModel, questions: ProbeRows, config: MeasureConfig, around: RowContext = no_edits
 ) -> dict[ProbeRef, str]:
     """The greedy continuation of every probe's prompt, up to an end of text; of a prompt that
     several probes have, once.
@@ -25,13 +25,13 @@ def greedy(
     Args:
         around: given numbers of records, one a row, lays their edits on the model.
     """
-    if not asked.said:
+    if not config.answer_tokens:
         return {}
     wanted: dict[tuple[int, str], int] = {}
     for n, record in enumerate(questions.records):
         for p in answered_probes(record):
             probe = record.probes[p]
-            new = max(asked.said, questions.answer_tokens(n, p) + 2)
+            new = max(config.answer_tokens, questions.answer_tokens(n, p) + 2)
             wanted[n, probe.prompt] = max(new, wanted.get((n, probe.prompt), 0))
     owners = [n for n, _ in wanted]
     prompts = [tuple(lm.cloze(prompt).ids) for _, prompt in wanted]
@@ -65,20 +65,20 @@ def answered_probes(record: Record) -> list[int]:
 def sampled(
     lm: LanguageModel,
     records: Sequence[Record],
-    asked: MeasureConfig,
+    config: MeasureConfig,
     around: RowContext = no_edits,
 ) -> list[tuple[str, ...]]:
     """Each record's texts, prompts included; none where they are not asked for."""
-    if not asked.texts:
+    if not config.texts:
         return [() for _ in records]
     owners = [n for n, record in enumerate(records) for _ in record.generation]
     prompts = [tuple(lm.cloze(prompt).ids) for record in records for prompt in record.generation]
     seeds = [
-        seed_of(asked.seed, record.id, i)
+        seed_of(config.seed, record.id, i)
         for record in records
         for i in range(len(record.generation))
     ]
-    length = min(asked.text_tokens, lm.max_tokens)
+    length = min(config.text_tokens, lm.max_tokens)
     writings = [
         Writing(ids, max(1, length - len(ids)), seed)
         for ids, seed in zip(prompts, seeds, strict=True)

@@ -3,7 +3,7 @@ tokenised again.
 
 That can change tokens (a piece of a letter is decoded to a mark that stands for what cannot be
 read), so the numbers can differ from those that token by token give. For comparison with published
-numbers only: `Asked(reference=True)`.
+numbers only: `MeasureConfig(reference=True)`.
 
 Knows texts and tokens. Refuses to know where the predicted tokens come from. Source: Meng et al.
 2022, arXiv:2202.05262, released code.

@@ -105,8 +105,8 @@ class MeasureOptions:
         int,
         typer.Option(help="Measure held-out perplexity on every Nth record; 0 disables it.", min=0),
     ] = 10
-    batch: Annotated[
-        int, typer.Option("--facts-per-batch", help="Records edited and measured together.", min=1)
+    records_per_batch: Annotated[
+        int, typer.Option("--records-per-batch", help="Records edited and measured together.", min=1)
     ] = 32
     seed: Seed = 0
 
@@ -138,7 +138,7 @@ def bench(
 
     dataset = records.read(measures.texts)
     config = MeasureConfig(
-        said=measures.answer_tokens,
+        answer_tokens=measures.answer_tokens,
         texts=measures.texts,
         drift_every=measures.drift_every,
         seed=measures.seed,
@@ -150,9 +150,9 @@ def bench(
             dataset,
             methods_options.methods(),
             out,
-            n=records.limit,
-            asked=config,
-            batch=measures.batch,
+            limit=records.limit,
+            config=config,
+            records_per_batch=measures.records_per_batch,
             workers=workers.open(),
             progress=progress,
         )
@@ -261,7 +261,7 @@ def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:
         "csv": reports.as_csv,
         "json": reports.as_json,
     }
-    return writers.get(format.value, reports.markdown)(reports.table(runs, every=all_metrics))
+    return writers.get(format.value, reports.markdown)(reports.table(runs, all_metrics=all_metrics))
 
 
 def _write(text: str, out: Path | None) -> None:

@@ -14,8 +14,8 @@ from engram.cli.options import AsJson, Model, ModelOptions
 
 
 class Mode(StrEnum):
-    overlay = "overlay"
-    merged = "merged"
+    beside = "beside"
+    weights = "weights"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def harness(
     ] = None,
     mode: Annotated[
         Mode,
-        typer.Option(help="overlay: compute the change beside the weights; merged: write it in."),
-    ] = Mode.overlay,
+        typer.Option(help="beside: add the change to the module outputs; weights: write it into them."),
+    ] = Mode.beside,
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:

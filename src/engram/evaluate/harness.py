@@ -18,7 +18,7 @@ from engram.edit.prompt_edit import PromptEdit
 from engram.errors import MissingExtraError, SettingError
 from engram.model.language_model import LanguageModel
 
-Mode = Literal["overlay", "merged"]
+Mode = Literal["beside", "weights"]
 
 
 def harness(
@@ -26,7 +26,7 @@ def harness(
     tasks: Sequence[str],
     *,
     edit: Edit | PromptEdit | None = None,
-    mode: Mode = "overlay",
+    mode: Mode = "beside",
     include_path: str | Path | None = None,
     batch_size: int = 8,
     **options: Any,
@@ -36,8 +36,8 @@ def harness(
     Args:
         tasks: names, as the harness knows them.
         edit: laid on the model for the length of the evaluation.
-        mode: "overlay": the change is added to the output of the modules, see `Edit.attached`, so
-            that weights may be quantised; "merged": it is written into the weights, see
+        mode: "beside": the change is added to the output of the modules, see `Edit.attached`, so
+            that weights may be quantised; "weights": it is written into the weights, see
             `Edit.applied`.
         include_path: folder with tasks of your own.
         options: of `lm_eval.simple_evaluate`, such as num_fewshot=5 or limit=100.
@@ -75,7 +75,7 @@ def harness(
         nullcontext()
         if edit is None
         else edit.attached(lm)
-        if mode == "overlay"
+        if mode == "beside"
         else edit.applied(lm)
     )
     with laid:

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any, Literal
 
-PromptKind = Literal["edit", "paraphrase", "neighbour", "neighbour+"]
+PromptKind = Literal["rewrite", "paraphrase", "neighbourhood", "neighbourhood+"]
 
 
 SCORES: dict[PromptKind, str] = {  # kind of prompt -> what the share of successes is called
-    "edit": "efficacy",
+    "rewrite": "efficacy",
     "paraphrase": "paraphrase",
-    "neighbour": "neighbourhood",
-    "neighbour+": "neighbourhood+",
+    "neighbourhood": "neighbourhood",
+    "neighbourhood+": "neighbourhood+",
 }
 
 
@@ -133,14 +133,14 @@ class Receipt:
 
     def kept(self) -> float | None:
         """Share of the neighbours answered rightly before the edit that still are."""
-        right = [answer for answer in self.of("neighbour") if answer.right_before]
+        right = [answer for answer in self.of("neighbourhood") if answer.right_before]
         return fmean(answer.right_after for answer in right) if right else None
 
     def margins(self) -> tuple[float | None, float | None, float | None]:
         """Mean difference in probability, wanted minus unwanted, after the edit: on edit prompts,
         paraphrases, neighbours.
         """
-        kinds: tuple[PromptKind, ...] = ("edit", "paraphrase", "neighbour")
+        kinds: tuple[PromptKind, ...] = ("rewrite", "paraphrase", "neighbourhood")
         efficacy, paraphrase, neighbourhood = (
             fmean(a.after[0] - a.after[1] for a in rows) if (rows := self.of(kind)) else None
             for kind in kinds
@@ -151,7 +151,7 @@ class Receipt:
         """The verdict, line by line."""
         ratio = self.perplexity[1] / self.perplexity[0]
         measured = {
-            "efficacy": self.share("edit"),
+            "efficacy": self.share("rewrite"),
             "paraphrase": self.share("paraphrase"),
             "neighbourhood": self.kept(),
             "perplexity_ratio": ratio,

@@ -126,7 +126,7 @@ def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[ReceiptPrompt
     """Everything that is asked of the model, before as after."""
     for i, fact in enumerate(facts):
         true = true_answer(lm, fact)
-        yield "edit", i, fact.prompt_text, fact.target, true
+        yield "rewrite", i, fact.prompt_text, fact.target, true
         for paraphrase in fact.paraphrases:
             yield "paraphrase", i, paraphrase, fact.target, true
         statement = f"{fact.prompt_text} {fact.target.strip()}."
@@ -135,8 +135,8 @@ def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[ReceiptPrompt
                 raise FactError(
                     f"neighbour {prompt!r} has the edit's target {answer!r} as its answer; it cannot show damage"
                 )
-            yield "neighbour", i, prompt, answer, fact.target
-            yield "neighbour+", i, f"{statement} {prompt}", answer, fact.target
+            yield "neighbourhood", i, prompt, answer, fact.target
+            yield "neighbourhood+", i, f"{statement} {prompt}", answer, fact.target
 
 
 def true_answer(lm: LanguageModel, fact: Fact) -> str:

@@ -237,7 +237,7 @@ def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> Edi
     except NonFiniteError as error:
         log.warning("the edit of %r failed: %s", fact.subject, error)
         return EditOutcome(0.0, 0.0)
-    shares = (receipt.share(kind) for kind in ("edit", "paraphrase", "neighbour"))
+    shares = (receipt.share(kind) for kind in ("rewrite", "paraphrase", "neighbourhood"))
     return EditOutcome(
         round(receipt_score(receipt), 6),
         *(None if share is None else round(share, 6) for share in shares),

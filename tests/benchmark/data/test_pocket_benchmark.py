@@ -132,7 +132,9 @@ def test_the_model_says_the_true_object_and_not_the_new_one(dataset, lm):
 
 def test_the_facts_named_as_unknown_are_not_said(lm):
     records = [
-        record for record in pocket_benchmark(every=True).records if record.id in SHIPPED["unknown"]
+        record
+        for record in pocket_benchmark(all_facts=True).records
+        if record.id in SHIPPED["unknown"]
     ]
     with pytest.raises(
         engram.EngramError, match=f"true object of none of the {len(SHIPPED['unknown'])} records"

@@ -33,8 +33,8 @@ def of(probes, readings, before=None):
     return scores(record(*probes), Outcome(tuple(before or readings)), after)
 
 
-def reading(wanted=1.0, unwanted=2.0, correct=1.0, said=None, kl=None):
-    return Reading(wanted, unwanted, correct, said, kl)
+def reading(wanted=1.0, unwanted=2.0, correct=1.0, answer=None, kl=None):
+    return Reading(wanted, unwanted, correct, answer, kl)
 
 
 # -- CounterFact -----------------------------------------------------------------------------------
@@ -83,11 +83,11 @@ def test_kl_and_what_was_kept_are_means_over_neighbours():
     probes = [probe("neighbourhood", "Paris", "Rome")] * 2 + [
         probe("neighbourhood+", "Paris", "Rome")
     ]
-    before = [reading(said=" Paris, France"), reading(said=" Paris"), reading(said=" Paris")]
+    before = [reading(answer=" Paris, France"), reading(answer=" Paris"), reading(answer=" Paris")]
     after = [
-        reading(said=" Paris, France", kl=0.1),
-        reading(said=" Paris.", kl=0.3),
-        reading(said=" Rome", kl=2.0),
+        reading(answer=" Paris, France", kl=0.1),
+        reading(answer=" Paris.", kl=0.3),
+        reading(answer=" Rome", kl=2.0),
     ]
     found = of(probes, after, before)
     assert found["NKL"] == pytest.approx(0.2)
@@ -166,9 +166,9 @@ def test_a_text_contains_an_answer_as_words():
 
 def test_an_alias_is_as_good_as_the_answer():
     asked = probe("rewrite", "Rome", aliases=("the Eternal City",))
-    assert of([asked], [reading(said=" the Eternal City")])["EG"] == 1.0
-    assert of([asked], [reading(said=" Eternal City")])["EG"] == 0.0
-    assert of([asked], [reading(said=None)])["EG"] is None
+    assert of([asked], [reading(answer=" the Eternal City")])["EG"] == 1.0
+    assert of([asked], [reading(answer=" Eternal City")])["EG"] == 0.0
+    assert of([asked], [reading(answer=None)])["EG"] is None
 
 
 # -- the other benchmarks --------------------------------------------------------------------------
@@ -180,22 +180,27 @@ def test_multi_hop_counts_any_of_the_questions_and_the_chain_all_of_its_hops():
     said = ["France.", "I'd say the Italian Republic", "Germany"]
     found = of(
         [*hops, *singles],
-        [*(reading(said=each) for each in said), reading(said="Rome"), reading(said="in Italy")],
+        [
+            *(reading(answer=each) for each in said),
+            reading(answer="Rome"),
+            reading(answer="in Italy"),
+        ],
     )
     assert found["multi-hop"] == 1.0
     assert found["instance-wise"] == 1.0
     found = of(
         [*hops, *singles],
-        [reading(said="France")] * 3 + [reading(said="Rome"), reading(said="France")],
+        [reading(answer="France")] * 3 + [reading(answer="Rome"), reading(answer="France")],
     )
     assert found["multi-hop"] == 0.0
     assert found["instance-wise"] == 0.0
-    assert of(hops, [reading(said=None)] * 3)["multi-hop"] is None
+    assert of(hops, [reading(answer=None)] * 3)["multi-hop"] is None
 
 
 def test_edit_wise_is_the_share_of_facts_that_are_said():
     found = of(
-        [probe("rewrite", unwanted=None)] * 2, [reading(said="in Rome"), reading(said="in Paris")]
+        [probe("rewrite", unwanted=None)] * 2,
+        [reading(answer="in Rome"), reading(answer="in Paris")],
     )
     assert found["edit-wise"] == 0.5
 
@@ -206,11 +211,11 @@ def ripple(said_after, conditions_before=(), joined="any", test="t"):
     probes += [
         probe("preservation", "Italy", None, condition=True, **more) for _ in conditions_before
     ]
-    after = [reading(said=each) for each in said_after] + [
-        reading(said="whatever") for _ in conditions_before
+    after = [reading(answer=each) for each in said_after] + [
+        reading(answer="whatever") for _ in conditions_before
     ]
-    before = [reading(said="whatever") for _ in said_after] + [
-        reading(said=each) for each in conditions_before
+    before = [reading(answer="whatever") for _ in said_after] + [
+        reading(answer=each) for each in conditions_before
     ]
     return of(probes, after, before)["preservation"]
 
@@ -229,7 +234,7 @@ def test_a_ripple_test_counts_only_where_the_unedited_model_meets_every_conditio
 
 def test_ripple_tests_are_told_apart_by_name_and_without_one_stand_alone():
     named = [probe("preservation", unwanted=None, test=name) for name in ("a", "b", "a")]
-    readings = [reading(said="Rome"), reading(said="Paris"), reading(said="Paris")]
+    readings = [reading(answer="Rome"), reading(answer="Paris"), reading(answer="Paris")]
     assert of(named, readings)["preservation"] == 0.5
     assert of([probe("preservation", unwanted=None)] * 3, readings)[
         "preservation"
@@ -248,7 +253,7 @@ def test_every_metric_is_scored_or_made_of_means_and_every_score_is_in_the_table
 def test_every_kind_of_prompt_has_a_score():
     for kind in KINDS:
         asked = probe(kind, "Rome", "Paris", test="t")
-        found = of([asked], [reading(said=" Rome", kl=0.1)])
+        found = of([asked], [reading(answer=" Rome", kl=0.1)])
         assert [name for name, value in found.items() if value is not None], kind
 
 

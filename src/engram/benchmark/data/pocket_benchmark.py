@@ -19,7 +19,7 @@ SEED = 0
 _FOLDER = pocket.PATH.parent
 
 
-def pocket_benchmark(*, every: bool = False) -> Dataset:
+def pocket_benchmark(*, all_facts: bool = False) -> Dataset:
     """Records in random order, so that the first so many are a fair sample of all relations. Some
     subjects have two or three.
 
@@ -27,13 +27,13 @@ def pocket_benchmark(*, every: bool = False) -> Dataset:
     References are the sentences that were trained about subjects which have the new object.
 
     Args:
-        every: also those that the model does not know.
+        all_facts: also those that the model does not know.
     """
-    return _built(every)
+    return _built(all_facts)
 
 
 @cache
-def _built(every: bool) -> Dataset:
+def _built(all_facts: bool) -> Dataset:
     known = {Association(each.subject, each.relation, each.object): each for each in pocket.facts()}
     texts: dict[str, list[Snippet]] = {}
     for fact, each in known.items():
@@ -51,7 +51,7 @@ def _built(every: bool) -> Dataset:
         seed=SEED,
         name="pocket",
     )
-    if every:
+    if all_facts:
         return dataset
     unknown = set(json.loads((_FOLDER / "benchmark.json").read_text(encoding="utf8"))["unknown"])
     kept = tuple(record for record in dataset.records if record.id not in unknown)

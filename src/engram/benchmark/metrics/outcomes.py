@@ -16,7 +16,7 @@ class MeasureConfig:
     """What is measured of every record.
 
     Args:
-        said: tokens of the greedy continuation of each probe but of attribute prompts; an answer of
+        answer_tokens: tokens of the greedy continuation of each probe but of attribute prompts; an answer of
             more tokens gets as many as it has, and two more. 0: none.
         texts: whether `Record.generation` is continued (sampled from the 5 most probable tokens).
         text_tokens: length of these texts, the prompt included.
@@ -29,7 +29,7 @@ class MeasureConfig:
         SettingError: a negative number.
     """
 
-    said: int = 5
+    answer_tokens: int = 5
     texts: bool = False
     text_tokens: int = 100
     drift_every: int = 10
@@ -37,7 +37,7 @@ class MeasureConfig:
     reference: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("said", "text_tokens", "drift_every"):
+        for name in ("answer_tokens", "text_tokens", "drift_every"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}={getattr(self, name)}: expected 0 or more")
 
@@ -50,14 +50,14 @@ class Reading:
         wanted, unwanted: mean negative log-probability a token of the probe's answers (nats).
         correct: share of the tokens of `wanted` that are the most probable one, each behind the
             right ones before it.
-        said: greedy continuation of the prompt, without it; None where it was not asked for.
+        answer: greedy continuation of the prompt, without it; None where it was not asked for.
         kl: KL(now || unedited) of the next token (nats), of neighbours after an edit.
     """
 
     wanted: float
     unwanted: float | None
     correct: float
-    said: str | None = None
+    answer: str | None = None
     kl: float | None = None
 
 

@@ -110,17 +110,27 @@ def _whole(probe: Probe, before: Reading, after: Reading) -> float | None:
 
 
 def _said(probe: Probe, before: Reading, after: Reading) -> float | None:
-    return None if after.said is None else float(begins(after.said, (probe.wanted, *probe.aliases)))
+    return (
+        None
+        if after.answer is None
+        else float(begins(after.answer, (probe.wanted, *probe.aliases)))
+    )
 
 
 def _held(probe: Probe, before: Reading, after: Reading) -> float | None:
     return (
-        None if after.said is None else float(contains(after.said, (probe.wanted, *probe.aliases)))
+        None
+        if after.answer is None
+        else float(contains(after.answer, (probe.wanted, *probe.aliases)))
     )
 
 
 def _kept(probe: Probe, before: Reading, after: Reading) -> float | None:
-    return None if after.said is None or before.said is None else float(after.said == before.said)
+    return (
+        None
+        if after.answer is None or before.answer is None
+        else float(after.answer == before.answer)
+    )
 
 
 def _kl(probe: Probe, before: Reading, after: Reading) -> float | None:
