@@ -452,7 +452,7 @@ def ran(tmp_path_factory):
         model,
         "-d",
         str(path),
-        "--facts-per-batch",
+        "--records-per-batch",
         "2",
         "--answer-tokens",
         "2",

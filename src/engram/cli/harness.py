@@ -42,7 +42,9 @@ def harness(
     ] = None,
     mode: Annotated[
         Mode,
-        typer.Option(help="beside: add the change to the module outputs; weights: write it into them."),
+        typer.Option(
+            help="beside: add the change to the module outputs; weights: write it into them."
+        ),
     ] = Mode.beside,
     as_json: AsJson = False,
     model_options: ModelOptions,

@@ -256,7 +256,7 @@ def show_runs(runs: list[Run], *, all_metrics: bool = False) -> None:
     from engram.benchmark import report as reports
     from engram.benchmark.metrics.table import METRICS
 
-    scores = reports.table(runs, every=all_metrics)
+    scores = reports.table(runs, all_metrics=all_metrics)
     table = Table(
         title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left"
     )
@@ -305,7 +305,7 @@ def show_failures(runs: list[Run], limit: int) -> None:
     for run in runs:
         for label in run.measured:
             terminal.console.print(f"\n{label}: prompts that fail after the edit", markup=False)
-            for failure in run.failures(label, count=limit):
+            for failure in run.failures(label, limit=limit):
                 terminal.console.print(
                     f"  {failure.kind}: {failure.prompt!r}\n    wanted {failure.wanted!r}; "
                     f"before {failure.before!r}, now {failure.after!r}",
