@@ -1,23 +1,20 @@
 """Ledger: the edits of one model over months, in a folder; each can be taken out again exactly.
 
     ledger.json     the base model and the canary's limits; never changes
-    history.jsonl   a line an event; what is in force is read off it
+    history.jsonl   one event a line; what is in force follows from it
     edits/0001/     edits as they were added; never change
     lock            held while something is written
 
-Knows what is in force and in which order things are written. The model with the ledger on it is
-always the base plus the sum of the deltas in force, rounded once, so taking one out leaves what had
-been without it. Refuses to know how edits are made; how the model is judged is evaluate/canary.py.
+Knows what is in force, and in which order things are written: an edit's files first, then its line
+of the history, which makes it happen. A model with the ledger applied is the base plus the sum of
+the deltas in force, rounded once; that is why taking one out leaves exactly what had been without
+it. Refuses to know how edits are made (editors) and judged (evaluate/canary.py).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
@@ -26,65 +23,65 @@ from engram.edit.applied import applied
 from engram.edit.base import describe_base, editable
 from engram.edit.edit import Edit, compose
 from engram.edit.folder_format import change_identity
-from engram.edit.in_force import edited
 from engram.edit.recipe import check_changes_weights
-from engram.errors import (
-    BaseMismatchError,
-    CanaryError,
-    EngramError,
-    EngramFileError,
-    NonFiniteError,
-)
+from engram.errors import BaseMismatchError, CanaryError, EngramError, EngramFileError
 from engram.evaluate.canary import Canary
 from engram.facts import Fact
 from engram.files.locks import locked
 from engram.files.whole_folders import atomic_folder
+from engram.ledger import header
+from engram.ledger.admission import (
+    check_new,
+    check_not_below,
+    check_unedited,
+    warn,
+    warn_about_dependents,
+    with_canary,
+)
 from engram.ledger.conflicts import NEAR, Conflict, conflicts
-from engram.ledger.history import Entry, Event, FactRef, History, entries_after, now, shown
+from engram.ledger.history import Entry, Event, FactRef, History, entries_after
 from engram.ledger.origin import entries_changing, find_base_entries, unknown_origin
-from engram.ledger.references import EntryRef, entry_named, fact_refs
+from engram.ledger.references import EntryRef, find_entry, resolve_refs
+from engram.ledger.stored_edits import StoredEdits
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
 
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-_WAIT = "Try again when it is done, or wait longer: Ledger.open(folder, wait=...)"
-_ABOUT, _HISTORY, _EDITS, _LOCK = "ledger.json", "history.jsonl", "edits", "lock"
+_HISTORY, _EDITS, _LOCK = "history.jsonl", "edits", "lock"
 
 
 class Ledger:
-    """The edits of one model, in a folder that outlives processes. Made by `Ledger.create`, found
-    again by `Ledger.open`.
+    """The edits of one model, in a folder that outlives processes. `Ledger.create` makes it, and
+    `Ledger.open` opens it again.
 
-    Whatever is done is one line of the history: a process killed at any moment leaves the state
-        before or after it. Several
-    processes may use one ledger; writers wait for each other.
+    Every change is one line of the history, so a process killed at any moment leaves the state
+    before it or after it. Several processes may use one ledger; writers wait for each other.
 
     Args:
-        folder: that `Ledger.create` made.
+        folder: what `Ledger.create` wrote.
         wait: seconds to wait for another writer.
     Attributes:
-        base: what the edits are laid on, as `merging.describe_base` tells it.
+        base: the unedited model, as `edit.base.describe_base` describes it.
         canary: limits that every `add` with a model has to keep.
     Raises:
-        EditFileError: no ledger, a damaged one, or one of a newer engram.
+        EngramFileError: no ledger, a damaged one, or one of a newer engram.
     Example:
-        >>> ledger = engram.Ledger.create("ledger", lm)
-        >>> ledger.add(engram.rewrite(lm, fact), lm)
+        >>> from tempfile import mkdtemp
+        >>> ledger = engram.Ledger.create(mkdtemp(), lm)
+        >>> entry = ledger.add(edit)
+        >>> print(entry.number, entry.status, len(ledger.list()))
+        1 active 1
         >>> with ledger.applied(lm):
-        ...     lm.generate("The Space Needle is in")
-        >>> ledger.remove(1)
+        ...     answer = lm.generate(fact.prompt_text, 3)
+        >>> ledger.remove(1), ledger.list()
+        ((), ())
     """
 
     def __init__(self, folder: str | Path, *, wait: float = 60.0) -> None:
         self.folder, self.wait = Path(folder).absolute(), wait
-        about = _read_about(self.folder)
-        self.base: dict[str, Any] = about["base"]
-        self.canary = Canary(**about["canary"])
+        self.base, self.canary = header.read_header(self.folder)
         self._history = History(self.folder / _HISTORY)
-        self._loaded: dict[int, Edit] = {}  # files of edits never change
+        self._stored = StoredEdits(self.folder / _EDITS, self.base)
 
     @classmethod
     def create(
@@ -95,88 +92,74 @@ class Ledger:
         canary: Canary | None = None,
         wait: float = 60.0,
     ) -> Ledger:
-        """An empty ledger for a model. Reads every weight once, to know it again: about a second a
-        gigabyte.
+        """Create an empty ledger for a model.
+
+        Every weight is read once, so that the model can be recognised: about a second a gigabyte.
 
         Args:
             folder: must not exist, or be empty.
             lm: the unedited model.
             canary: limits for `add`; default: those of a receipt.
         Raises:
-            EditFileError: something is at `folder` already, or it cannot be written.
-            BaseMismatchError: edits lie on `lm` at the moment.
+            EngramFileError: something is at `folder` already, or it cannot be written.
+            BaseMismatchError: edits are applied to `lm` at the moment.
         """
-        if (Path(folder) / _ABOUT).exists():
+        if (Path(folder) / header.NAME).exists():
             raise EngramFileError(
-                f"{folder} is a ledger already; Ledger.open({str(folder)!r}) goes on with it"
+                f"{folder} is a ledger already; Ledger.open({str(folder)!r}) opens it"
             )
-        _check_bare(lm)
+        check_unedited(lm)
         base = describe_base(lm, editable(lm))
-        about = {
-            "format_version": FORMAT_VERSION,
-            "created": now(),
-            "base": base,
-            "canary": asdict(canary or Canary()),
-        }
-        with atomic_folder(folder) as fresh:
-            (fresh / _ABOUT).write_text(
-                json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            (fresh / _HISTORY).touch()
-            (fresh / _EDITS).mkdir()
+        with atomic_folder(folder) as new:
+            header.write_header(new, base, canary or Canary())
+            (new / _HISTORY).touch()
+            (new / _EDITS).mkdir()
         return cls(folder, wait=wait)
 
     @classmethod
     def open(cls, folder: str | Path, *, wait: float = 60.0) -> Ledger:
-        """A ledger that `create` made; see the class."""
+        """Open a ledger that `create` made; see the class."""
         return cls(folder, wait=wait)
 
     def __repr__(self) -> str:
         entries = self.list()
         facts = sum(len(entry.active) for entry in entries)
-        return f"Ledger({str(self.folder)!r}, base {self.base['model']!r}, {len(entries)} entries, {facts} facts)"
+        return (
+            f"Ledger({str(self.folder)!r}, base {self.base['model']!r}, {len(entries)} entries, "
+            f"{facts} facts)"
+        )
 
     @property
     def dtype(self) -> str:
-        """Of the base's weights, or most of them: what the model is to be loaded in."""
+        """The dtype of most of the base's weights, in which the model should be loaded."""
         return mode(weight["dtype"] for weight in self.base["tensors"].values())
 
     # -- what is in it -----------------------------------------------------------------------------
 
     def list(self, *, everything: bool = False) -> tuple[Entry, ...]:
-        """Entries in force, in the order they came; with `everything` also those that were removed
-        or rolled back.
+        """Return the entries in force, in the order they came.
+
+        Args:
+            everything: include entries that were removed or rolled back.
         """
         return tuple(entry for entry in self._entries().values() if everything or entry.active)
 
     def history(self) -> tuple[Event, ...]:
-        """Everything that has happened, the oldest first."""
+        """Return everything that has happened, the oldest first."""
         return self._history.events()
 
     def show(self, number: int) -> Edit:
-        """The edit of an entry as it was added, with facts that have been taken out since.
+        """Return the edit of an entry as it was added, with facts that were taken out since.
 
         Raises:
             EngramError: no such entry, or its files were pruned.
-            EditFileError: its files are damaged.
+            EngramFileError: its files are damaged.
         """
-        entry = self._entry(number)
-        if entry.pruned:
-            raise EngramError(
-                f"entry {number} was {entry.status} and its files were pruned; the history still names its facts"
-            )
-        if number not in self._loaded:
-            edit = Edit.load(self._home(number))
-            if change_identity(edit) != entry.identity:
-                raise EngramFileError(
-                    f"{self._home(number)} is not the edit that was added; take it from a backup"
-                )
-            self._loaded[number] = edit
-        return self._loaded[number]
+        return self._stored.load(self._entry(number))
 
     def conflicts(self, edit: Edit, *, near: float = NEAR) -> tuple[Conflict, ...]:
-        """Facts in force that an edit gets into the way of: about the same subject and relation, or
-        with nearly the same key.
+        """Return the facts in force that an edit would interfere with: those about the same subject
+        and relation, and those with nearly the same key.
 
         Keys are compared where both edits have them (`Edit.keys`).
 
@@ -187,42 +170,46 @@ class Ledger:
         """
         check_changes_weights(edit)
         find_base_entries(edit, self.base, ())
-        found: list[Conflict] = []
-        for entry in self.list():
-            found += conflicts(edit, entry.number, self._in_force(entry), entry.active, near)
-        return tuple(found)
+        return tuple(
+            conflict
+            for entry in self.list()
+            for conflict in conflicts(
+                edit, entry.number, self._stored.in_force(entry), entry.active, near
+            )
+        )
 
     # -- the model with all of it ------------------------------------------------------------------
 
     def edit(self, *, without: Sequence[EntryRef] = ()) -> Edit:
-        """Everything in force as one edit of the base.
+        """Return everything in force as one edit of the base.
 
         Args:
             without: leave these out, as `remove` would.
         Raises:
             EngramError: nothing is in force: the model is the base.
         """
-        edits = list(self._edits(self._places(without)))
+        edits = list(self._edits(self._resolve(without)))
         if not edits:
             raise EngramError(
-                f"nothing is in force in {self.folder}: the model with it is its base, {self.base['model']!r}"
+                f"nothing is in force in {self.folder}: the model with it is its base, "
+                f"{self.base['model']!r}"
             )
         return compose(edits)
 
     def applied(
         self, lm: LanguageModel, *, without: Sequence[EntryRef] = ()
     ) -> AbstractContextManager[LanguageModel]:
-        """Within the block `lm` has everything in force on it; afterwards it is as before, bit for
-        bit.
+        """Apply everything in force to `lm` inside a `with` block; afterwards every bit is as
+        before.
 
         Args:
             lm: the unedited base.
             without: leave these out, as `remove` would.
         Raises:
-            BaseMismatchError: `lm` is not the base, or edits lie on it already.
+            BaseMismatchError: `lm` is not the base, or edits are applied to it already.
         """
-        _check_bare(lm)
-        edits = list(self._edits(self._places(without)))
+        check_unedited(lm)
+        edits = list(self._edits(self._resolve(without)))
         return applied(compose(edits), lm) if edits else nullcontext(lm)
 
     def materialise(
@@ -250,22 +237,22 @@ class Ledger:
         replace: bool = False,
         canary: Canary | None = None,
     ) -> Entry:
-        """Put an edit in force, unless the model with it does not keep the canary's limits.
+        """Put an edit in force, unless the model with it exceeds a limit of the canary.
 
-        The edit was made on the base, or on the base with entries on it (`with ledger.applied(lm):
-        engram.rewrite(...)`); which ones is told by the weights' fingerprints and noted. Either way
-        its deltas are added to the base's weights.
+        The edit was made on the base, or on the base with entries applied (`with
+        ledger.applied(lm): engram.rewrite(...)`). The fingerprints of its weights show which, and
+        the event records it. Either way its deltas are added to the base's weights.
 
         Args:
-            lm: the unedited base; the canary is measured on it with everything in force. Without,
-                nothing is measured.
+            lm: the unedited base; the canary is measured on it with everything in force. Without
+                it, nothing is measured.
             replace: take out older facts about the same subject and relation in the same step.
-            canary: other limits than the ledger's.
+            canary: limits to use instead of the ledger's.
         Returns:
             Its entry; conflicts with others are logged (see `conflicts`).
         Raises:
-            CanaryError: a limit was not kept. The ledger is as it was; the edit is kept in it as
-                rolled back.
+            CanaryError: a limit was exceeded. What is in force is unchanged; the edit is recorded
+                as rolled back.
             BaseMismatchError: the edit was made on other weights, or `lm` is not the base.
             EngramError: the edit is in force already, or a fact to be replaced cannot be taken out
                 exactly.
@@ -273,162 +260,111 @@ class Ledger:
         check_changes_weights(edit)
         if canary is not None and lm is None:
             raise EngramError("canary=... was given without a model to measure it on; pass lm, too")
-        with self._writing():
-            self._refuse_double(edit)
+        with self._lock():
+            check_new(edit, self.list())
             below = self._base_entries(edit, lm)
             found = self.conflicts(edit)
-            older = (
-                tuple((each.entry, each.index) for each in found if each.kind == "same fact")
-                if replace
-                else ()
-            )
-            self._check_removable(older, below)
-            self._warn(found, older, below)
+            same = {(each.entry, each.index) for each in found if each.kind == "same fact"}
+            replaced = tuple(sorted(same)) if replace else ()
+            check_not_below(replaced, below)
+            self._check_removable(replaced)
+            warn(found, replaced, below, self.list())
+            number = max(self._entries(), default=0) + 1
             event = Event(
                 "added",
-                entry=max(self._entries(), default=0) + 1,
-                facts=tuple(_brief(fact) for fact in edit.facts),
+                entry=number,
+                facts=tuple(_without_evidence(fact) for fact in edit.facts),
                 method=edit.method,
                 identity=change_identity(edit),
                 weights=tuple(edit.deltas),
                 base_entries=below,
-                gone=tuple(sorted(set(older))),
-                dependents=self._dependents(older),
+                gone=replaced,
+                dependents=self._dependents(replaced),
             )
             if lm is not None:
-                event = self._judged(event, edit, lm, canary or self.canary)
-            assert event.entry is not None
-            edit.save(self._home(event.entry))
+                check_unedited(lm)
+                everything = compose([*self._edits(replaced), self._stored.on_base(edit)])
+                event = with_canary(event, everything, lm, canary or self.canary)
+            # files before the line: a kill in between leaves files that no event names, which
+            # `prune` deletes; the other way round would leave an entry without files
+            self._stored.save(number, edit)
             self._history.append(event)
         if event.tripped:
             raise CanaryError(
-                f"entry {event.entry} was rolled back: with it, {'; '.join(event.tripped)}. The ledger is as it was before. Make "
-                "the edit again with a smaller change, take out others, or pass canary=Canary(...) with other limits"
+                f"entry {event.entry} was rolled back: with it, {'; '.join(event.tripped)}. The "
+                "ledger is as it was before. Make the edit again with a smaller change, take out "
+                "others, or pass canary=Canary(...) with other limits"
             )
-        _warn_about_dependents(event)
-        return self._entry(event.entry)
+        warn_about_dependents(event)
+        return self._entry(number)
 
-    def remove(self, *which: EntryRef) -> tuple[Entry, ...]:
+    def remove(self, *refs: EntryRef) -> tuple[Entry, ...]:
         """Take entries or single facts out of force, all in one step. What stays is the base plus
         the sum of the others, exactly.
 
         Args:
-            which: each the number of an entry; "3.1" for fact 1 of entry 3; or a fact.
+            refs: each the number of an entry; "3.1" for fact 1 of entry 3; or a fact.
         Returns:
-            Entries in force that were made on top of what went (logged, too): their deltas stay as
+            Entries in force that were made on top of what went (logged, too). Their deltas stay as
             they are, but were computed with it in place, so their facts should be verified again.
         Raises:
             EngramError: nothing of that name is in force; or the fact was solved jointly with
                 others and cannot go alone.
         """
-        with self._writing():
-            gone = self._places(which)
+        with self._lock():
+            gone = self._resolve(refs)
             if not gone:
                 return ()
             self._check_removable(gone)
             event = Event("removed", gone=gone, dependents=self._dependents(gone))
             self._history.append(event)
-        _warn_about_dependents(event)
+        warn_about_dependents(event)
         return tuple(self._entry(number) for number in event.dependents)
 
     def prune(self) -> tuple[int, ...]:
         """Delete the files of entries that have no fact in force; the history keeps their names.
 
         Returns:
-            Numbers of the entries whose files went.
+            Numbers of the entries whose files were deleted.
         """
-        with self._writing():
+        with self._lock():
             entries = self.list(everything=True)
             idle = tuple(entry.number for entry in entries if not entry.active and not entry.pruned)
             if idle:
                 self._history.append(Event("pruned", pruned=idle))
-            kept = {self._home(entry.number).name for entry in entries if entry.active}
-            for path in (
-                self.folder / _EDITS
-            ).iterdir():  # also what a killed `add` or `prune` left
-                if path.name not in kept:
-                    shutil.rmtree(path)
-        for number in idle:
-            self._loaded.pop(number, None)
+            self._stored.delete_except([entry.number for entry in entries if entry.active])
         return idle
 
     # -- how ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with locked(self.folder / _LOCK, self.wait, self.folder, _WAIT):
-            yield
-
-    def _home(self, number: int) -> Path:
-        return self.folder / _EDITS / f"{number:04d}"
+    def _lock(self) -> AbstractContextManager[Any]:
+        advice = "Try again when it is done, or wait longer: Ledger.open(folder, wait=...)"
+        return locked(self.folder / _LOCK, self.wait, self.folder, advice)
 
     def _entries(self) -> dict[int, Entry]:
         return entries_after(self._history.events())
 
     def _entry(self, number: int) -> Entry:
-        return entry_named(number, self._entries())
+        return find_entry(number, self._entries())
 
-    def _places(self, which: Sequence[EntryRef]) -> tuple[FactRef, ...]:
-        return fact_refs(which, self._entries())
-
-    def _in_force(self, entry: Entry, without: Collection[FactRef] = ()) -> Edit:
-        """What is left of an entry's edit, as one of the base: the weights that it was made on may
-        have had others on them.
-        """
-        edit = self.show(entry.number)
-        gone = entry.gone | {fact for number, fact in without if number == entry.number}
-        return self._of_the_base(edit.without(*gone))
-
-    def _of_the_base(self, edit: Edit) -> Edit:
-        tensors = {name: self.base["tensors"][name] for name in edit.deltas}
-        return replace(edit, base={**self.base, "tensors": tensors})
+    def _resolve(self, refs: Sequence[EntryRef]) -> tuple[FactRef, ...]:
+        return resolve_refs(refs, self._entries())
 
     def _edits(self, without: Collection[FactRef] = ()) -> Iterator[Edit]:
-        """Everything in force, an edit an entry."""
+        """Yield what is in force, one edit of the base for each entry."""
         for entry in self.list():
             if any((entry.number, fact) not in without for fact in entry.active):
-                yield self._in_force(entry, without)
+                yield self._stored.in_force(entry, without)
 
-    def _refuse_double(self, edit: Edit) -> None:
-        for entry in self.list():
-            if entry.identity == change_identity(edit):
-                raise EngramError(
-                    f"the edit is in force already, as entry {entry.number} ({entry.status}); added twice it would count twice. Remove "
-                    "that entry first"
-                )
-
-    def _check_removable(self, gone: Collection[FactRef], below: Collection[int] = ()) -> None:
-        """Whether these facts can go exactly, and an edit made on top of the entries `below` does
-        not stand on them.
-        """
+    def _check_removable(self, gone: Collection[FactRef]) -> None:
+        """Raise EngramError unless these facts can be taken out exactly."""
         for entry in self.list():
             going = [fact for number, fact in gone if number == entry.number]
-            if going and entry.number in below:
-                raise EngramError(
-                    f"the edit was made on top of entry {entry.number}, which it is to replace: without it, it would say something "
-                    f"else. Make it where that one is not: with ledger.applied(lm, without=['{entry.number}.{going[0]}']): "
-                    "engram.rewrite(...); or add it without replace"
-                )
             if going and len(going) < len(entry.active):
                 self.show(entry.number).without(*entry.gone, *going)
 
-    def _warn(
-        self, found: Collection[Conflict], replaced: Collection[FactRef], below: Collection[int]
-    ) -> None:
-        """Of conflicts that stay (an edit made on top of an entry has taken it into account), and
-        of ground that is gone.
-        """
-        for each in found:
-            if (each.entry, each.index) not in replaced and each.entry not in below:
-                log.warning("%s", each)
-        if lost := sorted(set(below) - {entry.number for entry in self.list() if not entry.gone}):
-            log.warning(
-                "the edit was made on top of entries %s, of which some facts are no longer in force; verify it",
-                ", ".join(map(str, lost)),
-            )
-
     def _dependents(self, gone: Collection[FactRef]) -> tuple[int, ...]:
-        """Entries that stay in force and were made on top of some of these."""
+        """Return the entries that stay in force and were made on top of some of these."""
         numbers = {number for number, _ in gone}
         return tuple(
             entry.number
@@ -438,81 +374,22 @@ class Ledger:
         )
 
     def _base_entries(self, edit: Edit, lm: LanguageModel | None) -> tuple[int, ...]:
-        """Entries that lay on the weights which an edit was made on: as noted, or those in force
-        now.
+        """Return the entries that were applied to the weights an edit was made on.
+
+        The states that earlier events recorded are searched first; then, where there is a model,
+        the weights with everything in force now.
         """
         known = find_base_entries(edit, self.base, self._history.events())
         if known is not None:
             return known
         if lm is not None:
             with self.applied(lm):
-                as_it_is = describe_base(lm, edit.base["tensors"])["tensors"]
-            if as_it_is == edit.base["tensors"]:
+                now = describe_base(lm, edit.base["tensors"])["tensors"]
+            if now == edit.base["tensors"]:
                 return entries_changing(edit.deltas, self.list())
-        raise BaseMismatchError(unknown_origin(edit, self.base, looked=lm is not None))
-
-    def _judged(self, event: Event, edit: Edit, lm: LanguageModel, canary: Canary) -> Event:
-        """The event with what the canary says about the model with everything on it."""
-        _check_bare(lm)
-        whole = compose([*self._edits(event.gone), self._of_the_base(edit)])
-        before = canary.perplexity(lm)
-        try:
-            with applied(whole, lm):
-                after = canary.perplexity(lm)
-                tensors = describe_base(lm, whole.deltas)["tensors"]
-        except NonFiniteError as error:
-            return replace(event, what="rolled back", tripped=(str(error),))
-        checks = canary.checks(lm, whole, before, after)
-        measured = {check.name: check.value for check in checks if check.value is not None}
-        event = replace(
-            event, canary=measured, state={name: tensors[name]["sha256"] for name in tensors}
-        )
-        tripped = tuple(
-            f"{c.name} is {c.value:.3f}, at most {c.limit:g} allowed"
-            for c in checks
-            if c.passed is False
-        )
-        return replace(event, what="rolled back", tripped=tripped, state={}) if tripped else event
+        raise BaseMismatchError(unknown_origin(edit, self.base, compared_now=lm is not None))
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    path = folder / _ABOUT
-    try:
-        about: Any = json.loads(path.read_text(encoding="utf-8"))
-        version = about["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={version!r}, this engram reads {FORMAT_VERSION}; pip install --upgrade engram"
-            )
-        return {"base": about["base"], "canary": about["canary"]}
-    except FileNotFoundError as error:
-        raise EngramFileError(
-            f"{folder} is no ledger: it has no {_ABOUT}. Ledger.create(folder, lm) makes one"
-        ) from error
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise EngramFileError(
-            f"{path} cannot be read: {error}. Take the ledger from a backup"
-        ) from error
-
-
-def _check_bare(lm: LanguageModel) -> None:
-    if laid := edited(lm):
-        raise BaseMismatchError(
-            f"edits lie on {lm.name!r} at the moment ({laid[0]}); leave their `with` block first: a ledger lays everything in force "
-            "on the unedited model"
-        )
-
-
-def _brief(fact: Fact) -> Fact:
-    """What the history tells of a fact; its evidence is in the edit."""
+def _without_evidence(fact: Fact) -> Fact:
+    """Return what the history records of a fact; paraphrases and neighbours are in the edit."""
     return Fact(fact.subject, fact.prompt, fact.target, fact.target_true, relation=fact.relation)
-
-
-def _warn_about_dependents(event: Event) -> None:
-    if event.dependents:
-        log.warning(
-            "%s went, and entries %s were made on top of it: their deltas stay as they are, but were computed with it in "
-            "place; verify them",
-            shown(event.gone),
-            ", ".join(map(str, event.dependents)),
-        )

@@ -1,11 +1,14 @@
-"""The history of a ledger: a line of JSON an event, appended and never rewritten. What a ledger
-holds now is read off it.
+"""The history of a ledger: one event a line, as JSON, appended and never rewritten. What a ledger
+holds now follows from it.
 
-Knows lines, locks, and what events do to entries. Refuses to know edits and models.
+    {"what": "added", "entry": 1, "facts": [...], ...}      entries: 1 active
+    {"what": "added", "entry": 2, "facts": [...], ...}      entries: 1, 2 active
+    {"what": "removed", "gone": [[1, 0]], ...}              entries: 2 active, 1 removed
 
-An event has happened once its line stands there with its newline. A writer killed in the middle of
-a line leaves one without
-end: readers overlook it, the next writer cuts it off.
+Knows lines and what events do to entries. Refuses to know edits and models.
+
+An event has happened once its line ends with a newline on the disk. A writer that is killed within
+a line leaves one without newline: readers ignore it, the next writer cuts it off.
 """
 
 from __future__ import annotations
@@ -27,13 +30,13 @@ FactRef = tuple[int, int]  # number of an entry, index of a fact in its edit
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def shown(gone: Iterable[FactRef]) -> str:
-    """Places as a caller would name them."""
-    return ", ".join(f"{number}.{fact}" for number, fact in gone)
+def format_refs(refs: Iterable[FactRef]) -> str:
+    """Return facts as a caller would name them: "1.0, 3.1"."""
+    return ", ".join(f"{number}.{fact}" for number, fact in refs)
 
 
 def _numbers(entries: Iterable[int]) -> str:
@@ -45,19 +48,18 @@ class Event:
     """One line of a ledger's history.
 
     Attributes:
-        what: happened: an edit was added, or rolled back because the canary tripped; facts were
-            removed; files were pruned.
-        when: in UTC.
+        what: kind of event: an edit was added, or rolled back because the canary tripped; facts
+            were removed; files were pruned.
+        when: time in UTC.
         entry: number of the edit that was added or rolled back; `facts`, `method`, `identity` (of
-            its deltas) and `weights` (names of those it changes) are its own.
-        base_entries: entries that lay on these weights when the edit was made.
-        gone: places of the facts that this event took out, by hand or because an added fact
-            replaced them.
+            its deltas) and `weights` (names of those it changes) describe it.
+        base_entries: entries that were applied to these weights when the edit was made.
+        gone: facts that this event took out, by hand or because an added fact replaced them.
         dependents: active entries that were made on top of what went.
-        canary: measured with the whole ledger applied; empty where no model was at hand. `tripped`:
-            what was too much.
-        state: sha256 of every weight that the ledger changes, once the edit was added; empty where
-            no model was at hand.
+        canary: measurements with the whole ledger applied; empty where no model was given.
+        tripped: the limits that were exceeded, in words.
+        state: sha256 of every weight that the ledger changes, after the edit was added; empty where
+            no model was given.
         pruned: entries whose files were deleted.
     """
 
@@ -77,28 +79,32 @@ class Event:
     pruned: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what is empty is left out."""
-        record = {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return a record for JSON, without empty values."""
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
         record["facts"] = [{k: v for k, v in fact.to_dict().items() if v} for fact in self.facts]
         return {name: value for name, value in record.items() if value}
 
     def __str__(self) -> str:
-        told = f"{self.when}  {self.what} {', '.join(map(str, self.pruned)) if self.entry is None else self.entry}"
-        told = told if self.what != "removed" else f"{self.when}  removed {shown(self.gone)}"
-        measured = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.canary.items())
-        told += f" ({', '.join(measured)})" if self.canary else ""
-        told += (
-            f"; in the place of {shown(self.gone)}" if self.what == "added" and self.gone else ""
-        )
-        told += f"; {'; '.join(self.tripped)}" if self.tripped else ""
-        return told + (
-            f"; {_numbers(self.dependents)} stand on what went" if self.dependents else ""
-        )
+        if self.what == "removed":
+            text = f"{self.when}  removed {format_refs(self.gone)}"
+        else:
+            subject = self.pruned if self.entry is None else (self.entry,)
+            text = f"{self.when}  {self.what} {', '.join(map(str, subject))}"
+        if self.canary:
+            pairs = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.canary.items())
+            text += f" ({', '.join(pairs)})"
+        if self.what == "added" and self.gone:
+            text += f"; in the place of {format_refs(self.gone)}"
+        if self.tripped:
+            text += f"; {'; '.join(self.tripped)}"
+        if self.dependents:
+            text += f"; {_numbers(self.dependents)} were made on top of what went"
+        return text
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Event:
-        """What `to_dict` gave."""
-        facts = tuple(Fact.from_dict(each) for each in record.get("facts", ()))
+        """Return the event that gave this record."""
+        facts = tuple(Fact.from_dict(fact) for fact in record.get("facts", ()))
         gone = tuple((int(entry), int(fact)) for entry, fact in record.get("gone", ()))
         lists = {
             name: tuple(record.get(name, ()))
@@ -109,16 +115,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Entry:
-    """One edit of a ledger, as it stands now.
+    """One edit of a ledger, as it is now.
 
     Attributes:
-        number: from 1, in the order they came; by it an entry is removed.
-        facts: of the edit, with those that are no longer in force (subject, prompt, objects and
-            relation; the edit has all).
+        number: from 1, in the order they came; names the entry for `Ledger.remove`.
+        facts: all facts of the edit, in force or not (subject, prompt, objects and relation; the
+            edit has the rest).
         gone: indices of the facts that were taken out.
         method, identity, weights, when, base_entries, canary: see `Event`.
-        rolled_back: the canary tripped, it was never in force.
-        pruned: its files were deleted.
+        rolled_back: True if the canary tripped, so that it was never in force.
+        pruned: True if its files were deleted.
     """
 
     number: int
@@ -143,26 +149,26 @@ class Entry:
         )
 
     def __str__(self) -> str:
-        """The entry in a line, and a line a fact; those no longer in force in brackets."""
+        """Return a line about the entry and one for each fact, in brackets if not in force."""
         lines = [
             f"{self.number}: {self.method}, {self.status}"
             + (f", on top of {_numbers(self.base_entries)}" * bool(self.base_entries))
         ]
         for i, fact in enumerate(self.facts):
-            line = f"{shown([(self.number, i)])} {fact.prompt_text!r} -> {fact.target!r}"
+            line = f"{format_refs([(self.number, i)])} {fact.prompt_text!r} -> {fact.target!r}"
             lines.append(f"  {line}" if i in self.active else f"  ({line})")
         return "\n".join(lines)
 
     @property
     def status(self) -> str:
-        """In a word or two."""
+        """The state of the entry in a word or two."""
         if self.rolled_back or not self.active:
             return "rolled back" if self.rolled_back else "removed"
         return f"{len(self.active)} of {len(self.facts)} facts" if self.gone else "active"
 
 
 def entries_after(events: Iterable[Event]) -> dict[int, Entry]:
-    """All entries by number, as they stand after these events."""
+    """Return all entries by number, as they are after these events."""
     entries: dict[int, Entry] = {}
     for event in events:
         for number, fact in event.gone if event.what != "rolled back" else ():
@@ -185,16 +191,16 @@ def entries_after(events: Iterable[Event]) -> dict[int, Entry]:
 
 
 class History:
-    """The file; lines are read once, since they never change."""
+    """The history's file. Each line is read once, since lines never change."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._events, self._end = path, [], 0  # type: tuple[Path, list[Event], int]
 
     def events(self) -> tuple[Event, ...]:
-        """Everything that has happened so far, in any process.
+        """Return everything that has happened so far, in any process.
 
         Raises:
-            EditFileError: a line that is no event.
+            EngramFileError: a line that is no event.
         """
         try:
             with self.path.open("rb") as file:
@@ -204,29 +210,30 @@ class History:
                 self._events.append(Event.from_dict(json.loads(line)))
         except (OSError, ValueError, TypeError, LookupError, AttributeError, EngramError) as error:
             raise EngramFileError(
-                f"{self.path} is damaged at line {len(self._events) + 1}: {error}. Something else than engram has changed it; "
-                "take the ledger from a backup"
+                f"{self.path} is damaged at line {len(self._events) + 1}: {error}. Something other "
+                "than "
+                "engram has changed it; take the ledger from a backup"
             ) from error
         self._end += len(whole) + len(newline)
         return tuple(self._events)
 
     def append(self, event: Event) -> None:
-        """Make an event happen, on the disk when this returns. The caller holds the lock.
+        """Make an event happen: it is on the disk when this returns. The caller holds the lock.
 
         Raises:
-            EditFileError: it cannot be written, and has not happened.
+            EngramFileError: it cannot be written, and has not happened.
         """
-        self.events()
+        self.events()  # moves `_end` to the end of the last whole line, also of other writers
         line = json.dumps(event.to_dict(), ensure_ascii=False) + "\n"
         try:
             with self.path.open("r+b") as file:
-                file.truncate(self._end)
+                file.truncate(self._end)  # what a killed writer left of a line
                 file.seek(self._end)
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            with suppress(OSError):
+            with suppress(OSError):  # on a full disk, cutting off still works
                 os.truncate(self.path, self._end)
             raise EngramFileError(
                 f"could not write {self.path}: {error}. The ledger is as it was; free some space"

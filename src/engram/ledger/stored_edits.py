@@ -1,0 +1,84 @@
+"""The files of a ledger's edits: a folder for each entry, `edits/0001` for entry 1.
+
+Knows where they are and that they never change. Refuses to know which of them are in force.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engram.edit.edit import Edit
+from engram.edit.folder_format import change_identity
+from engram.errors import EngramError, EngramFileError
+from engram.ledger.history import Entry, FactRef
+
+
+class StoredEdits:
+    """Edits by the numbers of their entries.
+
+    Args:
+        folder: has one folder an entry.
+        base: the ledger's base, as `edit.base.describe_base` describes it.
+    """
+
+    def __init__(self, folder: Path, base: dict[str, Any]) -> None:
+        self._folder, self._base = folder, base
+        self._loaded: dict[int, Edit] = {}  # files never change, so each is read once
+
+    def save(self, number: int, edit: Edit) -> None:
+        """Write the edit of a new entry."""
+        edit.save(self._path(number))
+
+    def load(self, entry: Entry) -> Edit:
+        """Return an entry's edit as it was added, with facts that were taken out since.
+
+        Raises:
+            EngramError: its files were pruned. EngramFileError: its files are damaged.
+        """
+        if entry.pruned:
+            raise EngramError(
+                f"entry {entry.number} was {entry.status} and its files were pruned; "
+                "the history still names its facts"
+            )
+        if entry.number not in self._loaded:
+            edit = Edit.load(self._path(entry.number))
+            if change_identity(edit) != entry.identity:
+                raise EngramFileError(
+                    f"{self._path(entry.number)} is not the edit that was added; "
+                    "take it from a backup"
+                )
+            self._loaded[entry.number] = edit
+        return self._loaded[entry.number]
+
+    def in_force(self, entry: Entry, without: Collection[FactRef] = ()) -> Edit:
+        """Return what is left of an entry's edit, as an edit of the base.
+
+        Args:
+            without: facts to leave out beside those that were taken out.
+        """
+        left_out = entry.gone | {fact for number, fact in without if number == entry.number}
+        return self.on_base(self.load(entry).without(*left_out))
+
+    def on_base(self, edit: Edit) -> Edit:
+        """Return the same deltas as an edit of the base.
+
+        An edit made on top of others names the weights it was computed on. Its deltas are added to
+        the base all the same, so here it has to name the base's.
+        """
+        tensors = {name: self._base["tensors"][name] for name in edit.deltas}
+        return replace(edit, base={**self._base, "tensors": tensors})
+
+    def delete_except(self, numbers: Collection[int]) -> None:
+        """Delete all other folders, those that a killed `add` or `prune` left included."""
+        keep = {self._path(number).name for number in numbers}
+        for path in self._folder.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path)
+        self._loaded = {number: e for number, e in self._loaded.items() if number in numbers}
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:04d}"
