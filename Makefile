@@ -4,8 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 DOCS_STAMP := .venv/.installed-docs
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-quantised lint types check bench docs docs-serve notebooks clean
+.PHONY: help demo test test-slow test-quantised lint types check bench docs docs-serve notebooks clean
+
+help: # list the targets
+	@grep -E '^[a-z-]+:.*#' Makefile | sed -E 's/^([a-z-]+):[^#]*# */\1\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,27 +20,30 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $(DOCS_STAMP)
 
-demo: $(STAMP)
+demo: $(STAMP) # find a fact in the bundled model, rewrite it, check what else moved
 	$(BIN)/engram demo
 
-test: $(STAMP) # a process a core, each file of tests by one
-	$(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+test: $(STAMP) # the tests that are not marked slow, a process per core (minutes)
+	$(PYTEST) -m "not slow"
 
-lint: $(STAMP)
+test-slow: $(STAMP) # the others: kills, Ray, notebooks, long pages of docs
+	$(PYTEST) -m slow
+
+lint: $(STAMP) # ruff, and the storeys: who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: $(STAMP)
+types: $(STAMP) # mypy
 	$(BIN)/mypy
 
 test-quantised: $(STAMP) # last: once torchao is installed, transformers imports it everywhere, and it talks
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[quant]"
 	$(BIN)/pytest tests/model/test_quantised.py tests/editors/test_memory_plan.py
 
-check: lint types test test-quantised
+check: lint types test test-slow test-quantised # everything; what CI runs
 
-bench: $(STAMP)
+bench: $(STAMP) # time and memory, against the naive loops
 	$(BIN)/python benchmarks/trace.py
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/rome.py
@@ -44,15 +51,15 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/second_moment.py
 	$(BIN)/python benchmarks/evaluate.py
 
-docs: $(DOCS_STAMP)
+docs: $(DOCS_STAMP) # build site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-docs-serve: $(DOCS_STAMP)
+docs-serve: $(DOCS_STAMP) # serve the site while you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-notebooks: $(STAMP)
+notebooks: $(STAMP) # run the notebooks and keep their outputs
 	$(BIN)/python tools/run_notebooks.py notebooks/*.ipynb
 
-clean:
+clean: # remove what was installed and built
 	rm -rf .venv site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

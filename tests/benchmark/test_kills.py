@@ -150,6 +150,7 @@ def rows(run: Run) -> dict[str, dict[str, dict[str, float | None]]]:
     }
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_path):
     kills = int(os.environ.get("ENGRAM_KILLS", "3"))
     told = run(AT_RANDOM, tmp_path, kills, records=10)
@@ -173,6 +174,7 @@ def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_pa
         assert len(resumed.sessions) <= len(counts), "a session a start, of those that got so far"
 
 
+@pytest.mark.slow
 def test_killed_at_any_statement_the_file_goes_on_to_the_same_rows(tmp_path):
     told = run(AT_EVERY_STATEMENT, tmp_path, 0, records=5)
     assert len(told) > 40, "statements of a run"

@@ -487,6 +487,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     assert ended.value.code == 130 and "stopped" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
 def test_the_demo_shows_everything(tmp_path):
     told = run("demo", "-o", str(tmp_path / "demo")).output

@@ -223,6 +223,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_edit_or_the_new_one(tmp_path: Path) -> None:
     edits = [random_edit(LM, seed=seed) for seed in (1, 2)]
     for i, edit in enumerate(edits):
@@ -272,6 +273,7 @@ for step in range(1, 60):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "fork"), reason="forks a writer for every step at which it is killed"
 )

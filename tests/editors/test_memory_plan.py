@@ -159,6 +159,7 @@ print(peak(lambda: engram.rewrite(lm, fact, **settings)))
 """
 
 
+@pytest.mark.slow
 def test_the_plan_is_within_a_factor_of_two_of_what_is_measured(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

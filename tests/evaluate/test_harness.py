@@ -62,6 +62,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, fact: Fact) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_accuracy_falls_where_the_fact_is_rewritten_and_comes_back_afterwards(
     lm: LanguageModel, edit: Edit, tasks: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_the_harness_sees_the_log_probabilities_that_the_model_has(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(ours), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_saved_edit(edit: Edit, tasks: Path, tmp_path: Path) -> None:
     from engram.cli import app
 
@@ -117,6 +119,7 @@ def test_the_command_takes_a_saved_edit(edit: Edit, tasks: Path, tmp_path: Path)
     assert json.loads(done.stdout.splitlines()[-1])["tower"]["acc,none"] == 0.0
 
 
+@pytest.mark.slow
 def test_mistakes_are_told(
     lm: LanguageModel, fact: Fact, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

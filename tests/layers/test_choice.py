@@ -314,6 +314,7 @@ def test_a_damaged_card_is_told_and_measured_again(lm, tmp_path, caplog):
     assert again.evidence == first.evidence and "is not a layer card" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_edit(lm, tmp_path, measured):
     straight = layer_card(lm, EDITS, cache_dir=tmp_path / "straight", **QUICK)
     measured.clear()
@@ -428,6 +429,7 @@ def test_choosing_takes_what_a_card_takes():
 # --- the bundled model ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
 def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path):
     lm = engram.load("pocket")

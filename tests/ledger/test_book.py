@@ -570,6 +570,7 @@ def test_damage_is_named(ledger):
 # --- any sequence ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_thousand_random_sequences_leave_the_base_bit_for_bit_and_give_the_direct_sum(
     tmp_path, monkeypatch
 ):

@@ -154,6 +154,7 @@ def run(script: str, tmp_path: Path, rounds: int = 0) -> list[str]:
     return output.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_a_change_has_happened_or_not(tmp_path):
     lines = run(AT_EVERY_STEP, tmp_path)
     for what in ("add", "replace", "remove"):
@@ -163,6 +164,7 @@ def test_killed_at_any_step_a_change_has_happened_or_not(tmp_path):
     assert {line.split()[1] for line in lines if line.startswith("prune ")} == {"same"}
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_that_was_acknowledged_is_lost(tmp_path):
     lines = run(AT_RANDOM, tmp_path, rounds=int(os.environ.get("ENGRAM_KILLS", "25")))
     told, added, removed = (int(number) for number in lines[-1].split())
@@ -217,6 +219,7 @@ print(os.wait()[1], os.wait()[1], *(identity(edits[i]) for i in range(6)))
 )
 
 
+@pytest.mark.slow
 def test_two_writers_wait_for_each_other(tmp_path):
     told = run(BOTH, tmp_path)[-1].split()
     assert told[:2] == ["0", "0"]

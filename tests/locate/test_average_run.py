@@ -229,6 +229,7 @@ def pocket_runs(tmp_path_factory):
     return lm, facts, settings, resumed
 
 
+@pytest.mark.slow
 def test_of_the_bundled_model_too(pocket_runs):
     lm, facts, settings, resumed = pocket_runs
     for size in (1, 3, 32):
@@ -236,6 +237,7 @@ def test_of_the_bundled_model_too(pocket_runs):
     same(resumed, alone(lm, facts, samples=2), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_naive_loop_on_five_facts_of_the_bundled_model(pocket_runs):
     lm, facts, _, resumed = pocket_runs
     embeddings = (
@@ -361,6 +363,7 @@ print(json.dumps(there))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_traces_nothing_twice(lm, tmp_path):
     """SIGKILL at three random moments. What is in the file in the end is what an undisturbed run
     writes, byte for byte.

@@ -146,9 +146,10 @@ def test_a_receipt_says_what_it_was_taken_through():
     assert Receipt.from_dict(json.loads(json.dumps(chat.to_dict()))) == chat
     pairs = [(PROMPT, "Paris"), (PROMPT, "London")]
     with lm.asked_through(frame):
-        assert chat.answers[0].before == pytest.approx(lm.probabilities(pairs))
+        # batches of other sizes differ in the last digits of float32
+        assert chat.answers[0].before == pytest.approx(lm.probabilities(pairs), rel=1e-5)
         with edit.applied(lm):
-            assert chat.answers[0].after == pytest.approx(lm.probabilities(pairs))
+            assert chat.answers[0].after == pytest.approx(lm.probabilities(pairs), rel=1e-5)
         assert engram.verify(lm, edit) == chat, "a block around the call is a frame as well"
     assert chat.perplexity == plain.perplexity
 

@@ -73,10 +73,12 @@ class Squares:
         return unit**state
 
 
+@pytest.mark.slow
 def test_every_unit_is_done_once_and_comes_back_with_its_number(workers: RayWorkers) -> None:
     assert sorted(workers.run(Squares(), range(20))) == list(Here().run(Squares(), range(20)))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_nothing_but_its_own_unit(
     workers: RayWorkers, tmp_path: Path
 ) -> None:
@@ -85,15 +87,18 @@ def test_a_worker_that_is_killed_costs_nothing_but_its_own_unit(
     assert (tmp_path / "died").exists()
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_every_worker_is_given_up_with_advice(workers: RayWorkers) -> None:
     with pytest.raises(EngramError, match="unit 1 was given up: a worker died of it 3 times"):
         list(workers.run(Squares(dies_at=1), range(3)))
 
 
+@pytest.mark.slow
 def test_workers_that_have_no_place_are_not_waited_for(workers: RayWorkers) -> None:
     assert dict(RayWorkers(5).run(Squares(), range(9))) == {n: n**2 for n in range(9)}
 
 
+@pytest.mark.slow
 def test_what_a_job_raises_is_raised_here_as_what_it_was(workers: RayWorkers) -> None:
     with pytest.raises(FactError, match="unit 2 is no fact"):
         list(workers.run(Squares(raises_at=2), range(5)))
@@ -127,6 +132,7 @@ class Dying(RecordsJob):
         return super().do(state, unit)
 
 
+@pytest.mark.slow
 def test_benchmark_records_are_the_same_here_and_there_though_a_worker_is_killed(
     lm: LanguageModel, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +159,7 @@ def test_benchmark_records_are_the_same_here_and_there_though_a_worker_is_killed
         }
 
 
+@pytest.mark.slow
 def test_average_traces_are_the_same(lm: LanguageModel, workers: RayWorkers) -> None:
     facts = engram.read_facts("pocket")[:6]
     asked: dict[str, Any] = {
@@ -166,6 +173,7 @@ def test_average_traces_are_the_same(lm: LanguageModel, workers: RayWorkers) -> 
     assert [each.to_bytes() for each in here.traces] == [each.to_bytes() for each in there.traces]
 
 
+@pytest.mark.slow
 def test_second_moments_do_not_depend_on_the_number_of_workers(
     lm: LanguageModel, workers: RayWorkers, tmp_path: Path
 ) -> None:
@@ -190,6 +198,7 @@ def test_second_moments_do_not_depend_on_the_number_of_workers(
     torch.testing.assert_close(by["ray"], by["local"], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_values_of_a_mass_edit_are_the_same(lm: LanguageModel, workers: RayWorkers) -> None:
     facts = [
         pocket.as_fact(known, pocket.counterfactual(known)) for known in pocket.facts()[:2000:500]

@@ -91,6 +91,7 @@ def test_means_are_over_the_facts_that_have_a_score_and_s_is_harmonic():
     )
 
 
+@pytest.mark.slow
 @needs_pocket
 def test_a_killed_run_goes_on_and_other_settings_are_measured_again(
     lm, tmp_path, monkeypatch, capsys

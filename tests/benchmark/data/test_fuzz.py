@@ -173,6 +173,7 @@ def usable(dataset: Dataset) -> None:
     "".join(dataset.skipped).encode()
 
 
+@pytest.mark.slow
 @fuzz
 @given(file=mutated_files())
 def test_mutated_records_are_read_or_told(folder: Path, file: tuple[str, bytes]) -> None:
@@ -254,6 +255,7 @@ def weights() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @fuzz
 @given(
     idf=damaged_files(weights(), ("idf.npy",)),

@@ -799,7 +799,9 @@ def test_a_model_without_numbers_is_refused():
 
 def test_the_released_order_of_operations_is_to_be_had_whatever_a_preset_says(monkeypatch):
     monkeypatch.setattr(
-        mass_settings, "preset", lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0}
+        mass_settings,
+        "preset",
+        lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0},
     )
     assert mass_settings._settings("memit", "tiny", {"reference": True})["keys"] == "halves"
 
