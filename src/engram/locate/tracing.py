@@ -264,7 +264,7 @@ def described(config: TraceConfig, prompt: TracePrompt | None = None) -> dict[st
     return about
 
 
-def causal_trace(
+def trace(
     lm: LanguageModel,
     prompt: str,
     *,

@@ -2,7 +2,7 @@
 
 The residual stream, after the embedding and after every block, is read by the model's own
 unembedding. Knows states and the vocabulary. Refuses to know causes: what a lens can read there
-need not be what later layers use; see causal_trace.
+need not be what later layers use; see engram.locate.tracing.
 
 Source: nostalgebraist, "interpreting GPT: the logit lens", LessWrong 2020.
 """
