@@ -113,7 +113,7 @@ def test_a_changed_state_has_the_consequences_it_has_in_the_model(family, starts
     lm, limit = tiny_lm(family, torch.float64), tolerance(family, torch.float64)
     texts = ["The river runs through London.", "She plays the piano and sings."]
     ids_bt = pad_right([lm.encode(text).ids[:9] for text in texts])
-    suffix = Suffix(lm, record_run(lm, ids_bt), starts, 4)
+    suffix = Suffix(record_run(lm, ids_bt), starts, 4)
     first = [starts] * 2 if isinstance(starts, int) else starts
     shift_btd = torch.zeros(*ids_bt.shape, lm.d_model, dtype=lm.dtype)
     for row, start in enumerate(first):
@@ -169,7 +169,7 @@ def test_any_columns_of_a_block_can_be_read_alone(family, starts):
         "She plays the piano; he plays the guitar and sings.",
     ]
     suffix = Suffix(
-        lm, record_run(lm, pad_right([lm.encode(text).ids[:13] for text in texts])), starts, 8
+        record_run(lm, pad_right([lm.encode(text).ids[:13] for text in texts])), starts, 8
     )
     columns_br = torch.tensor([[0, 3, 7], [4, 1, 1]])
     with torch.no_grad():
@@ -201,11 +201,11 @@ def test_a_run_up_to_a_block_and_some_of_its_rows_are_parts_of_the_whole(family)
     )
     for recording in (cut, whole):
         for rows in ([2], [2, 0], [0, 1, 2]):
-            some = recording.narrowed(lm, torch.tensor(rows), 1)
-            again = some.narrowed(
-                lm, torch.arange(len(rows)).flip(0), 2
+            some = recording.select(torch.tensor(rows), 1)
+            again = some.select(
+                torch.arange(len(rows)).flip(0), 2
             )  # twice, the second time turned round
-            suffix, turned = Suffix(lm, some, 4, 3), Suffix(lm, again, 4, 3)
+            suffix, turned = Suffix(some, 4, 3), Suffix(again, 4, 3)
             with torch.no_grad():
                 for layer in (1, 2):
                     leaving = suffix.block(layer, suffix.states(layer))
@@ -217,14 +217,14 @@ def test_a_run_up_to_a_block_and_some_of_its_rows_are_parts_of_the_whole(family)
                 )
 
 
-def test_a_narrowed_recording_lets_the_rest_go():
+def test_a_selection_of_a_recording_lets_the_rest_go():
     """Neither the blocks below nor the other rows are held any longer, by the recorded arguments
     either.
     """
     lm = tiny_lm("llama")
     recording = record_run(lm, torch.arange(40).view(4, 10))
     below, inside = (weakref.ref(recording.keys[layer]) for layer in (0, 3))
-    kept = recording.narrowed(lm, torch.tensor([1]), 2)
+    kept = recording.select(torch.tensor([1]), 2)
     del recording
     gc.collect()
     assert below() is None and inside() is None

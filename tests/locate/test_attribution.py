@@ -257,7 +257,7 @@ def test_short_attention_written_out_is_the_fused_kernels(family, tokens):
     ids_bt = (torch.arange(2 * tokens).view(2, tokens) * 31 + 5) % 300
     recording = record_run(lm, ids_bt)
     for start in (0, tokens // 2):
-        suffix = Suffix(lm, recording, start, tokens - start)
+        suffix = Suffix(recording, start, tokens - start)
         with torch.no_grad():
             plain = suffix.block(1, suffix.states(1))
             before = lm.model.config._attn_implementation

@@ -189,7 +189,7 @@ def _replayed(
     recording = record_run(lm, ids_bt)
     row_p, read_p = _flat(reads)
     yield _head(lm, recording.hidden[-1][row_p.to(lm.device), read_p.to(lm.device)])
-    suffix, last = Suffix(lm, recording, 0, ids_bt.shape[1]), lm.n_layers - 1
+    suffix, last = Suffix(recording, 0, ids_bt.shape[1]), lm.n_layers - 1
     hidden_btd = recording.hidden[carried.first]
     columns_br = pad_right(reads)
     with carried.around(owners):

@@ -1,4 +1,8 @@
-"""TODO engine.recording"""
+"""One forward pass, recorded so that parts of it can be run again.
+
+Knows blocks, their arguments and their caches. Refuses to know which parts are run again (see
+suffix) and why.
+"""
 
 from __future__ import annotations
 
@@ -17,55 +21,56 @@ from engram.modules.hooks import Changes, record, substitute
 
 @dataclass
 class Recording:
-    """One forward pass over right-padded rows, kept so that parts of it can be run again.
+    """One forward pass over right-padded rows.
 
     Attributes:
+        blocks: the model's blocks.
         hidden: n_layers + 1 tensors [b, t, d]; entry l enters block l, the last one leaves the last
             block.
-        keys, values: one tensor [b, kv heads, t, head size] a block, positions already encoded.
-        calls: the (args, kwargs) that each block was called with.
-        seen: the tensors that were asked for on top, by module name.
+        keys, values: per block one tensor [b, kv heads, t, head size], positions already encoded.
+        calls: per block the (args, kwargs) that it was called with.
+        seen: further inputs and outputs that the caller wanted, by module name.
     """
 
+    blocks: Sequence[nn.Module]
     hidden: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     seen: dict[str, Tensor]
 
-    def narrowed(self, lm: LanguageModel, rows_n: Tensor, layer: int) -> Recording:
-        """The same of some rows, and of blocks from `layer` on; what is below is let go. `seen` is
-        dropped.
+    def select(self, rows_n: Tensor, from_layer: int) -> Recording:
+        """Return the recording of some rows and of the blocks from `from_layer` on, as copies.
+
+        Blocks below keep empty tensors in their places, so that layers keep their numbers; `seen`
+        is dropped. The memory of everything else can be freed.
         """
         recorded = len(self.hidden[-1])
 
-        def some(kept: list[Tensor]) -> list[Tensor]:
-            return [x[:0].clone() for x in kept[:layer]] + [
-                x.index_select(0, rows_n.to(x.device)) for x in kept[layer:]
+        def chosen(layers: list[Tensor]) -> list[Tensor]:
+            # clone: a view of no rows would keep the whole tensor alive
+            return [x[:0].clone() for x in layers[:from_layer]] + [
+                x.index_select(0, rows_n.to(x.device)) for x in layers[from_layer:]
             ]
 
+        stand_in = DynamicCache()  # the run's own cache holds every row and block
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        stand_in = DynamicCache()  # the one of the run holds every row and block
-        for block, (args, kwargs) in zip(lm.parts.blocks, self.calls, strict=False):
-            named = {
-                name: stand_in if isinstance(value, Cache) else value
-                for name, value in _by_name(block, args, kwargs).items()
+        for block, (args, kwargs) in zip(self.blocks, self.calls, strict=False):
+            arguments = {
+                name: stand_in
+                if isinstance(value, Cache)
+                else argument_for_rows(name, value, rows_n, recorded)
+                for name, value in arguments_by_name(block, args, kwargs).items()
             }
-            calls.append(
-                (
-                    (),
-                    {
-                        name: _for_rows(name, value, rows_n, recorded)
-                        for name, value in named.items()
-                    },
-                )
-            )
-        return Recording(some(self.hidden), some(self.keys), some(self.values), calls, {})
+            calls.append(((), arguments))
+        return Recording(
+            self.blocks, chosen(self.hidden), chosen(self.keys), chosen(self.values), calls, {}
+        )
 
 
 class NotReplayableError(Exception):
     """A block takes an argument that we do not know how to cut to a suffix; the caller falls back
-    to whole forwards.
+    to whole forward passes.
     """
 
 
@@ -85,10 +90,9 @@ def record_run(
         ids_bt: [b, t] token ids, rows padded on the right (no real position sees a pad).
         changes: module -> function of its output, in force during the run; e.g. noise at the
             embedding.
-        inputs, outputs, keep: dotted names of modules whose input or output is wanted on top, and
-            what is kept of them, see `hooks.record`.
-        until: last block that is run; default: all. What stands above it is not in the recording
-            then.
+        inputs, outputs: dotted names of modules whose input or output is recorded too, in `seen`.
+        keep: what of them is kept, see `hooks.record`.
+        until: last block that is run and recorded; default: all.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
@@ -116,20 +120,24 @@ def record_run(
     finally:
         for handle in handles:
             handle.remove()
-    hidden = [*entering, end[last]]
     layers: list[Any] = list(cache.layers)
-    return Recording(
-        hidden, [layer.keys for layer in layers], [layer.values for layer in layers], calls, seen
-    )
+    keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    return Recording(lm.parts.blocks, [*entering, end[last]], keys, values, calls, seen)
 
 
 def base_model(lm: LanguageModel) -> nn.Module:
-    """The model without its unembedding."""
+    """Return the model without its unembedding."""
     return lm.model.base_model
 
 
-def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a block's call but for its hidden states, positional ones named."""
+def arguments_by_name(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a block's call except its hidden states, positional ones named.
+
+    Raises:
+        NotReplayableError: the block takes *args.
+    """
     target = signature(block.forward)
     bound = target.bind_partial(*args, **kwargs).arguments
     for name, parameter in target.parameters.items():
@@ -141,16 +149,16 @@ def _by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return dict(bound)
 
 
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`change` applied to a tensor or to every tensor of a tuple; anything else as it is."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to a tensor or to every tensor of a tuple; return anything else as it is."""
     if isinstance(value, tuple | list):
-        return tuple(_each(v, change) for v in value)
+        return tuple(map_tensors(v, change) for v in value)
     return change(value) if isinstance(value, Tensor) else value
 
 
-def _for_rows(name: str, value: Any, rows_n: Tensor | None, recorded: int) -> Any:
-    """An argument for n running rows: chosen by recorded row where it has a row axis, broadcast
-    where it has none.
+def argument_for_rows(name: str, value: Any, rows_n: Tensor | None, recorded: int) -> Any:
+    """Return a block's argument for n running rows: chosen by recorded row where it has an axis of
+    rows, as it is where it has none.
     """
 
     if rows_n is None:
@@ -167,4 +175,4 @@ def _for_rows(name: str, value: Any, rows_n: Tensor | None, recorded: int) -> An
             return x
         return x.index_select(0, rows_n.to(x.device))
 
-    return _each(value, choose)
+    return map_tensors(value, choose)

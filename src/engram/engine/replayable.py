@@ -76,7 +76,7 @@ def _try(lm: LanguageModel) -> bool:
         return bool((a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6))
 
     for starts in (3, [2, 4]):
-        suffix = Suffix(lm, recording, starts, 3)
+        suffix = Suffix(recording, starts, 3)
         for layer in range(lm.n_layers):
             entering, leaving = suffix.states(layer), suffix.states(layer + 1)
             if not close(suffix.block(layer, entering), leaving):

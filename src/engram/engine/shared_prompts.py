@@ -1,5 +1,9 @@
-"""Many continuations of one prompt, which is computed once: its keys and values stand in front of
-each of them.
+"""Rows that begin alike: what they share is run once.
+
+Two ways, for two needs. `shared_logits` continues prompts with the model's own cache: every model
+that has one can do it, replayable or not, and nothing but logits comes out.
+`record_shared_prefixes` goes through the blocks one by one and records what passes between them: it
+needs a model that can be replayed.
 
 Knows rows of tokens and the model's own cache. Refuses to know what the continuations are. A model
 whose cache is not transformers' DynamicCache (state-space models, for one) computes whole rows
@@ -17,7 +21,7 @@ from transformers import DynamicCache
 
 from engram.batching import batches
 from engram.engine.recording import Recording, base_model, record_run
-from engram.engine.suffix import Suffix, _CaptureKV, _take
+from engram.engine.suffix import Suffix, put, take
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record
@@ -95,43 +99,30 @@ def record_shared_prefixes(
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
 ) -> Recording:
-    """`record_run` of rows of which each begins like one of the first ones: what they begin with is
-    run once.
+    """Record a run of rows of which each begins like one of the first; each beginning is run once.
+
+    Six rows of three kinds, shared = [0, 3, 5]: rows 0 and 3 have nothing in common, rows 1 and 4
+    their first 3 tokens, rows 2 and 5 their first 5. Rows 0, 1, 2 are run whole, and of all six
+    only what follows the shared tokens.
 
     Args:
         rows: token ids; row b begins like row b % len(shared).
-        shared: tokens that all rows which begin alike have in common; exact where they really are.
-        layer: lowest block that is kept, see `Recording.narrowed`.
-        length: that rows are padded to, on the right; at least any shared part and the longest rest
-            behind each other.
-        inputs, outputs: as in `record_run`. In `seen` there is nothing at the shared positions but
-            zeros.
+        shared: for each kind, how many tokens its rows have in common.
+        layer: lowest block that is kept, see `Recording.select`.
+        length: that rows are padded to, on the right; at least the longest shared part plus the
+            longest rest.
+        inputs, outputs: as in `record_run`; `seen` has zeros at the shared positions.
     """
-    kinds, firsts = torch.arange(len(rows)) % len(shared), rows[: len(shared)]
+    kind_b, firsts = torch.arange(len(rows)) % len(shared), rows[: len(shared)]
     rest = max(len(row) - shared[b % len(shared)] for b, row in enumerate(rows))
-    begun = record_run(lm, pad_right(firsts, length))
-    suffix, entry = Suffix(lm, begun, shared, rest), lm.parts.block_name(0)
+    suffix = Suffix(record_run(lm, pad_right(firsts, length)), shared, rest)
+    positions_bq, entry = suffix.positions.queries_bq[kind_b], lm.parts.block_name(0)
     with torch.no_grad(), record(lm.model, inputs=[entry], stop=True) as entering:
         base_model(lm)(pad_right(rows, length).to(lm.device))
-    rows_b1, places_bq = torch.arange(len(rows))[:, None], suffix.positions_bq[kinds]
-
-    def put(kept_btx: Tensor, made_bqx: Tensor) -> None:
-        kept_btx[rows_b1, places_bq] = made_bqx.to(kept_btx.device)
-
-    hidden_bqd = _take(entering[entry], places_bq)
-    whole = begun.narrowed(lm, kinds, layer)
     with torch.no_grad(), record(lm.model, inputs, outputs) as seen:
-        for number in range(lm.n_layers):
-            new = _CaptureKV(*suffix._prefix_of(number, kinds))
-            after_bqd = suffix._call(number, hidden_bqd, kinds, new)
-            if number >= layer:
-                put(whole.hidden[number], hidden_bqd)
-                put(whole.keys[number].transpose(1, 2), new.new_keys.transpose(1, 2))
-                put(whole.values[number].transpose(1, 2), new.new_values.transpose(1, 2))
-            hidden_bqd = after_bqd
-    put(whole.hidden[-1], hidden_bqd)
+        recording = suffix.run_recording(take(entering[entry], positions_bq), kind_b, layer)
     for name, part in seen.items():
         part_bqx = part.view(len(rows), rest, -1)
-        whole.seen[name] = part_bqx.new_zeros(len(rows), length, part_bqx.shape[-1])
-        put(whole.seen[name], part_bqx)
-    return whole
+        recording.seen[name] = part_bqx.new_zeros(len(rows), length, part_bqx.shape[-1])
+        put(recording.seen[name], positions_bq, part_bqx)
+    return recording

@@ -1,9 +1,21 @@
 """The engine: run again only the blocks and positions that a change can reach.
 
-In a causal model a change at block l, position i is invisible to blocks before l and to positions
-before i. So one run is recorded (what enters each block, keys and values, the arguments each block
-was called with), and afterwards blocks are called one by one on positions i.. only, with the
-recorded keys and values in front, any number of rows at a time.
+In a causal model a change at block l, position i is invisible to blocks below l and to positions
+before i. So one run is recorded (what enters each block, keys and values, the arguments of each
+block's call), and afterwards blocks are called one by one on the positions from i on, with the
+recorded keys and values in front, for any number of rows at a time.
+
+Example: 3 blocks, the 4 tokens "The tower is in", and a new state of "tower" (position 1) after
+block 0. Letters are states [d] at a position; r is read from the recording, * is computed again.
+
+    position          0     1     2     3
+    leaves block 0    .     new   r     r      suffix.states(1), entry 0 replaced
+    block 1           kv r  *     *     *      suffix.block(1, ...): 3 queries, 4 keys
+    block 2           kv r  kv*   kv*   *      suffix.last_positions(2, ...): 1 query, 4 keys
+    head                                *
+
+A whole forward pass calls blocks on 12 states, the replay on 3 + 1, and of position 0 only keys
+and values are read. Position 0 of block 0 was computed once, when the run was recorded.
 
 Knows blocks and tensors. Refuses to know why states change: causal tracing and value optimisation
 say what, this says how to compute the consequences exactly. What cannot be replayed (`replayable`
@@ -14,22 +26,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from engram.engine.recording import NotReplayableError, Recording, _by_name, _each, _for_rows
-from engram.model.language_model import LanguageModel
+from engram.engine.recording import (
+    NotReplayableError,
+    Recording,
+    argument_for_rows,
+    arguments_by_name,
+    map_tensors,
+)
 from engram.modules.hooks import StopForward, first
 
 log = logging.getLogger(__name__)
 
 
 class _Prefix:
-    """Stands where a block expects its cache: joins recorded keys and values with the new ones and
-    stores nothing.
+    """What a block gets as its cache: joins recorded keys and values with the new ones and stores
+    nothing.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -43,7 +62,7 @@ class _Prefix:
 
 
 class _CaptureKV(_Prefix):
-    """Keeps the new keys and values beside those that it joins them with."""
+    """Keeps the new keys and values too, apart from those that it joins them with."""
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.new_keys, self.new_values = keys, values
@@ -59,51 +78,136 @@ class _StopAfterKV(_Prefix):
 
 
 class _FullKV(_Prefix):
-    """Holds the keys and values of all positions already; those that the block makes once more are
-    not looked at.
+    """Has the keys and values of all positions already; those that the block computes again are
+    ignored.
     """
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
 
 
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Which recorded positions are queries, and which are the keys that they see.
+
+    Rows may start at different positions. Their keys are then shifted to the right, so that all
+    suffixes end at the end of the key axis. Two rows of 6 recorded positions, suffixes of length 2
+    from positions 1 and 3 on:
+
+        queries_bq  [[1, 2],           slots_bs  [[-2, -1, 0, 1, 2],     -1, -2: masked slots in
+                     [3, 4]]                      [ 0,  1, 2, 3, 4]]     front of the short prefix
+
+    Attributes:
+        slots_bs: [b, s] recorded position of each key slot; below 0: none.
+        queries_bq: [b, q] recorded position of each query.
+        uniform: whether all rows have the same positions, in a row; no mask per row is needed then.
+    """
+
+    slots_bs: Tensor
+    queries_bq: Tensor
+    uniform: bool
+
+    @classmethod
+    def of_suffix(cls, starts: Sequence[int], length: int) -> Positions:
+        """Return the `length` positions from each row's start on, and the slots up to their end."""
+        start_b1, prefix = torch.tensor(starts)[:, None], max(starts)
+        slots_bs = torch.arange(prefix + length) - (prefix - start_b1)
+        return cls(slots_bs, start_b1 + torch.arange(length), min(starts) == prefix)
+
+    @property
+    def prefix(self) -> int:
+        """Slots in front of the queries."""
+        return self.slots_bs.shape[1] - self.queries_bq.shape[1]
+
+    def columns(self, columns_br: Tensor, uniform: bool) -> Positions:
+        """Return the same with only some of the queries."""
+        return Positions(self.slots_bs, self.queries_bq.gather(1, columns_br), uniform)
+
+    def argument(self, name: str, value: Any, states: Tensor) -> Any:
+        """Return a recorded argument of a block as it would be for these queries alone.
+
+        Args:
+            states: whose dtype and device a mask gets.
+        Raises:
+            NotReplayableError: it is a tensor whose axes are not known.
+        """
+        if name == "attention_mask":
+            return self._mask(value, states)
+        if name in ("position_ids", "position_embeddings"):
+            one_row = self.queries_bq[:1]
+            return map_tensors(
+                value,
+                lambda x: take(x, one_row if self.uniform and len(x) == 1 else self.queries_bq),
+            )
+        if name == "cache_position" and isinstance(value, Tensor):
+            if not self.uniform:
+                raise NotReplayableError(
+                    "cache_position is one list for all rows, and the rows start at different "
+                    "positions"
+                )
+            return value[self.queries_bq[0].to(value.device)]
+        slots = self.slots_bs.shape[1]
+        if name == "position_bias" and isinstance(value, Tensor):
+            return value[..., -slots:]
+        if name == "alibi" and isinstance(value, Tensor):
+            return value[..., :slots]
+        if isinstance(value, Tensor):
+            raise NotReplayableError(f"a block takes a tensor {name!r} whose axes are not known")
+        return value
+
+    def _mask(self, mask: Tensor | None, states: Tensor) -> Tensor | None:
+        """Return the recorded attention mask for these queries, [b or 1, heads or 1, q, s]."""
+        queries, slots = self.queries_bq, self.slots_bs
+        if mask is None:  # plain causal attention, left to the kernel
+            if self.uniform and (queries.shape[1] == 1 or self.prefix == 0):
+                return None
+            hidden = (slots[:, None, :] < 0) | (slots[:, None, :] > queries[:, :, None])
+            # A float mask: kernels would turn a boolean one into this at every call.
+            mask = torch.zeros(hidden.shape, dtype=states.dtype).masked_fill_(hidden, -torch.inf)
+            return (mask[:1] if self.uniform else mask)[:, None].to(states.device)
+        if self.uniform:
+            return mask[:, :, queries[0, 0] : queries[0, -1] + 1, : slots.shape[1]]
+        # What this family writes where the first token would look at the last.
+        hide = mask[0, 0, 0, -1]
+        queries, slots = queries.to(mask.device), slots.to(mask.device)
+        mask = mask.expand(len(queries), -1, -1, -1)
+        rows = queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        mask = mask.gather(2, rows)  # (b, h, q, t)
+        columns = slots.clamp(min=0)[:, None, None, :]
+        mask = mask.gather(3, columns.expand(-1, mask.shape[1], mask.shape[2], -1))  # (b, h, q, s)
+        return torch.where(slots[:, None, None, :] >= 0, mask, hide)
+
+
 class Suffix:
     """`length` positions of recorded rows, from `starts` on, ready to be run through blocks again.
 
-    Rows may start at different positions: their recorded keys are then shifted so that all suffixes
-        stand at the end of
-    the key axis, and slots in front of a short prefix are masked. Positions keep their true
-    numbers.
+    Positions keep their true numbers; see `Positions` for rows that start at different ones.
 
     Args:
-        starts: first position of the suffix, one for all rows or one a recorded row.
+        starts: first position of the suffix, one for all rows or one per recorded row.
         length: positions in the suffix; starts + length may not pass the recorded length.
     """
 
-    def __init__(
-        self, lm: LanguageModel, recording: Recording, starts: int | Sequence[int], length: int
-    ) -> None:
-        self.blocks, self.recording, self.length = lm.parts.blocks, recording, length
+    def __init__(self, recording: Recording, starts: int | Sequence[int], length: int) -> None:
+        self.recording, self.length = recording, length
         rows, recorded = recording.hidden[-1].shape[:2]
-        each = [starts] * rows if isinstance(starts, int) else list(starts)
-        assert len(each) == rows and max(each) + length <= recorded, (
+        row_starts = [starts] * rows if isinstance(starts, int) else list(starts)
+        assert len(row_starts) == rows and max(row_starts) + length <= recorded, (
             "suffix beyond what was recorded"
         )
-        self.prefix = max(each)
-        start_b = torch.tensor(each)
-        # recorded position of each key slot
-        self.slots_bs = torch.arange(self.prefix + length) - (self.prefix - start_b[:, None])
-        self.positions_bq = start_b[:, None] + torch.arange(length)
-        self.uniform = min(each) == self.prefix
-        self._cut: dict[
-            int, dict[str, Any]
-        ] = {}  # by layer: its recorded arguments, for these positions
-        self._ends: dict[int, Suffix] = {}
+        self.positions = Positions.of_suffix(row_starts, length)
+        self._ends: dict[int, Positions] = {}
         self._prefixes: dict[int, list[Tensor]] = {}
+        # by layer, of positions that are in use
+        self._arguments: WeakKeyDictionary[Positions, dict[int, dict[str, Any]]] = (
+            WeakKeyDictionary()
+        )
 
     def states(self, layer: int) -> Tensor:
-        """What entered block `layer` at the suffix's positions when it was recorded, [b, q, d]."""
-        return _take(self.recording.hidden[layer], self.positions_bq)
+        """Return what entered block `layer` at the suffix's positions when it was recorded,
+        [b, q, d].
+        """
+        return take(self.recording.hidden[layer], self.positions.queries_bq)
 
     def block(self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None = None) -> Tensor:
         """Run block `layer` on changed states of the suffix.
@@ -115,12 +219,13 @@ class Suffix:
         Returns:
             [n, q, d] what leaves the block.
         """
-        return self._call(layer, hidden_nqd, rows_n, _Prefix(*self._prefix_of(layer, rows_n)))
+        cache = _Prefix(*self._prefix_of(layer, rows_n))
+        return self._call(layer, hidden_nqd, rows_n, cache, self.positions)
 
     def last_positions(
         self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None = None, count: int = 1
     ) -> Tensor:
-        """Like `block`, where only the last `count` positions are read: the others give keys and
+        """Run `block` where only the last `count` positions are read: the others give keys and
         values and nothing else.
 
         Returns:
@@ -129,144 +234,118 @@ class Suffix:
         if self.length == count:
             return self.block(layer, hidden_nqd, rows_n)
         if count not in self._ends:
-            last_bq = torch.arange(self.length - count, self.length).expand(
-                len(self.positions_bq), -1
-            )
-            self._ends[count] = self._at(last_bq, self.uniform)
+            last_q = torch.arange(self.length - count, self.length)
+            last_bq = last_q.expand(len(self.positions.queries_bq), -1)
+            self._ends[count] = self.positions.columns(last_bq, self.positions.uniform)
         return self._read(layer, hidden_nqd, hidden_nqd[:, -count:], self._ends[count], rows_n)
 
     def at_columns(self, layer: int, hidden_bqd: Tensor, columns_br: Tensor) -> Tensor:
-        """Like `block` of the recorded rows, read only at some columns of each: [b, r] places in
-        the suffix -> [b, r, d].
+        """Run `block` of the recorded rows where only some columns of each are read: [b, r] places
+        in the suffix -> [b, r, d].
         """
         rows_b1 = torch.arange(len(columns_br))[:, None]
-        if any(buffer.dtype == torch.bool for buffer in self.blocks[layer].buffers()):
-            return self.block(layer, hidden_bqd)[
-                rows_b1, columns_br
-            ]  # a mask of its own (GPT-Neo's) takes queries for the last ones
-        return self._read(
-            layer, hidden_bqd, hidden_bqd[rows_b1, columns_br], self._at(columns_br, False), None
-        )
+        if any(buffer.dtype == torch.bool for buffer in self.recording.blocks[layer].buffers()):
+            # A mask of the block's own (GPT-Neo's) takes queries for the last positions.
+            return self.block(layer, hidden_bqd)[rows_b1, columns_br]
+        positions = self.positions.columns(columns_br, uniform=False)
+        return self._read(layer, hidden_bqd, hidden_bqd[rows_b1, columns_br], positions, None)
+
+    def run_recording(self, hidden_nqd: Tensor, rows_n: Tensor, from_layer: int) -> Recording:
+        """Run all blocks on new states of the suffix and record that run.
+
+        Args:
+            hidden_nqd: [n, q, d] what enters block 0.
+            rows_n: [n] recorded row whose prefix each of them continues.
+            from_layer: lowest block that is kept, as in `Recording.select`.
+        Returns:
+            The recording that a run of the n whole rows would give.
+        """
+        positions_nq = self.positions.queries_bq[rows_n]
+        whole = self.recording.select(rows_n, from_layer)
+        for layer in range(len(whole.keys)):
+            cache = _CaptureKV(*self._prefix_of(layer, rows_n))
+            leaving_nqd = self._call(layer, hidden_nqd, rows_n, cache, self.positions)
+            if layer >= from_layer:
+                put(whole.hidden[layer], positions_nq, hidden_nqd)
+                new_keys, new_values = cache.new_keys, cache.new_values
+                put(whole.keys[layer].transpose(1, 2), positions_nq, new_keys.transpose(1, 2))
+                put(whole.values[layer].transpose(1, 2), positions_nq, new_values.transpose(1, 2))
+            hidden_nqd = leaving_nqd
+        put(whole.hidden[-1], positions_nq, hidden_nqd)
+        return whole
 
     def _read(
-        self, layer: int, hidden_nqd: Tensor, read_nrd: Tensor, part: Suffix, rows_n: Tensor | None
+        self,
+        layer: int,
+        hidden_nqd: Tensor,
+        read_nrd: Tensor,
+        positions: Positions,
+        rows_n: Tensor | None,
     ) -> Tensor:
-        caught = _StopAfterKV(*self._prefix_of(layer, rows_n))
+        """Run the block twice: up to the keys and values of all positions, then whole on a few."""
+        stopped = _StopAfterKV(*self._prefix_of(layer, rows_n))
         try:
-            self._call(layer, hidden_nqd, rows_n, caught)
+            self._call(layer, hidden_nqd, rows_n, stopped, self.positions)
         except StopForward:
-            return part._call(layer, read_nrd, rows_n, _FullKV(caught.keys, caught.values))
+            full = _FullKV(stopped.keys, stopped.values)
+            return self._call(layer, read_nrd, rows_n, full, positions)
         raise NotReplayableError(
-            f"{type(self.blocks[layer]).__name__} did not ask its cache for keys and values"
+            f"{type(self.recording.blocks[layer]).__name__} did not ask its cache for keys and "
+            "values"
         )
-
-    def _at(self, columns_br: Tensor, uniform: bool) -> Suffix:
-        """These positions of the suffix, as queries to all of its keys."""
-        part = object.__new__(Suffix)
-        positions_br = self.positions_bq.gather(1, columns_br)
-        part.__dict__.update(
-            self.__dict__,
-            _cut={},
-            positions_bq=positions_br,
-            length=columns_br.shape[1],
-            uniform=uniform,
-        )
-        part.prefix = self.slots_bs.shape[1] - part.length
-        return part
 
     def _prefix_of(self, layer: int, rows_n: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Recorded keys and values in front of the suffix, [n, heads, prefix, head size]."""
+        """Return recorded keys and values in front of the suffix, [n, heads, prefix, head size]."""
         if layer not in self._prefixes:
-            self._prefixes[layer] = [
-                self._before(self.recording.keys[layer]),
-                self._before(self.recording.values[layer]),
-            ]
+            recorded = (self.recording.keys[layer], self.recording.values[layer])
+            self._prefixes[layer] = [self._before(x) for x in recorded]
         keys, values = self._prefixes[layer]
         if rows_n is None:
             return keys, values
-        return keys.index_select(0, rows_n.to(keys.device)), values.index_select(
-            0, rows_n.to(values.device)
+        return (
+            keys.index_select(0, rows_n.to(keys.device)),
+            values.index_select(0, rows_n.to(values.device)),
         )
 
-    def _before(self, kept: Tensor) -> Tensor:
-        if self.uniform:
-            return kept[:, :, : self.prefix]
-        slots = self.slots_bs[:, : self.prefix].clamp(min=0).to(kept.device)
-        return kept.gather(2, slots[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3]))
+    def _before(self, x_bhtk: Tensor) -> Tensor:
+        prefix = self.positions.prefix
+        if self.positions.uniform:
+            return x_bhtk[:, :, :prefix]
+        slots = self.positions.slots_bs[:, :prefix].clamp(min=0).to(x_bhtk.device)
+        heads, size = x_bhtk.shape[1], x_bhtk.shape[3]
+        return x_bhtk.gather(2, slots[:, None, :, None].expand(-1, heads, -1, size))
 
     def _call(
-        self, layer: int, hidden_nqd: Tensor, rows_n: Tensor | None, cache: _Prefix
+        self,
+        layer: int,
+        hidden_nqd: Tensor,
+        rows_n: Tensor | None,
+        cache: _Prefix,
+        positions: Positions,
     ) -> Tensor:
-        if layer not in self._cut:
-            arguments = _by_name(self.blocks[layer], *self.recording.calls[layer])
-            self._cut[layer] = {
-                name: self._cut_to_suffix(name, value) for name, value in arguments.items()
+        block, states = self.recording.blocks[layer], self.recording.hidden[-1]
+        by_layer = self._arguments.setdefault(positions, {})
+        if layer not in by_layer:
+            by_layer[layer] = {
+                name: positions.argument(name, value, states)
+                for name, value in arguments_by_name(block, *self.recording.calls[layer]).items()
             }
-        recorded = self.recording.hidden[-1].shape[0]
         arguments = {
-            name: cache if isinstance(value, Cache) else _for_rows(name, value, rows_n, recorded)
-            for name, value in self._cut[layer].items()
+            name: cache
+            if isinstance(value, Cache)
+            else argument_for_rows(name, value, rows_n, len(states))
+            for name, value in by_layer[layer].items()
         }
-        return first(self.blocks[layer](hidden_nqd, **arguments))
-
-    def _cut_to_suffix(self, name: str, value: Any) -> Any:
-        """One recorded argument of a block as it would be for the suffix alone."""
-        if name == "attention_mask":
-            return self._mask(value)
-        if name in ("position_ids", "position_embeddings"):
-            return _each(
-                value,
-                lambda x: _take(
-                    x, self.positions_bq[:1] if self.uniform and len(x) == 1 else self.positions_bq
-                ),
-            )
-        if name == "cache_position" and isinstance(value, Tensor):
-            if not self.uniform:
-                raise NotReplayableError(
-                    "cache_position is one list for all rows, and the rows start at different positions"
-                )
-            return value[self.positions_bq[0].to(value.device)]
-        if name in ("alibi", "position_bias") and isinstance(value, Tensor):
-            return (
-                value[..., -self.slots_bs.shape[1] :]
-                if name == "position_bias"
-                else value[..., : self.slots_bs.shape[1]]
-            )
-        if isinstance(value, Tensor):
-            raise NotReplayableError(f"a block takes a tensor {name!r} whose axes are not known")
-        return value
-
-    def _mask(self, mask: Tensor | None) -> Tensor | None:
-        """The recorded attention mask for queries of the suffix, [b or 1, heads or 1, q, prefix +
-        q].
-        """
-        queries, slots = self.positions_bq, self.slots_bs
-        if mask is None:  # plain causal attention, left to the kernel
-            if self.uniform and (self.length == 1 or self.prefix == 0):
-                return None
-            hidden = (slots[:, None, :] < 0) | (slots[:, None, :] > queries[:, :, None])
-            states = self.recording.hidden[
-                -1
-            ]  # a float mask: kernels would turn a boolean one into this at every call
-            mask = torch.zeros(hidden.shape, dtype=states.dtype).masked_fill_(hidden, -torch.inf)
-            return (mask[:1] if self.uniform else mask)[:, None].to(states.device)
-        if self.uniform:
-            return mask[:, :, queries[0, 0] : queries[0, -1] + 1, : slots.shape[1]]
-        hide = mask[
-            0, 0, 0, -1
-        ]  # what this family writes where the first token would look at the last
-        queries, slots = queries.to(mask.device), slots.to(mask.device)
-        mask = mask.expand(len(queries), -1, -1, -1)
-        mask = mask.gather(
-            2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-        )
-        mask = mask.gather(
-            3, slots.clamp(min=0)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-        )
-        return torch.where(slots[:, None, None, :] >= 0, mask, hide)
+        return first(block(hidden_nqd, **arguments))
 
 
-def _take(x_bt: Tensor, positions_bq: Tensor) -> Tensor:
-    """Entries of x [b or 1, t, ...] at each row's positions, [b, q, ...]."""
+def take(x_bt: Tensor, positions_bq: Tensor) -> Tensor:
+    """Return the entries of x [b or 1, t, ...] at each row's positions, [b, q, ...]."""
     rows = torch.arange(len(positions_bq)).clamp(max=x_bt.shape[0] - 1)
     return x_bt[rows[:, None].to(x_bt.device), positions_bq.to(x_bt.device)]
+
+
+def put(x_bt: Tensor, positions_bq: Tensor, new_bq: Tensor) -> None:
+    """Write [b, q, ...] into x [b, t, ...] at each row's positions; the inverse of `take`."""
+    rows_b1 = torch.arange(len(positions_bq))[:, None]
+    x_bt[rows_b1, positions_bq] = new_bq.to(x_bt.device)

@@ -142,8 +142,8 @@ class _Walk:
         starts |= {strand.fact: strand.token for strand in strands}
         each = [starts[f] for f in range(len(runs.questions)) for _ in range(runs.per_fact)]
         self.length = suffix_length(runs, strands[0])
-        self.suffix = Suffix(runs.lm, runs.recording, each, self.length)
-        self.alone = Suffix(runs.lm, runs.recording, each, 1) if self.length > 1 else self.suffix
+        self.suffix = Suffix(runs.recording, each, self.length)
+        self.alone = Suffix(runs.recording, each, 1) if self.length > 1 else self.suffix
 
     def through(self, layer: int, hidden_nqd: Tensor, states: list[Patch]) -> Tensor:
         """One block on all open rows, with windows that are still open and severed modules put in

@@ -195,7 +195,7 @@ class ShiftedRows:
 
         seen = {key: at_subject(*place) for key, place in wanted.items()}
         if replays and not shared:
-            recording = recording.narrowed(lm, every, layer)
+            recording = recording.select(every, layer)
         return cls(lm, rows, layer, site, recording if replays else None), seen
 
     def only(self, facts: Sequence[int]) -> ShiftedRows:
@@ -204,7 +204,7 @@ class ShiftedRows:
         kept = (
             None
             if self.recording is None
-            else self.recording.narrowed(self.lm, torch.tensor(numbers), self.layer)
+            else self.recording.select(torch.tensor(numbers), self.layer)
         )
         return ShiftedRows(self.lm, rows, self.layer, self.site, kept)
 
@@ -222,15 +222,13 @@ class ShiftedRows:
     @cached_property
     def _suffix(self) -> Suffix:
         assert self.recording is not None
-        return Suffix(self.lm, self.recording, self.rows.lookup, self.rows.suffix)
+        return Suffix(self.recording, self.rows.lookup, self.rows.suffix)
 
     @cached_property
     def _alone(self) -> Suffix:
         assert self.recording is not None
         return (
-            self._suffix
-            if self.rows.suffix == 1
-            else Suffix(self.lm, self.recording, self.rows.lookup, 1)
+            self._suffix if self.rows.suffix == 1 else Suffix(self.recording, self.rows.lookup, 1)
         )
 
     @cached_property

@@ -79,10 +79,10 @@ class SubjectStates:
             ids_bt = pad_right(cut)
             suffix = hidden = None
             if replays:
-                recording = record_run(lm, ids_bt, until=self.last).narrowed(
-                    lm, torch.arange(len(cut)), self.first
+                recording = record_run(lm, ids_bt, until=self.last).select(
+                    torch.arange(len(cut)), self.first
                 )
-                suffix = Suffix(lm, recording, 0, ids_bt.shape[1])
+                suffix = Suffix(recording, 0, ids_bt.shape[1])
                 hidden = recording.hidden[self.first]
             lookup = torch.tensor([len(row) - 1 for row in cut])
             bare = torch.arange(len(some)) * len(contexts)

@@ -133,7 +133,7 @@ def forward_from(
     recording.keys, recording.values = (
         [kept[:, :, :0].clone() for kept in each] for each in (recording.keys, recording.values)
     )
-    suffix = Suffix(lm, recording, 0, batch.ids_bt.shape[1])
+    suffix = Suffix(recording, 0, batch.ids_bt.shape[1])
 
     def forward() -> Tensor:
         hidden_btd = entering
