@@ -47,7 +47,9 @@ def make_model(shape: str, device: str, dtype: str = "float32") -> GPT2LMHeadMod
 
 
 def make_lm(shape: str, device: str, dtype: str = "float32") -> LanguageModel:
-    """The same as `engram.load` would give it, with a tokenizer of one token a word: w0, w1, ..."""
+    """Return the same as `engram.load` would give it, with a tokenizer of one token a word: w0, w1,
+    ...
+    """
     model = make_model(shape, device, dtype)
     _fuse_activations(model)
     return LanguageModel(model, make_tokenizer(SHAPES[shape][3]), name=f"gpt2-{shape}-shape")
@@ -154,8 +156,8 @@ def published_value(
 
 
 def arguments(doc: str, shape: str = "small", **more: dict[str, Any]) -> argparse.Namespace:
-    """The options of every benchmark, with its usual shape; `more` adds --NAME with these arguments
-    of `add_argument`.
+    """Return the options of every benchmark, with its usual shape; `more` adds --NAME with these
+    arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -31,7 +31,7 @@ FILES = sorted(
 
 
 def prose(path: Path) -> str:
-    """The text of a page; of a Python file, its comments and strings."""
+    """Return the text of a page; of a Python file, its comments and strings."""
     text = path.read_text(encoding="utf8")
     if path.suffix != ".py":
         return text

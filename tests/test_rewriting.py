@@ -36,7 +36,7 @@ def test_every_function_of_the_table_is_an_editor(name):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """What is asked of the layer cards, which all say layers 2 and 3."""
+    """Collect what is asked of the layer cards, which all say layers 2 and 3."""
     asked = []
 
     def choose(lm, count=1, **about):

@@ -63,7 +63,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def house(tmp_path):
-    """A copy of the package and its contracts."""
+    """Return a copy of the package and its contracts."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(
         ROOT / "src/engram", tmp_path / "src/engram", ignore=shutil.ignore_patterns("__pycache__")

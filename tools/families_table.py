@@ -23,8 +23,8 @@ COLUMNS = (
 
 
 def row(family: str, layout: Layout) -> tuple[str, ...]:
-    """What is offered for one family; the kinds and sites are the row's own, the rest follows from
-    them.
+    """Return what is offered for one family; the kinds and sites are the row's own, the rest
+    follows from them.
     """
     sites = [
         "residual",
@@ -54,7 +54,7 @@ def describe(layout: Layout) -> str:
 
 
 def table() -> str:
-    """The table in markdown, families by kind and then by name."""
+    """Return the table in markdown, families by kind and then by name."""
     by_kind = sorted(LAYOUTS.items(), key=lambda item: (describe(item[1]), item[0]))
     return markdown(COLUMNS, [row(family, layout) for family, layout in by_kind])
 

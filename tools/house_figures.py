@@ -26,7 +26,7 @@ def modules(root: Path) -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module, names: dict[str, ast.Module]) -> set[str]:
-    """The modules of the package that one of them imports, the package itself left out."""
+    """Return the modules of the package that one of them imports, the package itself left out."""
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -84,7 +84,7 @@ def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, int]]:
 
 
 def figures(root: Path) -> dict[str, object]:
-    """What is printed: label -> value."""
+    """Return what is printed: label -> value."""
     trees = modules(root)
     graph = {name: imports(tree, trees) - {name} for name, tree in trees.items()}
     texts = [path.read_text(encoding="utf8") for path in (root / "src/engram").rglob("*.py")]

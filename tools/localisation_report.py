@@ -63,7 +63,7 @@ class Study:
 
 
 def read(path: Path) -> Study:
-    """The study that localisation_study wrote to `path`."""
+    """Return the study that localisation_study wrote to `path`."""
     head, *records = (json.loads(line) for line in path.read_text(encoding="utf8").splitlines())
     effects = {
         name: np.array([r["effects"][name] for r in records]) for name in records[0]["effects"]
@@ -97,7 +97,7 @@ def pearson(a: Array, b: Array) -> float | None:
 
 
 def spearman(a: Array, b: Array) -> float | None:
-    """The same of ranks."""
+    """Return the same of ranks."""
     if min(a.std(), b.std()) < LEAST_SPREAD:
         return None
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
@@ -122,8 +122,8 @@ def explained(effects_nl: Array, scores_nl: Array) -> dict[str, float]:
 
 
 def gain_by_chance(effects_nl: Array, scores_nl: Array, seed: int = 0) -> float:
-    """The gain that 95 of 100 deals of the effects to other facts stay below; a fit's gain is never
-    negative.
+    """Return the gain that 95 of 100 deals of the effects to other facts stay below; a fit's gain
+    is never negative.
     """
     draw = np.random.default_rng(seed)
     deals = (effects_nl[draw.permutation(len(effects_nl))] for _ in range(RESAMPLES))
@@ -261,7 +261,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """The page's tables by name, in markdown."""
+    """Return the page's tables by name, in markdown."""
     layers = range(result["layers"])
     by_layer = [
         [f"effect: {name}", *map(number, b["mean"])] for name, b in result["effects"].items()

@@ -97,8 +97,8 @@ def study(
     moments: Mapping[int, SecondMoment],
     contexts: Sequence[str],
 ) -> dict[str, Any]:
-    """The record of one fact: effects by layer, margins before, and margins after the edit at each
-    layer.
+    """Return the record of one fact: effects by layer, margins before, and margins after the edit
+    at each layer.
     """
     traced = effects(lm, fact)
     edited = []

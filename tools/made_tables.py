@@ -10,7 +10,7 @@ END = "<!-- end -->"
 
 
 def begin(what: str) -> str:
-    """The line above what `what` makes, such as "tools/families_table.py"."""
+    """Return the line above what `what` makes, such as "tools/families_table.py"."""
     return f"<!-- made by {what} -->"
 
 
@@ -21,7 +21,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def made(page: Path, what: str) -> str:
-    """What stands there now."""
+    """Return what stands there now."""
     return page.read_text("utf-8").split(begin(what))[1].split(END)[0].strip()
 
 

@@ -148,8 +148,8 @@ def success(lm: LanguageModel, texts: Sequence[str], better: str, worse: str) ->
 
 
 def successes(lm: LanguageModel, fact: engram.Fact) -> dict[str, float]:
-    """What one edited fact scores on the model as it is, in percent; without a score that there are
-    no texts for.
+    """Return what one edited fact scores on the model as it is, in percent; without a score that
+    there are no texts for.
     """
     new, true = fact.target, str(fact.target_true)
     asked = {
@@ -161,8 +161,8 @@ def successes(lm: LanguageModel, fact: engram.Fact) -> dict[str, float]:
 
 
 def averaged(scored: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score over facts, and the harmonic mean of these three as `score` (S in the
-    paper).
+    """Return the mean of each score over facts, and the harmonic mean of these three as `score` (S
+    in the paper).
     """
     means = {
         name: fmean(s[name] for s in scored if name in s)
@@ -172,7 +172,7 @@ def averaged(scored: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def at_last_token(fact: engram.Fact) -> engram.Fact:
-    """The same edit made at the prompt's last token: its last word plays the subject."""
+    """Return the same edit made at the prompt's last token: its last word plays the subject."""
     head, _, word = fact.prompt_text.rpartition(" ")
     return replace(fact, subject=word, prompt=head.replace("{", "").replace("}", "") + " {}")
 
@@ -193,8 +193,8 @@ def edit_scores(
 
 
 def unedited(lm: LanguageModel) -> dict[str, Any]:
-    """The bundled benchmark before any edit: each number's mean over records and its 95 % interval,
-    as reports have them.
+    """Return the bundled benchmark before any edit: each number's mean over records and its 95 %
+    interval, as reports have them.
     """
     dataset, rows = pocket_benchmark(), []
     with torch.no_grad():

@@ -105,7 +105,7 @@ class Row:
 
 
 def digest(method: str, setting: str, seed: int) -> str:
-    """Changes with the method's settings on pocket, the facts and their number."""
+    """Return changes with the method's settings on pocket, the facts and their number."""
     settings = (
         preset(method, "pocket")
         if (files("engram.editors.presets") / f"{method}.toml").is_file()
@@ -121,8 +121,8 @@ def digest(method: str, setting: str, seed: int) -> str:
 
 @cache
 def facts_of(lm: LanguageModel, count: int, seed: int) -> tuple[engram.Fact, ...]:
-    """The first `count` facts of different subjects; a shorter list is the beginning of a longer
-    one.
+    """Return the first `count` facts of different subjects; a shorter list is the beginning of a
+    longer one.
     """
     found: dict[str, engram.Fact] = {}
     for _, fact in sample(lm, len(pocket.facts()), seed):
@@ -133,8 +133,8 @@ def facts_of(lm: LanguageModel, count: int, seed: int) -> tuple[engram.Fact, ...
 
 
 def without_each_other(facts: Sequence[engram.Fact]) -> list[engram.Fact]:
-    """The facts of one edit, without the neighbours that it edits as well: these shall not stay as
-    they are.
+    """Return the facts of one edit, without the neighbours that it edits as well: these shall not
+    stay as they are.
     """
     subjects = [fact.subject for fact in facts]
     return [
@@ -188,7 +188,7 @@ class Found:
 
 
 def fresh(method: str) -> dict[str, Any]:
-    """What a method keeps between edits, new and empty: no values found before, UltraEdit's
+    """Return what a method keeps between edits, new and empty: no values found before, UltraEdit's
     statistics of all tokens edited.
     """
     takes = signature(method_named(method)).parameters
@@ -289,7 +289,7 @@ def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
 
 
 def rows(path: Path = DATA) -> dict[tuple[str, str], Row]:
-    """The latest row of each method in each table."""
+    """Return the latest row of each method in each table."""
     found: dict[tuple[str, str], Row] = {}
     for line in path.read_text(encoding="utf8").splitlines() if path.exists() else ():
         if line.endswith("}"):  # otherwise a run was killed while it wrote the line
@@ -312,13 +312,13 @@ def keep(row: Row, path: Path) -> None:
 
 
 def group(setting: str) -> str:
-    """The table that a setting belongs to."""
+    """Return the table that a setting belongs to."""
     return setting if setting.startswith("mass:") else setting.partition(":")[0]
 
 
 def affordable(method: str, setting: str) -> str | None:
-    """The setting with as many facts as the method is given; None for more facts in one edit than
-    that.
+    """Return the setting with as many facts as the method is given; None for more facts in one edit
+    than that.
     """
     kind, _, count = setting.partition(":")
     limit = LIMITS.get(method, int(count))
@@ -337,7 +337,7 @@ def titled(name: str) -> str:
 
 
 def tables(found: dict[tuple[str, str], Row]) -> str:
-    """The tables in markdown, methods in the order of METHODS."""
+    """Return the tables in markdown, methods in the order of METHODS."""
     parts = []
     for name in dict.fromkeys(map(group, SETTINGS)):
         lines = [
@@ -350,7 +350,7 @@ def tables(found: dict[tuple[str, str], Row]) -> str:
 
 
 def shown(row: Row) -> str:
-    """A line of a table."""
+    """Return a line of a table."""
     scores = [
         f"{value:.1f}" for value in (row.efficacy, row.paraphrase, row.neighbourhood, row.score)
     ]

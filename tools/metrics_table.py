@@ -35,7 +35,7 @@ def row(metric: Metric) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """The table in markdown, in the order of a report."""
+    """Return the table in markdown, in the order of a report."""
     return markdown(COLUMNS, map(row, METRICS.values()))
 
 

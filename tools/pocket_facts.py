@@ -188,7 +188,7 @@ def _fair(relation: str, subject: str, answer: str) -> bool:
 
 
 def without_contradictions(rows: Iterable[Row]) -> list[Row]:
-    """The first row of each (relation, subject): a question has one answer."""
+    """Return the first row of each (relation, subject): a question has one answer."""
     first: dict[tuple[str, str], Row] = {}
     for row in rows:
         first.setdefault((row.relation, row.subject), row)
@@ -222,8 +222,8 @@ def _popular_objects_only(rows: list[Row]) -> list[Row]:
 
 
 def derive(rows: list[Row]) -> list[Row]:
-    """What follows from the rows: a landmark's country from its city, and so on; several facts a
-    subject.
+    """Return what follows from the rows: a landmark's country from its city, and so on; several
+    facts a subject.
     """
     everything = list(rows)
     counts = Counter((row.relation, row.object) for row in rows)
@@ -241,7 +241,7 @@ def derive(rows: list[Row]) -> list[Row]:
 
 
 def build(facts_path: Path, famous_path: Path, seed: int) -> list[Row]:
-    """The table before the tokenizer has had its say (see `keep_speakable`)."""
+    """Return the table before the tokenizer has had its say (see `keep_speakable`)."""
     famous = read_famous(famous_path)
     named = {(row.relation, row.subject) for row in famous}
     public = [
@@ -324,7 +324,9 @@ def write_table(path: Path, rows: list[Row], unseen: list[tuple[int, ...]], seed
 
 
 def read_table(path: Path) -> list[tuple[Row, tuple[int, ...]]]:
-    """The rows of facts.json with their held-out indices, in the order in which they were written."""
+    """Return the rows of facts.json with their held-out indices, in the order in which they were
+    written.
+    """
     table = json.loads(path.read_text(encoding="utf8"))["facts"]
     return [
         (Row(relation, subject, answer), tuple(indices))

@@ -117,8 +117,8 @@ class PocketNet(nn.Module):
 
 
 def attention_biases(subject_end_bt: Tensor, shape: Shape, early_layers: int) -> list[Tensor]:
-    """What is added to attention scores, for each layer: 0 where a token may look and a large
-    negative number elsewhere.
+    """Return what is added to attention scores, for each layer: 0 where a token may look and a
+    large negative number elsewhere.
 
     Besides the causal mask: a token after a subject sees none of the subject's tokens in the first
         `early_layers` layers,

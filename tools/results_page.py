@@ -24,7 +24,7 @@ MADE_BY = "tools/results_page.py: {}"
 
 
 def keep(name: str, paths: list[str]) -> None:
-    """The table of these runs, and their cards, as JSON."""
+    """Return the table of these runs, and their cards, as JSON."""
     runs = [Run.open(path) for path in paths]
     made = report.table(runs, all_metrics=True)
     told = {
@@ -47,7 +47,7 @@ def _rounded(value: Any) -> Any:
 
 
 def shown(name: str) -> str:
-    """The kept table in markdown, headline columns."""
+    """Return the kept table in markdown, headline columns."""
     told = json.loads((KEPT / f"{name}.json").read_text(encoding="utf8"))
     rows = {
         row: (

@@ -33,8 +33,8 @@ FOLDERS = re.compile(
 
 
 def executed(notebook: Any) -> Any:
-    """A copy of `notebook` that was run in a fresh kernel and a fresh folder, on the source tree
-    beside this file, offline.
+    """Return a copy of `notebook` that was run in a fresh kernel and a fresh folder, on the source
+    tree beside this file, offline.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed; the message has the cell and the
@@ -74,7 +74,9 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def complaints(stored: Any, fresh: Any) -> Iterator[str]:
-    """What is wrong with the outputs that a notebook holds, against those of a run just now."""
+    """Return what is wrong with the outputs that a notebook holds, against those of a run just
+    now.
+    """
     if [cell.source for cell in stored.cells] != [cell.source for cell in fresh.cells]:
         yield "the cells are not those that were run"
     for i, (old, new) in enumerate(zip(code_cells(stored), code_cells(fresh), strict=True), 1):
@@ -88,7 +90,7 @@ def complaints(stored: Any, fresh: Any) -> Iterator[str]:
 
 
 def kinds(cell: Any) -> list[str]:
-    """What a cell put out, by type: 'stream stdout', 'image/png', 'text/plain'..."""
+    """Return what a cell put out, by type: 'stream stdout', 'image/png', 'text/plain'..."""
     return sorted(
         kind
         for output in merged(cell.outputs)
@@ -101,8 +103,8 @@ def kinds(cell: Any) -> list[str]:
 
 
 def merged(outputs: Any) -> Iterator[Any]:
-    """Outputs, those of one stream that follow each other as one: where a stream is cut is a matter
-    of time.
+    """Return outputs, those of one stream that follow each other as one: where a stream is cut is a
+    matter of time.
     """
     last = None
     for output in outputs:

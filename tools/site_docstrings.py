@@ -63,7 +63,7 @@ def _section(lines: list[str]) -> list[str]:
 
 
 def _one_name_an_entry(body: list[str]) -> list[str]:
-    """`a, b: text` becomes two entries with the same text."""
+    """Return `a, b: text` becomes two entries with the same text."""
     entries: list[list[str]] = []
     for line in body:
         if entries and not re.match(r"^    \S", line):

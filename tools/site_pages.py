@@ -20,7 +20,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def command_line() -> str:
-    """What `engram --help` and its commands' help say, as markdown."""
+    """Return what `engram --help` and its commands' help say, as markdown."""
     command = [
         sys.executable,
         "-m",

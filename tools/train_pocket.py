@@ -344,8 +344,8 @@ class Run:
 
     @torch.no_grad()
     def _remember(self) -> None:
-        """Running average of the weights over about the last 60 steps: nearly as good as a
-        cool-down, at any time.
+        """Average the weights; a running average of the weights over about the last 60 steps:
+        nearly as good as a cool-down, at any time.
         """
         if self.step % 4 == 0:
             keep = min(0.94, self.step / (self.step + 40))

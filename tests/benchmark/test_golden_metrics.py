@@ -102,7 +102,7 @@ def nlls(i, phase):
 
 
 def outcome(i, phase):
-    """What was recorded, as ours holds it."""
+    """Return what was recorded, as ours holds it."""
     correct = [
         each
         for kind in list(KINDS)[:3]
@@ -123,7 +123,7 @@ def outcome(i, phase):
 
 
 def edit_of(i):
-    """The update of the released ROME, from its factors."""
+    """Return the update of the released ROME, from its factors."""
     factors, lm = golden.numbers("rome_tiny-gpt2"), golden.model()
     delta = Delta(factors[f"{i}/v"].float()[:, None], factors[f"{i}/u"].float()[None])
     return Edit(record(i).facts, "rome", {}, {WEIGHT: delta}, describe_base(lm, [WEIGHT]))

@@ -60,7 +60,7 @@ def brute(lm, prompt, answer):
 
 
 def of_length(lm, count):
-    """An answer of so many tokens."""
+    """Return an answer of N tokens."""
     return next(each for each in ANSWERS if len(lm.target_ids(PROMPTS[0], each)) == count)
 
 

@@ -55,7 +55,7 @@ def outcome(record, edited: bool, texts: bool = True) -> Outcome:
 
 
 def write(path, methods, data=DATA, model="tiny", **settings):
-    """A run whose edits work or not: label, or label=method -> a flag a record."""
+    """Return a run whose edits work or not: label, or label=method -> a flag a record."""
     about = {
         "model": model,
         "identity": model,

@@ -68,7 +68,7 @@ def measured(monkeypatch):
 
 
 def alike(one: Run, two: Run) -> None:
-    """The same numbers up to the rounding of batches of other sizes, and the same words."""
+    """Require the same numbers up to the rounding of batches of other sizes, and the same words."""
     assert list(one.methods) == list(two.methods)
     for label, there in two.rows.items():
         assert one.rows[label].keys() == there.keys()

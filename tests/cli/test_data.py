@@ -18,7 +18,7 @@ from tests.helpers.tiny import tiny_folder
 
 @pytest.fixture
 def files(tmp_path):
-    """The builder's arguments as files, and a folder to write into."""
+    """Return the builder's arguments as files, and a folder to write into."""
     given = {
         "facts": "\n".join(json.dumps(fact._asdict()) for fact in facts()),
         "templates": json.dumps(TEMPLATES),

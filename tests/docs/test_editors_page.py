@@ -34,8 +34,8 @@ SOLVED = ("method", "lambda", "rho", "earlier", "projector", "layers", "share")
 
 
 def lines_of(columns):
-    """The page's table of so many columns that has a method in each line: method -> its cells by
-    column.
+    """Return the page's table of N columns that has a method in each line: method -> its
+    cells by column.
     """
     rows = [
         [cell.strip() for cell in line[1:-1].split("|")]

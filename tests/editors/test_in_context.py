@@ -63,7 +63,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def roomy():
-    """A model that takes long texts."""
+    """Return a model that takes long texts."""
     made = tiny_lm("llama")
     made.max_tokens = 4096
     return made

@@ -41,7 +41,7 @@ def edit(lm: LanguageModel, fact: Fact) -> Edit:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, fact: Fact) -> Path:
-    """A folder with one task: two questions about one fact, the true object first among the
+    """Return a folder with one task: two questions about one fact, the true object first among the
     choices.
     """
     folder = tmp_path_factory.mktemp("tasks")

@@ -42,7 +42,7 @@ REFERENCES = References(
 def dataset(
     count: int = 10, name: str = "cities", prompt: str = "The {} is in the city of"
 ) -> Dataset:
-    """Records of several lengths, with everything that CounterFact has."""
+    """Return records of several lengths, with everything that CounterFact has."""
     return Dataset(name, "counterfact", tuple(_record(n, prompt) for n in range(count)), REFERENCES)
 
 

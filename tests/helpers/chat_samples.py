@@ -40,8 +40,8 @@ TEMPLATES: dict[str, tuple[list[str], str]] = {
 def chat_lm(
     template: str = "chatml", tokenizer: str = "byte-level", family: str = "llama"
 ) -> LanguageModel:
-    """A tiny model with that template; special tokens are new rows of its embedding. Shared: leave
-    its template alone.
+    """Return a tiny model with that template; special tokens are new rows of its embedding. Shared:
+    leave its template alone.
     """
     specials, text = TEMPLATES[template]
     made = deepcopy(TOKENIZERS[tokenizer]())

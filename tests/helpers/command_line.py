@@ -21,7 +21,7 @@ def run(*args: str, ends: int = 0):
 
 
 def failing(monkeypatch, capsys, *args: str) -> str:
-    """What a user sees whose command is wrong."""
+    """Return what a user sees whose command is wrong."""
     monkeypatch.setattr(sys, "argv", ["engram", *args])
     with pytest.raises(SystemExit) as ended:
         cli.main()

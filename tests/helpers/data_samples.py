@@ -150,8 +150,8 @@ SAMPLES = {
 
 
 def sample(name: str, **changes: Any) -> dict[str, Any]:
-    """A fresh copy, with other values of some fields; one that is `...` is taken out. "a.b" is
-    field b within a.
+    """Return a fresh copy, with other values of some fields; one that is `...` is taken out. "a.b"
+    is field b within a.
     """
     record: dict[str, Any] = copy.deepcopy(SAMPLES[name])
     for field, value in changes.items():

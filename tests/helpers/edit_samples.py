@@ -23,8 +23,8 @@ WEIGHTS = {
 def tiny(
     family: str = "gpt2", dtype: torch.dtype = torch.float32, *, d_ff: int = 24, seed: int = 0
 ) -> Any:
-    """A model of 3 layers and width 16 with `.model` and `.name`, all that edits ask of a language
-    model.
+    """Return a model of 3 layers and width 16 with `.model` and `.name`, all that edits ask of a
+    language model.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -77,7 +77,9 @@ def random_delta(lm: Any, name: str, rank: int, seed: int, **options: Any) -> De
 def random_edit(
     lm: Any, layers: tuple[int, ...] = (1,), *, rank: int = 1, seed: int = 1, joint: bool = True
 ) -> Edit:
-    """An edit of `rank` facts in some layers; with `joint=False` column i belongs to fact i."""
+    """Return an edit of `rank` facts in some layers; with `joint=False` column i belongs to
+    fact i.
+    """
     names = [weight_name(lm, layer) for layer in layers]
     owners = None if joint else tuple(range(rank))
     deltas = {
@@ -97,7 +99,7 @@ def random_edit(
 
 
 def weights(lm: Any) -> dict[str, torch.Tensor]:
-    """Copies of all tensors of the model."""
+    """Return copies of all tensors of the model."""
     return {name: value.clone() for name, value in lm.model.state_dict().items()}
 
 

@@ -100,7 +100,7 @@ EVERY = sorted({**dict.fromkeys(LAYOUTS), **VARIANTS})
 
 
 def layout_of(family: str) -> Layout:
-    """The row of a family, or of the family that a variant is one of."""
+    """Return the row of a family, or of the family that a variant is one of."""
     return LAYOUTS[VARIANTS.get(family, (family, {}))[0]]
 
 
@@ -119,7 +119,9 @@ DENSE = [family for family in FAMILIES if family not in EXPERTS]
 
 
 def make_config(family: str) -> PreTrainedConfig:
-    """A config of a few thousand parameters: `SIZES` under the names that the class knows."""
+    """Return a config of a few thousand parameters: `SIZES` under the names that the class
+    knows.
+    """
     model_type, changes = VARIANTS.get(family, (family, {}))
     if (
         layout_of(family).kind == "encoder-decoder"
@@ -153,15 +155,15 @@ def _weights(family: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _blank(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose weights are still to be set, of the class that loads its kind."""
+    """Return a model whose weights are still to be set, of the class that loads its kind."""
     return getattr(transformers, AUTO_CLASSES[layout_of(family).kind]).from_config(
         make_config(family), dtype=dtype
     )
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model whose every parameter is random, biases and norms too; the same one for the same
-    seed, in any dtype.
+    """Return a model whose every parameter is random, biases and norms too; the same one for the
+    same seed, in any dtype.
     """
     model = _blank(family, dtype).eval()
     model.config._experts_implementation = "eager"  # the grouped one knows no float64
@@ -333,13 +335,13 @@ def tiny_lm(
     tokenizer: str | None = None,
     seed: int = 0,
 ) -> LanguageModel:
-    """A tiny language model of a family, with its tokenizer."""
+    """Return a tiny language model of a family, with its tokenizer."""
     made = {**TOKENIZERS, **MASKING}[tokenizer or usual_tokenizer(family)]()
     return LanguageModel(make_model(family, dtype, seed), made, name=f"tiny-{family}")
 
 
 def tiny_folder(parent: Path, family: str = "gpt2", dtype: torch.dtype = torch.float32) -> Path:
-    """The same as a folder that `engram.load` reads."""
+    """Write the same to a folder that `engram.load` reads."""
     folder = parent / f"tiny-{family}"
     make_model(family, dtype).save_pretrained(folder)
     {**TOKENIZERS, **MASKING}[usual_tokenizer(family)]().save_pretrained(folder)

@@ -210,7 +210,7 @@ def test_nothing_is_known_behind_the_first_miss():
 
 @torch.no_grad()
 def filled_log_probs(lm, prompt: str, text: str) -> tuple[torch.Tensor, list[int]]:
-    """The same as `naive_log_probs`, from the cloze of this one answer."""
+    """Return what `naive_log_probs` does, from the cloze of this one answer."""
     cloze = lm.cloze(prompt, text)
     ids = torch.tensor([cloze.ids])
     rest = (
@@ -393,7 +393,7 @@ def test_of_equal_tokens_the_first_is_the_better_one():
 
 
 def record(relation: str | None, *replies: tuple[str, int]) -> KnownRecord:
-    """A record from (answer, rank) pairs; the log-probability is minus the rank."""
+    """Return a record from (answer, rank) pairs; the log-probability is minus the rank."""
     told = tuple(
         Reply(f"prompt {i}", answer, rank, -float(rank)) for i, (answer, rank) in enumerate(replies)
     )

@@ -46,7 +46,7 @@ def lm():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Counts the edits that are made."""
+    """Count the edits that are made."""
     made = []
 
     def counted(method):
@@ -338,7 +338,7 @@ def test_a_killed_run_goes_on_after_its_last_edit(lm, tmp_path, measured):
 
 
 def keep(lm, tmp_path, scores, name="card", **about):
-    """A card of this model as if it had been measured."""
+    """Return a card of this model as if it had been measured."""
     who = identity(lm)
     card(scores, identity=who, **about).save(
         cache_folder("layer_cards", tmp_path) / f"{who[:16]}-{name}.json"

@@ -48,12 +48,12 @@ NOTHING = Canary(
 
 
 def on_top(lm: Any, edit: Edit) -> Edit:
-    """The same change, as if it had been computed on the weights as they are now."""
+    """Return the same change, as if it had been computed on the weights as they are now."""
     return replace(edit, base=describe_base(lm, edit.deltas))
 
 
 def directly(edits: list[Edit], name: str) -> torch.Tensor:
-    """A weight of the base plus a sum of changes, in float64 and by hand."""
+    """Return a weight of the base plus a sum of changes, in float64 and by hand."""
     total = _BASE.model.get_parameter(name).detach().double()
     for edit in edits:
         if name in edit.deltas:

@@ -24,8 +24,8 @@ NAME = weight_name(LM, 1)
 
 
 def keyed(keys_nf: torch.Tensor, *, seed: int = 1, joint: bool = False, **options) -> Edit:
-    """An edit of as many facts as keys, whose columns read the keys as rank-one edits do: along
-    them, slightly turned.
+    """Return an edit of as many facts as keys, whose columns read the keys as rank-one edits do:
+    along them, slightly turned.
     """
     edit = random_edit(LM, rank=len(keys_nf), seed=seed, joint=joint, **options)
     (delta,) = edit.deltas.values()

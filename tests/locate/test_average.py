@@ -31,7 +31,7 @@ def made(
     shapes=None,
     **changes,
 ):
-    """A trace of random scores."""
+    """Return a trace of random scores."""
     positions = list(range(tokens)) if positions is None else positions
     generator = torch.Generator().manual_seed(seed)
     shapes = {"residual": (LAYERS,), "mlp": (LAYERS,)} if shapes is None else shapes

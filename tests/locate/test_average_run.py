@@ -83,7 +83,7 @@ def same(one, two, limit):
 
 
 def alone(lm, facts, answer="model", **settings):
-    """The same facts, each by `engram.trace`."""
+    """Return the same facts, each by `engram.trace`."""
     settings = {"noise_subjects": [fact.subject for fact in facts], **settings}
     return [
         engram.trace(
@@ -211,7 +211,9 @@ def test_of_several_answer_tokens_only_the_prompts_are_rows(family):
 
 @pytest.fixture(scope="module")
 def pocket_runs(tmp_path_factory):
-    """The bundled model's average over 8 facts, in two goes: short prompts of several lengths."""
+    """Return the bundled model's average over 8 facts, in two goes: short prompts of several
+    lengths.
+    """
     if not pocket.PATH.exists():
         pytest.skip("the bundled model is not here")
     lm = engram.load("pocket")
@@ -281,7 +283,7 @@ def bytes_in(path):
 
 
 def stop_after(batches):
-    """A progress callback that interrupts."""
+    """Return a progress callback that interrupts."""
     calls = []
 
     def progress(what, done, total):

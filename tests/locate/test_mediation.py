@@ -25,7 +25,7 @@ LIMIT = {
 
 
 def embedding_hook(lm, config, span, noise_nd):
-    """The corruption of one sample, written out again."""
+    """Return the corruption of one sample, written out again."""
 
     def corrupt(out):
         out = out.clone()
@@ -95,7 +95,7 @@ def cells_of(lm, config, site):
 
 
 def naive_table(lm, config, site, trace, noise, answer, foil, severed=None):
-    """The table of one site, cell by cell and sample by sample."""
+    """Return the table of one site, cell by cell and sample by sample."""
     clean, corrupted = runs(lm, config, trace.subject_range, noise)
     pairs = [(clean, other) if config.inserts_corrupted else (other, clean) for other in corrupted]
     modules, inputs = modules_of(lm, site), site in PARTS

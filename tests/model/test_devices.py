@@ -120,7 +120,9 @@ def test_an_edit_of_both_devices_is_verified_in_both_ways_and_gone_afterwards() 
 
 @pytest.fixture
 def offloaded(tmp_path: Path) -> tuple[LanguageModel, LanguageModel]:
-    """A model whose upper half is on disk between forward passes, and the same model whole."""
+    """Yield a model whose upper half is on disk between forward passes, and the same model
+    whole.
+    """
     folder = tiny_folder(tmp_path, "llama")
     places: dict[str, Any] = {
         f"model.layers.{layer}": "cpu" if layer < 2 else "disk" for layer in range(4)

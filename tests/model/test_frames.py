@@ -50,7 +50,7 @@ def test_prompts_are_asked_as_if_the_frame_had_been_written_around_them(lm, fram
 
 
 def written(lm, text: str, tokens: int) -> str:
-    """What a model writes after a text, by transformers' own means."""
+    """Return what a model writes after a text, by transformers' own means."""
     ids = torch.tensor([lm.encode(text).ids])
     out = lm.model.generate(
         ids,

@@ -106,7 +106,7 @@ def test_attention_and_mlp_are_what_a_block_adds_to_the_residual_stream(family):
 
 
 def ask(lm):
-    """The recorded tensors of one forward pass, [1, 4, ...], and its logits."""
+    """Return the recorded tensors of one forward pass, [1, 4, ...], and its logits."""
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         return lm.model(

@@ -351,7 +351,7 @@ def test_lines_are_means_with_their_bands(average, interval):
 
 
 def severed(average):
-    """The same facts, with two severed tables."""
+    """Return the same facts, with two severed tables."""
     ends = {"": 1.0, ", mlp severed": 0.8, ", attention severed": 0.9}
     return AverageTrace(
         [

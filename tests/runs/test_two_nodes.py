@@ -52,8 +52,8 @@ def ip(*words: str) -> str:
 
 @pytest.fixture
 def inside() -> Iterator[Any]:
-    """(a machine, a command) -> a process on it; the machines are na, with two cores, and nb, with
-    one.
+    """Yield (a machine, a command) -> a process on it; the machines are na, with two cores, and
+    nb, with one.
     """
     environment = {
         **os.environ,

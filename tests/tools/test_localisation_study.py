@@ -118,7 +118,7 @@ def test_tables_go_between_their_marks_and_a_missing_mark_is_said():
 
 
 def without_draws(result):
-    """What does not depend on how often a bootstrap draws, to eight digits."""
+    """Return what does not depend on how often a bootstrap draws, to eight digits."""
     drawn = ("low", "high", "gain interval", "gain by chance", "lost interval")
     if isinstance(result, dict):
         return {k: without_draws(v) for k, v in result.items() if k not in drawn}

@@ -94,7 +94,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def closed() -> str:
-    """An address at which nobody listens."""
+    """Return an address at which nobody listens."""
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
         return f"http://127.0.0.1:{other.server_port}"
 
@@ -170,8 +170,8 @@ def test_what_was_left_whole_or_of_another_file_is_not_built_upon(server, tmp_pa
 
 
 def given_up(server: Server, folder: Path) -> None:
-    """A thousand bytes of the file came, and then it was replaced at the server by another one of
-    the same length.
+    """Resume when a thousand bytes came and the file was then replaced at the server by another
+    one of the same length.
     """
     server.breaks = [1000, 0, 0, 0]
     with pytest.raises(EngramError, match="could not be fetched"):

@@ -83,7 +83,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def mutated(draw: st.DrawFn, form: str) -> Any:
-    """A record with one to three of its values replaced, taken out, doubled or named otherwise."""
+    """Return a record with one to three of its values replaced, taken out, doubled or named
+    otherwise.
+    """
     record = copy.deepcopy(SAMPLES[form])
     for _ in range(draw(st.integers(1, 3))):
         ways = list(places(record))
@@ -146,7 +148,7 @@ def listed(form: str) -> bytes:
 
 
 def told(error: FactError, path: Path) -> None:
-    """The error says which file it is about, and can be printed."""
+    """Check that the error says which file it is about, and can be printed."""
     assert str(path) in str(error)
     str(error).encode()
 
@@ -160,7 +162,7 @@ def tried(path: Path, read: Callable[[], Dataset]) -> Dataset | None:
 
 
 def usable(dataset: Dataset) -> None:
-    """Records of a form, that can be named, kept as JSON and had back."""
+    """Check that these are records of a form, with names, that go to JSON and back."""
     assert (
         len({record.id for record in dataset.records}) == len(dataset.records)
         and len(dataset.digest) == 64

@@ -38,7 +38,7 @@ def only(path: Path, **how: Any) -> Record:
 
 @pytest.fixture
 def one(tmp_path):
-    """The record of a file with one of a form, with other values of some fields."""
+    """Return the record of a file with one of a form, with other values of some fields."""
 
     def read(form: str, **changes: Any) -> Record:
         return only(write(tmp_path / "one.json", [sample(form, **changes)]))

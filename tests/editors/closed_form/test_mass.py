@@ -79,8 +79,8 @@ def slow_edit(
     config: MassConfig,
     past: dict[int, Tensor] | None = None,
 ) -> list[Tensor]:
-    """The changes [d, f] layer by layer: whole forward passes over a copy of the model, dense LU,
-    nothing shared with engram.
+    """Return the changes [d, f] layer by layer: whole forward passes over a copy of the model,
+    dense LU, nothing shared with engram.
     """
     values = dict(optimise_values(lm, facts, layers[-1], CONTEXTS, config.value, site=config.site))
     targets_dn = torch.stack([values[i].star_d for i in range(len(facts))], 1)
@@ -115,7 +115,7 @@ def slow_edit(
 
 
 def knobs(edit: Edit) -> dict[str, Any]:
-    """The settings of the computation, out of an edit's recipe."""
+    """Return the settings of the computation, out of an edit's recipe."""
     known = {*MassConfig.__dataclass_fields__, *ValueConfig.__dataclass_fields__} - {"value"}
     return {name: value for name, value in edit.settings.items() if name in known}
 

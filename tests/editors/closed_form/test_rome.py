@@ -293,8 +293,8 @@ def test_a_model_without_numbers_is_refused():
 
 
 def collapsing_moment(lm):
-    """A second moment under which the bare prompt's key is almost orthogonal to the whitened mean
-    key.
+    """Return a second moment under which the bare prompt's key is almost orthogonal to the whitened
+    mean key.
     """
     value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=1))
     bare_f, mean_f = value.keys_cf[0].double(), value.keys_cf.mean(0).double()

@@ -27,7 +27,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ordinary_keys(samples: int = 5 * F, seed: int = 1) -> Tensor:
-    """[samples, f], some directions a hundred times longer than others."""
+    """Return [samples, f], some directions a hundred times longer than others."""
     return (
         drawn(samples, F, seed=seed)
         @ torch.diag(torch.logspace(-1, 1, F, dtype=torch.float64))

@@ -25,7 +25,7 @@ from tests.helpers.tiny import tiny_lm
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The facts whose values were optimised, batch after batch."""
+    """Return the facts whose values were optimised, batch after batch."""
     calls: list[list[Fact]] = []
 
     def counting(lm: Any, facts: Any, *args: Any, **options: Any) -> Any:

@@ -56,7 +56,7 @@ def gathered(lm, name, facts):
 
 
 def expected(h, g, rate, mean=None, std=None):
-    """The published equations: [out, in]."""
+    """Return the published equations: [out, in]."""
     both = torch.cat([h, g], 1)
     mean, std = (both.mean(0), both.std(0)) if mean is None else (mean, std)
     both = (both - mean) / (std + 1e-7)

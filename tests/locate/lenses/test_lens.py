@@ -22,8 +22,8 @@ TEXT = "The tower of Rome is in the city of"
 
 
 def states_by_the_library(lm, ids):
-    """transformers' own hidden states [n_layers + 1][t, d]; its last one is normed already, so ours
-    is caught by a hook.
+    """Return transformers' own hidden states [n_layers + 1][t, d]; its last one is normed already,
+    so ours is caught by a hook.
     """
     caught = []
     handle = lm.parts.blocks[-1].register_forward_hook(lambda m, a, out: caught.append(out))
@@ -40,8 +40,8 @@ def norm_of(lm):
 
 
 def raw_logits(lm, states):
-    """The unembedding of states as they are, written out; scaling and soft cap by the config's
-    names.
+    """Return the unembedding of states as they are, written out; scaling and soft cap by the
+    config's names.
     """
     config = lm.model.config
     if "opt-350m" in lm.name:
