@@ -1,4 +1,4 @@
-"""Averages of traces made by hand: which rows are which place, what their means are, and how wide
+"""Averages of traces made by hand: which rows are which role, what their means are, and how wide
 the intervals.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 import engram
 from engram.errors import EngramError, SettingError
-from engram.locate.average import TOKEN_ROLES, AverageTrace, check_place, place_rows
+from engram.locate.average import TOKEN_ROLES, AverageTrace, role_number, role_rows
 from engram.locate.trace import CausalTrace
 from tests.helpers.tiny import tiny_lm
 
@@ -81,7 +81,7 @@ def many(count=40, seed=0, **given):
     return found
 
 
-# -- places ----------------------------------------------------------------------------------------
+# -- roles ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def many(count=40, seed=0, **given):
         pytest.param(
             {"tokens": 8, "span": (1, 4)},
             [[1], [2], [3], [4], [5, 6], [7]],
-            id="every place, one token in front",
+            id="every role, one token in front",
         ),
         pytest.param(
             {"tokens": 8, "span": (0, 4)}, [[0], [1, 2], [3], [4], [5, 6], [7]], id="subject first"
@@ -135,7 +135,7 @@ def many(count=40, seed=0, **given):
     ],
 )
 def test_rows_of_each_place(about, rows):
-    assert place_rows(made(**about)) == dict(zip(TOKEN_ROLES, rows, strict=True))
+    assert role_rows(made(**about)) == dict(zip(TOKEN_ROLES, rows, strict=True))
 
 
 @pytest.mark.parametrize("tokenizer", ["byte-level", "byte-level with BOS"])
@@ -145,23 +145,23 @@ def test_a_token_in_front_of_the_text_is_in_no_place(tokenizer):
         lm, "Paris is in the city of", subject="Paris", sites=["residual"], noise=1.0, samples=1
     )
     first = int(tokenizer.endswith("BOS"))
-    rows = place_rows(trace)
+    rows = role_rows(trace)
     assert trace.subject_range[0] == first and rows["first subject"] == [first]
     assert rows["last"] == [len(trace.tokens) - 1]
-    covered = {row for place in rows.values() for row in place}
+    covered = {row for role in rows.values() for row in role}
     assert covered == set(range(first, len(trace.tokens)))
 
 
 # -- means -----------------------------------------------------------------------------------------
 
 
-def test_each_fact_counts_once_at_a_place_however_many_rows_it_has_there():
+def test_each_fact_counts_once_at_a_role_however_many_rows_it_has_there():
     traces = many()
     curves = AverageTrace(traces).effects("mlp")
-    for p, place in enumerate(TOKEN_ROLES):
+    for p, role in enumerate(TOKEN_ROLES):
         facts = []
         for trace in traces:
-            rows = place_rows(trace)[place]
+            rows = role_rows(trace)[role]
             if rows:
                 facts.append(
                     sum(trace.scores["mlp"][row].double() - trace.low_score for row in rows)
@@ -175,12 +175,12 @@ def test_the_reference_pools_rows_and_takes_the_baseline_off_afterwards():
     traces = many()
     curves = AverageTrace(traces).effects("residual", "reference")
     low = np.mean([trace.low_score for trace in traces])
-    for p, place in enumerate(TOKEN_ROLES):
+    for p, role in enumerate(TOKEN_ROLES):
         pooled = np.array(
             [
                 trace.scores["residual"][row].tolist()
                 for trace in traces
-                for row in place_rows(trace)[place]
+                for row in role_rows(trace)[role]
             ],
             dtype=np.float64,
         )
@@ -193,9 +193,9 @@ def test_the_reference_pools_rows_and_takes_the_baseline_off_afterwards():
 def test_the_two_ways_differ_only_where_facts_have_unequal_rows_or_lack_a_place():
     average = AverageTrace(many())
     ours, theirs = average.effects("residual"), average.effects("residual", "reference")
-    for p, place in enumerate(TOKEN_ROLES):
+    for p, role in enumerate(TOKEN_ROLES):
         same = torch.allclose(ours.mean[p], theirs.mean[p], atol=1e-9)
-        assert same == (place in ("first subject", "last subject", "last")), place
+        assert same == (role in ("first subject", "last subject", "last")), role
 
 
 def test_in_the_other_direction_effects_are_differences_to_the_clean_run():
@@ -265,7 +265,7 @@ def test_the_bootstrap_is_a_loop_over_resampled_facts():
                 (t.scores["residual"][rows].double() - t.low_score).mean(0)
                 if rows
                 else torch.full((LAYERS,), torch.nan).double()
-                for rows in place_rows(t).values()
+                for rows in role_rows(t).values()
             ]
         )
         for t in traces
@@ -302,7 +302,7 @@ def test_the_bootstrap_is_about_the_normal_interval_of_many_facts():
     torch.testing.assert_close((curves.high - curves.low)[2] / 2, normal, rtol=0.12, atol=0)
 
 
-def test_a_place_that_no_fact_has_is_nan_and_one_that_few_have_is_not():
+def test_a_role_that_no_fact_has_is_nan_and_one_that_few_have_is_not():
     traces = [made(6, (1, 2), seed=i) for i in range(30)]
     average = AverageTrace(traces)
     for interval in ("bootstrap", "reference"):
@@ -354,15 +354,15 @@ def test_the_summary_is_what_the_paper_reports():
         assert about["mean_of_maxima"] == pytest.approx(
             np.mean([float(t.scores[site].max()) for t in traces])
         )
-        for place in ("last subject", "last"):
-            curve = average.effects(site).mean[TOKEN_ROLES.index(place)]
+        for role in ("last subject", "last"):
+            curve = average.effects(site).mean[TOKEN_ROLES.index(role)]
             assert (
-                about[place]["effect"]
+                about[role]["effect"]
                 == float(curve.max())
-                == float(curve[tuple(about[place]["at"])])
+                == float(curve[tuple(about[role]["at"])])
             )
-            own = [float(t.scores[site][place_rows(t)[place]].max()) for t in traces]
-            assert about[place]["mean_of_maxima"] == pytest.approx(np.mean(own))
+            own = [float(t.scores[site][role_rows(t)[role]].max()) for t in traces]
+            assert about[role]["mean_of_maxima"] == pytest.approx(np.mean(own))
 
 
 def test_in_the_other_direction_the_lowest_is_the_peak():
@@ -375,7 +375,7 @@ def test_in_the_other_direction_the_lowest_is_the_peak():
     )
 
 
-def test_the_summary_leaves_out_a_place_that_was_not_traced():
+def test_the_summary_leaves_out_a_role_that_was_not_traced():
     about = AverageTrace([made(positions=[3])]).summary()["sites"]["mlp"]
     assert set(about) == {"mean_of_maxima", "last subject"}
 
@@ -416,9 +416,10 @@ def test_foils_and_partners_may_differ():
     assert AverageTrace([made(settings=one), made(settings=two)])
 
 
-def test_a_place_that_does_not_exist():
-    assert check_place("last") == 5
+def test_a_role_that_does_not_exist():
+    assert role_number("last") == 5
     with pytest.raises(
-        SettingError, match="place='first': expected 'first subject', 'middle subject'"
+        SettingError,
+        match="role='first' does not exist; expected 'first subject', 'middle subject'",
     ):
-        check_place("first")
+        role_number("first")

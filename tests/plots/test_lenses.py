@@ -14,7 +14,6 @@ import torch
 import engram
 from engram.errors import SettingError
 from engram.locate.lenses.memories import Memories, Memory, ValueVector
-from engram.plots import plot_lens, plot_memories, plot_refinement
 from engram.plots.style import plain
 from tests.helpers.tiny import tiny_lm
 
@@ -149,7 +148,7 @@ def test_memories_are_bars_with_words_beside():
         return Memory(coefficient, abs(coefficient) * 2, 0.1, value)
 
     found = Memories("a b", "some/model", 3, 1, " $b", True, (memory(9, 4.0), memory(5, -1.0)))
-    bars, words = plot_memories(found).axes
+    bars, words = found.plot().axes
     assert [patch.get_width() for patch in bars.patches] == [8.0, -2.0]
     assert [label.get_text() for label in bars.get_yticklabels()] == [
         "9",
@@ -174,7 +173,7 @@ def test_models_with_many_layers_number_every_fifth(read):
         name: getattr(read, name)[:1].repeat(rows, *[1] * (getattr(read, name).dim() - 1))
         for name in ("top_ids", "top_probabilities", "probability", "rank", "entropy", "kl")
     }
-    ax = plot_lens(replace(read, **tables)).axes[0]
+    ax = replace(read, **tables).plot().axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "in",
         *map(str, range(0, 42, 5)),
@@ -182,9 +181,9 @@ def test_models_with_many_layers_number_every_fifth(read):
 
 
 def test_a_flat_table_is_drawn(read, refined):
-    assert plot_lens(replace(read, kl=torch.zeros_like(read.kl)), "kl")
+    assert replace(read, kl=torch.zeros_like(read.kl)).plot("kl")
     ones = {point: torch.ones_like(table) for point, table in refined.rank.items()}
-    assert plot_refinement(replace(refined, rank=ones))
+    assert replace(refined, rank=ones).plot()
 
 
 def test_mistakes_are_explained(read, refined):

@@ -224,7 +224,7 @@ LABELS = [
 
 @pytest.fixture
 def average():
-    """Twenty facts whose prompts have every place."""
+    """Twenty facts whose prompts have every role."""
     traces = []
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -309,7 +309,7 @@ def test_the_average_of_the_other_direction_shows_how_much_is_lost(average):
     assert titles(figure)[0].replace("\n", " ") == "Average direct effect of state over 20 prompts"
 
 
-def test_a_place_that_no_fact_has_is_grey_and_has_no_line(average):
+def test_a_role_that_no_fact_has_is_grey_and_has_no_line(average):
     shorter = AverageTrace([changed(trace, subject_range=(0, 2)) for trace in average.traces])
     ax = panels(shorter.plot())[0]
     shown = ax.collections[0].get_array().reshape(6, 48)
@@ -367,10 +367,10 @@ def severed(average):
     )
 
 
-@pytest.mark.parametrize("place", ["last subject", "last"])
-def test_severed_paths_are_three_bars_a_layer(average, place):
+@pytest.mark.parametrize("role", ["last subject", "last"])
+def test_severed_paths_are_three_bars_a_layer(average, role):
     cut = severed(average)
-    ax = cut.plot_severed(place).axes[0]
+    ax = cut.plot_severed(role).axes[0]
     tables = ["residual", "residual, attention severed", "residual, mlp severed"]
     colours = ["#7261ab", "#f3201b", "#20b020"]
     groups = [group for group in ax.containers if isinstance(group, BarContainer)]
@@ -380,13 +380,13 @@ def test_severed_paths_are_three_bars_a_layer(average, place):
         "MLP severed",
     ]
     for group, table, colour, offset in zip(groups, tables, colours, (-0.3, 0, 0.3), strict=True):
-        wanted = 100 * cut.effects(table).mean[TOKEN_ROLES.index(place)].numpy()
+        wanted = 100 * cut.effects(table).mean[TOKEN_ROLES.index(role)].numpy()
         np.testing.assert_allclose([bar.get_height() for bar in group], wanted)
         assert {to_hex(bar.get_facecolor()) for bar in group} == {colour}
         np.testing.assert_allclose([bar.get_x() + 0.15 for bar in group], np.arange(48) + offset)
         assert {round(bar.get_width(), 9) for bar in group} == {0.3}
         assert group.errorbar is not None
-    assert ax.get_ylabel() == "average indirect effect, %" and place in ax.get_xlabel()
+    assert ax.get_ylabel() == "average indirect effect, %" and role in ax.get_xlabel()
 
 
 def test_of_one_fact_the_bars_have_no_interval_and_small_effects_stay_small(average):
@@ -420,7 +420,9 @@ def test_nothing_severed_has_no_bars(average):
         SettingError, match=r"no severed tables; trace with sites=\['residual'\], severed="
     ):
         average.plot_severed()
-    with pytest.raises(SettingError, match="place='subject': expected 'first subject'"):
+    with pytest.raises(
+        SettingError, match="role='subject' does not exist; expected 'first subject'"
+    ):
         severed(average).plot_severed("subject")
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,14 @@ from engram.facts import Fact
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from engram.plots.curves import Curve
+
 FORMAT_VERSION = 1
+_SHARES = {  # of a score, in pictures: colour, line and marker
+    "efficacy": ("#e8902a", "o-"),
+    "paraphrase": ("#3b7dd8", "s-"),
+    "neighbourhood": ("#8a8a8a", "^-"),
+}
 
 
 @dataclass(frozen=True)
@@ -314,10 +321,43 @@ class LayerCard:
             ) from error
 
     def plot(self) -> Figure:
-        """Two panels over layers: effects of tracing, and how edits went."""
-        from engram.plots.layer_cards import plot_layer_card
+        """Draw two panels over layers: mean effects of tracing, and the mean score of edits with
+        the shares it consists of.
 
-        return plot_layer_card(self)
+        Bands are 95 % bootstrap intervals over facts. The best layer has a line; those that cannot
+        be told from it are shaded.
+        """
+        from engram.plots.layer_cards import LayerChoice, plot_layer_card
+
+        effects = [self._curve("trace", "traced", "#20a020")]
+        effects.append(self._curve("attribution", "estimated", "#20a020", "--"))
+        edits = [self._curve(name, name, *look) for name, look in _SHARES.items()]
+        edits.append(self._curve("score", "score", "#7261ab"))
+        window, facts = self.traces["window"], len(self.edited)
+        return plot_layer_card(
+            [curve for curve in effects if curve is not None],
+            [curve for curve in edits if curve is not None],
+            LayerChoice(self.n_layers, self.best, self.as_good),
+            titles=(
+                f"Effect of restoring {window} MLP{'s' * (window > 1)} at the subject's last token",
+                f"Edits by {self.method} at one layer, {facts} fact{'s' * (facts != 1)}",
+            ),
+            model=PurePath(self.model).name,
+        )
+
+    def _curve(self, name: str, label: str, colour: str, style: str = "-") -> Curve | None:
+        """Return one column of `rows` for a picture; None where nothing was measured."""
+        from engram.plots.curves import Curve
+
+        cells = {row.layer: cell for row in self.rows if (cell := getattr(row, name)) is not None}
+        if not cells:
+            return None
+        ends: tuple[Array | None, Array | None] = (None, None)
+        means = list(cells.values())
+        if isinstance(means[0], Mean):
+            low_high = np.array([[mean.low, mean.high] for mean in means]).T
+            ends, means = (low_high[0], low_high[1]), [mean.mean for mean in means]
+        return Curve(list(cells), np.array(means), *ends, label, colour, style)
 
     # -- numbers -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""Effects averaged over facts: by place of the token, layer and site, with intervals.
+"""Effects averaged over facts: by role of the token, layer and site, with intervals.
 
 Knows finished traces and nothing of how they were made: see experiment for the runs themselves.
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.2 and Appendix B; the six places are those of the
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.2 and Appendix B; the six roles are those of the
     released code.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engram.checks import one_of
 from engram.errors import EngramError, SettingError
 from engram.locate.settings import PARTS
 from engram.locate.trace import CausalTrace
@@ -24,16 +24,30 @@ from engram.locate.trace import CausalTrace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Array = NDArray[Any]
 TOKEN_ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 Interval = Literal["bootstrap", "reference"]
+_ROLE_LABELS = {  # in pictures, in the order of TOKEN_ROLES; which of matplotlib's ten colours
+    "First subject token": 0,
+    "Middle subject tokens": 1,
+    "Last subject token": 2,
+    "First subsequent token": 4,
+    "Further tokens": 5,
+    "Last token": 3,
+}
+_SEVERED = {  # what a table's name ends in -> colour and label of its bars
+    "": ("#7261ab", "as it is"),
+    ", attention severed": ("#f3201b", "attention severed"),
+    ", mlp severed": ("#20b020", "MLP severed"),
+}
 
 
-def place_rows(trace: CausalTrace) -> dict[str, list[int]]:
-    """Rows of a trace's tables by place, in the prompt's order; a place the prompt does not have is
+def role_rows(trace: CausalTrace) -> dict[str, list[int]]:
+    """Rows of a trace's tables by role, in the prompt's order; a role the prompt does not have is
     empty.
 
     A subject of one token is both its first and its last; a single token behind the subject is both
-    the first after it and the last. Tokens in front of the subject are in no place. Where the
+    the first after it and the last. Tokens in front of the subject are in no role. Where the
     subject ends the prompt there is none after it.
     """
     first, end = trace.subject_range
@@ -47,21 +61,26 @@ def place_rows(trace: CausalTrace) -> dict[str, list[int]]:
         "last": range(last, last + 1),
     }
     row = {position: i for i, position in enumerate(trace.positions)}
-    return {place: [row[i] for i in positions if i in row] for place, positions in at.items()}
+    return {role: [row[i] for i in positions if i in row] for role, positions in at.items()}
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Mean effects by place, each [6, ...] as the table is behind its token axis, NaN where no fact
-    has the place.
+    """Mean effects by role, each [6, ...] as the table is behind its token axis, NaN where no fact
+    has the role.
 
-    `counts` are the facts (bootstrap) or the rows (reference) behind each place's mean.
+    `counts` are the facts (bootstrap) or the rows (reference) behind each role's mean.
     """
 
     mean: Tensor
     low: Tensor
     high: Tensor
     counts: list[int]
+
+    def of_role(self, number: int) -> tuple[Array, Array, Array]:
+        """Return mean, low and high of one role, each [layers, ...]."""
+        mean, low, high = (table[number].numpy() for table in (self.mean, self.low, self.high))
+        return mean, low, high
 
 
 @dataclass(frozen=True)
@@ -119,15 +138,15 @@ class AverageTrace:
         level: float = 0.95,
         resamples: int = 2000,
     ) -> Curves:
-        """Average indirect effects (AIE), [places, layers, ...], with an interval.
+        """Average indirect effects (AIE), [roles, layers, ...], with an interval.
 
         Args:
             site: a table's name.
-            interval: "bootstrap": each fact's mean effect at a place first, then the mean over
-                facts; resampling facts. "reference": all rows of a place pooled, however many a
+            interval: "bootstrap": each fact's mean effect at a role first, then the mean over
+                facts; resampling facts. "reference": all rows of a role pooled, however many a
                 fact has, and 1.96 standard deviations of their raw scores over
                 the root of their number: the released code's formula, which used one number of
-                    facts for all places.
+                    facts for all roles.
             level, resamples: of the bootstrap; percentiles.
         Raises:
             SettingError: no such table or interval, a level outside (0, 1).
@@ -147,7 +166,7 @@ class AverageTrace:
         return self._kept[key]
 
     def _bootstrap(self, site: str, level: float, resamples: int) -> Curves:
-        by_fact = self._by_fact(site)  # [f, places, ...], NaN where a fact lacks the place
+        by_fact = self._by_fact(site)  # [f, roles, ...], NaN where a fact lacks the role
         there = ~by_fact.isnan().flatten(2).any(-1)
         values = by_fact.nan_to_num().flatten(1)
         weights = self._resampled(resamples)
@@ -160,10 +179,10 @@ class AverageTrace:
         return Curves(by_fact.nanmean(0), low, high, there.sum(0).tolist())
 
     def _reference(self, site: str) -> Curves:
-        pooled: dict[str, list[Tensor]] = {place: [] for place in TOKEN_ROLES}
+        pooled: dict[str, list[Tensor]] = {role: [] for role in TOKEN_ROLES}
         for trace in self.traces:
-            for place, rows in place_rows(trace).items():
-                pooled[place].extend(trace.scores[site][rows].double())
+            for role, rows in role_rows(trace).items():
+                pooled[role].extend(trace.scores[site][rows].double())
         baseline = torch.tensor([t.baseline for t in self.traces], dtype=torch.float64).mean()
         empty = torch.full_like(self.traces[0].scores[site][0], torch.nan, dtype=torch.float64)
         stacks = [torch.stack(rows) if rows else empty[None] for rows in pooled.values()]
@@ -180,7 +199,7 @@ class AverageTrace:
             empty = torch.full_like(effects[0], torch.nan)
             rows.append(
                 torch.stack(
-                    [effects[at].mean(0) if at else empty for at in place_rows(trace).values()]
+                    [effects[at].mean(0) if at else empty for at in role_rows(trace).values()]
                 )
             )
         return torch.stack(rows)
@@ -220,7 +239,7 @@ class AverageTrace:
         each fact's own maximum.
 
         Peaks are effects; "mean_of_maxima" is the mean over facts of the highest score, in the
-        whole table or at a place. In the other direction, where the strongest effects are the most
+        whole table or at a role. In the other direction, where the strongest effects are the most
         negative, it is the lowest.
         """
         ate, low, high = self.total_effect()
@@ -239,13 +258,13 @@ class AverageTrace:
             mean = self.effects(site).mean
             own = [sign * float((sign * t.scores[site]).max()) for t in self.traces]
             peaks: dict[str, Any] = {"mean_of_maxima": sum(own) / len(own)}
-            for place in ("last subject", "last"):
-                curve = mean[TOKEN_ROLES.index(place)]
+            for role in ("last subject", "last"):
+                curve = mean[TOKEN_ROLES.index(role)]
                 if not curve.isnan().all():
                     at = int((sign * curve).argmax())
-                    rows = [t.scores[site][place_rows(t)[place]] for t in self.traces]
+                    rows = [t.scores[site][role_rows(t)[role]] for t in self.traces]
                     own = [sign * float((sign * row).max()) for row in rows if len(row)]
-                    peaks[place] = {
+                    peaks[role] = {
                         "effect": float(curve.flatten()[at]),
                         "at": _index(at, curve.shape),
                         "mean_of_maxima": sum(own) / len(own),
@@ -254,26 +273,101 @@ class AverageTrace:
         return about
 
     def plot(self) -> Figure:
-        """Heat maps by place and layer, as in the paper's Figure 2: one colour scale for all sites,
-        negative effects white.
-        """
-        from engram.plots import plot_average
+        """Draw heat maps by role and layer, as in the paper's Figure 2: one colour scale, that of
+        the first table; negative effects are white.
 
-        return plot_average(self)
+        In the other direction, where effects are negative, their size is shown.
+        """
+        from engram.locate import captions
+        from engram.plots.heat_maps import HeatMap, in_lines, plot_heat_maps
+
+        sign, trace, sites = (
+            -1 if self.direction == "noise" else 1,
+            self.traces[0],
+            self._drawable(),
+        )
+        tables = {site: (sign * self.effects(site).mean).clamp(min=0) for site in sites}
+        top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
+        title = captions.average_title(trace)
+        return plot_heat_maps(
+            [
+                HeatMap(
+                    table.numpy(),
+                    captions.colours(site),
+                    (0, top),
+                    in_lines(
+                        f"{title} of {captions.replaced(site)}", f"over {len(self.traces)} prompts"
+                    ),
+                    captions.average_bar(trace),
+                    captions.layer_label(trace, site),
+                    rows=list(_ROLE_LABELS),
+                )
+                for site, table in tables.items()
+            ]
+        )
 
     def plot_lines(self, interval: Interval = "bootstrap") -> Figure:
-        """A line a place with its interval, a panel a site, as in the paper's Appendix B."""
-        from engram.plots import plot_lines
-
-        return plot_lines(self, interval)
-
-    def plot_severed(self, place: str = "last subject") -> Figure:
-        """Bars a layer: the effect as it is, and with attention or MLP severed, as in the paper's
-        Figure 3.
+        """Draw a line and its 95 % band for each role, a panel for each site, as in the paper's
+        Appendix B.
         """
-        from engram.plots import plot_severed
+        from engram.locate import captions
+        from engram.plots.curves import Curve, CurvePanel, plot_curves, tab10
 
-        return plot_severed(self, place)
+        title, panels = captions.average_title(self.traces[0]), []
+        for site in self._drawable():
+            means = self.effects(site, interval)
+            layers = range(means.mean.shape[1])
+            curves = [
+                Curve(layers, *means.of_role(i), label=label, colour=tab10(_ROLE_LABELS[label]))
+                for i, label in enumerate(_ROLE_LABELS)
+                if means.counts[i]
+            ]
+            panels.append(
+                CurvePanel(
+                    curves,
+                    len(layers),
+                    f"{title} of {captions.replaced(site)}",
+                    captions.layer_label(self.traces[0], site),
+                )
+            )
+        return plot_curves(panels, title)
+
+    def plot_severed(self, role: str = "last subject") -> Figure:
+        """Draw bars at each layer: the effect as it is, and with attention or MLP severed, as in
+        the paper's Figure 3.
+
+        Raises:
+            SettingError: no such role, or no severed tables among the traces.
+        """
+        from engram.plots.curves import Curve, plot_bars
+
+        at = role_number(role)
+        if not self.severed:
+            raise SettingError(
+                "these traces have no severed tables; trace with sites=['residual'], "
+                "severed=['mlp', 'attention']"
+            )
+        site, curves = self.severed[0].partition(",")[0], []
+        for end, (colour, label) in _SEVERED.items():
+            if f"{site}{end}" in self.sites:
+                mean, low, high = (100 * x for x in self.effects(f"{site}{end}").of_role(at))
+                ends = (low, high) if len(self.traces) > 1 else (None, None)
+                curves.append(Curve(range(len(mean)), mean, *ends, label=label, colour=colour))
+        model = PurePath(self.traces[0].model).name
+        return plot_bars(
+            curves,
+            f"layer of {model} at which the state is restored, {role} token",
+            f"{'average ' * (len(self.traces) > 1)}indirect effect, %",
+        )
+
+    def _drawable(self) -> list[str]:
+        """Return the tables of one value a layer; heads and neurons have no line over layers."""
+        if not self.layered:
+            raise SettingError(
+                f"none of {self.sites} has one value a layer; see AverageTrace.effects for heads "
+                "and neurons"
+            )
+        return self.layered
 
     @classmethod
     def load(cls, path: str | Path, seed: int = 0) -> AverageTrace:
@@ -320,11 +414,14 @@ def _quantile(samples: Tensor, q: float) -> Tensor:
     return found.view(samples.shape[1:])
 
 
-def check_place(place: str) -> int:
-    """Number of a place.
+def role_number(role: str) -> int:
+    """Return the number of a token's role.
 
     Raises:
-        SettingError: no such place.
+        SettingError: no such role.
     """
-    one_of("place", place, TOKEN_ROLES)
-    return TOKEN_ROLES.index(place)
+    if role not in TOKEN_ROLES:
+        raise SettingError(
+            f"role={role!r} does not exist; expected {', '.join(map(repr, TOKEN_ROLES))}"
+        )
+    return TOKEN_ROLES.index(role)

@@ -114,10 +114,13 @@ class CausalTrace:
         return {**vars(self), **tables}
 
     def plot(self, site: str | None = None) -> Figure:
-        """The paper's heat maps: all sites side by side, or one of them."""
-        from engram.plots import plot_trace
+        """Draw the paper's heat maps: all sites side by side, or one of them."""
+        from engram.locate.captions import heat_map
+        from engram.plots.heat_maps import plot_heat_maps
 
-        return plot_trace(self, site)
+        return plot_heat_maps(
+            [heat_map(self, s) for s in (self.scores if site is None else [site])]
+        )
 
     def plot_severed(self) -> Figure:
         """Bars a layer: the effect at the subject's last token as it is, and with attention or MLP

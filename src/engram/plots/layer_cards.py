@@ -1,103 +1,76 @@
-"""Picture of a layer card: what tracing says about each layer, and next to it how edits at each
-layer went.
+"""Picture of a layer card: effects of tracing by layer, and next to them how edits at each layer
+went.
+
+Knows curves, labels and titles. Refuses to know how they were measured.
 """
 
 from __future__ import annotations
 
-from pathlib import PurePath
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engram.plots.curves import Curve
 from engram.plots.style import STYLE, layer_ticks, plain
 
-if TYPE_CHECKING:
-    from engram.bootstrap import Mean
-    from engram.layers.card import LayerCard
-
-_TRACE, _SCORE = "#20a020", "#7261ab"
-_SHARES = (
-    ("efficacy", "#e8902a", "o"),
-    ("paraphrase", "#3b7dd8", "s"),
-    ("neighbourhood", "#8a8a8a", "^"),
-)
+_BEST = "#7261ab"
 
 
-def plot_layer_card(card: LayerCard) -> Figure:
-    """Left: mean effects of tracing by layer. Right: mean score of edits by layer, with the shares
-    it is made of.
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layers that the picture points at: a line at `best`, a shade on each of `tied`."""
 
-    Bands are 95 % bootstrap intervals over facts. The best layer has a line, those that cannot be
-    told from it are shaded.
+    n_layers: int
+    best: int
+    tied: Sequence[int]
+
+
+def plot_layer_card(
+    effects: Sequence[Curve],
+    edits: Sequence[Curve],
+    choice: LayerChoice,
+    *,
+    titles: tuple[str, str],
+    model: str,
+) -> Figure:
+    """Draw effects of tracing by layer on the left, scores of edits by layer on the right.
+
+    Args:
+        titles: of the two panels.
+        model: name below both axes.
     """
     with rc_context({**STYLE, "font.size": 8, "axes.titlesize": 8.5}):
         figure = Figure(figsize=(7.5, 2.7), dpi=200, layout="constrained")
         left, right = figure.subplots(1, 2, sharex=True)
-        _draw_effects(left, card)
-        _draw_edits(right, card)
-        for ax in (left, right):
-            for layer in card.tied_with_best:
-                ax.axvspan(layer - 0.5, layer + 0.5, color=_SCORE, alpha=0.08, linewidth=0)
-            ax.axvline(card.best, color=_SCORE, linewidth=0.8, linestyle=":")
-            ax.set_xlim(-0.5, card.n_layers - 0.5)
-            ax.set_xticks(list(layer_ticks(card.n_layers)))
-            ax.set_xlabel(f"layer of {plain(PurePath(card.model).name)}")
+        left.set_ylabel("indirect effect, probability")
+        right.set_ylabel("score, share of prompts")
+        for ax, curves, title in ((left, effects, titles[0]), (right, edits, titles[1])):
+            for curve in curves:
+                _draw(ax, curve)
+            ax.set_title(plain(title))
+            if curves:
+                ax.legend(frameon=False)
+            for layer in choice.tied:
+                ax.axvspan(layer - 0.5, layer + 0.5, color=_BEST, alpha=0.08, linewidth=0)
+            ax.axvline(choice.best, color=_BEST, linewidth=0.8, linestyle=":")
+            ax.set_xlim(-0.5, choice.n_layers - 0.5)
+            ax.set_xticks(list(layer_ticks(choice.n_layers)))
+            ax.set_xlabel(f"layer of {plain(model)}")
             ax.spines[["top", "right"]].set_visible(False)
+        left.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+        right.set_ylim(-0.03, 1.03)
     return figure
 
 
-def _draw_effects(ax: Axes, card: LayerCard) -> None:
-    exact = {row.layer: row.trace for row in card.rows if row.trace is not None}
-    estimated = {row.layer: row.attribution for row in card.rows if row.attribution is not None}
-    if exact:
-        _line(ax, exact, _TRACE, "traced")
-    if estimated:
-        _line(ax, estimated, _TRACE, "estimated", "--")
-    ax.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-    ax.set_title(
-        f"Effect of restoring {card.traces['window']} MLP{'s' * (card.traces['window'] > 1)} at the subject's last token"
-    )
-    ax.set_ylabel("indirect effect, probability")
-    if exact or estimated:
-        ax.legend(frameon=False)
-
-
-def _draw_edits(ax: Axes, card: LayerCard) -> None:
-    for name, colour, marker in _SHARES:
-        shares = {
-            row.layer: share for row in card.rows if (share := getattr(row, name)) is not None
-        }
-        if shares:
-            ax.plot(
-                list(shares),
-                list(shares.values()),
-                color=colour,
-                marker=marker,
-                markersize=3,
-                linewidth=0.7,
-                label=name,
-            )
-    _line(ax, {row.layer: row.score for row in card.rows if row.score is not None}, _SCORE, "score")
-    ax.set_ylim(-0.03, 1.03)
-    ax.set_title(
-        f"Edits by {plain(card.method)} at one layer, {len(card.edited)} fact{'s' * (len(card.edited) != 1)}"
-    )
-    ax.set_ylabel("score, share of prompts")
-    ax.legend(frameon=False)
-
-
-def _line(ax: Axes, means: dict[int, Mean], colour: str, label: str, style: str = "-") -> None:
-    layers = list(means)
-    ax.plot(
-        layers,
-        [each.mean for each in means.values()],
-        style,
-        color=colour,
-        label=label,
-        linewidth=1.4,
-        zorder=3,
-    )
-    low, high = [each.low for each in means.values()], [each.high for each in means.values()]
-    ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
+def _draw(ax: Axes, curve: Curve) -> None:
+    """Draw a thick line with its band; a thin one with markers where there is no interval."""
+    look: Any = {"color": curve.colour, "label": curve.label}
+    if curve.low is None or curve.high is None:
+        ax.plot(curve.layers, curve.mean, curve.style, markersize=3, linewidth=0.7, **look)
+        return
+    ax.plot(curve.layers, curve.mean, curve.style, linewidth=1.4, zorder=3, **look)
+    ax.fill_between(curve.layers, curve.low, curve.high, color=curve.colour, alpha=0.2, linewidth=0)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +20,6 @@ from torch import Tensor
 from engram.errors import NonFiniteError, SettingError
 from engram.model.language_model import LanguageModel
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from engram.plots.lenses import Shade
 from engram.checks import position_in
 from engram.locate.lenses.vocabulary import (
     answers_at,
@@ -33,6 +30,21 @@ from engram.locate.lenses.vocabulary import (
     score,
     settled,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from engram.plots.lenses import Scale
+
+Shade = Literal["probability", "answer", "rank", "entropy", "kl"]
+_SHADES: dict[str, tuple[str, str, Scale]] = {  # what colours mean -> its name, colours, scale
+    "probability": ("p(top token)", "Purples", "share"),
+    "answer": ("p(next token)", "Purples", "share"),
+    "rank": ("rank of next token", "Purples_r", "rank"),
+    "entropy": ("entropy (nats)", "YlOrBr", "linear"),
+    # the embedding is far from the output: the square root keeps the other rows apart
+    "kl": ("KL to output (nats)", "YlOrBr", "root"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +144,54 @@ class LogitLens:
         return {**plain, "rows": self.labels(), "top": top}
 
     def plot(self, shade: Shade = "probability", positions: Sequence[int] | None = None) -> Figure:
-        """Heat map: tokens across, layers up, each state's most probable token in its cell. See
-        `plots.plot_lens`.
-        """
-        from engram.plots.lenses import plot_lens
+        """Draw a heat map: tokens across, layers up, each state's most probable token in its cell.
 
-        return plot_lens(self, shade, positions)
+        Bold: the token is the one that comes next (written above its column). Above the line the
+        top token never changes again.
+
+        Args:
+            shade: what colours mean: "probability" of the top token; "answer" or "rank":
+                probability or rank of the next token; "entropy" of the distribution; "kl": its
+                distance from the model's output.
+            positions: tokens to draw; default: all.
+        Raises:
+            SettingError: another shade, or a position that the text does not have.
+        """
+        from engram.plots.lenses import TokenTable, plot_token_table
+
+        if shade not in _SHADES:
+            raise SettingError(
+                f"shade={shade!r} does not exist; colours can mean {', '.join(_SHADES)}"
+            )
+        bar_label, colours, scale = _SHADES[shade]
+        tokens, rows = len(self.tokens), range(len(self.rank))
+        columns = [
+            position_in(at, tokens) for at in (range(tokens) if positions is None else positions)
+        ]
+        numbers = {
+            "probability": self.top_probabilities[..., 0],
+            "answer": self.probability,
+            "rank": self.rank,
+            "entropy": self.entropy,
+            "kl": self.kl,
+        }[shade]
+        kind = "last norm applied" if self.norm else "raw states"
+        name = PurePath(self.model).name
+        return plot_token_table(
+            TokenTable(
+                numbers[:, columns].numpy(),
+                cells=[[self.top(row, at)[0][0] for at in columns] for row in rows],
+                bold=(self.top_ids[..., 0] == self.answer_ids)[:, columns].numpy(),
+                line=self.settled[columns].tolist(),
+                rows=self.labels(),
+                below=[self.tokens[at] for at in columns],
+                above=[self.answers[at] for at in columns],
+                x_label=f"logit lens of {name}, {kind}; above the line the top token stays",
+                bar_label=bar_label,
+                colours=colours,
+                scale=scale,
+            )
+        )
 
 
 @torch.no_grad()

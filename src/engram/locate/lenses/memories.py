@@ -12,6 +12,7 @@ Sources: Geva et al. 2021, arXiv:2012.14913 (key-value memories); Geva et al. 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,17 @@ class Memories:
         return asdict(self)
 
     def plot(self) -> Figure:
-        """Bars of the coefficients with the tokens that each neuron pushes towards."""
+        """Draw a bar for each neuron, its strength with the coefficient's sign, and next to it the
+        seven tokens that it makes more probable.
+        """
         from engram.plots.lenses import plot_memories
 
-        return plot_memories(self)
+        return plot_memories(
+            {m.value.neuron: math.copysign(m.strength, m.coefficient) for m in self.neurons},
+            [[token for token, _ in m.pushes[:7]] for m in self.neurons],
+            title=f"at token {self.token!r}{self.note()}",
+            y_label=f"neuron of layer {self.layer}",
+        )
 
 
 @torch.no_grad()

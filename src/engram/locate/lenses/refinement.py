@@ -11,6 +11,7 @@ Sources: Geva et al. 2021, arXiv:2012.14913, Sec. 5 (the four kinds of layer); G
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,12 +161,30 @@ class Refinement:
         return {**plain, "shares": self.shares()}
 
     def plot(self, position: int = -1) -> Figure:
-        """Probability and rank of the answer along the stream, and who changed the prediction. See
-        `plots.plot_refinement`.
+        """Draw the answer's probability and rank along the residual stream at one position, and
+        who changed the top token at all positions, block by block.
         """
-        from engram.plots.lenses import plot_refinement
+        from engram.plots.lenses import Stream, StreamWords, plot_streams
 
-        return plot_refinement(self, position_in(position, len(self.tokens)))
+        at = position_in(position, len(self.tokens))
+        points = ("entering", "middle", "leaving")
+        probability, rank = (
+            Stream(*(table[point][:, at].numpy() for point in points))
+            for table in (self.probability, self.rank)
+        )
+        attention, mlp = self.changed_by_attention, self.changed_by_mlp
+        changes = {"attention": attention & ~mlp, "both": attention & mlp, "MLP": mlp & ~attention}
+        return plot_streams(
+            probability,
+            rank,
+            {part: table.double().mean(1).numpy() for part, table in changes.items()},
+            StreamWords(
+                self.answers[at].strip(),
+                f"at token {self.tokens[at]!r}",
+                f"at all {len(self.tokens)} positions",
+                f"layer of {PurePath(self.model).name}",
+            ),
+        )
 
 
 @torch.no_grad()
