@@ -337,7 +337,7 @@ class LayerCard:
         return plot_layer_card(
             [curve for curve in effects if curve is not None],
             [curve for curve in edits if curve is not None],
-            LayerChoice(self.n_layers, self.best, self.as_good),
+            LayerChoice(self.n_layers, self.best, self.tied_with_best),
             titles=(
                 f"Effect of restoring {window} MLP{'s' * (window > 1)} at the subject's last token",
                 f"Edits by {self.method} at one layer, {facts} fact{'s' * (facts != 1)}",

@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engram.errors import EngramError, SettingError
+from engram.locate.captions import Array, colours, replaced, severed_bars
 from engram.locate.settings import PARTS
 from engram.locate.trace import CausalTrace
+from engram.locate.trace_store import TraceStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Array = NDArray[Any]
 TOKEN_ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 Interval = Literal["bootstrap", "reference"]
 _ROLE_LABELS = {  # in pictures, in the order of TOKEN_ROLES; which of matplotlib's ten colours
@@ -34,11 +34,6 @@ _ROLE_LABELS = {  # in pictures, in the order of TOKEN_ROLES; which of matplotli
     "First subsequent token": 4,
     "Further tokens": 5,
     "Last token": 3,
-}
-_SEVERED = {  # what a table's name ends in -> colour and label of its bars
-    "": ("#7261ab", "as it is"),
-    ", attention severed": ("#f3201b", "attention severed"),
-    ", mlp severed": ("#20b020", "MLP severed"),
 }
 
 
@@ -278,7 +273,6 @@ class AverageTrace:
 
         In the other direction, where effects are negative, their size is shown.
         """
-        from engram.locate import captions
         from engram.plots.heat_maps import HeatMap, in_lines, plot_heat_maps
 
         sign, trace, sites = (
@@ -288,18 +282,16 @@ class AverageTrace:
         )
         tables = {site: (sign * self.effects(site).mean).clamp(min=0) for site in sites}
         top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
-        title = captions.average_title(trace)
+        title = trace.captions.average_title()
         return plot_heat_maps(
             [
                 HeatMap(
                     table.numpy(),
-                    captions.colours(site),
+                    colours(site),
                     (0, top),
-                    in_lines(
-                        f"{title} of {captions.replaced(site)}", f"over {len(self.traces)} prompts"
-                    ),
-                    captions.average_bar(trace),
-                    captions.layer_label(trace, site),
+                    in_lines(f"{title} of {replaced(site)}", f"over {len(self.traces)} prompts"),
+                    trace.captions.average_bar(),
+                    trace.captions.layer_label(site),
                     rows=list(_ROLE_LABELS),
                 )
                 for site, table in tables.items()
@@ -310,24 +302,21 @@ class AverageTrace:
         """Draw a line and its 95 % band for each role, a panel for each site, as in the paper's
         Appendix B.
         """
-        from engram.locate import captions
         from engram.plots.curves import Curve, CurvePanel, plot_curves, tab10
 
-        title, panels = captions.average_title(self.traces[0]), []
+        captions, panels = self.traces[0].captions, []
+        title = captions.average_title()
         for site in self._drawable():
             means = self.effects(site, interval)
             layers = range(means.mean.shape[1])
             curves = [
-                Curve(layers, *means.of_role(i), label=label, colour=tab10(_ROLE_LABELS[label]))
+                Curve(layers, *means.of_role(i), label, tab10(_ROLE_LABELS[label]))
                 for i, label in enumerate(_ROLE_LABELS)
                 if means.counts[i]
             ]
             panels.append(
                 CurvePanel(
-                    curves,
-                    len(layers),
-                    f"{title} of {captions.replaced(site)}",
-                    captions.layer_label(self.traces[0], site),
+                    curves, len(layers), f"{title} of {replaced(site)}", captions.layer_label(site)
                 )
             )
         return plot_curves(panels, title)
@@ -339,26 +328,12 @@ class AverageTrace:
         Raises:
             SettingError: no such role, or no severed tables among the traces.
         """
-        from engram.plots.curves import Curve, plot_bars
-
-        at = role_number(role)
-        if not self.severed:
-            raise SettingError(
-                "these traces have no severed tables; trace with sites=['residual'], "
-                "severed=['mlp', 'attention']"
-            )
-        site, curves = self.severed[0].partition(",")[0], []
-        for end, (colour, label) in _SEVERED.items():
-            if f"{site}{end}" in self.sites:
-                mean, low, high = (100 * x for x in self.effects(f"{site}{end}").of_role(at))
-                ends = (low, high) if len(self.traces) > 1 else (None, None)
-                curves.append(Curve(range(len(mean)), mean, *ends, label=label, colour=colour))
-        model = PurePath(self.traces[0].model).name
-        return plot_bars(
-            curves,
-            f"layer of {model} at which the state is restored, {role} token",
-            f"{'average ' * (len(self.traces) > 1)}indirect effect, %",
-        )
+        at, several = role_number(role), len(self.traces) > 1
+        tables = {}
+        for site in self.layered if self.severed else ():
+            mean, low, high = self.effects(site).of_role(at)
+            tables[site] = (mean, low, high) if several else (mean, None, None)
+        return severed_bars(tables, self.traces[0].model, role)
 
     def _drawable(self) -> list[str]:
         """Return the tables of one value a layer; heads and neurons have no line over layers."""
@@ -376,8 +351,6 @@ class AverageTrace:
         Raises:
             EditFileError: not such a file.
         """
-        from engram.locate.trace_store import TraceStore
-
         with TraceStore.reading(path) as store:
             return cls(store.traces(), store.skipped(), seed)
 

@@ -1,19 +1,23 @@
 """What pictures of traces say: names of sites, titles, and what an axis or a colour bar measures.
 
-Knows the settings of a trace. Refuses to know how anything is drawn.
+Knows the settings of a trace. Refuses to know how anything is computed or drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from engram.plots.heat_maps import HeatMap, in_lines
-from engram.plots.style import plain
+from numpy.typing import NDArray
+
+from engram.errors import SettingError
 
 if TYPE_CHECKING:
-    from engram.locate.trace import CausalTrace
+    from matplotlib.figure import Figure
 
+Array = NDArray[Any]
 _SITES = {  # site -> colour map, what is replaced
     "residual": ("Purples", "state"),
     "mlp": ("Greens", "MLP"),
@@ -22,6 +26,69 @@ _SITES = {  # site -> colour map, what is replaced
     "neuron": ("Blues", "neuron"),
 }
 _ESTIMATES = {"attribution": " (estimate)", "screened": " (partly estimated)"}  # by method
+_SEVERED = {  # what a table's name ends in -> colour and label of its bars
+    "": ("#7261ab", "as it is"),
+    ", attention severed": ("#f3201b", "attention severed"),
+    ", mlp severed": ("#20b020", "MLP severed"),
+}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The words around a trace's pictures; the fields are those of `CausalTrace`."""
+
+    settings: Mapping[str, Any]
+    method: str
+    window: int
+    model: str
+
+    @property
+    def model_name(self) -> str:
+        return PurePath(self.model).name
+
+    @property
+    def inserts(self) -> bool:
+        """Whether corrupted states go into the clean run: strong effects are then negative."""
+        return bool(self.settings.get("direction") == "noise")
+
+    @property
+    def effect(self) -> str:
+        return str(self.settings.get("effect", "indirect"))
+
+    def layer_label(self, site: str) -> str:
+        """Return what a layer of a site's table is."""
+        verb = "replaced" if self.inserts else "restored"
+        if self.effect == "direct":
+            verb = "kept"
+        if site.partition(",")[0] in ("mlp", "attention"):
+            return f"centre of {self.window} {verb} {replaced(site)} layers"
+        return f"single {verb} layer of {self.model_name}"
+
+    def title(self, site: str, at: str = "") -> tuple[str, str]:
+        """Return the two halves of a table's title; `at` is appended."""
+        direct = self.effect == "direct"
+        run, other = ("corrupted", "clean")
+        if direct != self.inserts:
+            run, other = other, run
+        name, end = replaced(site), _ESTIMATES.get(self.method, "") + at
+        if direct:
+            return f"{run.capitalize()} input,", f"{name} kept {other}{end}"
+        return f"{'Corrupting' if self.inserts else 'Restoring'} {name}", f"after {run} input{end}"
+
+    def score_label(self, answer: str) -> str:
+        """Return what is measured, such as "p(Seattle)"."""
+        metric = self.settings.get("metric", "probability")
+        if metric == "logit_difference":
+            return f"logits, {answer} - {str(self.settings.get('foil')).strip()}"
+        return f"p({answer})" if metric == "probability" else f"log p({answer})"
+
+    def average_title(self) -> str:
+        """Return what averages over such traces are, such as "Average indirect effect"."""
+        return f"Average {self.effect} effect{_ESTIMATES.get(self.method, '')}"
+
+    def average_bar(self) -> str:
+        """Return the abbreviation: "AIE" or "ADE", negated in the other direction."""
+        return f"{'-' * self.inserts}A{self.effect[0].upper()}E"
 
 
 def colours(table: str) -> str:
@@ -36,79 +103,31 @@ def replaced(table: str) -> str:
     return f"{name} ({_SITES[severed.removesuffix(' severed')][1]} severed)" if severed else name
 
 
-def layer_label(trace: CausalTrace, site: str) -> str:
-    """Return what a layer of a site's table is."""
-    verb = "restored" if trace.settings.get("direction", "denoise") == "denoise" else "replaced"
-    if _effect(trace) == "direct":
-        verb = "kept"
-    if site.partition(",")[0] in ("mlp", "attention"):
-        return f"centre of {trace.window} {verb} {replaced(site)} layers"
-    return f"single {verb} layer of {PurePath(trace.model).name}"
+def severed_bars(
+    tables: Mapping[str, tuple[Array, Array | None, Array | None]], model: str, role: str
+) -> Figure:
+    """Draw bars at each layer: the effect as it is, and with attention or MLP severed.
 
-
-def average_title(trace: CausalTrace) -> str:
-    """Return what averages over such traces are, such as "Average indirect effect"."""
-    return f"Average {_effect(trace)} effect{_ESTIMATES.get(trace.method, '')}"
-
-
-def average_bar(trace: CausalTrace) -> str:
-    """Return the abbreviation of such an average: "AIE" or "ADE", negated in the other direction."""
-    sign = "-" if trace.settings.get("direction") == "noise" else ""
-    return f"{sign}A{_effect(trace)[0].upper()}E"
-
-
-def heat_map(trace: CausalTrace, site: str) -> HeatMap:
-    """Return one table of a trace as a panel, as in the paper's Fig. 1: tokens down, layers across.
-
-    Heads are shown at the token where one of them has the largest effect, layers down and heads
-    across.
+    Args:
+        tables: name -> mean, low and high at each layer for tokens of this role; low and high are
+            None for a single trace.
+    Raises:
+        SettingError: no severed tables.
     """
-    values, model = trace.scores[site], PurePath(trace.model).name
-    rows: list[str] | None = trace.labels()
-    columns, at, x_label, y_label = None, "", layer_label(trace, site), ""
-    if values.dim() == 3:
-        row = trace.best(site)[0]
-        at = f", at {plain(trace.labels()[row].strip())}"
-        values, rows, x_label, y_label = values[row], None, f"head of {model}", "layer"
-    elif site == "neuron":
-        columns = [f"{layer}.{index}" for layer, index in trace.settings["neurons"]]
-        x_label = f"layer.neuron of {model}"
-    shades, low, high = colours(site), trace.baseline, trace.baseline
-    if trace.settings.get("direction") == "noise":
-        # what is inserted lowers the score: the lowest is the darkest
-        shades, low = f"{shades}_r", min(float(values.min()), trace.baseline - 1e-6)
-    else:
-        high = max(float(values.max()), trace.baseline + 1e-6)
-    return HeatMap(
-        values.numpy(),
-        shades,
-        (low, high),
-        _title(trace, site, at),
-        _score_label(trace),
-        x_label,
-        y_label,
-        rows,
-        columns,
-        bar_beside=site == "neuron",
-    )
+    from engram.plots.curves import Curve, plot_bars
 
-
-def _effect(trace: CausalTrace) -> str:
-    return str(trace.settings.get("effect", "indirect"))
-
-
-def _score_label(trace: CausalTrace) -> str:
-    answer = plain(trace.answer.strip())
-    metric = trace.settings.get("metric", "probability")
-    if metric == "logit_difference":
-        return f"logits, {answer} - {plain(str(trace.settings.get('foil')).strip())}"
-    return f"p({answer})" if metric == "probability" else f"log p({answer})"
-
-
-def _title(trace: CausalTrace, site: str, at: str) -> str:
-    inserts, direct = trace.settings.get("direction") == "noise", _effect(trace) == "direct"
-    run, other = ("corrupted", "clean") if direct == inserts else ("clean", "corrupted")
-    name, end = replaced(site), _ESTIMATES.get(trace.method, "") + at
-    if direct:
-        return in_lines(f"{run.capitalize()} input,", f"{name} kept {other}{end}")
-    return in_lines(f"{'Corrupting' if inserts else 'Restoring'} {name}", f"after {run} input{end}")
+    severed = [name for name in tables if name.endswith(" severed")]
+    if not severed:
+        raise SettingError(
+            "these traces have no severed tables; trace with sites=['residual'], "
+            "severed=['mlp', 'attention']"
+        )
+    site, curves, average = severed[0].partition(",")[0], [], ""
+    for end, (colour, label) in _SEVERED.items():
+        if f"{site}{end}" in tables:
+            mean, low, high = (x if x is None else 100 * x for x in tables[f"{site}{end}"])
+            assert mean is not None
+            average = "" if low is None else "average "
+            curves.append(Curve(range(len(mean)), mean, low, high, label, colour))
+    layer = f"layer of {PurePath(model).name} at which the state is restored, {role} token"
+    return plot_bars(curves, layer, f"{average}indirect effect, %")

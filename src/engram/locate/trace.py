@@ -19,10 +19,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from engram.errors import EngramFileError
+from engram.errors import EngramFileError, SettingError
+from engram.locate.captions import Captions, colours, severed_bars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from engram.plots.heat_maps import HeatMap
 
 
 @dataclass(frozen=True)
@@ -113,22 +116,72 @@ class CausalTrace:
         }
         return {**vars(self), **tables}
 
+    @property
+    def captions(self) -> Captions:
+        """The words around its pictures."""
+        return Captions(self.settings, self.method, self.window, self.model)
+
     def plot(self, site: str | None = None) -> Figure:
-        """Draw the paper's heat maps: all sites side by side, or one of them."""
-        from engram.locate.captions import heat_map
+        """Draw the paper's heat maps (Fig. 1), tokens down and layers across: all sites side by
+        side, or one of them.
+
+        Heads are shown at the token where one of them has the largest effect, layers down and
+        heads across.
+        """
         from engram.plots.heat_maps import plot_heat_maps
 
-        return plot_heat_maps(
-            [heat_map(self, s) for s in (self.scores if site is None else [site])]
+        return plot_heat_maps([self._panel(s) for s in (self.scores if site is None else [site])])
+
+    def _panel(self, site: str) -> HeatMap:
+        from engram.plots.heat_maps import HeatMap, in_lines
+        from engram.plots.style import plain
+
+        values, captions = self.scores[site], self.captions
+        rows: list[str] | None = self.labels()
+        columns, at, x_label, y_label = None, "", captions.layer_label(site), ""
+        if values.dim() == 3:
+            row = self.best(site)[0]
+            at = f", at {plain(self.labels()[row].strip())}"
+            values, rows = values[row], None
+            x_label, y_label = f"head of {captions.model_name}", "layer"
+        elif site == "neuron":
+            columns = [f"{layer}.{index}" for layer, index in self.settings["neurons"]]
+            x_label = f"layer.neuron of {captions.model_name}"
+        shades, low, high = colours(site), self.baseline, self.baseline
+        if captions.inserts:  # what is inserted lowers the score: the lowest is the darkest
+            shades, low = f"{shades}_r", min(float(values.min()), self.baseline - 1e-6)
+        else:
+            high = max(float(values.max()), self.baseline + 1e-6)
+        return HeatMap(
+            values.numpy(),
+            shades,
+            (low, high),
+            in_lines(*captions.title(site, at)),
+            plain(captions.score_label(self.answer.strip())),
+            x_label,
+            y_label,
+            rows,
+            columns,
+            bar_beside=site == "neuron",
         )
 
     def plot_severed(self) -> Figure:
-        """Bars a layer: the effect at the subject's last token as it is, and with attention or MLP
-        severed.
-        """
-        from engram.locate.average import AverageTrace
+        """Draw bars at each layer: the effect at the subject's last token as it is, and with
+        attention or MLP severed.
 
-        return AverageTrace([self]).plot_severed()
+        Raises:
+            SettingError: no severed tables, or the subject's last token was not traced.
+        """
+        last = self.subject_range[1] - 1
+        if last not in self.positions:
+            raise SettingError(
+                f"positions={self.positions} leave out the subject's last token, {last}; "
+                "trace it with positions='all' or 'subject_last'"
+            )
+        row = self.positions.index(last)
+        effects = {s: (t.double() - self.baseline)[row].numpy() for s, t in self.scores.items()}
+        tables = {site: (mean, None, None) for site, mean in effects.items()}
+        return severed_bars(tables, self.model, "last subject")
 
     def to_bytes(self) -> bytes:
         """The contents of a safetensors file: tables are tensors, everything else is in its header."""

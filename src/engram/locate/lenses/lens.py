@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from engram.errors import NonFiniteError, SettingError
-from engram.model.language_model import LanguageModel
-
 from engram.checks import position_in
+from engram.errors import NonFiniteError, SettingError
 from engram.locate.lenses.vocabulary import (
     answers_at,
     chunks_of_positions,
@@ -30,6 +28,7 @@ from engram.locate.lenses.vocabulary import (
     score,
     settled,
 )
+from engram.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
