@@ -419,7 +419,6 @@ def test_foils_and_partners_may_differ():
 def test_a_role_that_does_not_exist():
     assert role_number("last") == 5
     with pytest.raises(
-        SettingError,
-        match="role='first' does not exist; expected 'first subject', 'middle subject'",
+        SettingError, match="role='first': expected 'first subject', 'middle subject'"
     ):
         role_number("first")

@@ -420,9 +420,7 @@ def test_nothing_severed_has_no_bars(average):
         SettingError, match=r"no severed tables; trace with sites=\['residual'\], severed="
     ):
         average.plot_severed()
-    with pytest.raises(
-        SettingError, match="role='subject' does not exist; expected 'first subject'"
-    ):
+    with pytest.raises(SettingError, match="role='subject': expected 'first subject'"):
         severed(average).plot_severed("subject")
 
 

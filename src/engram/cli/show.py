@@ -103,11 +103,11 @@ def show_trace(trace: CausalTrace) -> None:
         effect = float(trace.effects(site)[at])
         terminal.console.print(
             f"  {site:<{margin}}  strongest at token {escape(repr(trace.tokens[at[0]]))}, "
-            f"{_place(trace, site, at[1:])}: {effect:+.3f}"
+            f"{_where(trace, site, at[1:])}: {effect:+.3f}"
         )
 
 
-def _place(trace: CausalTrace, site: str, at: Sequence[int]) -> str:
+def _where(trace: CausalTrace, site: str, at: Sequence[int]) -> str:
     """Return the name of a column of a table, from its indices after the token axis."""
     if site.partition(",")[0] == "neuron":
         layer, neuron = trace.settings["neurons"][at[0]]
@@ -149,14 +149,14 @@ def show_average(average: AverageTrace) -> None:
     )
     for site, about in average.summary()["sites"].items():
         peaks = [
-            _peak(average, site, about[place]) if place in about else ""
-            for place in ("last subject", "last")
+            _peak(average, site, about[role]) if role in about else ""
+            for role in ("last subject", "last")
         ]
         terminal.console.print(f"  {site:<{margin}}  {peaks[0]:<25}  {peaks[1]}".rstrip())
 
 
 def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
-    return f"{about['effect']:+.3f} {_place(average.traces[0], site, about['at'])}"
+    return f"{about['effect']:+.3f} {_where(average.traces[0], site, about['at'])}"
 
 
 def show_receipt(receipt: Receipt) -> None:

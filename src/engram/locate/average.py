@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from engram.checks import one_of
 from engram.errors import EngramError, SettingError
 from engram.locate.captions import Array, colours, replaced, severed_bars
 from engram.locate.settings import PARTS
@@ -393,8 +394,5 @@ def role_number(role: str) -> int:
     Raises:
         SettingError: no such role.
     """
-    if role not in TOKEN_ROLES:
-        raise SettingError(
-            f"role={role!r} does not exist; expected {', '.join(map(repr, TOKEN_ROLES))}"
-        )
+    one_of("role", role, TOKEN_ROLES)
     return TOKEN_ROLES.index(role)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checks import position_in
+from engram.checks import one_of, position_in
 from engram.errors import NonFiniteError, SettingError
 from engram.locate.lenses.vocabulary import (
     answers_at,
@@ -158,10 +158,7 @@ class LogitLens:
         """
         from engram.plots.lenses import TokenTable, plot_token_table
 
-        if shade not in _SHADES:
-            raise SettingError(
-                f"shade={shade!r} does not exist; colours can mean {', '.join(_SHADES)}"
-            )
+        one_of("shade", shade, _SHADES)
         bar_label, colours, scale = _SHADES[shade]
         tokens, rows = len(self.tokens), range(len(self.rank))
         columns = [
