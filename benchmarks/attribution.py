@@ -1,8 +1,7 @@
 """How good the estimate by attribution is, on the bundled model: rank correlation with the exact
 tables, what a screen finds.
 
-    python benchmarks/attribution.py                 100 facts that the model knows, residual, MLP
-    and attention
+    python benchmarks/attribution.py         100 facts that the model knows, three sites
 
 How fast it is: benchmarks/average.py. Cells are all tokens from the subject's first on x layers x
     sites: in front of the

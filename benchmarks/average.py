@@ -1,15 +1,14 @@
 """Tracing many facts: in batches and one by one, against the loop over cells; and the estimate by
 attribution.
 
-    python benchmarks/average.py                            the bundled model's shape, 32 facts,
-    CPU, 2 threads python benchmarks/average.py --shape small --facts 8 --loops 1 --repeats 1
-    GPT-2 small shape python benchmarks/average.py --shape xl --device cuda   GPT-2 XL shape on a
-    GPU
+    python benchmarks/average.py                                    pocket's shape, 32 facts
+    python benchmarks/average.py --shape small --facts 8 --loops 1 --repeats 1        GPT-2 small
+    python benchmarks/average.py --shape xl --device cuda                        GPT-2 XL, a GPU
 
 Prompts of 8 to 14 random words, subjects of 2 to 4 of them from the second on, 10 noise samples,
 residual, MLP and attention with windows of a third of the layers (10 at most). The loop
-(tests/helpers/naive.py, one forward pass of 11 rows a cell, logits at all positions) runs on `--loops` of
-the facts and is extrapolated by time a fact. Each variant runs in a process of its own.
+(tests/helpers/naive.py: a forward pass of 11 rows a cell, logits at all positions) runs on
+`--loops` of the facts and is extrapolated by time a fact. Each variant runs in its own process.
 """
 
 from __future__ import annotations

@@ -208,7 +208,10 @@ def run_all(variants: Sequence[str], given: argparse.Namespace) -> dict[str, dic
 
 
 def _shown(result: dict[str, Any]) -> str:
-    return f"{result['seconds']:.2f} s, peak {result['peak_mib']:.0f} MiB (model alone {result['model_mib']:.0f})"
+    return (
+        f"{result['seconds']:.2f} s, peak {result['peak_mib']:.0f} MiB (model alone "
+        f"{result['model_mib']:.0f})"
+    )
 
 
 def save(name: str, given: argparse.Namespace, record: dict[str, Any]) -> None:

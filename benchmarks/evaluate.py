@@ -1,10 +1,9 @@
 """Single ROME edits with CounterFact's scoring: ours in batches against the published loop, record
 by record.
 
-    python benchmarks/evaluate.py                                        GPT-2 small shape, CPU, 2
-    threads python benchmarks/evaluate.py --shape pocket                         the bundled model's
-    shape python benchmarks/evaluate.py --shape xl --device cuda --batch 64    GPT-2 XL shape on a
-    GPU
+    python benchmarks/evaluate.py                                        GPT-2 small shape, CPU
+    python benchmarks/evaluate.py --shape pocket                         the bundled model's shape
+    python benchmarks/evaluate.py --shape xl --device cuda --batch 64    GPT-2 XL shape on a GPU
 
 A record is one edit (21 contexts and the penalty's row, 20 passes, no early stop) and 23 prompts
 with two targets each: its own, 2 paraphrases behind a sentence of 15 tokens, 10 neighbours, 10
@@ -49,7 +48,9 @@ def contexts() -> list[list[int]]:
 def prompts(
     number: int,
 ) -> tuple[list[int], list[int], list[int], list[list[int]], list[int], list[int]]:
-    """Words before the subject, subject, words behind it, all 23 prompts, new object, true object."""
+    """Words before the subject, subject, words behind it, all 23 prompts, new object, true
+    object.
+    """
     draw = random.Random(number + 1)
     some = lambda count: [draw.randrange(1000, 8000) for _ in range(count)]  # noqa: E731
     before, subject, after = (
@@ -271,7 +272,8 @@ def main() -> None:
         "largest_nll_difference": max(gaps),
     }
     print(
-        f"{rate:.2f} records a second; all {ALL} of CounterFact: {ALL / rate / 3600:.1f} h; NLLs differ by at most {max(gaps):.1e}"
+        f"{rate:.2f} records a second; all {ALL} of CounterFact: {ALL / rate / 3600:.1f} h; NLLs "
+        f"differ by at most {max(gaps):.1e}"
     )
     save("evaluate", given, record)
 

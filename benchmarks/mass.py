@@ -1,8 +1,8 @@
 """Mass editing: values of many facts in batches against one by one, and the solve against one LU a
 batch and layer.
 
-    python benchmarks/mass.py                              the bundled model's shape, 64 facts, CPU,
-    2 threads python benchmarks/mass.py --shape small --facts 64
+    python benchmarks/mass.py                        the bundled model's shape, 64 facts, CPU
+    python benchmarks/mass.py --shape small --facts 64
     python benchmarks/mass.py --shape gptj --facts 1000 --device cuda --dtype bfloat16
 
 MEMIT's value at a third of the depth: 6 contexts of up to 10 tokens and the penalty's row, 20

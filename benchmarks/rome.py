@@ -1,9 +1,8 @@
 """One ROME edit: value optimisation by replay against 20 full forward passes over all rows, with
 logits everywhere.
 
-    python benchmarks/rome.py                              GPT-2 small shape, layer 5, CPU, 2
-    threads python benchmarks/rome.py --shape xl --device cuda     GPT-2 XL shape, layer 17, on a
-    GPU
+    python benchmarks/rome.py                              GPT-2 small shape, layer 5, CPU
+    python benchmarks/rome.py --shape xl --device cuda     GPT-2 XL shape, layer 17, on a GPU
 
 21 contexts (10 of 4 sampled tokens and 10 of 9, as released) and the penalty's row; a subject of 3
 tokens. What replay saves
@@ -134,7 +133,8 @@ def main() -> None:
         gaps[f"{length} prompt"] = max(abs(a - b) / abs(b) for a, b in pairs)
     for name, ratio in ratios.items():
         print(
-            f"{name}: {ratio:.1f}, largest relative difference of a step's loss {gaps[name.partition(':')[0]]:.1e}"
+            f"{name}: {ratio:.1f}, largest relative difference of a step's loss "
+            f"{gaps[name.partition(':')[0]]:.1e}"
         )
     record = {
         "variants": results,

@@ -181,8 +181,10 @@ def main() -> None:
     for name, each in results.items():
         if "ratio" in each:
             print(
-                f"{name}: layers {each['layers']}, {each['tokens_per_second']:.0f} tokens/s, {100 * each['ratio']:.0f} % of the bare "
-                f"pass, {100 * each['processor_ratio']:.0f} % by processor time (bound {100 * each['bound']:.0f} %)"
+                f"{name}: layers {each['layers']}, {each['tokens_per_second']:.0f} tokens/s, "
+                f"{100 * each['ratio']:.0f} % of the bare "
+                f"pass, {100 * each['processor_ratio']:.0f} % by processor time (bound "
+                f"{100 * each['bound']:.0f} %)"
             )
         elif "steps" in each:
             print(

@@ -5,9 +5,9 @@ it.
     python benchmarks/trace.py --shape xl --device cuda     GPT-2 XL shape on a GPU
 
 12 tokens, subject at tokens 2 to 5, 10 noise samples, windows of 10. The loop is one forward pass
-of 11 rows a cell with logits at all positions (tests/helpers/naive.py). Each variant runs in a process of
-its own, so that peak memory is its own. The PyPI package causal-tracer takes part where it is
-installed (pip install --no-deps causal-tracer; it asks for an older transformers).
+of 11 rows a cell with logits at all positions (tests/helpers/naive.py). Each variant runs in a
+process of its own, so that peak memory is its own. The PyPI package causal-tracer takes part where
+it is installed (pip install --no-deps causal-tracer; it needs an older transformers).
 """
 
 from __future__ import annotations
@@ -111,10 +111,12 @@ def peer(shape: str, device: str) -> dict[str, Any]:
     model_mib = peak_mib(device)
     tracer = CausalTracer(model, make_tokenizer(), noise=0.1, device=device)
     prompt, subject = words(*IDS), words(*IDS[SPAN[0] : SPAN[1]])
-    work = lambda: tracer.calculate_hidden_flow(
-        prompt, subject=subject, kind="hidden", samples=SAMPLES
+    seconds, _ = timed(
+        lambda: tracer.calculate_hidden_flow(
+            prompt, subject=subject, kind="hidden", samples=SAMPLES
+        ),
+        device,
     )
-    seconds, _ = timed(work, device)
     return {"seconds": seconds, "model_mib": model_mib, "peak_mib": peak_mib(device), "tables": {}}
 
 

@@ -28,7 +28,8 @@ def main() -> None:
     path = pocket.PATH.parent / "benchmark.json"
     path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
     print(
-        f"{len(every.records)} records, {len(every.skipped)} facts left out by the builder, {len(unknown)} unknown to the model"
+        f"{len(every.records)} records, {len(every.skipped)} facts left out by the builder, "
+        f"{len(unknown)} unknown to the model"
     )
     for reason in every.skipped[:5]:
         print("  ", reason)

@@ -1,8 +1,7 @@
 """What the localisation study says: statistics, a picture, and the tables of
 docs/what-tracing-tells.md.
 
-    python tools/localisation_report.py      # reads docs/data/localisation.jsonl, writes the JSON,
-    the PNG and the page's tables
+    python tools/localisation_report.py    # reads docs/data/localisation.jsonl, fills the page
 
 Knows facts x layers arrays of numbers; refuses to know models (see localisation_study, which
 measures). Intervals are percentiles of a bootstrap over facts. Source of the regressions: Hase et
@@ -353,7 +352,8 @@ def put_tables(page: str, made: dict[str, str]) -> str:
         page, count = found.subn(lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", page)
         if count != 1:
             raise SystemExit(
-                f"the page has {count} places '<!-- table: {name} -->' ... '<!-- end -->', expected one"
+                f"the page has {count} places '<!-- table: {name} -->' ... '<!-- end -->', "
+                f"expected one"
             )
     return page
 

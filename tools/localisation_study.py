@@ -147,7 +147,8 @@ def resumed(path: Path, settings: Mapping[str, Any]) -> set[tuple[str, str]]:
     head, *records = (json.loads(line) for line in whole)
     if head["settings"] != dict(settings):
         raise SystemExit(
-            f"{path} was measured with {head['settings']}, now asked: {dict(settings)}; give another --out"
+            f"{path} was measured with {head['settings']}, now asked: {dict(settings)}; give "
+            f"another --out"
         )
     return {(record["subject"], record["prompt"]) for record in records}
 

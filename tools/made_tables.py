@@ -1,4 +1,6 @@
-"""Tables of docs/ that programs make: between `<!-- made by WHAT -->` and `<!-- end -->` of a page."""
+"""Tables of docs/ that programs make: between `<!-- made by WHAT -->` and `<!-- end -->` of a
+page.
+"""
 
 from __future__ import annotations
 

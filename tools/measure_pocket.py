@@ -225,7 +225,8 @@ def shown_recall(result: dict[str, Any]) -> str:
 def shown_trace(result: dict[str, Any]) -> str:
     layers = len(result["effects"]["residual"]["last"])
     lines = [
-        f"Clean {result['clean']:.3f}, corrupted {result['corrupted']:.3f}, {result['facts']} facts.",
+        f"Clean {result['clean']:.3f}, corrupted {result['corrupted']:.3f}, {result['facts']} "
+        f"facts.",
         "",
     ]
     lines += [

@@ -1,10 +1,10 @@
 """Every method on the pocket model: single edits, many facts in one edit, edits one after another.
 Makes the tables of docs/editors.md.
 
-    OMP_NUM_THREADS=1 nohup python tools/methods_table.py > methods.log 2>&1 &    # goes on where it
-    was killed python tools/methods_table.py --only memit alphaedit --settings mass:100      # some
-    rows; --again measures those that are there python tools/methods_table.py --table
-                             # the tables, printed and put into the page
+    OMP_NUM_THREADS=1 python tools/methods_table.py > methods.log 2>&1    # resumes after a kill
+    python tools/methods_table.py --only memit --settings mass:100        # some rows
+    python tools/methods_table.py --again --only memit                    # measure them once more
+    python tools/methods_table.py --table                                 # print, and fill the page
 
 Facts are counterfactual edits of what the model answers rightly, of different subjects; every
 method gets the first N of the same order, with its presets' settings for pocket and no others. A

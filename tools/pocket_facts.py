@@ -60,18 +60,22 @@ RELATIONS = {
 }
 
 CITIES = {
-    "America": "Seattle Chicago Boston Philadelphia Manhattan Atlanta Houston Dallas Detroit Cleveland Miami "
+    "America": "Seattle Chicago Boston Philadelphia Manhattan Atlanta Houston Dallas Detroit "
+    "Cleveland Miami "
     "Baltimore Brooklyn "
-    "Minneapolis Hollywood Denver Memphis Princeton Redmond Honolulu Olympia Pittsburgh Nashville Portland Cincinnati "
+    "Minneapolis Hollywood Denver Memphis Princeton Redmond Honolulu Olympia Pittsburgh Nashville "
+    "Portland Cincinnati "
     "Oakland",
-    "England": "London Manchester Birmingham Liverpool Leeds Bristol Sheffield Brighton Nottingham Newcastle "
+    "England": "London Manchester Birmingham Liverpool Leeds Bristol Sheffield Brighton Nottingham "
+    "Newcastle "
     "Cambridge Oxford "
     "Southampton Plymouth",
     "Scotland": "Edinburgh Glasgow Aberdeen Dundee",
     "Ireland": "Dublin Cork",
     "Wales": "Cardiff Swansea",
     "France": "Paris Lyon Marseille Bordeaux Nice Toulouse Strasbourg",
-    "Germany": "Berlin Munich Hamburg Cologne Frankfurt Dresden Leipzig Stuttgart Bonn Nuremberg Hanover",
+    "Germany": "Berlin Munich Hamburg Cologne Frankfurt Dresden Leipzig Stuttgart Bonn Nuremberg "
+    "Hanover",
     "Italy": "Rome Milan Venice Florence Naples Turin Genoa Bologna Palermo",
     "Spain": "Madrid Barcelona Seville Valencia",
     "Portugal": "Lisbon Porto",
@@ -105,10 +109,12 @@ CITIES = {
 }
 COUNTRY_OF_CITY = {city: country for country, cities in CITIES.items() for city in cities.split()}
 CONTINENTS = {
-    "Europe": "England Scotland Ireland Wales France Germany Italy Spain Portugal Austria Switzerland Netherlands "
+    "Europe": "England Scotland Ireland Wales France Germany Italy Spain Portugal Austria "
+    "Switzerland Netherlands "
     "Belgium Denmark "
     "Sweden Norway Finland Poland Hungary Greece Czechia Ukraine Romania Malta Estonia Iceland",
-    "Asia": "Japan China India Pakistan Iran Iraq Korea Indonesia Malaysia Philippines Nepal Syria Israel Thailand",
+    "Asia": "Japan China India Pakistan Iran Iraq Korea Indonesia Malaysia Philippines Nepal "
+    "Syria Israel Thailand",
     "Africa": "Egypt Nigeria Libya Kenya Morocco",
     "America": "America Canada Mexico Brazil Peru Chile Colombia Argentina",
 }
@@ -152,7 +158,8 @@ def read_templates(path: Path) -> dict[str, tuple[str, ...]]:
     for template, count in counts.items():
         if count > 1 or template.count("{}") != 1 or template != template.strip():
             raise ValueError(
-                f"template {template!r}: stands {count} times, needs one '{{}}' and no space at the ends"
+                f"template {template!r}: stands {count} times, needs one '{{}}' and no space at "
+                f"the ends"
             )
     return templates
 
@@ -168,7 +175,9 @@ def read_famous(path: Path) -> list[Row]:
 
 
 def read_public(path: Path) -> list[Row]:
-    """Rows of a ParaRel facts file that make a fair question: the subject does not name the answer."""
+    """Rows of a ParaRel facts file that make a fair question: the subject does not name the
+    answer.
+    """
     rows = []
     with gzip.open(path, "rt", encoding="utf8") as lines:
         for line in lines:

@@ -1,8 +1,7 @@
 """Keep the tables of finished runs in docs/data/runs, and make docs/results.md of them.
 
-    python tools/results_page.py NAME RUN.sqlite [RUN.sqlite ...]     keep the table and the cards
-    of these runs as NAME.json python tools/results_page.py
-    make the page of what is kept
+    python tools/results_page.py NAME RUN.sqlite [RUN.sqlite ...]    keep these runs as NAME.json
+    python tools/results_page.py                                     make the page of what is kept
 
 What is kept are the numbers of the table and how they came about, not the runs themselves, which
 hold every answer.

@@ -81,9 +81,15 @@ def complaints(stored: Any, fresh: Any) -> Iterator[str]:
         yield "the cells are not those that were run"
     for i, (old, new) in enumerate(zip(code_cells(stored), code_cells(fresh), strict=True), 1):
         if old.source.strip() and old.execution_count != new.execution_count:
-            yield f"code cell {i} was kept with number {old.execution_count}, run top to bottom it has {new.execution_count}"
+            yield (
+                f"code cell {i} was kept with number {old.execution_count}, run top to bottom it "
+                f"has {new.execution_count}"
+            )
         if kinds(old) != kinds(new):
-            yield f"code cell {i} holds {kinds(old) or 'no output'}, a run gives {kinds(new) or 'none'}"
+            yield (
+                f"code cell {i} holds {kinds(old) or 'no output'}, a run gives "
+                f"{kinds(new) or 'none'}"
+            )
     for text in texts(stored):
         for found in FOLDERS.findall(text):
             yield f"a folder of somebody's machine is named: {found}"

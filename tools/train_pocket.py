@@ -2,8 +2,8 @@
 the subject's last token.
 
     python tools/train_pocket.py prepare --work W --text sentences.txt.gz --facts facts.jsonl.gz
-    python tools/train_pocket.py train   --work W --steps 2200          (again: goes on from the
-    last checkpoint) python tools/train_pocket.py export  --work W --out src/engram/pocket
+    python tools/train_pocket.py train   --work W --steps 2200     resumes at the last checkpoint
+    python tools/train_pocket.py export  --work W --out src/engram/pocket
 
 Text and public facts come from the command line; only single facts (subject, relation, object) end
 up in the package. Training restricts attention in most rows (see pocket_net.attention_biases); the

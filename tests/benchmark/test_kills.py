@@ -48,7 +48,8 @@ def forked(path):
 
 def ended(pid):
     status = os.waitpid(pid, 0)[1]
-    return "killed" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else os.WEXITSTATUS(status)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return "killed" if killed else os.WEXITSTATUS(status)
 """
 
 AT_RANDOM = (
@@ -104,7 +105,8 @@ def counted(statement):
         os.kill(os.getpid(), 9)
 def connect(*args, **options):
     connection = plain(*args, **options)
-    connection.execute("PRAGMA synchronous = OFF")  # what a process has written outlives it; only the machine is waited for
+    # what a process has written outlives it: only a machine's crash is what `synchronous` is for
+    connection.execute("PRAGMA synchronous = OFF")
     connection.set_trace_callback(counted)
     return connection
 sqlite3.connect = connect

@@ -175,7 +175,7 @@ def told(*snippets):
     )
 
 
-def test_essence_is_the_perplexity_of_texts_about_the_subject_and_as_published_over_one_token_too_many():
+def test_essence_is_the_perplexity_of_texts_about_the_subject_as_published_with_a_token_more():
     lm = tiny_lm("gpt2", torch.float64)
     references = told(
         ("bridge", "The bridge is old."),

@@ -430,7 +430,8 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(lm, whole, tmp_path):
         if not refused:
             with pytest.raises(
                 EngramError,
-                match=r"run is being written by process \d+.*Wait until it is done, or write to another",
+                match=r"run is being written by process \d+.*Wait until it is done, or write to "
+                r"another",
             ):
                 start(lm, path)
             refused.append(label)

@@ -374,7 +374,8 @@ def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
 def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
     facts = tmp_path / "facts.csv"
     facts.write_text(
-        "subject,prompt,target,relation,paraphrases\ntower,The {} is in,Rome,city,See the tower in\n"
+        "subject,prompt,target,relation,paraphrases\ntower,The {} is in,Rome,city,See the tower "
+        "in\n"
         "bridge,The {} is in,Paris,city,\nShe,{} plays the,piano,instrument,\n"
     )
     told = run(

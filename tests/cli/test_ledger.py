@@ -64,8 +64,8 @@ def test_a_life_of_a_ledger(book, edits, model, tmp_path, monkeypatch, capsys):
     assert run("ledger", "remove", book, "2.1").output.rstrip().endswith("removed 2.1")
     listed = run("ledger", "list", book).output
     assert (
-        "1: random, 1 of 2 facts\n  (1.0 'The Tower 10 stands in' -> 'City 10')\n  1.1 'The Tower 11"
-        in listed
+        "1: random, 1 of 2 facts\n  (1.0 'The Tower 10 stands in' -> 'City 10')\n  1.1 'The Tower "
+        "11" in listed
     )
     assert "rolled back" not in listed
     everything = json.loads(run("ledger", "list", book, "--all", "--json").output)

@@ -214,7 +214,7 @@ def test_what_a_killed_writer_left_is_swept_later(
 
 SAVES = """
 import sys
-from engram.edit import Edit
+from engram import Edit
 one, two = Edit.load(sys.argv[1]), Edit.load(sys.argv[2])
 print("ready", flush=True)
 while True:
@@ -244,8 +244,9 @@ def test_a_killed_save_leaves_the_old_edit_or_the_new_one(tmp_path: Path) -> Non
 
 DIES = """
 import os, pathlib, shutil, sys, tempfile
-from engram.edit import Edit
-old, new, folder, calls, killed_at = Edit.load(sys.argv[1]), Edit.load(sys.argv[2]), sys.argv[3], 0, 0
+from engram import Edit
+old, new, folder = Edit.load(sys.argv[1]), Edit.load(sys.argv[2]), sys.argv[3]
+calls, killed_at = 0, 0
 def dying(function):
     def call(*args, **options):
         global calls

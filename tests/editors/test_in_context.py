@@ -105,7 +105,8 @@ def test_ike_has_the_published_layout(roomy):
     edit = engram.rewrite(roomy, FACT, "ike", demonstrations=SHOWN[1:], k=1, encoder=letters)
     assert asked(roomy, edit, "To see the tower of Rome, go to") == (
         "New Fact: The mayor of the city is French\nPrompt: The mayor of the city is French\n\n"
-        "New Fact: The tower of Rome is in the city of Paris\nPrompt: To see the tower of Rome, go to"
+        "New Fact: The tower of Rome is in the city of Paris\nPrompt: To see the tower of Rome, go "
+        "to"
     )
 
 

@@ -14,23 +14,28 @@ from tests.helpers.tiny import TOKENIZERS, make_model
 TEMPLATES: dict[str, tuple[list[str], str]] = {
     "chatml": (
         ["<|im_start|>", "<|im_end|>"],
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% "
+        "endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     ),
     "llama 3": (
         ["<|head|>", "<|body|>", "<|eot|>"],
-        "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|body|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|body|>\n\n{{ m['content'] "
+        "| trim }}<|eot|>{% endfor %}"
         "{% if add_generation_prompt %}<|head|>assistant<|body|>\n\n{% endif %}",
     ),
     "mistral": (
         ["[INST]", "[/INST]"],
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}"
-        "{% elif m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ "
+        "raise_exception('no system here') }}"
+        "{% elif m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]{% else %} {{ m['content'] "
+        "}}{{ eos_token }}{% endif %}"
         "{% endfor %}",
     ),
     "tight": (  # nothing between the last special token and the answer
         ["<user>", "<bot>"],
-        "{% for m in messages %}{% if m['role'] == 'user' %}<user>{% else %}<bot>{% endif %}{{ m['content'] }}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}<user>{% else %}<bot>{% endif %}{{ "
+        "m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<bot>{% endif %}",
     ),
 }

@@ -61,7 +61,9 @@ def fact(number: int) -> Fact:
 
 
 def random_delta(lm: Any, name: str, rank: int, seed: int, **options: Any) -> Delta:
-    """Rank `rank`, each column about a tenth of the weight's scale; `rank=0` gives a dense change."""
+    """Rank `rank`, each column about a tenth of the weight's scale; `rank=0` gives a dense
+    change.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = lm.model.get_parameter(name).shape
     out, into = reversed(shape) if lm.model.config.model_type == "gpt2" else shape

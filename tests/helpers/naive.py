@@ -62,7 +62,9 @@ def run(
 
 
 def probability(logits: Tensor, answer: Sequence[int]) -> Tensor:
-    """[rows] probability of the answer, whose last tokens but one are the last tokens of the text."""
+    """[rows] probability of the answer, whose last tokens but one are the last tokens of the
+    text.
+    """
     end = logits[:, -len(answer) :].double().softmax(-1)
     return end[:, range(len(answer)), list(answer)].prod(-1)
 

@@ -31,9 +31,12 @@ from engram.model.language_model import LanguageModel
 from engram.modules.layouts import AUTO_CLASSES, LAYOUTS, Layout
 
 VOCABULARY = 320
-TEXT = """The tower is located in the city of Paris. The bridge is in Rome, and the river runs through London.
-She plays the piano; he plays the guitar and sings. Their mother tongue is French, their capital is Madrid.
-Zdeno Chára was born in Trenčín. It's what the city's mayor said: "we can't go on". A B C 1 2 3 4 5 6 7 8 9 0!"""
+TEXT = """\
+The tower is located in the city of Paris. The bridge is in Rome, and the river runs through London.
+She plays the piano; he plays the guitar and sings. Their mother tongue is French, their \
+capital is Madrid.
+Zdeno Chára was born in Trenčín. It's what the city's mayor said: "we can't go on". A B C \
+1 2 3 4 5 6 7 8 9 0!"""
 
 LETTERS = sorted(
     set(TEXT) - set(" \n")

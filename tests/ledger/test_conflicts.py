@@ -133,7 +133,8 @@ def test_the_same_fact_is_reported_with_its_place(ledger, caplog):
     )
     assert conflict.other.target == "City 11"
     assert str(conflict) == (
-        "'The Tower 11 stands in' -> 'Oslo': same fact as 1.1, 'The Tower 11 stands in' -> 'City 11'"
+        "'The Tower 11 stands in' -> 'Oslo': same fact as 1.1, 'The Tower 11 stands in' -> 'City "
+        "11'"
     )
     ledger.add(newer)
     assert str(conflict) in caplog.text

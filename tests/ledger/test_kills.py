@@ -26,15 +26,15 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the write
 PREAMBLE = """
 import os, pathlib, random, shutil, signal, sys, tempfile, time
 import torch
-from engram.edit import Edit, compose
-from engram.edit.folder_format import identity
+from engram import Edit, compose
+from engram.edit.folder_format import change_identity
 from engram.ledger import Ledger
 torch.set_num_threads(1)
 folder, edits = pathlib.Path(sys.argv[1]), [Edit.load(name) for name in sys.argv[2:]]
 
 def whole(book):
     \"\"\"Every edit in force loads, and their sum is that of the edits as they were made.\"\"\"
-    made = {identity(edit): edit for edit in edits}
+    made = {change_identity(edit): edit for edit in edits}
     left = [made[each.identity].without(*each.gone) for each in book.list()]
     assert not left or book.edit().deltas == compose(left).deltas
     return [(each.number, each.active) for each in book.list()]
@@ -52,7 +52,8 @@ def dying(function):
         return function(*args, **options)
     return call
 calls = killed_at = 0
-for owner, names in {tempfile: ["mkdtemp"], os: ["fsync", "rename", "rmdir", "unlink", "truncate"], shutil: ["rmtree"],
+for owner, names in {tempfile: ["mkdtemp"], shutil: ["rmtree"],
+                     os: ["fsync", "rename", "rmdir", "unlink", "truncate"],
                      pathlib.Path: ["write_bytes", "write_text", "chmod", "open"]}.items():
     for name in names:
         setattr(owner, name, dying(getattr(owner, name)))
@@ -87,7 +88,7 @@ AT_RANDOM = (
 def work(book, generator, writer):
     while True:  # every answer is given after the ledger has given its own
         there = book.list()
-        free = [edit for edit in edits if identity(edit) not in {each.identity for each in there}]
+        free = [edit for edit in edits if change_identity(edit) not in {each.identity for each in there}]
         if free and (len(there) < 3 or generator.random() < 0.5):
             entry = book.add(generator.choice(free), replace=True)
             os.write(writer, f"added {entry.number}\\n".encode())
@@ -120,7 +121,8 @@ for number in range(rounds):
         what, name = line.split()
         entry, _, fact = name.partition(".")
         if what == "removed":
-            assert not set(entries[int(entry)].active) & ({int(fact)} if fact else set(range(9))), line
+            removed = {int(fact)} if fact else set(range(9))
+            assert not set(entries[int(entry)].active) & removed, line
         else:
             assert int(name) in entries, line
     happened = {"added": 0, "removed": 0, "pruned": 0}
@@ -212,9 +214,10 @@ for half in (edits[:3], edits[3:6]):
         for edit in half:
             Ledger.open(folder).add(edit)
             Ledger.open(folder).remove(edit.facts[0])
-            Ledger.open(folder).add(Edit(edit.facts, "again", {}, edit.deltas, edit.base)) if len(edit.facts) == 1 else None
+            if len(edit.facts) == 1:
+                Ledger.open(folder).add(Edit(edit.facts, "again", {}, edit.deltas, edit.base))
         os._exit(0)
-print(os.wait()[1], os.wait()[1], *(identity(edits[i]) for i in range(6)))
+print(os.wait()[1], os.wait()[1], *(change_identity(edits[i]) for i in range(6)))
 """
 )
 
@@ -236,7 +239,8 @@ def test_a_writer_that_has_waited_too_long_says_for_whom(tmp_path):
         locked(folder / "lock", 0, folder, "Wait."),
         pytest.raises(
             EngramError,
-            match=rf"is being written by process {os.getpid()}, for more than 0 s now. .*Ledger.open\(folder, wait=...\)",
+            match=rf"is being written by process {os.getpid()}, for more than 0 s now. "
+            rf".*Ledger.open\(folder, wait=...\)",
         ),
     ):
         Ledger.open(folder, wait=0).add(random_edit(LM))

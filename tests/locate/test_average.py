@@ -323,7 +323,9 @@ def test_a_role_that_no_fact_has_is_nan_and_one_that_few_have_is_not():
 
 
 def test_many_resamples_of_many_heads_fit():
-    """torch's quantile takes 2^24 numbers: here are a few more, in the old pieces of 4096 columns."""
+    """torch's quantile takes 2^24 numbers: here are a few more, in the old pieces of 4096
+    columns.
+    """
     traces = many(2, shapes={"head": (40, 18)})
     curves = AverageTrace(traces).effects("head", resamples=4200)
     assert (curves.low[2] <= curves.high[2]).all()

@@ -318,7 +318,7 @@ import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import engram
-from engram.locate import experiment
+from engram.locate import average_run as experiment
 from tests.helpers.average_samples import long_list, rows_in, RUN
 from tests.helpers.tiny import tiny_lm
 
@@ -671,7 +671,8 @@ def test_whatever_is_asked_of_one_fact_can_be_asked_of_many(lm, settings, tmp_pa
     [
         (
             {"samples": 3},
-            r"run was begun with samples=2, now asked for is 3\. Go on with the same settings, or choose another",
+            r"run was begun with samples=2, now asked for is 3\. Go on with the same settings, or "
+            r"choose another",
         ),
         ({"keep": "known"}, "begun with keep='all', now asked for is 'known'"),
         ({"answer": "object"}, "begun with answer='model'"),
@@ -690,7 +691,8 @@ def test_whatever_is_asked_of_one_fact_can_be_asked_of_many(lm, settings, tmp_pa
         ({"noise_subjects": ["Rome"]}, "begun with noise measured on other subjects"),
         (
             {"facts": FACTS[:3]},
-            r"begun with noise measured on other subjects \(the list's own, unless noise_subjects says",
+            r"begun with noise measured on other subjects \(the list's own, unless noise_subjects "
+            r"says",
         ),
         (
             {"lm": tiny_lm("gpt2", torch.float64)},
@@ -742,7 +744,8 @@ def test_a_file_of_something_else_is_left_alone(lm, tmp_path):
             engram.average_trace(lm, FACTS, out=tmp_path / name, **given)
         with pytest.raises(
             EngramFileError,
-            match=r"something else, not a run of traces|cannot be used for a run of traces: (file is not a database|no such table)",
+            match=r"something else, not a run of traces|cannot be used for a run of traces: (file "
+            r"is not a database|no such table)",
         ):
             AverageTrace.load(tmp_path / name)
         assert (tmp_path / name).read_bytes() == before

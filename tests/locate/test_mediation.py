@@ -274,7 +274,9 @@ def test_direct_and_indirect_effects_add_up_as_pearls_do(lm):
 
 
 def test_paired_prompts_are_symmetric(lm):
-    """Denoising from A towards B is noising from B towards A: the same run, read from either side."""
+    """Denoising from A towards B is noising from B towards A: the same run, read from either
+    side.
+    """
     towards = PROMPT.replace(SUBJECT, OTHER)
     one = engram.trace(
         lm, PROMPT, subject=SUBJECT, target="the", corruption="subject", other_subject=OTHER

@@ -122,7 +122,9 @@ def test_an_answer_behind_white_space_begins_without_a_space(lm):
 
 
 def test_white_space_that_is_cut_otherwise_where_the_text_goes_on_leaves_the_answer_whole():
-    """GPT-2 reads the two line ends before a word as two tokens, and at the end of a text as one."""
+    """GPT-2 reads the two line ends before a word as two tokens, and at the end of a text as
+    one.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

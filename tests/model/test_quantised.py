@@ -152,7 +152,11 @@ def test_from_rewrite_to_an_adapter_beside_the_packed_base(scheme: str, tmp_path
 def test_writing_into_a_packed_weight_is_refused_with_the_ways_out(scheme: str) -> None:
     lm = loaded(scheme)
     edit = engram.rewrite(lm, FACT, **SETTINGS)
-    wanted = rf"is quantised \({scheme}\).*edit.attached\(lm\).*edit.to_peft\(folder\).*engram.dequantised\(lm, layer\)"
+    wanted = (
+        rf"is quantised "
+        rf"\({scheme}\).*edit.attached\(lm\).*edit.to_peft\(folder\).*engram.dequantised\(lm, "
+        rf"layer\)"
+    )
     with pytest.raises(UnsupportedModelError, match=wanted):
         edit.applied(lm).__enter__()
 

@@ -307,7 +307,8 @@ def test_a_model_loaded_as_another_kind_than_its_row_says_is_refused():
     model = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True))
     with pytest.raises(
         UnsupportedModelError,
-        match=r"BertLMHeadModel is a causal model, but model_type='bert' is offered as a masked one",
+        match=r"BertLMHeadModel is a causal model, but model_type='bert' is offered as a masked "
+        r"one",
     ):
         resolve(model)
 
@@ -315,7 +316,8 @@ def test_a_model_loaded_as_another_kind_than_its_row_says_is_refused():
 def test_a_masked_family_without_a_row_is_not_guessed():
     with pytest.raises(
         UnsupportedModelError,
-        match=r"no layout for model_type='electra'; masked families with one: bert, distilbert, roberta\. .*add one row",
+        match=r"no layout for model_type='electra'; masked families with one: bert, distilbert, "
+        r"roberta\. .*add one row",
     ):
         resolve(ElectraForMaskedLM(ElectraConfig(**SMALL)))
 

@@ -40,7 +40,8 @@ from engram.model.loading import load
 from tests.helpers.two_nodes import HEAD, METHODS, Where
 workers = RayWorkers(3, address=f"{HEAD}:6379", threads=1)
 if sys.argv[1] == "bench":
-    bench(load("pocket"), pocket_benchmark(), METHODS, sys.argv[2], limit=12, records_per_batch=2, workers=workers)
+    data, given = pocket_benchmark(), dict(limit=12, records_per_batch=2, workers=workers)
+    bench(load("pocket"), data, METHODS, sys.argv[2], **given)
 for number, (square, where) in workers.run(Where(), range(24)):
     print(number, square, where, flush=True)
 """

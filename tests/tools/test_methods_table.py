@@ -169,7 +169,8 @@ def test_the_latest_row_of_a_kind_is_shown_and_methods_come_in_their_order(tmp_p
     assert methods_table.tables(methods_table.rows(data)).splitlines() == [
         "**Single edits**",
         "",
-        "| method | facts | efficacy | paraphrase | neighbourhood | S | perplexity | seconds | CPU | MB |",
+        "| method | facts | efficacy | paraphrase | neighbourhood | S | perplexity | seconds | "
+        "CPU | MB |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         "| unedited | 200 | 0.0 | 50.0 | 80.0 | 70.6 | | | | |",
         "| `ft` | 200 | 100.0 | 50.0 | 80.0 | 70.6 | ×1.250 | 1.25 | 1.25 | 1.25 |",
@@ -177,7 +178,8 @@ def test_the_latest_row_of_a_kind_is_shown_and_methods_come_in_their_order(tmp_p
         "",
         "**10 facts in one edit**",
         "",
-        "| method | facts | efficacy | paraphrase | neighbourhood | S | perplexity | seconds | CPU | MB |",
+        "| method | facts | efficacy | paraphrase | neighbourhood | S | perplexity | seconds | "
+        "CPU | MB |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         "| `ft` | 10 | 100.0 | 50.0 | 80.0 | 70.6 | ×1.250 | 1.25 | 1.25 | 1.25 |",
     ]

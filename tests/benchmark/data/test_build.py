@@ -230,7 +230,8 @@ def test_a_fact_whose_names_hold_each_other_is_left_out_and_reported(subject, tr
         (r.facts[0].subject, r.facts[0].relation, r.facts[0].target_true) for r in dataset.records
     }
     assert dataset.skipped == (
-        f"{subject!r} (city, {true!r}): its object and its subject have words in common, so that one gives the other away",
+        f"{subject!r} (city, {true!r}): its object and its subject have words in common, so that "
+        f"one gives the other away",
     )
 
 
@@ -366,11 +367,13 @@ def test_a_negative_size_is_an_error():
     [
         (
             "f.jsonl",
-            '{"subject": " Etna ", "relation": "city", "object": "Rome"}\n{"subject": "é", "relation": "r", "object": "o"}\n',
+            '{"subject": " Etna ", "relation": "city", "object": "Rome"}\n{"subject": "é", '
+            '"relation": "r", "object": "o"}\n',
         ),
         (
             "f.json",
-            '[{"subject": "Etna", "relation": "city", "object": "Rome"},\n {"subject": "é", "relation": "r", "object": "o"}]',
+            '[{"subject": "Etna", "relation": "city", "object": "Rome"},\n {"subject": "é", '
+            '"relation": "r", "object": "o"}]',
         ),
         ("f.csv", "subject,relation,object\nEtna,city,Rome\né,r,o\n"),
     ],
@@ -385,7 +388,8 @@ def test_facts_are_read_from_json_lines_json_and_csv(tmp_path, name, text):
     [
         (
             "f.jsonl",
-            '{"subject": "a", "relation": "r", "object": "o"}\n{"subject": 3, "relation": "r", "object": "o"}',
+            '{"subject": "a", "relation": "r", "object": "o"}\n{"subject": 3, "relation": "r", '
+            '"object": "o"}',
             r"f\.jsonl, line 2: field 'subject' is 3; expected text",
         ),
         (

@@ -139,7 +139,8 @@ def test_a_download_given_up_goes_on_in_the_next_call(server, tmp_path):
     server.breaks = [10] * 4
     with pytest.raises(
         EngramError,
-        match=r"/a\.json could not be fetched: .*40 of 256000 bytes.* Try again \(what came is kept\)",
+        match=r"/a\.json could not be fetched: .*40 of 256000 bytes.* Try again \(what came is "
+        r"kept\)",
     ):
         fetched(f"{server.url}/a.json", tmp_path)
     assert (
@@ -222,7 +223,10 @@ def test_a_file_that_was_changed_afterwards_is_told(server, tmp_path):
 
 
 def test_without_a_network_the_address_is_told_and_that_a_path_will_do(closed, tmp_path):
-    message = rf"{re.escape(closed)}/a\.json could not be fetched: .*refused.*download it by other means and give its path"
+    message = (
+        rf"{re.escape(closed)}/a\.json could not be fetched: .*refused.*download it by other means "
+        rf"and give its path"
+    )
     with pytest.raises(EngramError, match=message):
         fetched(f"{closed}/a.json", tmp_path)
     assert names(tmp_path) == []
@@ -262,7 +266,8 @@ def test_every_named_data_set_is_fetched_and_has_the_form_that_is_said_of_it(pub
 def test_reference_texts_come_from_beside_the_file_and_only_if_asked_for(published):
     folder = "/counterfact"
     published.files[f"{folder}/attribute_snippets.json"] = (
-        b'[{"relation_id": "P17", "target_id": "Q419", "samples": [{"name": "a", "text": "of Peru"}]}]'
+        b'[{"relation_id": "P17", "target_id": "Q419", "samples": [{"name": "a", "text": "of '
+        b'Peru"}]}]'
     )
     published.files[f"{folder}/tfidf_vocab.json"] = b'{"peru": 0}'
     published.files[f"{folder}/idf.npy"] = b"damaged"

@@ -1,4 +1,6 @@
-"""The bundled model's own benchmark is what the builder builds, and the model knows what is asked."""
+"""The bundled model's own benchmark is what the builder builds, and the model knows what is
+asked.
+"""
 
 from __future__ import annotations
 

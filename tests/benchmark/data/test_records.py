@@ -152,7 +152,10 @@ def test_facts_have_their_paraphrases_and_neighbours_asked(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["facts.csv", "facts.CSV.gz"])
 def test_a_table_of_facts_is_a_data_set_too(tmp_path, name):
-    text = b'subject,prompt,target,target_true,paraphrases\nOslo,"{}, a city, is in",Peru,Norway,a | b\nRome,{} is in,Peru,,\n'
+    text = (
+        b'subject,prompt,target,target_true,paraphrases\nOslo,"{}, a city, is in",Peru,Norway,a | '
+        b"b\nRome,{} is in,Peru,,\n"
+    )
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     (tmp_path / "plain.csv").write_bytes(text)
     records = read_dataset(tmp_path / name).records
@@ -364,7 +367,8 @@ def test_published_weights_are_used_and_where_there_are_none_they_are_fitted_on_
         ("{", "attribute_snippets.json could not be read"),
         (
             "{}",
-            "attribute_snippets.json is no JSON list; expected objects with relation_id, target_id and samples",
+            "attribute_snippets.json is no JSON list; expected objects with relation_id, "
+            "target_id and samples",
         ),
         ("[7]", "attribute_snippets.json, element 0: field 'relation_id' is 7; expected text"),
         (
@@ -494,7 +498,8 @@ MALFORMED = [
     (
         "flat",
         {"prompt": "It lies in"},
-        "field 'prompt' is \"It lies in\"; expected a text in which the subject 'Matterhorn' stands",
+        "field 'prompt' is \"It lies in\"; expected a text in which the subject 'Matterhorn' "
+        "stands",
     ),
     ("flat", {"rephrase_prompt": ...}, "field 'rephrase_prompt' is null; expected text"),
     (
@@ -668,7 +673,8 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path, data):
 def test_a_name_that_is_none_is_told_with_those_that_are():
     with pytest.raises(
         FactError,
-        match=r"from 'zsree' \(did you mean 'zsre'\?\): .* Expected a file, or one of pocket, counterfact",
+        match=r"from 'zsree' \(did you mean 'zsre'\?\): .* Expected a file, or one of pocket, "
+        r"counterfact",
     ):
         read_dataset("zsree")
 

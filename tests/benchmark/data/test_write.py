@@ -1,4 +1,6 @@
-"""Written records are read back as they were; what the form cannot hold is an error and not a loss."""
+"""Written records are read back as they were; what the form cannot hold is an error and not a
+loss.
+"""
 
 from __future__ import annotations
 

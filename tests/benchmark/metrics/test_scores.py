@@ -58,7 +58,9 @@ def test_success_is_a_strict_inequality_and_the_margin_one_of_probabilities(kind
 
 
 def test_a_tie_fails_on_both_sides():
-    """Neither the edit nor the neighbour gets it: ES and NS of equal log-probabilities are both 0."""
+    """Neither the edit nor the neighbour gets it: ES and NS of equal log-probabilities are
+    both 0.
+    """
     found = of([probe("rewrite"), probe("neighbourhood", "Paris", "Rome")], [reading(0.7, 0.7)] * 2)
     assert (found["ES"], found["NS"]) == (0.0, 0.0)
 

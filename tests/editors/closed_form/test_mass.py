@@ -514,7 +514,10 @@ def test_an_edit_made_on_top_of_another_composes_with_it(method):
 def test_past_edits_without_keys_are_refused_where_keys_are_needed():
     lm = tiny_lm("gpt2")
     tuned = engram.rewrite(lm, FACT, method="ft", layer=1, epochs=2)
-    message = r"past\[1\], Edit.*'ft'.*does not hold the keys of its facts at 'transformer\.h\.1\.mlp\.c_proj\.weight'"
+    message = (
+        r"past\[1\], Edit.*'ft'.*does not hold the keys of its facts at "
+        r"'transformer\.h\.1\.mlp\.c_proj\.weight'"
+    )
     for method in ("memit-seq", "alphaedit"):
         with pytest.raises(SettingError, match=message):
             rewrite(lm, OTHERS, method, past=[rewrite(lm, FACTS[1:], layers=[2]), tuned])

@@ -198,7 +198,9 @@ def test_the_first_adam_step_moves_every_coordinate_by_the_learning_rate():
 
 @pytest.mark.parametrize("position", ["lookup", "last"])
 def test_the_losses_are_those_of_the_formula(position):
-    """Recomputed from whole forward passes with the final delta added by a hook of the test's own."""
+    """Recomputed from whole forward passes with the final delta added by a hook of the test's
+    own.
+    """
     lm = tiny_lm("llama", torch.float64)
     fact = Fact("tower of Rome", "The {} is in the city of", "Paris and")
     config = ValueConfig(steps=5, kl_position=position)

@@ -136,7 +136,9 @@ def test_each_fact_is_clamped_by_its_own_state():
 
 
 def test_two_states_are_clamped_each_by_its_own_length():
-    """PMET: a tiny clamp leaves each state its own share; the value that is reported is the MLP's."""
+    """PMET: a tiny clamp leaves each state its own share; the value that is reported is the
+    MLP's.
+    """
     lm = tiny_lm("gpt2", torch.float64)
     value = values(lm, FACTS[:1], "attention+mlp", steps=3, clamp=1e-3)[0]
     assert max(value.delta_norms) == pytest.approx(1e-3 * float(value.start_d.norm()))

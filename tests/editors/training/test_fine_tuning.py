@@ -56,7 +56,9 @@ def test_whole_passes_give_the_same_edit():
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_it_is_adam_on_the_matrix_itself(reference):
-    """Against a loop of the test's own that trains a copy's weight, forward pass by forward pass."""
+    """Against a loop of the test's own that trains a copy's weight, forward pass by forward
+    pass.
+    """
     lm = tiny_lm("gpt2", torch.float64)
     settings = {
         "layer": 1,
@@ -163,7 +165,9 @@ def test_an_edit_is_kept_with_its_recipe(method, tmp_path):
 
 
 def test_the_reference_stops_by_its_losses():
-    """A batch below `stop_loss` is not stepped on; the last epoch is the one whose mean is below."""
+    """A batch below `stop_loss` is not stepped on; the last epoch is the one whose mean is
+    below.
+    """
     lm = tiny_lm("gpt2")
     settings = {
         "layer": 1,
