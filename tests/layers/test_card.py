@@ -58,10 +58,10 @@ def test_a_layer_is_as_good_where_its_difference_fact_by_fact_may_be_none():
         "layer 1 is behind by little, but always; layer 2 by less on average, and not always"
     )
     assert (
-        "layer 2 cannot be told from it" in found.reason()
+        "layer 2 cannot be distinguished from it" in found.reason()
         and "20 facts, 3 of 3 layers" in found.reason()
     )
-    assert "no other layer comes as close" in card([[0.1, 0.9]] * 3).reason()
+    assert "no ties" in card([[0.1, 0.9]] * 3).reason()
 
 
 def test_several_layers_are_the_best_window_around_the_best_layer():

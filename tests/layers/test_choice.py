@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import engram
-from engram import Fact, LayerCard, pocket
+from engram import Fact, LayerCard, pocket, rewriting
 from engram.cli import show
 from engram.editors.closed_form.rome import rome
 from engram.editors.methods import METHODS, Method, method_named
@@ -264,7 +264,7 @@ def test_what_was_measured_is_read(lm, tmp_path, monkeypatch):
         "tokenizer",
         "facts",
         "edits",
-        "every",
+        "layer_step",
         "seed",
         "corpus",
         "tokens",
@@ -296,7 +296,7 @@ def test_everything_that_changes_a_card_changes_its_name(change, lm, tmp_path, m
     else:
         asked |= {
             "edits": {"edits": 1},
-            "every": {"every": 2},
+            "layer_step": {"layer_step": 2},
             "seed": {"seed": 1},
             "corpus": {"corpus": ["Rome is in"]},
             "tokens": {"tokens": 201},
@@ -326,8 +326,6 @@ def test_a_killed_run_goes_on_after_its_last_edit(lm, tmp_path, measured):
     with pytest.raises(KeyboardInterrupt):
         layer_card(lm, EDITS, cache_dir=tmp_path, progress=stop, **QUICK)
     (partial,) = (tmp_path / "layer_cards").glob("*.partial")
-    with partial.open("a") as file:
-        file.write('["edit 1 1", {"scor')  # what a kill in the middle of a line leaves
     assert len(measured) == 5
     resumed = layer_card(lm, EDITS, cache_dir=tmp_path, **QUICK)
     assert measured[5:] == [("river", 1), ("river", 2), ("river", 3)]
@@ -398,7 +396,7 @@ def test_a_quick_card_is_no_more_than_four_facts_at_eight_layers(cache, monkeypa
     monkeypatch.setattr(type(lm), "n_layers", 48)
     assert len(choose_layers(lm, 4, seed=3)) == 4
     plan = Budget(
-        asked["edits"], asked["traces"], asked["estimates"], asked["every"], asked["fine"]
+        asked["edits"], asked["traces"], asked["estimates"], asked["layer_step"], asked["refine"]
     )
     assert (
         plan.edits == 4 and len(plan.coarse(48)) == 8 and plan.between(plan.coarse(48), 0, 48) == []
@@ -424,6 +422,26 @@ def test_choosing_takes_what_a_card_takes():
     assert LayerCard is engram.LayerCard and engram.layer_card is layer_card
     with pytest.raises(SettingError, match="expected 1 to 2"):
         card([[0.1, 0.2]]).layers(3)
+
+
+def test_a_quick_card_edits_by_the_caller_s_method_contexts_and_settings(lm, cache, monkeypatch):
+    calls = []
+
+    def other(lm, facts, *, layers, contexts=None, slack=0.0, seed=0, progress=None):
+        calls.append({"layers": layers, "contexts": contexts, "slack": slack, "seed": seed})
+        return rome(lm, facts, layer=layers[0], seed=seed, **ROME)
+
+    monkeypatch.setitem(METHODS, "other", Method(other, "another method", "here"))
+    contexts = ("Now: {}",)
+    settings = {"layers": "auto", "contexts": contexts, "slack": 0.5, "seed": 3}
+    monkeypatch.setattr(rewriting, "preset", lambda *_: {"layers": [0, 1]})
+    engram.rewrite(lm, replace(EDITS[0], target_true=None), "other", **settings)
+    *measured, last = calls
+    expected = {"contexts": contexts, "slack": 0.5, "seed": 3}
+    assert measured == [{"layers": [layer], **expected} for layer in range(4)]
+    card = find_card(lm, "other")
+    assert last == {"layers": card.layers(2), **expected} and find_card(lm) is None
+    assert card.settings["contexts"] == list(contexts) and card.settings["slack"] == 0.5
 
 
 # --- the bundled model ----------------------------------------------------------------------------

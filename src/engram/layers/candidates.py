@@ -1,7 +1,7 @@
-"""Facts on which layers are compared: edits of what a model knows, with paraphrases and neighbours
-to judge them by.
+"""Facts on which layers are compared: edits of what a model knows, with the paraphrases and
+neighbours that judge them.
 
-Knows the bundled table and what makes an edit out of a fact. Refuses to know layers.
+Knows the bundled table and how a fact becomes an edit. Refuses to know layers.
 """
 
 from __future__ import annotations
@@ -18,54 +18,64 @@ from engram.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-_ASKED = 1000  # facts of the bundled table that a model is asked at most
-_AT_ONCE = 100  # a model that knows none of so many is asked no further
+_LIMIT = 1000  # facts of the bundled table that are tried on a model
+_FACTS_PER_BATCH = 100  # a model that knows none of a batch is tried on no further ones
 _NEIGHBOURS = 10
 
 
-def bundled_edits(lm: LanguageModel, count: int, seed: int = 0) -> list[Fact]:
-    """At most `count` facts of the bundled table that a model knows, each with another object to be
-    edited to.
+def bundled_edits(lm: LanguageModel, limit: int, seed: int = 0) -> list[Fact]:
+    """Return at most `limit` facts of the bundled table that a model knows, each as an edit to
+    another object.
 
-    They come in random order; a thousand are asked at most, and no more once the model knows none
-    of a hundred.
+    They come in random order. At most a thousand are tried, in batches of a hundred; the search
+    ends at a batch of which the model knows none, since an untrained or foreign-language model
+    would otherwise take minutes to give nothing.
     """
-    order = pocket.facts()
-    random.Random(seed).shuffle(order)
-    found: list[Fact] = []
-    for at in range(0, min(_ASKED, len(order)), _AT_ONCE):
-        some = order[at : at + _AT_ONCE]
-        fresh = known(
-            lm,
-            [pocket.as_fact(each, pocket.counterfactual(each, seed), seed=seed) for each in some],
-        )
-        found += fresh
-        if not fresh or len(found) >= count:
+    rows = pocket.facts()
+    random.Random(seed).shuffle(rows)
+    edits: list[Fact] = []
+    for start in range(0, min(_LIMIT, len(rows)), _FACTS_PER_BATCH):
+        batch = [
+            pocket.as_fact(row, pocket.counterfactual(row, seed), seed=seed)
+            for row in rows[start : start + _FACTS_PER_BATCH]
+        ]
+        known_edits = known(lm, batch)
+        edits += known_edits
+        if not known_edits or len(edits) >= limit:
             break
-    return found[:count]
+    return edits[:limit]
 
 
 def as_edits(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
-    """Edits out of facts: one with `target_true` is one; one without says what is true and gets
-    another object of its relation.
+    """Return edits made of facts.
 
-    Neighbours are given facts of the same relation and object, where a fact comes without; for
-    subjects of the bundled table, the table's. A fact for which there is no other object is left
-    out.
+    A fact with `target_true` is an edit already. One without states what is true, and is edited to
+    another object of its relation:
+
+        Louvre    in  Paris  ->  Rome      neighbour: Sorbonne in Paris
+        Sorbonne  in  Paris  ->  Rome      neighbour: Louvre in Paris
+        Colosseum in  Rome   ->  Paris     no neighbour
+
+    Neighbours are given facts of the same relation and object, where a fact has none of its own;
+    for subjects of the bundled table, the table's. A fact without another object is left out.
     """
     edits = []
     for fact in facts:
         if fact.target_true is None:
-            alike = [
+            same_relation = [
                 other
                 for other in facts
                 if fact.relation is not None and other.relation == fact.relation
             ]
-            objects = sorted({other.target for other in alike} - {fact.target})
+            objects = sorted({other.target for other in same_relation} - {fact.target})
             if not objects:
                 continue
-            around = [o for o in alike if o.target == fact.target and o.subject != fact.subject]
-            neighbours = tuple((other.prompt_text, other.target) for other in around[:_NEIGHBOURS])
+            neighbours = tuple(
+                (other.prompt_text, other.target)
+                for other in same_relation
+                if other.target == fact.target and other.subject != fact.subject
+            )[:_NEIGHBOURS]
+            # the seed is a text of its own for each fact, so that adding facts changes no other's
             target = random.Random(f"{fact.subject}|{fact.relation}|{seed}").choice(objects)
             fact = replace(
                 fact,
@@ -76,7 +86,8 @@ def as_edits(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
         edits.append(pocket.evidence_for(fact))
     if len(edits) < len(facts):
         log.warning(
-            "%d of %d facts are left out: no target_true, and no other object of their relation among the facts",
+            "%d of %d facts are left out: no target_true, and no other object of their relation "
+            "among the facts",
             len(facts) - len(edits),
             len(facts),
         )
@@ -84,7 +95,7 @@ def as_edits(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
 
 
 def known(lm: LanguageModel, edits: Sequence[Fact]) -> list[Fact]:
-    """Those whose true object is the model's own answer to the edit's prompt."""
-    asked = [Fact(edit.subject, edit.prompt, str(edit.target_true)) for edit in edits]
-    records = knows(lm, asked, paraphrases=False).records if asked else ()
+    """Return the edits whose true object is the model's own answer to the prompt."""
+    facts = [Fact(edit.subject, edit.prompt, str(edit.target_true)) for edit in edits]
+    records = knows(lm, facts, paraphrases=False).records if facts else ()
     return [edit for edit, record in zip(edits, records, strict=True) if record.right]

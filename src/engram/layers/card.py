@@ -1,9 +1,14 @@
-"""LayerCard: what is known about editing each layer of a model, the layer that follows from it, and
-how sure that is.
+"""LayerCard: measurements of edits at each layer of a model, the layer to edit that follows from
+them, and how certain that is.
 
-Knows numbers of facts and layers, and a JSON file. Refuses to know models: layer_evidence measures,
-layer_choice keeps cards. The question whether traces tell where to edit is that of Hase et al.
-2023, arXiv:2301.04213.
+Ties are decided the same way everywhere: the best layer is the first of those with the highest mean
+score; a range of layers for a method that edits several is the deepest of the best ranges (see
+`LayerCard.layers`); and a layer is *tied with the best* where the bootstrap interval of its
+fact-by-fact score difference to the best layer includes 0.
+
+Knows numbers of facts and layers, and a JSON file. Refuses to know models: evidence.py measures,
+choice.py keeps cards. The question whether traces show where to edit is that of Hase et al. 2023,
+arXiv:2301.04213.
 """
 
 from __future__ import annotations
@@ -39,8 +44,8 @@ _SHARES = {  # of a score, in pictures: colour, line and marker
 
 @dataclass(frozen=True)
 class EditOutcome:
-    """How one edit at one layer went: shares of its prompts, and one number (see
-    `layer_evidence.receipt_score`).
+    """The result of one edit at one layer: shares of its prompts, and one number (see
+    `evidence.receipt_score`).
     """
 
     score: float
@@ -51,14 +56,14 @@ class EditOutcome:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one fact told.
+    """The measurements of one fact.
 
     Attributes:
         fact: as it was edited, without paraphrases and neighbours.
         trace: indirect effect by layer of MLP windows at the subject's last token, probability;
             None: not traced.
-        attribution: its first-order estimate.
-        edits: layer -> how the edit went there.
+        attribution: first-order estimate of the trace.
+        edits: layer -> result of the edit there.
     """
 
     fact: Fact
@@ -85,12 +90,12 @@ class LayerCard:
     """Which layer of a model to edit, and why.
 
     Attributes:
-        model: its name; identity: sha256 of weights, config and tokenizer, by which it is
-            recognised.
+        model: its name.
+        identity: sha256 of weights, config and tokenizer, which recognises the model.
         method, settings: of the edits.
         traces: settings of the traces, with their window.
-        evidence: one a fact.
-        seconds: that measuring took.
+        evidence: one item for each fact.
+        seconds: time that measuring took.
     Raises:
         SettingError: no evidence, or edits of different facts at different layers.
     """
@@ -110,7 +115,7 @@ class LayerCard:
             raise SettingError(
                 "a layer card needs at least one fact that was edited at one layer or more"
             )
-        if any(set(each.edits) != set(self.edited[0].edits) for each in self.edited):
+        if any(set(fact.edits) != set(self.edited[0].edits) for fact in self.edited):
             raise SettingError(
                 "a layer card compares layers: every fact has to be edited at the same ones"
             )
@@ -119,8 +124,8 @@ class LayerCard:
 
     @property
     def edited(self) -> list[Evidence]:
-        """Of the facts that were edited; others were traced only."""
-        return [each for each in self.evidence if each.edits]
+        """The facts that were edited; others were traced only."""
+        return [fact for fact in self.evidence if fact.edits]
 
     @property
     def layers_tested(self) -> list[int]:
@@ -129,7 +134,7 @@ class LayerCard:
 
     @cached_property
     def rows(self) -> tuple[LayerRow, ...]:
-        """One a layer, all layers of the model."""
+        """One row for each layer of the model."""
         traced, estimated = self._effects("trace"), self._effects("attribution")
         scored = dict(zip(self.layers_tested, means(self._scores), strict=True))
         return tuple(
@@ -147,48 +152,59 @@ class LayerCard:
 
     @property
     def best(self) -> int:
-        """The layer whose edits have the highest mean score; of equal ones the first."""
+        """The layer whose edits have the highest mean score; the first of equal ones."""
         return self.layers_tested[int(self._scores.mean(0).argmax())]
 
     @cached_property
     def tied_with_best(self) -> list[int]:
-        """Layers that these facts cannot tell from the best: the difference, fact by fact, has an
-        interval that holds 0.
+        """Layers that these facts cannot distinguish from the best, the best included.
+
+        Differences are taken fact by fact, since facts differ far more than layers do: intervals of
+        the layers' own means overlap nearly always. For example, two facts:
+
+            layer                  0       2 (best)
+            scores            0.4, 0.9    0.5, 0.9
+            minus the best   -0.1, 0.0    0.0, 0.0     interval -0.1 to 0.0: layer 0 is tied
         """
-        behind_nl = self._scores - self._scores[:, [self.layers_tested.index(self.best)]]
+        differences_nl = self._scores - self._scores[:, [self.layers_tested.index(self.best)]]
         return [
             layer
-            for layer, each in zip(self.layers_tested, means(behind_nl), strict=True)
-            if each.high >= 0
+            for layer, difference in zip(self.layers_tested, means(differences_nl), strict=True)
+            if difference.high >= 0
         ]
 
     def layers(self, count: int) -> list[int]:
-        """`count` consecutive layers for a method that edits several: of those with the best layer
-        among them, the best on average.
+        """Return `count` consecutive layers, the best one among them, for a method that edits
+        several: the range with the highest mean score.
 
-        A layer that was not tried counts as the line between its tried neighbours. Of equal ones
-        the deepest: such methods compute their values at the last layer and spread them to those
-            before.
+        The score of a layer that was not tested is interpolated between its tested neighbours. Of
+        equal ranges the deepest is taken, since such methods compute their values at the last
+        layer and spread them to those before. For example, with scores 0.2, 0.9, 0.5, 0.9 the best
+        layer is 1, and layers(2) compares
+
+            0 to 1  (0.55)     1 to 2  (0.70)     -> [1, 2]
 
         Raises:
-            SettingError: the model does not have as many.
+            SettingError: the model has fewer layers.
         """
         if not 1 <= count <= self.n_layers:
             raise SettingError(
-                f"count={count}: {self.model} has {self.n_layers} layers; expected 1 to {self.n_layers}"
+                f"count={count}: {self.model} has {self.n_layers} layers; "
+                f"expected 1 to {self.n_layers}"
             )
         score_l = np.interp(np.arange(self.n_layers), self.layers_tested, self._scores.mean(0))
-        firsts = range(max(0, self.best - count + 1), min(self.best, self.n_layers - count) + 1)
-        first = max(
-            firsts,
+        starts = range(max(0, self.best - count + 1), min(self.best, self.n_layers - count) + 1)
+        # rounded, so that sums in another order do not decide between equal ranges
+        start = max(
+            starts,
             key=lambda start: (round(float(score_l[start : start + count].mean()), 9), start),
         )
-        return list(range(first, first + count))
+        return list(range(start, start + count))
 
     @cached_property
     def trace_correlation(self) -> Mean | None:
-        """Rank correlation, over layers that were tried, of mean trace effect and mean score; None
-        where a curve is flat.
+        """Rank correlation, over the tested layers, of mean trace effect and mean score; None where
+        a curve is flat.
         """
         return self._correlation("trace")
 
@@ -199,40 +215,32 @@ class LayerCard:
 
     @cached_property
     def own_trace_hits(self) -> tuple[int, int]:
-        """(facts whose edit scores highest at their own strongest traced layer, of those tried;
-        facts edited and traced).
+        """(facts whose edit scores highest at their own strongest traced layer, facts that were
+        edited and traced); only tested layers count.
         """
-        traced = [each for each in self.edited if each.trace is not None]
+        traced = [(fact.trace, fact.edits) for fact in self.edited if fact.trace is not None]
         hits = 0
-        for each in traced:
-            effects, scores = (
-                each.trace or (),
-                {layer: each.edits[layer].score for layer in self.layers_tested},
-            )
-            hits += scores[max(self.layers_tested, key=lambda layer: effects[layer])] == max(
-                scores.values()
-            )
+        for effects, edits in traced:
+            strongest = max(self.layers_tested, key=lambda layer: effects[layer])
+            hits += edits[strongest].score == max(edit.score for edit in edits.values())
         return hits, len(traced)
 
     def reason(self) -> str:
-        """Why the best layer is the best, in a sentence or two."""
+        """Return why the best layer is the best, in a sentence or two."""
         score = self.rows[self.best].score
-        assert score is not None, "the best layer was tried"
+        assert score is not None, "the best layer was tested"
         others = [layer for layer in self.tied_with_best if layer != self.best]
         count = len(self.edited)
         return (
-            f"layer {self.best}: edits there have the highest mean score, {score.mean:.3f} ({score.low:.3f} to {score.high:.3f}, "
-            f"{count} fact{'s' * (count != 1)}, {len(self.layers_tested)} of {self.n_layers} layers tried)"
-            + (
-                f"; {ranges(others)} cannot be told from it"
-                if others
-                else "; no other layer comes as close"
-            )
+            f"layer {self.best}: edits there have the highest mean score, {score.mean:.3f} "
+            f"({score.low:.3f} to {score.high:.3f}, {count} fact{'s' * (count != 1)}, "
+            f"{len(self.layers_tested)} of {self.n_layers} layers tested)"
+            + (f"; {ranges(others)} cannot be distinguished from it" if others else "; no ties")
         )
 
     def advice(self) -> Iterator[str]:
-        """The best layer and why, layers for methods that edit several, and whether the trace would
-        have told it.
+        """Yield the best layer and why, layers for methods that edit several, and whether the trace
+        would have predicted it.
         """
         yield self.reason()
         several = [
@@ -240,13 +248,14 @@ class LayerCard:
         ]
         if several:
             yield "several at once: " + ", ".join(several)
-        for name, found in (
+        for name, value in (
             ("effect", self.trace_correlation),
             ("estimated effect", self.attribution_correlation),
         ):
-            if found is not None:
+            if value is not None:
                 yield (
-                    f"rank correlation over layers of {name} and score: {found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+                    f"rank correlation over layers of {name} and score: {value.mean:+.2f} "
+                    f"({value.low:+.2f} to {value.high:+.2f})"
                 )
         hits, of = self.own_trace_hits
         if of:
@@ -258,8 +267,8 @@ class LayerCard:
     # -- as a file ---------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what follows from the evidence is there for readers, and is not read
-        back.
+        """Return the card for JSON. What follows from the evidence is included for readers, and is
+        computed again by `load`.
         """
         return {
             "format_version": FORMAT_VERSION,
@@ -270,7 +279,7 @@ class LayerCard:
             "attribution_correlation": self.attribution_correlation
             and asdict(self.attribution_correlation),
             "rows": [asdict(row) for row in self.rows],
-            "evidence": [_to_record(each) for each in self.evidence],
+            "evidence": [_to_record(fact) for fact in self.evidence],
         }
 
     def to_json(self) -> str:
@@ -294,7 +303,7 @@ class LayerCard:
         """Read what `save` wrote.
 
         Raises:
-            EditFileError: missing, damaged, or of another format version.
+            EngramFileError: missing, damaged, or of another format version.
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf8"))
@@ -317,7 +326,8 @@ class LayerCard:
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngramFileError(
-                f"{str(path)!r} is not a layer card that can be read ({error}); make one with engram.layer_card, or delete it"
+                f"{str(path)!r} is not a layer card that can be read ({error}); make one with "
+                "engram.layer_card, or delete it"
             ) from error
 
     def plot(self) -> Figure:
@@ -325,7 +335,7 @@ class LayerCard:
         the shares it consists of.
 
         Bands are 95 % bootstrap intervals over facts. The best layer has a line; those that cannot
-        be told from it are shaded.
+        be distinguished from it are shaded.
         """
         from engram.plots.layer_cards import LayerChoice, plot_layer_card
 
@@ -363,23 +373,22 @@ class LayerCard:
 
     @cached_property
     def _scores(self) -> Array:
-        """[n, l] of the layers that were tried."""
+        """[facts, layers tested] scores."""
         return np.array(
-            [[each.edits[layer].score for layer in self.layers_tested] for each in self.edited]
+            [[fact.edits[layer].score for layer in self.layers_tested] for fact in self.edited]
         )
 
     def _curves(self, name: str) -> Array:
-        """[n, l] effects of the facts that have them."""
-        return np.array(
-            [values for each in self.evidence if (values := getattr(each, name)) is not None]
-        )
+        """Return the effects of the facts that have them, [facts, layers]."""
+        curves = [getattr(fact, name) for fact in self.evidence]
+        return np.array([curve for curve in curves if curve is not None])
 
     def _effects(self, name: str) -> dict[int, Mean]:
         curves_nl = self._curves(name)
         return dict(enumerate(means(curves_nl))) if len(curves_nl) else {}
 
     def _share(self, layer: int, name: str) -> float | None:
-        outcomes = [each.edits[layer] for each in self.edited if layer in each.edits]
+        outcomes = [fact.edits[layer] for fact in self.edited if layer in fact.edits]
         values = [share for outcome in outcomes if (share := getattr(outcome, name)) is not None]
         return fmean(values) if values else None
 
@@ -388,17 +397,18 @@ class LayerCard:
         if not len(effects_nl):
             return None
         effects_nl = effects_nl[:, self.layers_tested]
-        found = spearman(effects_nl.mean(0), self._scores.mean(0))
+        value = spearman(effects_nl.mean(0), self._scores.mean(0))
+        # both resample the same facts where as many were traced as edited, independently otherwise
         draws = zip(resampled(effects_nl), resampled(self._scores), strict=True)
-        spread = [each for pair in draws if (each := spearman(*pair)) is not None]
-        if found is None or not spread:
+        spread = [drawn for pair in draws if (drawn := spearman(*pair)) is not None]
+        if value is None or not spread:
             return None
         low, high = np.percentile(spread, (2.5, 97.5))
-        return Mean(found, float(low), float(high))
+        return Mean(value, float(low), float(high))
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Layers in words: "layer 3", "layers 0, 2 to 5"."""
+    """Return layers in words: "layer 3", "layers 0, 2 to 5"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:
@@ -411,20 +421,20 @@ def ranges(layers: Sequence[int]) -> str:
     return f"layer{'s' * (len(layers) != 1)} {shown}"
 
 
-def _to_record(each: Evidence) -> dict[str, Any]:
-    record: Mapping[str, Any] = {
-        "subject": each.fact.subject,
-        "prompt": each.fact.prompt,
-        "target": each.fact.target,
-        "target_true": each.fact.target_true,
-        "trace": each.trace,
-        "attribution": each.attribution,
+def _to_record(evidence: Evidence) -> dict[str, Any]:
+    fact = evidence.fact
+    return {
+        "subject": fact.subject,
+        "prompt": fact.prompt,
+        "target": fact.target,
+        "target_true": fact.target_true,
+        "trace": evidence.trace,
+        "attribution": evidence.attribution,
         "edits": {
             str(layer): list(asdict(outcome).values())
-            for layer, outcome in sorted(each.edits.items())
+            for layer, outcome in sorted(evidence.edits.items())
         },
     }
-    return dict(record)
 
 
 def _from_record(record: Mapping[str, Any]) -> Evidence:

@@ -1,8 +1,12 @@
-"""Evidence for a layer card: traces of facts, and how edits of them go at each layer.
+"""Evidence for a layer card: traces of facts, and results of edits of them at each layer.
 
-Stands above locate, editors and evaluate, which do not know each other. Refuses to know what
-follows from the numbers (see layer_cards). Each number is written down when it is there, so that a
-killed run goes on where it was.
+    1. trace every fact                                   traces, estimates
+    2. edit every fact at every Nth layer                 layers 0, 4, 8 of a model of 10
+    3. edit every fact between the best one and its       best 4: layers 1, 2, 3, 5, 6, 7
+       neighbours
+
+Knows locate, editors and evaluate, which do not know each other. Refuses to know what follows from
+the numbers (see card.py). Every number goes to a run file at once, so that a killed run resumes.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.evaluate.receipt import Receipt
 from engram.evaluate.verify import verify
 from engram.facts import Fact
+from engram.files.run_file import RunFile
 from engram.layers.card import EditOutcome, Evidence
 from engram.locate.settings import TraceConfig, default_window
 from engram.locate.trace_input import TracePrompt
@@ -40,12 +45,12 @@ class Budget:
     """How much is measured.
 
     Args:
-        edits: facts that are edited, one at a time, at every layer that is tried.
-        traces: facts that are traced exactly; estimates: facts whose trace is estimated, which is
-            many times cheaper.
-        layer_step: every so many layers are tried at first; default: all of a model of 12 layers or
-            fewer, else so many that 12 are.
-        refine: whether the layers between are tried too, around the best of those.
+        edits: facts that are edited, one at a time, at every tested layer.
+        traces: facts that are traced exactly.
+        estimates: facts whose trace is estimated, which is many times cheaper.
+        layer_step: test every Nth layer first; default: all layers of a model of 12 or fewer, about
+            12 of a deeper one.
+        refine: then test the layers between the best of those and its neighbours.
     Raises:
         SettingError: no edits, or a negative number.
     """
@@ -63,110 +68,149 @@ class Budget:
             or (self.layer_step is not None and self.layer_step < 1)
         ):
             raise SettingError(
-                f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, layer_step={self.layer_step}: a card needs at "
-                "least one edited fact and a step of at least one layer; facts to trace may be 0"
+                f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, "
+                f"layer_step={self.layer_step}: a card needs at least one edited fact and a step "
+                "of "
+                "at least one layer; facts to trace may be 0"
             )
 
     @property
     def facts(self) -> int:
+        """How many facts are measured in all."""
         return max(self.edits, self.traces, self.estimates)
 
     def coarse(self, n_layers: int) -> list[int]:
+        """Return the layers to test first."""
         return list(range(0, n_layers, self.layer_step or -(-n_layers // 12)))
 
     def between(self, coarse: Sequence[int], best: int, n_layers: int) -> list[int]:
-        """Layers between the best of the coarse ones and its neighbours."""
+        """Return the layers between the best of the coarse ones and its neighbours.
+
+        Of 10 layers with coarse [0, 4, 8]: around 4 these are 1, 2, 3, 5, 6, 7; around 8, the last
+        one, 5, 6, 7, 9.
+        """
+        if not self.refine:
+            return []
         at = coarse.index(best)
         low = coarse[at - 1] if at else -1
         high = coarse[at + 1] if at + 1 < len(coarse) else n_layers
-        return [layer for layer in range(low + 1, high) if layer != best] if self.refine else []
+        return [layer for layer in range(low + 1, high) if layer != best]
 
 
 @dataclass(frozen=True)
 class EditRecipe:
-    """How facts are edited: a method that takes a layer, and its settings."""
+    """How facts are edited: a method that takes a layer, and its settings.
+
+    Raises:
+        SettingError: the method takes no layer, or the settings name one.
+    """
 
     method: str
     settings: dict[str, Any]
     corpus: Corpus | str | Path | Sequence[str] | None = None
     tokens: int | None = None
     seed: int = 0
-    _takes: dict[str, Any] = field(init=False, repr=False)
+    _takes: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        takes = dict(inspect.signature(method_named(self.method)).parameters)
-        if not {"layer", "layers"} & set(takes) and all(
-            each.kind is not each.VAR_KEYWORD for each in takes.values()
-        ):
+        parameters = inspect.signature(method_named(self.method)).parameters
+        # a method such as `ft` hands **settings on to a function that takes a layer
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if not {"layer", "layers"} & set(parameters) and not open_ended:
             raise SettingError(
-                f"method={self.method!r} has no setting layer or layers, so it has no layer to choose"
+                f"method={self.method!r} has no setting layer or layers, so it has no layer to "
+                "choose"
             )
         if given := {"layer", "layers"} & set(self.settings):
             raise SettingError(
                 f"{' and '.join(given)} is what a layer card is to find; leave it out"
             )
-        object.__setattr__(self, "_takes", takes)
+        object.__setattr__(self, "_takes", frozenset(parameters))
 
     def at(self, layer: int) -> dict[str, Any]:
-        return {"layer": layer} if "layer" in self._takes else {"layers": [layer]}
+        """Return the setting that names the layer."""
+        return {"layers": [layer]} if "layers" in self._takes else {"layer": layer}
 
-    def prepared(
+    def shared(
         self, lm: LanguageModel, layers: Sequence[int], progress: Progress
     ) -> dict[str, Any]:
-        """What all edits share, computed once: second moments of all layers in one pass, and
-        contexts.
+        """Return the settings of all edits, with what they share computed once: contexts, and
+        second moments of all layers in one pass.
         """
-        shared = dict(self.settings)
-        if "contexts" in self._takes and shared.get("contexts") is None:
-            shared["contexts"] = sample_contexts(lm, seed=self.seed)
+        settings = {**self.settings, "seed": self.seed}
+        if "contexts" in self._takes and settings.get("contexts") is None:
+            settings["contexts"] = sample_contexts(lm, seed=self.seed)
         if "second_moments" in self._takes:
-            shared["second_moments"] = second_moments(
+            settings["second_moments"] = second_moments(
                 lm, layers, self.corpus, self.tokens, seed=self.seed, progress=progress
             )
-        return shared
+        return settings
+
+
+class Measurements(RunFile):
+    """The file of a run that is not finished: numbers by name. Made by `writing`."""
+
+    what, made_by = "measurements of a layer card", "engram.layer_card"
+    tables = "CREATE TABLE numbers (name TEXT PRIMARY KEY, value TEXT, seconds REAL)"
+    mark = "numbers"
+
+    def get(self, name: str) -> Any:
+        """Return the numbers of that name, None where they are not measured yet."""
+        query = "SELECT value FROM numbers WHERE name = ?"
+        row = self._connection.execute(query, (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, name: str, value: Any, seconds: float) -> None:
+        """Write numbers, and how long measuring them took."""
+        with self._connection:
+            row = (name, json.dumps(value), seconds)
+            self._connection.execute("INSERT OR REPLACE INTO numbers VALUES (?, ?, ?)", row)
+
+    def seconds(self) -> float:
+        """Return how long all measurements took, those of earlier processes included."""
+        query = "SELECT TOTAL(seconds) FROM numbers"
+        return float(self._connection.execute(query).fetchone()[0])
 
 
 def measure(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    plan: Budget,
-    edits: EditRecipe,
-    notes: ResumeLog,
+    budget: Budget,
+    recipe: EditRecipe,
+    file: Measurements,
     progress: Progress,
 ) -> list[Evidence]:
-    """Trace and edit, going on from `notes`.
+    """Trace and edit facts, except for what `file` holds already.
 
     Args:
-        facts: edits, with the true object; the first ones are used for each purpose.
+        facts: edits, with the true object; each purpose takes the first ones.
     """
-    exact = _traces(lm, facts[: plan.traces], "exact", notes, progress)
-    estimated = _traces(lm, facts[: plan.estimates], "attribution", notes, progress)
-    edited = facts[: plan.edits]
-    coarse = plan.coarse(lm.n_layers)
-    outcomes = _edit_at(lm, edited, coarse, edits, notes, progress)
+    exact = _traces(lm, facts[: budget.traces], "exact", file, progress)
+    estimated = _traces(lm, facts[: budget.estimates], "attribution", file, progress)
+    edited = facts[: budget.edits]
+    coarse = budget.coarse(lm.n_layers)
+    outcomes = _edit_at(lm, edited, coarse, recipe, file, progress)
     best = max(
         coarse, key=lambda layer: fmean(outcomes[i, layer].score for i in range(len(edited)))
     )
-    outcomes |= _edit_at(
-        lm, edited, plan.between(coarse, best, lm.n_layers), edits, notes, progress
-    )
+    refined = budget.between(coarse, best, lm.n_layers)
+    outcomes |= _edit_at(lm, edited, refined, recipe, file, progress)
+    layers = sorted({layer for _, layer in outcomes})
     return [
         Evidence(
             replace(fact, paraphrases=(), neighbours=()),
             exact[i] if i < len(exact) else None,
             estimated[i] if i < len(estimated) else None,
-            {
-                layer: outcome
-                for (number, layer), outcome in sorted(outcomes.items())
-                if number == i
-            },
+            {layer: outcomes[i, layer] for layer in layers} if i < len(edited) else {},
         )
-        for i, fact in enumerate(facts[: plan.facts])
+        for i, fact in enumerate(facts[: budget.facts])
     ]
 
 
 def trace_settings(lm: LanguageModel) -> dict[str, Any]:
-    """Of the traces on a card: windows of MLPs, restored at the subject's last token."""
+    """Return the settings of a card's traces: windows of MLPs, restored at the subject's last
+    token.
+    """
     return {
         "sites": ["mlp"],
         "positions": "subject_last",
@@ -177,63 +221,66 @@ def trace_settings(lm: LanguageModel) -> dict[str, Any]:
 
 
 def _traces(
-    lm: LanguageModel, facts: Sequence[Fact], method: str, notes: ResumeLog, progress: Progress
+    lm: LanguageModel, facts: Sequence[Fact], method: str, file: Measurements, progress: Progress
 ) -> list[tuple[float, ...]]:
-    """Effects by layer, one row a fact."""
+    """Return effects by layer, one row for each fact."""
     what = {"exact": "tracing", "attribution": "estimating traces"}[method]
-    left = {
+    # a finished trace comes back with its prompt and subject, not with its fact's index
+    missing = {
         (fact.prompt_text, fact.subject): i
         for i, fact in enumerate(facts)
-        if notes.get(f"{method} {i}") is None
+        if file.get(f"{method} {i}") is None
     }
-    asked = [
+    prompts = [
         TracePrompt(
             facts[i].prompt_text,
             facts[i].subject,
             facts[i].target_true,
             start=facts[i].subject_start,
         )
-        for i in left.values()
+        for i in missing.values()
     ]
     config = TraceConfig.of(**trace_settings(lm), method=method)
-    done = len(facts) - len(left)
-    for trace in trace_prompts(lm, asked, config) if asked else ():
-        effects = [round(each, 6) for each in trace.effects("mlp")[0].tolist()]
-        notes.put(f"{method} {left[trace.prompt, trace.subject]}", effects)
-        done += 1
+    done, last = len(facts) - len(missing), time.monotonic()
+    for trace in trace_prompts(lm, prompts, config) if prompts else ():
+        effects = [round(effect, 6) for effect in trace.effects("mlp")[0].tolist()]
+        now = time.monotonic()
+        file.put(f"{method} {missing[trace.prompt, trace.subject]}", effects, now - last)
+        done, last = done + 1, now
         progress(what, done, len(facts))
-    return [tuple(notes.get(f"{method} {i}")) for i in range(len(facts))]
+    return [tuple(file.get(f"{method} {i}")) for i in range(len(facts))]
 
 
 def _edit_at(
     lm: LanguageModel,
     facts: Sequence[Fact],
     layers: Sequence[int],
-    edits: EditRecipe,
-    notes: ResumeLog,
+    recipe: EditRecipe,
+    file: Measurements,
     progress: Progress,
 ) -> dict[tuple[int, int], EditOutcome]:
-    """How the edit of each fact at each layer goes, by (fact, layer)."""
+    """Return the result of editing each fact at each layer, by (fact, layer)."""
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
-    missing = [(i, layer) for i, layer in todo if notes.get(f"edit {i} {layer}") is None]
-    shared = edits.prepared(lm, layers, progress) if missing else {}
+    missing = [(i, layer) for i, layer in todo if file.get(f"edit {i} {layer}") is None]
+    last = time.monotonic()  # before what edits share, so that its time counts for the first one
+    shared = recipe.shared(lm, layers, progress) if missing else {}
     done = len(todo) - len(missing)
     for i, layer in missing:
         progress("editing", done, len(todo))
-        outcome = _outcome(lm, facts[i], edits.method, seed=edits.seed, **edits.at(layer), **shared)
-        notes.put(f"edit {i} {layer}", asdict(outcome))
-        done += 1
+        outcome = _outcome(lm, facts[i], recipe.method, **recipe.at(layer), **shared)
+        now = time.monotonic()
+        file.put(f"edit {i} {layer}", asdict(outcome), now - last)
+        done, last = done + 1, now
     progress("editing", done, len(todo))
-    return {(i, layer): EditOutcome(**notes.get(f"edit {i} {layer}")) for i, layer in todo}
+    return {(i, layer): EditOutcome(**file.get(f"edit {i} {layer}")) for i, layer in todo}
 
 
 def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> EditOutcome:
-    """The edit's receipt in short; an edit that cannot be computed or applied has the worst score."""
+    """Return the edit's receipt in short; an edit that cannot be computed has score 0."""
     try:
         edit = method_named(method)(lm, [fact], **settings)
-        receipt = verify(
-            lm, edit, text=fact.prompt_text, continuation_tokens=0
-        )  # perplexity is not kept: of little text
+        # the shortest possible text: a receipt measures perplexity, which a card does not keep
+        receipt = verify(lm, edit, text=fact.prompt_text, continuation_tokens=0)
     except NonFiniteError as error:
         log.warning("the edit of %r failed: %s", fact.subject, error)
         return EditOutcome(0.0, 0.0)
@@ -245,49 +292,16 @@ def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> Edi
 
 
 def receipt_score(receipt: Receipt) -> float:
-    """One number for a receipt: harmonic mean of efficacy, paraphrase and neighbourhood margins, as
-    far as they were measured.
+    """Return one number for a receipt: the harmonic mean of its efficacy, paraphrase and
+    neighbourhood margins, as far as they were measured.
 
     A margin is the mean difference between the probabilities of the wanted and the unwanted answer,
-    moved to [0, 1]; successes alone would tie on a single fact.
+    moved to [0, 1]. Shares of successes would tie on a single fact, where most are 0 or 1.
+
+    Raises:
+        EngramError: a receipt without any of them.
     """
     margins = [(1 + margin) / 2 for margin in receipt.margins() if margin is not None]
     if not margins:
         raise EngramError("the receipt measured nothing, so layers cannot be compared")
     return harmonic_mean(margins)
-
-
-class ResumeLog:
-    """Numbers by name in a file of JSON lines that grows as they are measured; a line that a kill
-    tore is measured again.
-
-    Attributes:
-        seconds: that earlier runs took for what is noted.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds, self._known, self._began = 0.0, dict[str, Any](), time.monotonic()
-        lines = path.read_text(encoding="utf8").splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                name, value, self.seconds = json.loads(line)
-            except ValueError:
-                continue
-            self._known[name] = value
-        if lines:
-            log.info("going on with %d numbers of %s", len(self._known), path)
-            with path.open("a", encoding="utf8") as file:
-                file.write("\n")  # ends a torn line
-
-    def get(self, name: str) -> Any:
-        """The number of that name, None where it is still to be measured."""
-        return self._known.get(name)
-
-    def put(self, name: str, value: Any) -> None:
-        self._known[name] = value
-        with self.path.open("a", encoding="utf8") as file:
-            file.write(
-                json.dumps([name, value, round(self.seconds + time.monotonic() - self._began, 1)])
-                + "\n"
-            )

@@ -66,8 +66,7 @@ class Ledger:
     Raises:
         EngramFileError: no ledger, a damaged one, or one of a newer engram.
     Example:
-        >>> from tempfile import mkdtemp
-        >>> ledger = engram.Ledger.create(mkdtemp(), lm)
+        >>> ledger = engram.Ledger.create("pocket-ledger", lm)
         >>> entry = ledger.add(edit)
         >>> print(entry.number, entry.status, len(ledger.list()))
         1 active 1
