@@ -47,7 +47,7 @@ from engram.editors.contexts import sample_contexts
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, SampledText, Texts
 from engram.editors.second_moments.measure import SecondMoment, second_moments
-from engram.editors.settings import read
+from engram.settings import read
 from engram.model.language_model import LanguageModel
 from measure_pocket import sample
 

@@ -22,13 +22,13 @@ from typing import Any, Literal
 from engram import pocket
 from engram.checks import one_of
 from engram.edit.prompt_edit import PromptEdit, Wording
-from engram.editors.settings import flat, read
 from engram.errors import FactError, SettingError
 from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
 from engram.progress import Progress, no_progress
+from engram.settings import flat, read
 
 _BUNDLED = 128  # facts of the bundled table that demonstrations are made of
 CUSTOM = "custom"  # what settings call an encoder that was given as a function

@@ -21,7 +21,7 @@ from engram.editors.closed_form import mass, mass_settings
 from engram.editors.closed_form.mass_settings import MassConfig, _settings
 from engram.editors.closed_form.values import ValueConfig, optimise_values
 from engram.editors.presets import preset, preset_layers, published
-from engram.editors.settings import read
+from engram.settings import read
 from engram.errors import (
     EngramError,
     FactError,

@@ -15,7 +15,7 @@ from engram.editors.closed_form.rome import RomeConfig, rank_one_update
 from engram.editors.closed_form.values import ValueConfig, optimise_value
 from engram.editors.presets import preset, published
 from engram.editors.second_moments.measure import SecondMoment
-from engram.editors.settings import read
+from engram.settings import read
 from engram.errors import (
     EngramError,
     FactError,

@@ -11,7 +11,7 @@ import torch
 
 import engram
 from engram.editors.presets import preset, published
-from engram.editors.settings import read
+from engram.settings import read
 from engram.editors.training.fine_tuning import FineTuningConfig
 from engram.errors import FactError, NonFiniteError, SettingError, UnsupportedModelError
 from tests.helpers.tiny import DENSE, TOKENIZERS, tiny_lm

@@ -9,7 +9,7 @@ import torch
 
 import engram
 from engram.editors.presets import preset, published
-from engram.editors.settings import read
+from engram.settings import read
 from engram.editors.training.lora import LoraEditConfig, adapted
 from engram.editors.training.matrices import matrix_names
 from engram.errors import NonFiniteError, SettingError, UnsupportedModelError

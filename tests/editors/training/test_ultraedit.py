@@ -12,7 +12,7 @@ import torch
 import engram
 from engram import Fact
 from engram.editors.presets import preset, published
-from engram.editors.settings import read
+from engram.settings import read
 from engram.editors.training.ultraedit import Statistics, UltraEditConfig
 from engram.errors import (
     EngramError,

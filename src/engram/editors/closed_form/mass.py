@@ -43,7 +43,6 @@ from engram.editors.contexts import STARTED, sample_contexts
 from engram.editors.presets import preset_layers
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
-from engram.editors.settings import flat, read
 from engram.engine.replayable import Engine
 from engram.errors import EngramError, SettingError
 from engram.facts import Fact
@@ -51,6 +50,7 @@ from engram.model.language_model import LanguageModel
 from engram.modules.hooks import per_row_edits
 from engram.progress import Progress, no_progress
 from engram.runs.workers import Workers
+from engram.settings import flat, read
 
 log = logging.getLogger(__name__)
 

@@ -28,13 +28,13 @@ from engram.editors.contexts import sample_contexts
 from engram.editors.presets import preset, preset_layers
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
-from engram.editors.settings import flat, read
 from engram.engine.replayable import Engine
 from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import as_linear
 from engram.progress import Progress, no_progress
+from engram.settings import flat, read
 
 log = logging.getLogger(__name__)
 

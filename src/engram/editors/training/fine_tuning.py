@@ -19,7 +19,6 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.settings import flat, read
 from engram.editors.training.loop import TuningConfig, descend, still, tasks
 from engram.editors.training.target_rows import fact_rows, published_rows
 from engram.engine.replayable import Engine
@@ -29,6 +28,7 @@ from engram.model.language_model import LanguageModel
 from engram.modules.hooks import overlay_weight
 from engram.modules.layouts import as_linear
 from engram.progress import Progress, no_progress
+from engram.settings import flat, read
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.settings import flat, read
 from engram.editors.training.loop import TuningConfig, descend, still, tasks
 from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import fact_rows
@@ -30,6 +29,7 @@ from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.layouts import is_transposed
 from engram.progress import Progress, no_progress
+from engram.settings import flat, read
 
 _ADAPTER = "engram"
 

@@ -23,7 +23,6 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.settings import flat, read
 from engram.editors.training.loop import still
 from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows
@@ -32,6 +31,7 @@ from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record, substitute
 from engram.progress import Progress, no_progress
+from engram.settings import flat, read
 
 _TINY = 1e-7  # added to a spread, for coordinates that never vary
 
