@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import engram
 from engram import Edit, Fact
-from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint
+from engram.edit.checkpoint import revert_checkpoint
 from tests.helpers.tiny import DENSE, EXPERTS, TEXT, tiny_folder
 
 FACT = Fact(
@@ -45,7 +45,7 @@ def test_from_a_folder_to_an_adapter(family, tmp_path):
         assert torch.equal(lm.model(ids).logits, plain), "leaving the block restores the model"
     assert not torch.allclose(edited, plain, atol=1e-6)
 
-    apply_to_checkpoint(edit, folder, tmp_path / "edited")
+    edit.to_checkpoint(folder, tmp_path / "edited")
     with torch.no_grad():
         torch.testing.assert_close(engram.load(tmp_path / "edited").model(ids).logits, edited)
     revert_checkpoint(tmp_path / "edited", tmp_path / "back")

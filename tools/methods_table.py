@@ -178,7 +178,7 @@ class Found:
     ) -> None:
         """Score `facts` with an edit laid on the model, and look at the edit itself."""
         before = perplexity(lm, edit, held_out_text(), edited=False) if drift else 1.0
-        with edit.laid(lm):
+        with edit.applied(lm):
             self.scored += [successes(lm, fact) for fact in facts]
             if drift:
                 self.drifts.append(perplexity(lm, edit, held_out_text(), edited=True) / before)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import engram
-from engram.edit.attached import can_apply
+from engram.edit.applied import can_write
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit, compose
-from engram.edit.in_force import BESIDE
-from engram.errors import BaseMismatchError, EngramError, UnsupportedModelError
+from engram.edit.in_force import ATTACHED
+from engram.errors import BaseMismatchError, EngramError, SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.modules.weights import linear_shape
 from tests.helpers.edit_samples import random_edit, same_bits, tiny, weight_name, weights
@@ -53,7 +53,7 @@ def test_attached_computes_what_applied_does_and_touches_no_weight(
     edit = compose([edit_of(lm, (1,), rank=2), edit_of(lm, (2,), rank=0)])  # the second one dense
     with edit.applied(lm):
         expected = logits(lm)
-    with edit.attached(lm) as same:
+    with edit.applied(lm, how="beside") as same:
         assert same is lm
         got = logits(lm)
         assert same_bits(weights(lm), before)
@@ -68,7 +68,7 @@ def test_attached_computes_what_applied_does_and_touches_no_weight(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_half_precision_attached_is_closer_to_the_computed_change(dtype: torch.dtype) -> None:
     name, edit = None, None
-    lost = {"applied": 0.0, "attached": 0.0}
+    lost: dict[Any, float] = {"weights": 0.0, "beside": 0.0}
     for seed in range(5):
         lm = tiny(dtype=dtype, d_ff=64, seed=seed)
         edit = random_edit(lm, rank=2, seed=seed + 1)
@@ -81,9 +81,9 @@ def test_in_half_precision_attached_is_closer_to_the_computed_change(dtype: torc
         weight = module.weight.float() + edit.deltas[name].dense().T
         truth = x.float() @ weight + module.bias.float()
         for way in lost:
-            with getattr(edit, way)(lm), torch.no_grad():
+            with edit.applied(lm, how=way), torch.no_grad():
                 lost[way] += float((module(x).float() - truth).norm())
-    assert lost["attached"] < lost["applied"]
+    assert lost["beside"] < lost["weights"]
 
 
 def test_attached_edits_add_up_in_any_nesting() -> None:
@@ -91,21 +91,21 @@ def test_attached_edits_add_up_in_any_nesting() -> None:
     a, b, c = (edit_of(lm, seed=seed) for seed in range(3))
     with compose([a, b, c]).applied(lm):
         expected = logits(lm)
-    with a.attached(lm), b.applied(lm), c.attached(lm):
+    with a.applied(lm, how="beside"), b.applied(lm, how="weights"), c.applied(lm, how="beside"):
         torch.testing.assert_close(logits(lm), expected, rtol=1e-6, atol=1e-6)
-    with compose([a, b, c]).attached(lm):
+    with compose([a, b, c]).applied(lm, how="beside"):
         torch.testing.assert_close(logits(lm), expected, rtol=1e-6, atol=1e-6)
-    assert not any(BESIDE.values())
+    assert not any(ATTACHED.values())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_the_block_takes_the_edit_off(error: type[BaseException]) -> None:
     lm = tiny_lm()
     plain, edit = logits(lm), edit_of(lm)
-    with pytest.raises(error), edit.attached(lm):
+    with pytest.raises(error), edit.applied(lm, how="beside"):
         raise error
     assert torch.equal(logits(lm), plain)
-    assert not any(BESIDE.values())
+    assert not any(ATTACHED.values())
 
 
 def test_another_base_is_refused_unless_forced() -> None:
@@ -115,9 +115,9 @@ def test_another_base_is_refused_unless_forced() -> None:
         BaseMismatchError,
         match=r"c_proj.weight of 'tiny-gpt2': not the weight that the edit was made on",
     ):
-        edit.attached(other).__enter__()
+        edit.applied(other, how="beside").__enter__()
     assert torch.equal(logits(other), plain)
-    with edit.attached(other, force=True):
+    with edit.applied(other, force=True, how="beside"):
         assert not torch.allclose(logits(other), plain)
 
 
@@ -128,21 +128,21 @@ def test_another_shape_is_refused_also_when_forced() -> None:
             BaseMismatchError,
             match=r"is \[out, in\] = \[16, 40\], the edit changes one of \[16, 24\]",
         ):
-            edit.attached(tiny(d_ff=40), force=force).__enter__()
+            edit.applied(tiny(d_ff=40), force=force, how="beside").__enter__()
 
 
 def test_an_edit_made_beside_another_needs_that_one() -> None:
     lm = tiny_lm(dtype=torch.float64)
     first = edit_of(lm, seed=1)
-    with first.attached(lm):
+    with first.applied(lm, how="beside"):
         second = edit_of(lm, seed=2)
-        with second.attached(lm):
+        with second.applied(lm, how="beside"):
             both = logits(lm)
     with pytest.raises(BaseMismatchError, match="not the weight"):
-        second.attached(lm).__enter__()
+        second.applied(lm, how="beside").__enter__()
     with pytest.raises(BaseMismatchError, match="not the weight"):
         second.applied(lm).__enter__()
-    with first.attached(lm), second.attached(lm):
+    with first.applied(lm, how="beside"), second.applied(lm, how="beside"):
         torch.testing.assert_close(logits(lm), both)
 
 
@@ -151,10 +151,10 @@ def test_an_edit_made_within_an_applied_block_is_attached_there() -> None:
     first = edit_of(lm, seed=1)
     with first.applied(lm):
         second = edit_of(lm, seed=2)
-        with second.attached(lm):
+        with second.applied(lm, how="beside"):
             pass
     with pytest.raises(BaseMismatchError, match="not the weight"):
-        second.attached(lm).__enter__()
+        second.applied(lm, how="beside").__enter__()
 
 
 def test_a_weight_of_two_modules_is_refused() -> None:
@@ -166,14 +166,29 @@ def test_a_weight_of_two_modules_is_refused() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"lm_head.weight is also model.embed_tokens.weight"
     ):
-        edit.attached(lm).__enter__()
+        edit.applied(lm, how="beside").__enter__()
 
 
-def test_laid_writes_where_it_can() -> None:
+def test_an_unknown_way_is_refused() -> None:
+    lm = tiny_lm()
+    with pytest.raises(SettingError, match="how='weight': expected 'auto', 'weights' or 'beside'"):
+        edit_of(lm).applied(lm, how="weight").__enter__()  # type: ignore[arg-type]
+
+
+def test_an_edit_on_top_of_an_attached_one_is_attached_too() -> None:
+    lm = tiny_lm(dtype=torch.float64)
+    first, before = edit_of(lm, seed=1), weights(lm)
+    with first.applied(lm, how="beside"):
+        second = edit_of(lm, seed=2)
+        with second.applied(lm):
+            assert same_bits(weights(lm), before)
+
+
+def test_by_itself_an_edit_is_written_where_it_can_be() -> None:
     lm = tiny_lm()
     edit, before = edit_of(lm), weights(lm)
-    assert can_apply(edit, lm)
-    with edit.laid(lm):
+    assert can_write(lm, edit.deltas)
+    with edit.applied(lm):
         assert not same_bits(weights(lm), before)
     assert same_bits(weights(lm), before)
 
@@ -183,13 +198,13 @@ def test_a_weight_without_numbers_says_so() -> None:
     edit, name = random_edit(lm), weight_name(lm, 1)
     lm.model.to("meta")
     with pytest.raises(
-        UnsupportedModelError, match=r"offloaded .*edit.attached\(lm\).*edit.to_peft"
+        UnsupportedModelError, match=r"offloaded .*edit.applied\(lm, how='beside'\).*edit.to_peft"
     ):
-        edit.applied(lm).__enter__()
+        edit.applied(lm, how="weights").__enter__()
     with pytest.raises(UnsupportedModelError, match="on the meta device and has no numbers"):
         describe_base(lm, [name])
     with pytest.raises(EngramError, match="has no numbers"):
-        edit.laid(lm).__enter__()
+        edit.applied(lm).__enter__()
 
 
 @pytest.mark.parametrize("engine", ["replay", "whole"])
@@ -205,8 +220,8 @@ def test_an_edit_is_found_on_top_of_an_attached_one_as_on_an_applied_one(engine:
     }
     under = edit_of(lm, layers=(1,))
     found = []
-    for way in ("applied", "attached"):
-        with getattr(under, way)(lm):
+    for way in ("weights", "beside"):
+        with under.applied(lm, how=way):
             found.append(engram.rewrite(lm, FACT, **settings))
     (name,) = found[0].deltas
     torch.testing.assert_close(

@@ -15,9 +15,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint, to_checkpoint
-from engram.edit.edit import compose
-from engram.edit.files import edits_in
+from engram.edit.checkpoint import revert_checkpoint
+from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError, EngramFileError, UnsupportedModelError
 from tests.helpers.edit_samples import FAMILIES, random_edit, same_bits, tiny, weight_name, weights
 
@@ -39,6 +38,11 @@ def stored(lm: Any, folder: Path, shard: str = "5GB") -> Path:
     return folder
 
 
+def recorded(folder: Path) -> list[Edit]:
+    """The edits in the record that engram keeps inside the checkpoint's folder."""
+    return [Edit.load(each) for each in sorted((folder / "engram" / "edits").glob("*"))]
+
+
 def loaded(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict())
 
@@ -54,20 +58,20 @@ def test_apply_then_revert_leaves_every_byte(
     assert len(list(source.glob("*.safetensors"))) > 1 or shard == "5GB"
     edit = random_edit(lm, (0, 2), rank=2)
     before = digests(source)
-    edited = apply_to_checkpoint(edit, source, tmp_path / "edited")
+    edited = edit.to_checkpoint(source, tmp_path / "edited")
     assert digests(source) == before
     with edit.applied(lm):
         assert same_bits(loaded(edited, dtype), weights(lm))
     changed = {file for file, digest in digests(edited).items() if before.get(file) != digest}
     assert {file for file in changed if not file.startswith("engram/")} < set(before)
-    assert edits_in(edited) == [edit] and edits_in(source) == []
+    assert recorded(edited) == [edit] and recorded(source) == []
     assert digests(revert_checkpoint(edited, tmp_path / "reverted")) == before
 
 
 def test_only_the_touched_bytes_change(tmp_path: Path) -> None:
     lm = tiny("llama")
     source = stored(lm, tmp_path / "source")
-    edited = apply_to_checkpoint(random_edit(lm), source, tmp_path / "edited")
+    edited = random_edit(lm).to_checkpoint(source, tmp_path / "edited")
     old, new = ((folder / "model.safetensors").read_bytes() for folder in (source, edited))
     differing = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
     assert (
@@ -87,7 +91,7 @@ def test_names_may_lack_or_have_a_prefix(tmp_path: Path, prefixed: bool) -> None
     }
     safetensors.torch.save_file(renamed, source / "model.safetensors")
     edit = random_edit(lm)
-    edited = apply_to_checkpoint(edit, source, tmp_path / "edited")
+    edited = edit.to_checkpoint(source, tmp_path / "edited")
     after = safetensors.torch.load_file(edited / "model.safetensors")
     name = weight_name(lm, 1)
     with edit.applied(lm):
@@ -103,14 +107,14 @@ def test_edits_come_out_in_any_order_exactly(tmp_path: Path, dtype: torch.dtype)
     a, b, c = (
         random_edit(lm, layers, seed=seed) for seed, layers in enumerate([(0, 1), (1, 2), (1,)], 1)
     )
-    one = apply_to_checkpoint(a, source, tmp_path / "a")
-    two = apply_to_checkpoint(b, one, tmp_path / "ab")
-    three = apply_to_checkpoint(c, two, tmp_path / "abc")
+    one = a.to_checkpoint(source, tmp_path / "a")
+    two = b.to_checkpoint(one, tmp_path / "ab")
+    three = c.to_checkpoint(two, tmp_path / "abc")
     with a.applied(lm), b.applied(lm), c.applied(lm):
         assert same_bits(loaded(three, dtype), weights(lm))
     without_a = revert_checkpoint(three, tmp_path / "bc", a)
     only_c = revert_checkpoint(without_a, tmp_path / "c", b)
-    assert edits_in(without_a) == [b, c]
+    assert recorded(without_a) == [b, c]
     with c.applied(lm):
         assert same_bits(loaded(only_c, dtype), weights(lm))
     assert digests(revert_checkpoint(only_c, tmp_path / "none", c)) == digests(source)
@@ -126,7 +130,7 @@ def test_an_edit_that_others_rest_on_comes_out_after_them(tmp_path: Path) -> Non
         b = random_edit(lm, seed=2)
         with b.applied(lm):
             both = weights(lm)
-    two = apply_to_checkpoint(b, apply_to_checkpoint(a, source, tmp_path / "a"), tmp_path / "ab")
+    two = b.to_checkpoint(a.to_checkpoint(source, tmp_path / "a"), tmp_path / "ab")
     assert same_bits(loaded(two, torch.float32), both)
     with pytest.raises(BaseMismatchError, match="not the weight that the edit was made on"):
         revert_checkpoint(two, tmp_path / "b", a)
@@ -140,7 +144,7 @@ def test_an_edit_made_in_float32_rounds_once_into_a_half_precision_checkpoint(
     source = stored(lm, tmp_path / "0")
     lm.model.float()
     edit = random_edit(lm)
-    edited = apply_to_checkpoint(edit, source, tmp_path / "1")
+    edited = edit.to_checkpoint(source, tmp_path / "1")
     with edit.applied(lm):
         expected = lm.model.get_parameter(weight_name(lm, 1)).half()
     assert torch.equal(loaded(edited, torch.float16)[weight_name(lm, 1)], expected)
@@ -152,22 +156,22 @@ def test_other_weights_are_refused_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(
         BaseMismatchError, match=r"transformer.h.1.mlp.c_proj.weight with Edit.*not the weight"
     ):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
     assert not (tmp_path / "1").exists()
-    forced = apply_to_checkpoint(edit, source, tmp_path / "1", force=True)
+    forced = edit.to_checkpoint(source, tmp_path / "1", force=True)
     assert digests(revert_checkpoint(forced, tmp_path / "2")) == digests(source)
 
 
 def test_a_checkpoint_changed_by_something_else_is_refused(tmp_path: Path) -> None:
     lm = tiny()
     edit = random_edit(lm)
-    edited = apply_to_checkpoint(edit, stored(lm, tmp_path / "0"), tmp_path / "1")
+    edited = edit.to_checkpoint(stored(lm, tmp_path / "0"), tmp_path / "1")
     tensors = safetensors.torch.load_file(edited / "model.safetensors")
     tensors[weight_name(lm, 1)] += 1
     safetensors.torch.save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
     for change in (
         lambda: revert_checkpoint(edited, tmp_path / "2"),
-        lambda: apply_to_checkpoint(edit, edited, tmp_path / "2"),
+        lambda: edit.to_checkpoint(edited, tmp_path / "2"),
     ):
         with pytest.raises(BaseMismatchError, match="is not as engram left it"):
             change()
@@ -179,7 +183,7 @@ def test_what_is_not_there_cannot_be_reverted(tmp_path: Path) -> None:
     source = stored(lm, tmp_path / "0")
     with pytest.raises(EngramFileError, match="has no edits to take out"):
         revert_checkpoint(source, tmp_path / "1")
-    edited = apply_to_checkpoint(random_edit(lm, seed=1), source, tmp_path / "1")
+    edited = random_edit(lm, seed=1).to_checkpoint(source, tmp_path / "1")
     with pytest.raises(EngramFileError, match="does not hold Edit"):
         revert_checkpoint(edited, tmp_path / "2", random_edit(lm, seed=2))
     (edited / "engram" / "originals.safetensors").write_bytes(b"")
@@ -203,7 +207,7 @@ def test_a_full_disk_leaves_no_half_folder(
     else:
         monkeypatch.setattr(shutil, "copyfile", copyfile)
     with pytest.raises(EngramFileError, match=r"no room for|No space left on device"):
-        apply_to_checkpoint(random_edit(lm), source, tmp_path / "1")
+        random_edit(lm).to_checkpoint(source, tmp_path / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
@@ -212,11 +216,11 @@ def test_folders_in_use_are_refused(tmp_path: Path) -> None:
     source = stored(lm, tmp_path / "0")
     for folder in (source, source / "inside"):
         with pytest.raises(EngramFileError, match="itself or inside of it"):
-            apply_to_checkpoint(random_edit(lm), source, folder)
+            random_edit(lm).to_checkpoint(source, folder)
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "file").touch()
     with pytest.raises(EngramFileError, match="holds other files; expected an empty folder"):
-        apply_to_checkpoint(random_edit(lm), source, tmp_path / "1")
+        random_edit(lm).to_checkpoint(source, tmp_path / "1")
 
 
 def test_weights_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
@@ -225,32 +229,32 @@ def test_weights_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     source = tmp_path / "0"
     source.mkdir()
     with pytest.raises(EngramFileError, match=r"holds no model.safetensors"):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
     (source / "pytorch_model.bin").touch()
     with pytest.raises(
         EngramFileError, match=r"weights as pickle .pytorch_model.bin.*Convert them"
     ):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
     (source / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(EngramFileError, match="not a whole safetensors file"):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
     safetensors.torch.save_file(
         {weight_name(lm, 1): torch.ones(24, 16, dtype=torch.int8)}, source / "model.safetensors"
     )
     with pytest.raises(
         UnsupportedModelError, match=r"stored as I8.*Edit the unquantised checkpoint"
     ):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
     safetensors.torch.save_file({"other.weight": torch.ones(2)}, source / "model.safetensors")
     with pytest.raises(
         EngramFileError,
         match=r"no tensor 'transformer.h.1.mlp.c_proj.weight' .its tensors: other.weight",
     ):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
     (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}}))
     with pytest.raises(EngramFileError, match=r"index.json is damaged"):
-        apply_to_checkpoint(edit, source, tmp_path / "1")
+        edit.to_checkpoint(source, tmp_path / "1")
 
 
 def test_an_unknown_name_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +265,7 @@ def test_an_unknown_name_is_explained(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuses)
     with pytest.raises(EngramFileError, match="'no/such' is neither a folder nor a model"):
-        apply_to_checkpoint(random_edit(tiny()), "no/such", tmp_path / "1")
+        random_edit(tiny()).to_checkpoint("no/such", tmp_path / "1")
 
 
 def test_links_in_a_cache_become_files(tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ def test_links_in_a_cache_become_files(tmp_path: Path) -> None:
             path.chmod(0o444)
             (cache / path.name).symlink_to(path)
     before = digests(blobs)
-    edited = apply_to_checkpoint(random_edit(lm), cache, tmp_path / "edited")
+    edited = random_edit(lm).to_checkpoint(cache, tmp_path / "edited")
     assert not any(path.is_symlink() for path in edited.rglob("*"))
     assert digests(blobs) == before
 
@@ -289,7 +293,7 @@ def test_a_model_in_memory_becomes_an_edited_checkpoint(tmp_path: Path) -> None:
     lm.tokenizer = Tokenizer()
     edit = compose([random_edit(lm, seed=1), random_edit(lm, (0,), seed=2)])
     before = weights(lm)
-    folder = to_checkpoint(edit, lm, tmp_path / "edited")
+    folder = edit.to_checkpoint(lm, tmp_path / "edited")
     with edit.applied(lm):
         assert same_bits(loaded(folder, torch.float32), weights(lm))
     assert same_bits(weights(lm), before)

@@ -15,9 +15,7 @@ from typer.testing import CliRunner
 
 import engram
 from engram import Edit, Fact, PromptEdit, Receipt, cli, pocket
-from engram.edit.checkpoint import apply_to_checkpoint
-from engram.edit.edit import compose
-from engram.edit.files import load
+from engram.edit.edit import compose, load_edit
 from engram.edit.lora_export import to_peft
 from engram.editors.in_context import demonstrations_of
 from engram.errors import (
@@ -298,7 +296,7 @@ def test_what_is_loaded_equals_what_was_saved(lm, settings, tmp_path):
     edit = engram.rewrite(lm, [FACT, RIVER], **settings).with_receipt({"passed": True})
     edit.save(tmp_path / "edit")
     assert [path.name for path in (tmp_path / "edit").iterdir()] == ["edit.json"]
-    assert PromptEdit.load(tmp_path / "edit") == edit == load(tmp_path / "edit")
+    assert PromptEdit.load(tmp_path / "edit") == edit == load_edit(tmp_path / "edit")
     assert asked(lm, PromptEdit.load(tmp_path / "edit"), "A river") == asked(lm, edit, "A river")
 
 
@@ -315,7 +313,7 @@ def test_each_kind_of_edit_says_where_the_other_is_read(lm, tmp_path):
         match=r"holds an edit of weights \(.*\), no in-context edit; read it with Edit.load",
     ):
         PromptEdit.load(tmp_path / "weights")
-    assert isinstance(load(tmp_path / "weights"), Edit)
+    assert isinstance(load_edit(tmp_path / "weights"), Edit)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +332,7 @@ def test_damage_is_named(lm, tmp_path, change, message):
     change(record)
     path.write_text(json.dumps(record))
     with pytest.raises(EngramFileError, match=f"is damaged: .*{message}"):
-        load(tmp_path / "edit")
+        load_edit(tmp_path / "edit")
 
 
 def test_an_encoder_that_is_a_function_has_to_be_given_again(roomy, tmp_path):
@@ -360,7 +358,7 @@ def test_there_are_no_weights_to_add_write_or_export(lm, tmp_path):
         lambda: edit.to_peft(tmp_path / "x"),
         lambda: edit.to_checkpoint(lm, tmp_path / "x"),
         lambda: to_peft(edit, tmp_path / "x"),
-        lambda: apply_to_checkpoint(edit, "pocket", tmp_path / "x"),
+        lambda: edit.to_checkpoint("pocket", tmp_path / "x"),
     ):
         with pytest.raises(
             EngramError,

@@ -168,7 +168,7 @@ def test_an_offloaded_model_is_edited_where_its_weights_are_and_beside_them(
     assert edit.base["tensors"] == expected.base["tensors"]
     receipt = engram.verify(lm, edit, text=TEXT, continuation_tokens=2)
     assert receipt.laid == laid
-    with edit.attached(lm), expected.applied(plain):
+    with edit.applied(lm, how="beside"), expected.applied(plain):
         got, wanted = (each.log_probs([(FACT.prompt_text, FACT.target)])[0] for each in offloaded)
         torch.testing.assert_close(got, wanted)
 

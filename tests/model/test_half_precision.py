@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import engram
 from engram import Edit, Fact
-from engram.edit.checkpoint import apply_to_checkpoint, revert_checkpoint
+from engram.edit.checkpoint import revert_checkpoint
 from engram.editors.closed_form.values import ValueConfig, optimise_value
 from engram.editors.second_moments.measure import second_moments
 from engram.engine.replayable import replayable
@@ -62,10 +62,10 @@ def test_from_a_folder_to_an_adapter_and_back(
     with torch.no_grad():
         with edit.applied(lm):
             edited = lm.model(ids).logits
-        with edit.attached(lm):
+        with edit.applied(lm, how="beside"):
             beside = lm.model(ids).logits
         assert fingerprints(lm.model) == before
-        apply_to_checkpoint(edit, folder, tmp_path / "edited")
+        edit.to_checkpoint(folder, tmp_path / "edited")
         assert torch.equal(engram.load(tmp_path / "edited").model(ids).logits, edited)
         revert_checkpoint(tmp_path / "edited", tmp_path / "back")
         assert fingerprints(engram.load(tmp_path / "back").model) == before

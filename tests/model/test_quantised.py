@@ -16,7 +16,6 @@ from torch import nn
 import engram
 from engram import Edit, Fact, LanguageModel
 from engram.edit.base import describe_base
-from engram.edit.checkpoint import to_checkpoint
 from engram.engine.replayable import replayable
 from engram.errors import BaseMismatchError, UnsupportedModelError
 from engram.modules.fingerprints import fingerprint, fingerprints
@@ -138,7 +137,7 @@ def test_from_rewrite_to_an_adapter_beside_the_packed_base(scheme: str, tmp_path
     assert engram.Receipt.from_dict(receipt.to_dict()) == receipt
     edit.with_receipt(receipt).save(tmp_path / "edit")
     edit = Edit.load(tmp_path / "edit")
-    with edit.attached(lm):
+    with edit.applied(lm, how="beside"):
         edited = logits(lm.model)
     assert fingerprints(lm.model) == before
     assert torch.equal(logits(lm.model), plain)
@@ -152,13 +151,12 @@ def test_from_rewrite_to_an_adapter_beside_the_packed_base(scheme: str, tmp_path
 def test_writing_into_a_packed_weight_is_refused_with_the_ways_out(scheme: str) -> None:
     lm = loaded(scheme)
     edit = engram.rewrite(lm, FACT, **SETTINGS)
-    wanted = (
-        rf"is quantised "
-        rf"\({scheme}\).*edit.attached\(lm\).*edit.to_peft\(folder\).*engram.dequantised\(lm, "
-        rf"layer\)"
+    expected = (
+        rf"is quantised \({scheme}\).*edit.applied\(lm, how='beside'\).*edit.to_peft\(folder\).*"
+        r"engram.dequantised\(lm, layer\)"
     )
-    with pytest.raises(UnsupportedModelError, match=wanted):
-        edit.applied(lm).__enter__()
+    with pytest.raises(UnsupportedModelError, match=expected):
+        edit.applied(lm, how="weights").__enter__()
 
 
 def test_one_matrix_unpacked_takes_the_edit_and_gives_way_to_the_packed_one_again(
@@ -171,7 +169,7 @@ def test_one_matrix_unpacked_takes_the_edit_and_gives_way_to_the_packed_one_agai
         lm.parts.mlp_out(1),
         repr(lm.model.config.quantization_config),
     )
-    with edit.attached(lm):
+    with edit.applied(lm, how="beside"):
         beside = logits(lm.model)
     with engram.dequantised(lm, 1) as same:
         assert same is lm and quantisation(lm.parts.mlp_out(1)) is None
@@ -202,7 +200,7 @@ def test_a_checkpoint_with_the_edit_in_its_one_unpacked_matrix(scheme: str, tmp_
     with engram.dequantised(lm, 1):
         with edit.applied(lm):
             edited = logits(lm.model)
-        to_checkpoint(edit, lm, tmp_path / "edited")
+        edit.to_checkpoint(lm, tmp_path / "edited")
     again = engram.load(tmp_path / "edited")
     assert quantisation(again.parts.mlp_out(1)) is None
     assert quantisation(again.parts.mlp_out(2)) == scheme
@@ -215,9 +213,9 @@ def test_an_edit_of_the_float_model_is_told_apart_and_can_be_forced(scheme: str)
     with pytest.raises(
         BaseMismatchError, match=f"it is {scheme}, the edit was made on plain float32"
     ):
-        edit.attached(lm).__enter__()
+        edit.applied(lm, how="beside").__enter__()
     unedited = logits(lm.model)
-    with edit.attached(lm, force=True):
+    with edit.applied(lm, force=True, how="beside"):
         assert not torch.allclose(logits(lm.model), unedited, atol=1e-3)
     own = engram.rewrite(lm, FACT, **SETTINGS)
     with pytest.raises(

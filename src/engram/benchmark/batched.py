@@ -49,7 +49,7 @@ def can_batch(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
     """Whether rows can carry the edit: changes of linear maps inside the blocks of a causal model,
     of low rank or small.
     """
-    if not isinstance(edit, Edit) or lm.kind != "causal":
+    if not edit.changes_weights or lm.kind != "causal":
         return False
     small = all(
         _factored(each) or 4 * each.shape[0] * each.shape[1] <= _BYTES

@@ -115,6 +115,6 @@ def all_failed(record: Record) -> Outcome:
 
 def size_of(edit: Edit | PromptEdit) -> int:
     """Bytes of what an edit consists of: the factors of its changes, or its words."""
-    if isinstance(edit, PromptEdit):
-        return len(json.dumps(edit.to_dict()))
+    if not edit.changes_weights:
+        return len(json.dumps(edit.contents().record))
     return sum(each.nbytes for delta in edit.deltas.values() for each in delta.factors().values())

@@ -52,7 +52,7 @@ def measure_one(
         base: what came back of the same record unedited; without it nothing is compared with the
             unedited model.
     """
-    with nullcontext() if edit is None else edit.laid(lm):
+    with nullcontext() if edit is None else edit.applied(lm):
         questions = ProbeRows(lm, [record])
         tally, compared = asked_now(lm, questions, None if base is None else base.compared)
         (readings,) = tally.readings(greedy(lm, questions, config))

@@ -133,7 +133,11 @@ def bench(
                 label,
                 method,
                 settings
-                | ({"records_per_batch": records_per_batch} if METHODS[method].depends_on_batch else {}),
+                | (
+                    {"records_per_batch": records_per_batch}
+                    if METHODS[method].depends_on_batch
+                    else {}
+                ),
             )
         store.begin_session(
             datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, records_per_batch)
@@ -201,7 +205,9 @@ def _units(
             which are written once.
     """
     way, units = METHODS[method], []
-    size = records_per_batch if way.batch_function is not None else min(records_per_batch, _ONE_BY_ONE)
+    size = (
+        records_per_batch if way.batch_function is not None else min(records_per_batch, _ONE_BY_ONE)
+    )
     for first in range(0, len(records), size):
         together = range(first, min(first + size, len(records)))
         places = [place for place in together if place not in done]

@@ -200,10 +200,9 @@ def apply(
     ] = False,
 ) -> None:
     """Write a copy of a checkpoint with an edit in its weights."""
-    from engram.edit.checkpoint import apply_to_checkpoint
     from engram.edit.edit import Edit
 
-    written = apply_to_checkpoint(Edit.load(edit), model, out, force=force)
+    written = Edit.load(edit).to_checkpoint(model, out, force=force)
     typer.echo(f"edited checkpoint: {written}")
 
 
@@ -263,7 +262,7 @@ def generate(
         if chat:
             stack.enter_context(lm.asked_through(chat_frame(lm)))
         for edit in _nested(edits or []):
-            stack.enter_context(edit.laid(lm))
+            stack.enter_context(edit.applied(lm))
         typer.echo(lm.generate(prompt, sampling.tokens, **settings))
 
 
@@ -297,20 +296,18 @@ def _takes(setting: str, method: str) -> bool:
 
 def _loaded(folders: list[Path]) -> Edit | PromptEdit:
     """Load one edit, or several edits of weights composed into one."""
-    from engram.edit.edit import Edit, compose
-    from engram.edit.files import load
+    from engram.edit.edit import Edit, compose, load_edit
 
     if len(folders) == 1:
-        return load(folders[0])
+        return load_edit(folders[0])
     return compose([Edit.load(folder) for folder in folders])
 
 
 def _nested(folders: list[Path]) -> list[Edit | PromptEdit]:
     """Load edits in the order they nest: all weight edits as one, then in-context edits."""
-    from engram.edit.edit import Edit, compose
-    from engram.edit.files import load
+    from engram.edit.edit import Edit, compose, load_edit
 
-    edits = [load(folder) for folder in folders]
+    edits = [load_edit(folder) for folder in folders]
     weights = [edit for edit in edits if isinstance(edit, Edit)]
     in_context = [edit for edit in edits if not isinstance(edit, Edit)]
     return [*([compose(weights)] if weights else []), *in_context]

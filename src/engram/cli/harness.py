@@ -50,13 +50,13 @@ def harness(
     model_options: ModelOptions,
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model, with an edit applied."""
-    from engram.edit.files import load
+    from engram.edit.edit import load_edit
     from engram.evaluate.harness import harness as run
 
     scores = run(
         model_options.load(model),
         task_options.tasks,
-        edit=None if edit is None else load(edit),
+        edit=None if edit is None else load_edit(edit),
         mode=mode.value,
         include_path=task_options.include_path,
         batch_size=task_options.rows_per_batch,

@@ -1,4 +1,8 @@
-"""TODO edit.base"""
+"""What an edit was computed on: describe a model's weights, and compare them with a description.
+
+Knows how weights are named, stored and hashed, and what is in force on them. Refuses to know edits
+as a whole: it sees one module or one change at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,22 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engram.edit.delta import Delta
+from engram.edit.in_force import WRITTEN, fingerprint_in_force
+from engram.edit.stack import mismatch
 from engram.errors import BaseMismatchError, UnsupportedModelError
+from engram.modules.fingerprints import dtype_name, fingerprint
 from engram.modules.weights import is_transposed, quantisation, values
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
-from engram.edit.in_force import _LAID, _with_beside
-from engram.edit.stack import _mismatch
-from engram.modules.fingerprints import _name, fingerprint
 
 
 def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
-    """What `Edit.base` holds about the weights that an edit is made on, as they are now.
+    """Describe these weights as they are now: what `Edit.base` holds.
 
-    Of a quantised weight it describes the numbers that the packed integers stand for, in float32,
-    and says how they were packed; so an edit that was made on it also fits the same weight unpacked
-    (`quantised.dequantised`).
+    Of a quantised weight it describes the numbers that the packed integers represent, in float32,
+    and how they were packed; so an edit that was made on it also fits the same weight unpacked
+    (`engram.dequantised`).
 
     Args:
         names: parameters that the edit changes, as in `lm.model.state_dict()`.
@@ -38,8 +42,8 @@ def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
         module = linear_module_of(lm, name)
         weight = values(module)
         tensors[name] = {
-            "sha256": _with_beside(fingerprint(weight), module),
-            "dtype": _name(weight.dtype),
+            "sha256": fingerprint_in_force(fingerprint(weight), module),
+            "dtype": dtype_name(weight.dtype),
             "shape": list(weight.shape),
             "transposed": is_transposed(module),
         }
@@ -49,8 +53,8 @@ def describe_base(lm: LanguageModel, names: Iterable[str]) -> dict[str, Any]:
 
 
 def editable(lm: LanguageModel) -> list[str]:
-    """Names of all weights that an edit can be laid on: floating-point matrices of linear maps, in
-    memory.
+    """Return the names of all weights that can be written into: floating-point matrices of linear
+    maps, in memory.
     """
     linear = {
         f"{name}.weight": each
@@ -66,23 +70,23 @@ def editable(lm: LanguageModel) -> list[str]:
 
 
 def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> None:
-    """Raise unless a change fits beside the weight as it is: what is compared, and when it fits, is
-    as in `Stack.with_delta`.
+    """Raise unless a change may be attached beside the weight as it is; `Stack.with_delta` compares
+    the same way.
 
     Raises:
-        BaseMismatchError: neither the weight that the change was made on, nor that weight with the
-            edits that lie there now.
+        BaseMismatchError: neither the weight on which the change was computed, nor that weight with
+            the edits that are in force now.
     """
     dtype, weight = getattr(torch, made_on["dtype"]), values(module)
-    layers = _LAID.get(weight)
-    base = layers[-1].stack.base if layers else weight
-    now = _with_beside(fingerprint(weight, dtype), module)
+    below = WRITTEN.get(weight)
+    base = below[-1].stack.base if below else weight
+    now = fingerprint_in_force(fingerprint(weight, dtype), module)
     if made_on["sha256"] not in (fingerprint(base, dtype), now):
-        raise BaseMismatchError(_mismatch(base, dtype, made_on, quantisation(module)))
+        raise BaseMismatchError(mismatch(base, dtype, made_on, quantisation(module)))
 
 
 def linear_module_of(lm: LanguageModel, name: str) -> nn.Module:
-    """The linear module whose weight is the parameter of that name.
+    """Return the linear module whose weight is the parameter of that name.
 
     Raises:
         BaseMismatchError: no such parameter; UnsupportedModelError: not the weight of a linear map.

@@ -22,9 +22,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engram.edit import folder_format as edit_files
+from engram import pocket
 from engram.edit.applied import applied
-from engram.edit.edit import Edit
+from engram.edit.changes import WeightChanges
+from engram.edit.folder_format import Contents, Storable, change_identity, read, write
 from engram.edit.recipe import check_changes_weights
 from engram.edit.safetensors_layout import TensorBytes, find, tensor_locations
 from engram.edit.stack import Stack
@@ -62,7 +63,7 @@ _OTHER_FRAMEWORKS = [
 class _Applied:
     """An edit that lies on a checkpoint; `forced` if its base was not checked."""
 
-    edit: Edit
+    edit: Contents
     forced: bool
 
 
@@ -78,7 +79,7 @@ class _Record:
 
 
 def apply_to_checkpoint(
-    edit: Edit, source: str | Path, folder: str | Path, *, force: bool = False
+    edit: Storable, source: str | Path, folder: str | Path, *, force: bool = False
 ) -> Path:
     """Write a copy of a checkpoint with `edit` in its weights.
 
@@ -101,10 +102,10 @@ def apply_to_checkpoint(
     check_changes_weights(edit)
     source = _local(source)
     record = _read_record(source)
-    return _rebuild(source, Path(folder), [*record.edits, _Applied(edit, force)], record)
+    return _rebuild(source, Path(folder), [*record.edits, _Applied(edit.contents(), force)], record)
 
 
-def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None = None) -> Path:
+def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | None = None) -> Path:
     """Write a copy of an edited checkpoint without its edits: every byte of the original.
 
     Args:
@@ -125,8 +126,8 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None 
         )
     rest: list[_Applied] = []
     if edit is not None:
-        gone = edit_files.change_identity(edit)
-        names = [edit_files.change_identity(each.edit) for each in record.edits]
+        gone = change_identity(edit.contents().deltas)
+        names = [change_identity(each.edit.deltas) for each in record.edits]
         if gone not in names:
             raise EngramFileError(
                 f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}"
@@ -136,15 +137,13 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Edit | None 
     return _rebuild(source, Path(folder), rest, record)
 
 
-def to_checkpoint(
-    edit: Edit, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
+def save_edited(
+    changes: WeightChanges, lm: LanguageModel, folder: str | Path, *, force: bool = False
 ) -> Path:
-    """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk."""
-    if isinstance(source, str | Path):
-        return apply_to_checkpoint(edit, source, folder, force=force)
-    with applied(edit, source, force=force), atomic_folder(folder) as fresh:
-        source.model.save_pretrained(fresh)
-        source.tokenizer.save_pretrained(fresh)
+    """Write a model in memory, edited, and its tokenizer as a checkpoint."""
+    with applied(changes, lm, how="weights", force=force), atomic_folder(folder) as fresh:
+        lm.model.save_pretrained(fresh)
+        lm.tokenizer.save_pretrained(fresh)
     return Path(folder)
 
 
@@ -182,7 +181,7 @@ def _edited(
         for parameter, delta in each.edit.deltas.items():
             if find(parameter, stands).name != name:
                 continue
-            made_on = each.edit.base["tensors"][parameter]
+            made_on = each.edit.changes.made_on(parameter)
             stack = stack or Stack(original, made_on["transposed"])
             try:
                 stack = stack.with_delta(delta, made_on, force=each.forced)
@@ -239,9 +238,7 @@ def _read_record(source: Path) -> _Record:
             raise ValueError(
                 f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}"
             )
-        edits = [
-            _Applied(Edit.load(home / each["folder"]), each["forced"]) for each in record["edits"]
-        ]
+        edits = [_Applied(read(home / each["folder"]), each["forced"]) for each in record["edits"]]
         raw = (home / _ORIGINALS).read_bytes()
         if _digest(raw) != record["originals"]:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
@@ -264,7 +261,7 @@ def _write_record(
     for i, each in enumerate(edits):
         inside = f"{_EDITS}/{i}"
         (home / inside).mkdir(parents=True)
-        edit_files.write(each.edit, home / inside)
+        write(each.edit, home / inside)
         entries.append({"folder": inside, "forced": each.forced})
     raw = safetensors.torch.save(originals)
     (home / _ORIGINALS).write_bytes(raw)
@@ -287,8 +284,6 @@ def _local(source: str | Path) -> Path:
     folder.
     """
     if str(source) == "pocket":
-        from engram import pocket
-
         return Path(pocket.PATH)
     if (folder := recover_folder(source)).is_dir():
         return folder

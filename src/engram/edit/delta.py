@@ -134,6 +134,10 @@ class Delta:
         identity = torch.eye(min(out, into), dtype=self.left.dtype)
         return (self.left, identity) if into <= out else (identity, self.left)
 
+    def facts(self) -> set[int]:
+        """Return the facts that own a column."""
+        return {fact for owners in self._owners() for fact in owners}
+
     def owned_by(self, owners: Iterable[Iterable[int]]) -> Delta:
         """The same change with other owners, one entry a column."""
         return Delta(self.left, self.right, tuple(tuple(each) for each in owners))

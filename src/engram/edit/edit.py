@@ -1,9 +1,9 @@
 """Edit: the value that an editor returns: what changes in which weight, for which facts, and how it
-was made.
+was computed.
 
-Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is laid on a model
-is merging.py, and beside its weights attaching.py; how it is kept edit_files.py, how it changes a
-checkpoint on disk checkpoint.py, how it becomes an adapter peft_export.py.
+Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is applied to a
+model: applied.py; how it is stored: folder_format.py; how it changes a checkpoint on disk:
+checkpoint.py; how it becomes an adapter: lora_export.py.
 """
 
 from __future__ import annotations
@@ -17,44 +17,51 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from engram.edit import applied as in_memory
+from engram.edit import checkpoint, folder_format, lora_export
 from engram.edit import keys as fact_keys
+from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta, add
-from engram.errors import BaseMismatchError, EngramError, EngramFileError, FactError
+from engram.edit.prompt_edit import PromptEdit
+from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
+from engram.errors import BaseMismatchError, EngramError, EngramFileError
 from engram.facts import Fact
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
-from engram.edit.recipe import check_changes_weights, fact_index, library_versions, plain
 
 log = logging.getLogger(__name__)
-
-
 COMPOSED = "composed"  # method of an edit that `compose` made; its settings hold the parts' recipes
+_RECORDED = ("method", "settings", "seed", "base", "versions", "diagnostics", "receipt")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of a model's weights that makes it say other facts; a value, nothing is changed by
-    making one.
+    """A change of a model's weights that makes it state other facts. It is a value: making one
+    changes nothing.
 
     Args:
         facts: what the edit makes true, at least one.
         method: name of the editor.
-        settings: its settings; like `diagnostics` and `receipt`, made of what JSON knows.
+        settings: its settings; like `diagnostics` and `receipt`, values that JSON can hold.
         deltas: parameter name (as in `model.state_dict()`) -> its change.
-        base: what the edit was made on, from `merging.describe_base`: {"model", "model_type",
-            "tensors": {parameter name: {"sha256", "dtype", "shape", "transposed"}}}, and
-            "quantised" where it is.
+        base: what the edit was computed on, see `WeightChanges`.
         seed: of every random draw.
         versions: of the libraries that computed it.
         diagnostics: numbers that the editor reports.
-        receipt: what `engram.verify` found, once it has.
-        keys: parameter name -> [facts, in], row i the input at which fact i's change was solved
-            (zeros: it has none there); for weights and methods that have keys, the others are left
-            out.
+        receipt: what `engram.verify` measured, once it has.
+        keys: parameter name -> [facts, in], row i the input at which the change for fact i was
+            solved (zeros: there is none); weights and methods without keys are left out.
     Raises:
         EngramError: no deltas, a delta that its base does not describe, keys that do not fit, or
             settings that JSON cannot hold.
+    Example:
+        >>> edit = engram.rewrite(lm, fact, "ft", steps=1)
+        >>> with edit.applied(lm):
+        ...     text = lm.generate(fact.prompt_text, 3)
+        >>> edit.without(fact)
+        Traceback (most recent call last):
+        engram.errors.FactError: all facts of the edit would go; an edit without facts is the unedited model
     """
 
     facts: tuple[Fact, ...]
@@ -76,10 +83,9 @@ class Edit:
             )
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
+        WeightChanges(self.deltas, self.base)  # checks that they fit each other
         object.__setattr__(
-            self,
-            "deltas",
-            {name: self._checked(name, delta) for name, delta in self.deltas.items()},
+            self, "deltas", {name: self._owned(name, delta) for name, delta in self.deltas.items()}
         )
         object.__setattr__(
             self, "keys", fact_keys.validated_keys(self.keys, self.deltas, len(self.facts))
@@ -94,24 +100,15 @@ class Edit:
             getattr(self, name) == getattr(other, name) for name in plain
         ) and fact_keys.same(self.keys, other.keys)
 
-    def _checked(self, name: str, delta: Delta) -> Delta:
-        """`delta` with owners, once it agrees with the weight that `base` describes."""
-        weight = self.base.get("tensors", {}).get(name)
-        if weight is None:
-            raise EngramError(
-                f"base does not describe {name!r}, which the edit changes; use merging.describe_base(lm, names)"
-            )
-        shape = tuple(reversed(weight["shape"])) if weight["transposed"] else tuple(weight["shape"])
-        if delta.shape != shape:
-            raise EngramError(
-                f"delta of {name!r} is [out, in] = {list(delta.shape)}, its weight is {list(shape)}"
-            )
+    def _owned(self, name: str, delta: Delta) -> Delta:
+        """Return `delta` with owners among the facts: without any, all facts own every column."""
         if delta.owners is None:
             return delta.owned_by([range(len(self.facts))] * delta.columns)
-        outside = {fact for each in delta._owners() for fact in each} - set(range(len(self.facts)))
+        outside = delta.facts() - set(range(len(self.facts)))
         if outside:
             raise EngramError(
-                f"delta of {name!r} has columns of facts {sorted(outside)}; there are {len(self.facts)} facts"
+                f"delta of {name!r} has columns of facts {sorted(outside)}; there are "
+                f"{len(self.facts)} facts"
             )
         return delta
 
@@ -124,13 +121,22 @@ class Edit:
         """Largest rank of its deltas."""
         return max(delta.rank for delta in self.deltas.values())
 
+    @property
+    def changes_weights(self) -> bool:
+        """True; a `PromptEdit` says False."""
+        return True
+
+    @property
+    def changes(self) -> WeightChanges:
+        """The changes by themselves, without facts and recipe."""
+        return WeightChanges(self.deltas, self.base)
+
     def with_receipt(self, receipt: Any) -> Edit:
-        """The same edit with `receipt`: a dict, or an object that has `to_dict()`."""
-        return replace(self, receipt=receipt.to_dict() if hasattr(receipt, "to_dict") else receipt)
+        """Return the same edit with `receipt`: a dict, or an object that has `to_dict()`."""
+        return replace(self, receipt=as_dict(receipt))
 
     def without(self, *facts: Fact | int) -> Edit:
-        """The edit with these facts taken out exactly: their columns go, the others stay bit for
-        bit.
+        """Take these facts out exactly: their columns go, the others stay bit for bit.
 
         Facts that share their columns (solved jointly) can only go together. `compose([a, b])`
         without b's facts is a, with no receipt.
@@ -138,125 +144,129 @@ class Edit:
         Args:
             facts: each a fact of this edit, or its index.
         Raises:
-            FactError: a fact that is not in the edit, or nothing would be left.
+            FactError: a fact that is not in the edit, or none would stay.
             EngramError: facts solved jointly with others that stay.
         """
-        gone = {fact_index(self.facts, fact) for fact in facts}
-        if not gone:
+        rest = staying(self.facts, facts)
+        if len(rest) == len(self.facts):
             return self
-        kept = [i for i in range(len(self.facts)) if i not in gone]
-        if not kept:
-            raise FactError(
-                "all facts of the edit would go; an edit without facts is the unedited model"
-            )
-        place = {old: new for new, old in enumerate(kept)}
+        gone = set(range(len(self.facts))) - set(rest)
+        place = {old: new for new, old in enumerate(rest)}
         remaining = {name: delta.without(gone) for name, delta in self.deltas.items()}
         deltas = {
             name: delta.renumbered(place) for name, delta in remaining.items() if delta is not None
         }
         tensors = {name: self.base["tensors"][name] for name in deltas}
-        rest = replace(
+        smaller = replace(
             self,
-            facts=tuple(self.facts[i] for i in kept),
+            facts=tuple(self.facts[i] for i in rest),
             deltas=deltas,
             base={**self.base, "tensors": tensors},
-            diagnostics={},  # of facts that are no longer all there
+            diagnostics={},  # they are about facts that are no longer all in the edit
             receipt=None,
-            keys=fact_keys.rows(self.keys, kept, deltas),
+            keys=fact_keys.rows(self.keys, rest, deltas),
         )
-        return (
-            _with_parts(rest, _thinned(self.settings["parts"], gone))
-            if self.method == COMPOSED
-            else rest
-        )
+        if self.method != COMPOSED:
+            return smaller
+        return _with_parts(smaller, _thinned(self.settings["parts"], gone))
 
     def applied(
-        self, lm: LanguageModel, *, force: bool = False
+        self, lm: LanguageModel, *, how: in_memory.How = "auto", force: bool = False
     ) -> AbstractContextManager[LanguageModel]:
-        """Within the block `lm` is edited; afterwards it is as before, bit for bit. See
-        `merging.applied`.
+        """Edit `lm` for the length of the block; afterwards it is as before, bit for bit.
+
+        Args:
+            how: "weights" writes into the weights, "beside" leaves them alone (so they may be
+                quantised or offloaded), "auto" chooses. See `edit.applied.applied`.
+            force: apply also to weights on which the edit was not computed.
         """
-        from engram.edit.applied import applied
-
-        return applied(self, lm, force=force)
-
-    def attached(
-        self, lm: LanguageModel, *, force: bool = False
-    ) -> AbstractContextManager[LanguageModel]:
-        """Within the block `lm` computes as if edited; no weight is touched, so it may be
-        quantised. See `attaching.attached`.
-        """
-        from engram.edit.attached import attached
-
-        return attached(self, lm, force=force)
-
-    def laid(
-        self, lm: LanguageModel, *, force: bool = False
-    ) -> AbstractContextManager[LanguageModel]:
-        """`applied` where the weights can be written into, `attached` where one is quantised or
-        offloaded. See `attaching.laid`.
-        """
-        from engram.edit.attached import laid
-
-        return laid(self, lm, force=force)
+        return in_memory.applied(self.changes, lm, how=how, force=force)
 
     def rounding_cost(self, lm: LanguageModel) -> dict[str, float]:
-        """What rounding into the model's dtype loses, a share of each delta. See
-        `merging.rounding_cost`.
+        """Return what rounding into the model's dtype loses, as a share of each delta. See
+        `edit.applied.rounding_cost`.
         """
-        from engram.edit.applied import rounding_cost
-
-        return rounding_cost(self, lm)
+        return in_memory.rounding_cost(self.changes, lm)
 
     def save(self, folder: str | Path) -> Path:
-        """Keep the edit as a folder, whole or not at all. See `edit_files.save`."""
-        from engram.edit.folder_format import save
-
-        return save(self, folder)
+        """Write the edit as a folder, whole or not at all. See `folder_format.save`."""
+        return folder_format.save(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Edit:
-        """Read what `save` wrote. See `edit_files.load`.
+        """Read what `save` wrote.
 
         Raises:
-            EditFileError: missing, damaged, of another format version, or an in-context edit, which
-                has no weights.
+            EngramFileError: missing, damaged, of another format version, or an in-context edit,
+                which has no weights.
         """
-        from engram.edit.files import load
-
-        edit = load(folder)
+        edit = load_edit(folder)
         if not isinstance(edit, Edit):
             raise EngramFileError(
-                f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which changes no weights. Read it with "
-                "PromptEdit.load, or either kind with edit_files.load"
+                f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which "
+                "changes no weights. Read it with PromptEdit.load, or either kind with "
+                "engram.edit.edit.load_edit"
             )
         return edit
 
-    def to_peft(self, folder: str | Path) -> Path:
-        """Write the edit as a LoRA adapter. See `peft_export.to_peft`."""
-        from engram.edit.lora_export import to_peft
+    def contents(self) -> folder_format.Contents:
+        """Return what the edit's folder holds."""
+        record = {"facts": [fact.to_dict() for fact in self.facts]}
+        record |= {name: getattr(self, name) for name in _RECORDED}
+        return folder_format.Contents(record, self.deltas, self.keys)
 
-        return to_peft(self, folder)
+    @classmethod
+    def from_contents(cls, contents: folder_format.Contents) -> Edit:
+        """Build an edit from what its folder holds."""
+        record = contents.record
+        return cls(
+            facts=tuple(Fact.from_dict(each) for each in record["facts"]),
+            deltas=contents.deltas,
+            keys=contents.keys,
+            **{name: record[name] for name in _RECORDED},
+        )
+
+    def to_peft(self, folder: str | Path) -> Path:
+        """Write the edit as a LoRA adapter. See `lora_export.to_peft`."""
+        return lora_export.to_peft(self.changes, folder)
 
     def to_checkpoint(
         self, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
     ) -> Path:
-        """Write an edited checkpoint. See `checkpoint.to_checkpoint`."""
-        from engram.edit.checkpoint import to_checkpoint
+        """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk.
 
-        return to_checkpoint(self, source, folder, force=force)
+        See `checkpoint.apply_to_checkpoint`.
+        """
+        if isinstance(source, str | Path):
+            return checkpoint.apply_to_checkpoint(self, source, folder, force=force)
+        return checkpoint.save_edited(self.changes, source, folder, force=force)
+
+
+def load_edit(folder: str | Path) -> Edit | PromptEdit:
+    """Read an edit of either kind from its folder.
+
+    Raises:
+        EngramFileError: missing, damaged, or of another format version.
+    """
+    contents = folder_format.read(folder)
+    with folder_format.damage_of(folder):
+        return (Edit if contents.deltas else PromptEdit).from_contents(contents)
 
 
 def compose(edits: Sequence[Edit]) -> Edit:
-    """One edit that does what all of them do: deltas add, facts are joined in order.
+    """Return one edit that does what all of them do: deltas add, facts are joined in order.
 
-    The edits have to be made on the same base, each as if it were alone. The receipts are not
+    The edits have to be computed on the same base, each as if it were alone. Receipts are not
     carried over: they are not about the composition. Keys are, at every weight where each part that
-        changes it has them.
+    changes it has them.
 
     Raises:
         EngramError: no edits, or an in-context edit, which has no weights to add.
-        BaseMismatchError: made on different weights.
+        BaseMismatchError: they were computed on different weights.
+    Example:
+        >>> both = engram.compose([edit, edit])
+        >>> len(both.facts)
+        2
     """
     if not edits:
         raise EngramError("compose needs at least one edit, got an empty list")
@@ -289,7 +299,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
     _warn_of_conflicts(facts)
     deltas = {name: add(each) for name, each in terms.items()}
     base = {**edits[0].base, "tensors": tensors}
-    return Edit(facts, COMPOSED, {"parts": parts}, deltas, base, keys=fact_keys.joined(edits))
+    keys = fact_keys.joined([(edit.keys, edit.deltas, len(edit.facts)) for edit in edits])
+    return Edit(facts, COMPOSED, {"parts": parts}, deltas, base, keys=keys)
 
 
 def _recipe(edit: Edit) -> dict[str, Any]:
@@ -301,7 +312,7 @@ def _recipe(edit: Edit) -> dict[str, Any]:
 
 
 def _thinned(parts: list[dict[str, Any]], gone: set[int]) -> list[dict[str, Any]]:
-    """The parts with their number of facts put right, and those that have none left out."""
+    """Return the parts with the number of facts they have left, without those that have none."""
     thinned, first = [], 0
     for part in parts:
         left = sum(i not in gone for i in range(first, first + part["facts"]))
@@ -314,8 +325,8 @@ def _thinned(parts: list[dict[str, Any]], gone: set[int]) -> list[dict[str, Any]
 
 
 def _with_parts(edit: Edit, parts: list[dict[str, Any]]) -> Edit:
-    """A composed edit of these parts; a single part is no composition any more and takes its recipe
-    back.
+    """Return a composed edit of these parts; a single part is no composition any more and takes its
+    recipe back.
     """
     if len(parts) > 1:
         return replace(edit, settings={"parts": parts})

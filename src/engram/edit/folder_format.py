@@ -1,145 +1,207 @@
 """Edits as folders: `edit.json` (facts, recipe, base, receipt), `deltas.safetensors` (factors) and,
-of edits that have them,
-`keys.safetensors`. No pickle.
+for edits that have them, `keys.safetensors`. No pickle.
 
 An in-context edit has no factors: its folder holds an `edit.json` of the kind "prompt" and nothing
-else.
-
-Knows the format, version 1. Refuses to know models: whether an edit fits one is checked when it is
-applied.
+else. Knows the format, version 1, and the contents of a folder as one value. Refuses to know edits
+(they build themselves from their contents) and models (whether an edit fits one is checked when it
+is applied).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
+from safetensors import SafetensorError
 
-from engram.edit.edit import Edit
-from engram.edit.prompt_edit import PromptEdit
-from engram.errors import EngramFileError
-from engram.files.whole_folders import atomic_folder
+from engram.edit.changes import WeightChanges
+from engram.edit.delta import Delta
+from engram.edit.keys import Keys
+from engram.errors import EngramError, EngramFileError
+from engram.files.whole_folders import atomic_folder, recover_folder
 
 FORMAT_VERSION = 1
-
-
 RECIPE, FACTORS, KEYS = "edit.json", "deltas.safetensors", "keys.safetensors"
+_PROMPT = "prompt"  # kind of an edit without weights
+_OURS = ("format_version", "kind", "owners", "sha256", "keys_sha256")  # not the edit's own
 
 
-PROMPT = "prompt"  # kind of an edit without weights
+@dataclass(frozen=True)
+class Contents:
+    """What an edit's folder holds.
+
+    Attributes:
+        record: what `edit.json` says about the edit itself.
+        deltas: empty for an in-context edit, and only for one.
+        keys: of the facts; empty where the edit has none.
+    """
+
+    record: dict[str, Any]
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    keys: Keys = field(default_factory=dict)
+
+    @property
+    def changes(self) -> WeightChanges:
+        """The changes of weights by themselves."""
+        return WeightChanges(self.deltas, self.record["base"])
+
+    def __repr__(self) -> str:
+        return f"Edit({len(self.record['facts'])} facts, {self.record['method']!r})"
 
 
-_FIELDS = ("method", "settings", "seed", "base", "versions", "diagnostics", "receipt")
+class Storable(Protocol):
+    """An edit of either kind."""
+
+    @property
+    def changes_weights(self) -> bool: ...
+
+    def contents(self) -> Contents: ...
 
 
-def save(edit: Edit | PromptEdit, folder: str | Path) -> Path:
-    """Keep `edit` as a folder; an edit that was there is replaced.
+def save(edit: Storable, folder: str | Path) -> Path:
+    """Write `edit` as a folder; an edit that was there is replaced.
 
     A save that is killed leaves the old edit or the new one, never half of one.
 
     Returns:
         The folder.
     Raises:
-        EditFileError: `folder` holds something else than an edit, or cannot be written.
+        EngramFileError: `folder` holds something else than an edit, or cannot be written.
     """
     with atomic_folder(folder, replaces=RECIPE) as fresh:
-        write(edit, fresh)
+        write(edit.contents(), fresh)
     return Path(folder)
 
 
-def write(edit: Edit | PromptEdit, folder: Path) -> None:
-    """The files of `edit` into an existing folder."""
-    if isinstance(edit, PromptEdit):
-        _write_recipe(folder, {"format_version": FORMAT_VERSION, "kind": PROMPT, **edit.to_dict()})
-        return
-    factors = factor_bytes(edit)
-    recipe: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "facts": [fact.to_dict() for fact in edit.facts],
-    }
-    recipe |= {name: getattr(edit, name) for name in _FIELDS}
-    recipe["owners"] = {name: delta.owners for name, delta in edit.deltas.items()}
-    recipe["sha256"] = hashlib.sha256(factors).hexdigest()
-    (folder / FACTORS).write_bytes(factors)
-    if edit.keys:
-        keys = safetensors.torch.save(edit.keys)
-        recipe["keys_sha256"] = hashlib.sha256(keys).hexdigest()
+def write(contents: Contents, folder: Path) -> None:
+    """Write the files of an edit into an existing folder."""
+    kind = {} if contents.deltas else {"kind": _PROMPT}
+    record = {"format_version": FORMAT_VERSION, **kind, **contents.record}
+    if contents.deltas:
+        factors = _factor_bytes(contents.deltas)
+        record["owners"] = {name: delta.owners for name, delta in contents.deltas.items()}
+        record["sha256"] = hashlib.sha256(factors).hexdigest()
+        (folder / FACTORS).write_bytes(factors)
+    if contents.keys:
+        keys = safetensors.torch.save(contents.keys)
+        record["keys_sha256"] = hashlib.sha256(keys).hexdigest()
         (folder / KEYS).write_bytes(keys)
-    _write_recipe(folder, recipe)
-
-
-def _write_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     (folder / RECIPE).write_text(
-        json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 
-def _damaged(folder: Path, error: Exception) -> EngramFileError:
-    problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
-    return EngramFileError(
-        f"the edit in {folder} is damaged: {problem}. Take it from where it came once more"
+def read(folder: str | Path) -> Contents:
+    """Read what `save` wrote, after checking it: format version, hash, shapes, finiteness.
+
+    Raises:
+        EngramFileError: missing, damaged, or of another format version.
+    """
+    folder = recover_folder(folder)
+    record = _record(folder)
+    own = {name: value for name, value in record.items() if name not in _OURS}
+    if record.get("kind") == _PROMPT:
+        return Contents(own)
+    factors = _whole(folder / FACTORS, record.get("sha256"))
+    raw_keys = _whole(folder / KEYS, record["keys_sha256"]) if "keys_sha256" in record else None
+    with damage_of(folder):
+        tensors = safetensors.torch.load(factors)
+        deltas = {
+            name: Delta(tensors.pop(f"{name}.left"), tensors.pop(f"{name}.right", None), owners)
+            for name, owners in record["owners"].items()
+        }
+        if tensors:
+            raise ValueError(f"tensors of no delta: {', '.join(sorted(tensors))}")
+        keys = {} if raw_keys is None else safetensors.torch.load(raw_keys)
+        WeightChanges(deltas, own["base"])  # checks that they fit each other
+        return Contents(own, deltas, keys)
+
+
+@contextmanager
+def damage_of(folder: str | Path) -> Iterator[None]:
+    """Raise what goes wrong within the block as damage of the edit in `folder`."""
+    try:
+        yield
+    except EngramFileError:
+        raise
+    except (
+        SafetensorError,
+        EngramError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        problem = f"no entry {error}" if isinstance(error, LookupError) else str(error)
+        raise EngramFileError(
+            f"the edit in {folder} is damaged: {problem}. Copy it again from its source"
+        ) from error
+
+
+def change_identity(deltas: Mapping[str, Delta]) -> str:
+    """Return the sha256 of changes of weights, by which an edit is recognised in a checkpoint."""
+    return hashlib.sha256(_factor_bytes(deltas)).hexdigest()
+
+
+def _factor_bytes(deltas: Mapping[str, Delta]) -> bytes:
+    """Return the deltas as a safetensors file; equal deltas give equal bytes."""
+    return safetensors.torch.save(
+        {
+            f"{name}.{side}": factor
+            for name, delta in deltas.items()
+            for side, factor in delta.factors().items()
+        }
     )
-
-
-def factor_bytes(edit: Edit) -> bytes:
-    """The deltas as a safetensors file; the same edit gives the same bytes."""
-    tensors = {
-        f"{name}.{side}": factor
-        for name, delta in edit.deltas.items()
-        for side, factor in delta.factors().items()
-    }
-    return safetensors.torch.save(tensors)
-
-
-def change_identity(edit: Edit) -> str:
-    """sha256 of what an edit does to weights, by which it is recognised in an edited checkpoint."""
-    return hashlib.sha256(factor_bytes(edit)).hexdigest()
 
 
 def _whole(path: Path, sha256: Any) -> bytes:
-    """A file's bytes, once they are those that were written."""
+    """Return a file's bytes, once they are those that were written."""
     try:
-        found = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise EngramFileError(
             f"{path} cannot be read ({error.strerror}); the edit is incomplete"
         ) from error
-    if hashlib.sha256(found).hexdigest() != sha256:
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise EngramFileError(
-            f"{path} is damaged: its sha256 is not the one in {RECIPE}. Take it from where it came once more"
+            f"{path} is damaged: its sha256 is not the one in {RECIPE}. Copy it again from its "
+            "source"
         )
-    return found
+    return data
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
+def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     if not folder.is_dir():
         raise EngramFileError(
             f"{folder} is not a folder; expected one that Edit.save wrote ({RECIPE} and {FACTORS})"
         )
     try:
-        recipe: Any = json.loads(path.read_text(encoding="utf-8"))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EngramFileError(
             f"{folder} holds no edit: {RECIPE} cannot be read ({error.strerror})"
         ) from error
     except ValueError as error:
         raise EngramFileError(
-            f"{path} is damaged: {error}. Take the edit from where it came once more"
+            f"{path} is damaged: {error}. Copy the edit again from its source"
         ) from error
-    recipe = recipe if isinstance(recipe, dict) else {}
-    found = recipe.get("format_version")
-    if found != FORMAT_VERSION:
-        newer = isinstance(found, int) and found > FORMAT_VERSION
+    record = record if isinstance(record, dict) else {}
+    number = record.get("format_version")
+    if number != FORMAT_VERSION:
+        newer = isinstance(number, int) and number > FORMAT_VERSION
         raise EngramFileError(
-            f"{path} has format_version={found!r}, this engram reads {FORMAT_VERSION}."
+            f"{path} has format_version={number!r}, this engram reads {FORMAT_VERSION}."
             + (
                 " It was written by a newer engram: pip install --upgrade engram"
                 if newer
                 else " It is not an edit of ours"
             )
         )
-    return dict(recipe)
+    return dict(record)

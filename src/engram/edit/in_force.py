@@ -1,63 +1,73 @@
-"""TODO edit.in_force"""
+"""Which edits are in force on a model at the moment: what was written into its weights, and what is
+attached beside them.
+
+Two registries, because an edit can be in force in two ways:
+
+    WRITTEN   parameter -> the edits written into it, oldest first. Each entry holds the bits to
+              write back and the `Stack` of changes that the weight now stands for. The key is the
+              parameter, compared by identity, so tied weights are one entry.
+    ATTACHED  module -> the changes added to its output, oldest first; its weight is untouched.
+
+Both hold their keys weakly: they end with the model. They are global because edits on one model
+nest across callers that do not know each other (a ledger, a benchmark, a user's `with` block), and
+an edit made inside such a block has to record what it was made on. Refuses to know how edits are
+applied (applied.py, attached.py).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from engram.edit.delta import Delta
-
-if TYPE_CHECKING:
-    from engram.model.language_model import LanguageModel
 from engram.edit.stack import Stack
 from engram.modules.fingerprints import fingerprint
 
 
-def edited(lm: LanguageModel) -> list[str]:
-    """Names of the weights that edits lie on at the moment."""
-    return [name for name, weight in lm.model.named_parameters() if weight in _LAID]
-
-
 @dataclass
-class _Layer:
-    """One edit's change on one parameter: what to put back, and the stack while it lies there."""
+class WrittenEdit:
+    """One edit's change of one parameter while it is in force."""
 
-    saved: Tensor
-    stack: Stack
-
-
-# parameter (by identity, so tied weights are one) -> its layers, first laid first
-_LAID: MutableMapping[Tensor, list[_Layer]] = WeakTensorKeyDictionary()
+    saved: Tensor  # on the CPU: the bits to write back afterwards
+    stack: Stack  # this change together with those below it
 
 
-# module -> the changes that lie beside its weight (see attaching), first laid first
-BESIDE: MutableMapping[nn.Module, list[Delta]] = WeakKeyDictionary()
+WRITTEN: MutableMapping[Tensor, list[WrittenEdit]] = WeakTensorKeyDictionary()
+ATTACHED: MutableMapping[nn.Module, list[Delta]] = WeakKeyDictionary()
 
 
-def _with_beside(sha256: str, module: nn.Module) -> str:
-    """What an edit made now is made on: the weight, and what lies beside it."""
-    factors = [
-        fingerprint(factor)
-        for delta in BESIDE.get(module, ())
-        for factor in delta.factors().values()
-    ]
-    return hashlib.sha256(" ".join([sha256, *factors]).encode()).hexdigest() if factors else sha256
+def edited(model: nn.Module) -> list[str]:
+    """Return the names of the weights into which an edit is written at the moment."""
+    return [name for name, weight in model.named_parameters() if weight in WRITTEN]
 
 
-def beside(model: nn.Module) -> list[str]:
-    """What lies beside the weights of a model, module by module: part of what it computes, and in
-    none of its tensors.
+def attached_to(model: nn.Module) -> list[str]:
+    """Return a line "module sha256" for each factor attached beside a weight of `model`.
+
+    Attached changes are part of what the model computes, and in none of its tensors.
     """
-    lying = {name: BESIDE[module] for name, module in model.named_modules() if module in BESIDE}
     return [
-        f"{name} {fingerprint(factor)}"
-        for name, deltas in lying.items()
-        for d in deltas
-        for factor in d.factors().values()
+        f"{name} {print_}"
+        for name, module in model.named_modules()
+        for print_ in _attached_prints(module)
     ]
+
+
+def fingerprint_in_force(sha256: str, module: nn.Module) -> str:
+    """Return the fingerprint of a module's weight together with what is attached beside it.
+
+    Args:
+        sha256: of the weight alone; it is returned as it is where nothing is attached.
+    """
+    prints = _attached_prints(module)
+    return hashlib.sha256(" ".join([sha256, *prints]).encode()).hexdigest() if prints else sha256
+
+
+def _attached_prints(module: nn.Module) -> list[str]:
+    deltas = ATTACHED.get(module, ())
+    return [fingerprint(factor) for delta in deltas for factor in delta.factors().values()]

@@ -1,34 +1,28 @@
-"""Keys of facts: the inputs of an edited weight at which its change was solved, a row a fact.
+"""Keys of facts: the inputs of an edited weight at which its change was solved, one row per fact.
 
 Knows how such tables are checked, thinned and joined. Refuses to know how keys are computed
-(editors/values.py) and what is
-done with them: later edits preserve them, a ledger compares them.
+(editors/closed_form/subject_keys.py) and what they are for: later edits preserve them, a ledger
+compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from engram.edit.delta import Delta
 from engram.errors import EngramError, NonFiniteError
 
-if TYPE_CHECKING:
-    from engram.edit.delta import Delta
-    from engram.edit.edit import Edit
-
-Keys = dict[
-    str, Tensor
-]  # parameter name -> [n, in]; a row of zeros where a fact has no key at that weight
+Keys = dict[str, Tensor]  # parameter name -> [n, in]; zeros where a fact has no key at that weight
 
 
 def validated_keys(keys: Mapping[str, Tensor], deltas: Mapping[str, Delta], facts: int) -> Keys:
-    """`keys` on the CPU, once they fit the weights that `deltas` change.
+    """Return `keys` on the CPU, once they fit the weights that `deltas` change.
 
     Raises:
-        EngramError: keys of a weight that is not changed, or not one row a fact.
+        EngramError: keys of a weight that is not changed, or not one row per fact.
         NonFiniteError: NaN or infinity in a key.
     """
     for name, key_nf in keys.items():
@@ -39,48 +33,47 @@ def validated_keys(keys: Mapping[str, Tensor], deltas: Mapping[str, Delta], fact
         expected = [facts, deltas[name].shape[1]]
         if list(key_nf.shape) != expected or key_nf.dtype not in (torch.float32, torch.float64):
             raise EngramError(
-                f"keys of {name!r} are {key_nf.dtype} {list(key_nf.shape)}; expected one row a fact, [facts, in] = {expected}, "
-                "in float32 or float64"
+                f"keys of {name!r} are {key_nf.dtype} {list(key_nf.shape)}; expected one row a "
+                f"fact, [facts, in] = {expected}, in float32 or float64"
             )
         if not key_nf.isfinite().all():
             raise NonFiniteError(f"keys of {name!r} hold NaN or infinity; nothing was changed")
     return {name: key_nf.detach().cpu().contiguous() for name, key_nf in keys.items()}
 
 
-def rows(keys: Keys, kept: Sequence[int], deltas: Mapping[str, Delta]) -> Keys:
-    """Keys of these facts, at the weights that are still changed."""
-    return {name: key_nf[list(kept)] for name, key_nf in keys.items() if name in deltas}
+def rows(keys: Keys, facts: Sequence[int], deltas: Mapping[str, Delta]) -> Keys:
+    """Return the keys of these facts, at the weights that are still changed."""
+    return {name: key_nf[list(facts)] for name, key_nf in keys.items() if name in deltas}
 
 
-def joined(edits: Sequence[Edit]) -> Keys:
-    """Keys of all facts of several edits, at every weight where each edit that changes it has them.
+def joined(parts: Sequence[tuple[Keys, Mapping[str, Delta], int]]) -> Keys:
+    """Return the keys of all facts of several edits, at every weight where each edit that changes it
+    has keys.
 
-    The facts of an edit that does not change a weight have rows of zeros there: they ask nothing of
-        it.
+    The facts of an edit that does not change a weight have rows of zeros there. Two edits of two
+    facts and one fact, "-" for a weight that an edit does not change:
+
+        weight    edit 1      edit 2        joined
+        mlp.3     keys        keys          three rows of keys
+        mlp.4     keys        -             two rows of keys, one of zeros
+        mlp.5     keys        no keys       left out: the second edit's keys are unknown
+
+    Args:
+        parts: keys, deltas and number of facts of each edit.
     """
-    names = dict.fromkeys(name for edit in edits for name in edit.deltas)
-    return {
-        name: torch.cat([edit.keys.get(name, _none(edit, into)) for edit in edits])
-        for name in names
-        if (into := _width(edits, name)) is not None
-    }
+    joint: Keys = {}
+    for name in dict.fromkeys(name for _, deltas, _ in parts for name in deltas):
+        changing = [(keys, deltas) for keys, deltas, _ in parts if name in deltas]
+        if all(name in keys for keys, _ in changing):
+            width = changing[0][1][name].shape[1]
+            tables = [keys.get(name, torch.zeros(facts, width)) for keys, _, facts in parts]
+            joint[name] = torch.cat(tables)
+    return joint
 
 
 def same(some: Keys, other: Keys) -> bool:
-    """Bit for bit."""
+    """Return whether two tables are equal bit for bit."""
     return some.keys() == other.keys() and all(
         some[name].dtype == other[name].dtype and torch.equal(some[name], other[name])
         for name in some
     )
-
-
-def _width(edits: Sequence[Edit], name: str) -> int | None:
-    """Length of a key at a weight; None where an edit changes it and has no keys."""
-    touching = [edit for edit in edits if name in edit.deltas]
-    return (
-        touching[0].deltas[name].shape[1] if all(name in edit.keys for edit in touching) else None
-    )
-
-
-def _none(edit: Edit, into: int) -> Tensor:
-    return torch.zeros(len(edit.facts), into)

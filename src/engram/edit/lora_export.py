@@ -13,15 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engram.edit.edit import Edit
-from engram.edit.recipe import check_changes_weights
+from engram.edit.changes import WeightChanges
 from engram.errors import UnsupportedModelError
 from engram.files.whole_folders import atomic_folder
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def to_peft(edit: Edit, folder: str | Path) -> Path:
+def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
     """Write a LoRA adapter that does to the base what `edit` does: `PeftModel.from_pretrained(base,
     folder)`.
 
@@ -36,10 +35,9 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
         UnsupportedModelError: a delta of something else than a weight matrix.
         EditFileError: `folder` holds something else than an adapter, or cannot be written.
     """
-    check_changes_weights(edit)
     from peft import LoraConfig
 
-    factors = {name: delta.low_rank() for name, delta in edit.deltas.items()}
+    factors = {name: delta.low_rank() for name, delta in changes.deltas.items()}
     rank = max(left.shape[1] for left, _ in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, (left, right) in factors.items():
@@ -47,7 +45,7 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
         tensors[f"{module}.lora_A.weight"] = _padded(right.float(), rank, dim=0)
         tensors[f"{module}.lora_B.weight"] = _padded(left.float(), rank, dim=1)
     config = LoraConfig(
-        base_model_name_or_path=edit.base["model"],
+        base_model_name_or_path=changes.base["model"],
         task_type="CAUSAL_LM",
         inference_mode=True,
         r=rank,
@@ -55,7 +53,7 @@ def to_peft(edit: Edit, folder: str | Path) -> Path:
         lora_dropout=0.0,
         bias="none",
         target_modules=[_module(name) for name in factors],
-        fan_in_fan_out=any(weight["transposed"] for weight in edit.base["tensors"].values()),
+        fan_in_fan_out=any(weight["transposed"] for weight in changes.base["tensors"].values()),
     )
     with atomic_folder(folder, replaces=_CONFIG) as fresh:
         config.save_pretrained(str(fresh))

@@ -16,7 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from engram.edit.recipe import check_changes_weights, fact_index, library_versions, plain
+from engram.edit import folder_format
+from engram.edit.applied import How
+from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import EngramError, EngramFileError, FactError
 from engram.facts import Fact
 from engram.model.frames import framed
@@ -25,6 +27,8 @@ from engram.model.sentence_vectors import Encoder, encoder_of, nearest
 if TYPE_CHECKING:
     from engram.edit.delta import Delta
     from engram.model.language_model import LanguageModel
+
+_RECORDED = ("method", "settings", "opening", "base", "seed", "versions", "diagnostics", "receipt")
 
 
 @dataclass(frozen=True)
@@ -96,40 +100,48 @@ class PromptEdit:
         return 0
 
     @property
+    def changes_weights(self) -> bool:
+        """False; an `Edit` says True."""
+        return False
+
+    @property
     def deltas(self) -> dict[str, Delta]:
         """None: no weight changes."""
         return {}
 
     def with_receipt(self, receipt: Any) -> PromptEdit:
-        """The same edit with `receipt`: a dict, or an object that has `to_dict()`."""
-        return replace(self, receipt=receipt.to_dict() if hasattr(receipt, "to_dict") else receipt)
+        """Return the same edit with `receipt`: a dict, or an object that has `to_dict()`."""
+        return replace(self, receipt=as_dict(receipt))
 
     def without(self, *facts: Fact | int) -> PromptEdit:
-        """The edit without these facts, each a fact of this edit or its index.
+        """Return the edit without these facts, each a fact of this edit or its index.
 
         Raises:
-            FactError: a fact that is not in the edit, or nothing would be left.
+            FactError: a fact that is not in the edit, or none would stay.
         """
-        gone = {fact_index(self.facts, fact) for fact in facts}
-        kept = [i for i in range(len(self.facts)) if i not in gone]
-        if not kept:
-            raise FactError(
-                "all facts of the edit would go; an edit without facts is the unedited model"
-            )
-        if not gone:
+        rest = staying(self.facts, facts)
+        if len(rest) == len(self.facts):
             return self
-        left, wordings = tuple(self.facts[i] for i in kept), tuple(self.wordings[i] for i in kept)
+        left, wordings = tuple(self.facts[i] for i in rest), tuple(self.wordings[i] for i in rest)
         return replace(self, facts=left, wordings=wordings, diagnostics={}, receipt=None)
 
     @contextmanager
-    def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
-        """Within the block `lm` is asked with the edit in front of each prompt, see
+    def applied(
+        self, lm: LanguageModel, *, how: How = "auto", force: bool = False
+    ) -> Iterator[LanguageModel]:
+        """Put the edit in front of each prompt to `lm` for the length of the block, see
         `LanguageModel.asked_through`.
+
+        Args:
+            how, force: as of `Edit.applied`; a text has only one way to be applied, "auto", and
+                fits every causal model.
+        Raises:
+            EngramError: another `how`: there are no weights to write into.
         """
+        if how != "auto":
+            check_changes_weights(self)
         with lm.asked_through(self.frame(lm)):
             yield lm
-
-    laid = applied  # of an edit of weights, in them or beside them
 
     def frame(self, lm: LanguageModel) -> Callable[[str], str]:
         """The function that puts into the front of a prompt what the edit has to say about it, for
@@ -212,65 +224,63 @@ class PromptEdit:
             )
         return front(count)
 
+    def rounding_cost(self, lm: LanguageModel) -> dict[str, float]:
+        """Return nothing: no weight is rounded."""
+        return {}
+
     def to_peft(self, folder: str | Path) -> NoReturn:
-        """Raises EngramError: there are no weights to export."""
-        self._no_weights()
+        """Raise EngramError: there are no weights to export."""
+        self._refuse()
 
     def to_checkpoint(self, source: Any, folder: str | Path, *, force: bool = False) -> NoReturn:
-        """Raises EngramError: there are no weights to write."""
-        self._no_weights()
+        """Raise EngramError: there are no weights to write."""
+        self._refuse()
 
-    def _no_weights(self) -> NoReturn:
+    def _refuse(self) -> NoReturn:
         check_changes_weights(self)
-        raise AssertionError("an in-context edit has no deltas")
+        raise AssertionError("an in-context edit changes no weights")
 
     def save(self, folder: str | Path) -> Path:
-        """Keep the edit as a folder, whole or not at all. See `edit_files.save`."""
-        from engram.edit.folder_format import save
-
-        return save(self, folder)
+        """Write the edit as a folder, whole or not at all. See `folder_format.save`."""
+        return folder_format.save(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> PromptEdit:
-        """Read what `save` wrote. See `edit_files.load`.
+        """Read what `save` wrote.
 
         Raises:
-            EditFileError: missing, damaged, of another format version, or an edit of weights.
+            EngramFileError: missing, damaged, of another format version, or an edit of weights.
         """
-        from engram.edit.files import load
-
-        edit = load(folder)
-        if not isinstance(edit, PromptEdit):
+        contents = folder_format.read(folder)
+        if contents.deltas:
             raise EngramFileError(
-                f"{folder} holds an edit of weights ({edit!r}), no in-context edit; read it with Edit.load"
+                f"{folder} holds an edit of weights ({contents!r}), no in-context edit; read it "
+                "with Edit.load"
             )
-        return edit
+        with folder_format.damage_of(folder):
+            return cls.from_contents(contents)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; `from_dict` gives the edit back, without an encoder that is a function."""
-        fields = (
-            "method",
-            "settings",
-            "opening",
-            "base",
-            "seed",
-            "versions",
-            "diagnostics",
-            "receipt",
-        )
-        return {
+    def contents(self) -> folder_format.Contents:
+        """Return what the edit's folder holds: all but an encoder that is a function."""
+        record = {
             "facts": [fact.to_dict() for fact in self.facts],
             "wordings": [asdict(wording) for wording in self.wordings],
-            **{name: getattr(self, name) for name in fields},
         }
+        record |= {name: getattr(self, name) for name in _RECORDED}
+        return folder_format.Contents(record)
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> PromptEdit:
-        facts = tuple(Fact.from_dict(each) for each in record["facts"])
+    def from_contents(cls, contents: folder_format.Contents) -> PromptEdit:
+        """Build an edit from what its folder holds."""
+        record = contents.record
         wordings = tuple(
             Wording(each["statement"], tuple(each["demonstrations"])) for each in record["wordings"]
         )
-        return cls(**{**record, "facts": facts, "wordings": wordings})
+        return cls(
+            facts=tuple(Fact.from_dict(each) for each in record["facts"]),
+            wordings=wordings,
+            **{name: record[name] for name in _RECORDED},
+        )
 
 
 def _names(text: str, subject: str) -> bool:

@@ -1,26 +1,26 @@
-"""TODO edit.stack"""
+"""A weight and the changes on it, summed and rounded together.
+
+Knows one tensor and low-rank changes. Refuses to know models and which edits are in force.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram.edit.delta import Delta
 from engram.errors import BaseMismatchError, NonFiniteError
-
-if TYPE_CHECKING:
-    pass
-from engram.modules.fingerprints import _name, fingerprint
+from engram.modules.fingerprints import dtype_name, fingerprint
 
 
 def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:
-    """`weight` + deltas, summed in float32 (float64 where one is), rounded once into `weight`'s
-    dtype.
+    """Return `weight` + deltas, summed in float32 (in float64 where one of them is) and rounded once
+    into the dtype of `weight`.
 
     Args:
         weight: on the CPU, as stored: [out, in], or [in, out] where `transposed`; not changed.
@@ -40,23 +40,26 @@ def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tenso
     merged = total.to(weight.dtype)
     if not merged.isfinite().all():
         raise NonFiniteError(
-            f"the edited weight does not fit {_name(weight.dtype)} (largest {float(total.abs().max()):.3g})"
+            f"the edited weight does not fit {dtype_name(weight.dtype)} (largest {float(total.abs().max()):.3g})"
         )
     return merged
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A weight and the changes that lie on it: every one of them made on `base`, summed and rounded
-    together.
+    """A weight and the changes on it: every one computed on `base`, summed and rounded together.
 
     So edits made on one base give the same weight as their composition, and taking one off is exact
-    in any order. An edit made on already edited weights starts a stack of its own, with those
-    weights as base.
+    in any order. An edit made on weights that are edited already starts a stack of its own, with
+    those weights as its base:
+
+        base w0; A made on w0       stack (w0; A)        weight round(w0 + A)
+        B made on w0, too           stack (w0; A, B)     weight round(w0 + A + B), rounded once
+        C made on that weight w1    stack (w1; C)        weight round(w1 + C)
 
     Attributes:
         base: CPU tensor as stored.
-        deltas: in the order they came.
+        deltas: in the order in which they were applied.
     """
 
     base: Tensor
@@ -69,13 +72,13 @@ class Stack:
         )
 
     def with_delta(self, delta: Delta, made_on: Mapping[str, Any], *, force: bool = False) -> Stack:
-        """This stack and one change more.
+        """Return this stack with one change more.
 
         Args:
-            made_on: the edit's record of its base weight; it has to be this base, or this stack's
-                weight. Both are compared in the recorded dtype, so an edit made in float32 on a
-                float16 checkpoint fits the checkpoint too.
-            force: lay the change on the present weight whatever it is.
+            made_on: description of the weight on which the change was computed; it has to be this
+                base, or this stack's weight. Both are compared in the recorded dtype, so an edit
+                made in float32 on a float16 checkpoint fits the checkpoint too.
+            force: apply the change to the present weight whatever it is.
         Raises:
             BaseMismatchError: neither of them.
         """
@@ -86,20 +89,25 @@ class Stack:
         fits = list(now.shape) == list(made_on["shape"])
         if fits and (force or (self.deltas and fingerprint(now, dtype) == made_on["sha256"])):
             return Stack(now, self.transposed, (delta,))
-        raise BaseMismatchError(_mismatch(self.base, dtype, made_on))
+        raise BaseMismatchError(mismatch(self.base, dtype, made_on))
 
 
-def _mismatch(
+def mismatch(
     weight: Tensor, dtype: torch.dtype, made_on: Mapping[str, Any], packed: str | None = None
 ) -> str:
+    """Return in words how a weight differs from the one that `made_on` describes.
+
+    Args:
+        dtype: in which the two are compared, the recorded one.
+        packed: how the weight is quantised, if it is.
+    """
     if packed != made_on.get("quantised"):
-        here, there = (
-            packed or f"plain {_name(weight.dtype)}",
-            made_on.get("quantised") or f"plain {made_on['dtype']}",
-        )
+        now = packed or f"plain {dtype_name(weight.dtype)}"
+        then = made_on.get("quantised") or f"plain {made_on['dtype']}"
         return (
-            f"not the weight that the edit was made on: it is {here}, the edit was made on {there}. Load the model that the edit "
-            "names, in the way it was loaded then, or pass force=True to lay the edit on it all the same"
+            f"not the weight that the edit was made on: it is {now}, the edit was made on {then}. "
+            "Load the model that the edit names, in the way it was loaded then, or pass force=True "
+            "to apply it all the same"
         )
     if list(weight.shape) != list(made_on["shape"]):
         return (
@@ -108,12 +116,12 @@ def _mismatch(
         )
     coarser = torch.finfo(weight.dtype).eps > torch.finfo(dtype).eps
     hint = (
-        f" (it is in {_name(weight.dtype)}, the edit was made in {made_on['dtype']}: rounding may be all)"
-        if coarser
-        else ""
+        f"; the model is in {dtype_name(weight.dtype)} and the edit in {made_on['dtype']}, so "
+        "rounding alone may explain it"
     )
     return (
-        f"not the weight that the edit was made on (sha256 {fingerprint(weight, dtype)[:12]}, expected "
-        f"{made_on['sha256'][:12]}){hint}. Load the model that the edit names, or pass force=True to apply "
-        "it all the same"
+        "not the weight that the edit was made on (sha256 "
+        f"{fingerprint(weight, dtype)[:12]}, expected {made_on['sha256'][:12]}"
+        f"{hint if coarser else ''}). Load the model that the edit names, or pass force=True to "
+        "apply it all the same"
     )

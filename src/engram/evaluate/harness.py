@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an edited model: its tasks, its numbers, with an edit laid on the model
+"""lm-evaluation-harness on an edited model: its tasks, its numbers, with an edit applied to the model
 while they are computed.
 
 Knows how the harness is called. Refuses to know tasks.
@@ -35,8 +35,8 @@ def harness(
 
     Args:
         tasks: names, as the harness knows them.
-        edit: laid on the model for the length of the evaluation.
-        mode: "beside": the change is added to the output of the modules, see `Edit.attached`, so
+        edit: applied to the model for the length of the evaluation.
+        mode: "beside": the change is added to the output of the modules, see `Edit.applied`, so
             that weights may be quantised; "weights": it is written into the weights, see
             `Edit.applied`.
         include_path: folder with tasks of your own.
@@ -55,7 +55,7 @@ def harness(
     except ImportError as error:
         raise MissingExtraError("lm-eval", "harness") from error
     one_of("mode", mode, get_args(Mode))
-    if isinstance(edit, PromptEdit):
+    if edit is not None and not edit.changes_weights:
         raise SettingError(
             f"{edit!r} is a text in front of prompts, and the harness puts its own prompts to the model; give an edit of weights"
         )
@@ -71,14 +71,7 @@ def harness(
         batch_size=batch_size,
         max_length=lm.max_tokens,
     )
-    laid = (
-        nullcontext()
-        if edit is None
-        else edit.attached(lm)
-        if mode == "beside"
-        else edit.applied(lm)
-    )
-    with laid:
+    with nullcontext() if edit is None else edit.applied(lm, how=mode):
         found = lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **options)
     assert found is not None, "the harness gives None on processes other than the first only"
     return dict(found["results"])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from engram import pocket
-from engram.edit.attached import can_apply
+from engram.edit.applied import can_write
 from engram.edit.base import linear_module_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
@@ -76,10 +76,10 @@ def verify(
         return probabilities, right, continued, perplexity(lm, edit, text, edited=edited)
 
     before = measure("before the edit", False)
-    with edit.laid(lm):
+    with edit.applied(lm):
         after = measure("after the edit", True)
     progress("after the edit", 2, 2)
-    written = not isinstance(edit, Edit) or can_apply(edit, lm)
+    written = can_write(lm, edit.deltas)
     columns = zip(asked, before[0], after[0], before[1], after[1], strict=True)
     answers = tuple(
         Answer(*each, p0, p1, right0, right1) for each, p0, p1, right0, right1 in columns
@@ -88,7 +88,7 @@ def verify(
         answers=answers,
         continuations=tuple(zip(opened, before[2], after[2], strict=True)),
         perplexity=(before[3], after[3]),
-        norm_ratio=norm_ratio(lm, edit) if isinstance(edit, Edit) else None,
+        norm_ratio=norm_ratio(lm, edit) if edit.changes_weights else None,
         rho=min(_rhos(edit), default=None),
         rounding=_rounding(lm, edit),
         model=lm.name,
@@ -108,7 +108,7 @@ def verify(
 
 
 @torch.no_grad()
-def norm_ratio(lm: LanguageModel, edit: Edit) -> float:
+def norm_ratio(lm: LanguageModel, edit: Edit | PromptEdit) -> float:
     """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is
     unedited.
     """
@@ -189,9 +189,9 @@ def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited:
 
 
 def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:
-    if not isinstance(edit, Edit):
+    if not edit.changes_weights:
         return None
-    return max(edit.rounding_cost(lm).values()) if can_apply(edit, lm) else 0.0
+    return max(edit.rounding_cost(lm).values()) if can_write(lm, edit.deltas) else 0.0
 
 
 def _rhos(edit: Edit | PromptEdit) -> Iterable[float]:

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from engram.edit.applied import applied
 from engram.edit.base import describe_base
 from engram.edit.edit import Edit
 from engram.edit.folder_format import change_identity
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def check_unedited(lm: LanguageModel) -> None:
     """Raise BaseMismatchError while edits are applied to a model."""
-    if weights := edited(lm):
+    if weights := edited(lm.model):
         raise BaseMismatchError(
             f"edits are applied to {lm.name!r} at the moment ({weights[0]}); leave their `with` "
             "block "
@@ -36,7 +35,7 @@ def check_unedited(lm: LanguageModel) -> None:
 def check_new(edit: Edit, in_force: Sequence[Entry]) -> None:
     """Raise EngramError where an entry in force has the very same deltas."""
     for entry in in_force:
-        if entry.identity == change_identity(edit):
+        if entry.identity == change_identity(edit.deltas):
             raise EngramError(
                 f"the edit is in force already, as entry {entry.number} ({entry.status}); added "
                 "twice "
@@ -107,7 +106,7 @@ def with_canary(event: Event, everything: Edit, lm: LanguageModel, canary: Canar
     """
     before = canary.perplexity(lm)
     try:
-        with applied(everything, lm):
+        with everything.applied(lm, how="weights"):
             after = canary.perplexity(lm)
             tensors = describe_base(lm, everything.deltas)["tensors"]
     except NonFiniteError as error:

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Any
 
-from engram.edit.applied import applied
 from engram.edit.base import describe_base, editable
 from engram.edit.edit import Edit, compose
 from engram.edit.folder_format import change_identity
@@ -107,7 +106,7 @@ class Ledger:
             raise EngramFileError(
                 f"{folder} is a ledger already; Ledger.open({str(folder)!r}) opens it"
             )
-        check_unedited(lm)
+        check_unedited(lm.model)
         base = describe_base(lm, editable(lm))
         with atomic_folder(folder) as new:
             header.write_header(new, base, canary or Canary())
@@ -207,9 +206,9 @@ class Ledger:
         Raises:
             BaseMismatchError: `lm` is not the base, or edits are applied to it already.
         """
-        check_unedited(lm)
+        check_unedited(lm.model)
         edits = list(self._edits(self._resolve(without)))
-        return applied(compose(edits), lm) if edits else nullcontext(lm)
+        return compose(edits).applied(lm, how="weights") if edits else nullcontext(lm)
 
     def materialise(
         self, folder: str | Path, source: LanguageModel | str | Path | None = None
@@ -274,14 +273,14 @@ class Ledger:
                 entry=number,
                 facts=tuple(_without_evidence(fact) for fact in edit.facts),
                 method=edit.method,
-                identity=change_identity(edit),
+                identity=change_identity(edit.deltas),
                 weights=tuple(edit.deltas),
                 base_entries=below,
                 gone=replaced,
                 dependents=self._dependents(replaced),
             )
             if lm is not None:
-                check_unedited(lm)
+                check_unedited(lm.model)
                 everything = compose([*self._edits(replaced), self._stored.on_base(edit)])
                 event = with_canary(event, everything, lm, canary or self.canary)
             # files before the line: a kill in between leaves files that no event names, which

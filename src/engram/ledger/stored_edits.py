@@ -46,7 +46,7 @@ class StoredEdits:
             )
         if entry.number not in self._loaded:
             edit = Edit.load(self._path(entry.number))
-            if change_identity(edit) != entry.identity:
+            if change_identity(edit.deltas) != entry.identity:
                 raise EngramFileError(
                     f"{self._path(entry.number)} is not the edit that was added; "
                     "take it from a backup"

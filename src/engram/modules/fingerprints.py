@@ -1,23 +1,25 @@
-"""TODO modules.fingerprints"""
+"""Digests of weights: whether two tensors are the same, bit for bit.
+
+Knows tensors, also offloaded ones and those that are packed in several. Refuses to know what a
+weight is for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from engram.modules.weights import in_memory
 
-if TYPE_CHECKING:
-    pass
-
 
 def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
-    """sha256 of a tensor's dtype, shape and bytes, as it is stored; first cast to `dtype` if given."""
+    """Return the sha256 of a tensor's dtype, shape and bytes as stored; cast to `dtype` first if
+    given.
+    """
     if hasattr(weight, "__tensor_flatten__"):  # a tensor made of several, as torchao packs them
         parts, context = weight.__tensor_flatten__()
         inside = [
@@ -29,7 +31,7 @@ def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
             "\0".join([type(weight).__name__, str(context), *inside]).encode()
         ).hexdigest()
     weight = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
-    digest = hashlib.sha256(f"{_name(weight.dtype)} {list(weight.shape)} ".encode())
+    digest = hashlib.sha256(f"{dtype_name(weight.dtype)} {list(weight.shape)} ".encode())
     digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -37,15 +39,15 @@ def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
 def fingerprints(
     model: nn.Module, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, str]:
-    """`fingerprint` of the tensors of `model.state_dict()`, by name; those that are offloaded are
-    brought in one by one.
+    """Return the `fingerprint` of each tensor of `model.state_dict()`, by name; offloaded ones are
+    brought into memory one by one.
 
-    Hashed anew at every call: there is no cheaper sign that is sure to change with a weight
-        (`.data` writes pass version counters
-    by). sha256 runs at about 1.8 GB/s a thread and lets other threads run.
+    They are hashed again at every call: no cheaper sign is sure to change with a weight (`.data`
+    writes do not raise version counters). sha256 runs at about 1.8 GB/s per thread and lets other
+    threads run.
 
     Args:
-        wanted: says of a name whether it is hashed; default: all.
+        wanted: whether the tensor of a name is hashed; default: all.
     """
     tensors = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
     with ThreadPoolExecutor() as threads:
@@ -63,5 +65,6 @@ def fingerprints(
     return {name: prints[name] for name in tensors}
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype's name: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engram.edit.in_force import beside
+from engram.edit.in_force import attached_to
+from engram.files.cache_folder import sha256_of
 from engram.modules.fingerprints import fingerprints
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
-from engram.files.cache_folder import sha256_of
 
 
 def identity(lm: LanguageModel) -> str:
@@ -26,7 +26,7 @@ def identity_of(lm: LanguageModel, prints: Mapping[str, str], *more: str) -> str
     result depends on.
     """
     model = json.dumps([dict(prints), _config(lm)], sort_keys=True, default=str)
-    return sha256_of(tokenizer_text(lm), model, *beside(lm.model), *more)
+    return sha256_of(tokenizer_text(lm), model, *attached_to(lm.model), *more)
 
 
 def tokenizer_text(lm: LanguageModel) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from engram.edit.in_force import beside, edited
+from engram.edit.in_force import attached_to, edited
 from engram.errors import EngramError, MissingExtraError, SettingError
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ class ByName:
                 f"{lm.name} was not loaded by engram.load, so workers cannot load it; save it to a folder and load that, or work "
                 "without workers"
             )
-        if lying := [*edited(lm), *beside(lm.model)]:
+        if in_force := [*edited(lm.model), *attached_to(lm.model)]:
             raise SettingError(
-                f"edits lie on {lm.name} ({lying[0]}), and workers load it as it is stored; write an edited checkpoint "
+                f"edits are in force on {lm.name} ({in_force[0]}), and workers load it as it is "
+                "stored; write an edited checkpoint "
                 "(edit.to_checkpoint) and load that, or work without workers"
             )
         return cls(lm.loaded)

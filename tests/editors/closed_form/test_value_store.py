@@ -152,7 +152,7 @@ def test_values_of_one_model_are_not_anothers(changed, asked, tmp_path):
     elif changed == "an edit in force":
         rewrite(lm, FACTS[:1], store=store, past=[edit])
     elif changed == "an edit beside the weights":
-        with edit.attached(lm):
+        with edit.applied(lm, how="beside"):
             rewrite(lm, FACTS[:1], store=store)
     else:
         rewrite(others[changed], FACTS[:1], store=store)

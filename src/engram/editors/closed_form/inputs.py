@@ -58,7 +58,7 @@ def in_force(past: Sequence[Edit], lm: LanguageModel) -> Iterator[None]:
     """Within the block, earlier edits lie on `lm`."""
     with ExitStack() as stack:
         for edit in past:
-            stack.enter_context(edit.laid(lm))
+            stack.enter_context(edit.applied(lm))
         yield
 
 

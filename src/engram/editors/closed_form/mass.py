@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engram.edit.applied import applied
 from engram.edit.base import describe_base
+from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.closed_form.inputs import in_force, keys_of, moments_of, shared_subjects
@@ -373,8 +375,8 @@ def _spread(
                 keys_ncf, missing_nd, left, layer, ready
             )
             if left > 1:
-                part = Edit(tuple(facts), "layer", {}, {name: deltas[name]}, dict(ready.base))
-                edited.enter_context(part.laid(lm))
+                changes = WeightChanges({name: deltas[name]}, ready.base)
+                edited.enter_context(applied(changes, lm))
     progress("layer", len(ready.names), len(ready.names))
     return deltas, keys, about
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from engram.checks import one_of
+from engram.edit.applied import applied
 from engram.edit.base import describe_base
+from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.closed_form.inputs import in_force, moments_of
@@ -322,9 +324,8 @@ def rome(
             done.append(update)
             if i + 1 < len(facts):
                 step = Delta(update.left_d[:, None], update.right_f[None])
-                edited.enter_context(
-                    Edit((fact,), "rome", ready.recipe, {ready.weight: step}, ready.base).laid(lm)
-                )
+                changes = WeightChanges({ready.weight: step}, ready.base)
+                edited.enter_context(applied(changes, lm))
         progress("value", len(facts), len(facts))
     return ready.edit(facts, done, seed)
 
