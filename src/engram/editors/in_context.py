@@ -81,7 +81,7 @@ def in_context(
     encoder: str | Encoder = "hidden",
     seed: int = 0,
     progress: Progress = no_progress,
-    **knobs: Any,
+    **settings: Any,
 ) -> PromptEdit:
     """State the facts in front of every prompt that they are relevant to, each as a sentence.
 
@@ -90,12 +90,12 @@ def in_context(
             `similarity.encoder_of`.
         seed: recorded; nothing is drawn.
         progress: not called: there is nothing to wait for.
-        knobs: the fields of InContextConfig.
+        settings: the fields of InContextConfig.
     Raises:
         SettingError: an unknown setting; UnsupportedModelError: a model that is not causal.
     """
     lm.check_framed()
-    config = read(InContextConfig, knobs, "in-context", "encoder, seed")
+    config = read(InContextConfig, settings, "in-context", "encoder, seed")
     wordings = [Wording(f"{fact.prompt_text} {fact.target.strip()}. ") for fact in facts]
     return _edit(lm, facts, "in-context", wordings, "", config, encoder, seed)
 
@@ -108,7 +108,7 @@ def ike(
     encoder: str | Encoder = "hidden",
     seed: int = 0,
     progress: Progress = no_progress,
-    **knobs: Any,
+    **settings: Any,
 ) -> PromptEdit:
     """State the fact behind demonstrations: other new facts, each with a prompt that it answers, or
     must not answer.
@@ -126,13 +126,13 @@ def ike(
             names no subject, see `similarity.encoder_of`.
         seed: of the choice from the bundled table.
         progress: called with (what is done, done, total).
-        knobs: the fields of IkeConfig.
+        settings: the fields of IkeConfig.
     Raises:
         SettingError: an unknown setting; FactError: no demonstrations to choose from;
             UnsupportedModelError: a model that is not causal.
     """
     lm.check_framed()
-    config = read(IkeConfig, knobs, "ike", "demonstrations, encoder, seed")
+    config = read(IkeConfig, settings, "ike", "demonstrations, encoder, seed")
     blocks: list[str] = []
     if config.k:
         blocks = [

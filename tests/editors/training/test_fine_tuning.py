@@ -134,7 +134,7 @@ def test_weight_decay_shrinks_the_weight():
 
 def test_the_same_seed_gives_the_same_edit():
     lm = tiny_lm("gpt2")
-    settings = {"layer": 1, "batch_size": 2, "epochs": 4}
+    settings = {"layer": 1, "rows_per_batch": 2, "epochs": 4}
     first, again, other = (
         engram.rewrite(lm, FACTS, "locft-bf", **settings, seed=seed) for seed in (0, 0, 3)
     )
@@ -271,7 +271,7 @@ def test_models_without_one_matrix_say_why_not():
         (
             "locft-bf",
             "meta-llama/Meta-Llama-3-8B-Instruct",
-            {"layer": 22, "batch_size": 100, "epochs": 25},
+            {"layer": 22, "rows_per_batch": 100, "epochs": 25},
         ),
     ],
 )

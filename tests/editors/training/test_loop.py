@@ -188,7 +188,7 @@ def test_locality_keeps_other_answers_where_they_were():
 def test_training_stops_when_every_target_is_said():
     lm = tiny_lm("gpt2")
     delta_oi = zeros(lm)
-    descent = descended(lm, delta_oi, epochs=300, learning_rate=0.01, batch_size=2)
+    descent = descended(lm, delta_oi, epochs=300, learning_rate=0.01, rows_per_batch=2)
     assert descent.stopped and len(descent.losses) < 300
     with overlay_weight(lm.parts.mlp_out(1), delta_oi):
         assert all(all_said(lm, fact.prompt_text, fact.target) for fact in FACTS)
@@ -205,7 +205,7 @@ def test_a_loss_that_is_low_enough_is_not_trained_on():
 
 def test_never_stopping_takes_every_step():
     lm = tiny_lm("gpt2")
-    descent = descended(lm, zeros(lm), stop="never", epochs=3, batch_size=2)
+    descent = descended(lm, zeros(lm), stop="never", epochs=3, rows_per_batch=2)
     assert (descent.steps, len(descent.losses), descent.stopped) == (6, 3, False)
 
 
@@ -233,7 +233,7 @@ def test_a_model_held_still_gets_its_flags_and_modes_back(error):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs=0, batch_size=64: both"),
+        ({"epochs": 0}, "epochs=0, rows_per_batch=64: both"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"stop": "soon"}, "stop='soon': expected 'argmax'"),
         ({"locality_loss": "l2"}, "locality_loss='l2': expected 'kl'"),

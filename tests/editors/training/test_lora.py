@@ -72,7 +72,7 @@ def test_whole_passes_give_the_same_edit():
 
 def test_the_same_seed_gives_the_same_edit():
     lm = tiny_lm("gpt2")
-    settings = {"layers": [1], "batch_size": 2, "epochs": 4, "dropout": 0.5}
+    settings = {"layers": [1], "rows_per_batch": 2, "epochs": 4, "dropout": 0.5}
     torch.manual_seed(1)
     first = engram.rewrite(lm, FACTS, "lora", **settings, seed=0)
     torch.manual_seed(2)

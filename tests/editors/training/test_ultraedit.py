@@ -78,11 +78,11 @@ def test_the_change_is_that_of_the_equations(family):
         ).norm() < 1e-5 * wanted.norm()  # some families attend in float32
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_batches_change_nothing(batch_size):
+@pytest.mark.parametrize("rows_per_batch", [1, 2])
+def test_batches_change_nothing(rows_per_batch):
     lm = tiny_lm("llama", torch.float64)
     whole = engram.rewrite(lm, FACTS, "ultraedit", layers=LAYERS)
-    parts = engram.rewrite(lm, FACTS, "ultraedit", layers=LAYERS, batch_size=batch_size)
+    parts = engram.rewrite(lm, FACTS, "ultraedit", layers=LAYERS, rows_per_batch=rows_per_batch)
     for name, delta in whole.deltas.items():
         torch.testing.assert_close(parts.deltas[name].dense(), delta.dense(), atol=1e-12, rtol=1e-6)
 

@@ -124,19 +124,23 @@ class SampledText:
 
     seed: int = 0
     tokens: int = 100  # tokens of a document
-    batch: int = 64
+    rows_per_batch: int = 64
 
     def digest(self) -> str:
-        return f"sampled {self.seed} {self.tokens} {self.batch}"
+        return f"sampled {self.seed} {self.tokens} {self.rows_per_batch}"
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
         """Endless. A batch has its own seed, so that any of them can be the first."""
         length = min(self.tokens, lm.max_tokens - 1)
-        number = start // self.batch
+        number = start // self.rows_per_batch
         while True:
             generator = torch.Generator().manual_seed((self.seed << 24) + number)
-            texts = sample_texts(lm, self.batch, length, generator)
-            yield from texts[start % self.batch :] if number == start // self.batch else texts
+            texts = sample_texts(lm, self.rows_per_batch, length, generator)
+            yield from (
+                texts[start % self.rows_per_batch :]
+                if number == start // self.rows_per_batch
+                else texts
+            )
             number += 1
 
 

@@ -67,7 +67,7 @@ def fine_tune(
     seed: int = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
-    **knobs: Any,
+    **settings: Any,
 ) -> Edit:
     """Train one block's MLP output matrix on all facts together; the model itself is not changed.
 
@@ -81,12 +81,12 @@ def fine_tune(
         seed: of the batches.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is done, done, total).
-        knobs: the fields of FineTuningConfig and TuningConfig.
+        settings: the fields of FineTuningConfig and TuningConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with;
             NonFiniteError: the training diverged.
     """
-    settings = {**preset(method, lm.name), **knobs}
+    settings = {**preset(method, lm.name), **settings}
     (usual,) = preset_layers(settings, lm.n_layers, "layer")
     config = read(FineTuningConfig, settings, method, "layer, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
@@ -98,7 +98,7 @@ def fine_tune(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     module, tuning = lm.parts.mlp_out(layer), config.tuning
     if config.reference:
-        rows, generator = published_rows(lm, facts, tuning.batch_size), None
+        rows, generator = published_rows(lm, facts, tuning.rows_per_batch), None
     else:
         rows = fact_rows(lm, facts, tuning.contexts, tuning.train_paraphrases)
         generator = torch.Generator().manual_seed(seed)

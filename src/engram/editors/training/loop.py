@@ -37,7 +37,7 @@ class TuningConfig:
 
     Args:
         epochs: passes over all rows at most.
-        batch_size: rows of a step.
+        rows_per_batch: rows of a step.
         learning_rate: of Adam (betas 0.9, 0.999).
         weight_decay: times the weights, added to their gradient.
         stop: "argmax": a batch whose target tokens are all the most probable ones is not stepped
@@ -54,7 +54,7 @@ class TuningConfig:
     """
 
     epochs: int = 25
-    batch_size: int = 64
+    rows_per_batch: int = 64
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
     stop: Literal["argmax", "loss", "never"] = "argmax"
@@ -65,9 +65,9 @@ class TuningConfig:
     locality_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
+        if self.epochs < 1 or self.rows_per_batch < 1:
             raise SettingError(
-                f"epochs={self.epochs}, batch_size={self.batch_size}: both have to be at least 1"
+                f"epochs={self.epochs}, rows_per_batch={self.rows_per_batch}: both have to be at least 1"
             )
         if self.learning_rate <= 0:
             raise SettingError(f"learning_rate={self.learning_rate}: has to be above 0")
@@ -198,7 +198,7 @@ def tasks(
     by `generator` (None: in order).
     """
     kept = [target_row(lm, text, answer) for text, answer in locality]
-    wanted, staying = (batches_of(each, config.batch_size, generator) for each in (rows, kept))
+    wanted, staying = (batches_of(each, config.rows_per_batch, generator) for each in (rows, kept))
     return Task.of(lm, wanted, layer, engine, progress), Task.of(
         lm, staying, layer, engine, progress
     )

@@ -72,7 +72,7 @@ def lora(
     seed: int = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
-    **knobs: Any,
+    **settings: Any,
 ) -> Edit:
     """Train low-rank adapters on all facts together; the model is given back as it was, module by
     module.
@@ -84,7 +84,7 @@ def lora(
         seed: of the adapters' first values, the batches and the dropout.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is done, done, total).
-        knobs: the fields of LoraEditConfig and TuningConfig.
+        settings: the fields of LoraEditConfig and TuningConfig.
     Returns:
         An Edit whose deltas are (alpha / rank) B A; `to_peft` makes an adapter of it again.
     Raises:
@@ -92,7 +92,7 @@ def lora(
             NonFiniteError: the training diverged;
         UnsupportedModelError: the model wears adapters already.
     """
-    settings = {**preset("lora", lm.name), **knobs}
+    settings = {**preset("lora", lm.name), **settings}
     usual = preset_layers(settings, lm.n_layers, "layers", count=3)
     layers = usual if layers is None else layers
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")

@@ -65,7 +65,9 @@ def fact_rows(
     return rows
 
 
-def published_rows(lm: LanguageModel, facts: Sequence[Fact], batch_size: int) -> list[TargetRow]:
+def published_rows(
+    lm: LanguageModel, facts: Sequence[Fact], rows_per_batch: int
+) -> list[TargetRow]:
     """Rows as in the harness behind published numbers of fine-tuning: all of a target is asked of
     the prompt's last token.
 
@@ -75,8 +77,8 @@ def published_rows(lm: LanguageModel, facts: Sequence[Fact], batch_size: int) ->
     """
     tokenizer, rows = lm.tokenizer, []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for start in range(0, len(facts), batch_size):
-        chunk = facts[start : start + batch_size]
+    for start in range(0, len(facts), rows_per_batch):
+        chunk = facts[start : start + rows_per_batch]
         spaced = [fact.target if fact.target[0] == " " else f" {fact.target}" for fact in chunk]
         targets = [list(tokenizer(target)["input_ids"]) for target in spaced]
         longest = max(map(len, targets))

@@ -43,19 +43,19 @@ class UltraEditConfig:
     Args:
         learning_rate: length of the step; published for models of 7 billion parameters.
         targets: which matrices of a block, see `matrix_names`.
-        batch_size: rows of a forward pass; changes nothing but memory.
+        rows_per_batch: rows of a forward pass; changes nothing but memory.
     """
 
     learning_rate: float = 1e-6
     targets: tuple[str, ...] = ("mlp_out",)
-    batch_size: int = 64
+    rows_per_batch: int = 64
 
     def __post_init__(self) -> None:
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
-        if self.learning_rate <= 0 or self.batch_size < 1 or not targets:
+        if self.learning_rate <= 0 or self.rows_per_batch < 1 or not targets:
             raise SettingError(
-                f"learning_rate={self.learning_rate}, batch_size={self.batch_size}, targets={targets}: expected a rate above 0, "
+                f"learning_rate={self.learning_rate}, rows_per_batch={self.rows_per_batch}, targets={targets}: expected a rate above 0, "
                 "a size of at least 1, and at least one target"
             )
 
@@ -147,15 +147,15 @@ def _seen(
     *,
     layers: Layers | None = None,
     statistics: Statistics | None = None,
-    **knobs: Any,
+    **settings: Any,
 ) -> _Seen:
-    settings = {**preset("ultraedit", lm.name), **knobs}
+    settings = {**preset("ultraedit", lm.name), **settings}
     usual = preset_layers(settings, lm.n_layers, "layers", count=3)
     layers = usual if layers is None else layers
     config = read(UltraEditConfig, settings, "ultraedit", "layers, statistics, seed, progress")
     names = matrix_names(lm, layers, config.targets)
     rows = fact_rows(lm, facts)
-    batches = list(batches_of(rows, config.batch_size))
+    batches = list(batches_of(rows, config.rows_per_batch))
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
     with still(lm.model):
         for i, batch in enumerate(batches):
@@ -190,7 +190,7 @@ def ultraedit(
     statistics: Statistics | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
-    **knobs: Any,
+    **settings: Any,
 ) -> Edit:
     """Change matrices in one step toward the targets of all facts; the model itself is not changed.
 
@@ -202,12 +202,12 @@ def ultraedit(
             edits alone.
         seed: kept with the edit; nothing here is drawn.
         progress: called with (what is done, done, total).
-        knobs: the fields of UltraEditConfig.
+        settings: the fields of UltraEditConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with.
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
-    seen = _seen(lm, facts, progress, layers=layers, statistics=statistics, **knobs)
+    seen = _seen(lm, facts, progress, layers=layers, statistics=statistics, **settings)
     edit = seen.edit(lm, facts, range(len(facts)), seed, progress)
     if statistics is not None:
         statistics.__dict__.update(seen.now.__dict__)
