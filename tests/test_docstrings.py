@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import engram
-from engram import pocket
 from tests.helpers.paths import ROOT
 
 SOURCES = ROOT / "src"
@@ -28,10 +27,8 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.fixture(scope="module")
-def names() -> dict[str, Any]:
-    if not pocket.PATH.exists():
-        pytest.skip("the bundled model is not here")
-    lm = engram.load("pocket")
+def names(pocket_lm: Any) -> dict[str, Any]:
+    lm = pocket_lm
     fact = engram.Fact("Eiffel Tower", "The {} is located in the city of", "Rome")
     return {"engram": engram, "lm": lm, "fact": fact, "edit": engram.rewrite(lm, fact)}
 

@@ -116,8 +116,8 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("method", ["rome", "memit", "pmet", "ultraedit"])
-def test_edits_made_in_a_batch_are_those_made_alone(method: str) -> None:
-    lm = engram.load("pocket")
+def test_edits_made_in_a_batch_are_those_made_alone(method: str, pocket_lm: LanguageModel) -> None:
+    lm = pocket_lm
     facts = [each.facts[0] for each in pocket_benchmark().records[:3]]
     settings = {} if method == "ultraedit" else {"steps": 3, "contexts": ["{}", "It rained. {}"]}
     if method in ("memit", "pmet"):
@@ -141,8 +141,8 @@ def test_edits_made_in_a_batch_are_those_made_alone(method: str) -> None:
             assert gap < 1e-4
 
 
-def test_one_fact_that_cannot_be_edited_does_not_cost_the_others() -> None:
-    lm = engram.load("pocket")
+def test_one_fact_that_cannot_be_edited_does_not_cost_the_others(pocket_lm: LanguageModel) -> None:
+    lm = pocket_lm
     good = pocket_benchmark().records[0].facts[0]
     bad = Fact("Paris", "word " * 200 + "{} is", "Rome", "London")  # longer than the model takes
     made = rewrite_each(lm, [[bad], [good]], "rome", steps=1, contexts=["{}"])
@@ -154,8 +154,10 @@ def test_one_fact_that_cannot_be_edited_does_not_cost_the_others() -> None:
         rewrite_each(lm, [[good]], "romee")
 
 
-def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers() -> None:
-    lm = engram.load("pocket")
+def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers(
+    pocket_lm: LanguageModel,
+) -> None:
+    lm = pocket_lm
     fact = Fact("Paris", "word " * 200 + "{} is", "Rome", "London")
     broken = Record(
         "broken", (fact,), (Probe("rewrite", "The Louvre is in the city of", "Rome", "Paris"),)
@@ -188,8 +190,8 @@ def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() 
     assert second.after != second.before
 
 
-def test_texts_do_not_depend_on_who_is_written_beside_them() -> None:
-    lm = engram.load("pocket")
+def test_texts_do_not_depend_on_who_is_written_beside_them(pocket_lm: LanguageModel) -> None:
+    lm = pocket_lm
     prompts = ["Paris is", "The first years of Wolfgang Amadeus Mozart were spent in", "In Rome,"]
     rows = [
         Writing(tuple(lm.encode(prompt).ids), 12, seed)
@@ -203,8 +205,8 @@ def test_texts_do_not_depend_on_who_is_written_beside_them() -> None:
     assert together == write(lm, rows), "the same seeds give the same texts"
 
 
-def test_greedy_writing_is_what_the_library_writes() -> None:
-    lm = engram.load("pocket")
+def test_greedy_writing_is_what_the_library_writes(pocket_lm: LanguageModel) -> None:
+    lm = pocket_lm
     prompt = pocket.facts()[0].prompts()[0].replace("{}", pocket.facts()[0].subject)
     (ids,) = write(lm, [Writing(tuple(lm.encode(prompt).ids), 6)])
     said, _, _ = str(lm.tokenizer.decode(ids)).partition(

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import engram
 from engram.benchmark.data.pocket_benchmark import pocket_benchmark
 from engram.benchmark.data.records import Dataset, Record
 from engram.benchmark.known_records import known_records
@@ -17,8 +16,8 @@ from engram.model.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return engram.load("pocket", dtype=torch.float32)
+def lm(pocket_lm):
+    return pocket_lm
 
 
 def dataset(*facts: Fact) -> Dataset:

@@ -132,8 +132,8 @@ def test_the_nearest_demonstrations_are_shown_nearest_first(roomy):
     assert edit.diagnostics == {"blocks": len(blocks)} and edit.settings["encoder"] == "custom"
 
 
-def test_the_bundled_model_has_demonstrations_of_its_own():
-    lm = engram.load("pocket")
+def test_the_bundled_model_has_demonstrations_of_its_own(pocket_lm):
+    lm = pocket_lm
     fact = pocket.as_fact(pocket.find("Eiffel Tower")[0], "Rome")
     edit, again = (engram.rewrite(lm, fact, "ike", encoder="embeddings", seed=3) for _ in range(2))
     assert edit == again and len(edit.wordings[0].demonstrations) == 16

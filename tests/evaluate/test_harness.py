@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return engram.load("pocket")
+def lm(pocket_lm: LanguageModel) -> LanguageModel:
+    return pocket_lm
 
 
 @pytest.fixture(scope="module")

@@ -659,8 +659,8 @@ def test_a_relation_that_is_not_there():
 # -- the bundled model -----------------------------------------------------------------------------
 
 
-def test_pocket_knows_its_facts_and_not_their_counterfactuals():
-    lm, facts = engram.load("pocket"), read_facts("pocket")[::200]
+def test_pocket_knows_its_facts_and_not_their_counterfactuals(pocket_lm):
+    lm, facts = pocket_lm, read_facts("pocket")[::200]
     assert len(knows(lm, facts).known()) >= len(facts) - 2
     wrong = [
         replace(fact, target=pocket.counterfactual(*pocket.find(fact.subject, fact.relation)))

@@ -189,8 +189,8 @@ def test_what_is_true_becomes_an_edit_to_another_object_of_the_relation():
 
 
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
-def test_edits_of_the_bundled_table_are_of_facts_that_the_model_knows():
-    lm = engram.load("pocket")
+def test_edits_of_the_bundled_table_are_of_facts_that_the_model_knows(pocket_lm):
+    lm = pocket_lm
     found = bundled_edits(lm, 5)
     assert len(found) == 5 and found == known(lm, found) and found == bundled_edits(lm, 7)[:5]
     assert all(each.target_true and each.paraphrases and each.neighbours for each in found)
@@ -449,8 +449,8 @@ def test_a_quick_card_edits_by_the_caller_s_method_contexts_and_settings(lm, cac
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
-def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path):
-    lm = engram.load("pocket")
+def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path, pocket_lm):
+    lm = pocket_lm
     found = layer_card(
         lm,
         edits=1,

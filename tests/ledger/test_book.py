@@ -374,7 +374,7 @@ def test_the_model_has_to_be_the_unedited_base(ledger, tmp_path):
         ):
             with pytest.raises(
                 BaseMismatchError,
-                match="edits are applied to 'tiny-gpt2' at the moment .* leave their `with` block",
+                match=r"edits are applied to 'tiny-gpt2' at the moment .* leave their `with` block",
             ):
                 mistake()
     with (

@@ -178,8 +178,10 @@ def test_an_edit_made_on_top_is_not_warned_of_what_it_stands_on(ledger, caplog):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
-def test_on_a_model_that_knows_facts_the_overlap_tells_which_edits_spoil_each_other(tmp_path):
-    lm = engram.load("pocket")
+def test_on_a_model_that_knows_facts_the_overlap_tells_which_edits_spoil_each_other(
+    tmp_path, pocket_lm
+):
+    lm = pocket_lm
     wanted = [
         ("Dam Square", "city", "Rome"),
         ("Dam Square", "country", "Spain"),

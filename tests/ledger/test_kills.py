@@ -88,7 +88,8 @@ AT_RANDOM = (
 def work(book, generator, writer):
     while True:  # every answer is given after the ledger has given its own
         there = book.list()
-        free = [edit for edit in edits if change_identity(edit) not in {each.identity for each in there}]
+        present = {each.identity for each in there}
+        free = [edit for edit in edits if change_identity(edit) not in present]
         if free and (len(there) < 3 or generator.random() < 0.5):
             entry = book.add(generator.choice(free), replace=True)
             os.write(writer, f"added {entry.number}\\n".encode())

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import engram
-from engram import Fact, pocket
+from engram import Fact
 from engram.engine.replayable import replayable
 from engram.errors import EngramError, EngramFileError, FactError, SettingError
 from engram.locate import average_run as experiment
@@ -210,13 +210,11 @@ def test_of_several_answer_tokens_only_the_prompts_are_rows(family):
 
 
 @pytest.fixture(scope="module")
-def pocket_runs(tmp_path_factory):
+def pocket_runs(tmp_path_factory, pocket_lm):
     """Return the bundled model's average over 8 facts, in two goes: short prompts of several
     lengths.
     """
-    if not pocket.PATH.exists():
-        pytest.skip("the bundled model is not here")
-    lm = engram.load("pocket")
+    lm = pocket_lm
     drawn = random.Random(0).sample(engram.read_facts("pocket"), 60)
     facts = sorted(drawn, key=lambda fact: len(lm.encode(fact.prompt_text).ids))[:8]
     assert len({len(lm.encode(fact.prompt_text).ids) for fact in facts}) > 1

@@ -450,8 +450,8 @@ def test_a_combination_that_makes_no_sense_says_why(lm, settings, message):
         engram.trace(lm, PROMPT, **{"subject": SUBJECT, "target": "the", "noise": 1.0, **settings})
 
 
-def test_a_foil_that_is_the_models_own_answer_is_refused():
-    lm = engram.load("pocket")
+def test_a_foil_that_is_the_models_own_answer_is_refused(pocket_lm):
+    lm = pocket_lm
     with pytest.raises(
         FactError, match="foil='Paris' begins with the same token as the answer ' Paris'"
     ):

@@ -48,8 +48,8 @@ def workers() -> Iterator[RayWorkers]:
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return engram.load("pocket")
+def lm(pocket_lm: LanguageModel) -> LanguageModel:
+    return pocket_lm
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ def test_a_killed_run_loses_the_line_in_flight_only_and_other_settings_are_refus
 
 
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
-def test_effects_and_margins_are_those_of_the_public_calls():
-    lm = engram.load("pocket")
+def test_effects_and_margins_are_those_of_the_public_calls(pocket_lm):
+    lm = pocket_lm
     known = pocket.find("Eiffel Tower", "city")[0]
     fact = pocket.as_fact(known, "Rome")
     found = study.effects(lm, fact)

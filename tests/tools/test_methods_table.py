@@ -21,8 +21,8 @@ needs_pocket = pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled 
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return engram.load("pocket", dtype=torch.float32)
+def lm(pocket_lm):
+    return pocket_lm
 
 
 def row(method="ft", setting="mass:10", **numbers):

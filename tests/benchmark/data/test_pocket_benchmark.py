@@ -8,7 +8,6 @@ import json
 from collections import Counter
 
 import pytest
-import torch
 
 import engram
 from engram import pocket
@@ -31,8 +30,8 @@ def dataset():
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return engram.load("pocket", dtype=torch.float32)
+def lm(pocket_lm):
+    return pocket_lm
 
 
 def known(record):

@@ -521,9 +521,9 @@ def test_one_facts_value_is_the_first_of_many():
     )
 
 
-def test_the_pocket_models_values_are_those_of_one_by_one():
+def test_the_pocket_models_values_are_those_of_one_by_one(pocket_lm):
     """A trained model: 6 facts, until they are said."""
-    lm = engram.load("pocket")
+    lm = pocket_lm
     facts = [
         engram.pocket.as_fact(known, engram.pocket.counterfactual(known))
         for known in engram.pocket.facts()[::700]
