@@ -401,7 +401,7 @@ def test_the_order_is_pythons_shuffle_with_seed_one():
 
 
 def test_sampled_text_can_begin_at_any_document():
-    lm, corpus = tiny_lm("gpt2"), SampledText(seed=3, tokens=12, batch=4)
+    lm, corpus = tiny_lm("gpt2"), SampledText(seed=3, tokens=12, rows_per_batch=4)
     whole = [text for text, _ in zip(corpus.documents(lm, 0), range(10), strict=False)]
     later = [text for text, _ in zip(corpus.documents(lm, 6), range(4), strict=False)]
     assert later == whole[6:]
