@@ -272,15 +272,13 @@ class PromptEdit:
     @classmethod
     def from_contents(cls, contents: folder_format.Contents) -> PromptEdit:
         """Build an edit from what its folder holds."""
-        record = contents.record
+        record = dict(contents.record)
+        facts = tuple(map(Fact.from_dict, record.pop("facts")))
         wordings = tuple(
-            Wording(each["statement"], tuple(each["demonstrations"])) for each in record["wordings"]
+            Wording(wording["statement"], tuple(wording["demonstrations"]))
+            for wording in record.pop("wordings")
         )
-        return cls(
-            facts=tuple(Fact.from_dict(each) for each in record["facts"]),
-            wordings=wordings,
-            **{name: record[name] for name in _RECORDED},
-        )
+        return cls(facts, wordings=wordings, **record)  # an unknown entry is damage: a TypeError
 
 
 def _names(text: str, subject: str) -> bool:
