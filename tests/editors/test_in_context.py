@@ -62,7 +62,7 @@ def lm():
 def roomy():
     """Return a model that takes long texts."""
     made = tiny_lm("llama")
-    made.max_tokens = 4096
+    made.tokens.max_tokens = 4096
     return made
 
 
@@ -407,7 +407,7 @@ def test_perplexity_is_that_of_the_same_pieces_without_and_with_the_fact_before_
     text, half = held_out_text(), lm.max_tokens // 2
     assert receipt.perplexity[0] == lm.perplexity(text, tokens=half)
     assert receipt.perplexity[1] == lm.perplexity(
-        text, tokens=half, behind=edit.wordings[0].statement
+        text, tokens=half, after=edit.wordings[0].statement
     )
     silent = engram.rewrite(lm, FACT, "in-context", otherwise="nothing")
     assert len(set(engram.verify(lm, silent, continuation_tokens=1).perplexity)) == 1

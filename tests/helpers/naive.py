@@ -162,6 +162,7 @@ def patched(
             handle.remove()
 
 
+@torch.no_grad()
 def naive_log_probs(lm, prompt, target):
     """One forward a pair over prompt + target, all logits, no padding."""
     head, tail = lm.encode(prompt).ids, lm.target_ids(prompt, target)

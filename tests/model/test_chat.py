@@ -107,7 +107,7 @@ def test_a_template_that_does_not_keep_the_prompt_is_refused(monkeypatch):
         ("hello", 0),
     ):
         monkeypatch.setattr(lm.tokenizer, "chat_template", text)
-        with pytest.raises(UnsupportedModelError, match=f"in which it stands {count} times"):
+        with pytest.raises(UnsupportedModelError, match=f"in which it occurs {count} times"):
             engram.chat_frame(lm)
 
 

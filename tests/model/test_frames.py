@@ -212,7 +212,7 @@ def test_perplexity_behind_a_text_scores_the_same_tokens_behind_it(tokenizer):
         log_p = lm.model(torch.tensor([front + own])).logits[0].log_softmax(-1)
     scored = [float(log_p[len(front) + i - 1, own[i]]) for i in range(first, len(own))]
     wanted = torch.tensor(-sum(scored) / len(scored), dtype=torch.float64).exp()
-    assert lm.perplexity(text, behind=before) == pytest.approx(float(wanted), rel=1e-6)
+    assert lm.perplexity(text, after=before) == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_pieces_of_a_size_are_scored_one_by_one():
@@ -226,9 +226,9 @@ def test_pieces_of_a_size_are_scored_one_by_one():
     wanted = ((losses * counts).sum() / counts.sum()).exp()
     assert lm.perplexity(PROMPT, tokens=4) == pytest.approx(float(wanted), rel=1e-5)
     with pytest.raises(
-        FactError, match=r"pieces of 128 tokens behind a text of \d+: the model takes 128"
+        FactError, match=r"pieces of 128 tokens after a text of \d+: the model takes 128"
     ):
-        lm.perplexity(PROMPT, behind="He sings.", tokens=128)
+        lm.perplexity(PROMPT, after="He sings.", tokens=128)
 
 
 # --- mistakes -------------------------------------------------------------------------------------

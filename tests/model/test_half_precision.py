@@ -41,7 +41,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("ERROR", "engram.model.language_model")  # that half precision is slow on a CPU
+    caplog.set_level("ERROR", "engram.model.loading")  # that half precision is slow on a CPU
 
 
 @DTYPES

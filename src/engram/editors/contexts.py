@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
-from engram.model.sampling import sample_texts
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel

@@ -59,9 +59,7 @@ def pieces(lm: LanguageModel) -> tuple[list[list[int]], list[range]]:
     """The text in pieces as long as the model takes, and the positions at which the next token is
     known.
     """
-    ids = list(lm.tokenizer(held_out_text(), verbose=False)["input_ids"])
-    size = lm.max_tokens
-    rows = [piece for at in range(0, len(ids), size) if len(piece := ids[at : at + size]) > 1]
+    rows = lm.tokens.pieces(held_out_text(), lm.max_tokens)
     return rows, [range(len(row) - 1) for row in rows]
 
 

@@ -185,7 +185,7 @@ def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited:
     if isinstance(edit, Edit):
         return lm.perplexity(text)
     half = lm.max_tokens // 2
-    return lm.perplexity(text, behind=edit.preamble(lm, text, half) if edited else "", tokens=half)
+    return lm.perplexity(text, after=edit.preamble(lm, text, half) if edited else "", tokens=half)
 
 
 def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:

@@ -1,32 +1,28 @@
 """One way to ask a model for a missing object, whatever its kind.
 
-    causal            The tower is in                    -> Paris                           the next
-    tokens (see framing) masked            [CLS] The tower is in [MASK]. [SEP] -> Paris
-                one mask a token of the answer encoder-decoder   The tower is in <extra_id_0>. </s>
-                -> <pad> <extra_id_0> Paris       what the decoder says (T5)
+    causal            The tower is in                      -> Paris        the next tokens
+    masked            [CLS] The tower is in [MASK]. [SEP]  -> Paris        one mask per answer token
+    encoder-decoder   The tower is in <extra_id_0>. </s>   -> <pad> <extra_id_0> Paris
+                                                              what the decoder writes (T5)
 
 Knows tokenizers and templates. Refuses to know modules and logits: LanguageModel.cloze_logits reads
 what is asked here.
 Sources: fill-in-the-blank probing, Petroni et al. 2019 (LAMA), arXiv:1909.01066; the sentinels of
-    T5, Raffel et al. 2020,
-arXiv:1910.10683, Sec. 3.1.4; BART rewrites the whole text, Lewis et al. 2020, arXiv:1910.13461.
+T5, Raffel et al. 2020, arXiv:1910.10683, Sec. 3.1.4; BART rewrites the whole text, Lewis et al.
+2020, arXiv:1910.13461.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.chat_template import answers_spaced
 from engram.model.frames import BARE, Frame, check_frame, framed
+from engram.model.tokens import Tokens, spaced
 from engram.modules.layouts import ModelKind
-
-if TYPE_CHECKING:
-    from engram.model.language_model import LanguageModel
-from engram.model.tokens import _encode, _tokens, continuation_ids, spaced
 
 SENTINEL = "<extra_id_0>"
 
@@ -36,7 +32,7 @@ class Cloze:
     """A prompt made ready for a model of any kind to fill in its object.
 
     Attributes:
-        ids: what the stack that reads the prompt gets (the encoder, or the only stack there is),
+        ids: input of the stack that reads the prompt (the encoder, or the only stack there is),
             specials included.
         offsets: characters (start, end) of `text` for each of `ids`; (0, 0) for specials and for a
             frame's text in front.
@@ -44,8 +40,8 @@ class Cloze:
         read: positions whose logits predict the answer's tokens, one each: of `ids`, or of
             `decoder_ids` where there are any.
         answer: tokens of the target; [] where none was given (`read` then has one position).
-        decoder_ids: what an encoder-decoder model's decoder is fed: start token, the text it is
-            made to begin with, and the answer but for its last token. None for the other kinds.
+        decoder_ids: input of an encoder-decoder model's decoder: start token, the text it begins
+            with, and the answer except for its last token. None for the other kinds.
         tokens: how many of `ids`, from the first on, are the prompt's and its frame's: all but the
             answer's. For a masked or an encoder-decoder model all of them.
     """
@@ -61,8 +57,8 @@ class Cloze:
 
 @dataclass(frozen=True)
 class Templates:
-    """How a prompt is put to a model: `prompt` for the stack that reads it, `decoder` what the
-    decoder is made to begin with.
+    """How a prompt is put to a model: `prompt` for the stack that reads it, `decoder` for what the
+    decoder begins with.
     """
 
     prompt: Frame
@@ -70,16 +66,17 @@ class Templates:
 
 
 def default_templates(kind: ModelKind, tokenizer: PreTrainedTokenizerBase) -> Templates:
-    """The wording in which models of a kind were trained to fill a blank.
+    """Return the wording in which models of a kind were trained to fill a blank.
 
     Raises:
-        UnsupportedModelError: a masked model whose tokenizer has no mask token.
+        UnsupportedModelError: a masked model's tokenizer has no mask token.
     """
     if kind == "causal":
         return Templates(BARE)
     if kind == "masked" and not tokenizer.mask_token:
         raise UnsupportedModelError(
-            f"{type(tokenizer).__name__} has no mask token, which a masked model is asked with; set tokenizer.mask_token"
+            f"{type(tokenizer).__name__} has no mask token, which a masked model is asked with; "
+            "set tokenizer.mask_token"
         )
     if kind == "encoder-decoder" and _has_sentinel(tokenizer):
         return Templates(f"{{}} {SENTINEL}.", SENTINEL)
@@ -89,14 +86,14 @@ def default_templates(kind: ModelKind, tokenizer: PreTrainedTokenizerBase) -> Te
 
 
 def _has_sentinel(tokenizer: PreTrainedTokenizerBase) -> bool:
-    found = tokenizer.convert_tokens_to_ids(SENTINEL)
-    return found is not None and found != tokenizer.unk_token_id
+    sentinel = tokenizer.convert_tokens_to_ids(SENTINEL)
+    return sentinel is not None and sentinel != tokenizer.unk_token_id
 
 
 def check_prompt_template(
     template: str, kind: ModelKind, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The template, if a model of that kind can be asked with it.
+    """Return the template, if a model of that kind can be asked with it.
 
     Raises:
         SettingError: it has not one place {} for the prompt; for kinds other than causal, text in
@@ -106,119 +103,131 @@ def check_prompt_template(
         return str(check_frame(template))
     if not template.startswith("{}") or template.count("{}") != 1:
         raise SettingError(
-            f"cloze_template={template!r}: expected {{}} once, in front, where the prompt stands; "
-            "words that shall come before it belong into the prompt"
+            f"cloze_template={template!r}: expected {{}} once, in front, for the prompt; "
+            "words before it belong into the prompt"
         )
     mask = tokenizer.mask_token
     if kind == "masked" and template.count(str(mask)) != 1:
         raise SettingError(
-            f"cloze_template={template!r}: expected the mask token {mask!r} once; a longer answer repeats it"
+            f"cloze_template={template!r}: expected the mask token {mask!r} once; a longer answer "
+            "repeats it"
         )
     return template
 
 
 def check_decoder_template(template: str, kind: ModelKind) -> str:
-    """The same for what the decoder is made to begin with: any text, in which {} is the prompt.
+    """Return what the decoder begins with, if it is a text with {}, the prompt, at most once.
 
     Raises:
-        SettingError: the model has no decoder of its own, or {} stands there twice.
+        SettingError: the model has no decoder of its own, or the text has {} twice.
     """
     if template and kind != "encoder-decoder":
         raise SettingError(
-            f"cloze_decoder={template!r}: only an encoder-decoder model has a decoder to begin for; this is a {kind} one"
+            f"cloze_decoder={template!r}: only an encoder-decoder model has a decoder to begin "
+            f"for; this is a {kind} one"
         )
     if template.count("{}") > 1:
         raise SettingError(f"cloze_decoder={template!r}: expected {{}}, the prompt, at most once")
     return template
 
 
-def make_cloze(
-    lm: LanguageModel, prompt: str, target: str | None, frame: Frame | None = None
-) -> Cloze:
-    """See `LanguageModel.cloze`."""
-    if target is not None and not target.strip():
+def check_target(target: str) -> None:
+    """Raise where a target has no words."""
+    if not target.strip():
         raise FactError(f"target={target!r} is empty; give the words that shall follow the prompt")
-    if lm.kind == "causal":
-        return _continued(lm, prompt, target, lm.frame if frame is None else check_frame(frame))
-    if frame is not None:
-        lm.check_framed()
-    return (_filled if lm.kind == "masked" else _answered)(lm, prompt, target)
 
 
-def _continued(lm: LanguageModel, prompt: str, target: str | None, frame: Frame) -> Cloze:
-    """Causal: the prompt's tokens in their frame, then the target's but the last."""
+def continued(tokens: Tokens, frame: Frame, prompt: str, target: str | None) -> Cloze:
+    """Return a causal model's cloze: the prompt's tokens in their frame, then the target's except
+    the last.
+
+    Example: pocket, "The tower is in" and the target "New Zealand", two tokens.
+
+        position   0     1     2      3     4     5
+        ids        413   275   1921   356   318   1606
+        token      The    t    ower    is    in    New
+        read                                ^     ^
+        answer                              1606  4492 (" New", " Zealand")
+
+    `tokens` is 5. The last answer token, 4492, is predicted and never read.
+    """
     whole, start = framed(frame, prompt)
-    head, text = lm.encode(whole), whole[start:]
-    said = "" if target is None else answer_text(lm, whole, target, behind=text[len(prompt) :])
-    answer = continuation_ids(lm, whole, said) if said else []
+    head, text = tokens.encode(whole), whole[start:]
+    words = "" if target is None else answer_text(tokens, whole, target, text[len(prompt) :])
+    answer = tokens.continuation_ids(whole, words) if words else []
     ids, offsets = head.ids + answer[:-1], head.offsets
     if len(answer) > 1:
-        joint = lm.encode(whole + said)
-        apart = [
-            *offsets,
-            *[(len(whole), len(joint.text))] * len(answer[:-1]),
-        ]  # tokenised alone: see `continuation_ids`
-        text, offsets = (
-            joint.text[start:],
-            joint.offsets[: len(ids)] if joint.ids[: len(ids)] == ids else apart,
-        )
+        joint = tokens.encode(whole + words)
+        text = joint.text[start:]
+        if joint.ids[: len(ids)] == ids:
+            offsets = joint.offsets[: len(ids)]
+        else:  # the answer was tokenised alone, see `Tokens.continuation_ids`: no characters known
+            offsets = offsets + [(len(whole), len(joint.text))] * len(answer[:-1])
     offsets = [(max(a - start, 0), max(b - start, 0)) for a, b in offsets]
-    return Cloze(
-        ids, offsets, text, list(range(len(head.ids) - 1, len(ids))), answer, None, len(head.ids)
-    )
+    read = list(range(len(head.ids) - 1, len(ids)))
+    return Cloze(ids, offsets, text, read, answer, None, len(head.ids))
 
 
-def answer_text(lm: LanguageModel, whole: str, target: str, behind: str) -> str:
-    """`target` with a leading space, or without one, as it follows the framed prompt `whole`.
+def answer_text(tokens: Tokens, whole: str, target: str, rest: str) -> str:
+    """Return `target` with a leading space, or without one, as it follows the framed prompt.
 
-    Words follow words after a space. Where the frame goes on behind the prompt, the answer begins
-    something new: there is no space after white space, nor after a special token unless the model's
-        chat template writes one there ("[/INST] Paris").
+    Words follow words after a space. Where the frame has text after the prompt, the answer begins
+    something new: there is no space after white space, nor after a special token, unless the
+    model's chat template writes one there ("[/INST] Paris").
 
     Args:
-        behind: what the frame has behind the prompt.
+        whole: the framed prompt.
+        rest: the frame's text after the prompt.
     """
-    if not behind:
+    if not rest:
         return spaced(target)
-    in_a_turn = behind[-1].isspace() or (
-        whole.endswith(lm.special_texts) and not answers_spaced(lm.tokenizer)
+    in_a_turn = rest[-1].isspace() or (
+        whole.endswith(tokens.special_texts) and not answers_spaced(tokens.tokenizer)
     )
     return target.lstrip() if in_a_turn else spaced(target)
 
 
-def _filled(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
-    """Masked: the prompt and one mask for each of the target's tokens.
+def filled(tokens: Tokens, template: str, prompt: str, target: str | None) -> Cloze:
+    """Return a masked model's cloze: the prompt and one mask for each of the target's tokens.
 
-    The space before the mask goes where it would be a token of its own: the answer's first token
-        takes it in.
+    The space before the mask is dropped where it would be a token of its own: the answer's first
+    token has it inside.
+
+    Example: a word-piece tokenizer and a target of two tokens.
+
+        position   0      1     2      3    4    5       6       7   8
+        ids        2      118   148    132  131  4       4       9   3
+        token      [CLS]  The   tower  is   in   [MASK]  [MASK]  .   [SEP]
+        read                                     ^       ^
+
+    The tokens of `answer` are those that stand in the masks' places when the sentence is tokenised
+    with the target in it.
     """
-    mask = str(lm.tokenizer.mask_token)
-    before, _, behind = lm.cloze_template.replace("{}", prompt).rpartition(mask)
-    ids, offsets, text = min(
-        (_encode(lm, space + mask + behind) for space in (before, before.rstrip())),
-        key=lambda each: len(each[0]),
+    tokenizer = tokens.tokenizer
+    mask = str(tokenizer.mask_token)
+    before, _, rest = template.replace("{}", prompt).rpartition(mask)
+    candidates = (before, before.rstrip())
+    encoding = min(
+        (tokens.encode_all(text + mask + rest) for text in candidates), key=lambda e: len(e.ids)
     )
-    at = max(i for i, each in enumerate(ids) if each == lm.tokenizer.mask_token_id)
-    answer = (
-        [] if target is None else _in_place(lm, ids[:at], before.rstrip(), spaced(target), behind)
-    )
+    ids, offsets = encoding.ids, encoding.offsets
+    at = max(i for i, token in enumerate(ids) if token == tokenizer.mask_token_id)
+    answer = []
+    if target is not None:
+        answer = _in_place(tokens, ids[:at], before.rstrip(), spaced(target), rest)
     n = max(1, len(answer))
-    ids, offsets = (
-        ids[:at] + ids[at : at + 1] * n + ids[at + 1 :],
-        offsets[:at] + offsets[at : at + 1] * n + offsets[at + 1 :],
-    )
-    return Cloze(
-        _short_enough(lm, ids, text), offsets, text, list(range(at, at + n)), answer, None, len(ids)
-    )
+    ids = ids[:at] + ids[at : at + 1] * n + ids[at + 1 :]
+    offsets = offsets[:at] + offsets[at : at + 1] * n + offsets[at + 1 :]
+    tokens.check_length(ids, encoding.text)
+    return Cloze(ids, offsets, encoding.text, list(range(at, at + n)), answer, None, len(ids))
 
 
-def _in_place(
-    lm: LanguageModel, head: list[int], before: str, target: str, behind: str
-) -> list[int]:
-    """Tokens of the target in its place, after those of `head`; alone where it would merge with
-    what is around it.
+def _in_place(tokens: Tokens, head: list[int], before: str, target: str, rest: str) -> list[int]:
+    """Return the target's tokens in its place, after those of `head`; tokenised alone where it
+    would merge with what is around it.
     """
-    ids, offsets, _ = _encode(lm, before + target + behind)
+    encoding = tokens.encode_all(before + target + rest)
+    ids, offsets = encoding.ids, encoding.offsets
     limit = len(before + target)
     end = next(
         (i for i in range(len(head), len(ids)) if offsets[i][0] >= limit or offsets[i] == (0, 0)),
@@ -226,51 +235,56 @@ def _in_place(
     )
     if ids[: len(head)] == head and len(head) < end and offsets[end - 1][1] <= limit:
         return ids[len(head) : end]
-    return _tokens(lm, target)
+    return tokens.bare_ids(target)
 
 
-def _answered(lm: LanguageModel, prompt: str, target: str | None) -> Cloze:
-    """Encoder-decoder: the encoder reads the prompt, the decoder is made to begin and then says the
-    answer.
+def answered(
+    tokens: Tokens, templates: Templates, model: PreTrainedModel, prompt: str, target: str | None
+) -> Cloze:
+    """Return an encoder-decoder model's cloze: the encoder reads the prompt, the decoder begins as
+    `templates` says and then writes the answer.
+
+    Example: T5 with a tokenizer of whole words, the target "Paris".
+
+        ids          64   94     78  77  98            3   8   1
+        token        The  tower  is  in  <extra_id_0>  ''  .   </s>
+        decoder_ids  0      98
+        token        <pad>  <extra_id_0>
+        read                ^
+        answer              61 (Paris)
     """
-    ids, offsets, text = _encode(lm, lm.cloze_template.replace("{}", prompt))
-    begun = lm.cloze_decoder.replace("{}", prompt)
-    head, answer = _tokens(lm, begun), []
+    encoding = tokens.encode_all(str(templates.prompt).replace("{}", prompt))
+    beginning = templates.decoder.replace("{}", prompt)
+    head, answer = tokens.bare_ids(beginning), []
     if target is not None:
-        said = spaced(target) if begun else target.strip()
-        joint = _tokens(lm, begun + said)
-        answer = (
-            joint[len(head) :]
-            if joint[: len(head)] == head and len(joint) > len(head)
-            else _tokens(lm, said)
-        )
-    lead = next(i for i, span in enumerate(offsets) if span != (0, 0))
-    head = _decoder_start(lm, ids[:lead]) + head
+        words = spaced(target) if beginning else target.strip()
+        joint = tokens.bare_ids(beginning + words)
+        follows = joint[: len(head)] == head and len(joint) > len(head)
+        answer = joint[len(head) :] if follows else tokens.bare_ids(words)
+    lead = next(i for i, span in enumerate(encoding.offsets) if span != (0, 0))
+    head = _decoder_start(model, encoding.ids[:lead]) + head
     decoder_ids = head + answer[:-1]
     read = list(range(len(head) - 1, len(decoder_ids)))
-    return Cloze(_short_enough(lm, ids, text), offsets, text, read, answer, decoder_ids, len(ids))
+    ids, text = encoding.ids, encoding.text
+    tokens.check_length(ids, text)
+    return Cloze(ids, encoding.offsets, text, read, answer, decoder_ids, len(ids))
 
 
-def _decoder_start(lm: LanguageModel, lead: list[int]) -> list[int]:
-    """What the decoder is always fed first: its start token, then the token forced on it or those
-    that begin every text.
+def _decoder_start(model: PreTrainedModel, lead: list[int]) -> list[int]:
+    """Return what the decoder always reads first: its start token, then the token forced on it or
+    those that begin every text.
     """
-    settings = (getattr(lm.model, "generation_config", None), lm.model.config)
-    start, forced = (
-        next((value for each in settings if (value := getattr(each, name, None)) is not None), None)
-        for name in ("decoder_start_token_id", "forced_bos_token_id")
-    )
+    configs = (getattr(model, "generation_config", None), model.config)
+
+    def setting(name: str) -> int | None:
+        values = (getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
+
+    start, forced = setting("decoder_start_token_id"), setting("forced_bos_token_id")
     if start is None:
         raise UnsupportedModelError(
-            f"{lm.name} does not say which token its decoder starts with; set lm.model.config.decoder_start_token_id "
-            "(T5: the padding token, BART: the end-of-text token)"
+            f"{type(model).__name__} does not say which token its decoder starts with; set "
+            "lm.model.config.decoder_start_token_id (T5: the padding token, BART: the end-of-text "
+            "token)"
         )
     return [int(start), *(lead if forced is None else [int(forced)])]
-
-
-def _short_enough(lm: LanguageModel, ids: list[int], text: str) -> list[int]:
-    if len(ids) > lm.max_tokens:
-        raise FactError(
-            f"text of {len(ids)} tokens, the model takes at most {lm.max_tokens}: {text[:60]!r}..."
-        )
-    return ids

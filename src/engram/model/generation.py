@@ -1,17 +1,19 @@
-"""Texts that a model writes, many rows at once: greedy answers, and sampled continuations with a
-generator a row.
+"""Texts that a model writes: greedy answers and sampled texts, many rows at once.
 
 Rows of about one length go through the model together with its own key and value cache, shorter
-ones behind pads that nothing sees; where a family cannot do that (it is tried out), rows of just
-one length. Knows rows. Refuses to know which model each row belongs
-to: `around` lays the changes of a batch's rows. Sampling as in the released code of Meng et al.
-    2022, arXiv:2202.05262: top 5, no
-stop at an end of text, a length that includes the prompt; but with a seed a row.
+ones with pads on their left that nothing sees; where a family cannot do that (it is tried out),
+rows of exactly one length. Knows rows. Refuses to know which model each row belongs to: `around`
+applies the changes of a batch's rows.
+
+Sampling as in the released code of Meng et al. 2022, arXiv:2202.05262: from the k most probable
+tokens, without a stop at an end of text, to a length that includes the prompt; but with generators
+of its own in place of the global one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +33,12 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Writing:
-    """One text to be written on.
+    """One text to be continued.
 
     Args:
-        ids: the prompt's tokens; new: tokens to write, at least 1; seed: of its draws, None:
-            greedy.
+        ids: the prompt's tokens.
+        new: tokens to write, at least 1.
+        seed: of its draws; None: greedy.
     """
 
     ids: tuple[int, ...]
@@ -44,7 +47,7 @@ class Writing:
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that is the same wherever and in whatever order it is asked for."""
+    """Return a seed that depends on `parts` alone: the same on every machine, in every order."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -57,10 +60,10 @@ def write(
     *,
     rows_per_batch: int = 512,
 ) -> list[list[int]]:
-    """The new tokens of each.
+    """Return the new tokens of each row.
 
     Args:
-        around: given the numbers of the rows of a batch, lays what is in force for them.
+        around: given the numbers of a batch's rows, applies what is in force for them.
     """
     out: list[list[int]] = [[] for _ in writings]
     for batch in _batches(writings, rows_per_batch, pads_on_the_left(lm)):
@@ -71,8 +74,8 @@ def write(
 
 
 def _batches(writings: Sequence[Writing], limit: int, padded: bool) -> Iterator[list[int]]:
-    """Rows of about one length, or of one length where none may be padded; those that write about
-    as much together.
+    """Split rows into batches of about one length, or of one length where none may be padded; those
+    that write about as much are together.
     """
     lengths = [len(writing.ids) for writing in writings]
 
@@ -84,6 +87,15 @@ def _batches(writings: Sequence[Writing], limit: int, padded: bool) -> Iterator[
 
 
 def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:
+    """Return the new tokens of one batch.
+
+    Example: prompts of 3 and 2 tokens, two new ones each; "-" is a pad, which nothing sees.
+
+                  step 0    step 1
+        row 0     a b c     d        -> d e      ids_bt of a step; the cache has the columns before
+        row 1     - f g     h        -> h i
+        position  0 1 2     3                    of row 0; row 1 counts -, 0, 1, 2
+    """
     generators = [
         None if row.seed is None else torch.Generator().manual_seed(row.seed) for row in rows
     ]
@@ -92,44 +104,99 @@ def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:
     ids_bt = torch.tensor(
         [[row.ids[0]] * (longest - len(row.ids)) + list(row.ids) for row in rows], device=lm.device
     )
-    cache, done = None, []
+    cache, columns = None, []
     for step in range(max(row.new for row in rows)):
-        at_1t = torch.arange(longest + step, device=lm.device)[None]
-        logits_bv, cache = _next(
-            lm, ids_bt, at_1t >= pads_b1, (at_1t - pads_b1)[:, -ids_bt.shape[1] :], cache
-        )
-        chosen_b = _chosen(logits_bv, generators)
-        done.append(chosen_b.tolist())
-        ids_bt = chosen_b[:, None].to(lm.device)
-    return [
-        list(tokens[: row.new]) for row, tokens in zip(rows, zip(*done, strict=True), strict=True)
-    ]
+        real_bt = torch.arange(longest + step, device=lm.device)[None] >= pads_b1
+        logits_bv, cache = _next(lm, ids_bt, real_bt, cache)
+        probabilities_bk, tokens_bk = _most_probable(logits_bv.nan_to_num(), TOP_K)
+        picks = [
+            0 if generator is None else int(torch.multinomial(p_k, 1, generator=generator))
+            for p_k, generator in zip(probabilities_bk, generators, strict=True)
+        ]
+        ids_b1 = tokens_bk.gather(1, torch.tensor(picks)[:, None])
+        columns.append(ids_b1[:, 0].tolist())
+        ids_bt = ids_b1.to(lm.device)
+    return [list(ids[: row.new]) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
+
+
+@torch.no_grad()
+def sample_texts(
+    lm: LanguageModel,
+    limit: int,
+    tokens: int,
+    generator: torch.Generator,
+    top_k: int | None = None,
+    start: str | None = None,
+) -> list[str]:
+    """Sample `limit` texts of `tokens` tokens each, special tokens left out, white space made
+    single.
+
+    One generator draws for all rows, step by step, so a text depends on how many are drawn with it.
+
+    Args:
+        generator: on the CPU.
+        top_k: sample among this many most probable tokens; default: from the whole distribution.
+        start: text that they begin with, its tokens counted among `tokens`; default: the start
+            token, which is not counted.
+    """
+    ids = [_start_token(lm)] if start is None else lm.encode(start).ids
+    cache, newest_bt = None, torch.tensor([ids] * limit, device=lm.device)
+    columns = [] if start is None else [newest_bt.cpu()]
+    for drawn in range(tokens if start is None else max(0, tokens - len(ids))):
+        # All real: a start token may double as the pad.
+        real_bt = torch.ones(limit, len(ids) + drawn, dtype=torch.bool, device=lm.device)
+        logits_bv, cache = _next(lm, newest_bt, real_bt, cache)
+        if top_k is None:
+            pick_b1 = torch.multinomial(logits_bv.cpu().softmax(-1), 1, generator=generator)
+        else:
+            probabilities_bk, tokens_bk = _most_probable(logits_bv.cpu(), top_k)
+            draw_b1 = torch.multinomial(probabilities_bk, 1, generator=generator)
+            pick_b1 = tokens_bk.gather(1, draw_b1)
+        columns.append(pick_b1)
+        newest_bt = pick_b1.to(lm.device)
+    texts = lm.tokenizer.batch_decode(torch.cat(columns, 1), skip_special_tokens=True)
+    return [re.sub(r"\s+", " ", unicodedata.normalize("NFKD", text)).strip() for text in texts]
+
+
+def _start_token(lm: LanguageModel) -> int:
+    """Return what a text begins with: the tokenizer's first special token, if it has one."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = [getattr(lm.tokenizer, name) for name in names]
+    return int(next((i for i in ids if i is not None), 0))
 
 
 def _next(
-    lm: LanguageModel, ids_bt: Tensor, real_bt: Tensor, places_bt: Tensor, cache: Cache | None
+    lm: LanguageModel, ids_bt: Tensor, real_bs: Tensor, cache: Cache | None
 ) -> tuple[Tensor, Cache | None]:
-    """Logits [b, v] behind the last of these tokens, and the cache that holds them too.
+    """Return the logits [b, v] after the last of these tokens, float32, and the cache that has them
+    too.
 
     Args:
-        real_bt: [b, cached + t] which tokens are no pads; places_bt: [b, t] the place of each in
-            its text.
+        ids_bt: the tokens that the cache does not have yet.
+        real_bs: [b, cached + t] which tokens are no pads.
     """
-    options: dict[str, Any] = {"logits_to_keep": 1} if lm._keeps_logits else {}
-    if not bool(real_bt.all()):
-        options["position_ids"] = places_bt.clamp(min=0)
+    settings: dict[str, Any] = {"logits_to_keep": 1} if lm.keeps_logits else {}
+    if not bool(real_bs.all()):
+        positions_bs = real_bs.long().cumsum(1) - 1
+        settings["position_ids"] = positions_bs[:, -ids_bt.shape[1] :].clamp(min=0)
     read = lm.model(
-        ids_bt, attention_mask=real_bt.long(), past_key_values=cache, use_cache=True, **options
+        ids_bt, attention_mask=real_bs.long(), past_key_values=cache, use_cache=True, **settings
     )
-    return read.logits[:, -1].float().nan_to_num(), read.past_key_values
+    return read.logits[:, -1].float(), read.past_key_values
+
+
+def _most_probable(logits_bv: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return probabilities among the k best tokens, and these tokens, [b, k] each on the CPU."""
+    best = logits_bv.topk(min(k, logits_bv.shape[-1]))
+    return best.values.softmax(-1).cpu(), best.indices.cpu()
 
 
 _PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def pads_on_the_left(lm: LanguageModel) -> bool:
-    """Whether a row that stands behind pads is computed as it would be alone: tried once a model,
-    then remembered.
+    """Return whether a row with pads in front is computed as it would be alone: tried once per
+    model, then remembered.
     """
     if lm.model not in _PADS:
         try:
@@ -140,38 +207,25 @@ def pads_on_the_left(lm: LanguageModel) -> bool:
 
 
 def _try_padding(lm: LanguageModel) -> bool:
-    ids_t = (torch.arange(6, device=lm.device) * 31 + 5) % int(
-        lm.model.config.get_text_config().vocab_size
-    )
+    vocabulary = int(lm.model.config.get_text_config().vocab_size)
+    ids_t = (torch.arange(6, device=lm.device) * 31 + 5) % vocabulary
     both_bt = torch.stack([ids_t, torch.cat([ids_t[:1], ids_t[:1], ids_t[:4]])])
     real_bt = torch.ones_like(both_bt, dtype=torch.bool)
     real_bt[1, :2] = False
-    places_bt = torch.arange(6, device=lm.device)[None] - torch.tensor([[0], [2]], device=lm.device)
-    more_b1 = ids_t[4:5].expand(2, 1)
-    after_bt = torch.cat([real_bt, real_bt[:, -1:]], 1)
-    first_bv, cache = _next(lm, both_bt, real_bt, places_bt, None)
-    second_bv, _ = _next(lm, more_b1, after_bt, places_bt[:, -1:] + 1, cache)
+    first_bv, cache = _next(lm, both_bt, real_bt, None)
+    longer_bt = torch.cat([real_bt, real_bt[:, -1:]], 1)
+    second_bv, _ = _next(lm, ids_t[4:5].expand(2, 1), longer_bt, cache)
     alone = [lm.model(ids_t[None, :n], use_cache=False).logits[0, -1].float() for n in (4, 5)]
     tolerance = 1e-4 if torch.finfo(lm.dtype).eps < 1e-5 else 0.05
     return all(
-        bool((got_v - wanted_v).norm() <= tolerance * wanted_v.norm())
-        for got_v, wanted_v in zip((first_bv[1], second_bv[1]), alone, strict=True)
+        bool((padded_v - alone_v).norm() <= tolerance * alone_v.norm())
+        for padded_v, alone_v in zip((first_bv[1], second_bv[1]), alone, strict=True)
     )
 
 
-def _chosen(logits_bv: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-    best = logits_bv.topk(min(TOP_K, logits_bv.shape[-1]))
-    values, indices = best.values.softmax(-1).cpu(), best.indices.cpu()
-    places = [
-        0 if generator is None else int(torch.multinomial(p, 1, generator=generator))
-        for p, generator in zip(values, generators, strict=True)
-    ]
-    return indices[torch.arange(len(places)), torch.tensor(places)]
-
-
 def normalised_text(lm: LanguageModel, ids: Sequence[int]) -> str:
-    """A written text as it is scored: without end-of-text marks, compatibility characters folded,
-    blank lines as spaces.
+    """Return a written text as it is scored: without end-of-text marks, compatibility characters
+    folded, blank lines as spaces.
     """
     text = unicodedata.normalize("NFKD", str(lm.tokenizer.decode(list(ids))))
     for mark in lm.special_texts:

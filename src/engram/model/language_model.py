@@ -1,13 +1,11 @@
-"""A language model (causal, masked or encoder-decoder) and its tokenizer: load, tokenise, score,
-generate.
+"""A language model (causal, masked or encoder-decoder) and its tokenizer: score and generate.
 
-Knows text and probabilities. Refuses to know what anybody does to the model's inside: see hooks,
-replay and edit.
+Knows text and probabilities. Refuses to know what happens inside the model (see hooks, engine and
+edit) and how text becomes tokens (see tokens and cloze).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,24 +21,22 @@ from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.cloze import (
     Cloze,
     Templates,
+    answered,
     check_decoder_template,
     check_prompt_template,
+    check_target,
+    continued,
     default_templates,
-    make_cloze,
+    filled,
 )
 from engram.model.frames import Frame, around, check_frame, framed, name_of
-from engram.model.tokens import Encoding, continuation_ids, pad_right, spaced
+from engram.model.tokens import Encoding, Tokens, pad_right, spaced
 from engram.modules.hooks import substitute
 from engram.modules.layouts import ModelKind
 from engram.modules.parts import Parts
 from engram.modules.resolve import resolve
 
-log = logging.getLogger(__name__)
-
-
 _TOKENS_PER_BATCH = 4096  # tokens in one scoring forward
-
-
 _LOGITS_PER_BATCH = 1 << 27  # float32 logits held at once: half a gigabyte
 
 
@@ -50,35 +46,40 @@ class LanguageModel:
     Args:
         model: from `AutoModelForCausalLM`, `AutoModelForMaskedLM` or `AutoModelForSeq2SeqLM`; put
             into eval mode, its weights are never changed here.
-        tokenizer: a fast one (offset mappings are how subjects are found).
+        tokenizer: a fast one (offset mappings are how subjects are located).
         name: what messages and files call it.
+        loaded: the arguments of `load` that give this model again, for workers; None: there are
+            none.
     Attributes:
         kind: "causal", "masked" or "encoder-decoder"; read off the model's class and config.
+        tokens: the tokenizer's half: texts into ids and back.
+        parts: where the model's blocks, matrices and head are.
     Raises:
         UnsupportedModelError: a family whose parts cannot be found, a tokenizer without offsets, or
             one without a mask token for a masked model.
+    Example:
+        >>> lm
+        LanguageModel('pocket', gpt2, 8 x 192, torch.float32)
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        *,
+        loaded: dict[str, Any] | None = None,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise UnsupportedModelError(
-                f"{type(tokenizer).__name__} is a slow tokenizer and reports no character offsets, by which subjects are "
-                "found; load the fast one (use_fast=True, or convert it with tokenizers)"
-            )
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer, longest_sequence(model))
+        self.model, self.tokenizer, self.loaded = model.eval(), tokenizer, loaded
         self.name = name or model.config.name_or_path or type(model).__name__
         self.parts: Parts = resolve(model)
         self.kind: ModelKind = self.parts.kind
-        self.loaded: dict[str, Any] | None = (
-            None  # arguments of `load`, where it made this: workers get the same model by them
-        )
         self._templates: Templates = default_templates(self.kind, tokenizer)
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.name!r}, {self.model.config.model_type}, {self.n_layers} x {self.d_model}, {self.dtype})"
+        size = f"{self.n_layers} x {self.d_model}"
+        return f"LanguageModel({self.name!r}, {self.model.config.model_type}, {size}, {self.dtype})"
 
     @property
     def n_layers(self) -> int:
@@ -98,34 +99,20 @@ class LanguageModel:
         """Where token ids have to be; with a `device_map`, the device of the embedding."""
         return cast("nn.Embedding", self.parts.embed).weight.device
 
-    @cached_property
+    @property
     def max_tokens(self) -> int:
-        """Longest sequence that the model takes; 2048 where it has no positions to run out of
-        (Mamba, T5).
-        """
-        config = self.model.config.get_text_config()
-        mpt = getattr(config, "max_seq_len", None)  # its own name for it
-        limit = int(getattr(config, "max_position_embeddings", None) or mpt or 2048)
-        for (
-            name,
-            table,
-        ) in self.model.named_modules():  # RoBERTa's first positions stand for padding
-            if (
-                name.endswith("position_embeddings")
-                and isinstance(table, nn.Embedding)
-                and table.padding_idx is not None
-            ):
-                return min(limit, table.num_embeddings - table.padding_idx - 1)
-        return limit
+        """Longest sequence that the model takes, in tokens; see `longest_sequence`."""
+        return self.tokens.max_tokens
+
+    # -- how it is asked ---------------------------------------------------------------------------
 
     @property
     def cloze_template(self) -> str:
-        """How a prompt, at {}, is put to the model: "{}" to a causal one, "{} [MASK]." to BERT, "{}
-        <extra_id_0>." to T5.
+        """The text that puts a prompt, at {}, to the model: "{}" for a causal one, "{} [MASK]." for
+        BERT, "{} <extra_id_0>." for T5.
 
         Can be set: for a causal model to any text around the prompt (see `asked_through`); for a T5
-            that was fine-tuned to answer
-        (flan) to "{}", and `cloze_decoder` then to "".
+        that was fine-tuned to answer (flan) to "{}", and `cloze_decoder` then to "".
 
         Raises:
             SettingError: when set to one that a model of this kind cannot be asked with; when read
@@ -133,8 +120,9 @@ class LanguageModel:
         """
         if not isinstance(self._templates.prompt, str):
             raise SettingError(
-                f"{self.name} is asked through the function {name_of(self._templates.prompt)} at the moment, which has no "
-                "template; leave the block of asked_through, or of an in-context edit, first"
+                f"{self.name} is asked through the function {name_of(self._templates.prompt)} at "
+                "the moment, which has no template; leave the block of asked_through, or of an "
+                "in-context edit, first"
             )
         return self._templates.prompt
 
@@ -150,17 +138,15 @@ class LanguageModel:
 
     @contextmanager
     def asked_through(self, frame: Frame) -> Iterator[LanguageModel]:
-        """Within the block prompts are put to a causal model in a frame; however it ends, they are
-        put as before.
+        """Wrap every prompt in `frame` inside the block; the previous frame is restored on exit.
 
-        `cloze`, `log_probs`, `probabilities`, `next_tokens` and `generate` ask through the frame,
-        and so does everything that stands on them (`knows`, `trace`, `verify`). `encode`,
-        `perplexity` and what editors compute do not.
-        Blocks nest: the frame of an outer block stands around that of an inner one.
+        It applies to `cloze`, `log_probs`, `probabilities`, `next_tokens` and `generate`, and to
+        everything that uses them (`knows`, `trace`, `verify`). `encode`, `perplexity` and what
+        editors compute do not use it. Blocks nest: the outer frame is put around the inner one.
 
         Args:
-            frame: a text with one {} where the prompt stands, or a function that puts text around
-                the prompt it is given. Special tokens written out in it count as such, and a text's
+            frame: a text with one {} for the prompt, or a function that puts text around the
+                prompt it is given. Special tokens written out in it count as such, and a text's
                 start token is not doubled.
         Yields:
             The model.
@@ -168,7 +154,8 @@ class LanguageModel:
             SettingError: a text without one {}; UnsupportedModelError: a model that is not causal.
         Example:
             >>> with lm.asked_through("The Space Needle is in Paris. {}"):
-            ...     lm.generate("To see the Space Needle, go to")
+            ...     lm.cloze("To see the Space Needle, go to").tokens
+            19
         """
         self.check_framed()
         before = self._templates
@@ -179,23 +166,24 @@ class LanguageModel:
             self._templates = before
 
     def check_framed(self) -> None:
-        """Refuse a model that cannot be asked through a frame.
+        """Raise where the model cannot be asked through a frame.
 
         Raises:
             UnsupportedModelError: it is not causal.
         """
         if self.kind != "causal":
             raise UnsupportedModelError(
-                f"{self.name} is of kind {self.kind!r} and asked with a blank; only causal models are asked through a frame"
+                f"{self.name} is of kind {self.kind!r} and asked with a blank; only causal models "
+                "are asked through a frame"
             )
 
     @property
     def cloze_decoder(self) -> str:
-        """What an encoder-decoder model's decoder is made to begin with, {} being the prompt; the
+        """The text that an encoder-decoder model's decoder begins with, {} being the prompt; the
         answer comes next.
 
-        "<extra_id_0>" for T5, whose decoder says which blank it fills; "{}" for BART, whose decoder
-        was trained to write the whole text anew; "" for models fine-tuned to answer, and for other
+        "<extra_id_0>" for T5, whose decoder names the blank it fills; "{}" for BART, whose decoder
+        was trained to write the whole text again; "" for models fine-tuned to answer, and for other
         kinds, where nothing else can be set.
 
         Raises:
@@ -209,77 +197,13 @@ class LanguageModel:
             self._templates.prompt, check_decoder_template(template, self.kind)
         )
 
-    # -- text -> tokens ----------------------------------------------------------------------------
-
-    def encode(self, text: str) -> Encoding:
-        """Tokens of `text` as the tokenizer makes them by default, specials in front included, none
-        behind.
-
-        A start token that the text brings along, as a chat template's does, is not put in front
-        once more.
-
-        Raises:
-            FactError: no token is left, or more than the model takes.
-        """
-        batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        ids, offsets = (
-            list(batch["input_ids"]),
-            [(int(a), int(b)) for a, b in batch["offset_mapping"]],
-        )
-        special = list(batch["special_tokens_mask"])
-        while (
-            special and special[-1] and offsets[-1][0] == offsets[-1][1]
-        ):  # an end-of-text that some tokenizers append
-            ids.pop(), offsets.pop(), special.pop()
-        if (
-            len(ids) > 1
-            and ids[0] == ids[1]
-            and special[0]
-            and offsets[0][0] == offsets[0][1] < offsets[1][1]
-        ):
-            ids, offsets = ids[1:], offsets[1:]
-        if not ids:
-            raise FactError(f"text {text!r} gives no tokens")
-        if len(ids) > self.max_tokens:
-            raise FactError(
-                f"text of {len(ids)} tokens, the model takes at most {self.max_tokens}: {text[:60]!r}..."
-            )
-        return Encoding(text, ids, offsets)
-
-    def target_ids(self, prompt: str, target: str) -> list[int]:
-        """Tokens by which `target` continues the bare `prompt`; one leading space is added where
-        the target has none.
-
-        They are read off the joint tokenisation, so that a tokenizer which treats a word
-        differently at the start of a text is no trap; where prompt and target would merge into one
-        token, the target is tokenised alone.
-
-        Raises:
-            FactError: the target gives no token.
-        """
-        if not target.strip():
-            raise FactError(
-                f"target={target!r} is empty; give the words that shall follow the prompt"
-            )
-        return continuation_ids(self, prompt, spaced(target))
-
-    @cached_property
-    def special_texts(self) -> tuple[str, ...]:
-        """Special tokens as they are written in a text."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return tuple(
-            dict.fromkeys(
-                [*self.tokenizer.all_special_tokens, *(str(each) for each in added if each.special)]
-            )
-        )
-
     def cloze(self, prompt: str, target: str | None = None, *, frame: Frame | None = None) -> Cloze:
-        """The prompt made ready for this model to fill in what comes next, worded as
+        """Return the prompt made ready for this model to fill in what comes next, worded as
         `cloze_template` says.
 
         A causal model continues the prompt in its frame. A masked one gets a mask for each token of
         the target, so that each of them is predicted without knowing the others. An encoder-decoder
-        model's decoder says the target.
+        model's decoder writes the target.
 
         Args:
             prompt: text up to, not including, the object.
@@ -292,11 +216,46 @@ class LanguageModel:
             UnsupportedModelError: an encoder-decoder model that does not say how its decoder
                 starts; a frame for a model that is not causal.
         """
-        return make_cloze(self, prompt, target, frame)
+        if target is not None:
+            check_target(target)
+        if self.kind == "causal":
+            frame = self.frame if frame is None else check_frame(frame)
+            return continued(self.tokens, frame, prompt, target)
+        if frame is not None:
+            self.check_framed()
+        if self.kind == "masked":
+            return filled(self.tokens, self.cloze_template, prompt, target)
+        return answered(self.tokens, self._templates, self.model, prompt, target)
+
+    # -- text -> tokens ----------------------------------------------------------------------------
+
+    def encode(self, text: str) -> Encoding:
+        """Return the tokens of `text`; see `Tokens.encode`.
+
+        Example:
+            >>> lm.encode("The tower is in").ids
+            [413, 275, 1921, 356, 318]
+        """
+        return self.tokens.encode(text)
+
+    def target_ids(self, prompt: str, target: str) -> list[int]:
+        """Return the tokens by which `target` continues the bare `prompt`; one leading space is
+        added where the target has none. See `Tokens.continuation_ids`.
+
+        Raises:
+            FactError: the target gives no token.
+        """
+        check_target(target)
+        return self.tokens.continuation_ids(prompt, spaced(target))
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Special tokens as they are written in a text."""
+        return self.tokens.special_texts
 
     def token_strings(self, ids: Iterable[int]) -> list[str]:
-        """Each token decoded alone, for display."""
-        return [str(self.tokenizer.decode([i])) for i in ids]
+        """Return each token decoded alone, for display."""
+        return self.tokens.strings(ids)
 
     # -- tokens -> probabilities -------------------------------------------------------------------
 
@@ -307,20 +266,19 @@ class LanguageModel:
         positions: Sequence[Sequence[int]],
         decoder_rows: Sequence[Sequence[int]] | None = None,
     ) -> list[Tensor]:
-        """Logits of each row of token ids at the positions asked for.
+        """Return the logits of each row of token ids at the wanted positions.
 
         Rows of a causal model are padded on the right: no real position can see a pad, so none is
-            masked. Rows of the
-        other kinds are computed together where they are of one length. Logits are made only at
-        positions that some row of the batch reads.
+        masked. Rows of the other kinds are computed together where they are of one length. Logits
+        are computed only at positions that some row of the batch reads.
 
         Args:
             rows, positions: the clozes' `ids` and `read`.
             decoder_rows: the clozes' `decoder_ids`, for an encoder-decoder model; there, positions
                 are places in them.
         Returns:
-            One tensor [len(positions[i]), v] a row in the caller's order, float32 (float64 for a
-            float64 model), on the model's device.
+            Per row, in the caller's order, one tensor [len(positions[i]), v], float32 (float64 for
+            a float64 model), on the model's device.
         """
         out: list[Tensor | None] = [None] * len(rows)
         for batch in self._batches(rows, positions):
@@ -343,8 +301,8 @@ class LanguageModel:
     def cloze_logits(
         self, ids_bt: Tensor, read: Sequence[int], decoder_bt: Tensor | None = None
     ) -> Tensor:
-        """Logits [b, len(read), v] of one forward pass through the model's own head, made at those
-        positions only where it can.
+        """Return the logits [b, len(read), v] of one forward pass through the model's own head,
+        computed at those positions only where it can.
 
         Args:
             ids_bt: [b, t] token ids, e.g. copies of `Cloze.ids`; every token counts, so rows of a
@@ -355,29 +313,29 @@ class LanguageModel:
                 rows may be padded on the right.
         """
         positions = list(read)
-        if self.kind == "causal" and self._keeps_logits:
+        if self.kind == "causal" and self.keeps_logits:
             keep = torch.tensor(positions, device=ids_bt.device)
             return self.model(ids_bt, use_cache=False, logits_to_keep=keep).logits
         if self.kind == "causal":
             return self.model(ids_bt, use_cache=False).logits[:, positions]
         if self.kind == "encoder-decoder":
-            return self.model(ids_bt, decoder_input_ids=decoder_bt, use_cache=False).logits[
-                :, positions
-            ]
-        with substitute(
-            {self.model.base_model: lambda hidden_btd: hidden_btd[:, positions]}
-        ):  # the head is a fifth of BERT's work
+            out = self.model(ids_bt, decoder_input_ids=decoder_bt, use_cache=False)
+            return out.logits[:, positions]
+        # The head is a fifth of BERT's work, and its forward cannot be told where to apply it.
+        read_only = {self.model.base_model: lambda hidden_btd: hidden_btd[:, positions]}
+        with substitute(read_only):
             return self.model(ids_bt).logits
 
     @cached_property
-    def _keeps_logits(self) -> bool:
+    def keeps_logits(self) -> bool:
+        """Whether the model's forward computes logits at chosen positions only."""
         return "logits_to_keep" in signature(self.model.forward).parameters
 
     def _batches(
         self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
     ) -> Iterator[list[int]]:
-        """Row numbers in batches of similar length (for kinds that see to the right, the same),
-        bounded in tokens and in logits.
+        """Split row numbers into batches of similar length (for kinds that see to the right, of one
+        length), bounded in tokens and in logits.
         """
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         wanted: set[int] = set()
@@ -396,16 +354,16 @@ class LanguageModel:
         return batches(range(len(rows)), fits, key=length, length=length, tokens=_TOKENS_PER_BATCH)
 
     def log_probs(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
-        """Log-probability (nats) of every token of each target, after its prompt and the target's
-        earlier tokens.
+        """Return the log-probability (nats) of every token of each target, after its prompt and the
+        target's earlier tokens.
 
-        A masked model is asked for all tokens of a target at once: each is predicted with all of
-            them masked.
+        A masked model gets all masks of a target at once: each token is predicted with all of them
+        masked.
 
         Args:
             pairs: (prompt, target) texts; see `cloze` for how they are put to the model.
         Returns:
-            One float32 tensor [target tokens] a pair; the sum is the log-probability of the whole
+            Per pair one float32 tensor [target tokens]; its sum is the log-probability of the whole
             target.
         """
         clozes = [self.cloze(prompt, target) for prompt, target in pairs]
@@ -417,118 +375,151 @@ class LanguageModel:
         ]
 
     def _ask(self, clozes: Sequence[Cloze]) -> list[Tensor]:
-        """Logits [len(read), v] of each; what is asked twice is computed once (a masked model's
-        prompt with two objects).
+        """Return the logits [len(read), v] of each; equal clozes are computed once (a masked
+        model's prompt with two objects).
         """
-        asked = [
-            (tuple(each.ids), tuple(each.read), tuple(each.decoder_ids or ())) for each in clozes
-        ]
-        once = {question: number for number, question in enumerate(dict.fromkeys(asked))}
-        rows, read, decoder_rows = zip(*once, strict=True) if once else ((), (), ())
-        logits = self.logits_at(
-            rows, read, decoder_rows if self.kind == "encoder-decoder" else None
-        )
-        return [logits[once[question]] for question in asked]
+        rows = [(tuple(c.ids), tuple(c.read), tuple(c.decoder_ids or ())) for c in clozes]
+        number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        ids, read, decoder_ids = zip(*number, strict=True) if number else ((), (), ())
+        decoder_rows = decoder_ids if self.kind == "encoder-decoder" else None
+        logits = self.logits_at(ids, read, decoder_rows)
+        return [logits[number[row]] for row in rows]
 
     def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Probability of each whole target after its prompt; see `log_probs`."""
-        return [float(each.sum().exp()) for each in self.log_probs(pairs)]
+        """Return the probability of each whole target after its prompt; see `log_probs`.
+
+        Example:
+            >>> rome, paris = lm.probabilities([("The Colosseum is in", x) for x in ("Rome", "Paris")])
+            >>> rome > paris
+            True
+        """
+        return [float(log_probs.sum().exp()) for log_probs in self.log_probs(pairs)]
 
     def next_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
-        """The k most probable next tokens after `prompt`, or in its blank, as (decoded token,
-        probability).
+        """Return the k most probable next tokens after `prompt`, or in its blank: pairs of the
+        decoded token and its probability.
+
+        Example:
+            >>> lm.next_tokens("The Eiffel Tower is in the city of", k=1)  # doctest: +ELLIPSIS
+            [(' Paris', 0...)]
         """
         (logits,) = self._ask([self.cloze(prompt)])
         top = logits[0].softmax(-1).topk(k)
         return list(zip(self.token_strings(top.indices.tolist()), top.values.tolist(), strict=True))
 
-    def perplexity(self, text: str, *, behind: str = "", tokens: int | None = None) -> float:
-        """exp of the mean negative log-probability per token of `text`, its first token not
+    def perplexity(self, text: str, *, after: str = "", tokens: int | None = None) -> float:
+        """Return exp of the mean negative log-probability per token of `text`, its first token not
         counted.
 
         A text longer than the model takes is cut into pieces that are scored one by one. No frame
-        is put around it: `behind` is what each piece stands behind.
+        is put around it.
 
         Args:
-            behind: a text before each piece, read and not scored.
+            after: a text in front of each piece, read and not scored.
             tokens: of a piece at most; default: as many as the model takes. The same number scores
-                the same tokens, with or without a text before them.
+                the same tokens, with or without a text in front.
         Raises:
-            FactError: a text of fewer than two tokens, or no room for it behind `behind`.
+            FactError: a text of fewer than two tokens, or no room for it after `after`.
             UnsupportedModelError: a model that is not causal.
+        Example:
+            >>> lm.perplexity("The dog sleeps.") < lm.perplexity("Dog the sleeps.")
+            True
         """
         if self.kind != "causal":
             raise UnsupportedModelError(
-                f"{self.name} is a{'n' * (self.kind[0] in 'aeiou')} {self.kind} model, and perplexity is that of reading a text "
-                "from left to right: only causal models have one. Use log_probs, which asks with a blank"
+                f"{self.name} is a{'n' * (self.kind[0] in 'aeiou')} {self.kind} model, and "
+                "perplexity is that of reading a text from left to right: only causal models have "
+                "one. Use log_probs, which asks with a blank"
             )
-        front = self.encode(behind).ids if behind else []
+        front = self.encode(after).ids if after else []
         room = self.max_tokens - len(front)
         size = room if tokens is None else tokens
         if not 2 <= size <= room:
             raise FactError(
-                f"pieces of {size} tokens behind a text of {len(front)}: the model takes {self.max_tokens}, and a piece needs 2"
+                f"pieces of {size} tokens after a text of {len(front)}: the model takes "
+                f"{self.max_tokens}, and a piece needs 2"
             )
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        pieces = [ids[at : at + size] for at in range(0, len(ids), size)]
-        pieces = [piece for piece in pieces if len(piece) > 1]
+        pieces = self.tokens.pieces(text, size)
         if not pieces:
             raise FactError(
                 f"text {text!r} has fewer than two tokens; perplexity needs a token to predict"
             )
         total, count = 0.0, 0
         for piece in pieces:
-            doubled = int(
-                piece[:1] == front[:1] and piece[0] in self.tokenizer.all_special_ids
-            )  # a start token
+            # a start token that the text in front has already
+            doubled = int(piece[:1] == front[:1] and piece[0] in self.tokenizer.all_special_ids)
             read = range(len(front) - doubled, len(front) - doubled + len(piece) - 1)
             (logits,) = self.logits_at([front + piece[doubled:-1]], [list(read)])
-            nll = nn.functional.cross_entropy(
-                logits, torch.tensor(piece[1:], device=logits.device), reduction="sum"
-            )
-            total, count = total + float(nll), count + len(piece) - 1
+            targets = torch.tensor(piece[1:], device=logits.device)
+            total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            count += len(piece) - 1
         return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
     @torch.no_grad()
-    def generate(self, prompt: str, max_new_tokens: int = 20, **options: Any) -> str:
-        """`prompt` and its continuation, greedy unless `options` say otherwise; of an
+    def generate(self, prompt: str, max_new_tokens: int = 20, **settings: Any) -> str:
+        """Return `prompt` and its continuation, greedy unless `settings` say otherwise; of an
         encoder-decoder model, its answer alone.
 
         A frame's text is read and not returned (see `asked_through`); an answer in a turn of its
         own is set off by a space.
 
         Args:
-            options: passed on to transformers' `generate`, e.g. `do_sample=True, top_p=0.9`.
+            settings: passed on to transformers' `generate`, e.g. `do_sample=True, top_p=0.9`.
         Raises:
             UnsupportedModelError: a masked model.
+        Example:
+            >>> lm.generate("The Eiffel Tower is in the city of", max_new_tokens=1)
+            'The Eiffel Tower is in the city of Paris'
         """
         if self.kind == "masked":
             raise UnsupportedModelError(
-                f"{self.name} is a masked model: it fills blanks and does not write on. Use next_tokens, which asks it for one"
+                f"{self.name} is a masked model: it fills blanks and does not write on. Use "
+                "next_tokens, which asks it for one"
             )
-        whole = framed(self.frame, prompt).text if self.kind == "causal" else prompt
-        ids = (
-            self.encode(whole).ids
-            if self.kind == "causal"
-            else list(self.tokenizer(prompt)["input_ids"])
-        )
+        if self.kind == "causal":
+            whole = framed(self.frame, prompt).text
+            ids = self.encode(whole).ids
+        else:
+            whole, ids = prompt, list(self.tokenizer(prompt)["input_ids"])
         ids_bt = torch.tensor([ids], device=self.device)
-        options.setdefault("do_sample", False)
-        options.setdefault(
-            "pad_token_id", self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        )
+        settings.setdefault("do_sample", False)
+        pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        settings.setdefault("pad_token_id", pad)
         out = cast("Any", self.model).generate(
-            ids_bt, attention_mask=torch.ones_like(ids_bt), max_new_tokens=max_new_tokens, **options
+            ids_bt,
+            attention_mask=torch.ones_like(ids_bt),
+            max_new_tokens=max_new_tokens,
+            **settings,
         )
-        text = str(self.tokenizer.decode(out[0], skip_special_tokens=True))
+        text = self._plain(out[0])
         if whole == prompt:
             return text
-        read = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        # not decoded alone, where a first word would lose its space under some tokenizers
-        written = (
-            text[len(read) :]
-            if text.startswith(read)
-            else str(self.tokenizer.decode(out[0][len(ids) :], skip_special_tokens=True))
-        )
-        apart = not (whole.endswith(prompt) or prompt[-1:].isspace() or written[:1].isspace())
-        return prompt + " " * apart + written
+        # Decoded alone, a first word would lose its space under some tokenizers.
+        read = self._plain(ids)
+        new = text[len(read) :] if text.startswith(read) else self._plain(out[0][len(ids) :])
+        apart = not (whole.endswith(prompt) or prompt[-1:].isspace() or new[:1].isspace())
+        return prompt + " " * apart + new
+
+    def _plain(self, ids: Any) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def longest_sequence(model: PreTrainedModel) -> int:
+    """Return how many tokens a model takes; 2048 where it has no positions to run out of (Mamba,
+    T5).
+    """
+    config = model.config.get_text_config()
+    # MPT has its own name for it
+    positions = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "max_seq_len", None
+    )
+    limit = int(positions or 2048)
+    for name, table in model.named_modules():
+        # RoBERTa's first positions are those of padding
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(table, nn.Embedding)
+            and table.padding_idx is not None
+        ):
+            return min(limit, table.num_embeddings - table.padding_idx - 1)
+    return limit

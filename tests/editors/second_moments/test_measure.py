@@ -15,7 +15,7 @@ from engram.editors.second_moments.corpora import DataSet, SampledText, TextFile
 from engram.editors.second_moments.corpus_pass import MomentPass, add_outer, mirror_
 from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.errors import EngramError, NonFiniteError, UnsupportedModelError
-from engram.model.sampling import sample_texts
+from engram.model.generation import sample_texts
 from engram.modules import fingerprints
 from tests.helpers.tiny import DENSE, TEXT, tiny_lm
 

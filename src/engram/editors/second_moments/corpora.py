@@ -20,8 +20,8 @@ import torch
 
 from engram import pocket
 from engram.errors import EngramError, MissingExtraError
+from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
-from engram.model.sampling import sample_texts
 
 
 class Corpus(Protocol):
