@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import engram.files.whole_folders
+import engram.files.atomic
 from engram.edit.edit import Edit, compose
 from engram.errors import EngramFileError
 from engram.facts import Fact
@@ -207,7 +207,7 @@ def test_what_a_killed_writer_left_is_swept_later(
     left.mkdir()
     random_edit(LM).save(tmp_path / "edit")
     assert left.exists()  # it may belong to a living writer
-    monkeypatch.setattr(engram.files.whole_folders, "_STALE_S", -1.0)
+    monkeypatch.setattr(engram.files.atomic, "_STALE_S", -1.0)
     random_edit(LM).save(tmp_path / "edit")
     assert not left.exists()
 
@@ -230,7 +230,7 @@ def test_a_killed_save_leaves_the_old_edit_or_the_new_one(tmp_path: Path) -> Non
         edit.save(tmp_path / str(i))
     edits[0].save(tmp_path / "edit")
     command = [sys.executable, "-c", SAVES, *(str(tmp_path / name) for name in ("0", "1", "edit"))]
-    source = str(Path(engram.files.whole_folders.__file__).parents[1])
+    source = str(Path(engram.files.atomic.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
     for attempt in range(4):
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
@@ -292,7 +292,7 @@ def test_killed_at_any_step_a_save_leaves_the_old_edit_or_the_new_one(tmp_path: 
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(engram.files.whole_folders.__file__).parents[1]),
+        "PYTHONPATH": str(Path(engram.files.atomic.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
     output = subprocess.run(

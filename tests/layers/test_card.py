@@ -176,7 +176,7 @@ def test_a_file_that_is_no_card(text, told, tmp_path):
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    with pytest.raises(EngramFileError, match="could not be written"):
+    with pytest.raises(EngramFileError, match="could not write"):
         card([[0.1]]).save(tmp_path / "no" / "card.json")
 
 

@@ -253,7 +253,7 @@ def test_what_was_measured_is_read(lm, tmp_path, monkeypatch):
     first = layer_card(lm, EDITS, cache_dir=tmp_path, **QUICK)
     monkeypatch.setattr(layer_choice, "measure", lambda *_: pytest.fail("measured again"))
     assert layer_card(tiny_lm("gpt2", torch.float64), EDITS, cache_dir=tmp_path, **QUICK) == first
-    assert not list(tmp_path.rglob("*.part*"))
+    assert not list(tmp_path.rglob("*.new-*"))
 
 
 @pytest.mark.parametrize(

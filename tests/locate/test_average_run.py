@@ -449,6 +449,14 @@ def test_the_second_start_traces_nothing(lm, tmp_path, traced):
     assert traced == []
 
 
+def test_a_run_is_resumed_after_a_call_that_left_truncation_in_the_tokenizer(lm, tmp_path):
+    out, settings = tmp_path / "run", {**GIVEN, "noise": 0.1}
+    first = engram.average_trace(lm, FACTS[:2], out=out, **settings)
+    lm.tokenizer("one two three four", truncation=True, max_length=2)
+    assert lm.tokenizer.backend_tokenizer.truncation is not None
+    same(engram.average_trace(lm, FACTS[:2], out=out, **settings), first, 0)
+
+
 def test_a_longer_list_goes_on(lm, tmp_path, traced):
     engram.average_trace(lm, FACTS[2:5], out=tmp_path / "run", noise=1.0, **GIVEN)
     del traced[:]

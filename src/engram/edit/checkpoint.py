@@ -30,7 +30,7 @@ from engram.edit.recipe import check_changes_weights
 from engram.edit.safetensors_layout import TensorBytes, find, tensor_locations
 from engram.edit.stack import Stack
 from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError
-from engram.files.whole_folders import atomic_folder, recover_folder
+from engram.files.atomic import atomic_folder, recover_folder
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel

@@ -24,7 +24,7 @@ from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta
 from engram.edit.keys import Keys
 from engram.errors import EngramError, EngramFileError
-from engram.files.whole_folders import atomic_folder, recover_folder
+from engram.files.atomic import atomic_folder, recover_folder
 
 FORMAT_VERSION = 1
 RECIPE, FACTORS, KEYS = "edit.json", "deltas.safetensors", "keys.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engram.edit.changes import WeightChanges
 from engram.errors import UnsupportedModelError
-from engram.files.whole_folders import atomic_folder
+from engram.files.atomic import atomic_folder
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

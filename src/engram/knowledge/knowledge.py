@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engram.errors import EngramFileError, SettingError
 from engram.facts import Fact
+from engram.files.atomic import atomic_file
 
 Aggregate = Literal["first", "best", "mean"]
 Length = Literal["sum", "mean"]
@@ -291,10 +292,9 @@ class Knowledge:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
-        path = Path(path)
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf8")
-        fresh.replace(path)
+        text = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
+        with atomic_file(path) as fresh:
+            fresh.write_text(text, encoding="utf8")
 
     @classmethod
     def load(cls, path: str | Path) -> Knowledge:

@@ -14,7 +14,6 @@ arXiv:2301.04213.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -28,6 +27,7 @@ from engram.bootstrap import Array, Mean, means, resampled, spearman
 from engram.edit.recipe import library_versions
 from engram.errors import EngramFileError, SettingError
 from engram.facts import Fact
+from engram.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -288,14 +288,8 @@ class LayerCard:
     def save(self, path: str | Path) -> Path:
         """Write to one JSON file, whole or not at all."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(self.to_json() + "\n", encoding="utf8")
-            part.replace(path)
-        except OSError as error:
-            raise EngramFileError(
-                f"the layer card could not be written to {str(path)!r}: {error}"
-            ) from error
+        with atomic_file(path) as fresh:
+            fresh.write_text(self.to_json() + "\n", encoding="utf8")
         return path
 
     @classmethod

@@ -26,8 +26,8 @@ from engram.edit.recipe import check_changes_weights
 from engram.errors import BaseMismatchError, CanaryError, EngramError, EngramFileError
 from engram.evaluate.canary import Canary
 from engram.facts import Fact
+from engram.files.atomic import atomic_folder
 from engram.files.locks import locked
-from engram.files.whole_folders import atomic_folder
 from engram.ledger import header
 from engram.ledger.admission import (
     check_new,

@@ -21,6 +21,7 @@ from torch import Tensor
 from engram.checks import one_of
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
+from engram.files.cache_folder import sha256_of
 from engram.locate.average import AverageTrace
 from engram.locate.corruption import Corruptor
 from engram.locate.settings import TraceConfig, default_window, tables
@@ -31,6 +32,7 @@ from engram.locate.tracing import batched, described, trace_batch
 from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints
 from engram.progress import Progress, no_progress
+from engram.runs.identity import tokenizer_text
 from engram.runs.workers import ByName, Here, ModelJob, Workers
 
 log = logging.getLogger(__name__)
@@ -272,7 +274,7 @@ def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
         "samples": config.samples,
         "positions": config.positions,
         "cloze": [lm.cloze_template, lm.cloze_decoder],
-        "tokenizer": hashlib.sha256(lm.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": sha256_of(tokenizer_text(lm)),
         "method": config.method,
         "keep": run.keep,
         "answer": run.answer,

@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from engram.errors import EngramFileError, SettingError
+from engram.files.atomic import atomic_file
 from engram.locate.captions import Captions, colours, severed_bars
 
 if TYPE_CHECKING:
@@ -195,8 +196,9 @@ class CausalTrace:
         )  # one entry: several come in any order
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file."""
-        Path(path).write_bytes(self.to_bytes())
+        """Write one safetensors file, whole or not at all."""
+        with atomic_file(path) as fresh:
+            fresh.write_bytes(self.to_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "these bytes") -> CausalTrace:

@@ -16,7 +16,7 @@ from engram.benchmark.data.pocket_benchmark import pocket_benchmark
 from engram.benchmark.data.records import Dataset, Probe, Record, Snippet
 from engram.benchmark.data.sources import read_dataset
 from engram.benchmark.data.write import write_dataset
-from engram.errors import FactError
+from engram.errors import EngramFileError, FactError
 from engram.facts import Fact
 from tests.helpers.build_samples import TEMPLATES, built, texts
 
@@ -157,7 +157,5 @@ def test_a_second_data_set_does_not_take_the_first_ones_texts(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(
-        FactError, match=r"could not be written: .*expected a file in a folder that is there"
-    ):
+    with pytest.raises(EngramFileError, match=r"could not write .*choose a folder that exists"):
         write_dataset(built(), tmp_path / "nowhere" / "own.json")

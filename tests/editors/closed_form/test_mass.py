@@ -21,7 +21,6 @@ from engram.editors.closed_form import mass, mass_settings
 from engram.editors.closed_form.mass_settings import MassConfig, _settings
 from engram.editors.closed_form.values import ValueConfig, optimise_values
 from engram.editors.presets import preset, preset_layers, published
-from engram.settings import read
 from engram.errors import (
     EngramError,
     FactError,
@@ -30,6 +29,7 @@ from engram.errors import (
     UnsupportedModelError,
 )
 from engram.model.language_model import LanguageModel
+from engram.settings import read
 from tests.helpers.edit_samples import same_bits, weights
 from tests.helpers.mass_samples import FACTS, moments, rewrite
 from tests.helpers.rewrite_samples import CONTEXTS, FACT

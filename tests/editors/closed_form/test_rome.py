@@ -15,7 +15,6 @@ from engram.editors.closed_form.rome import RomeConfig, rank_one_update
 from engram.editors.closed_form.values import ValueConfig, optimise_value
 from engram.editors.presets import preset, published
 from engram.editors.second_moments.measure import SecondMoment
-from engram.settings import read
 from engram.errors import (
     EngramError,
     FactError,
@@ -23,6 +22,7 @@ from engram.errors import (
     SettingError,
     UnsupportedModelError,
 )
+from engram.settings import read
 from tests.helpers.rewrite_samples import CONTEXTS, FACT, moment_of
 from tests.helpers.tiny import DENSE, EXPERTS, TOKENIZERS, tiny_lm
 

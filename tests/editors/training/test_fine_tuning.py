@@ -11,9 +11,9 @@ import torch
 
 import engram
 from engram.editors.presets import preset, published
-from engram.settings import read
 from engram.editors.training.fine_tuning import FineTuningConfig
 from engram.errors import FactError, NonFiniteError, SettingError, UnsupportedModelError
+from engram.settings import read
 from tests.helpers.tiny import DENSE, TOKENIZERS, tiny_lm
 from tests.helpers.training import FACTS, all_said, interrupted, mean_nll, unchanged
 

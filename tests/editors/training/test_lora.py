@@ -9,10 +9,10 @@ import torch
 
 import engram
 from engram.editors.presets import preset, published
-from engram.settings import read
 from engram.editors.training.lora import LoraEditConfig, adapted
 from engram.editors.training.matrices import matrix_names
 from engram.errors import NonFiniteError, SettingError, UnsupportedModelError
+from engram.settings import read
 from tests.helpers.tiny import DENSE, tiny_lm
 from tests.helpers.training import FACTS, all_said, interrupted, mean_nll, unchanged
 

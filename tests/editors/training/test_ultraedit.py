@@ -12,7 +12,6 @@ import torch
 import engram
 from engram import Fact
 from engram.editors.presets import preset, published
-from engram.settings import read
 from engram.editors.training.ultraedit import Statistics, UltraEditConfig
 from engram.errors import (
     EngramError,
@@ -22,6 +21,7 @@ from engram.errors import (
     UnsupportedModelError,
 )
 from engram.modules.layouts import as_linear
+from engram.settings import read
 from tests.helpers.tiny import DENSE, tiny_lm
 from tests.helpers.training import FACTS, unchanged
 

@@ -18,6 +18,7 @@ from engram.benchmark.data.counterfact import counterfact_record
 from engram.benchmark.data.fields import Fields
 from engram.benchmark.data.records import Dataset, Record, References
 from engram.errors import FactError
+from engram.files.atomic import atomic_file
 
 _PROMPTS = {
     "paraphrase_prompts": "paraphrase",
@@ -118,13 +119,5 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise FactError(
-            f"{str(path)!r} could not be written: {error}; expected a file in a folder that is there"
-        ) from error
+    with atomic_file(path) as fresh, fresh.open("wb") as file:
+        write(file)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
+from engram.files.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -292,12 +292,8 @@ def write_tensors(
     """One safetensors file, whole or not at all, with `about` as JSON under the header's key
     `kind`.
     """
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, {kind: json.dumps(about)})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as fresh:
+        save_file(tensors, fresh, {kind: json.dumps(about)})
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

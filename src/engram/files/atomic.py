@@ -1,6 +1,6 @@
-"""Write a folder whole or not at all, also when the process is killed or the disk is full.
+"""Write a file or a folder whole or not at all, also when the process is killed or the disk is full.
 
-Knows names and renames. Refuses to know what is in the folders.
+Knows names and renames. Refuses to know what is in them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,60 @@ from engram.errors import EngramFileError
 
 log = logging.getLogger(__name__)
 
-_STALE_S = 3600.0  # a temporary folder this old belongs to a writer that was killed
+_STALE_S = 3600.0  # temporary names this old belong to a writer that was killed
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to; the file replaces `path` when the block ends well, and
+    vanishes otherwise.
+
+    A writer killed at any moment leaves the old file or the new one.
+
+    Args:
+        path: in a folder that exists.
+    Raises:
+        EngramFileError: it cannot be written (disk full, no permission, no such folder).
+    """
+    path = Path(path).absolute()
+    try:
+        _sweep(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.new-", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    fresh = Path(name)
+    try:
+        yield fresh
+        fresh.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner only
+        _sync(fresh)
+        fresh.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[Path]:
-    """A temporary folder to write into; it becomes `folder` when the block ends well, and vanishes
-    otherwise.
+    """Give a temporary folder to write into; it becomes `folder` when the block ends well, and
+    vanishes otherwise.
 
-    A writer killed at any moment leaves the old folder or the new one: a folder cannot be replaced
-        in one
-    step everywhere, so the old one steps aside under a name that `recover_folder` finds.
+    A writer killed at any moment leaves the old folder or the new one. A folder cannot be replaced
+    in one step everywhere, so the old one is renamed first, to a name that `recover_folder` finds:
+
+        1. write .edit.new-x1y2     killed here: edit is the old one
+        2. edit -> .edit.old        killed here: recover_folder gives .edit.old
+        3. .edit.new-x1y2 -> edit   killed here: edit is the new one
+        4. remove .edit.old
 
     Args:
         folder: where the result goes; its parents are made.
         replaces: file by which a folder that may be replaced is known; None: only an empty folder
-            may be there.
+            may exist.
     Raises:
-        EditFileError: something else is at `folder`, or it cannot be written (disk full, no
+        EngramFileError: something else is at `folder`, or it cannot be written (disk full, no
             permission).
     """
     folder = Path(folder).absolute()
@@ -59,7 +95,7 @@ def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[P
 
 
 def recover_folder(folder: str | Path) -> Path:
-    """`folder`, or where its old contents stand if a writer was killed between its two renames."""
+    """Return `folder`, or where its old contents are if a writer was killed between two renames."""
     folder = Path(folder).absolute()
     aside = _aside(folder)
     if not folder.exists() and aside.exists():
@@ -75,9 +111,7 @@ def recover_folder(folder: str | Path) -> Path:
 def _replace(folder: Path, fresh: Path) -> None:
     aside = _aside(folder)
     if folder.exists():
-        shutil.rmtree(
-            aside, ignore_errors=True
-        )  # `folder` is whole, so nobody needs what stands aside
+        shutil.rmtree(aside, ignore_errors=True)  # `folder` is whole: nobody needs the old one
         folder.rename(aside)
     try:
         fresh.rename(folder)
@@ -105,10 +139,11 @@ def _refuse_strangers(folder: Path, replaces: str | None) -> None:
         )
 
 
-def _sweep(folder: Path) -> None:
-    for path in folder.parent.glob(f".{folder.name}.new-*"):
+def _sweep(target: Path) -> None:
+    """Remove what writers of `target` left that were killed an hour ago or more."""
+    for path in target.parent.glob(f".{target.name}.new-*"):
         if time.time() - path.stat().st_mtime > _STALE_S:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _aside(folder: Path) -> Path:
@@ -129,8 +164,8 @@ def _umask() -> int:
     return mask
 
 
-def _unwritable(folder: Path, error: OSError) -> EngramFileError:
+def _unwritable(path: Path, error: OSError) -> EngramFileError:
     return EngramFileError(
-        f"could not write {folder}: {error}. What was there before is unchanged; free some space, or choose "
-        "a folder that you may write to"
+        f"could not write {path}: {error}. What was there before is unchanged; free some space, or "
+        "choose a folder that exists and that you may write to"
     )
