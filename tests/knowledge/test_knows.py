@@ -192,7 +192,7 @@ def test_a_right_answer_of_several_tokens_is_what_greedy_decoding_says():
     wrong = (*tail[:2], (tail[2] + 1) % 320)
     (row,), _ = cloze.rows(prompt, [tail])
     assert cloze.logits([row]).argmax(-1).tolist() == list(tail)
-    assert cloze.spoken(wrong, tail) == lm.tokenizer.decode(tail), (
+    assert cloze.top_answer(wrong, tail) == lm.tokenizer.decode(tail), (
         "white space alone is left as it is"
     )
 
@@ -200,9 +200,9 @@ def test_a_right_answer_of_several_tokens_is_what_greedy_decoding_says():
 def test_nothing_is_known_behind_the_first_miss():
     cloze = ClozeRows(tiny_lm("gpt2"))
     decode = cloze.lm.tokenizer.decode
-    assert cloze.spoken((70, 71, 72), (70, 71, 75)) == decode([70, 71, 75])
-    assert cloze.spoken((70, 71, 72), (70, 75, 72)) == decode([70, 75])
-    assert cloze.spoken((70, 71, 72), (75, 71, 72)) == decode([75])
+    assert cloze.top_answer((70, 71, 72), (70, 71, 75)) == decode([70, 71, 75])
+    assert cloze.top_answer((70, 71, 72), (70, 75, 72)) == decode([70, 75])
+    assert cloze.top_answer((70, 71, 72), (75, 71, 72)) == decode([75])
 
 
 # -- masked and encoder-decoder models -------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_rows_are_the_clozes_own():
 def test_a_masked_model_says_all_its_masks():
     cloze = ClozeRows(tiny_lm("bert"))
     decode = cloze.lm.tokenizer.decode
-    assert cloze.spoken((70, 71, 72), (75, 76, 77)) == decode([75, 76, 77]).strip()
+    assert cloze.top_answer((70, 71, 72), (75, 76, 77)) == decode([75, 76, 77]).strip()
 
 
 # -- what is shared, what is left out --------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_facts_come_back_in_their_order_from_many_blocks(monkeypatch):
         ("cloze_rows", "_LOGITS"),
         ("knows", "_IN_CACHE"),
     ):
-        monkeypatch.setattr(f"engram.evaluate.{module}.{name}", 1)
+        monkeypatch.setattr(f"engram.knowledge.{module}.{name}", 1)
     for candidates, wanted in whole.items():
         told: list[tuple[str, int, int]] = []
         found = knows(

@@ -19,13 +19,13 @@ from engram.errors import FactError, NonFiniteError
 from engram.model.language_model import LanguageModel
 
 _LOGITS = 1 << 25  # logits held at once: 128 MB in float32
-_WORTHWHILE = 2  # rows a prompt from which on it is computed apart
+_WORTHWHILE = 2  # rows per prompt; with fewer, computing prompts apart saves nothing
 _LAST_WORD = re.compile(r"\S*\s*$")
 
 
 class ClozeRow(NamedTuple):
-    """One forward: token ids, the positions whose logits are read, and what an encoder-decoder
-    model's decoder is fed.
+    """One row of a forward pass: token ids, the positions whose logits are read, and the input of
+    an encoder-decoder model's decoder.
     """
 
     ids: Ids
@@ -34,33 +34,44 @@ class ClozeRow(NamedTuple):
 
 
 class ClozeRows:
-    """Rows for one model. Remembers how answers are cut into tokens, as far as that can depend on a
-    prompt: its last word.
+    """Rows for one model.
+
+    It remembers how answers are cut into tokens; that can depend on a prompt's last word, not on
+    more of it.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self._known: dict[tuple[str, str], Ids] = {}
+        self._tokens: dict[tuple[str, str], Ids] = {}
         self._shares = can_share(lm)
 
     def tokens(self, prompt: str, answer: str) -> Ids:
-        """Tokens by which `answer` follows `prompt`, or fills its blank."""
+        """Return the tokens by which `answer` follows `prompt`, or fills its blank."""
         key = (_LAST_WORD.search(prompt)[0], answer)  # type: ignore[index]  # it always matches
-        if key not in self._known:
-            self._known[key] = tuple(self.lm.cloze(prompt, answer).answer)
-        return self._known[key]
+        if key not in self._tokens:
+            self._tokens[key] = tuple(self.lm.cloze(prompt, answer).answer)
+        return self._tokens[key]
 
     def rows(self, prompt: str, answers: Sequence[Ids]) -> tuple[list[ClozeRow], list[int]]:
-        """Rows that show every token of every answer, and for each answer the number of its row,
-        where it is read from the front.
+        """Return rows that show every token of every answer, and for each answer the number of its
+        row, which shows the answer's tokens at its first reads.
 
         Causal and encoder-decoder models: one-token answers share the prompt's own row, or any row
-        that goes on from it; two answers share theirs where all but their last tokens agree, or
-        where one begins as the other does. Masked models: answers of as many tokens share a row
-        with as many masks.
+        that continues it; two answers share theirs where all but their last tokens agree, or where
+        one begins as the other does. Masked models: answers of as many tokens share a row with as
+        many masks.
+
+        Example: a prompt [1, 2, 3] and the answers [5], [5, 6], [5, 7], [9, 1, 2] of a causal
+        model. The last token of an answer is predicted, never read:
+
+            row  ids                read     shows
+            0    1 2 3 5            2, 3     [5], [5, 6], [5, 7]
+            1    1 2 3 9 1          2, 3, 4  [9, 1, 2]
+
+            row of each answer: [0, 0, 0, 1]
 
         Raises:
-            FactError: the model does not take as many tokens.
+            FactError: prompt and answer have more tokens than the model takes.
         """
         blank = self.lm.cloze(prompt)
         ids, at = tuple(blank.ids), blank.read[0]
@@ -74,22 +85,25 @@ class ClozeRows:
         else:
             prefixes = _longest({answer[:-1] for answer in answers})
             reads = [tuple(range(at, at + len(prefix) + 1)) for prefix in prefixes]
-            each = zip(prefixes, reads, strict=True)
+            pairs = zip(prefixes, reads, strict=True)
             if blank.decoder_ids is None:
-                rows = [ClozeRow(ids + prefix, read) for prefix, read in each]
+                rows = [ClozeRow(ids + prefix, read) for prefix, read in pairs]
             else:
-                rows = [ClozeRow(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in each]
+                rows = [
+                    ClozeRow(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in pairs
+                ]
             where = [bisect_left(prefixes, answer[:-1]) for answer in answers]
         longest = max(max(len(row.ids), len(row.decoder)) for row in rows)
         if longest > self.lm.max_tokens:
             raise FactError(
-                f"prompt and answer have {longest} tokens, the model takes at most {self.lm.max_tokens}: {prompt[:60]!r}..."
+                f"prompt and answer have {longest} tokens, the model takes at most "
+                f"{self.lm.max_tokens}: {prompt[:60]!r}..."
             )
         return rows, where
 
     def logits(self, rows: Sequence[ClozeRow]) -> Tensor:
-        """[positions, v]: logits at all positions that the rows read, in the rows' order; equal
-        rows are computed once.
+        """Return the logits [positions, v] at all positions that the rows read, in the rows' order;
+        equal rows are computed once.
         """
         distinct = list(dict.fromkeys(rows))
         logits = self._of_shared_prompts(distinct)
@@ -100,12 +114,12 @@ class ClozeRows:
             logits = self.lm.logits_at(
                 [row.ids for row in distinct], [row.read for row in distinct], decoder
             )
-        got = dict(zip(distinct, logits, strict=True))
-        return torch.cat([got[row] for row in rows])
+        of_row = dict(zip(distinct, logits, strict=True))
+        return torch.cat([of_row[row] for row in rows])
 
     def _of_shared_prompts(self, rows: Sequence[ClozeRow]) -> list[Tensor] | None:
-        """The same through keys and values of each prompt, where many rows go on from few prompts;
-        else None.
+        """Return the same through keys and values of each prompt, where many rows continue few
+        prompts; else None.
         """
         continued = [(row.ids[: row.read[0] + 1], row.ids[row.read[0] + 1 :]) for row in rows]
         if not self._shares or len(rows) < _WORTHWHILE * len({head for head, _ in continued}):
@@ -115,12 +129,12 @@ class ClozeRows:
         return logits
 
     def log_probs(
-        self, rows: Sequence[ClozeRow], wanted: Sequence[Sequence[tuple[int, int, int]]], size: int
+        self, rows: Sequence[ClozeRow], reads: Sequence[Sequence[tuple[int, int, int]]], size: int
     ) -> Tensor:
-        """Sums of log-probabilities, with no more than a batch's logits in memory.
+        """Return sums of log-probabilities, with no more than a batch's logits in memory.
 
         Args:
-            wanted: for each row (which of its reads, token, slot): the token's log-probability is
+            reads: for each row (which of its reads, token, slot): the token's log-probability is
                 added to the slot.
             size: number of slots.
         Returns:
@@ -133,7 +147,7 @@ class ClozeRows:
             log_probs_pv = self.logits([rows[i] for i in batch]).log_softmax(-1)
             at, start = [], 0
             for i in batch:
-                at += [(start + read, token, slot) for read, token, slot in wanted[i]]
+                at += [(start + read, token, slot) for read, token, slot in reads[i]]
                 start += len(rows[i].read)
             position, token, slot = torch.tensor(at).unbind(1)
             device = log_probs_pv.device
@@ -143,11 +157,12 @@ class ClozeRows:
         check_not_nan(total)
         return total
 
-    def spoken(self, answer: Ids, best: Ids) -> str:
-        """What the model says instead of `answer`: its best tokens up to the first that differs.
+    def top_answer(self, answer: Ids, best: Ids) -> str:
+        """Return what the model answers instead of `answer`: its best tokens up to the first that
+        differs.
 
-        Those behind were read with the answer's tokens in front, which the model would not have
-        said. A masked model's are independent of each other and taken whole.
+        Later ones were read with the answer's tokens in front, which the model would not have
+        written. A masked model's are independent of each other and taken whole.
         """
         same = next(
             (i for i, (a, b) in enumerate(zip(answer, best, strict=True)) if a != b),
@@ -168,8 +183,8 @@ class ClozeRows:
 
 
 def _longest(prefixes: Iterable[Ids]) -> list[Ids]:
-    """Those that no other one begins with, in order; so the first one not before a given prefix
-    begins with it.
+    """Return the prefixes that no other one begins with, sorted; the first one that is not less
+    than a given prefix begins with it.
     """
     ordered = sorted(prefixes)
     return [
@@ -180,7 +195,9 @@ def _longest(prefixes: Iterable[Ids]) -> list[Ids]:
 
 
 def check_not_nan(values: Tensor) -> None:
+    """Raise where a model gave NaN."""
     if values.isnan().any():
         raise NonFiniteError(
-            "the model's logits are NaN, so nothing can be said about what it knows; try dtype=torch.float32"
+            "the model's logits are NaN, so nothing can be said about what it knows; try "
+            "dtype=torch.float32"
         )

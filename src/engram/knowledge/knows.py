@@ -2,17 +2,18 @@
 objects, that could follow.
 
 Knows prompts, objects and log-probabilities. Refuses to know what the result is used for, and how a
-family fills a gap: see language_model. Sources: Petroni et al. 2019 (LAMA), arXiv:1909.01066; Jiang
-    et al. 2020 (LPAQA), arXiv:1911.12543; Elazar et
-al. 2021 (ParaRel), arXiv:2102.01017.
+family fills a gap: see cloze.
+
+Sources: Petroni et al. 2019 (LAMA), arXiv:1909.01066; Jiang et al. 2020 (LPAQA), arXiv:1911.12543;
+Elazar et al. 2021 (ParaRel), arXiv:2102.01017.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +32,6 @@ _LOGITS = 1 << 24  # log-probabilities held at once: 64 MB in float32
 _IN_CACHE = 1 << 19  # of them compared at once: 2 MB
 _SCORES = 1 << 18  # scores of candidates held at once
 
-Judged = tuple[str, int, float]  # top answer, rank of the object, its log-probability
-
 
 def knows(
     lm: LanguageModel,
@@ -46,48 +45,53 @@ def knows(
     table: Sequence[Fact] | None = None,
     progress: Progress = no_progress,
 ) -> Knowledge:
-    """Ask a model of any kind for the object of each fact, by its prompt and by its paraphrases;
-    see `LanguageModel.cloze`.
+    """Ask a model of any kind for the object of each fact, by its prompt and by its paraphrases.
 
-    One forward a prompt. Candidates of several tokens share one where they begin alike (masked
-    models: where they are of as many tokens), and their prompt's keys and values.
+    One forward per prompt, see `LanguageModel.cloze`. Candidates of several tokens share one where
+    they begin alike (masked models: where they have as many tokens), and their prompt's keys and
+    values.
 
     Args:
-        facts: `target` is the object that is asked for.
+        facts: `target` is the object.
         candidates: what the object is ranked among.
             "vocabulary": every token. An object of several tokens has the worst rank of its tokens,
-            each read behind the
-            ones before, so that rank 1 means: greedy decoding says all of it. Masked models: each
-                at its own mask, all masks
-            at once; rank 1 means that each token is its mask's best.
-            "relation": the objects that `table` has in the fact's relation; or these texts, each
-            fact's object among them. Candidates are compared by the log-probability of the whole
-            text, and are not renormalised.
+            each read after the ones before, so that rank 1 means: greedy decoding gives all of it.
+            Masked models: each at its own mask, all masks at once; rank 1 means that each token is
+            its mask's best.
+            "relation": the objects that `table` has in the fact's relation; or a list of texts,
+            each fact's object among them. Candidates are compared by the log-probability of the
+            whole text, and are not renormalised.
         aggregate: which number of several prompts counts.
             "first": that of the fact's own prompt.
             "best": the best prompt's, chosen for each fact by its answer: an oracle, an upper
-            bound. "mean": log-probabilities are averaged over the prompts, then ranked.
+            bound.
+            "mean": log-probabilities are averaged over the prompts, then ranked.
         length: log-probability of an object of several tokens: the "sum" over its tokens, or the
             "mean", which does not prefer short objects.
-        paraphrases: whether prompts other than the first are asked. Without them consistency is not
+        paraphrases: whether prompts other than the first are used. Without them consistency is not
             measured.
         k: of P@k.
-        table: facts that tell what else is right and which objects a relation has; default:
+        table: facts that say what else is right and which objects a relation has; default:
             `facts`. Give all of them where `facts` is a sample. Other objects of the same subject
             and relation are right too, and are taken out of the ranking, as in LAMA (in the
             vocabulary: those of one token).
-        progress: called with (what is done, done, total).
+        progress: called with ("prompts", prompts done, prompts in all).
     Raises:
         FactError: no facts; a fact without a relation, or without its object among the candidates;
             a text without tokens or too long for the model.
         SettingError: an argument that is none of the above.
         NonFiniteError: the model gave NaN.
+    Example:
+        >>> tower = engram.Fact("Eiffel Tower", "The {} is in the city of", "Paris")
+        >>> record, = engram.knows(lm, tower).records
+        >>> record.rank, record.answer
+        (1, 'Paris')
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     among: str | tuple[str, ...] = (
         candidates
         if isinstance(candidates, str)
-        else tuple(dict.fromkeys(each.strip() for each in candidates))
+        else tuple(dict.fromkeys(text.strip() for text in candidates))
     )
     _check(facts, among, aggregate, length, paraphrases, k)
     world = _World([*facts] if table is None else [*table], among)
@@ -103,31 +107,40 @@ def knows(
     judge = _among_candidates if among != "vocabulary" else _in_vocabulary
     size = lm.model.config.get_text_config().vocab_size
     cloze, done, total = ClozeRows(lm), 0, sum(len(question.prompts) for question in questions)
-    found: dict[int, KnownRecord] = {}
+    records: dict[int, KnownRecord] = {}
     for block in _blocks(questions, size if among == "vocabulary" else None):
-        asked = [questions[i] for i in block]
-        for i, question, (each, overall) in zip(
-            block, asked, judge(cloze, asked, length, aggregate == "mean"), strict=True
-        ):
-            replies = tuple(
-                Reply(prompt, *judged)
-                for prompt, judged in zip(question.prompts, each, strict=True)
-            )
-            best = (
-                min(replies, key=lambda reply: (reply.rank, -reply.log_prob))
-                if aggregate == "best"
-                else replies[0]
-            )
-            counted = overall or (best.answer, best.rank, best.log_prob)
-            found[i] = KnownRecord(question.fact, replies, *counted)
-            done += len(replies)
+        judged = judge(cloze, [questions[i] for i in block], length, aggregate == "mean")
+        for i, (judgements, averaged) in zip(block, judged, strict=True):
+            records[i] = _record(questions[i], judgements, averaged, aggregate)
+            done += len(judgements)
         progress("prompts", done, total)
-    return Knowledge(
-        tuple(found[i] for i in range(len(facts))), among, aggregate, length, k, lm.name
-    )
+    in_order = tuple(records[i] for i in range(len(facts)))
+    return Knowledge(in_order, among, aggregate, length, k, lm.name)
 
 
-# -- what is asked ---------------------------------------------------------------------------------
+class Judgement(NamedTuple):
+    """What one prompt shows: the top answer, the rank of the object, its log-probability."""
+
+    answer: str
+    rank: int
+    log_prob: float
+
+
+def _record(
+    question: _Question,
+    judgements: Sequence[Judgement],
+    averaged: Judgement | None,
+    aggregate: Aggregate,
+) -> KnownRecord:
+    """Return the record of one fact, with the judgement that counts."""
+    replies = [Reply(p, *j) for p, j in zip(question.prompts, judgements, strict=True)]
+    counted = averaged or judgements[0]
+    if aggregate == "best":
+        counted = min(judgements, key=lambda judgement: (judgement.rank, -judgement.log_prob))
+    return KnownRecord(question.fact, tuple(replies), *counted)
+
+
+# -- questions -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -164,12 +177,11 @@ class _World:
         if self.among == "relation":
             if fact.relation is None:
                 raise FactError(
-                    f"fact {i} ({fact.prompt_text!r}) has no relation; candidates='relation' needs Fact(..., relation=...)"
+                    f"fact {i} ({fact.prompt_text!r}) has no relation; candidates='relation' needs "
+                    "Fact(..., relation=...)"
                 )
-            names, where = (
-                self._objects.get(fact.relation, ()),
-                f"the table's objects of relation {fact.relation!r}",
-            )
+            names = self._objects.get(fact.relation, ())
+            where = f"the table's objects of relation {fact.relation!r}"
         else:
             names, where = tuple(self.among), "the candidates"
         if fact.target.strip() not in names:
@@ -208,12 +220,13 @@ def _check(
         raise SettingError(f"k={k}: P@k needs k of at least 1")
     if aggregate != "first" and not paraphrases:
         raise SettingError(
-            f"aggregate={aggregate!r} is over a fact's paraphrases, and paraphrases=False leaves them out"
+            f"aggregate={aggregate!r} is over a fact's paraphrases, and paraphrases=False "
+            "leaves them out"
         )
 
 
 def _blocks(questions: Sequence[_Question], vocabulary: int | None) -> Iterator[list[int]]:
-    """Numbers of questions, short ones first, as many together as memory holds."""
+    """Split the numbers of questions, short ones first, into blocks that memory holds."""
 
     def size(i: int) -> int:
         # An object's tokens are not counted yet; three a prompt is more than most have.
@@ -228,22 +241,48 @@ def _blocks(questions: Sequence[_Question], vocabulary: int | None) -> Iterator[
     )
 
 
-# -- how it is judged ------------------------------------------------------------------------------
+# -- judgements ------------------------------------------------------------------------------------
+
+
+class _Slots(list[int]):
+    """A flat list of integers, filled piece by piece; each piece is remembered as a slice."""
+
+    def add(self, values: Iterable[int]) -> slice:
+        """Append the values and return where they are."""
+        start = len(self)
+        self.extend(values)
+        return slice(start, len(self))
+
+
+class _AtPosition(NamedTuple):
+    """The best token of a position (or the best candidate of a row), and the object's own rank and
+    score there.
+    """
+
+    best: int
+    rank: int
+    score: float
 
 
 def _in_vocabulary(
-    cloze: ClozeRows, asked: Sequence[_Question], length: Length, averaged: bool
-) -> Iterator[tuple[list[Judged], Judged | None]]:
-    """For each question what is judged of each prompt, and of the average over its prompts if that
-    is wanted.
+    cloze: ClozeRows, questions: Sequence[_Question], length: Length, average: bool
+) -> Iterator[tuple[list[Judgement], Judgement | None]]:
+    """Yield the judgement of each prompt of a question, and of the average over its prompts where
+    that is wanted.
+
+    Example: two prompts of one fact; the object has 2 tokens, 70 and 71.
+
+        row  positions  tokens judged there  slice
+        0    0, 1       70, 71               0:2     first prompt
+        1    2, 3       70, 71               2:4     second prompt
+
+    Ranks of 1 and 3 at positions 0 and 1 give the first prompt rank 3.
     """
     rows: list[ClozeRow] = []
-    tokens: list[int] = []  # at each position that is read, the answer's
-    barred: list[tuple[int, int]] = []  # (position, token that is right as well)
-    answers: list[
-        list[tuple[Ids, int]]
-    ] = []  # of each question and prompt: the answer, and the first position that is its own
-    for question in asked:
+    tokens = _Slots()  # at each position that is read, the answer's
+    barred: list[tuple[int, int]] = []  # (position, token that is right too)
+    answers: list[list[tuple[Ids, slice]]] = []  # per question and prompt
+    for question in questions:
         others = [cloze.tokens(question.prompts[0], text) for text in question.also_right]
         answers.append([])
         for prompt in question.prompts:
@@ -253,105 +292,106 @@ def _in_vocabulary(
                 for other in others
                 if len(other) == 1 and other[0] != ids[0]
             ]
-            answers[-1].append((ids, len(tokens)))
+            answers[-1].append((ids, tokens.add(ids)))
             rows += cloze.rows(prompt, [ids])[0]
-            tokens += ids
     log_probs_pv = cloze.logits(rows).log_softmax(-1)
     for position, token in barred:
         log_probs_pv[position, token] = -torch.inf
     judged = _judged(log_probs_pv, tokens)
-    for question, mine in zip(asked, answers, strict=True):
-        replies = [
-            _whole(cloze, question, ids, judged[at : at + len(ids)], length) for ids, at in mine
+    for question, by_prompt in zip(questions, answers, strict=True):
+        judgements = [
+            _whole(cloze, question, ids, judged[piece], length) for ids, piece in by_prompt
         ]
-        if not averaged:
-            yield replies, None
+        if not average:
+            yield judgements, None
             continue
-        ids = mine[0][0]
-        if any(others != ids for others, _ in mine):
+        ids = by_prompt[0][0]
+        if any(others != ids for others, _ in by_prompt):
             raise FactError(
-                f"{question.target!r} is cut into other tokens after one prompt than after another ({question.prompts}), so "
-                "their log-probabilities cannot be averaged; choose another aggregate, or candidates"
+                f"{question.target!r} is cut into other tokens after one prompt than after another "
+                f"({question.prompts}), so their log-probabilities cannot be averaged; choose "
+                "another aggregate, or candidates"
             )
-        means_pv = torch.stack([log_probs_pv[at : at + len(ids)] for _, at in mine]).mean(0)
-        yield replies, _whole(cloze, question, ids, _judged(means_pv, ids), length)
+        means_pv = torch.stack([log_probs_pv[piece] for _, piece in by_prompt]).mean(0)
+        yield judgements, _whole(cloze, question, ids, _judged(means_pv, ids), length)
 
 
 def _whole(
     cloze: ClozeRows,
     question: _Question,
     ids: Ids,
-    positions: Sequence[tuple[int, int, float]],
+    positions: Sequence[_AtPosition],
     length: Length,
-) -> Judged:
-    """What was judged of an answer's tokens, taken together: the worst rank decides."""
+) -> Judgement:
+    """Return the judgement of an answer's tokens together: the worst rank decides."""
     best, ranks, log_probs = zip(*positions, strict=True)
-    answer = question.target if max(ranks) == 1 else cloze.spoken(ids, best)
-    return answer, max(ranks), sum(log_probs) / (len(ids) if length == "mean" else 1)
+    answer = question.target if max(ranks) == 1 else cloze.top_answer(ids, best)
+    return Judgement(answer, max(ranks), sum(log_probs) / (len(ids) if length == "mean" else 1))
 
 
-def _judged(scores_pv: Tensor, token: Sequence[int]) -> list[tuple[int, int, float]]:
-    """At each position: the best token, the rank of the token that is asked for, and its score.
+def _judged(scores_pv: Tensor, own: Sequence[int]) -> list[_AtPosition]:
+    """Judge each position: `own` is the column of the object's token, or of the object.
 
-    Of equal ones the first in the vocabulary is the better one, as for arg-max: rank 1 and being
-    the best token are the same.
+    Of equal scores the first column is the better one, as for arg-max, so that rank 1 and being the
+    best are the same: scores [3, 5, 5] have best 1, and ranks 3, 1, 2.
     """
-    judged: list[tuple[int, int, float]] = []
-    token_p = torch.tensor(token, device=scores_pv.device)[:, None]
-    rows = max(
-        1, _IN_CACHE // scores_pv.shape[1]
-    )  # comparing all at once took six times as long: memory was the limit
-    for piece_pv, own_p in zip(scores_pv.split(rows), token_p.split(rows), strict=True):
-        score_p = piece_pv.gather(1, own_p)
-        check_not_nan(score_p)
-        rank_p = 1 + (piece_pv > score_p).sum(1)
-        tied_pv = piece_pv == score_p
-        if int(tied_pv.sum()) > len(piece_pv):
-            rank_p += (
-                tied_pv & (torch.arange(piece_pv.shape[1], device=own_p.device) < own_p)
-            ).sum(1)
-        judged += zip(
-            piece_pv.argmax(1).tolist(), rank_p.tolist(), score_p[:, 0].tolist(), strict=True
-        )
+    judged: list[_AtPosition] = []
+    own_p1 = torch.tensor(own, device=scores_pv.device)[:, None]
+    # Comparing all at once took six times as long: memory was the limit.
+    rows = max(1, _IN_CACHE // scores_pv.shape[1])
+    for piece_pv, own_q1 in zip(scores_pv.split(rows), own_p1.split(rows), strict=True):
+        score_q1 = piece_pv.gather(1, own_q1)
+        check_not_nan(score_q1)
+        rank_q = 1 + (piece_pv > score_q1).sum(1)
+        tied_pv = piece_pv == score_q1
+        if int(tied_pv.sum()) > len(piece_pv):  # ties are rare, and counting them is slow
+            columns_v = torch.arange(piece_pv.shape[1], device=own_q1.device)
+            rank_q += (tied_pv & (columns_v < own_q1)).sum(1)
+        columns = piece_pv.argmax(1).tolist(), rank_q.tolist(), score_q1[:, 0].tolist()
+        judged += map(_AtPosition, *columns)
     return judged
 
 
 def _among_candidates(
-    cloze: ClozeRows, asked: Sequence[_Question], length: Length, averaged: bool
-) -> Iterator[tuple[list[Judged], Judged | None]]:
-    """The same among whole candidates."""
-    rows: dict[
-        ClozeRow, list[tuple[int, int, int]]
-    ] = {}  # what is read in each: (which read, token, slot of the candidate)
-    lengths: list[int] = []
-    for question in asked:
+    cloze: ClozeRows, questions: Sequence[_Question], length: Length, average: bool
+) -> Iterator[tuple[list[Judgement], Judgement | None]]:
+    """Yield the same among whole candidates.
+
+    Every pair of prompt and candidate is a slot that adds up the log-probabilities of the
+    candidate's tokens, whichever rows they are read in.
+    """
+    reads: dict[ClozeRow, list[tuple[int, int, int]]] = {}  # (which read, token, slot)
+    lengths = _Slots()  # of the candidate in each slot
+    pieces: list[list[slice]] = []  # per question and prompt
+    for question in questions:
+        pieces.append([])
         for prompt in question.prompts:
             answers = [cloze.tokens(prompt, text) for text in question.candidates]
-            mine, where = cloze.rows(prompt, answers)
-            for ids, row in zip(answers, where, strict=True):
-                rows.setdefault(mine[row], []).extend(
-                    (j, token, len(lengths)) for j, token in enumerate(ids)
+            rows, row_of = cloze.rows(prompt, answers)
+            piece = lengths.add(map(len, answers))
+            pieces[-1].append(piece)
+            for slot, (ids, row) in enumerate(zip(answers, row_of, strict=True), piece.start):
+                reads.setdefault(rows[row], []).extend(
+                    (read, token, slot) for read, token in enumerate(ids)
                 )
-                lengths.append(len(ids))
-    scores = cloze.log_probs(list(rows), list(rows.values()), len(lengths))
+    scores = cloze.log_probs(list(reads), list(reads.values()), len(lengths))
     if length == "mean":
         scores /= torch.tensor(lengths)
-    at = 0
-    for question in asked:
-        scores_qc = scores[at : at + len(question.prompts) * len(question.candidates)].view(
-            len(question.prompts), -1
-        )
-        at += scores_qc.numel()
-        others = [c for c, text in enumerate(question.candidates) if text in question.also_right]
-        scores_qc[:, others] = -torch.inf
-        own = question.candidates.index(question.target)
+    for question, by_prompt in zip(questions, pieces, strict=True):
+        scores_qc = torch.stack([scores[piece] for piece in by_prompt])
+        also_right = [
+            c for c, text in enumerate(question.candidates) if text in question.also_right
+        ]
+        scores_qc[:, also_right] = -torch.inf
+        judgements = _named(question, scores_qc)
+        if average:
+            yield judgements, _named(question, scores_qc.mean(0, keepdim=True))[0]
+        else:
+            yield judgements, None
 
-        def named(
-            scores_qc: Tensor, own: int = own, names: Sequence[str] = question.candidates
-        ) -> list[Judged]:
-            return [
-                (names[best], rank, score)
-                for best, rank, score in _judged(scores_qc, [own] * len(scores_qc))
-            ]
 
-        yield named(scores_qc), named(scores_qc.mean(0, keepdim=True))[0] if averaged else None
+def _named(question: _Question, scores_qc: Tensor) -> list[Judgement]:
+    """Return the judgements of scores of a question's candidates, row by row."""
+    own = question.candidates.index(question.target)
+    judged = _judged(scores_qc, [own] * len(scores_qc))
+    return [Judgement(question.candidates[at.best], at.rank, at.score) for at in judged]
