@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_RESAMPLES = 1000
+from engram.errors import SettingError
+
 _AT_ONCE = 64  # resamples, so that weights of twenty thousand rows stay small
 _LEAST_SPREAD = 1e-6  # below, there is nothing to correlate
 Array = NDArray[np.float64]
@@ -26,9 +27,98 @@ class Mean:
     high: float
 
 
+@dataclass(frozen=True)
+class Bootstrap:
+    """How rows are drawn with replacement: the same rows for the same count and the same seed.
+
+    Args:
+        resamples: draws, each of as many rows as there are.
+    Raises:
+        SettingError: no resamples.
+    """
+
+    seed: int = 0
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1:
+            raise SettingError(
+                f"resamples={self.resamples}: a bootstrap needs at least 1, usual are 1000"
+            )
+
+    def means(self, values_nl: Array) -> Array:
+        """Return the means [resamples, l] of the rows of each draw.
+
+        A draw of n rows is a vector of n weights, and all means are one product: for the three rows
+        1, 4, 7 and the draw (2, 0, 2) the weights are 1/3, 0, 2/3 and the mean is 5. Gathering the
+        rows of each draw instead needs n times the memory.
+
+        Args:
+            values_nl: NaN where a row has no value: it is left out of that column's means, which
+                are NaN where no drawn row has one.
+        """
+        generator = np.random.default_rng(self.seed)
+        n = len(values_nl)
+        missing_nl = np.isnan(values_nl)
+        filled_nl, present_nl = np.where(missing_nl, 0.0, values_nl), 1.0 - missing_nl
+        parts = []
+        for start in range(0, self.resamples, _AT_ONCE):
+            drawn_rn = generator.integers(n, size=(min(_AT_ONCE, self.resamples - start), n))
+            weights_rn = np.stack([np.bincount(draw, minlength=n) for draw in drawn_rn]) / n
+            means_rl = weights_rn @ filled_nl
+            if missing_nl.any():
+                with np.errstate(invalid="ignore"):
+                    means_rl = means_rl / (weights_rn @ present_nl)
+            parts.append(means_rl)
+        return np.concatenate(parts)
+
+    def means_of_groups(self, groups: Sequence[Sequence[float]]) -> Array:
+        """Return the means [resamples] over groups of the mean of each, by a bootstrap in two
+        stages: groups are drawn, then values from the pool of these groups.
+
+        A value counts as one over the size of its group, so that draws lie around the mean of the
+        groups' means. With the groups (1, 3) and (8) and the first draw (second, first), the pool
+        is 8, 1, 3 with weights 1, 1/2, 1/2; the second draw takes three values of it.
+
+        Args:
+            groups: at least one value in each.
+        """
+        generator = np.random.default_rng(self.seed)
+        values_p = np.concatenate([np.asarray(group, dtype=float) for group in groups])
+        sizes_n = np.array([len(group) for group in groups])
+        weights_p, ends_n = np.repeat(1 / sizes_n, sizes_n), sizes_n.cumsum()
+        means = []
+        for _ in range(self.resamples):
+            drawn_n = generator.integers(len(groups), size=len(groups))
+            # from a value's place in the pool to its place among all values, a group at a time
+            shifts_n = ends_n[drawn_n] - sizes_n[drawn_n].cumsum()
+            pool = np.repeat(shifts_n, sizes_n[drawn_n]) + np.arange(sizes_n[drawn_n].sum())
+            drawn = pool[generator.integers(len(pool), size=len(pool))]
+            means.append(np.average(values_p[drawn], weights=weights_p[drawn]))
+        return np.array(means)
+
+
+DEFAULT = Bootstrap()
+
+
+def means(values_nl: Array) -> list[Mean]:
+    """Return the mean of each column with its interval, a percentile bootstrap over rows.
+
+    Example:
+        >>> import numpy as np
+        >>> means(np.array([[1.0], [1.0]]))
+        [Mean(mean=1.0, low=1.0, high=1.0)]
+    """
+    low_l, high_l = np.percentile(DEFAULT.means(values_nl), (2.5, 97.5), axis=0)
+    return [Mean(*map(float, row)) for row in zip(values_nl.mean(0), low_l, high_l, strict=True)]
+
+
 def spearman(a: Sequence[float] | Array, b: Sequence[float] | Array) -> float | None:
-    """Rank correlation, equal values sharing the mean of their ranks; None where one side does not
-    vary.
+    """Return the rank correlation; None where one side does not vary.
+
+    Example:
+        >>> round(spearman([1, 2, 3], [10, 30, 20]), 3)
+        0.5
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if min(np.ptp(a), np.ptp(b)) < _LEAST_SPREAD:
@@ -37,67 +127,11 @@ def spearman(a: Sequence[float] | Array, b: Sequence[float] | Array) -> float | 
 
 
 def ranks(values: Array) -> Array:
-    """Ranks from 0, equal values share the mean of theirs."""
+    """Return the ranks from 0; equal values share the mean of theirs.
+
+    Example:
+        >>> ranks([5.0, 7.0, 7.0]).tolist()
+        [0.0, 1.5, 1.5]
+    """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts + 1) / 2)[inverse]
-
-
-def means(values_nl: Array) -> list[Mean]:
-    """One a column; the interval is a percentile bootstrap over rows."""
-    low_l, high_l = np.percentile(resampled(values_nl), (2.5, 97.5), axis=0)
-    return [Mean(*map(float, each)) for each in zip(values_nl.mean(0), low_l, high_l, strict=True)]
-
-
-def resampled(values_nl: Array, seed: int = 0, resamples: int = _RESAMPLES) -> Array:
-    """[resamples, l] means of as many rows, drawn with replacement; the same draws for the same
-    number of rows and the same seed.
-
-    Args:
-        values_nl: NaN where a row has no value: it is left out of that column's means, which are
-            NaN where no row drawn has one.
-    """
-    generator = np.random.default_rng(seed)
-    missing_nl = np.isnan(values_nl)
-    given_nl, there_nl = np.where(missing_nl, 0.0, values_nl), 1.0 - missing_nl
-    parts = []
-    for start in range(0, resamples, _AT_ONCE):
-        drawn_rn = generator.integers(
-            len(values_nl), size=(min(_AT_ONCE, resamples - start), len(values_nl))
-        )
-        weights_rn = np.stack(
-            [np.bincount(draw, minlength=len(values_nl)) for draw in drawn_rn]
-        ) / len(values_nl)
-        means_rl = weights_rn @ given_nl
-        if missing_nl.any():
-            with np.errstate(invalid="ignore"):
-                means_rl = means_rl / (weights_rn @ there_nl)
-        parts.append(means_rl)
-    return np.concatenate(parts)
-
-
-def resampled_twice(
-    values: Sequence[Sequence[float]], seed: int = 0, resamples: int = _RESAMPLES
-) -> Array:
-    """[resamples] means over groups of the means in each, by a bootstrap in two stages: groups,
-    then values of the pool of these.
-
-    A value counts as one over the size of its group, so that draws lie around the mean of the
-    groups' means.
-
-    Args:
-        values: of each group, at least one.
-    """
-    generator = np.random.default_rng(seed)
-    values_p = np.concatenate([np.asarray(each, dtype=float) for each in values])
-    sizes_n = np.array([len(each) for each in values])
-    weights_p, ends_n = np.repeat(1 / sizes_n, sizes_n), sizes_n.cumsum()
-    means = []
-    for _ in range(resamples):
-        groups = generator.integers(len(values), size=len(values))
-        behind = (
-            ends_n[groups] - sizes_n[groups].cumsum()
-        )  # how much further a group's last value stands than in the pool
-        pool = np.repeat(behind, sizes_n[groups]) + np.arange(sizes_n[groups].sum())
-        drawn = pool[generator.integers(len(pool), size=len(pool))]
-        means.append(np.average(values_p[drawn], weights=weights_p[drawn]))
-    return np.array(means)

@@ -14,6 +14,7 @@ import pytest
 
 from engram.benchmark.report import markdown, table
 from engram.benchmark.results import Run
+from engram.bootstrap import Bootstrap
 from tests.helpers.bench_samples import contents
 from tests.helpers.paths import ROOT
 
@@ -170,8 +171,8 @@ def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(tmp_pa
         assert {at: m.after.texts for at, m in resumed.measured["ft"].items()} == {
             at: m.after.texts for at, m in undisturbed.measured["ft"].items()
         }
-        assert markdown(table([resumed], resamples=50)) == markdown(
-            table([undisturbed], resamples=50)
+        assert markdown(table([resumed], bootstrap=Bootstrap(resamples=50))) == markdown(
+            table([undisturbed], bootstrap=Bootstrap(resamples=50))
         )
         assert len(resumed.sessions) <= len(counts), "a session a start, of those that got so far"
 

@@ -20,6 +20,7 @@ from engram.benchmark import run
 from engram.benchmark.data.records import Dataset
 from engram.benchmark.results import UNEDITED, Run
 from engram.benchmark.run import bench
+from engram.bootstrap import Bootstrap
 from engram.errors import EngramError, EngramFileError, FactError, SettingError
 from tests.helpers.bench_samples import ASKED, METHODS, contents, dataset
 from tests.helpers.tiny import tiny_lm
@@ -163,7 +164,9 @@ def test_where_an_edit_cannot_be_made_the_record_counts_with_the_unedited_models
     rows = found.rows
     assert rows["ultraedit"]["1"]["failed"] == 1
     assert rows["ultraedit"]["1"]["ES"] == rows[UNEDITED]["1"]["ES"]
-    assert found.summary(resamples=10)["ultraedit"]["failed"].mean == pytest.approx(1 / 3)
+    assert found.summary(Bootstrap(resamples=10))["ultraedit"]["failed"].mean == pytest.approx(
+        1 / 3
+    )
     assert found.card()["methods"]["ultraedit"]["errors"] == 1
 
 

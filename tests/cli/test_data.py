@@ -11,6 +11,7 @@ from engram import Run
 from engram.benchmark.data.build import build_counterfact
 from engram.benchmark.data.pocket_benchmark import pocket_benchmark
 from engram.benchmark.data.sources import SOURCES, read_dataset
+from engram.bootstrap import Bootstrap
 from tests.helpers.build_samples import GENERATION, TEMPLATES, facts, texts
 from tests.helpers.command_line import failing, run
 from tests.helpers.tiny import tiny_folder
@@ -197,7 +198,9 @@ def test_filter_keeps_reference_texts_if_asked_and_a_benchmark_with_texts_reads_
         "ft:epochs=1",
     ]
     run(*bench, "--texts", "-o", str(tmp_path / "run.sqlite"))
-    assert {"GE", "RS"} <= Run.open(tmp_path / "run.sqlite").summary(resamples=10)["ft"].keys()
+    assert {"GE", "RS"} <= Run.open(tmp_path / "run.sqlite").summary(Bootstrap(resamples=10))[
+        "ft"
+    ].keys()
 
 
 def test_list_tells_every_name():

@@ -22,6 +22,7 @@ from engram.benchmark.data.write import case_id
 from engram.benchmark.metrics.summary import Estimate, paired
 from engram.benchmark.metrics.table import HARMONIC, METRICS
 from engram.benchmark.results import UNEDITED, Run
+from engram.bootstrap import DEFAULT, Bootstrap
 from engram.editors.methods import METHODS
 from engram.errors import MissingExtraError, SettingError
 
@@ -46,19 +47,18 @@ class ScoreTable:
 
 
 def table(
-    runs: Sequence[Run], *, all_metrics: bool = False, seed: int = 0, resamples: int = 1000
+    runs: Sequence[Run], *, all_metrics: bool = False, bootstrap: Bootstrap = DEFAULT
 ) -> ScoreTable:
     """The table of one or several runs of the same benchmark.
 
     Args:
         all_metrics: all metrics that there are numbers of, not only the headline ones.
-        seed, resamples: of the bootstrap.
     Raises:
         SettingError: no runs, or runs of different benchmarks.
     """
     rows = _named(runs)
     form = runs[0].form
-    summaries = {id(run): run.summary(seed=seed, resamples=resamples) for run in runs}
+    summaries = {id(run): run.summary(bootstrap) for run in runs}
     found = {
         name: (len(run.rows[label]), summaries[id(run)][label])
         for name, (run, label) in rows.items()
@@ -67,11 +67,11 @@ def table(
     columns = tuple(
         name for name in METRICS if name in there and (all_metrics or METRICS[name].headline)
     )
-    return ScoreTable(form, columns, found, _best(rows, form, columns, seed, resamples))
+    return ScoreTable(form, columns, found, _best(rows, form, columns, bootstrap))
 
 
 def compare(
-    runs: Sequence[Run], *, seed: int = 0, resamples: int = 1000
+    runs: Sequence[Run], *, bootstrap: Bootstrap = DEFAULT
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
     """(one method, another) -> metric -> difference on the records that both have, with its
     interval; see `paired`.
@@ -84,7 +84,7 @@ def compare(
         raise SettingError(
             f"there is nothing to compare: the runs have results of {', '.join(methods) or 'no method'}"
         )
-    return _differences(methods, runs[0].form, seed, resamples)
+    return _differences(methods, runs[0].form, bootstrap)
 
 
 def _methods(rows: dict[str, tuple[Run, str]]) -> dict[str, Scores]:
@@ -92,14 +92,11 @@ def _methods(rows: dict[str, tuple[Run, str]]) -> dict[str, Scores]:
 
 
 def _differences(
-    methods: dict[str, Scores], form: Form, seed: int, resamples: int
+    methods: dict[str, Scores], form: Form, bootstrap: Bootstrap
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
     """Of every pair that has records in common, the earlier method first."""
     pairs = [(a, b) for a, b in combinations(methods, 2) if methods[a].keys() & methods[b].keys()]
-    return {
-        (a, b): paired(methods[a], methods[b], form, seed=seed, resamples=resamples)
-        for a, b in pairs
-    }
+    return {(a, b): paired(methods[a], methods[b], form, bootstrap=bootstrap) for a, b in pairs}
 
 
 def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
@@ -147,9 +144,9 @@ def _unused(start: str, names: Container[str]) -> str:
 
 
 def _best(
-    rows: dict[str, tuple[Run, str]], form: Form, columns: Sequence[str], seed: int, resamples: int
+    rows: dict[str, tuple[Run, str]], form: Form, columns: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, str]:
-    differences = _differences(_methods(rows), form, seed, resamples)
+    differences = _differences(_methods(rows), form, bootstrap)
     best = {}
     for metric in columns:
         sign = {"up": 1, "down": -1, "neither": 0}[METRICS[metric].better]

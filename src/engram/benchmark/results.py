@@ -16,6 +16,7 @@ from engram.benchmark.metrics.outcomes import Measured, Outcome
 from engram.benchmark.metrics.scores import begins, of_measured
 from engram.benchmark.metrics.summary import Estimate, summarise
 from engram.benchmark.store import RunStore
+from engram.bootstrap import DEFAULT, Bootstrap
 from engram.errors import SettingError
 
 UNEDITED = "unedited"
@@ -102,10 +103,10 @@ class Run:
             }
         return {UNEDITED: plain, **{label: rows for label, rows in found.items() if rows}}
 
-    def summary(self, *, seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Estimate]]:
+    def summary(self, bootstrap: Bootstrap = DEFAULT) -> dict[str, dict[str, Estimate]]:
         """Label -> metric -> its mean over the label's records, with intervals; see `summarise`."""
         return {
-            label: summarise(list(rows.values()), self.form, seed=seed, resamples=resamples)
+            label: summarise(list(rows.values()), self.form, bootstrap=bootstrap)
             for label, rows in self.rows.items()
             if rows
         }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram.bootstrap import Array, Mean, means, resampled, spearman
+from engram.bootstrap import DEFAULT, Array, Mean, means, spearman
 from engram.edit.recipe import library_versions
 from engram.errors import EngramFileError, SettingError
 from engram.facts import Fact
@@ -393,7 +393,7 @@ class LayerCard:
         effects_nl = effects_nl[:, self.layers_tested]
         value = spearman(effects_nl.mean(0), self._scores.mean(0))
         # both resample the same facts where as many were traced as edited, independently otherwise
-        draws = zip(resampled(effects_nl), resampled(self._scores), strict=True)
+        draws = zip(DEFAULT.means(effects_nl), DEFAULT.means(self._scores), strict=True)
         spread = [drawn for pair in draws if (drawn := spearman(*pair)) is not None]
         if value is None or not spread:
             return None

@@ -15,7 +15,7 @@ from engram.benchmark.metrics.summary import (
     published_summary,
     summarise,
 )
-from engram.bootstrap import resampled, resampled_twice
+from engram.bootstrap import Bootstrap
 from engram.errors import SettingError
 
 shares = st.integers(0, 10).map(lambda tenths: tenths / 10)
@@ -26,7 +26,9 @@ rows = st.lists(
     min_size=1,
     max_size=25,
 )
-QUICK = {"resamples": 50}
+
+
+QUICK = Bootstrap(resamples=50)
 
 
 def table(count=60, seed=0):
@@ -56,7 +58,7 @@ def test_s_is_of_the_means_of_the_data_set_not_a_mean_over_records():
     found = summarise(
         [{"ES": 1.0, "PS": 0.0, "NS": 1.0}, {"ES": 1.0, "PS": 1.0, "NS": 0.0}],
         "counterfact",
-        **QUICK,
+        bootstrap=QUICK,
     )
     assert found["S"].mean == pytest.approx(3 / (1 + 2 + 2)), "record by record it would be 0"
     assert found["S"].half_published is None
@@ -72,17 +74,17 @@ def test_s_of_four_terms_for_counterfact_plus_and_of_three_others_for_zsre():
         "Paraphrase": 0.5,
         "Specificity": 0.25,
     }
-    found = summarise([row], "counterfact", **QUICK)
+    found = summarise([row], "counterfact", bootstrap=QUICK)
     assert found["S4"].mean == pytest.approx(4 / 8)
     assert "Efficacy" not in found
-    found = summarise([row], "zsre", **QUICK)
+    found = summarise([row], "zsre", bootstrap=QUICK)
     assert found["S"].mean == pytest.approx(3 / 7)
     assert "ES" not in found
 
 
 def test_the_published_interval_is_a_normal_one_with_the_population_deviation():
     values = [0.0, 1.0, 1.0, 1.0]
-    found = summarise([{"ES": value} for value in values], "counterfact", **QUICK)["ES"]
+    found = summarise([{"ES": value} for value in values], "counterfact", bootstrap=QUICK)["ES"]
     assert found.std == pytest.approx(np.std(values))
     assert found.half_published == pytest.approx(1.96 * np.std(values) / 2)
 
@@ -104,16 +106,16 @@ def test_the_bootstrap_of_s_is_a_loop_over_resampled_records():
         harmonic([np.mean([given_rows[i][name] for i in draw]) for name in ("ES", "PS", "NS")])
         for draw in drawn
     ]
-    found = summarise(given_rows, "counterfact", seed=3, resamples=200)["S"]
+    found = summarise(given_rows, "counterfact", bootstrap=Bootstrap(3, 200))["S"]
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(by_hand, (2.5, 97.5))))
 
 
 def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     values = np.random.default_rng(0).random((37, 2))
-    whole = resampled(values, 1, 100)
+    whole = Bootstrap(1, 100).means(values)
     monkeypatch.setattr("engram.bootstrap._AT_ONCE", 7)
     np.testing.assert_allclose(
-        resampled(values, 1, 100), whole, rtol=1e-14
+        Bootstrap(1, 100).means(values), whole, rtol=1e-14
     )  # products of other sizes round differently
 
 
@@ -121,7 +123,9 @@ def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
 @given(rows, st.randoms(use_true_random=False))
 def test_means_do_not_depend_on_the_order_of_records(given_rows, random):
     shuffled = random.sample(given_rows, len(given_rows))
-    one, other = (summarise(each, "counterfact", **QUICK) for each in (given_rows, shuffled))
+    one, other = (
+        summarise(each, "counterfact", bootstrap=QUICK) for each in (given_rows, shuffled)
+    )
     assert one.keys() == other.keys()
     assert all(one[name].mean == pytest.approx(other[name].mean, abs=1e-12) for name in one)
     assert all(one[name].count == other[name].count for name in one)
@@ -130,7 +134,7 @@ def test_means_do_not_depend_on_the_order_of_records(given_rows, random):
 @settings(max_examples=40, deadline=None)
 @given(rows)
 def test_an_interval_lies_within_the_values_and_a_harmonic_mean_between_its_parts(given_rows):
-    for name, found in summarise(given_rows, "counterfact", **QUICK).items():
+    for name, found in summarise(given_rows, "counterfact", bootstrap=QUICK).items():
         assert found.low <= found.high
         if name != "S":
             values = [row[name] for row in given_rows if row[name] is not None]
@@ -144,13 +148,15 @@ def test_an_interval_lies_within_the_values_and_a_harmonic_mean_between_its_part
 @settings(max_examples=20, deadline=None)
 @given(rows, st.integers(0, 5))
 def test_the_same_seed_gives_the_same_interval(given_rows, seed):
-    assert summarise(given_rows, "counterfact", seed=seed, **QUICK) == summarise(
-        given_rows, "counterfact", seed=seed, **QUICK
+    assert summarise(given_rows, "counterfact", bootstrap=Bootstrap(seed, 50)) == summarise(
+        given_rows, "counterfact", bootstrap=Bootstrap(seed, 50)
     )
 
 
 def test_another_seed_gives_another_interval():
-    one, other = (summarise(table(), "counterfact", seed=seed)["PS"] for seed in (0, 1))
+    one, other = (
+        summarise(table(), "counterfact", bootstrap=Bootstrap(seed))["PS"] for seed in (0, 1)
+    )
     assert one.mean == other.mean
     assert (one.low, one.high) != (other.low, other.high)
 
@@ -159,7 +165,7 @@ def test_another_seed_gives_another_interval():
 @given(rows)
 def test_a_run_does_not_differ_from_itself(given_rows):
     keyed = {str(i): row for i, row in enumerate(given_rows)}
-    for found in paired(keyed, keyed, "counterfact", **QUICK).values():
+    for found in paired(keyed, keyed, "counterfact", bootstrap=QUICK).values():
         assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
@@ -176,7 +182,7 @@ def test_a_difference_is_of_the_records_that_both_runs_have():
         "2": {"ES": 1.0, "GE": 3.0},
         "4": {"ES": 0.0},
     }
-    found = paired(a, b, "counterfact", **QUICK)
+    found = paired(a, b, "counterfact", bootstrap=QUICK)
     assert (found["ES"].mean, found["ES"].count) == (pytest.approx(1 / 3), 3)
     assert (found["GE"].mean, found["GE"].count) == (pytest.approx(-0.25), 2)
 
@@ -184,7 +190,7 @@ def test_a_difference_is_of_the_records_that_both_runs_have():
 def test_a_difference_of_harmonic_means_needs_all_parts_in_both_runs():
     a = {str(i): row for i, row in enumerate(table(5))}
     b = {**a, "3": {"ES": 0.0, "PS": 0.0, "NS": None}}
-    found = paired(a, b, "counterfact", **QUICK)
+    found = paired(a, b, "counterfact", bootstrap=QUICK)
     assert (found["S"].mean, found["S"].count) == (0.0, 4), "record 3 would lower S by ES and PS"
     assert found["ES"].count == 5
 
@@ -211,7 +217,7 @@ def test_a_difference_of_harmonic_means_is_a_loop_over_the_same_resampled_record
         return harmonic([np.mean([run[key][name] for key in keys]) for name in ("ES", "PS", "NS")])
 
     by_hand = [s(a, keys) - s(b, keys) for keys in ([common[i] for i in draw] for draw in drawn)]
-    found = paired(a, b, "counterfact", seed=2, resamples=100)["S"]
+    found = paired(a, b, "counterfact", bootstrap=Bootstrap(2, 100))["S"]
     assert found.mean == pytest.approx(s(a, common) - s(b, common))
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(by_hand, (2.5, 97.5))))
     assert found.count == 59
@@ -223,8 +229,8 @@ def test_two_stages_of_drawing_are_wider_than_one():
     """
     values = np.random.default_rng(0).random(400)
     twice, once = (
-        resampled_twice(values[:, None].tolist(), 1).std(),
-        resampled(values[:, None], 1).std(),
+        Bootstrap(1).means_of_groups(values[:, None].tolist()).std(),
+        Bootstrap(1).means(values[:, None]).std(),
     )
     assert twice / once == pytest.approx(2**0.5, rel=0.1)
 
@@ -242,7 +248,7 @@ def test_two_stages_are_a_loop_over_records_and_then_over_their_prompts():
         by_hand.append(
             sum(value * weight for value, weight in drawn) / sum(weight for _, weight in drawn)
         )
-    np.testing.assert_allclose(resampled_twice(values, 4, 50), by_hand)
+    np.testing.assert_allclose(Bootstrap(4, 50).means_of_groups(values), by_hand)
 
 
 def test_the_interval_of_counterfact_plus_is_of_99_per_cent_around_the_mean_of_records():
@@ -251,7 +257,7 @@ def test_the_interval_of_counterfact_plus_is_of_99_per_cent_around_the_mean_of_r
     assert found.mean == pytest.approx((0.5 + 1.0 + 0.5) / 3)
     assert found.count == 3
     assert 0 <= found.low < found.mean < found.high <= 1
-    assert hierarchical(values, seed=1) == hierarchical(values, seed=1)
+    assert hierarchical(values) == hierarchical(values)
     assert hierarchical([[0.5, 0.5]] * 4).low == 0.5
 
 
@@ -272,7 +278,7 @@ def test_records_without_texts_have_no_place_in_the_published_summary():
     [
         (lambda: summarise([], "counterfact"), "no records"),
         (lambda: summarise([{}], "counterfacts"), "form='counterfacts': expected 'counterfact'"),
-        (lambda: summarise([{}], "flat", resamples=0), "resamples=0"),
+        (lambda: Bootstrap(resamples=0), "resamples=0"),
         (lambda: paired({"1": {}}, {"2": {}}, "zsre"), "no records .* same ids"),
         (lambda: hierarchical([[]]), "no records"),
     ],

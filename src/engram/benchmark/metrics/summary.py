@@ -17,7 +17,7 @@ import numpy as np
 
 from engram.benchmark.data.records import FORMS, Form
 from engram.benchmark.metrics.table import HARMONIC, METRICS, of_form
-from engram.bootstrap import Array, resampled, resampled_twice
+from engram.bootstrap import DEFAULT, Array, Bootstrap
 from engram.checks import one_of
 from engram.errors import SettingError
 
@@ -45,19 +45,19 @@ class Estimate:
 
 
 def summarise(
-    rows: Sequence[Row], form: Form, *, seed: int = 0, resamples: int = 1000
+    rows: Sequence[Row], form: Form, *, bootstrap: Bootstrap = DEFAULT
 ) -> dict[str, Estimate]:
     """The numbers that a benchmark reports, in the order of a report; those that no record has are
     left out.
 
     Args:
         rows: one a record, see `scores`.
-        seed, resamples: of the bootstrap, which draws the same records for every number.
+        bootstrap: draws the same records for every number.
     Raises:
-        SettingError: no rows, an unknown form, or no resamples.
+        SettingError: no rows, or an unknown form.
     """
-    names = _names(form, len(rows), resamples)
-    return _estimates(_array(rows, names), None, names, form, seed, resamples)
+    names = _names(form, len(rows))
+    return _estimates(_array(rows, names), None, names, form, bootstrap)
 
 
 def paired(
@@ -65,8 +65,7 @@ def paired(
     rows_b: Mapping[str, Row],
     form: Form,
     *,
-    seed: int = 0,
-    resamples: int = 1000,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> dict[str, Estimate]:
     """Differences a - b on the same records: intervals are of the difference, so that what is
     common to both does not widen them.
@@ -76,17 +75,15 @@ def paired(
             and of each number also those where one has no value; `count` says how many are
             compared. For a harmonic mean all its parts are needed.
     Raises:
-        SettingError: no record in common, an unknown form, or no resamples.
+        SettingError: no record in common, or an unknown form.
     """
     common = sorted(rows_a.keys() & rows_b.keys())
-    names = _names(form, len(common), resamples)
+    names = _names(form, len(common))
     a_nm, b_nm = (_array([rows[key] for key in common], names) for rows in (rows_a, rows_b))
-    return _estimates(a_nm, b_nm, names, form, seed, resamples)
+    return _estimates(a_nm, b_nm, names, form, bootstrap)
 
 
-def hierarchical(
-    values: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = 1000
-) -> Estimate:
+def hierarchical(values: Sequence[Sequence[float]], *, bootstrap: Bootstrap = DEFAULT) -> Estimate:
     """A mean over records of the means over their prompts, with the interval of CounterFact+: 99 %,
     records drawn, then prompts.
 
@@ -94,12 +91,12 @@ def hierarchical(
         values: of one score, a list a record with a value a prompt, see `of_prompts`; records
             without prompts do not count.
     Raises:
-        SettingError: no value, or no resamples.
+        SettingError: no value.
     """
     there = [each for each in values if len(each)]
-    _check(len(there), resamples)
+    _check(len(there))
     means = np.array([np.mean(each) for each in there])
-    low, high = np.percentile(resampled_twice(there, seed, resamples), (0.5, 99.5))
+    low, high = np.percentile(bootstrap.means_of_groups(there), (0.5, 99.5))
     return _estimate(means, float(low), float(high))
 
 
@@ -111,19 +108,17 @@ def harmonic(means: Sequence[float]) -> float:
 # -- how -------------------------------------------------------------------------------------------
 
 
-def _names(form: Form, count: int, resamples: int) -> list[str]:
+def _names(form: Form, count: int) -> list[str]:
     one_of("form", form, FORMS)
-    _check(count, resamples)
+    _check(count)
     return [name for name in METRICS if form in METRICS[name].forms and name not in HARMONIC]
 
 
-def _check(count: int, resamples: int) -> None:
+def _check(count: int) -> None:
     if not count:
         raise SettingError(
             "there are no records to take a mean of; for differences both runs need some with the same ids"
         )
-    if resamples < 1:
-        raise SettingError(f"resamples={resamples}: a bootstrap needs at least 1, usual are 1000")
 
 
 def _array(rows: Sequence[Row], names: Sequence[str]) -> Array:
@@ -135,17 +130,17 @@ def _array(rows: Sequence[Row], names: Sequence[str]) -> Array:
 
 
 def _estimates(
-    a_nm: Array, b_nm: Array | None, names: list[str], form: Form, seed: int, resamples: int
+    a_nm: Array, b_nm: Array | None, names: list[str], form: Form, bootstrap: Bootstrap
 ) -> dict[str, Estimate]:
     """Of a, or of a - b where both have a value."""
     values_nm = a_nm if b_nm is None else a_nm - b_nm
-    low_m, high_m = _interval(resampled(values_nm, seed, resamples))
+    low_m, high_m = _interval(bootstrap.means(values_nm))
     found = {}
     for name in of_form(form):
         if name in HARMONIC:
             parts = [names.index(part) for part in HARMONIC[name][form]]
             sides = [side[:, parts] for side in (a_nm, b_nm) if side is not None]
-            estimate = _of_harmonic(sides, seed, resamples)
+            estimate = _of_harmonic(sides, bootstrap)
         else:
             m = names.index(name)
             column = values_nm[:, m]
@@ -164,7 +159,7 @@ def _estimate(values: Array, low: float, high: float) -> Estimate:
     )
 
 
-def _of_harmonic(sides: Sequence[Array], seed: int, resamples: int) -> Estimate:
+def _of_harmonic(sides: Sequence[Array], bootstrap: Bootstrap) -> Estimate:
     """Of one side's parts, or of the first minus the second."""
     if (
         len(sides) == 2
@@ -175,7 +170,7 @@ def _of_harmonic(sides: Sequence[Array], seed: int, resamples: int) -> Estimate:
     if not count:
         return _NOTHING
     means = [float(_harmonic(np.nanmean(side, axis=0)[None])[0]) for side in sides]
-    draws = [_harmonic(resampled(side, seed, resamples)) for side in sides]
+    draws = [_harmonic(bootstrap.means(side)) for side in sides]
     low, high = _interval((draws[0] - draws[1] if len(sides) == 2 else draws[0])[:, None])
     return Estimate(
         means[0] - means[1] if len(sides) == 2 else means[0],
