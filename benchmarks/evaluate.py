@@ -102,7 +102,7 @@ def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
         records.append(Record(str(number), (fact,), tuple(probes)))
     settings = {
         "layer": LAYERS[shape],
-        "variant": "reference",
+        "reference": True,
         "steps": STEPS,
         "stop_loss": 0.0,
         "clamp": 4.0,

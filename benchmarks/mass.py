@@ -61,7 +61,7 @@ def requests(count: int, vocabulary: int) -> tuple[list[str], list[Any]]:
 
 
 def ours(given: Any, at_once: int) -> dict[str, Any]:
-    from engram.editors.closed_form.values import ValueConfig, optimise_values
+    from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_values
     from engram.engine.replayable import replayable
 
     lm = make_lm(given.shape, given.device, given.dtype)
@@ -71,7 +71,9 @@ def ours(given: Any, at_once: int) -> dict[str, Any]:
     config = ValueConfig(steps=STEPS, stop_loss=0.0, clamp=0.75)
     layer = lm.n_layers // 3
     work = lambda: dict(  # noqa: E731
-        optimise_values(lm, facts, layer, contexts, config, site="block", facts_per_batch=at_once)
+        optimise_values(
+            lm, facts, ValueSearch(layer, contexts, config, site="block"), facts_per_batch=at_once
+        )
     )
     seconds, values = timed(work, given.device, given.repeats)
     losses = [[loss[0] for loss in values[i].losses] for i in range(min(given.loops, len(facts)))]

@@ -54,7 +54,7 @@ def request(length: str) -> tuple[list[list[int]], list[int], list[int], list[in
 def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
     from engram import Fact
     from engram.editors.closed_form.rome import rank_one_update
-    from engram.editors.closed_form.values import ValueConfig, optimise_value
+    from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_value
     from engram.editors.second_moments.measure import SecondMoment
     from engram.engine.replayable import replayable
 
@@ -67,12 +67,14 @@ def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
     layer = LAYERS[shape]
     config = ValueConfig(stop_loss=0.0)
     seconds, value = timed(
-        lambda: optimise_value(lm, fact, layer, templates, config), device, repeats
+        lambda: optimise_value(lm, fact, ValueSearch(layer, templates, config)), device, repeats
     )
     width = 4 * lm.d_model
     moment = SecondMoment.from_matrix(torch.eye(width))
     moment.solve(torch.ones(width))  # one factorisation a model and layer
-    whole, _ = timed(lambda: rank_one_update(lm, fact, layer, moment, templates), device)
+    whole, _ = timed(
+        lambda: rank_one_update(lm, fact, ValueSearch(layer, templates), moment), device
+    )
     return {
         "seconds": seconds,
         "edit_seconds": whole,

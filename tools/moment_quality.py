@@ -42,7 +42,7 @@ import engram
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.editors.closed_form.rome import RomeConfig
-from engram.editors.closed_form.values import optimise_value
+from engram.editors.closed_form.values import ValueSearch, optimise_value
 from engram.editors.contexts import sample_contexts
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, SampledText, Texts
@@ -74,7 +74,7 @@ def planned(lm: LanguageModel, layer: int, count: int, seed: int) -> Iterator[Pl
     }
     config, contexts = read(RomeConfig, settings, "rome").value, sample_contexts(lm)
     for _, fact in sample(lm, count, seed):
-        value = optimise_value(lm, fact, layer, contexts, config)
+        value = optimise_value(lm, fact, ValueSearch(layer, contexts, config))
         keys_f2 = torch.stack([value.keys_cf[0], value.keys_cf[1:].mean(0)], 1).double()
         yield Planned(fact, keys_f2, value.delta_d.double())
 

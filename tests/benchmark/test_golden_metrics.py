@@ -161,7 +161,7 @@ def test_log_probabilities_after_an_edit_of_our_own(i):
         golden.model(),
         record(i).facts,
         method="rome",
-        variant="reference",
+        reference=True,
         layer=LAYER,
         contexts=golden.inputs()["rome_context_templates"],
         second_moments={LAYER: golden.numbers("rome_tiny-gpt2")["mom2"]},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import engram
-from engram.editors.closed_form.values import ValueConfig, optimise_value
+from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_value
 from engram.engine.recording import record_run
 from engram.engine.replayable import replayable
 from engram.engine.shared_prompts import record_shared_prefixes
@@ -75,7 +75,10 @@ def test_every_shape_of_batch_gives_the_same_value(prompt, kl_position, contexts
         Fact("tower of Rome", prompt, "in Paris"),
         ValueConfig(steps=4, kl_position=kl_position),
     )
-    both = [optimise_value(lm, fact, 1, contexts, config, engine) for engine in ("replay", "whole")]
+    both = [
+        optimise_value(lm, fact, ValueSearch(1, contexts, config, engine=engine))
+        for engine in ("replay", "whole")
+    ]
     torch.testing.assert_close(
         *(torch.tensor(each.losses, dtype=torch.float64) for each in both), atol=1e-8, rtol=1e-7
     )
@@ -91,7 +94,7 @@ def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
         "tower of Rome", "The {} is in", "Paris and London"
     )  # near enough for the shortest window
     both = [
-        optimise_value(lm, fact, 1, CONTEXTS, ValueConfig(steps=4), engine)
+        optimise_value(lm, fact, ValueSearch(1, CONTEXTS, ValueConfig(steps=4), engine=engine))
         for engine in ("replay", "whole")
     ]
     losses = [torch.tensor(value.losses, dtype=torch.float64) for value in both]

@@ -14,7 +14,7 @@ from peft import PeftModel
 import engram
 from engram import Edit, Fact
 from engram.edit.checkpoint import revert_checkpoint
-from engram.editors.closed_form.values import ValueConfig, optimise_value
+from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_value
 from engram.editors.second_moments.measure import second_moments
 from engram.engine.replayable import replayable
 from engram.modules.fingerprints import fingerprints
@@ -82,11 +82,11 @@ def test_from_a_folder_to_an_adapter_and_back(
 @DTYPES
 def test_values_keys_and_deltas_are_float32(dtype: torch.dtype) -> None:
     lm = tiny_lm(dtype=dtype)
-    value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=3))
+    value = optimise_value(lm, FACT, ValueSearch(1, CONTEXTS, ValueConfig(steps=3)))
     assert {
         each.dtype for each in (value.start_d, value.delta_d, value.keys_cf, value.outputs_cd)
     } == {torch.float32}
-    exact = optimise_value(tiny_lm(), FACT, 1, CONTEXTS, ValueConfig(steps=3))
+    exact = optimise_value(tiny_lm(), FACT, ValueSearch(1, CONTEXTS, ValueConfig(steps=3)))
     assert torch.cosine_similarity(value.keys_cf, exact.keys_cf).min() > 0.999
     assert torch.cosine_similarity(value.delta_d, exact.delta_d, dim=0) > 0.95
     edit = engram.rewrite(lm, FACT, **SETTINGS)

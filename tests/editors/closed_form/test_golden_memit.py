@@ -12,7 +12,7 @@ from engram import Fact
 from engram.editors.closed_form.mass_settings import MassConfig
 from engram.editors.closed_form.solver import Preservation, solve, solve_as_published
 from engram.editors.closed_form.subject_keys import SubjectStates
-from engram.editors.closed_form.values import ValueConfig, optimise_values
+from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_values
 from engram.editors.second_moments.measure import SecondMoment
 from tests.helpers import golden
 from tests.helpers.golden import relative
@@ -37,7 +37,9 @@ def contexts() -> list[str]:
 @pytest.fixture(scope="module")
 def values():
     return dict(
-        optimise_values(golden.model(), facts(), LAYERS[-1], contexts(), CONFIG, site="block")
+        optimise_values(
+            golden.model(), facts(), ValueSearch(LAYERS[-1], contexts(), CONFIG, site="block")
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""`variant="reference"` is the released ROME, number by number: keys, value, every step's loss
+"""`reference=True` is the released ROME, number by number: keys, value, every step's loss
 terms, factors, logits.
 """
 
@@ -10,6 +10,7 @@ import torch
 import engram
 from engram import Fact
 from engram.editors.closed_form.rome import RomeConfig, rank_one_update
+from engram.editors.closed_form.values import ValueSearch
 from engram.editors.contexts import RELEASED
 from engram.editors.second_moments.measure import SecondMoment, load_npz, second_moments
 from tests.helpers import golden
@@ -43,7 +44,11 @@ def test_keys_value_losses_and_factors(i, precision):
     moment = SecondMoment.from_matrix(recorded["mom2"])
     contexts = golden.inputs()["rome_context_templates"]
     update = rank_one_update(
-        golden.model(dtype), record(i), LAYER, moment, contexts, RomeConfig(variant="reference")
+        golden.model(dtype),
+        record(i),
+        ValueSearch(LAYER, contexts),
+        moment,
+        RomeConfig(reference=True),
     )
     value = update.value
     assert relative(update.key_f, recorded[f"{i}/k_star"]) < limit["key"]
@@ -73,7 +78,7 @@ def test_logits_after_the_edit(i, precision):
         lm,
         [fact],
         method="rome",
-        variant="reference",
+        reference=True,
         layer=LAYER,
         contexts=golden.inputs()["rome_context_templates"],
         second_moments={LAYER: recorded["mom2"]},

@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 import engram
 from engram import Edit, Fact
 from engram.edit.base import describe_base
-from engram.editors.closed_form import mass, mass_settings
-from engram.editors.closed_form.mass_settings import MassConfig, _settings
-from engram.editors.closed_form.values import ValueConfig, optimise_values
+from engram.editors.closed_form import mass_settings
+from engram.editors.closed_form.inputs import MomentSource
+from engram.editors.closed_form.mass_settings import MassConfig, settings_of
+from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_values
 from engram.editors.presets import preset, preset_layers, published
 from engram.errors import (
     EngramError,
@@ -82,7 +83,11 @@ def slow_edit(
     """Return the changes [d, f] layer by layer: whole forward passes over a copy of the model,
     dense LU, nothing shared with engram.
     """
-    values = dict(optimise_values(lm, facts, layers[-1], CONTEXTS, config.value, site=config.site))
+    values = dict(
+        optimise_values(
+            lm, facts, ValueSearch(layers[-1], CONTEXTS, config.value, site=config.site)
+        )
+    )
     targets_dn = torch.stack([values[i].star_d for i in range(len(facts))], 1)
     copy = LanguageModel(deepcopy(lm.model), lm.tokenizer, lm.name)
     state_of = (
@@ -237,7 +242,9 @@ def test_without_slack_the_edited_model_has_the_value_at_the_subject(family, met
             "a norm stands between what is written and the block's output: see the warning below"
         )
     given = {"steps": 4, "stop": "loss", "clamp": 2.0, "kl_weight": 0.0625}
-    values = dict(optimise_values(lm, FACTS, 1, ("{}",), ValueConfig(**given), site=site))
+    values = dict(
+        optimise_values(lm, FACTS, ValueSearch(1, ("{}",), ValueConfig(**given), site=site))
+    )
     edit = rewrite(lm, method=method, layers=[1], contexts=("{}",), slack=0.0, site=site, **given)
     module = lm.parts.blocks[1] if site == "block" else lm.parts.mlp_out(1)
     before = [state_at_subject(lm, fact, module) for fact in FACTS]
@@ -267,7 +274,9 @@ def test_which_keys_are_sent_to_the_value(keys):
     edit = rewrite(lm, layers=[1], slack=0.0, keys=keys)
     (delta,) = edit.deltas.values()
     values = dict(
-        optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=3, clamp=0.75), site="block")
+        optimise_values(
+            lm, FACTS, ValueSearch(1, CONTEXTS, ValueConfig(steps=3, clamp=0.75), site="block")
+        )
     )
     for i, fact in enumerate(FACTS):
         rows = [
@@ -294,7 +303,9 @@ def test_slack_leaves_the_share_that_leverage_says():
     key_f = edit.keys[weight(lm, 1)][0]
     leverage = float(key_f @ torch.linalg.solve(moments(lm)[1].matrix_ff, key_f))
     (value,) = dict(
-        optimise_values(lm, [FACT], 1, CONTEXTS, ValueConfig(steps=3, clamp=0.75), site="block")
+        optimise_values(
+            lm, [FACT], ValueSearch(1, CONTEXTS, ValueConfig(steps=3, clamp=0.75), site="block")
+        )
     ).values()
     (delta,) = edit.deltas.values()
     torch.testing.assert_close(
@@ -568,7 +579,9 @@ def test_every_published_model_makes_a_config(method):
     lm = tiny_lm()
     for model in published(method):
         settings = {
-            name: value for name, value in _settings(method, model, {}).items() if name != "corpus"
+            name: value
+            for name, value in settings_of(method, model, {}).items()
+            if name != "corpus"
         }
         layers = preset_layers(settings, lm.n_layers, "layers")
         assert layers == sorted(set(layers)) and isinstance(
@@ -643,8 +656,8 @@ PUBLISHED = [  # method, model, layers, then what was released
 
 
 @pytest.mark.parametrize(("method", "model", "layers", "released"), PUBLISHED)
-def test_presets_are_the_published_settings(method, model, layers, released):
-    settings = _settings(method, model, {})
+def test_presets_are_the_publishedsettings_of(method, model, layers, released):
+    settings = settings_of(method, model, {})
     assert preset_layers(settings, tiny_lm().n_layers, "layers") == layers
     config = read(MassConfig, settings, method)
     flat = {**vars(config.value), **vars(config)}
@@ -684,7 +697,7 @@ def test_presets_are_the_published_settings(method, model, layers, released):
 def test_what_a_caller_says_outranks_the_presets_other_way_of_saying_it(
     method, model, given, wanted
 ):
-    settings = _settings(method, model, given)
+    settings = settings_of(method, model, given)
     preset_layers(settings, tiny_lm().n_layers, "layers")
     config = read(MassConfig, settings, method)
     assert {name: getattr(config, name) for name in wanted} == wanted
@@ -769,7 +782,9 @@ def test_exact_keys_leave_no_room_for_past_ones():
 def test_mistakes_are_found_before_anything_is_measured(monkeypatch):
     lm = tiny_lm("gpt2")
     tuned = engram.rewrite(lm, FACT, method="ft", layer=1, epochs=2)
-    monkeypatch.setattr(mass, "moments_of", lambda *_: pytest.fail("second moments were measured"))
+    monkeypatch.setattr(
+        MomentSource, "moments", lambda *_: pytest.fail("second moments were measured")
+    )
     mistakes: list[dict[str, Any]] = [
         {"facts": [Fact("tower", "A " * 200 + "{} is", "old")]},
         {"layers": []},
@@ -806,11 +821,11 @@ def test_the_released_order_of_operations_is_to_be_had_whatever_a_preset_says(mo
         "preset",
         lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0},
     )
-    assert mass_settings._settings("memit", "tiny", {"reference": True})["keys"] == "halves"
+    assert settings_of("memit", "tiny", {"reference": True})["keys"] == "halves"
 
 
-def test_a_published_table_can_be_passed_on_as_settings():
-    settings = preset("alphaedit", "meta-llama-3-8b-instruct@easyedit")
+def test_a_published_table_replaces_the_default_s_other_form_of_a_setting():
+    settings = preset("alphaedit", "meta-llama-3-8b-instruct")
     assert settings["null_threshold"] == 2e-2 and "null_energy" not in settings
     assert "relative_preservation" not in preset("memit", "gpt2-xl")
 

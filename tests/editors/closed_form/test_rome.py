@@ -12,7 +12,7 @@ import torch
 import engram
 from engram import Fact
 from engram.editors.closed_form.rome import RomeConfig, rank_one_update
-from engram.editors.closed_form.values import ValueConfig, optimise_value
+from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_value
 from engram.editors.presets import preset, published
 from engram.editors.second_moments.measure import SecondMoment
 from engram.errors import (
@@ -47,30 +47,28 @@ def io_at_subject(lm, text, subject, layer):
 
 
 @pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("variant", ["reference", "p-rome"])
-def test_the_edited_matrix_sends_the_prompts_key_to_the_value(family, variant):
+@pytest.mark.parametrize("config", [{"reference": True}, {"variant": "p-rome"}])
+def test_the_edited_matrix_sends_the_prompts_key_to_the_value(family, config):
     lm = tiny_lm(family, torch.float64)
     edit = engram.rewrite(
-        lm,
-        FACT,
-        layer=1,
-        contexts=CONTEXTS,
-        second_moments={1: moment_of(lm)},
-        variant=variant,
-        seed=0,
+        lm, FACT, layer=1, contexts=CONTEXTS, second_moments={1: moment_of(lm)}, **config, seed=0
     )
-    update = rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS, RomeConfig(variant=variant))
+    update = rank_one_update(
+        lm, FACT, ValueSearch(1, CONTEXTS), moment_of(lm), RomeConfig(**config)
+    )
     with edit.applied(lm):
         _, output_d = io_at_subject(lm, FACT.prompt_text, FACT.subject, 1)
     torch.testing.assert_close(output_d, update.value.star_d, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("residual", ["published", "consistent"])
+@pytest.mark.parametrize("residual", ["mean_output", "delta"])
 def test_r_rome_sends_the_mean_key_to_the_value(residual):
     lm = tiny_lm("llama", torch.float64)
-    update = rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS, RomeConfig(residual=residual))
+    update = rank_one_update(
+        lm, FACT, ValueSearch(1, CONTEXTS), moment_of(lm), RomeConfig(residual=residual)
+    )
     change_d = update.left_d * (update.right_f @ update.key_f)
-    if residual == "consistent":
+    if residual == "delta":
         torch.testing.assert_close(change_d, update.value.delta_d)
     else:
         torch.testing.assert_close(change_d + update.value.outputs_cd.mean(0), update.value.star_d)
@@ -79,7 +77,7 @@ def test_r_rome_sends_the_mean_key_to_the_value(residual):
 def test_the_direction_is_the_whitened_mean_key():
     lm = tiny_lm("gpt2", torch.float64)
     moment = moment_of(lm)
-    update = rank_one_update(lm, FACT, 1, moment, CONTEXTS)
+    update = rank_one_update(lm, FACT, ValueSearch(1, CONTEXTS), moment)
     keys = [
         io_at_subject(lm, c.replace("{}", FACT.prompt_text), FACT.subject, 1)[0] for c in CONTEXTS
     ]
@@ -96,7 +94,7 @@ def test_keys_where_the_change_is_not_wanted_move_least():
     """
     lm = tiny_lm("gpt2", torch.float64)
     moment = moment_of(lm)
-    update = rank_one_update(lm, FACT, 1, moment, CONTEXTS)
+    update = rank_one_update(lm, FACT, ValueSearch(1, CONTEXTS), moment)
     best = torch.outer(update.left_d, update.right_f)
     generator = torch.Generator().manual_seed(0)
     key_f = update.key_f
@@ -168,7 +166,7 @@ def test_the_same_seed_gives_the_same_edit(tmp_path, monkeypatch):
 
 def test_nineteen_updates_follow_twenty_passes():
     value = optimise_value(
-        tiny_lm("gpt2"), FACT, 1, CONTEXTS, ValueConfig(stop_loss=0.0, clamp=1e9)
+        tiny_lm("gpt2"), FACT, ValueSearch(1, CONTEXTS, ValueConfig(stop_loss=0.0, clamp=1e9))
     )
     assert len(value.losses) == 20
     assert value.delta_norms[0] == 0 and all(value.delta_norms[1:])
@@ -178,19 +176,21 @@ def test_nineteen_updates_follow_twenty_passes():
 
 
 def test_nothing_is_updated_when_the_first_loss_is_low_enough():
-    value = optimise_value(tiny_lm("gpt2"), FACT, 1, CONTEXTS, ValueConfig(stop_loss=1e9))
+    value = optimise_value(
+        tiny_lm("gpt2"), FACT, ValueSearch(1, CONTEXTS, ValueConfig(stop_loss=1e9))
+    )
     assert len(value.losses) == 1 and float(value.delta_d.norm()) == 0
 
 
 def test_the_value_stays_within_the_clamp():
-    value = optimise_value(tiny_lm("gpt2"), FACT, 1, CONTEXTS, ValueConfig(clamp=0.1))
+    value = optimise_value(tiny_lm("gpt2"), FACT, ValueSearch(1, CONTEXTS, ValueConfig(clamp=0.1)))
     limit = 0.1 * float(value.start_d.norm())
     assert max(value.delta_norms) == pytest.approx(limit, rel=1e-5)
 
 
 def test_the_first_adam_step_moves_every_coordinate_by_the_learning_rate():
     lm = tiny_lm("gpt2", torch.float64)
-    value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=2, clamp=1e9))
+    value = optimise_value(lm, FACT, ValueSearch(1, CONTEXTS, ValueConfig(steps=2, clamp=1e9)))
     torch.testing.assert_close(
         value.delta_d.abs(), torch.full_like(value.delta_d, 0.5), atol=1e-3, rtol=0
     )
@@ -204,7 +204,7 @@ def test_the_losses_are_those_of_the_formula(position):
     lm = tiny_lm("llama", torch.float64)
     fact = Fact("tower of Rome", "The {} is in the city of", "Paris and")
     config = ValueConfig(steps=5, kl_position=position)
-    value = optimise_value(lm, fact, 1, CONTEXTS, config)
+    value = optimise_value(lm, fact, ValueSearch(1, CONTEXTS, config))
     target = lm.target_ids(fact.prompt_text, fact.target)
 
     def logits(text, tail, delta_d):
@@ -251,7 +251,9 @@ def test_the_words_behind_the_subject_are_out_of_the_published_penaltys_sight(mo
     for prompt in ("{} is a", "{} plays the piano"):
         monkeypatch.setattr("engram.editors.closed_form.values.KL_PROMPT", prompt)
         losses.append(
-            torch.tensor(optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=4)).losses)
+            torch.tensor(
+                optimise_value(lm, FACT, ValueSearch(1, CONTEXTS, ValueConfig(steps=4))).losses
+            )
         )
     torch.testing.assert_close(losses[0], losses[1], atol=1e-9, rtol=1e-9)
 
@@ -269,7 +271,7 @@ def test_the_words_behind_the_subject_are_out_of_the_published_penaltys_sight(mo
 def test_the_key_is_read_at_the_subjects_last_token(tokenizer, prompt, subject):
     lm = tiny_lm("gpt2", torch.float64, tokenizer)
     fact = Fact(subject, prompt, "London")
-    value = optimise_value(lm, fact, 1, ("{}",), ValueConfig(steps=1))
+    value = optimise_value(lm, fact, ValueSearch(1, ("{}",), ValueConfig(steps=1)))
     encoding = lm.encode(fact.prompt_text)
     end = fact.subject_start + len(subject)
     at = max(i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > fact.subject_start)
@@ -288,7 +290,7 @@ def test_a_model_without_numbers_is_refused():
     with torch.no_grad():
         lm.model.transformer.ln_f.weight.fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="nothing was changed"):
-        optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig())
+        optimise_value(lm, FACT, ValueSearch(1, CONTEXTS, ValueConfig()))
 
 
 # --- collapse -------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def collapsing_moment(lm):
     """Return a second moment under which the bare prompt's key is almost orthogonal to the whitened
     mean key.
     """
-    value = optimise_value(lm, FACT, 1, CONTEXTS, ValueConfig(steps=1))
+    value = optimise_value(lm, FACT, ValueSearch(1, CONTEXTS, ValueConfig(steps=1)))
     bare_f, mean_f = value.keys_cf[0].double(), value.keys_cf.mean(0).double()
     wanted_f = (
         mean_f - bare_f * (mean_f @ bare_f) / (bare_f @ bare_f) + 1e-4 * bare_f
@@ -314,11 +316,13 @@ def collapsing_moment(lm):
 def test_the_reference_warns_where_it_would_explode_and_r_rome_does_not_explode(caplog):
     lm = tiny_lm("gpt2", torch.float64)
     moment = collapsing_moment(lm)
-    reference = rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant="reference"))
+    reference = rank_one_update(
+        lm, FACT, ValueSearch(1, CONTEXTS), moment, RomeConfig(reference=True)
+    )
     assert abs(reference.rho) < 0.2
-    assert "use variant='r-rome'" in caplog.text
+    assert "leave out reference=True" in caplog.text
     caplog.clear()
-    repaired = rank_one_update(lm, FACT, 1, moment, CONTEXTS)
+    repaired = rank_one_update(lm, FACT, ValueSearch(1, CONTEXTS), moment)
     assert not caplog.text
     assert repaired.norm_ratio < reference.norm_ratio / 10
 
@@ -328,7 +332,7 @@ def test_a_key_without_any_weight_is_no_edit():
     with torch.no_grad():
         lm.parts.mlp(1).c_fc.weight.zero_(), lm.parts.mlp(1).c_fc.bias.zero_()
     with pytest.raises(NonFiniteError, match="not finite"):
-        rank_one_update(lm, FACT, 1, moment_of(lm), CONTEXTS)
+        rank_one_update(lm, FACT, ValueSearch(1, CONTEXTS), moment_of(lm))
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -341,6 +345,11 @@ def test_a_key_without_any_weight_is_no_edit():
         ({"step": 3}, SettingError, r"no setting 'step' \(did you mean 'steps'\?\)"),
         ({"variant": "best"}, SettingError, "variant=.best.: expected .r-rome."),
         ({"residual": "x"}, SettingError, "residual='x'"),
+        (
+            {"reference": True, "variant": "p-rome"},
+            SettingError,
+            "reference=True is ROME as released: without variant='p-rome'",
+        ),
         ({"steps": 0}, SettingError, "steps=0"),
         ({"clamp": 0.0}, SettingError, "clamp=0.0"),
         (
@@ -422,7 +431,9 @@ def test_progress_is_reported():
 def test_two_key_sends_the_bare_key_and_the_contexts_to_the_value_by_the_least_change():
     lm = tiny_lm("gpt2", torch.float64)
     moment = moment_of(lm)
-    update = rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant="two-key"))
+    update = rank_one_update(
+        lm, FACT, ValueSearch(1, CONTEXTS), moment, RomeConfig(variant="two-key")
+    )
     keys = update.value.keys_cf
     for key_f in (keys[0], keys[1:].mean(0)):
         torch.testing.assert_close(update.left_d * (update.right_f @ key_f), update.value.delta_d)
@@ -440,7 +451,7 @@ def test_two_key_sends_the_bare_key_and_the_contexts_to_the_value_by_the_least_c
 def test_two_key_with_one_context_is_p_rome_and_does_not_explode_where_the_reference_does():
     lm = tiny_lm("gpt2", torch.float64)
     alone, plain = (
-        rank_one_update(lm, FACT, 1, moment_of(lm), ("{}",), RomeConfig(variant=v))
+        rank_one_update(lm, FACT, ValueSearch(1, ("{}",)), moment_of(lm), RomeConfig(variant=v))
         for v in ("two-key", "p-rome")
     )
     torch.testing.assert_close(
@@ -448,7 +459,7 @@ def test_two_key_with_one_context_is_p_rome_and_does_not_explode_where_the_refer
     )
     moment = collapsing_moment(lm)
     reference, both = (
-        rank_one_update(lm, FACT, 1, moment, CONTEXTS, RomeConfig(variant=v))
-        for v in ("reference", "two-key")
+        rank_one_update(lm, FACT, ValueSearch(1, CONTEXTS), moment, RomeConfig(**config))
+        for config in ({"reference": True}, {"variant": "two-key"})
     )
     assert both.norm_ratio < reference.norm_ratio / 10

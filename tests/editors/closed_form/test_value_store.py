@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engram import Fact
-from engram.editors.closed_form import mass
+from engram.editors.closed_form import value_search
 from engram.editors.closed_form.value_store import ValueStore
-from engram.editors.closed_form.values import ValueConfig, optimise_values
+from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_values
 from engram.errors import EngramError
 from tests.helpers.mass_samples import FACTS, rewrite
 from tests.helpers.rewrite_samples import CONTEXTS
@@ -32,7 +32,7 @@ def asked(monkeypatch):
         calls.append(list(facts))
         return optimise_values(lm, facts, *args, **options)
 
-    monkeypatch.setattr(mass, "optimise_values", counting)
+    monkeypatch.setattr(value_search, "optimise_values", counting)
     return calls
 
 
@@ -188,9 +188,9 @@ def test_a_killed_run_goes_on_where_it_was(facts_per_batch, asked, tmp_path):
 
 def test_what_is_kept_comes_back_bit_for_bit(tmp_path):
     lm, config = tiny_lm("gpt2", torch.float64), ValueConfig(steps=3)
-    (_, value), *_ = optimise_values(lm, FACTS[:1], 1, CONTEXTS, config)
+    (_, value), *_ = optimise_values(lm, FACTS[:1], ValueSearch(1, CONTEXTS, config))
     with ValueStore(tmp_path / "values", lm) as store:
-        name = store.name(FACTS[0], 1, CONTEXTS, "mlp", config)
+        name = store.name(FACTS[0], ValueSearch(1, CONTEXTS, config))
         assert store.get([name]) == [None]
         store.put(name, value)
         (found,) = store.get([name])
@@ -204,9 +204,9 @@ def test_what_is_kept_comes_back_bit_for_bit(tmp_path):
 
 def test_two_writers_share_a_file(tmp_path):
     lm, config = tiny_lm("gpt2"), ValueConfig(steps=1)
-    values = dict(optimise_values(lm, FACTS, 1, CONTEXTS, config))
+    values = dict(optimise_values(lm, FACTS, ValueSearch(1, CONTEXTS, config)))
     with ValueStore(tmp_path / "values", lm) as one, ValueStore(tmp_path / "values", lm) as two:
-        names = [one.name(fact, 1, CONTEXTS, "mlp", config) for fact in FACTS]
+        names = [one.name(fact, ValueSearch(1, CONTEXTS, config)) for fact in FACTS]
         for i, name in enumerate(names):
             (one, two)[i % 2].put(name, values[i])
         assert all(one.get(names)) and all(two.get(names))

@@ -13,7 +13,13 @@ from torch import Tensor
 import engram
 from engram import Fact
 from engram.editors.closed_form.shifted_rows import TokenRows
-from engram.editors.closed_form.values import Value, ValueConfig, optimise_value, optimise_values
+from engram.editors.closed_form.values import (
+    Value,
+    ValueConfig,
+    ValueSearch,
+    optimise_value,
+    optimise_values,
+)
 from engram.engine.replayable import replayable
 from engram.errors import FactError, NonFiniteError, SettingError
 from tests.helpers.chat_samples import chat_lm
@@ -46,9 +52,12 @@ def values(
     layer: int = 1,
     **options: Any,
 ) -> list[Value]:
-    how = {name: options.pop(name) for name in ("engine", "facts_per_batch") if name in options}
+    how = {name: options.pop(name) for name in ("facts_per_batch",) if name in options}
+    engine = options.pop("engine", "auto")
     found = dict(
-        optimise_values(lm, facts, layer, contexts, ValueConfig(**options), site=site, **how)
+        optimise_values(
+            lm, facts, ValueSearch(layer, contexts, ValueConfig(**options), site, engine), **how
+        )
     )
     return [found[i] for i in range(len(facts))]
 
@@ -151,10 +160,7 @@ def test_batches_of_any_size_give_the_same_and_cover_all(facts_per_batch):
         optimise_values(
             lm,
             FACTS,
-            1,
-            CONTEXTS,
-            ValueConfig(steps=4),
-            site="block",
+            ValueSearch(1, CONTEXTS, ValueConfig(steps=4), site="block"),
             facts_per_batch=facts_per_batch,
         )
     )
@@ -168,7 +174,7 @@ def test_values_come_a_batch_after_the_other():
     assert replayable(lm)  # which is tried once
     lm.model.get_input_embeddings().register_forward_hook(lambda *_: begun.append(1))
     made = optimise_values(
-        lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), site="block", facts_per_batch=1
+        lm, FACTS, ValueSearch(1, CONTEXTS, ValueConfig(steps=2), site="block"), facts_per_batch=1
     )
     assert not begun
     next(made)
@@ -178,7 +184,7 @@ def test_values_come_a_batch_after_the_other():
 
 
 def test_no_facts_give_no_values():
-    assert list(optimise_values(tiny_lm(), [], 1, CONTEXTS, ValueConfig())) == []
+    assert list(optimise_values(tiny_lm(), [], ValueSearch(1, CONTEXTS, ValueConfig()))) == []
 
 
 def test_rows_that_are_too_long_below_each_other_run_whole():
@@ -449,7 +455,9 @@ def test_gradient_flags_and_hooks_are_as_before_between_and_after_batches():
     lm = tiny_lm("gpt2")
     lm.parts.mlp_out(0).weight.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in lm.model.parameters()]
-    for _ in optimise_values(lm, FACTS, 1, CONTEXTS, ValueConfig(steps=2), facts_per_batch=1):
+    for _ in optimise_values(
+        lm, FACTS, ValueSearch(1, CONTEXTS, ValueConfig(steps=2)), facts_per_batch=1
+    ):
         assert [parameter.requires_grad for parameter in lm.model.parameters()] == flags
         assert not any(
             module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
@@ -515,7 +523,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 def test_one_facts_value_is_the_first_of_many():
     lm = tiny_lm("gpt2", torch.float64)
     same(
-        [optimise_value(lm, FACTS[1], 1, CONTEXTS, ValueConfig(steps=3))],
+        [optimise_value(lm, FACTS[1], ValueSearch(1, CONTEXTS, ValueConfig(steps=3)))],
         values(lm, site="mlp", steps=3)[1:2],
         1e-8,
     )

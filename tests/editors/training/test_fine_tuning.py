@@ -262,7 +262,6 @@ def test_models_without_one_matrix_say_why_not():
     ("method", "model", "expected"),
     [
         ("ft", "openai-community/gpt2-xl", {"layer": 1, "epochs": 25, "learning_rate": 5e-4}),
-        ("ft", "gpt2-xl@emmet", {"layer": 17}),
         ("ft", "EleutherAI/gpt-j-6B", {"layer": 21}),
         ("ft-l", "gpt2-xl", {"layer": 0, "norm_constraint": 5e-4}),
         ("ft-l", "gpt2-large", {"layer": 0, "norm_constraint": 1e-3}),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from engram import Fact
-from engram.editors.training.loop import TuningConfig, descend, forward_from, still, tasks
+from engram.editors.training.loop import TuningConfig, descend, forward_from, tasks
 from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows, target_row
 from engram.errors import FactError, SettingError
+from engram.modules.frozen import frozen
 from engram.modules.hooks import overlay_weight
 from tests.helpers.tiny import DENSE, TOKENIZERS, tiny_lm
 from tests.helpers.training import FACTS, all_said, answered
@@ -46,7 +47,7 @@ def test_blocks_below_need_not_run_again(family):
         torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.1).requires_grad_()
     )
     results = []
-    with still(lm.model):
+    with frozen(lm.model):
         for engine in ("auto", "whole"):
             forward = forward_from(lm, batch, 2, engine)
             with overlay_weight(module, delta_oi):
@@ -102,7 +103,7 @@ def descended(lm, delta_oi, locality=(), **settings):
     """Training of block 1's MLP output matrix, and the module that is trained."""
     config = TuningConfig(**settings)
     module = lm.parts.mlp_out(1)
-    with still(lm.model):
+    with frozen(lm.model):
         wanted, staying = tasks(lm, fact_rows(lm, FACTS), locality, 1, config, None, "auto", quiet)
         with overlay_weight(module, delta_oi):
             return descend([delta_oi], wanted, staying, config, generator=None, progress=quiet)
@@ -132,7 +133,7 @@ def test_locality_adds_its_gradient(kind):
     with torch.no_grad():
         delta_oi += 0.02
     start = [answered(lm, *pair) for pair in pairs]
-    with still(lm.model):
+    with frozen(lm.model):
         config = TuningConfig(epochs=1, locality_loss=kind, locality_weight=0.5)
         wanted, staying = tasks(lm, fact_rows(lm, FACTS), pairs, 1, config, None, "auto", quiet)
         before = [forward().log_softmax(-1).detach() for forward in staying.forwards]
@@ -218,7 +219,7 @@ def test_a_model_held_still_gets_its_flags_and_modes_back(error):
     modes = [module.training for module in lm.model.modules()]
     flags = [parameter.requires_grad for parameter in lm.model.parameters()]
     try:
-        with torch.no_grad(), still(lm.model):
+        with torch.no_grad(), frozen(lm.model):
             assert not any(module.training for module in lm.model.modules())
             assert not any(parameter.requires_grad for parameter in lm.model.parameters())
             assert torch.is_grad_enabled()

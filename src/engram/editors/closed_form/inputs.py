@@ -1,5 +1,4 @@
-"""What the closed-form methods need before they compute: contexts, second moments, layers, and
-earlier edits in force.
+"""What closed-form methods need before they compute: second moments, and earlier edits in force.
 
 Knows where each comes from when the caller does not give it. Refuses to know what a method does
 with it.
@@ -10,52 +9,87 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram.edit.edit import Edit
 from engram.editors.second_moments.corpora import Corpus
-from engram.editors.second_moments.measure import SecondMoment
-from engram.editors.second_moments.measure import second_moments as measure
+from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.errors import EngramError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.progress import Progress
 
 
-def moments_of(
-    lm: LanguageModel,
-    layers: Sequence[int],
-    given: Mapping[int, SecondMoment | Tensor] | None,
-    corpus: Corpus | str | Path | Sequence[str] | None,
-    tokens: int | None,
-    seed: int,
-    progress: Progress,
-) -> dict[int, SecondMoment]:
-    """The second moment of each layer: given, or measured on `lm` as it is now.
+@dataclass(frozen=True)
+class MomentSource:
+    """Where second moments come from.
 
-    Raises:
-        EngramError: some were given, not those of all layers.
+    Args:
+        corpus: a text file, texts, or one of `corpora`; None: text that the model samples.
+        tokens: how many are measured; None: 20 x d_ff.
+        given: layer -> C [f, f]; None: they are measured on the corpus, or read where they were
+            measured before.
+        seed: of sampled text.
     """
-    if given is None:
-        return measure(lm, layers, corpus, tokens, seed=seed, progress=progress)
-    missing = sorted(set(layers) - set(given))
-    if missing:
-        raise EngramError(
-            f"second_moments has layers {sorted(given)}, the edit is at layer {', '.join(map(str, layers))}; give that of layer "
-            f"{', '.join(map(str, missing))} too"
-        )
+
+    corpus: Corpus | str | Path | Sequence[str] | None = None
+    tokens: int | None = None
+    given: Mapping[int, SecondMoment | Tensor] | None = None
+    seed: int = 0
+
+    @classmethod
+    def pop(cls, settings: dict[str, Any], seed: int) -> MomentSource:
+        """Pop `corpus`, `tokens` and `second_moments` from a method's settings."""
+        corpus, tokens = settings.pop("corpus", None), settings.pop("tokens", None)
+        return cls(corpus, tokens, settings.pop("second_moments", None), seed)
+
+    def moments(
+        self, lm: LanguageModel, layers: Sequence[int], progress: Progress
+    ) -> dict[int, SecondMoment]:
+        """Return the second moment of each layer: given, or of `lm` as it is now.
+
+        Raises:
+            EngramError: some are given, but not those of all layers.
+        """
+        if self.given is None:
+            return second_moments(
+                lm, layers, self.corpus, self.tokens, seed=self.seed, progress=progress
+            )
+        missing = sorted(set(layers) - set(self.given))
+        if missing:
+            raise EngramError(
+                f"second_moments has layers {sorted(self.given)}, the edit is at layer "
+                f"{', '.join(map(str, layers))}; give that of layer {', '.join(map(str, missing))} too"
+            )
+        moments = {layer: self.given[layer] for layer in layers}
+        return {
+            layer: moment if isinstance(moment, SecondMoment) else SecondMoment.from_matrix(moment)
+            for layer, moment in moments.items()
+        }
+
+
+# Settings of which None means "as the preset has it, or by default". None is a value of its own for
+# the fields of a config, such as null_energy=None against a preset's energy.
+_OPTIONAL = ("layer", "layers", "contexts", "second_moments", "corpus", "tokens")
+
+
+def without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a caller gave."""
     return {
-        layer: moment if isinstance(moment, SecondMoment) else SecondMoment.from_matrix(moment)
-        for layer, moment in ((layer, given[layer]) for layer in layers)
+        name: value
+        for name, value in settings.items()
+        if value is not None or name not in _OPTIONAL
     }
 
 
 @contextmanager
 def in_force(past: Sequence[Edit], lm: LanguageModel) -> Iterator[None]:
-    """Within the block, earlier edits lie on `lm`."""
+    """Apply earlier edits to `lm` inside the block."""
     with ExitStack() as stack:
         for edit in past:
             stack.enter_context(edit.applied(lm))
@@ -63,25 +97,25 @@ def in_force(past: Sequence[Edit], lm: LanguageModel) -> Iterator[None]:
 
 
 def keys_of(past: Sequence[Edit], weight: str) -> Tensor | None:
-    """[f, p] keys of all facts of earlier edits at one weight; None without earlier edits.
+    """Return the keys [f, p] of all facts of earlier edits at one weight; None without any.
 
     Raises:
         SettingError: an edit that changes the weight and does not hold its keys.
     """
-    found = []
+    keys = []
     for number, edit in enumerate(past):
         if weight in edit.keys:
-            found.append(edit.keys[weight].double())
+            keys.append(edit.keys[weight].double())
         elif weight in edit.deltas:
             raise SettingError(
-                f"past[{number}], {edit!r}, does not hold the keys of its facts at {weight!r}; expected edits of a closed-form "
-                "method. Make it again with one, or leave it out of past and apply it to the model"
+                f"past[{number}], {edit!r}, does not hold the keys of its facts at {weight!r}; "
+                "expected edits of a closed-form method. Make it again with one, or leave it out of "
+                "past and apply it to the model"
             )
-    return torch.cat(found).T if found else None
+    return torch.cat(keys).T if keys else None
 
 
 def shared_subjects(facts: Sequence[Fact]) -> list[str]:
-    """Subjects of several facts: they have one key, and what is asked of it is averaged."""
-    return [
-        subject for subject, count in Counter(fact.subject for fact in facts).items() if count > 1
-    ]
+    """Return subjects of several facts: these have one key, so that their changes are averaged."""
+    counts = Counter(fact.subject for fact in facts)
+    return [subject for subject, count in counts.items() if count > 1]

@@ -1,4 +1,8 @@
-"""TODO editors.closed_form.mass_settings"""
+"""What the mass editors are made of: their settings, and the table of methods.
+
+Knows which settings make a method, and which exclude each other. Refuses to know how they are used
+(see mass).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any, Literal
 from engram.checks import one_of
 from engram.editors.closed_form.shifted_rows import Site
 from engram.editors.closed_form.values import ValueConfig
-from engram.editors.presets import preset
+from engram.editors.presets import overridden, preset
 from engram.errors import SettingError
 
 
@@ -119,19 +123,9 @@ MASS_METHODS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are 
 }
 
 
-def _settings(method: str, model: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's row, the model's preset, and what the caller says; of two settings that say one
-    thing, the one said last.
-    """
-    settings = {**MASS_METHODS[method], **preset(method, model)}
-    if knobs.get("reference"):
-        settings["keys"] = "halves"  # a preset's own choice gives way to the released one
-    for one, other in (
-        ("null_threshold", "null_energy"),
-        ("preservation", "relative_preservation"),
-    ):
-        if other in knobs and one not in knobs:
-            settings.pop(one, None)
-        elif one in settings or one in knobs:
-            settings.pop(other, None)
-    return {**settings, **knobs}
+def settings_of(method: str, model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the method's row, overridden by the model's preset, overridden by what is given."""
+    usual = overridden(MASS_METHODS[method], preset(method, model))
+    if given.get("reference"):
+        usual["keys"] = "halves"  # the preset's own choice gives way to the released one
+    return overridden(usual, given)

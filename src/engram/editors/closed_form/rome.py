@@ -1,8 +1,9 @@
 """ROME: write one fact into one MLP output matrix as a rank-one change, and its repairs r-ROME and
 p-ROME.
 
-Knows the key, the value and the solve of one fact. Source: Meng et al. 2022, arXiv:2202.05262, Sec.
-3; the repairs: Gupta, Baskaran & Anumanchipalli 2024, arXiv:2403.07175.
+Knows the key, the value and the solve of one fact. Refuses to know how a value is optimised (see
+values) and how a system is solved (see solver). Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3;
+the repairs: Gupta, Baskaran & Anumanchipalli 2024, arXiv:2403.07175.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from engram.edit.base import describe_base
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.closed_form.inputs import in_force, moments_of
+from engram.editors.closed_form.inputs import MomentSource, in_force, without_defaults
 from engram.editors.closed_form.solver import solve_each
-from engram.editors.closed_form.values import Value, ValueConfig, optimise_value, optimise_values
+from engram.editors.closed_form.values import (
+    Value,
+    ValueConfig,
+    ValueSearch,
+    optimise_value,
+    optimise_values,
+)
 from engram.editors.contexts import sample_contexts
-from engram.editors.presets import preset, preset_layers
+from engram.editors.execution import Execution
+from engram.editors.presets import overridden, preset, preset_layers
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
 from engram.engine.replayable import Engine
@@ -40,8 +48,8 @@ from engram.settings import flat, read
 
 log = logging.getLogger(__name__)
 
-Variant = Literal["r-rome", "reference", "p-rome", "two-key"]
-VARIANTS: tuple[Variant, ...] = ("r-rome", "reference", "p-rome", "two-key")
+Variant = Literal["r-rome", "p-rome", "two-key"]
+VARIANTS: tuple[Variant, ...] = ("r-rome", "p-rome", "two-key")
 
 
 @dataclass(frozen=True)
@@ -49,25 +57,31 @@ class RomeConfig:
     """Settings of ROME, with those of the value optimisation.
 
     Args:
-        variant: which keys are used. "r-rome": the key averaged over contexts throughout.
-            "reference": the released code, averaged key in the direction and the bare prompt's key
-            in the denominator, which for some facts destroys the model (rho near 0). "p-rome": the
-            bare prompt's key throughout. "two-key" (ours): the least change that sends both the
-            bare prompt's key and the mean key of the contexts to the value; for models that treat a
-            text's first token specially, where these two keys differ.
-        residual: what r-rome adds at its key. "published": v* minus the mean output over contexts.
-            "consistent": delta, the change that the optimisation in fact applied in every context.
+        variant: which key is sent to the value, where k_p is the key of the bare prompt and k_m the
+            mean key over contexts. "r-rome": k_m. "p-rome": k_p. "two-key" (ours): both, by the
+            least change that does; for models that treat a text's first token specially, where the
+            two differ.
+        residual: what r-rome adds at its key. "mean_output": v* minus the mean output over contexts
+            (published). "delta": the change that the optimisation in fact applied in every context.
         ridge: added to the second moment before solving, relative to its mean eigenvalue.
+        reference: the released code: k_m gives the direction and k_p the denominator, which for
+            some facts destroys the model (rho near 0). Not to be combined with a variant.
     """
 
     variant: Variant = "r-rome"
-    residual: Literal["published", "consistent"] = "published"
+    residual: Literal["mean_output", "delta"] = "mean_output"
     ridge: float = 0.0
+    reference: bool = False
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, VARIANTS)
-        one_of("residual", self.residual, ("published", "consistent"))
+        one_of("residual", self.residual, ("mean_output", "delta"))
+        if self.reference and (self.variant != "r-rome" or self.residual != "mean_output"):
+            raise SettingError(
+                f"reference=True is ROME as released: without variant={self.variant!r} and "
+                f"residual={self.residual!r}; leave both out"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,13 +104,13 @@ class RankOne:
     norm_ratio: float
 
     def diagnostics(self) -> dict[str, object]:
-        """The numbers worth keeping with an edit."""
+        """Return the numbers worth keeping with an edit."""
         return {
             "rho": self.rho,
             "norm_ratio": self.norm_ratio,
             "value_norm": float(self.value.delta_d.norm()),
             "start_norm": float(self.value.start_d.norm()),
-            "losses": [list(each) for each in self.value.losses],
+            "losses": [list(terms) for terms in self.value.losses],
             "delta_norms": self.value.delta_norms,
         }
 
@@ -104,28 +118,25 @@ class RankOne:
 def rank_one_update(
     lm: LanguageModel,
     fact: Fact,
-    layer: int,
+    search: ValueSearch,
     moment: SecondMoment,
-    contexts: Sequence[str],
     config: RomeConfig | None = None,
-    engine: Engine = "auto",
 ) -> RankOne:
-    """The change of block `layer`'s MLP output matrix that sends the subject's key to a value that
-    says the new object.
+    """Return the change of one MLP output matrix that sends the subject's key to a new value.
 
     delta W = r u^T / (k . u), u = C^-1 k / ||C^-1 k||, r = wanted minus current output at k.
 
     Args:
+        search: the block, the contexts, and how the value is optimised.
         moment: C, uncentred second moment of the matrix's inputs, [f, f].
-        contexts: templates with one `{}`, the bare one first.
+        config: which key and residual are used; its own `value` settings give way to `search`.
     Returns:
         The factors; the model is not changed.
     Raises:
         NonFiniteError: the update is not finite.
     """
-    config = config or RomeConfig()
-    value = optimise_value(lm, fact, layer, contexts, config.value, engine)
-    (update,) = _solve_updates(lm, [fact], layer, moment, config, [value])
+    value = optimise_value(lm, fact, search)
+    (update,) = _solve_updates(lm, [fact], search.layer, moment, config or RomeConfig(), [value])
     return update
 
 
@@ -137,136 +148,127 @@ def _solve_updates(
     config: RomeConfig,
     values: Sequence[Value],
 ) -> list[RankOne]:
-    """The changes that write values which were found before, each by itself, see `rank_one_update`."""
-    solved = solve_each(
-        [_key_columns(value.keys_cf, config.variant) for value in values], moment, config.ridge
-    )
+    """Return the changes that write these values, each by itself, see `rank_one_update`.
+
+    They are solved together, since C's factor is large: it is read once for all facts.
+    """
+    columns = [_key_columns(value.keys_cf, config) for value in values]
+    norm = float(as_linear(lm.parts.mlp_out(layer)).detach().double().norm().cpu())
     return [
-        _rank_one(lm, fact, layer, config, value, solved_nf.cpu().sum(0))
-        for fact, value, solved_nf in zip(facts, values, solved, strict=True)
+        _rank_one(fact, config, value, solved_nf.cpu().sum(0), norm)
+        for fact, value, solved_nf in zip(
+            facts, values, solve_each(columns, moment, config.ridge), strict=True
+        )
     ]
 
 
 def _rank_one(
-    lm: LanguageModel, fact: Fact, layer: int, config: RomeConfig, value: Value, solved_f: Tensor
+    fact: Fact, config: RomeConfig, value: Value, solved_f: Tensor, weight_norm: float
 ) -> RankOne:
-    """The change along `solved_f` [f], C^-1 times the key that is sent to the value."""
+    """Return the change along `solved_f` [f], C^-1 times the key that is sent to the value.
+
+    Which key is in the denominator, and what is added there:
+
+        r-rome       k_m   v* - mean output over contexts, or delta
+        p-rome       k_p   delta
+        two-key      k_p   delta                               (along the sum of both keys' solves)
+        reference    k_p   v* - output of the bare prompt      (along k_m: the mismatch is released)
+    """
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
     u_f = solved_f / solved_f.norm()
     toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
-    if config.variant == "reference":
-        key_dot_u, residual_d = toward_bare, value.star_d - value.outputs_cd[0]
-    elif config.variant in ("p-rome", "two-key"):
-        key_dot_u, residual_d = toward_bare, value.delta_d
-    else:
+    key_dot_u, residual_d = toward_bare, value.delta_d
+    if config.reference:
+        residual_d = value.star_d - value.outputs_cd[0]
+    elif config.variant == "r-rome":
         key_dot_u = toward_mean
-        residual_d = (
-            value.delta_d
-            if config.residual == "consistent"
-            else value.star_d - value.outputs_cd.mean(0)
-        )
+        if config.residual == "mean_output":
+            residual_d = value.star_d - value.outputs_cd.mean(0)
     left_d = (residual_d.double().cpu() / key_dot_u).to(value.delta_d.dtype)
     if not (left_d.isfinite().all() and u_f.isfinite().all()):
         raise NonFiniteError(
-            f"the update for {fact.subject!r} is not finite (k.u = {float(key_dot_u):.3g}); nothing was changed"
+            f"the update for {fact.subject!r} is not finite (k.u = {float(key_dot_u):.3g}); "
+            "nothing was changed"
         )
     rho = float(toward_bare / toward_mean)
-    if config.variant == "reference" and rho < 0.2:
+    if config.reference and rho < 0.2:
         log.warning(
-            "rho = %.3f for %r: the bare prompt's key is unlike the mean key; the reference update may break the "
-            "model, use variant='r-rome'",
+            "rho = %.3f for %r: the bare prompt's key is unlike the mean key; the reference update "
+            "may break the model, leave out reference=True",
             rho,
             fact.subject,
         )
-    weight_df = as_linear(lm.parts.mlp_out(layer))
-    norm_ratio = float(left_d.norm() / weight_df.detach().double().norm().cpu())
-    return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, norm_ratio)
+    ratio = float(left_d.norm()) / weight_norm
+    return RankOne(left_d, u_f.to(value.delta_d.dtype), mean_f, value, rho, ratio)
 
 
-def _key_columns(keys_cf: Tensor, variant: Variant) -> Tensor:
-    """[f, 1 or 2]: the keys that are sent to the value."""
-    if (
-        variant == "two-key" and len(keys_cf) > 1
-    ):  # with the bare prompt alone there is one key only
+def _key_columns(keys_cf: Tensor, config: RomeConfig) -> Tensor:
+    """Return the keys that are sent to the value, [f, 1 or 2]; the first row is the bare prompt's."""
+    if config.variant == "two-key" and len(keys_cf) > 1:  # the bare prompt alone has one key only
         return torch.stack([keys_cf[0], keys_cf[1:].mean(0)], 1)
-    return (keys_cf[0] if variant in ("p-rome", "two-key") else keys_cf.mean(0))[:, None]
+    bare = config.variant in ("p-rome", "two-key")
+    return (keys_cf[0] if bare else keys_cf.mean(0))[:, None]
 
 
 @dataclass(frozen=True)
 class _Setup:
     """What every fact of a call needs."""
 
-    layer: int
     weight: str
     config: RomeConfig
-    contexts: tuple[str, ...]
+    search: ValueSearch
     moment: SecondMoment
     base: dict[str, Any]
+    how: Execution
 
     @property
     def recipe(self) -> dict[str, Any]:
-        about = {"contexts": list(self.contexts), "second_moment": self.moment.source}
-        return {"layer": self.layer, **flat(self.config), **about}
+        about = {"contexts": list(self.search.contexts), "second_moment": self.moment.source}
+        return {"layer": self.search.layer, **flat(self.config), **about}
 
-    def edit(self, facts: Sequence[Fact], done: Sequence[RankOne], seed: int) -> Edit:
-        """Of the changes that were found for these facts."""
-        left_dn, right_nf = (
-            torch.stack([u.left_d for u in done], 1),
-            torch.stack([u.right_f for u in done]),
-        )
+    def edit(self, facts: Sequence[Fact], updates: Sequence[RankOne]) -> Edit:
+        """Return the edit of these updates, a column per fact."""
+        left_dn = torch.stack([update.left_d for update in updates], 1)
+        right_nf = torch.stack([update.right_f for update in updates])
         delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
         diagnostics = {
-            "facts": [u.diagnostics() for u in done],
+            "facts": [update.diagnostics() for update in updates],
             "condition": self.moment.condition(),
         }
-        keys = {self.weight: torch.stack([u.key_f for u in done]).to(delta.left.dtype)}
+        keys_nf = torch.stack([update.key_f for update in updates]).to(delta.left.dtype)
         return Edit(
             tuple(facts),
             "rome",
             self.recipe,
             {self.weight: delta},
             self.base,
-            seed=seed,
+            seed=self.how.seed,
             diagnostics=diagnostics,
-            keys=keys,
+            keys={self.weight: keys_nf},
         )
 
 
 def _prepare(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    *,
-    seed: int,
-    progress: Progress,
-    layer: int | None = None,
-    contexts: Sequence[str] | None = None,
-    second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
-    corpus: Corpus | str | Path | Sequence[str] | None = None,
-    tokens: int | None = None,
-    **knobs: Any,
+    lm: LanguageModel, facts: Sequence[Fact], given: dict[str, Any], how: Execution
 ) -> _Setup:
-    """The settings of a call, checked, and what is made by them."""
-    settings = {**preset("rome", lm.name), **knobs}
-    (usual,), preset_corpus = (
-        preset_layers(settings, lm.n_layers, "layer"),
-        settings.pop("corpus", None),
-    )
-    corpus = preset_corpus if corpus is None else corpus
+    """Check the settings and facts of a call, and compute what all its facts share."""
+    given = without_defaults(given)
+    usual = preset("rome", lm.name)
+    if given.get("reference"):
+        usual.pop("variant", None)  # the preset's own choice gives way to the released one
+    settings = overridden(usual, given)
+    (layer,) = preset_layers(settings, lm.n_layers, "layer")
+    source, contexts = MomentSource.pop(settings, how.seed), settings.pop("contexts", None)
     config = read(
         RomeConfig, settings, "rome", "layer, contexts, second_moments, corpus, tokens, past, seed"
     )
-    layer = usual if layer is None else layer
-    if isinstance(layer, str):
-        raise SettingError(
-            f"layer={layer!r}: rome takes a block's number, from 0; engram.rewrite(lm, facts, "
-            "layer='auto') chooses one"
-        )
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
-    moment = moments_of(lm, [layer], second_moments, corpus, tokens, seed, progress)[layer]
-    contexts = sample_contexts(lm, seed=seed) if contexts is None else tuple(contexts)
-    return _Setup(layer, weight, config, contexts, moment, describe_base(lm, [weight]))
+    moment = source.moments(lm, [layer], how.progress)[layer]
+    contexts = sample_contexts(lm, seed=how.seed) if contexts is None else contexts
+    search = ValueSearch(layer, tuple(contexts), config.value, engine=how.engine)
+    return _Setup(weight, config, search, moment, describe_base(lm, [weight]), how)
 
 
 def rome(
@@ -282,7 +284,7 @@ def rome(
     seed: int = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
-    **knobs: Any,
+    **settings: Any,
 ) -> Edit:
     """Rewrite facts one after another, each by a rank-one change of one block's MLP output matrix.
 
@@ -290,44 +292,37 @@ def rome(
     not changed.
 
     Args:
-        layer: block to edit, from 0; default: the preset of this model. `engram.rewrite` chooses one
-            for "auto".
+        layer: block to edit, from 0; default: the preset of this model. `engram.rewrite` chooses
+            one for "auto".
         contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model
             with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and
             cached.
         corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that
             the model itself samples.
-        past: edits made before on the same base, in force while this one is made.
+        past: earlier edits of the same base, in force while this one is computed.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is done, done, total).
-        knobs: the fields of RomeConfig and ValueConfig.
+        settings: the fields of RomeConfig and ValueConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with;
             NonFiniteError: see rank_one_update.
     """
-    given: dict[str, Any] = {
-        "layer": layer,
-        "contexts": contexts,
-        "second_moments": second_moments,
-        "corpus": corpus,
-        "tokens": tokens,
-    }
-    ready = _prepare(lm, facts, seed=seed, progress=progress, **given, **knobs)
-    done: list[RankOne] = []
+    inputs = {"second_moments": second_moments, "corpus": corpus, "tokens": tokens}
+    given = {"layer": layer, "contexts": contexts, **inputs, **settings}
+    setup = _prepare(lm, facts, given, Execution(engine, None, seed, progress))
+    updates: list[RankOne] = []
     with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
             progress("value", i, len(facts))
-            update = rank_one_update(
-                lm, fact, ready.layer, ready.moment, ready.contexts, ready.config, engine
-            )
-            done.append(update)
+            update = rank_one_update(lm, fact, setup.search, setup.moment, setup.config)
+            updates.append(update)
             if i + 1 < len(facts):
                 step = Delta(update.left_d[:, None], update.right_f[None])
-                changes = WeightChanges({ready.weight: step}, ready.base)
+                changes = WeightChanges({setup.weight: step}, setup.base)
                 edited.enter_context(applied(changes, lm))
         progress("value", len(facts), len(facts))
-    return ready.edit(facts, done, seed)
+    return setup.edit(facts, updates)
 
 
 def rome_each(
@@ -340,27 +335,21 @@ def rome_each(
     progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Edit]:
-    """Many edits of one fact each, every one made on the unedited model: what `rome` gives of each,
-    with values in batches.
+    """Compute many edits of one fact each, every one on the unedited model, values in batches.
+
+    An edit is what `rome` returns for its fact alone.
 
     Args:
         facts_per_batch: facts whose values are optimised in one batch, which bounds memory.
-        settings: the others of `rome` but for `past`.
+        settings: the others of `rome`, without `past`.
     """
-    ready = _prepare(lm, facts, seed=seed, progress=progress, **settings)
-    found: dict[int, Value] = {}
-    for i, value in optimise_values(
-        lm,
-        facts,
-        ready.layer,
-        ready.contexts,
-        ready.config.value,
-        engine=engine,
-        facts_per_batch=facts_per_batch,
-    ):
-        progress("value", len(found), len(facts))
-        found[i] = value
+    setup = _prepare(lm, facts, settings, Execution(engine, None, seed, progress))
+    values: dict[int, Value] = {}
+    for i, value in optimise_values(lm, facts, setup.search, facts_per_batch):
+        progress("value", len(values), len(facts))
+        values[i] = value
     progress("value", len(facts), len(facts))
-    values = [found[i] for i in range(len(facts))]
-    updates = _solve_updates(lm, facts, ready.layer, ready.moment, ready.config, values)
-    return [ready.edit([fact], [update], seed) for fact, update in zip(facts, updates, strict=True)]
+    in_order = [values[i] for i in range(len(facts))]
+    layer, config = setup.search.layer, setup.config
+    updates = _solve_updates(lm, facts, layer, setup.moment, config, in_order)
+    return [setup.edit([fact], [update]) for fact, update in zip(facts, updates, strict=True)]

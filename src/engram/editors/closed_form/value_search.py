@@ -1,79 +1,66 @@
-"""TODO editors.closed_form.value_search"""
+"""Find the values of many facts: those of the store, and the others where the workers are.
+
+Knows batches, workers and the store. Refuses to know how a value is optimised (see values) and what
+becomes of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from engram.editors.closed_form.mass_settings import MassConfig
-from engram.editors.closed_form.shifted_rows import Site
 from engram.editors.closed_form.value_store import ValueStore
-from engram.editors.closed_form.values import Value, ValueConfig, optimise_values, value_batches
-from engram.engine.replayable import Engine
+from engram.editors.closed_form.values import Value, ValueSearch, optimise_values, value_batches
+from engram.editors.execution import Execution
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
-from engram.progress import Progress
-from engram.runs.workers import ByName, Here, ModelJob, Workers
+from engram.runs.workers import ByName, Here, ModelJob
 
 
 @dataclass(frozen=True)
 class ValuesJob(ModelJob):
-    """What workers do: values of a batch of facts, see `distribute.Job`."""
+    """What workers do: values of a batch of facts, see `workers.Job`."""
 
-    layer: int
-    contexts: tuple[str, ...]
-    config: ValueConfig
-    site: Site
-    engine: Engine
+    search: ValueSearch
 
     def do(self, state: LanguageModel, unit: Sequence[Fact]) -> list[Value]:
-        """In the order of the facts."""
-        made = optimise_values(
-            state,
-            unit,
-            self.layer,
-            self.contexts,
-            self.config,
-            site=self.site,
-            engine=self.engine,
-            facts_per_batch=len(unit),
-        )
-        return [value for _, value in sorted(made, key=lambda each: each[0])]
+        """Return the values in the order of the facts."""
+        values = dict(optimise_values(state, unit, self.search, facts_per_batch=len(unit)))
+        return [values[i] for i in range(len(unit))]
 
 
-def _found(
+def find_values(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    layer: int,
-    contexts: Sequence[str],
-    config: MassConfig,
-    engine: Engine,
+    search: ValueSearch,
+    how: Execution,
     facts_per_batch: int,
-    store: ValueStore,
-    workers: Workers | None,
-    progress: Progress,
+    store: str | Path | bool,
 ) -> list[Value]:
-    names = [store.name(fact, layer, contexts, config.site, config.value) for fact in facts]
-    found = dict(enumerate(store.get(names)))
-    missing = [i for i, value in found.items() if value is None]
-    progress("value", len(facts) - len(missing), len(facts))
-    asked = [facts[i] for i in missing]
-    batches = value_batches(lm, asked, contexts, config.value, facts_per_batch)
-    job = ValuesJob(
-        lm if workers is None else ByName.of(lm),
-        layer,
-        tuple(contexts),
-        config.value,
-        config.site,
-        engine,
-    )
-    done = len(facts) - len(missing)
-    for number, values in (workers or Here()).run(
-        job, [tuple(asked[i] for i in batch) for batch in batches]
-    ):
-        for i, value in zip(batches[number], values, strict=True):
-            found[missing[i]] = value
-            store.put(names[missing[i]], value)
-            done += 1
-            progress("value", done, len(facts))
-    return [value for value in found.values() if value is not None]
+    """Return every fact's value, in the order of the facts.
+
+    A value is stored as soon as its batch is done, so that a killed run resumes. Batches are cut
+    here, from the facts that the store lacks, and not by the workers: so the number of workers does
+    not change a value.
+
+    Args:
+        facts_per_batch: facts whose values are optimised in one batch, which bounds memory.
+        store: a file, True for the cache folder's, or False.
+    """
+    with ValueStore.of(store, lm) as file:
+        names = [file.name(fact, search) for fact in facts]
+        values = dict(enumerate(file.get(names)))
+        missing = [i for i, value in values.items() if value is None]
+        done = len(facts) - len(missing)
+        how.progress("value", done, len(facts))
+        batches = value_batches(lm, [facts[i] for i in missing], search, facts_per_batch)
+        job = ValuesJob(lm if how.workers is None else ByName.of(lm), search)
+        units = [tuple(facts[missing[at]] for at in batch) for batch in batches]
+        for number, computed in (how.workers or Here()).run(job, units):
+            for at, value in zip(batches[number], computed, strict=True):
+                values[missing[at]] = value
+                file.put(names[missing[at]], value)
+                done += 1
+                how.progress("value", done, len(facts))
+    return [value for value in values.values() if value is not None]

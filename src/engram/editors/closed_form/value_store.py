@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from engram.editors.closed_form.values import Value, ValueConfig
+from engram.editors.closed_form.values import Value, ValueSearch
 from engram.errors import EngramError
 from engram.facts import Fact
 from engram.files.cache_folder import cache_folder, sha256_of
@@ -70,21 +70,14 @@ class ValueStore:
     def _model(self) -> str:
         return identity(self._lm)
 
-    def name(
-        self, fact: Fact, layer: int, contexts: Sequence[str], site: str, config: ValueConfig
-    ) -> str:
-        """The digest under which a fact's value is kept; "" where nothing is."""
+    def name(self, fact: Fact, search: ValueSearch) -> str:
+        """Return the digest that names a fact's value; "" where nothing is stored."""
         if self._file is None:
             return ""
-        about = [
-            fact.prompt,
-            fact.subject,
-            fact.target,
-            layer,
-            list(contexts),
-            site,
-            asdict(config),
-        ]
+        text = [fact.prompt, fact.subject, fact.target]
+        # The engine is not part of it: both engines give the same value up to rounding.
+        place = [search.layer, list(search.contexts), search.site, asdict(search.config)]
+        about = [*text, *place]
         return sha256_of(self._model, json.dumps(about, sort_keys=True))
 
     def get(self, names: Sequence[str]) -> list[Value | None]:

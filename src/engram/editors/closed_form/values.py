@@ -1,24 +1,25 @@
-"""Values: the change of one state at the subject that makes the model say the new object, optimised
-for many facts at once.
+"""Values: the change of one state at the subject that makes the model state the new object.
 
 Knows facts, a layer, contexts, and the loss. Refuses to know how a value is written into weights
-(see rome, mass) and how rows are computed (see value_rows). Facts are independent: one backward
-pass of the summed losses gives each its own gradient, Adam works element by element, and a fact
-that is done leaves the batch. So a batch gives what one by one gives, up to rounding.
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E, arXiv:2210.07229, Sec. 4.3; Li
-    et al. 2024,
-arXiv:2308.08742 (PMET's two states); constants and order of operations as in the released code.
+(see rome, mass) and how rows are computed (see shifted_rows).
+
+Many facts are optimised at once, yet each as if it were alone: their losses do not depend on each
+other, so that one backward pass of the sum gives each fact its own gradient; Adam works element by
+element; and a fact that is done leaves the batch. So a batch gives what one fact after another
+gives, up to rounding.
+
+Sources: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E, arXiv:2210.07229, Sec. 4.3; Li
+et al. 2024, arXiv:2308.08742 (PMET's two states); constants and order of operations as released.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram.batching import batches
 from engram.checks import one_of
@@ -34,20 +35,20 @@ from engram.engine.replayable import Engine
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.facts import Fact, token_span
 from engram.model.language_model import LanguageModel
+from engram.modules.frozen import frozen
 
 KL_PROMPT = "{} is a"
-_ADAPTED_NLL, _ADAPTED_KL = (
-    0.1,
-    0.01,
-)  # PMET: weight of the NLL once the object is said, and the KL at which it is done
+# PMET: weight of the NLL once the object is the most probable answer, and the KL at which a fact is
+# done then.
+_ADAPTED_NLL, _ADAPTED_KL = 0.1, 0.01
 
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """Knobs of the optimisation; defaults as released for GPT-2 XL.
+    """Settings of the optimisation; defaults as released for GPT-2 XL.
 
     Args:
-        steps: forward passes at most; the last one is not followed by an update.
+        steps: forward passes at most; no update follows the last one.
         weight_decay: times ||delta|| / ||v0||^2, the released form.
         kl_weight: times KL(edited || original) of the next token at the subject (nats).
         kl_position: where that KL is read: at the subject's last token (released), or at the end of
@@ -81,16 +82,15 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class Value:
-    """What the optimisation found for one fact, and what was read from the same forward pass on the
-    way.
+    """The result of the optimisation for one fact, with what its first forward pass showed.
 
     Attributes:
         start_d: v0, the state at the subject's last token of the bare prompt; delta_d: the change;
-            v* is their sum.
+            `star_d`, v*, is their sum.
         keys_cf: [contexts, f] input of the MLP output matrix at the subject's last token;
             outputs_cd: its output there. Without rows where the value comes from a store.
-        losses: one (total, nll, kl, weight decay) a forward pass; delta_norms: ||delta|| used in
-            it.
+        losses: one (total, nll, kl, weight decay) per forward pass; delta_norms: ||delta|| used
+            in it.
     """
 
     start_d: Tensor
@@ -105,93 +105,93 @@ class Value:
         return self.start_d + self.delta_d
 
 
-def optimise_value(
-    lm: LanguageModel,
-    fact: Fact,
-    layer: int,
-    contexts: Sequence[str],
-    config: ValueConfig,
-    engine: Engine = "auto",
-) -> Value:
-    """One fact's value at the MLP's output, see `optimise_values`."""
-    ((_, value),) = optimise_values(lm, [fact], layer, contexts, config, engine=engine)
-    return value
-
-
-def optimise_values(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    layer: int,
-    contexts: Sequence[str],
-    config: ValueConfig,
-    *,
-    site: Site = "mlp",
-    engine: Engine = "auto",
-    facts_per_batch: int = 32,
-) -> Iterator[tuple[int, Value]]:
-    """Find for each fact the change at its subject that makes `fact.target` likely in every
-    context.
-
-    Minimises over delta: mean over contexts of -log p(target) / its tokens + kl_weight KL +
-        weight_decay ||delta|| / ||v0||^2.
+@dataclass(frozen=True)
+class ValueSearch:
+    """Where and by which settings values are optimised: all that a value depends on but its fact.
 
     Args:
         layer: block at which the state is changed, from 0.
         contexts: templates with one `{}` each, the bare "{}" first.
+        config: settings of the optimisation.
         site: what is changed: the MLP's output (ROME), the block's (MEMIT), or the attention's and
             the MLP's, each by a change of its own (PMET; the value is then the MLP's).
+        engine: how rows are computed; values are the same up to rounding.
+    """
+
+    layer: int
+    contexts: Sequence[str]
+    config: ValueConfig = field(default_factory=ValueConfig)
+    site: Site = "mlp"
+    engine: Engine = "auto"
+
+
+def optimise_value(lm: LanguageModel, fact: Fact, search: ValueSearch) -> Value:
+    """Return one fact's value, see `optimise_values`."""
+    ((_, value),) = optimise_values(lm, [fact], search)
+    return value
+
+
+def optimise_values(
+    lm: LanguageModel, facts: Sequence[Fact], search: ValueSearch, facts_per_batch: int = 32
+) -> Iterator[tuple[int, Value]]:
+    """Find for each fact the change at its subject that makes `fact.target` likely in all contexts.
+
+    Minimises over delta, for each fact:
+
+        mean over contexts of -log p(target) / tokens of the target
+        + kl_weight KL(edited || original)  at "<subject> is a"
+        + weight_decay ||delta|| / ||v0||^2
+
+    Args:
         facts_per_batch: facts in one batch, (contexts + 1) rows each, which bounds memory.
     Yields:
-        (index of a fact, its value), a batch after the other and shorter texts first; float32
+        (index of a fact, its value), one batch after another and shorter texts first; float32
         (float64 for a float64 model).
     Raises:
-        FactError: contexts without a place for the prompt, or not led by "{}"; a text longer than
-            the model takes.
+        FactError: contexts without a place for the prompt, or whose first is not "{}"; a text
+            longer than the model takes.
         NonFiniteError: the loss is not finite.
+    Example:
+        >>> from engram.editors.closed_form.values import ValueSearch, optimise_values
+        >>> ((number, value),) = optimise_values(lm, [fact], ValueSearch(1, ["{}"]))
+        >>> value.losses[-1][0] < value.losses[0][0]
+        True
     """
+    contexts = search.contexts
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(
             f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each"
         )
-    shifted = shifted_at(lm, layer, site, engine)
-    for batch in value_batches(lm, facts, contexts, config, facts_per_batch):
-        asked = {i: _Asked.of(lm, facts[i], contexts, config.kl_position) for i in batch}
-        with _frozen(lm.model):
-            begun = _Batch(
-                lm,
-                [asked[i] for i in batch],
-                [facts[i] for i in batch],
-                layer,
-                site,
-                shifted,
-                engine,
-            )
+    shifted = shifted_at(lm, search.layer, search.site, search.engine)
+    for numbers in value_batches(lm, facts, search, facts_per_batch):
+        batch = [facts[i] for i in numbers]
+        with frozen(lm.model):
+            begun = _Batch(lm, batch, search, shifted)
             with short_attention_in_eager(lm):
-                values = begun.descend(config)
-        yield from zip(batch, values, strict=True)
+                values = begun.descend()
+        yield from zip(numbers, values, strict=True)
 
 
 def value_batches(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    contexts: Sequence[str],
-    config: ValueConfig,
-    facts_per_batch: int,
+    lm: LanguageModel, facts: Sequence[Fact], search: ValueSearch, facts_per_batch: int
 ) -> list[list[int]]:
-    """Numbers of the facts that `optimise_values` takes together; each batch by itself gives the
-    same.
+    """Return the numbers of the facts that `optimise_values` takes together.
+
+    Each batch by itself gives the same values, so that batches can go to different workers.
     """
     if facts_per_batch < 1:
         raise SettingError(
             f"facts_per_batch={facts_per_batch}: at least one fact is optimised at a time"
         )
-    lengths = [_Asked.of(lm, fact, contexts, config.kl_position).length for fact in facts]
+    lengths = [_FactTokens.of(lm, fact, search).length for fact in facts]
     return list(_batches(lengths, facts_per_batch))
 
 
 def _batches(lengths: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
-    """Facts of about one length together, `limit` at most: half of a mixed batch would be padding,
-    a quarter-full one loses little.
+    """Yield batches of facts of about one length, `limit` at most.
+
+    A fact with a longer text begins a new batch once the present one is a quarter full: a mixed
+    batch would be half padding, while a quarter-full one costs little more per fact than a full one.
     """
 
     def fits(batch: list[int], i: int) -> bool:
@@ -202,52 +202,61 @@ def _batches(lengths: Sequence[tuple[int, int]], limit: int) -> Iterator[list[in
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What one fact asks of the model: a row a context, the penalty's row, and the tokens wanted."""
+class _FactTokens:
+    """The token rows of one fact: one row per context, the row of the KL penalty, and the targets.
+
+    Fact("Rome", "{} is in", " the south") in the contexts "{}" and "He said. {}", of a model whose
+    tokens are words:
+
+        rows       [Rome, is, in, the]        [He, said, ., Rome, is, in, the]
+        lookup     0                          3               the subject's last token
+        reads      [2, 3]                     [5, 6]          positions that predict the target
+        targets    [the, south]               [the, south]
+
+    The target's last token is not part of the row: nothing reads what follows it. After a chat's
+    header the target may have other tokens than in plain text, hence one target per row.
+    """
 
     rows: list[list[int]]
-    lookup: list[int]  # subject's last token in each row
-    reads: list[list[int]]  # positions that predict the target's tokens
-    targets: list[
-        list[int]
-    ]  # these tokens; behind a chat's header they may differ from those in plain text
+    lookup: list[int]
+    reads: list[list[int]]
+    targets: list[list[int]]
     kl_row: list[int]
     kl_lookup: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, fact: Fact, contexts: Sequence[str], kl_position: str) -> _Asked:
-        rows = [_context_row(lm, fact, context) for context in contexts]
+    def of(cls, lm: LanguageModel, fact: Fact, search: ValueSearch) -> _FactTokens:
+        rows = [_context_row(lm, fact, context) for context in search.contexts]
         kl_row, kl_lookup = subject_row(lm, fact.subject, KL_PROMPT)
-        if kl_position == "lookup":  # what follows the subject there is seen by nothing
+        if search.config.kl_position == "lookup":
+            # A causal model does not see " is a" from the subject's position.
             kl_row = kl_row[: kl_lookup + 1]
-        ids, lookup, reads, targets = (list(each) for each in zip(*rows, strict=True))
-        if max(map(len, ids)) > lm.max_tokens:
+        ids, lookup, reads, targets = (list(column) for column in zip(*rows, strict=True))
+        longest = max(map(len, ids))
+        if longest > lm.max_tokens:
             raise FactError(
-                f"{fact.prompt_text!r} and {fact.target!r} in the longest context are {max(map(len, ids))} tokens, the model takes at "
-                f"most {lm.max_tokens}; give shorter contexts"
+                f"{fact.prompt_text!r} and {fact.target!r} in the longest context are {longest} "
+                f"tokens, the model takes at most {lm.max_tokens}; give shorter contexts"
             )
         return cls(ids, lookup, reads, targets, kl_row, kl_lookup)
 
     @property
     def length(self) -> tuple[int, int]:
-        """Positions from the subject's last token on, and in all."""
-        return max(len(row) - at for row, at in zip(self.rows, self.lookup, strict=True)), max(
-            map(len, self.rows)
-        )
+        """Positions from the subject's last token to the end, and in all, of the longest row."""
+        suffixes = (len(row) - at for row, at in zip(self.rows, self.lookup, strict=True))
+        return max(suffixes), max(map(len, self.rows))
 
 
 def _context_row(
     lm: LanguageModel, fact: Fact, context: str
 ) -> tuple[list[int], int, list[int], list[int]]:
-    """One context's tokens with all of the target's but the last, the subject's last token, where
-    the target is read, its tokens.
-    """
+    """Return one row of `_FactTokens`: its tokens, lookup, reads, and target."""
     ids, lookup = subject_row(lm, fact.subject, fact.prompt, context)
     if context.endswith("{}"):
         target = lm.target_ids(fact.prompt_text, fact.target)
-    # something follows the prompt, such as the header of a chat's answer: how the target is spelt
-    # there, cloze knows
     else:
+        # Text follows the prompt, such as the header of a chat's answer: cloze knows which tokens
+        # the target has there.
         target = lm.cloze(fact.prompt_text, fact.target, frame=context).answer
     return [*ids, *target[:-1]], lookup, [len(ids) - 1 + t for t in range(len(target))], target
 
@@ -255,8 +264,8 @@ def _context_row(
 def subject_row(
     lm: LanguageModel, subject: str, prompt: str, context: str = "{}"
 ) -> tuple[list[int], int]:
-    """Tokens of `context` around `prompt` around `subject`, and the place of the subject's last
-    token.
+    """Return the tokens of `context` around `prompt` around `subject`, and the position of the
+    subject's last token.
     """
     text = context.replace("{}", prompt.replace("{}", subject), 1)
     start = context.index("{}") + prompt.index("{}")
@@ -264,170 +273,221 @@ def subject_row(
     return encoding.ids, token_span(encoding.offsets, start, start + len(subject))[1] - 1
 
 
+class _LossTerms(NamedTuple):
+    """The terms of the loss, [n] each, of the facts that are still optimised."""
+
+    total: Tensor
+    nll: Tensor
+    kl: Tensor
+    decay: Tensor
+    says_target: Tensor  # every token of the object is the most probable one in every context
+
+
+class _Adam:
+    """Adam (Kingma & Ba 2015; betas 0.9 and 0.999, eps 1e-8) that can drop rows.
+
+    torch.optim.Adam holds its moments per parameter: rows of one cannot leave, and a parameter per
+    fact costs as many kernels as there are facts.
+    """
+
+    def __init__(self, parameters: Tensor, learning_rate: float) -> None:
+        self.mean, self.square = torch.zeros_like(parameters), torch.zeros_like(parameters)
+        self.learning_rate, self.steps = learning_rate, 0
+
+    def keep(self, rows: list[int]) -> None:
+        self.mean, self.square = self.mean[rows], self.square[rows]
+
+    def step(self, parameters: Tensor, gradient: Tensor) -> Tensor:
+        """Return the parameters after one step."""
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        rate = self.learning_rate / (1 - 0.9**self.steps)
+        size = (self.square / (1 - 0.999**self.steps)).sqrt() + 1e-8
+        return parameters - rate * self.mean / size
+
+
 class _Batch:
-    """Facts that are optimised together."""
+    """Facts that are optimised together; those that are done leave.
+
+    Attributes:
+        active: numbers of the facts that are still optimised. All rows of `delta_nsd`, `size_ns`,
+            `original_nv`, `contexts` and `penalty` are of these, in this order.
+        start_nsd: states of all facts before any change, [facts, shifted modules, d].
+    """
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        asked: Sequence[_Asked],
-        facts: Sequence[Fact],
-        layer: int,
-        site: Site,
-        shifted: Site,
-        engine: Engine,
+        self, lm: LanguageModel, facts: Sequence[Fact], search: ValueSearch, shifted: Site
     ) -> None:
-        self.asked, self.facts = asked, facts
+        self.facts, self.config = facts, search.config
+        self.tokens = [_FactTokens.of(lm, fact, search) for fact in facts]
         contexts = TokenRows(
-            [row for each in asked for row in each.rows],
-            [at for each in asked for at in each.lookup],
-            [reads for each in asked for reads in each.reads],
-            [n for n, each in enumerate(asked) for _ in each.rows],
+            [row for fact in self.tokens for row in fact.rows],
+            [at for fact in self.tokens for at in fact.lookup],
+            [reads for fact in self.tokens for reads in fact.reads],
+            [n for n, fact in enumerate(self.tokens) for _ in fact.rows],
         )
         penalty = TokenRows(
-            [each.kl_row for each in asked],
-            [each.kl_lookup for each in asked],
-            [[len(each.kl_row) - 1] for each in asked],
-            list(range(len(asked))),
+            [fact.kl_row for fact in self.tokens],
+            [fact.kl_lookup for fact in self.tokens],
+            [[len(fact.kl_row) - 1] for fact in self.tokens],
+            list(range(len(self.tokens))),
         )
-        modules = site_modules(lm, site, layer)
-        out = lm.parts.mlp_out_name(layer)
-        precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        modules = site_modules(lm, search.site, search.layer)
+        out = lm.parts.mlp_out_name(search.layer)
+        at = (search.layer, shifted, search.engine)
         self.contexts, seen = ShiftedRows.recorded(
-            lm,
-            contexts,
-            layer,
-            shifted,
-            engine,
-            {"key": (out, "in"), "out": (out, "out"), **modules},
+            lm, contexts, *at, {"key": (out, "in"), "out": (out, "out"), **modules}
         )
-        self.penalty, _ = ShiftedRows.recorded(lm, penalty, layer, shifted, engine, {})
-        first, device = self.contexts.rows.first_of_each(), seen["out"].device
+        self.penalty, _ = ShiftedRows.recorded(lm, penalty, *at, {})
+        first, device = contexts.first_of_each(), seen["out"].device
+        precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
         self.start_nsd = torch.stack(
             [seen[name][first].to(device, precision) for name in modules], 1
         )
+        self.active = list(range(len(facts)))
+        self.size_ns = self.start_nsd.norm(dim=-1)
+        self.original_nv: Tensor | None = None
 
-    @torch.enable_grad()  # also for a caller who is only going to generate
-    def descend(self, config: ValueConfig) -> list[Value]:
-        """Adam on every fact's delta, as released: stop before the update, clamp after it and leave
-        Adam's moments alone.
+    def descend(self) -> list[Value]:
+        """Optimise every fact's delta and return its value.
+
+        One step, in the released code's order, which decides the last bits and where a fact ends:
+
+        1. One forward pass of all context rows and penalty rows with delta added.
+        2. The loss terms, noted with ||delta|| of this very pass.
+        3. Facts that are done leave with the delta of this pass. At the last step all are done, so
+           that no update follows the last forward pass.
+        4. Gradient of the summed losses of the facts that stay, and one step of Adam.
+        5. Clamp: delta is scaled back to clamp x ||v0||. Adam's moments are left as they are.
+
+        With three facts, of which the second is done at step 1:
+
+            step   active      delta_nsd     leaves with
+            0      [0, 1, 2]   [3, s, d]     -
+            1      [0, 1, 2]   [3, s, d]     1: its delta of step 1, updated once
+            2      [0, 2]      [2, s, d]     ...
         """
-        state, penalty, asked = self.contexts, self.penalty, list(self.asked)
-        start_nsd, active = self.start_nsd, list(range(len(asked)))
-        size_ns = start_nsd.norm(dim=-1)
-        delta_nsd = torch.zeros_like(start_nsd)
-        moments = torch.zeros_like(start_nsd), torch.zeros_like(start_nsd)
-        original_nv: Tensor | None = None
-        losses: list[list[tuple[float, float, float, float]]] = [[] for _ in asked]
-        norms: list[list[float]] = [[] for _ in asked]
-        found: dict[int, Tensor] = {}
+        config = self.config
+        delta_nsd = torch.zeros_like(self.start_nsd)
+        adam = _Adam(delta_nsd, config.learning_rate)
+        losses: list[list[tuple[float, float, float, float]]] = [[] for _ in self.facts]
+        norms: list[list[float]] = [[] for _ in self.facts]
+        deltas: dict[int, Tensor] = {}
         for step in range(config.steps):
             delta_nsd.requires_grad_()
-            logits_pv = state.logits(delta_nsd).to(start_nsd)
-            nll_n, said_n = _nll(logits_pv.log_softmax(-1), asked)
-            log_p_nv = penalty.logits(delta_nsd).to(start_nsd).log_softmax(-1)
-            original_nv = log_p_nv.detach() if original_nv is None else original_nv
-            kl_n = config.kl_weight * (log_p_nv.exp() * (log_p_nv - original_nv)).sum(-1)
-            decay_n = (config.weight_decay * delta_nsd.norm(dim=-1) / size_ns**2).sum(-1)
-            if config.stop == "adaptive":
-                nll_n = nll_n * torch.where(said_n, _ADAPTED_NLL, 1.0)
-            loss_n = nll_n + kl_n + decay_n
-            table = torch.stack(
-                [loss_n, nll_n, kl_n, decay_n, delta_nsd[:, -1].norm(dim=-1)], 1
-            ).tolist()
-            for n, (*terms, norm) in zip(active, table, strict=True):
-                losses[n].append(tuple(terms))
-                norms[n].append(norm)
-            self._check_finite(loss_n, active, step)
-            done_n = loss_n < config.stop_loss
-            if config.stop != "loss":
-                done_n |= said_n & ((kl_n <= _ADAPTED_KL) if config.stop == "adaptive" else True)
-            if step == config.steps - 1:
-                done_n = torch.ones_like(done_n)
-            done = done_n.tolist()
-            found |= {
-                n: delta
-                for n, delta, over in zip(active, delta_nsd.detach(), done, strict=True)
-                if over
-            }
-            keep = [i for i, over in enumerate(done) if not over]
-            if not keep:
+            terms = self._loss_terms(delta_nsd)
+            self._note(terms, delta_nsd, losses, norms)
+            self._check_finite(terms.total, step)
+            done = self._is_done(terms, step)
+            for n, delta_sd, leaves in zip(self.active, delta_nsd.detach(), done, strict=True):
+                if leaves:
+                    deltas[n] = delta_sd
+            stay = [row for row, leaves in enumerate(done) if not leaves]
+            if not stay:
                 break
-            (grad_nsd,) = torch.autograd.grad(loss_n[keep].sum(), [delta_nsd])
+            (gradient_nsd,) = torch.autograd.grad(terms.total[stay].sum(), [delta_nsd])
             delta_nsd = delta_nsd.detach()
-            if len(keep) < len(active):
-                active, asked = [active[i] for i in keep], [asked[i] for i in keep]
-                state, penalty = state.only(keep), penalty.only(keep)
-                delta_nsd, grad_nsd, size_ns, original_nv = (
-                    x[keep] for x in (delta_nsd, grad_nsd, size_ns, original_nv)
-                )
-                moments = moments[0][keep], moments[1][keep]
-            delta_nsd = _adam(delta_nsd, grad_nsd, moments, step + 1, config.learning_rate)
-            over_ns1 = (config.clamp * size_ns / delta_nsd.norm(dim=-1)).clamp(max=1)[..., None]
-            delta_nsd = delta_nsd * over_ns1
-        of = len(self.asked[0].rows)
+            if len(stay) < len(self.active):
+                self._keep(stay)
+                adam.keep(stay)
+                delta_nsd, gradient_nsd = delta_nsd[stay], gradient_nsd[stay]
+            delta_nsd = adam.step(delta_nsd, gradient_nsd)
+            largest_ns = config.clamp * self.size_ns
+            delta_nsd = delta_nsd * (largest_ns / delta_nsd.norm(dim=-1)).clamp(max=1)[..., None]
+        of = len(self.tokens[0].rows)
         return [
             Value(
                 self.start_nsd[n, -1],
-                found[n][-1],
+                deltas[n][-1],
                 self.keys_bf[n * of : (n + 1) * of],
                 self.outputs_bd[n * of : (n + 1) * of],
                 losses[n],
                 norms[n],
             )
-            for n in range(len(self.asked))
+            for n in range(len(self.facts))
         ]
 
-    def _check_finite(self, loss_n: Tensor, active: Sequence[int], step: int) -> None:
+    def _loss_terms(self, delta_nsd: Tensor) -> _LossTerms:
+        """Run the rows with `delta_nsd` added and return the terms; gradients reach `delta_nsd`."""
+        config = self.config
+        logits_pv = self.contexts.logits(delta_nsd).to(self.start_nsd)
+        nll_n, says_target_n = _nll(
+            logits_pv.log_softmax(-1), [self.tokens[n] for n in self.active]
+        )
+        log_p_nv = self.penalty.logits(delta_nsd).to(self.start_nsd).log_softmax(-1)
+        if (
+            self.original_nv is None
+        ):  # delta is zero in the first pass: no pass of its own is needed
+            self.original_nv = log_p_nv.detach()
+        kl_n = config.kl_weight * (log_p_nv.exp() * (log_p_nv - self.original_nv)).sum(-1)
+        decay_n = (config.weight_decay * delta_nsd.norm(dim=-1) / self.size_ns**2).sum(-1)
+        if config.stop == "adaptive":
+            nll_n = nll_n * torch.where(says_target_n, _ADAPTED_NLL, 1.0)
+        return _LossTerms(nll_n + kl_n + decay_n, nll_n, kl_n, decay_n, says_target_n)
+
+    def _is_done(self, terms: _LossTerms, step: int) -> list[bool]:
+        """Return for each active fact whether it leaves after this forward pass."""
+        if step == self.config.steps - 1:
+            return [True] * len(self.active)
+        done_n = terms.total < self.config.stop_loss
+        if self.config.stop == "argmax":
+            done_n |= terms.says_target
+        if self.config.stop == "adaptive":
+            done_n |= terms.says_target & (terms.kl <= _ADAPTED_KL)
+        return [bool(done) for done in done_n.tolist()]
+
+    def _keep(self, rows: list[int]) -> None:
+        """Go on with some of the active facts; the rows of the others are no longer computed."""
+        assert self.original_nv is not None, "facts leave after a forward pass only"
+        self.active = [self.active[row] for row in rows]
+        self.contexts, self.penalty = self.contexts.only(rows), self.penalty.only(rows)
+        self.size_ns, self.original_nv = self.size_ns[rows], self.original_nv[rows]
+
+    def _note(
+        self,
+        terms: _LossTerms,
+        delta_nsd: Tensor,
+        losses: list[list[tuple[float, float, float, float]]],
+        norms: list[list[float]],
+    ) -> None:
+        """Append this pass's terms and norms to the lists of the active facts."""
+        # One transfer from the device a step, not five numbers for each fact.
+        numbers = [terms.total, terms.nll, terms.kl, terms.decay, delta_nsd[:, -1].norm(dim=-1)]
+        table = torch.stack(numbers, 1).tolist()
+        for n, (total, nll, kl, decay, norm) in zip(self.active, table, strict=True):
+            losses[n].append((total, nll, kl, decay))
+            norms[n].append(norm)
+
+    def _check_finite(self, loss_n: Tensor, step: int) -> None:
         if not loss_n.isfinite().all():
-            at = int((~loss_n.isfinite()).nonzero()[0, 0])
+            row = int((~loss_n.isfinite()).nonzero()[0, 0])
             raise NonFiniteError(
-                f"the loss of the value of {self.facts[active[at]].subject!r} is {loss_n[at].item()} at step {step}; nothing was "
-                "changed. Try dtype=torch.float32"
+                f"the loss of the value of {self.facts[self.active[row]].subject!r} is "
+                f"{loss_n[row].item()} at step {step}; nothing was changed. Try dtype=torch.float32"
             )
 
 
-def _nll(log_p_pv: Tensor, asked: Sequence[_Asked]) -> tuple[Tensor, Tensor]:
-    """Each fact's mean over contexts of the target's negative log-probability a token; whether it
-    is the arg-max throughout.
+def _nll(log_p_pv: Tensor, facts: Sequence[_FactTokens]) -> tuple[Tensor, Tensor]:
+    """Return each fact's mean over contexts of the target's negative log-probability per token, and
+    whether every token of the target is the most probable one in every context.
+
+    Rows of `log_p_pv` are the reads of all facts one after another: fact by fact, context by
+    context, token by token. A read counts 1 / (tokens of its target) / (contexts of its fact).
     """
-    labels = [token for each in asked for target in each.targets for token in target]
+    targets = [target for fact in facts for target in fact.targets]
+    labels = [token for target in targets for token in target]
     shares = [
-        1 / len(target) / len(each.targets)
-        for each in asked
-        for target in each.targets
+        1 / len(target) / len(fact.targets)
+        for fact in facts
+        for target in fact.targets
         for _ in target
     ]
-    sizes = [sum(map(len, each.targets)) for each in asked]
+    sizes = [sum(map(len, fact.targets)) for fact in facts]
     labels_p1 = torch.tensor(labels, device=log_p_pv.device)[:, None]
-    nll = (
-        -log_p_pv.gather(1, labels_p1)[:, 0]
-        * torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)
-    ).split(sizes)
-    said = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0].split(sizes)
-    return torch.stack([each.sum() for each in nll]), torch.stack([each.all() for each in said])
-
-
-def _adam(
-    delta: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float
-) -> Tensor:
-    """One step of Adam (Kingma & Ba 2015, betas 0.9 and 0.999, eps 1e-8); written out since facts
-    leave with their moments.
-    """
-    mean, square = moments
-    mean.lerp_(grad, 0.1)
-    square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-    return delta - rate / (1 - 0.9**step) * mean / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the weights inside the block; every flag is put back."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    shares_p = torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)
+    nll_p = -log_p_pv.gather(1, labels_p1)[:, 0] * shares_p
+    says_p = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0]
+    nll_n = torch.stack([part.sum() for part in nll_p.split(sizes)])
+    return nll_n, torch.stack([part.all() for part in says_p.split(sizes)])

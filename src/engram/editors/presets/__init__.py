@@ -5,13 +5,15 @@ model.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Literal
 
+from engram.errors import SettingError
+
 
 def preset(method: str, model: str) -> dict[str, Any]:
-    """The settings of `method` for a model: the file's defaults, overridden by the model's own
+    """Return the settings of `method` for a model: the file's defaults, overridden by the model's own
     table where it has one.
 
     Args:
@@ -19,14 +21,20 @@ def preset(method: str, model: str) -> dict[str, Any]:
     """
     tables = _tables(method)
     name = model.rstrip("/").rpartition("/")[2].lower()
-    own, usual = tables.get(name, {}), dict(tables["default"])
-    for one, other in (
-        ("null_threshold", "null_energy"),
-        ("preservation", "relative_preservation"),
-    ):
-        if one in own:  # two ways to say one thing
-            usual.pop(other, None)
-    return {**usual, **own}
+    return overridden(tables["default"], tables.get(name, {}))
+
+
+# Pairs of settings that say the same thing in two units; at most one of each pair is in force.
+_SAME_THING = (("null_threshold", "null_energy"), ("preservation", "relative_preservation"))
+
+
+def overridden(usual: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings `usual` with those of `own` in their place.
+
+    A setting of `own` also takes the place of the one that says the same thing in another unit.
+    """
+    replaced = {name for pair in _SAME_THING if own.keys() & set(pair) for name in pair}
+    return {name: value for name, value in usual.items() if name not in replaced} | dict(own)
 
 
 def preset_layers(
@@ -52,6 +60,7 @@ def preset_layers(
     if given == "all":
         return list(range(n_layers))
     if given is not None:
+        _check_numbers(name, given)
         return [given] if name == "layer" else list(given)
     if isinstance(depth, Sequence):
         first, last = (int(fraction * n_layers) for fraction in depth)
@@ -60,12 +69,26 @@ def preset_layers(
     return [first, *range(first + 1, min(first + count, n_layers))]
 
 
+def _check_numbers(name: str, given: Any) -> None:
+    """Raise a SettingError unless `layer` is a number, or `layers` several."""
+    if name == "layer" and isinstance(given, str):
+        raise SettingError(
+            f"layer={given!r}: expected a block's number, from 0; only engram.rewrite(lm, facts, "
+            "method, layer='auto') chooses one"
+        )
+    if name == "layers" and (isinstance(given, str | int) or not len(given)):
+        raise SettingError(
+            f"layers={given!r}: expected numbers of blocks, from 0, such as [3, 4, 5]; only "
+            "engram.rewrite(lm, facts, method, layers='auto') chooses some"
+        )
+
+
 def published(method: str) -> list[str]:
-    """The models that have a table of their own."""
+    """Return the models that have a table of their own."""
     return sorted(set(_tables(method)) - {"default"})
 
 
 def _tables(method: str) -> dict[str, Any]:
-    """The tables of a method's file, which may say that it has those of another one."""
+    """Return the tables of a method's file, or of the file that it is `like`."""
     tables = tomllib.loads((files(__name__) / f"{method}.toml").read_text())
     return _tables(tables["like"]) if "like" in tables else tables

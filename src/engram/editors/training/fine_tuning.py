@@ -19,12 +19,13 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.training.loop import TuningConfig, descend, still, tasks
+from engram.editors.training.loop import TuningConfig, descend, tasks
 from engram.editors.training.target_rows import fact_rows, published_rows
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
+from engram.modules.frozen import frozen
 from engram.modules.hooks import overlay_weight
 from engram.modules.layouts import as_linear
 from engram.progress import Progress, no_progress
@@ -111,7 +112,7 @@ def fine_tune(
         if config.norm_constraint is not None:
             delta_oi.clamp_(-config.norm_constraint, config.norm_constraint)
 
-    with still(lm.model):
+    with frozen(lm.model):
         wanted, staying = tasks(lm, rows, locality, layer, tuning, generator, engine, progress)
         with overlay_weight(module, delta_oi):
             descent = descend(

@@ -10,12 +10,11 @@ arXiv:2402.11078.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from engram.checks import one_of
@@ -92,24 +91,6 @@ class TuningConfig:
                 f"contexts={list(contexts)[:3]}: expected templates with exactly one '{{}}' each"
             )
         return replace(self, contexts=contexts)
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """The model evaluates and takes no gradients in the block; every flag and mode is put back,
-    however it ends.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.requires_grad_(False).eval()
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def forward_from(

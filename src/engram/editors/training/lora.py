@@ -20,13 +20,14 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.training.loop import TuningConfig, descend, still, tasks
+from engram.editors.training.loop import TuningConfig, descend, tasks
 from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import fact_rows
 from engram.engine.replayable import Engine
 from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
+from engram.modules.frozen import frozen
 from engram.modules.layouts import is_transposed
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
@@ -101,7 +102,7 @@ def lora(
     lowest = 0 if layers == "all" else min(layers)
     rows = fact_rows(lm, facts, config.tuning.contexts, config.tuning.train_paraphrases)
     generator = torch.Generator().manual_seed(seed)
-    with still(lm.model):
+    with frozen(lm.model):
         wanted, staying = tasks(
             lm, rows, locality, lowest, config.tuning, generator, engine, progress
         )

@@ -23,12 +23,12 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.training.loop import still
 from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows
 from engram.errors import EngramError, NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
+from engram.modules.frozen import frozen
 from engram.modules.hooks import record, substitute
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
@@ -157,7 +157,7 @@ def _seen(
     rows = fact_rows(lm, facts)
     batches = list(batches_of(rows, config.rows_per_batch))
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
-    with still(lm.model):
+    with frozen(lm.model):
         for i, batch in enumerate(batches):
             progress("gradients", i, len(batches))
             seen.append(_inputs_and_gradients(lm, batch, names))
