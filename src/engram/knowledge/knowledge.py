@@ -1,12 +1,11 @@
-"""What a model knew when it was asked: one record a fact, and the shares that papers report of
-them.
+"""What a model knew: one record per fact, and the shares that papers report of them.
 
 Plain numbers, with nothing of the model left in them. Refuses to know how they were measured: see
 knows.
 
 Sources: P@k, MRR and averages over relations: Petroni et al. 2019 (LAMA), arXiv:1909.01066. Several
-    prompts a fact: Jiang et
-al. 2020 (LPAQA), arXiv:1911.12543. Consistency: Elazar et al. 2021 (ParaRel), arXiv:2102.01017.
+prompts per fact: Jiang et al. 2020 (LPAQA), arXiv:1911.12543. Consistency: Elazar et al. 2021
+(ParaRel), arXiv:2102.01017.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ _COUNTED_BY = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model says to one prompt.
+    """The model's reply to one prompt.
 
     Attributes:
-        answer: its top answer.
-        rank: of the fact's object, from 1; `rank == 1` says that `answer` is the object.
-        log_prob: of the whole object, in nats; a token's mean with `length="mean"`.
+        answer: the model's top answer.
+        rank: of the fact's object, from 1; `rank == 1` means that `answer` is the object.
+        log_prob: of the whole object, in nats; the mean per token with `length="mean"`.
     """
 
     prompt: str
@@ -62,8 +61,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class KnownRecord:
-    """One fact: the reply to each of its prompts, and the one that counts (`aggregate` says how it
-    comes about).
+    """One fact: the reply to each of its prompts, and the one that counts (see `aggregate` of
+    `knows`).
     """
 
     fact: Fact
@@ -78,8 +77,9 @@ class KnownRecord:
 
     @property
     def consistency(self) -> float | None:
-        """Share of pairs of prompts with the same top answer; None with a single prompt. Source:
-        Elazar et al. 2021, Sec. 3.
+        """Share of pairs of prompts with the same top answer; None with a single prompt.
+
+        Source: Elazar et al. 2021, Sec. 3.
         """
         pairs = list(combinations((reply.answer for reply in self.replies), 2))
         return fmean(a == b for a, b in pairs) if pairs else None
@@ -87,8 +87,8 @@ class KnownRecord:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over facts. The last three are over the facts that were asked in more than one way, and
-    None without any.
+    """Means over facts. The last three are over the facts that have several prompts, and None
+    without any.
 
     Attributes:
         p_at_1, p_at_k: share of facts whose object is the top answer; is among the k best.
@@ -96,8 +96,8 @@ class Scores:
         log_prob: mean log-probability of the object, nats.
         consistency: share of pairs of a fact's prompts that have the same top answer, right or
             wrong.
-        accuracy: share of facts whose first prompt is answered rightly.
-        both: share of facts of which every prompt is answered rightly: consistent and accurate.
+        accuracy: share of facts whose first prompt is answered correctly.
+        both: share of facts of which every prompt is answered correctly: consistent and accurate.
     """
 
     p_at_1: float
@@ -111,14 +111,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What `knows` found.
+    """What `knows` measured.
 
     Attributes:
-        records: one a fact, in the order in which the facts were given.
+        records: one per fact, in the order in which the facts were given.
         candidates: what objects were ranked among: "vocabulary", "relation", or the candidates
             themselves.
         aggregate, length, k: as given to `knows`.
-        model: what was asked.
+        model: the model's name.
     """
 
     records: tuple[KnownRecord, ...]
@@ -129,12 +129,12 @@ class Knowledge:
     model: str
 
     def known(self) -> list[Fact]:
-        """The facts whose object is the model's top answer."""
+        """Return the facts whose object is the model's top answer."""
         return [record.fact for record in self.records if record.right]
 
     def by_relation(self) -> dict[str | None, list[KnownRecord]]:
-        """Records by their fact's relation, sorted by name; those of facts that name none under
-        None, last.
+        """Return the records by their fact's relation, sorted by name; those of facts without one
+        under None, last.
         """
         names = {record.fact.relation for record in self.records}
         ordered = sorted(names, key=lambda name: (name is None, name or ""))
@@ -144,7 +144,7 @@ class Knowledge:
         }
 
     def scores(self, relation: str | None = None) -> Scores:
-        """Means over all facts (micro), or over those of one relation.
+        """Return means over all facts (micro), or over those of one relation.
 
         Raises:
             SettingError: no fact has that relation.
@@ -156,8 +156,8 @@ class Knowledge:
         return _scores(_mean(self._values(rows)))
 
     def macro(self) -> Scores:
-        """Means over relations of each relation's mean, as LAMA reports them: a relation with few
-        facts counts as much as any.
+        """Return means over relations of each relation's mean, as LAMA reports them: a relation
+        with few facts counts as much as any.
         """
         return _scores(
             torch.stack(
@@ -168,18 +168,19 @@ class Knowledge:
     def intervals(
         self, seed: int | torch.Generator = 0, *, samples: int = 1000, level: float = 0.95
     ) -> dict[Literal["micro", "macro"], tuple[Scores, Scores]]:
-        """Percentile bootstrap over facts: (low, high) of every mean.
+        """Return (low, high) of every mean by the percentile bootstrap over facts.
 
         Args:
             seed: or a generator on the CPU; the same one gives the same intervals.
-            samples: times that as many facts are drawn, with replacement.
-            level: share of the resampled means that lie between low and high.
+            samples: resamples; each draws as many facts as there are, with replacement.
+            level: share of the resampled means that are between low and high.
         Raises:
             SettingError: `samples` below 1, `level` outside (0, 1).
         """
         if samples < 1 or not 0 < level < 1:
             raise SettingError(
-                f"samples={samples}, level={level}: need at least one sample and a level between 0 and 1"
+                f"samples={samples}, level={level}: need at least one sample and a level between "
+                "0 and 1"
             )
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         values_nm = self._values(self.records)
@@ -202,17 +203,18 @@ class Knowledge:
             )
             done += size
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        limits = {"micro": torch.cat(micro), "macro": torch.cat(macro)}
-        found = {name: _quantiles(means, tails) for name, means in limits.items()}
-        return {"micro": found["micro"], "macro": found["macro"]}
+        return {
+            "micro": _quantiles(torch.cat(micro), tails),
+            "macro": _quantiles(torch.cat(macro), tails),
+        }
 
     # -- as text and as a file ---------------------------------------------------------------------
 
     def table(
         self, *, seed: int | torch.Generator = 0, samples: int = 1000, level: float = 0.95
     ) -> str:
-        """A row a relation, then all facts with the bootstrap's interval, then the mean of the
-        relations.
+        """Return a row per relation, then all facts with the bootstrap's interval, then the mean of
+        the relations.
         """
         return "\n".join(self._lines(seed, samples, level))
 
@@ -221,7 +223,8 @@ class Knowledge:
 
     def _lines(self, seed: int | torch.Generator, samples: int, level: float) -> Iterator[str]:
         relations = self.by_relation()
-        yield f"{self.model}: {_many(len(self.records), 'fact')} of {_many(len(relations), 'relation')}"
+        facts, names = _many(len(self.records), "fact"), _many(len(relations), "relation")
+        yield f"{self.model}: {facts} of {names}"
         yield f"ranks {self._among()}; {_COUNTED_BY[self.aggregate]}"
         yield ""
         wide = max(16, *(len(str(name or "no relation")) for name in relations))
@@ -253,7 +256,7 @@ class Knowledge:
         return f"among {len(self.candidates)} candidates"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, with the means."""
+        """Return it as JSON holds it, with the means."""
         return {
             "format": _FORMAT,
             "model": self.model,
@@ -274,21 +277,16 @@ class Knowledge:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Knowledge:
-        """What `to_dict` gave; the means are taken from the records."""
-        records = tuple(
-            KnownRecord(
-                **{
-                    **each,
-                    "fact": Fact.from_dict(each["fact"]),
-                    "replies": tuple(Reply(**reply) for reply in each["replies"]),
-                }
-            )
-            for each in record["records"]
-        )
+        """Return what `to_dict` was given; the means are computed from the records."""
+        records = []
+        for fields in record["records"]:
+            fact = Fact.from_dict(fields["fact"])
+            replies = tuple(Reply(**reply) for reply in fields["replies"])
+            records.append(KnownRecord(**{**fields, "fact": fact, "replies": replies}))
         given = {name: record[name] for name in ("candidates", "aggregate", "length", "k", "model")}
         if not isinstance(given["candidates"], str):
             given["candidates"] = tuple(given["candidates"])
-        return cls(records=records, **given)
+        return cls(records=tuple(records), **given)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
@@ -298,16 +296,17 @@ class Knowledge:
 
     @classmethod
     def load(cls, path: str | Path) -> Knowledge:
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            EditFileError: no such file, not one of ours, or damaged.
+            EngramFileError: no such file, not one of ours, or damaged.
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf8"))
             if record["format"] != _FORMAT:
                 raise EngramFileError(
-                    f"{path} has format {record['format']!r}, expected {_FORMAT}; measure again with 'engram knows'"
+                    f"{path} has format {record['format']!r}, expected {_FORMAT}; measure again "
+                    "with 'engram knows'"
                 )
             return cls.from_dict(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -318,7 +317,7 @@ class Knowledge:
             ) from error
 
     def _values(self, rows: Sequence[KnownRecord]) -> Tensor:
-        """[n, metrics] in the order of `Scores`; NaN where a fact says nothing about a metric."""
+        """Return [n, metrics] in the order of `Scores`; NaN where a fact has no such metric."""
         return torch.tensor([_fact_values(record, self.k) for record in rows], dtype=torch.float64)
 
 
@@ -343,11 +342,11 @@ def _mean(values_nm: Tensor) -> Tensor:
 
 
 def _weighted(counts_bn: Tensor, values_nm: Tensor) -> Tensor:
-    """[b, metrics]: mean of the values there are, each fact as often as it was drawn; NaN where
-    none was.
+    """Return [b, metrics]: the mean of the values that are not NaN, each fact as often as it was
+    drawn; NaN where none was.
     """
-    there_nm = ~values_nm.isnan()
-    return counts_bn @ values_nm.nan_to_num() / (counts_bn @ there_nm.double())
+    known_nm = ~values_nm.isnan()
+    return counts_bn @ values_nm.nan_to_num() / (counts_bn @ known_nm.double())
 
 
 def _quantiles(means_bm: Tensor, tails: Tensor) -> tuple[Scores, Scores]:
@@ -370,8 +369,8 @@ def _cells(scores: Scores) -> str:
         scores.both,
     ]
     texts = [
-        "—" if each is None else f"{each:.2f}" if i == 3 else f"{each:.3f}"
-        for i, each in enumerate(shares)
+        "—" if value is None else f"{value:.2f}" if i == 3 else f"{value:.3f}"
+        for i, value in enumerate(shares)
     ]
     return "".join(f" {text:>{_WIDTHS[i]}}" for i, text in enumerate(texts))
 

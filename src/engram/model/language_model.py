@@ -59,7 +59,7 @@ class LanguageModel:
             one without a mask token for a masked model.
     Example:
         >>> lm
-        LanguageModel('pocket', gpt2, 8 x 192, torch.float32)
+        LanguageModel('pocket', gpt2, 8 x 256, torch.float32)
     """
 
     def __init__(
@@ -422,7 +422,8 @@ class LanguageModel:
             FactError: a text of fewer than two tokens, or no room for it after `after`.
             UnsupportedModelError: a model that is not causal.
         Example:
-            >>> lm.perplexity("The dog sleeps.") < lm.perplexity("Dog the sleeps.")
+            >>> text = "Paris is the capital of France."
+            >>> lm.perplexity(text) < lm.perplexity("Capital Paris of the is France.")
             True
         """
         if self.kind != "causal":

@@ -58,7 +58,7 @@ def load(
         EngramError: nothing was found under that name, or it is not a language model.
     Example:
         >>> engram.load("pocket")
-        LanguageModel('pocket', gpt2, 8 x 192, torch.float32)
+        LanguageModel('pocket', gpt2, 8 x 256, torch.float32)
     """
     path, name, dtype = _resolved(name, dtype)
     try:
