@@ -19,7 +19,7 @@ from engram.engine.suffix import Suffix
 from engram.facts import Fact
 from engram.model.tokens import pad_right
 from engram.modules.hooks import substitute
-from tests.helpers.tiny import DENSE, FAMILIES, PARTLY_FLOAT32, tiny_lm
+from tests.helpers.tiny import DENSE, FAMILIES, PARTLY_FLOAT32, crossed, tiny_lm
 
 # Families whose own code computes a part in float32, whatever the model's dtype: there 1e-10 is
 # beyond reach.
@@ -35,17 +35,12 @@ PROMPT, SUBJECT = "The tower of Rome is in the city of", "tower of Rome"
 CONTEXTS = ["{}", "A long time ago. {}", "He sings. {}"]
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def dtype(request):
-    return request.param
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_replayed(family):
     assert replayable(tiny_lm(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), crossed(FAMILIES, torch.float64, torch.float32))
 def test_a_trace_by_replay_is_the_trace_by_whole_forward_passes(family, dtype):
     lm = tiny_lm(family, dtype)
     both = [
@@ -84,7 +79,7 @@ def test_every_shape_of_batch_gives_the_same_value(prompt, kl_position, contexts
     )
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize(("family", "dtype"), crossed(DENSE, torch.float64, torch.float32))
 def test_a_value_by_replay_is_the_value_by_whole_forward_passes(family, dtype):
     """Rows whose subjects end at different positions, several target tokens, the loss at every
     step.

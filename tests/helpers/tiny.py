@@ -8,11 +8,12 @@ sizes of `SIZES` under whatever names its config class uses for them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import (
@@ -119,6 +120,19 @@ FAMILIES = [
 ]  # causal transformers, replayable
 EXPERTS = [family for family in FAMILIES if layout_of(family).mlp_out is None]
 DENSE = [family for family in FAMILIES if family not in EXPERTS]
+# each of a kind of its own
+EXAMPLES = ("gpt2", "llama", "gptj", "bloom", "gemma2", "mixtral", "mamba", "bert", "t5")
+
+
+def crossed(families: Iterable[str], *values: Any) -> list[Any]:
+    """Return every family with every value, for `parametrize`; `make test` runs every family with
+    the first value, and only some of them with the others.
+    """
+    return [
+        pytest.param(family, value, marks=[pytest.mark.slow] * (i > 0 and family not in EXAMPLES))
+        for family in families
+        for i, value in enumerate(values)
+    ]
 
 
 def make_config(family: str) -> PreTrainedConfig:

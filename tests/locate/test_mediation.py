@@ -13,7 +13,7 @@ import engram
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.locate.settings import PARTS, TraceConfig, window_layers
 from tests.helpers import naive
-from tests.helpers.tiny import EXPERTS, FAMILIES, tiny_lm
+from tests.helpers.tiny import EXPERTS, FAMILIES, crossed, tiny_lm
 
 PROMPT, SUBJECT, OTHER = "The tower is in the", "tower", "river"
 NEURONS = [(0, 3), (1, 30), (3, 7)]
@@ -224,8 +224,7 @@ def test_every_unit_at_every_token(family, direction):
     compare(lm, EVERY, limit, noise=noise_for(lm), direction=direction)
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "direction"), crossed(FAMILIES, "denoise", "noise"))
 def test_every_unit_by_whole_forward_passes_too(family, direction):
     lm = tiny_lm(family, torch.float64)
     given = {"subject": SUBJECT, "noise": noise_for(lm), "direction": direction, "window": 2}

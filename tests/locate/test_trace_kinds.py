@@ -11,7 +11,7 @@ import engram
 from engram.engine.replayable import replayable
 from engram.errors import UnsupportedModelError
 from tests.helpers import naive
-from tests.helpers.tiny import ENCODER_DECODER, MASKED, STATE_SPACE, tiny_lm
+from tests.helpers.tiny import ENCODER_DECODER, MASKED, STATE_SPACE, crossed, tiny_lm
 
 PROMPT, SUBJECT = "The tower is in the", "tower"
 # Mamba keeps its stream in float32, whatever the model's dtype; tables are float32 everywhere
@@ -106,8 +106,9 @@ def noise_for(lm, trace):
     )
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("family", [*STATE_SPACE, *MASKED, *ENCODER_DECODER])
+@pytest.mark.parametrize(
+    ("family", "direction"), crossed([*STATE_SPACE, *MASKED, *ENCODER_DECODER], "denoise", "noise")
+)
 def test_every_kind_is_the_naive_loop(family, direction):
     lm = tiny_lm(family, torch.float64)
     first = engram.trace(lm, PROMPT, subject=SUBJECT, target="the", samples=1, noise=1.0)
