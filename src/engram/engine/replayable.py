@@ -1,4 +1,8 @@
-"""TODO engine.replayable"""
+"""Whether a model can be replayed: tried out on a few tokens, then remembered.
+
+Knows what replay has to give: the model's own numbers. Refuses to know families by name: a family
+that surprises us is detected here and runs through whole forward passes.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +21,29 @@ from engram.modules.hooks import StopForward
 Engine = Literal["auto", "replay", "whole"]
 
 
-# -- can it be replayed? ---------------------------------------------------------------------------
-
 _REPLAYABLE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
 def use_replay(lm: LanguageModel, engine: Engine) -> bool:
-    """Whether to replay: as told, or for "auto" wherever it gives the model's own numbers (see
-    `replayable`).
+    """Return whether to replay: as `engine` says, or for "auto" wherever it gives the model's own
+    numbers (see `replayable`).
 
     Raises:
-        UnsupportedModelError: told to, and the model cannot be replayed.
+        UnsupportedModelError: engine="replay", and the model cannot be replayed.
     """
     if engine == "replay" and not replayable(lm):
         raise UnsupportedModelError(
-            f"engine='replay': {lm.name} (model_type={lm.model.config.model_type!r}) cannot be replayed; leave out engine, and "
-            "it runs through whole forward passes"
+            f"engine='replay': {lm.name} (model_type={lm.model.config.model_type!r}) cannot be "
+            "replayed; leave out engine, and it runs through whole forward passes"
         )
     return engine != "whole" and replayable(lm)
 
 
 def replayable(lm: LanguageModel) -> bool:
-    """Whether replay gives this model's own numbers: tried once per model on a few tokens, then
-    remembered.
+    """Return whether replay gives this model's own numbers: tried once per model, then remembered.
 
-    The try covers rows with different starts, the short last block and the head; a family that
-    surprises us is found out here and runs through whole forward passes.
+    The try covers rows with different starts, the short last block and the head. It is repeated
+    where the attention implementation or the dtype was changed since.
     """
     known = _REPLAYABLE.setdefault(lm.model, {})
     key = (getattr(lm.model.config, "_attn_implementation", None), lm.dtype)

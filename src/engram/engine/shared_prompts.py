@@ -26,28 +26,34 @@ from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record
 
-_CACHED_TOKENS = (
-    2048  # tokens whose keys and values are held at once; of GPT-2 XL in float32: 1.2 GB
-)
+# tokens whose keys and values are held at once; of GPT-2 XL in float32: 1.2 GB
+_CACHED_TOKENS = 2048
 
 
 Ids = tuple[int, ...]
 
 
 def can_share(lm: LanguageModel) -> bool:
-    """Whether it is worth trying: the model reads from left to right and takes a cache."""
+    """Return whether it is worth trying: the model reads from left to right and takes a cache."""
     return lm.kind == "causal" and "past_key_values" in signature(lm.model.forward).parameters
 
 
 @torch.no_grad()
 def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> list[Tensor] | None:
-    """Logits at a prompt's last token and at each token that continues it.
+    """Return the logits at a prompt's last token and at each token that continues it.
+
+    Example: three rows of the prompt [1, 2, 3], which continue it with nothing, [5, 6] and [7].
+
+        first call    1 2 3           one row; logits at 3 are first_bv
+        its cache     repeated for the two rows that go on
+        second call   5 6             logits at both positions
+                      7 7             shorter rows are padded with their last token
 
     Args:
-        continued: (prompt's tokens, further tokens); those of one prompt should stand together.
+        continued: (prompt's tokens, further tokens); those of one prompt should be neighbours.
     Returns:
-        One tensor [1 + further tokens, v] each, float32 (float64 for a float64 model); None where
-        the model's cache is of another kind.
+        Per row one tensor [1 + further tokens, v], float32 (float64 for a float64 model); None
+        where the model's cache is of another kind.
     """
     out: list[Tensor] = []
     for batch in _batches(continued):
@@ -80,7 +86,7 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
 
 
 def _batches(continued: Sequence[tuple[Ids, Ids]]) -> Iterator[list[tuple[Ids, Ids]]]:
-    """Neighbours with prompts of one length, as many as memory holds."""
+    """Split rows into neighbours with prompts of one length, as many as memory holds."""
     return batches(
         continued,
         lambda batch, row: len(row[0]) == len(batch[0][0]),

@@ -1,12 +1,11 @@
-"""Frames: the text around a prompt, through which a causal model is asked it.
+"""Frames: the text around a prompt, through which a causal model is asked.
 
     "{}"                                              the bare prompt
     "The Louvre is in Rome. {}"                       a statement in front of it
     "<|user|>{}<|assistant|>"                         a turn of a chat, which the model answers
-    lambda prompt: f"{nearest(prompt)} {prompt}"      whatever is relevant to the prompt in front of
-        it
+    lambda prompt: f"{nearest(prompt)} {prompt}"      a text in front that depends on the prompt
 
-Knows strings. Refuses to know tokens (see cloze) and what is worth saying in front (see
+Knows strings. Refuses to know tokens (see cloze) and which texts are worth putting in front (see
 prompt_edit, chat).
 """
 
@@ -29,15 +28,15 @@ class Framed(NamedTuple):
 
 
 def check_frame(frame: Frame) -> Frame:
-    """`frame`, if it is a function or has one place for the prompt.
+    """Return `frame`, if it is a function or has one place for the prompt.
 
     Raises:
         SettingError: it has none, or several.
     """
     if isinstance(frame, str) and frame.count("{}") != 1:
         raise SettingError(
-            f"frame={frame!r} has {frame.count('{}')} places for the prompt, expected exactly one '{{}}', "
-            "as in 'The Louvre is in Rome. {}'"
+            f"frame={frame!r} has {frame.count('{}')} places for the prompt, expected exactly one "
+            "'{}', as in 'The Louvre is in Rome. {}'"
         )
     if not isinstance(frame, str) and not callable(frame):
         raise SettingError(
@@ -47,10 +46,14 @@ def check_frame(frame: Frame) -> Frame:
 
 
 def framed(frame: Frame, prompt: str) -> Framed:
-    """`prompt` in its frame.
+    """Return `prompt` in its frame.
 
     Raises:
         SettingError: a function that did not leave the prompt as it is.
+    Example:
+        >>> from engram.model.frames import framed
+        >>> framed("The Louvre is in Rome. {}", "It is")
+        Framed(text='The Louvre is in Rome. It is', start=23)
     """
     if isinstance(frame, str):
         return Framed(frame.replace("{}", prompt, 1), frame.index("{}"))
@@ -58,14 +61,14 @@ def framed(frame: Frame, prompt: str) -> Framed:
     start = text.rfind(prompt)
     if start < 0:
         raise SettingError(
-            f"the frame {name_of(frame)} made {text[:60]!r}... of the prompt {prompt!r}; it may put text around a prompt, "
-            "which has to stay in it letter by letter"
+            f"the frame {name_of(frame)} returned {text[:60]!r}... for the prompt {prompt!r}; it may "
+            "put text around a prompt, which has to stay in it letter by letter"
         )
     return Framed(text, start)
 
 
 def around(outer: Frame, inner: Frame) -> Frame:
-    """The frame that puts a prompt into `inner`, and that into `outer`."""
+    """Return the frame that puts a prompt into `inner`, and the result into `outer`."""
     if outer == BARE or inner == BARE:
         return inner if outer == BARE else outer
     if isinstance(outer, str) and isinstance(inner, str):
@@ -79,7 +82,7 @@ def around(outer: Frame, inner: Frame) -> Frame:
 
 
 def name_of(frame: Frame) -> str:
-    """The template itself, or what a function is called."""
+    """Return the template itself, or a function's name."""
     return (
         frame
         if isinstance(frame, str)
