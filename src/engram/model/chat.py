@@ -49,7 +49,7 @@ def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None
     if text.count(PLACEHOLDER) != 1 or "{}" in text:
         raise UnsupportedModelError(
             f"the chat template of {lm.name} makes {text[:80]!r}... of a prompt, in which it "
-            f"occurs {text.count(PLACEHOLDER)} times and '{{}}' {text.count('{}')} times; expected once "
-            "and not at all. Write a frame by hand: any text with one {}"
+            f"occurs {text.count(PLACEHOLDER)} times and '{{}}' {text.count('{}')} times; "
+            "expected once and not at all. Write a frame by hand: any text with one {}"
         )
     return text.replace(PLACEHOLDER, "{}")

@@ -1,9 +1,9 @@
 """One matrix of a quantised model, unpacked for a while, so that edits can be written into it and
 saved with the model.
 
-Knows where the matrix stands and that the model says in its config which of its matrices are
-packed. How packed numbers are read is weights.py; an edit that leaves the model packed is
-attaching.py.
+Knows where the matrix is, and that the model's config lists which of its matrices are not packed.
+How packed numbers are read is weights' business; an edit that leaves the model packed is
+attached's.
 """
 
 from __future__ import annotations
@@ -19,37 +19,36 @@ from engram.model.language_model import LanguageModel
 from engram.modules.resolve import resolve
 from engram.modules.weights import quantisation, values
 
-_SKIPPED = (
-    "llm_int8_skip_modules",
-    "modules_to_not_convert",
-)  # what bitsandbytes and torchao call it in their configs
+# names of that list in the configs of bitsandbytes and torchao
+_SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 @contextmanager
 def dequantised(lm: LanguageModel, layer: int) -> Iterator[LanguageModel]:
-    """Within the block one block's MLP output matrix is plain floating point: the numbers that its
-    packed integers stand for.
+    """Unpack one block's MLP output matrix within the `with` block: plain floating point with the
+    numbers that its packed integers mean.
 
-    Edits that were made on the packed weight can be `applied` to it, and a checkpoint that is saved
-    in the block (`edit.to_checkpoint(lm, folder)`) has this one matrix in floating point. However
-    the block ends, the packed module is back, the very same. Nothing happens where the matrix is
-    not quantised.
+    Edits that were computed on the packed weight can be `applied` to it, and a checkpoint that is
+    saved in the block (`edit.to_checkpoint(lm, folder)`) has this one matrix in floating point.
+    However the block ends, the packed module is back, the same object. Nothing happens where the
+    matrix is not quantised.
 
     Args:
         layer: block, from 0.
     Yields:
         `lm`.
+    Example:
+        >>> with engram.dequantised(lm, layer=2):  # pocket is not quantised: nothing to do
+        ...     lm.dtype
+        torch.float32
     """
     name, packed = lm.parts.mlp_out_name(layer), lm.parts.mlp_out(layer)
     if quantisation(packed) is None:
         yield lm
         return
-    home, _, leaf = name.rpartition(".")
-    parent, parts, config = (
-        lm.model.get_submodule(home),
-        lm.parts,
-        getattr(lm.model.config, "quantization_config", None),
-    )
+    owner, _, leaf = name.rpartition(".")
+    parent, parts = lm.model.get_submodule(owner), lm.parts
+    config = getattr(lm.model.config, "quantization_config", None)
     skipped = {key: getattr(config, key) for key in _SKIPPED if hasattr(config, key)}
     try:
         setattr(parent, leaf, Unpacked(packed))
@@ -66,18 +65,15 @@ def dequantised(lm: LanguageModel, layer: int) -> Iterator[LanguageModel]:
 
 
 class Unpacked(nn.Linear):
-    """A linear map with the numbers of a packed one, in float32, that gives out what it is given:
-    the input's dtype.
-    """
+    """A linear map with the numbers of a packed one, in float32; its output has the input's dtype."""
 
     def __init__(self, packed: nn.Module) -> None:
         weight_oi = values(packed)
         super().__init__(weight_oi.shape[1], weight_oi.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight_oi, requires_grad=False)
         self.bias = packed.bias  # type: ignore[assignment]
-        self._stored_transposed = (
-            getattr(packed, "source_cls", None) is Conv1D
-        )  # as the family's class will load it
+        # as the family's class will load it
+        self._stored_transposed = getattr(packed, "source_cls", None) is Conv1D
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

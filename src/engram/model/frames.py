@@ -61,8 +61,8 @@ def framed(frame: Frame, prompt: str) -> Framed:
     start = text.rfind(prompt)
     if start < 0:
         raise SettingError(
-            f"the frame {name_of(frame)} returned {text[:60]!r}... for the prompt {prompt!r}; it may "
-            "put text around a prompt, which has to stay in it letter by letter"
+            f"the frame {name_of(frame)} returned {text[:60]!r}... for the prompt {prompt!r}; it "
+            "may put text around a prompt, which has to stay in it letter by letter"
         )
     return Framed(text, start)
 

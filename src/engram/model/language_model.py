@@ -321,7 +321,7 @@ class LanguageModel:
         if self.kind == "encoder-decoder":
             out = self.model(ids_bt, decoder_input_ids=decoder_bt, use_cache=False)
             return out.logits[:, positions]
-        # The head is a fifth of BERT's work, and its forward cannot be told where to apply it.
+        # The head is a fifth of BERT's work, and its forward cannot be limited to positions.
         read_only = {self.model.base_model: lambda hidden_btd: hidden_btd[:, positions]}
         with substitute(read_only):
             return self.model(ids_bt).logits
@@ -389,7 +389,8 @@ class LanguageModel:
         """Return the probability of each whole target after its prompt; see `log_probs`.
 
         Example:
-            >>> rome, paris = lm.probabilities([("The Colosseum is in", x) for x in ("Rome", "Paris")])
+            >>> cities = ("Rome", "Paris")
+            >>> rome, paris = lm.probabilities([("The Colosseum is in", city) for city in cities])
             >>> rome > paris
             True
         """

@@ -79,8 +79,8 @@ def load(
     keep_differentiable(model)
     if model.dtype in (torch.float16, torch.bfloat16) and model.device.type == "cpu":
         log.warning(
-            "%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' takes "
-            "twice the memory",
+            "%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' "
+            "takes twice the memory",
             name,
             str(model.dtype).removeprefix("torch."),
         )
@@ -135,8 +135,8 @@ def _not_found(name: str, error: Exception) -> EngramError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return EngramError(
         f"no causal language model found as {name!r}, nor a masked or encoder-decoder one: "
-        f"{reason}\nExpected 'pocket', a folder with config.json and safetensors weights, or a name "
-        "on the Hugging Face hub such as 'openai-community/gpt2-xl' (the hub needs a network "
+        f"{reason}\nExpected 'pocket', a folder with config.json and safetensors weights, or a "
+        "name on the Hugging Face hub such as 'openai-community/gpt2-xl' (the hub needs a network "
         "connection the first time)."
     )
 

@@ -1,4 +1,4 @@
-"""Which texts mean about the same: vectors for sentences, and the nearest ones by cosine.
+"""Texts of similar meaning: vectors for sentences, and the nearest ones by cosine.
 
 Knows texts and vectors. Refuses to know facts and what the nearest texts are for.
 """
@@ -19,19 +19,19 @@ from engram.modules.hooks import record
 
 Encoder = Callable[[list[str]], Tensor]  # texts -> [texts, width]
 PUBLISHED = "sentence-transformers/all-MiniLM-L6-v2"
-_BATCH = 32  # texts in one forward
+_ROWS_PER_BATCH = 32
 
 
 def encoder_of(lm: LanguageModel, encoder: str | Encoder) -> Encoder:
-    """A sentence encoder by name, or the function itself.
+    """Return a sentence encoder by name, or the function itself.
 
     Args:
-        encoder: "hidden": the model's own states after its middle block, each made of length 1 (a
-            first token's state would drown the others), averaged over tokens; "embeddings": the
+        encoder: "hidden": the model's own states after its middle block, each scaled to length 1
+            (a first token's state would drown the others), averaged over tokens; "embeddings": the
             same of its input embeddings, a bag of words. Neither was trained to compare sentences,
-            and published results with the encoder below are not to be expected of them. A name
-            "sentence-transformers/...": that package's model, such as
-            "sentence-transformers/all-MiniLM-L6-v2", which IKE was published with.
+            so published results need the encoder below. A name "sentence-transformers/...": that
+            package's model, such as "sentence-transformers/all-MiniLM-L6-v2", with which IKE was
+            published.
     Raises:
         SettingError: another name; MissingExtraError: sentence-transformers is not installed.
     """
@@ -50,8 +50,8 @@ def encoder_of(lm: LanguageModel, encoder: str | Encoder) -> Encoder:
 
 
 def nearest(query_d: Tensor, texts_nd: Tensor, k: int | None = None) -> list[int]:
-    """Rows of `texts_nd` by cosine with `query_d`, nearest first, equally near ones in their order;
-    at most `k`.
+    """Return the rows of `texts_nd` by cosine with `query_d`, nearest first, equally near ones in
+    their order; at most `k`.
     """
     cosines_n = nn.functional.cosine_similarity(texts_nd.float(), query_d.float()[None], dim=-1)
     return cosines_n.argsort(descending=True, stable=True)[:k].tolist()
@@ -59,14 +59,14 @@ def nearest(query_d: Tensor, texts_nd: Tensor, k: int | None = None) -> list[int
 
 @torch.no_grad()
 def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Tensor:
-    """[texts, d] float32: means over tokens of unit-length states."""
+    """Return [texts, d] in float32: means over tokens of unit-length states."""
     rows = [
         list(lm.tokenizer(text, verbose=False)["input_ids"])[: lm.max_tokens] or [0]
         for text in texts
     ]
     vectors: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch in batches(
-        range(len(rows)), lambda batch, i: len(batch) < _BATCH, key=lambda i: len(rows[i])
+        range(len(rows)), lambda batch, i: len(batch) < _ROWS_PER_BATCH, key=lambda i: len(rows[i])
     ):
         ids_bt = pad_right([rows[i] for i in batch]).to(lm.device)
         states_btd = (lm.parts.embed(ids_bt) if embeddings else _middle(lm, ids_bt)).float()

@@ -116,7 +116,7 @@ class Tokens:
         return ids
 
     def pieces(self, text: str, size: int) -> list[list[int]]:
-        """Return the ids of a text of any length in pieces of `size`, without pieces of one token."""
+        """Return the ids of a text of any length in pieces of `size`; one token is no piece."""
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         return [part for at in range(0, len(ids), size) if len(part := ids[at : at + size]) > 1]
 
