@@ -559,7 +559,7 @@ def test_contexts_that_all_facts_share_are_run_once_and_give_the_same(monkeypatc
     )
     found = values(lm, facts, contexts=contexts, steps=3)
     together = sum(tokens)
-    monkeypatch.setattr(TokenRows, "shared", lambda rows: ([], 0))
+    monkeypatch.setattr(TokenRows, "shared_prefixes", lambda rows: ([], 0))
     tokens.clear()
     same(found, values(lm, facts, contexts=contexts, steps=3), 1e-8)
     assert together < sum(tokens)

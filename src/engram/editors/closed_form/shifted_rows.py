@@ -1,10 +1,9 @@
-"""Rows of tokens whose state at the subject is shifted: logits where they are read, again and again
-for other shifts.
+"""Rows of tokens whose state at the subject is shifted: logits again and again, for new shifts.
 
-Knows blocks, positions and which fact a row belongs to. Refuses to know losses. Replayed, only
-blocks above the shift and positions from the subject's last token on are run, and the last block
-only where logits are read; a model that cannot be replayed runs whole, and so do rows that, with
-their subjects one below the other, are longer than the model takes.
+Knows blocks, positions and which fact a row belongs to. Refuses to know losses. A replay runs only
+the blocks above the shift, only the positions from the subject's last token on, and in the last
+block only where logits are read. A model that cannot be replayed runs whole, and so do rows that
+are longer than the model takes once they are padded so that their subjects are aligned.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Readouts = Mapping[
 def site_modules(
     lm: LanguageModel, site: Site, layer: int
 ) -> dict[str, tuple[str, Literal["in", "out"]]]:
-    """The modules whose outputs are shifted, in order."""
+    """Return the modules whose outputs are shifted, in order, as readouts."""
     names = {
         "mlp": [lm.parts.mlp_out_name(layer)],
         "block": [lm.parts.block_name(layer)],
@@ -49,8 +48,10 @@ def site_modules(
 
 @torch.no_grad()
 def mlp_shift_reaches_block_output(lm: LanguageModel, layer: int, within: float = 0.1) -> bool:
-    """Whether what is added to the MLP output matrix's output is added to the block's: not where a
-    norm or a factor is in between.
+    """Return True if adding a vector to the MLP output adds the same vector to the block output.
+
+    No norm or scaling is in between then. Measured, not looked up in the family's layout: the same
+    family can have either, by a setting of its config.
 
     Args:
         within: largest part of a shift that may be lost or changed on the way.
@@ -70,8 +71,8 @@ def mlp_shift_reaches_block_output(lm: LanguageModel, layer: int, within: float 
 
 
 def shifted_at(lm: LanguageModel, layer: int, site: Site, engine: Engine) -> Site:
-    """Where a shift is added: an MLP's at the block's output where that is the same sum, so that
-    the block need not be run again.
+    """Return where a shift is added: that of an MLP output at the block's output if the sum is the
+    same, so that the block need not run again at every step.
     """
     rounding = max(1e-4, 4 * torch.finfo(lm.dtype).eps)
     same = (
@@ -86,10 +87,21 @@ def shifted_at(lm: LanguageModel, layer: int, site: Site, engine: Engine) -> Sit
 class TokenRows:
     """Token rows of several facts.
 
+    Two facts in two contexts, each token one letter, S and T the subjects' last tokens:
+
+        row   ids          owner   lookup   reads
+        0     [S, a]       0       0        [1]
+        1     [x, y, S, a] 0       2        [3]
+        2     [T, b]       1       0        [1]
+        3     [x, y, T, b] 1       2        [3]
+
+        suffix = 2: from the subject's last token to the end. aligned = 4: rows 0 and 2 fit too.
+        shared_prefixes() = [0, 2] tokens: the second rows of both facts begin with x, y.
+
     Attributes:
-        ids: one list a row; lookup: the subject's last token in it; reads: positions whose logits
+        ids: one list per row; lookup: the subject's last token in it; reads: positions whose logits
             are wanted.
-        owner: which fact a row belongs to; rows of one fact stand together, and as many for each.
+        owner: which fact a row belongs to; rows of one fact are adjacent, and as many for each.
     """
 
     ids: list[list[int]]
@@ -104,43 +116,57 @@ class TokenRows:
 
     @property
     def aligned(self) -> int:
-        """Positions that let every row have as many behind its subject."""
+        """Length at which every row has `suffix` positions from its subject's last token on."""
         return max(self.lookup) + self.suffix
 
-    def shared(self) -> tuple[list[int], int]:
-        """How many tokens the first rows of all facts begin with in common, the second ones, and so
-        on, as far as it is before their
-        subjects' last tokens; and positions that hold any shared part and the longest rest. No
-        tokens where it saves little."""
-        of = self.owner.count(0)
-        tokens = []
-        for k in range(of):
-            common = takewhile(lambda at: len(set(at)) == 1, zip(*self.ids[k::of], strict=False))
-            tokens.append(min(sum(1 for _ in common), *self.lookup[k::of]))
-        rest = max(len(row) - tokens[b % of] for b, row in enumerate(self.ids))
-        length = max(self.aligned, max(tokens) + rest)
-        saves = 4 * (of * length + len(self.ids) * rest) < 3 * len(self.ids) * self.aligned
-        return tokens if saves else [], length
+    def shared_prefixes(self) -> tuple[list[int], int]:
+        """Return for each context the length of the prefix that all facts share, ending before the
+        subject's last token; and the length that holds any prefix and the longest rest.
+
+        No lengths where sharing saves less than a quarter of the positions: each prefix is one more
+        row to run, and gathering its keys and values for all facts takes time too.
+        """
+        contexts = self.owner.count(0)
+        prefixes = []
+        for k in range(contexts):
+            columns = zip(*self.ids[k::contexts], strict=False)
+            common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+            prefixes.append(min(common, *self.lookup[k::contexts]))
+        rest = max(len(row) - prefixes[b % contexts] for b, row in enumerate(self.ids))
+        length = max(self.aligned, max(prefixes) + rest)
+        positions = contexts * length + len(self.ids) * rest
+        saves = 4 * positions < 3 * len(self.ids) * self.aligned
+        return prefixes if saves else [], length
 
     def first_of_each(self) -> list[int]:
-        """The first row of each fact."""
+        """Return the number of each fact's first row."""
         return [self.owner.index(n) for n in range(self.owner[-1] + 1)]
 
     def of(self, facts: Sequence[int]) -> tuple[list[int], TokenRows]:
-        """Numbers of the rows of some facts, and these rows."""
+        """Return the numbers of the rows of some facts, and these rows, their facts renumbered."""
         place = {fact: i for i, fact in enumerate(facts)}
-        rows = [row for row, owner in enumerate(self.owner) if owner in place]
-        some = lambda values: [values[row] for row in rows]  # noqa: E731
-        return rows, TokenRows(
-            some(self.ids),
-            some(self.lookup),
-            some(self.reads),
-            [place[self.owner[row]] for row in rows],
+        numbers = [row for row, owner in enumerate(self.owner) if owner in place]
+        return numbers, TokenRows(
+            [self.ids[row] for row in numbers],
+            [self.lookup[row] for row in numbers],
+            [self.reads[row] for row in numbers],
+            [place[self.owner[row]] for row in numbers],
         )
 
 
 class ShiftedRows:
     """Rows whose state at the subject can be shifted.
+
+    Which states a replay takes from the recording depends on where the shift is added. With
+    `layer` = 3, at the subject's last token (one position) and after it (the others):
+
+        site             entry_layer   at the subject             after it
+        "block"          4             input of block 4 + shift   input of block 4
+        "mlp", ...       3             block 3 run with shift     input of block 4
+
+    Either way what enters block 4 is complete then, and blocks from 4 on run on the suffix. A shift
+    at the subject cannot change what enters block 4 after it: block 3 would have to pass it on
+    through attention, and its attention has seen block 3's input only.
 
     Args:
         recording: of these rows, of blocks from `layer` on; None where the model runs whole.
@@ -155,6 +181,8 @@ class ShiftedRows:
         recording: Recording | None,
     ) -> None:
         self.lm, self.rows, self.layer, self.site, self.recording = lm, rows, layer, site, recording
+        # The block whose input at the subject is where a replay begins.
+        self.entry_layer = layer + 1 if site == "block" else layer
         self.modules = [
             lm.model.get_submodule(name) for name, _ in site_modules(lm, site, layer).values()
         ]
@@ -171,45 +199,47 @@ class ShiftedRows:
         engine: Engine,
         wanted: Readouts,
     ) -> tuple[ShiftedRows, dict[str, Tensor]]:
-        """Run the rows once, unshifted; with what was wanted at each row's subject, [b, width]."""
+        """Run the rows once, unshifted, and return them with the readouts at each row's subject.
+
+        Args:
+            wanted: name -> (module, "in" or "out").
+        Returns:
+            The rows, and name -> [b, width].
+        """
         inputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "in"))
         outputs = list(dict.fromkeys(name for name, side in wanted.values() if side == "out"))
         replays = use_replay(lm, engine) and rows.aligned <= lm.max_tokens
-        every, (shared, length) = torch.arange(len(rows.ids)), rows.shared()
-        if replays and shared and length <= lm.max_tokens:
+        every, (prefixes, length) = torch.arange(len(rows.ids)), rows.shared_prefixes()
+        shares = replays and bool(prefixes) and length <= lm.max_tokens
+        if shares:
             recording = record_shared_prefixes(
-                lm, rows.ids, shared, layer=layer, length=length, inputs=inputs, outputs=outputs
+                lm, rows.ids, prefixes, layer=layer, length=length, inputs=inputs, outputs=outputs
             )
         else:
-            shared = []
-            recording = record_run(
-                lm,
-                pad_right(rows.ids, rows.aligned if replays else None),
-                inputs=inputs,
-                outputs=outputs,
-            )
+            ids_bt = pad_right(rows.ids, rows.aligned if replays else None)
+            recording = record_run(lm, ids_bt, inputs=inputs, outputs=outputs)
 
         def at_subject(name: str, side: str) -> Tensor:
             seen = recording.seen[f"{name}:input" if side == "in" and name in outputs else name]
             return seen.view(len(rows.ids), -1, seen.shape[-1])[every, rows.lookup]
 
         seen = {key: at_subject(*place) for key, place in wanted.items()}
-        if replays and not shared:
+        if (
+            replays and not shares
+        ):  # a recording of shared prefixes holds these blocks only, already
             recording = recording.select(every, layer)
         return cls(lm, rows, layer, site, recording if replays else None), seen
 
     def only(self, facts: Sequence[int]) -> ShiftedRows:
-        """The rows of some of the facts, which are renumbered."""
+        """Return the rows of some of the facts, which are renumbered."""
         numbers, rows = self.rows.of(facts)
-        kept = (
-            None
-            if self.recording is None
-            else self.recording.select(torch.tensor(numbers), self.layer)
-        )
-        return ShiftedRows(self.lm, rows, self.layer, self.site, kept)
+        recording = self.recording
+        if recording is not None:
+            recording = recording.select(torch.tensor(numbers), self.layer)
+        return ShiftedRows(self.lm, rows, self.layer, self.site, recording)
 
     def logits(self, delta_nsd: Tensor) -> Tensor:
-        """Logits [reads, v], row after row, with each fact's shifts added at its rows' subjects.
+        """Return the logits [reads, v], row after row, with each fact's shifts at its subjects.
 
         Args:
             delta_nsd: [facts, shifted modules, d].
@@ -221,19 +251,23 @@ class ShiftedRows:
 
     @cached_property
     def _suffix(self) -> Suffix:
+        """All positions from the subject's last token on."""
         assert self.recording is not None
         return Suffix(self.recording, self.rows.lookup, self.rows.suffix)
 
     @cached_property
-    def _alone(self) -> Suffix:
+    def _subject(self) -> Suffix:
+        """The subject's last token alone."""
         assert self.recording is not None
-        return (
-            self._suffix if self.rows.suffix == 1 else Suffix(self.recording, self.rows.lookup, 1)
-        )
+        if self.rows.suffix == 1:
+            return self._suffix
+        return Suffix(self.recording, self.rows.lookup, 1)
 
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor]:
-        """Places of the reads in the suffix, [b, r] padded with the last; and of each read in that."""
+        """Where the reads are: their places in the suffix, [b, r], rows padded to r; and the place
+        of every read in its row of that, [reads].
+        """
         columns = [
             [at - lookup for at in reads]
             for reads, lookup in zip(self.rows.reads, self.rows.lookup, strict=True)
@@ -242,23 +276,24 @@ class ShiftedRows:
 
     @cached_property
     def _unshifted(self) -> tuple[Tensor, Tensor]:
-        """What enters the shifted block, or leaves it where that is shifted, at the subject; and
-        what leaves it behind it.
+        """Recorded states: at the subject [b, 1, d], entering block `entry_layer`; and after it
+        [b, q - 1, d], entering block `layer` + 1.
         """
-        entry = self.layer + (self.site == "block")
-        return self._alone.states(entry), self._suffix.states(self.layer + 1)[:, 1:]
+        after_bqd = self._suffix.states(self.layer + 1)[:, 1:]
+        return self._subject.states(self.entry_layer), after_bqd
 
     def _replayed(self, shift_bsd: Tensor) -> Tensor:
-        subject_b1d, after = self._unshifted
+        subject_b1d, after_bqd = self._unshifted
         if self.site == "block":
             subject_b1d = subject_b1d + shift_bsd.to(subject_b1d)
         else:
-            with substitute(
-                {module: _adding(shift_bsd[:, i]) for i, module in enumerate(self.modules)}
-            ):
-                subject_b1d = self._alone.block(self.layer, subject_b1d)
-        hidden_bqd, top = torch.cat([subject_b1d, after], 1), self.lm.n_layers - 1
+            added = {module: _adding(shift_bsd[:, i]) for i, module in enumerate(self.modules)}
+            with substitute(added):
+                subject_b1d = self._subject.block(self.layer, subject_b1d)
+        hidden_bqd, top = torch.cat([subject_b1d, after_bqd], 1), self.lm.n_layers - 1
         columns_br, slots = self._columns
+        # The last block runs at the reads alone, unless it is the shifted one (which has run) or
+        # every position is read.
         short = self.layer < top and columns_br.shape[1] < hidden_bqd.shape[1]
         for above in range(self.layer + 1, self.lm.n_layers - short):
             hidden_bqd = self._suffix.block(above, hidden_bqd)
@@ -296,5 +331,5 @@ class ShiftedRows:
 
 
 def _adding(shift_bd: Tensor) -> Callable[[Tensor], Tensor]:
-    """out + shift, of a module called on one position a row."""
+    """Return out -> out + shift, for a module that is called on one position per row."""
     return lambda out: out + shift_bd.to(out).view(out.shape)
