@@ -70,10 +70,11 @@ def prompts(
 def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
     from engram import Fact
     from engram.benchmark import measure as measuring
-    from engram.benchmark.data.records import Probe, Record
+    from engram.benchmark.data.records import Record
     from engram.benchmark.metrics.outcomes import MeasureConfig
     from engram.editors.second_moments.measure import SecondMoment
     from engram.engine.replayable import replayable
+    from engram.evaluate.probes import Probe
     from engram.rewriting import rewrite_each
 
     lm = make_lm(shape, device)
@@ -120,18 +121,22 @@ def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
         return made
 
     measuring.rewrite_each = edits
-    asked_of_each = MeasureConfig(said=0, drift_every=0)
+    asked_of_each = MeasureConfig(answer_tokens=0, drift_every=0)
     places = list(enumerate(records))
     chunks = [places[at : at + batch] for at in range(0, count, batch)]
     list(
-        measuring.measure(lm, places[-1:], "rome", {**settings, "steps": 2}, asked_of_each)
+        measuring.measure(
+            lm, measuring.Unit(tuple(places[-1:]), "rome", {**settings, "steps": 2}), asked_of_each
+        )
     )  # the first pass of a process is slow
     spent = 0.0
     seconds, found = timed(
         lambda: [
             each
             for chunk in chunks
-            for each in measuring.measure(lm, chunk, "rome", settings, asked_of_each)
+            for each in measuring.measure(
+                lm, measuring.Unit(tuple(chunk), "rome", settings), asked_of_each
+            )
         ],
         device,
     )

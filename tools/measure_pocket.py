@@ -35,10 +35,9 @@ from engram.benchmark.metrics.outcomes import Outcome
 from engram.benchmark.metrics.scores import scores
 from engram.benchmark.metrics.summary import summarise
 from engram.benchmark.metrics.table import METRICS
-from engram.benchmark.one_by_one import asked_now
-from engram.benchmark.probe_rows import ProbeRows
 from engram.editors.contexts import sample_contexts
 from engram.editors.second_moments.measure import second_moments
+from engram.evaluate.probe_rows import AnswerScores, ProbeRows
 from engram.locate.average import TOKEN_ROLES
 from engram.model.language_model import LanguageModel
 
@@ -200,7 +199,7 @@ def unedited(lm: LanguageModel) -> dict[str, Any]:
     with torch.no_grad():
         for start in range(0, len(dataset.records), AT_ONCE):
             some = dataset.records[start : start + AT_ONCE]
-            tally, _ = asked_now(lm, ProbeRows(lm, some))
+            tally, _ = AnswerScores.read(lm, ProbeRows(lm, [record.probes for record in some]))
             for record, readings in zip(some, tally.readings(), strict=True):
                 rows.append(scores(record, Outcome(readings), Outcome(readings)))
     found = summarise(rows, dataset.form)

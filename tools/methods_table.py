@@ -37,8 +37,7 @@ from engram import pocket
 from engram.editors.methods import METHODS, method_named
 from engram.editors.presets import preset
 from engram.editors.training.ultraedit import Statistics
-from engram.evaluate.held_out import held_out_text
-from engram.evaluate.verify import perplexity
+from engram.evaluate.held_out import held_out_text, perplexity
 from engram.model.language_model import LanguageModel
 from made_tables import DOCS, put
 from measure_pocket import averaged, sample, successes

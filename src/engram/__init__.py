@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and the documentation; "as" marks a name as exported
     from engram.benchmark.data.build import build_counterfact as build_counterfact
     from engram.benchmark.data.records import Dataset as Dataset
-    from engram.benchmark.data.records import Probe as Probe
     from engram.benchmark.data.records import Record as Record
     from engram.benchmark.data.sources import read_dataset as read_dataset
     from engram.benchmark.results import Run as Run
@@ -26,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and the documentation; "as" marks a name 
     from engram.editors.memory_plan import memory_plan as memory_plan
     from engram.errors import EngramError as EngramError
     from engram.evaluate.harness import harness as harness
+    from engram.evaluate.probes import Probe as Probe
     from engram.evaluate.receipt import Receipt as Receipt
     from engram.evaluate.verify import verify as verify
     from engram.fact_files import read_facts as read_facts
@@ -69,7 +69,7 @@ _HOMES = {  # public name -> the module that defines it; a test compares it with
     "LogitLens": "locate.lenses.lens",
     "Memories": "locate.lenses.memories",
     "MemoryPlan": "editors.memory_plan",
-    "Probe": "benchmark.data.records",
+    "Probe": "evaluate.probes",
     "PromptEdit": "edit.prompt_edit",
     "Receipt": "evaluate.receipt",
     "Record": "benchmark.data.records",

@@ -13,16 +13,17 @@ import torch
 import engram
 from engram import pocket
 from engram.benchmark import measure as measuring
-from engram.benchmark.batched import can_batch, measure_together
+from engram.benchmark.batched import can_batch, measure_batched
 from engram.benchmark.data.pocket_benchmark import pocket_benchmark
-from engram.benchmark.data.records import Probe, Record
-from engram.benchmark.measure import measure
+from engram.benchmark.data.records import Record
+from engram.benchmark.measure import Unit, measure
 from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
 from engram.benchmark.one_by_one import measure_one
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.errors import EngramError, FactError, SettingError
+from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from engram.model.generation import Writing, pads_on_the_left, write
 from engram.model.language_model import LanguageModel
@@ -84,7 +85,7 @@ def test_of_every_family(family: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     records = [record(n) for n in range(3)]
     edits = [random_edit(lm, 0, (1,)), random_edit(lm, 1, (1, 2)), random_edit(lm, 2, (2,))]
-    together = measure_together(lm, records, edits, ASKED, drifts=[True, False, True])
+    together = measure_batched(lm, records, edits, ASKED, drifts=[True, False, True])
     for n, (before, after) in enumerate(together):
         plain, base = measure_one(lm, records[n], None, ASKED, drift=n != 1)
         edited, _ = measure_one(lm, records[n], edits[n], ASKED, drift=n != 1, base=base)
@@ -99,7 +100,7 @@ def test_dense_changes_ride_along_beside_low_rank_ones() -> None:
     edits = [random_edit(lm, 0, (1,), dense=True), random_edit(lm, 1, (1,))]
     assert all(can_batch(lm, edit) for edit in edits)
     for n, (_, after) in enumerate(
-        measure_together(lm, records, edits, ASKED, drifts=[False, False])
+        measure_batched(lm, records, edits, ASKED, drifts=[False, False])
     ):
         _, base = measure_one(lm, records[n], None, ASKED)
         assert_alike(after, measure_one(lm, records[n], edits[n], ASKED, base=base)[0])
@@ -108,7 +109,7 @@ def test_dense_changes_ride_along_beside_low_rank_ones() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     lm = tiny_lm("llama")
     before = {name: each.clone() for name, each in lm.model.state_dict().items()}
-    measure_together(lm, [record(0)], [random_edit(lm, 0, (1,))], ASKED, drifts=[True])
+    measure_batched(lm, [record(0)], [random_edit(lm, 0, (1,))], ASKED, drifts=[True])
     assert all(torch.equal(each, before[name]) for name, each in lm.model.state_dict().items())
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
@@ -163,10 +164,26 @@ def test_a_record_whose_edit_fails_counts_with_the_unedited_models_answers(
         "broken", (fact,), (Probe("rewrite", "The Louvre is in the city of", "Rome", "Paris"),)
     )
     (found,) = measure(
-        lm, [(1, broken)], "rome", {"steps": 1, "contexts": ["{}"]}, MeasureConfig(answer_tokens=1)
+        lm,
+        Unit(((1, broken),), "rome", {"steps": 1, "contexts": ["{}"]}),
+        MeasureConfig(answer_tokens=1),
     )
     assert found.error is not None
     assert found.after == found.before
+
+
+def test_an_editor_does_not_see_what_its_edit_is_measured_by() -> None:
+    lm, seen = tiny_lm("gpt2"), []
+
+    def rewrite_each(lm, facts, method, **settings):
+        seen.extend(facts)
+        return [random_edit(lm, 0, (1,))]
+
+    measured = record(0)
+    assert measured.facts[0].paraphrases and measured.facts[0].neighbours
+    with patch.object(measuring, "rewrite_each", rewrite_each):
+        list(measure(lm, Unit(((0, measured),), "ike"), MeasureConfig(answer_tokens=1)))
+    assert [(fact.paraphrases, fact.neighbours) for (fact,) in seen] == [((), ())]
 
 
 def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() -> None:
@@ -179,9 +196,7 @@ def test_an_edit_that_ruins_the_model_fails_every_probe_and_costs_nobody_else() 
     with patch.object(measuring, "rewrite_each", lambda *args, **settings: [ruin, good]):
         first, second = measure(
             lm,
-            [(1, record(0)), (2, record(1))],
-            "rome",
-            None,
+            Unit(((1, record(0)), (2, record(1))), "rome"),
             MeasureConfig(answer_tokens=1, drift_every=0),
         )
     assert first.error is not None

@@ -91,7 +91,7 @@ AT_EVERY_STATEMENT = (
 found = {}
 measure = run.RecordsJob.do
 def remembered(self, state, unit):
-    key = (unit.label, unit.records[0][0], len(unit.records), unit.texts)
+    key = (unit.label, unit.records[0][0], len(unit.records), unit.unedited_texts)
     if key not in found:
         found[key] = measure(self, state, unit)
     return found[key]

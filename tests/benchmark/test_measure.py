@@ -17,16 +17,17 @@ from torch.nn import functional
 
 import engram
 from engram import Fact
-from engram.benchmark import batched as together
+from engram.benchmark import batched, phase
 from engram.benchmark import written_texts as texts
-from engram.benchmark.data.records import Probe, Record, References, Snippet
+from engram.benchmark.data.records import Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.benchmark.essence import essence_ids
 from engram.benchmark.metrics.outcomes import MeasureConfig
 from engram.benchmark.one_by_one import measure_one
-from engram.benchmark.probe_rows import ProbeRows
 from engram.benchmark.zsre_as_released import in_text, steps, with_text_mode
 from engram.errors import UnsupportedModelError
+from engram.evaluate.probe_rows import AnswerScores, ProbeRows
+from engram.evaluate.probes import Probe
 from tests.helpers.tiny import TOKENIZERS, tiny_lm
 
 PROMPTS = ("The bridge is in", "A long time ago the river runs through the city of")
@@ -90,7 +91,7 @@ def test_readings_are_those_of_a_loop_over_single_answers(family, tokenizer):
 def test_a_token_of_two_that_is_the_most_probable_is_half_the_answer():
     lm = tiny_lm("gpt2")
     answer = of_length(lm, 2)
-    questions = ProbeRows(lm, [record(Probe("rewrite", PROMPTS[0], answer))])
+    rows = ProbeRows(lm, [[Probe("rewrite", PROMPTS[0], answer)]])
     first, second = lm.target_ids(PROMPTS[0], answer)
     for best, share in {
         (first, second): 1.0,
@@ -100,9 +101,9 @@ def test_a_token_of_two_that_is_the_most_probable_is_half_the_answer():
     }.items():
         logits_pv = torch.zeros(2, lm.model.config.vocab_size)
         logits_pv[[0, 1], best] = 5.0
-        tally = questions.tally()
-        tally.add([0], logits_pv)
-        assert tally.readings()[0][0].correct == share
+        scores = AnswerScores(rows)
+        scores.add(rows.rows, logits_pv)
+        assert scores.readings()[0][0].correct == share
 
 
 # -- edits and what they move ----------------------------------------------------------------------
@@ -223,8 +224,8 @@ def test_without_texts_about_the_subject_there_is_no_essence():
 def test_many_edits_in_one_batch_have_the_essence_and_the_released_accuracy_of_each_by_itself(
     family, replays, monkeypatch
 ):
-    monkeypatch.setattr(together, "use_replay", lambda lm, engine: replays)
-    monkeypatch.setattr(together, "_ROWS", 4)  # rows of one record in several batches
+    monkeypatch.setattr(batched, "use_replay", lambda lm, engine: replays)
+    monkeypatch.setattr(phase, "_TOKENS", 40)  # rows of one record in several batches
     lm = tiny_lm(family, torch.float64)
     about = told(("bridge", "The bridge is old."))
     asked = quiet(texts=True, reference=True, text_tokens=12)
@@ -237,13 +238,11 @@ def test_many_edits_in_one_batch_have_the_essence_and_the_released_accuracy_of_e
         engram.rewrite(lm, Fact("bridge", "The {} is in", each), "lora", **settings)
         for each in ("Madrid", "Rome", "Paris")
     ]
-    assert all(together.can_batch(lm, edit) for edit in edits)
-    found = together.measure_together(
-        lm, records, edits, asked, drifts=[False] * 3, references=about
-    )
+    assert all(batched.can_batch(lm, edit) for edit in edits)
+    found = batched.measure_batched(lm, records, edits, asked, drifts=[False] * 3, references=about)
     for each, edit, (before, after) in zip(records, edits, found, strict=True):
-        for phase, mine in ((None, before), (edit, after)):
-            alone, _ = measure_one(lm, each, phase, asked, references=about)
+        for edited_by, mine in ((None, before), (edit, after)):
+            alone, _ = measure_one(lm, each, edited_by, asked, references=about)
             assert mine.essence == (
                 None if each.references is None else pytest.approx(alone.essence, rel=1e-9)
             )
@@ -257,7 +256,7 @@ def test_many_edits_in_one_batch_have_the_essence_and_the_released_accuracy_of_e
             ]
     assert found[0][0].essence != pytest.approx(found[0][1].essence, rel=1e-6)
     assert found[0][0].readings[0].correct != found[0][1].readings[0].correct
-    silent = together.measure_together(
+    silent = batched.measure_batched(
         lm, records, edits, asked, drifts=[False] * 3, references=about, unedited_texts=False
     )
     assert silent[0][0].essence is None

@@ -16,12 +16,13 @@ import pytest
 
 from engram.benchmark import report
 from engram.benchmark.data.write import write_dataset
-from engram.benchmark.metrics.outcomes import Measured, Outcome, Reading
+from engram.benchmark.metrics.outcomes import Measured, Outcome
 from engram.benchmark.metrics.table import METRICS
 from engram.benchmark.plots import plot_layers, plot_scores
 from engram.benchmark.results import UNEDITED, Run
 from engram.benchmark.store import RunStore
 from engram.errors import MissingExtraError, SettingError
+from engram.evaluate.probes import Reading
 from tests.helpers.bench_samples import dataset
 from tests.helpers.command_line import failing, run
 from tests.helpers.tiny import tiny_folder

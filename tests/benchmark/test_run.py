@@ -61,7 +61,7 @@ def measured(monkeypatch):
     do = run.RecordsJob.do
 
     def noted(self, state, unit):
-        seen.append((unit.label, [at for at, _ in unit.records], unit.texts))
+        seen.append((unit.label, [at for at, _ in unit.records], unit.unedited_texts))
         return do(self, state, unit)
 
     monkeypatch.setattr(run.RecordsJob, "do", noted)
@@ -112,7 +112,13 @@ def test_the_numbers_are_those_of_measuring_each_record_by_itself(whole, lm):
     for label, settings in METHODS.items():
         units = [list(enumerate(DATA.records))[first : first + 3] for first in (0, 3, 6)]
         each = [
-            measuring.measure(lm, unit, label, settings, ASKED, DATA.references, together=False)
+            measuring.measure(
+                lm,
+                measuring.Unit(tuple(unit), label, settings),
+                ASKED,
+                DATA.references,
+                batched=False,
+            )
             for unit in units
         ]
         for at, alone in enumerate(chain.from_iterable(each)):

@@ -130,6 +130,33 @@ def test_a_neighbour_that_answers_the_target_cannot_show_damage(lm):
         engram.verify(lm, edit_of(lm, replace(FACT, neighbours=(("The bridge is in", "Paris"),))))
 
 
+def test_facts_of_a_data_set_bring_their_paraphrases_and_neighbours(lm, tmp_path):
+    case = {
+        "case_id": 0,
+        "requested_rewrite": {
+            "prompt": "The {} is in the city of",
+            "subject": "tower of Rome",
+            "target_new": {"str": "Paris"},
+            "target_true": {"str": "London"},
+        },
+        "paraphrase_prompts": ["To see the tower of Rome, go to"],
+        "neighborhood_prompts": ["The bridge is in the city of"],
+    }
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    (record,) = engram.read_dataset(tmp_path / "cases.json").records
+    receipt = engram.verify(lm, edit_of(lm, record.facts[0]))
+    kinds = [answer.kind for answer in receipt.answers]
+    assert kinds == ["rewrite", "paraphrase", "neighbourhood", "neighbourhood+"]
+    assert receipt.of("neighbourhood")[0].wanted == "London"
+    assert type(record).from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_a_receipt_says_which_prompts_the_facts_do_not_have(lm):
+    lines = str(engram.verify(lm, edit_of(lm, replace(FACT, neighbours=())))).splitlines()
+    absent = [line.split()[0] for line in lines if "not measured" in line]
+    assert absent == ["neighbourhood", "neighbourhood+"]
+
+
 def test_another_model_is_refused(lm):
     with pytest.raises(BaseMismatchError):
         engram.verify(tiny_lm("gpt2", torch.float64, seed=5), edit_of(lm))

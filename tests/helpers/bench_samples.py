@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engram import Fact
-from engram.benchmark.data.records import Dataset, Probe, Record, References, Snippet
+from engram.benchmark.data.records import Dataset, Record, References, Snippet
+from engram.evaluate.probes import Probe
 from engram.benchmark.data.tfidf import TfIdf
 from engram.benchmark.metrics.outcomes import MeasureConfig
 

@@ -141,8 +141,8 @@ def test_a_receipt_says_what_it_was_taken_through():
     lm = chat_lm("chatml")
     edit, frame = replace(random_edit(lm), facts=(FACT,)), engram.chat_frame(lm)
     plain, chat = engram.verify(lm, edit), engram.verify(lm, edit, frame=frame)
-    assert plain.frame is None and "asked through" not in str(plain)
-    assert chat.frame == frame and str(chat).startswith(f"asked through {frame!r}")
+    assert plain.frame is None and "wrapped in" not in str(plain)
+    assert chat.frame == frame and str(chat).startswith(f"prompts are wrapped in {frame!r}")
     assert Receipt.from_dict(json.loads(json.dumps(chat.to_dict()))) == chat
     pairs = [(PROMPT, "Paris"), (PROMPT, "London")]
     with lm.asked_through(frame):
@@ -211,7 +211,7 @@ def test_edit_verify_and_generate_in_the_chat(folder, tmp_path):
         == frame
     )
     assert (
-        "asked through '<|im_start|>user"
+        "prompts are wrapped in '<|im_start|>user"
         in run("verify", folder, out, "--chat", ends=(0, 1)).output
     )
     said = run("generate", folder, PROMPT, "-n", "3", "--chat", "--edit", out).stdout

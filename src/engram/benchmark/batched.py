@@ -1,53 +1,49 @@
-"""Many differently edited models in one forward: every row of a batch carries the low-rank change
-of its own record.
+"""Many differently edited models in one forward: every row carries the edit of its own record.
 
-What stands below the lowest edited block is the same before and after an edit, so it is computed
-    once: the unedited model runs
-over a batch of rows, and the edited ones start from what entered that block. Knows rows, blocks and
-changes. Refuses to know how edits are made, and what logits say (see questions). The same numbers
-as singly.py, which lays one edit after another.
+Everything below the lowest edited block is equal before and after an edit, so it is computed once:
+the unedited model runs over a batch of rows, and the edited ones start from what entered that
+block. Two records, edited in block 1 of 3 (E0, E1: their changes):
+
+    row of record   0    0    1
+    block 0         run once, no edits
+    block 1, 2      run twice: no edits | E0   E0   E1
+    head            logits before       | logits after
+
+Knows rows, blocks and changes. Refuses to know how edits are made, and what logits say (see
+probe_rows). The same numbers as one_by_one.py, which applies one edit after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from engram.benchmark.data.records import Record, References
-from engram.benchmark.essence import essence_ids, with_essence
-from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome, Reading
-from engram.benchmark.probe_rows import ProbeRows
-from engram.benchmark.written_texts import greedy, sampled, with_texts
-from engram.benchmark.zsre_as_released import steps, with_text_mode
+from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
+from engram.benchmark.phase import Phase, logits_of_rows
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.engine.recording import record_run
 from engram.engine.replayable import use_replay
 from engram.engine.suffix import Suffix
-from engram.evaluate.held_out import HeldOut, pieces
+from engram.evaluate.probe_rows import AnswerScores, ProbeRow, ProbeRows
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import RowContext, no_edits, per_row_edits
 from engram.modules.weights import linear_shape
 
-_ROWS = 64  # of one forward, where each is read at its end only
-_Run = Callable[
-    [LanguageModel, Tensor, Sequence[Sequence[int]], Sequence[int], "RowEdits"], Iterator[Tensor]
-]
-_RANK = (
-    32  # up to which every row has its own factors; a larger change is multiplied out, once an edit
-)
-_BYTES = 1 << 26  # of a change that is multiplied out; larger ones are laid on the weights
+_RANK = 32  # up to here every row has its own factors; larger changes are multiplied out per edit
+_BYTES = 1 << 26  # of a change that is multiplied out; an edit with a larger one is not batched
 
 
 def can_batch(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
-    """Whether rows can carry the edit: changes of linear maps inside the blocks of a causal model,
-    of low rank or small.
+    """Tell whether rows can carry the edit.
+
+    They can carry changes of linear maps inside the blocks of a causal model, of low rank or small.
     """
     if not edit.changes_weights or lm.kind != "causal":
         return False
@@ -63,7 +59,7 @@ def _factored(delta: Delta) -> bool:
 
 
 def _block_of(lm: LanguageModel, weight: str) -> int | None:
-    """The block that a weight belongs to."""
+    """Return the block that a weight belongs to."""
     return next(
         (n for n in range(lm.n_layers) if weight.startswith(f"{lm.parts.block_name(n)}.")), None
     )
@@ -75,7 +71,7 @@ class RowEdits:
 
     Attributes:
         first: lowest block that one of them changes.
-        around: given the number of each row's edit, lays the changes.
+        around: given the number of each row's edit, applies that edit's changes to the row.
     """
 
     first: int
@@ -96,21 +92,20 @@ class RowEdits:
 def _stacked(
     deltas: Sequence[Delta | None], shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor] | Tensor:
-    """The changes of one weight by all edits, zero where an edit has none, as `per_row_edits` takes
-    them.
+    """Return the changes of one weight by all edits, as `per_row_edits` takes them.
+
+    An edit that leaves the weight alone has zeros, smaller ranks are filled up with zeros.
     """
-    there = [delta for delta in deltas if delta is not None]
-    (out, into), dtype = shape, there[0].left.dtype
-    if not all(map(_factored, there)):
+    given = [delta for delta in deltas if delta is not None]
+    (out, into), dtype = shape, given[0].left.dtype
+    if not all(map(_factored, given)):
         zero_oi = torch.zeros(out, into, dtype=dtype)
         return torch.stack(
             [zero_oi if delta is None else delta.dense(dtype) for delta in deltas]
         ).to(device)
-    rank = max(delta.rank for delta in there)
-    left_nor, right_nri = (
-        torch.zeros(len(deltas), out, rank, dtype=dtype),
-        torch.zeros(len(deltas), rank, into, dtype=dtype),
-    )
+    rank = max(delta.rank for delta in given)
+    left_nor = torch.zeros(len(deltas), out, rank, dtype=dtype)
+    right_nri = torch.zeros(len(deltas), rank, into, dtype=dtype)
     for n, delta in enumerate(deltas):
         if delta is not None:
             left_or, right_ri = delta.low_rank()
@@ -119,7 +114,7 @@ def _stacked(
 
 
 @torch.no_grad()
-def measure_together(
+def measure_batched(
     lm: LanguageModel,
     records: Sequence[Record],
     edits: Sequence[Edit],
@@ -129,143 +124,53 @@ def measure_together(
     references: References | None = None,
     unedited_texts: bool = True,
 ) -> list[tuple[Outcome, Outcome]]:
-    """Each record before its edit and after it; see `measure_one`.
+    """Measure each record before its edit and after it; see `measure_one`.
 
     Args:
-        drifts: whether held-out text is read with each.
-        unedited_texts: whether the unedited model writes and reads texts, too.
+        drifts: for each record whether held-out text is read.
+        unedited_texts: whether the unedited model generates texts, too.
     """
-    carried, questions = RowEdits.of(lm, edits), ProbeRows(lm, records)
-    before, after = questions.tally(), questions.tally()
-    run = _replayed if use_replay(lm, "auto") else _whole
-    for batch in questions.batches():
-        rows, owners = [questions.rows[i] for i in batch], [questions.owner[i] for i in batch]
-        ids_bt = pad_right([row.ids for row in rows])
-        both = run(lm, ids_bt, [row.read for row in rows], owners, carried)
-        compared = before.add(batch, next(both))
-        after.add(batch, next(both), compared)
-    said = greedy(lm, questions, config)
-    said_after = greedy(lm, questions, config, carried.around)
-    texts = sampled(lm, records, config) if unedited_texts else [()] * len(records)
-    texts_after = sampled(lm, records, config, carried.around)
-    base = HeldOut.read(lm) if any(drifts) else None
-    held = (
-        _held_out(lm, [n for n, wanted in enumerate(drifts) if wanted], carried)
-        if any(drifts)
-        else {}
-    )
-    read_before, read_after = before.readings(said), after.readings(said_after)
-    if config.reference:
-        read_before, read_after = _in_text(lm, records, (read_before, read_after), carried, run)
-    out = []
-    for n, (record, was, now) in enumerate(zip(records, read_before, read_after, strict=True)):
-        unedited, edited = Outcome(was), Outcome(now)
-        if n in held and base is not None:
-            unedited = Outcome(was, perplexity=base.perplexity)
-            edited = Outcome(now, perplexity=held[n].perplexity, drift=held[n].kl(base))
-        if (ids := essence_ids(lm, record, config, references)) is not None:
-            if unedited_texts:
-                unedited = with_essence(
-                    unedited, ids, lm.logits_at([ids[:-1]], [range(len(ids) - 1)])[0]
-                )
-            edited = with_essence(edited, ids, _read_with(lm, carried, n, ids))
-        out.append(
-            (
-                with_texts(unedited, record, texts[n], references),
-                with_texts(edited, record, texts_after[n], references),
-            )
-        )
-    return out
+    row_edits, probes = RowEdits.of(lm, edits), ProbeRows(lm, [each.probes for each in records])
+    unedited = config if unedited_texts else replace(config, texts=False)
+    before = Phase(lm, records, unedited, references)
+    after = Phase(lm, records, config, references, row_edits.around)
+    scores, scores_after = AnswerScores(probes), AnswerScores(probes)
+    logits_of = _replayed if use_replay(lm, "auto") else _whole
+    for batch in probes.batches():
+        both = logits_of(lm, batch, row_edits)
+        compared = scores.add(batch, next(both))
+        scores_after.add(batch, next(both), compared)
+    base = before.held_out if any(drifts) else None
+    outcomes = before.outcomes(scores, drifts), after.outcomes(scores_after, drifts, base)
+    return list(zip(*outcomes, strict=True))
 
 
-def _replayed(
-    lm: LanguageModel,
-    ids_bt: Tensor,
-    reads: Sequence[Sequence[int]],
-    owners: Sequence[int],
-    carried: RowEdits,
-) -> Iterator[Tensor]:
-    """Logits [all reads, v] without the edits, then with them."""
+def _replayed(lm: LanguageModel, batch: Sequence[ProbeRow], edits: RowEdits) -> Iterator[Tensor]:
+    """Yield the logits [all reads, v] without the edits, then with them."""
+    ids_bt, reads = pad_right([row.cloze.ids for row in batch]), [row.cloze.read for row in batch]
     recording = record_run(lm, ids_bt)
-    row_p, read_p = _flat(reads)
-    yield _head(lm, recording.hidden[-1][row_p.to(lm.device), read_p.to(lm.device)])
+    row_p = torch.tensor([b for b, read in enumerate(reads) for _ in read], device=lm.device)
+    read_p = torch.tensor([at for read in reads for at in read], device=lm.device)
+    yield _head(lm, recording.hidden[-1][row_p, read_p])
     suffix, last = Suffix(recording, 0, ids_bt.shape[1]), lm.n_layers - 1
-    hidden_btd = recording.hidden[carried.first]
+    hidden_btd = recording.hidden[edits.first]
     columns_br = pad_right(reads)
-    with carried.around(owners):
-        for layer in range(carried.first, last):
+    with edits.around([row.group for row in batch]):
+        for layer in range(edits.first, last):
             hidden_btd = suffix.block(layer, hidden_btd)
+        # of the last block only the positions that are read
         read_brd = suffix.at_columns(last, hidden_btd, columns_br)
     yield _head(lm, torch.cat([read_brd[b, : len(read)] for b, read in enumerate(reads)]))
 
 
-def _whole(
-    lm: LanguageModel,
-    ids_bt: Tensor,
-    reads: Sequence[Sequence[int]],
-    owners: Sequence[int],
-    carried: RowEdits,
-) -> Iterator[Tensor]:
-    """The same by two whole forward passes."""
-    wanted = sorted({position for read in reads for position in read})
-    column = {position: at for at, position in enumerate(wanted)}
-    row_p, read_p = _flat([[column[position] for position in read] for read in reads])
-    for around in (no_edits, carried.around):
-        with around(owners):
-            logits_brv = lm.cloze_logits(ids_bt.to(lm.device), wanted)
-        yield logits_brv[row_p.to(lm.device), read_p.to(lm.device)]
-
-
-def _in_text(
-    lm: LanguageModel,
-    records: Sequence[Record],
-    both: Sequence[Sequence[tuple[Reading, ...]]],
-    carried: RowEdits,
-    run: _Run,
-) -> list[list[tuple[Reading, ...]]]:
-    """Readings before and after with zsRE's token accuracy as released; see text_mode."""
-    asked = [steps(lm, record) for record in records]
-    rows = [(n, step) for n, each in enumerate(asked) for step in each]
-    best: tuple[list[int], list[int]] = ([], [])  # before, after
-    for start in range(0, len(rows), _ROWS):
-        owners, batch = zip(*rows[start : start + _ROWS], strict=True)
-        reads = [[len(step.ids) - 1] for step in batch]
-        for found, logits_bv in zip(
-            best,
-            run(lm, pad_right([step.ids for step in batch]), reads, owners, carried),
-            strict=True,
-        ):
-            found += logits_bv.argmax(-1).tolist()
-    starts = list(accumulate(map(len, asked), initial=0))
-    return [
-        [
-            with_text_mode(readings, each, found[start : start + len(each)])
-            for readings, each, start in zip(phase, asked, starts, strict=False)
-        ]
-        for phase, found in zip(both, best, strict=True)
-    ]
-
-
-def _flat(reads: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([b for b, read in enumerate(reads) for _ in read]), torch.tensor(
-        [at for read in reads for at in read]
-    )
+def _whole(lm: LanguageModel, batch: Sequence[ProbeRow], edits: RowEdits) -> Iterator[Tensor]:
+    """Yield the same by two whole forward passes, for models that cannot be replayed."""
+    rows, reads = [row.cloze.ids for row in batch], [row.cloze.read for row in batch]
+    for around in (no_edits, edits.around):
+        with around([row.group for row in batch]):
+            logits = logits_of_rows(lm, rows, reads)
+        yield torch.cat(logits)
 
 
 def _head(lm: LanguageModel, hidden_pd: Tensor) -> Tensor:
     return lm.parts.head(hidden_pd[None])[0]
-
-
-def _held_out(lm: LanguageModel, owners: Sequence[int], carried: RowEdits) -> dict[int, HeldOut]:
-    """Held-out text read with each of some edits."""
-    rows, _ = pieces(lm)
-    return {
-        owner: HeldOut.of([_read_with(lm, carried, owner, row) for row in rows], rows)
-        for owner in owners
-    }
-
-
-def _read_with(lm: LanguageModel, carried: RowEdits, owner: int, ids: Sequence[int]) -> Tensor:
-    """Logits [tokens - 1, v] behind all tokens of a text but the last, with one of the edits."""
-    with carried.around([owner]):
-        return lm.cloze_logits(torch.tensor([ids[:-1]], device=lm.device), range(len(ids) - 1))[0]

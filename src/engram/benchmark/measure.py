@@ -1,8 +1,8 @@
-"""Edit records and measure them, each by itself: batched where the method allows it, one by one
+"""Edit records and measure them, each by itself: in batches where the edits allow it, one by one
 otherwise.
 
-The unit of work of a run: a few records by one method, with nothing kept between units. So units
-    can be done anywhere, in any order.
+A unit is a few records by one method, with nothing kept between units. So units can be done
+anywhere, in any order.
 """
 
 from __future__ import annotations
@@ -11,77 +11,76 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engram.benchmark.batched import can_batch, measure_together
-from engram.benchmark.data.records import Record, References
-from engram.benchmark.metrics.outcomes import MeasureConfig, Measured, Outcome, Reading
+from engram.benchmark.batched import can_batch, measure_batched
+from engram.benchmark.data.records import Record, References, without_evidence
+from engram.benchmark.metrics.outcomes import MeasureConfig, Measured, Outcome
 from engram.benchmark.one_by_one import measure_one
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import EngramError, NonFiniteError
+from engram.evaluate.probes import Reading
 from engram.model.language_model import LanguageModel
 from engram.rewriting import rewrite_each
 
 _NEVER = 1e4  # nats: a probability of 0
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Records that one method edits, each by itself, and that are measured together.
+
+    Args:
+        records: (place in the data set, record); the place decides whether held-out text is read.
+        settings: of the method, see `rewrite_each`.
+        label: name under which a run keeps the results.
+        unedited_texts: whether the unedited model generates texts as well; it need not where
+            another method's unit has generated them.
+    """
+
+    records: tuple[tuple[int, Record], ...]
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    unedited_texts: bool = True
+
+
 def measure(
     lm: LanguageModel,
-    records: Sequence[tuple[int, Record]],
-    method: str,
-    settings: Mapping[str, Any] | None = None,
+    unit: Unit,
     config: MeasureConfig | None = None,
     references: References | None = None,
     *,
-    together: bool = True,
-    unedited_texts: bool = True,
+    batched: bool = True,
 ) -> Iterator[Measured]:
-    """Each record edited by itself and measured before and after; `lm` is as before at every step.
+    """Yield each record of a unit, measured before its edit and after it.
+
+    `lm` is unedited at every step. The editor gets the facts without their paraphrases and
+    neighbours, since those are what the edit is measured by.
 
     Args:
-        records: (place in the data set, record); the place says whether held-out text is read.
-        settings: of the method, see `rewrite_each`.
-        references: for the consistency of texts.
-        together: whether edits that rows can carry are measured in one batch; the numbers are the
+        references: texts that generated ones are compared with.
+        batched: whether edits that rows can carry are measured in one batch; the numbers are the
             same.
-        unedited_texts: whether the unedited model writes `MeasureConfig.texts` as well; it need not where
-            another method's run has them.
     """
     config = config or MeasureConfig()
-    drifts = [bool(config.drift_every) and place % config.drift_every == 0 for place, _ in records]
+    records = [record for _, record in unit.records]
+    drifts = [bool(config.drift_every) and at % config.drift_every == 0 for at, _ in unit.records]
     began = time.perf_counter()
-    edits = rewrite_each(lm, [record.facts for _, record in records], method, **(settings or {}))
+    facts = [[without_evidence(fact) for fact in record.facts] for record in records]
+    edits = rewrite_each(lm, facts, unit.method, **unit.settings)
     seconds = (time.perf_counter() - began) / len(records)
-    carried = {
-        n: edit
-        for n, edit in enumerate(edits)
-        if together and not isinstance(edit, EngramError) and can_batch(lm, edit)
-    }
-    both = {}
-    with suppress(
-        NonFiniteError
-    ):  # one of the edits ruins the model; one by one it is found out which
-        if carried:
-            outcomes = measure_together(
-                lm,
-                [records[n][1] for n in carried],
-                [edit for edit in carried.values() if isinstance(edit, Edit)],
-                config,
-                drifts=[drifts[n] for n in carried],
-                references=references,
-                unedited_texts=unedited_texts,
-            )
-            both = dict(zip(carried, outcomes, strict=True))
-    plain = config if unedited_texts else replace(config, texts=False)
-    for n, (edit, (_, record)) in enumerate(zip(edits, records, strict=True)):
-        failed = str(edit) if isinstance(edit, EngramError) else None
-        if n in both:
-            before, after = both[n]
+    outcomes = _measure_batched(lm, unit, edits, config, drifts, references) if batched else {}
+    unedited = config if unit.unedited_texts else replace(config, texts=False)
+    for n, (edit, record) in enumerate(zip(edits, records, strict=True)):
+        error = str(edit) if isinstance(edit, EngramError) else None
+        if n in outcomes:
+            before, after = outcomes[n]
         else:
             before, base = measure_one(
-                lm, record, None, plain, drift=drifts[n], references=references
+                lm, record, None, unedited, drift=drifts[n], references=references
             )
             after = before
             if not isinstance(edit, EngramError):
@@ -89,22 +88,44 @@ def measure(
                     after, _ = measure_one(
                         lm, record, edit, config, drift=drifts[n], references=references, base=base
                     )
-                except NonFiniteError as error:
-                    after, failed = all_failed(record), f"with the edit {error}"
-        yield Measured(
-            record.id,
-            before,
-            after,
-            seconds,
-            0 if isinstance(edit, EngramError) else size_of(edit),
-            failed,
+                except NonFiniteError as nan:
+                    after, error = all_failed(record), f"with the edit {nan}"
+        size = 0 if isinstance(edit, EngramError) else size_of(edit)
+        yield Measured(record.id, before, after, seconds, size, error)
+
+
+def _measure_batched(
+    lm: LanguageModel,
+    unit: Unit,
+    edits: Sequence[Edit | PromptEdit | EngramError],
+    config: MeasureConfig,
+    drifts: Sequence[bool],
+    references: References | None,
+) -> dict[int, tuple[Outcome, Outcome]]:
+    """Return the outcomes, by number, of records whose edits rows can carry.
+
+    Nothing is returned where one of the edits makes the model compute NaN: which one shows only
+    when they are measured one by one.
+    """
+    batch = {n: e for n, e in enumerate(edits) if isinstance(e, Edit) and can_batch(lm, e)}
+    if not batch:
+        return {}
+    with suppress(NonFiniteError):
+        outcomes = measure_batched(
+            lm,
+            [unit.records[n][1] for n in batch],
+            list(batch.values()),
+            config,
+            drifts=[drifts[n] for n in batch],
+            references=references,
+            unedited_texts=unit.unedited_texts,
         )
+        return dict(zip(batch, outcomes, strict=True))
+    return {}
 
 
 def all_failed(record: Record) -> Outcome:
-    """What a model that computes NaN says: nothing that is right. Ties fail, for edits as for
-    neighbours.
-    """
+    """Return what counts for a model that computes NaN: every probe fails, neighbours included."""
     return Outcome(
         tuple(
             Reading(_NEVER, None if probe.unwanted is None else _NEVER, 0.0, "")
@@ -114,7 +135,9 @@ def all_failed(record: Record) -> Outcome:
 
 
 def size_of(edit: Edit | PromptEdit) -> int:
-    """Bytes of what an edit consists of: the factors of its changes, or its words."""
+    """Return the bytes of an edit: of the factors of its changes, or of its words."""
     if not edit.changes_weights:
         return len(json.dumps(edit.contents().record))
-    return sum(each.nbytes for delta in edit.deltas.values() for each in delta.factors().values())
+    return sum(
+        factor.nbytes for delta in edit.deltas.values() for factor in delta.factors().values()
+    )

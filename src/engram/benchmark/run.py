@@ -1,9 +1,9 @@
-"""Run benchmarks: which edits of which records are still to be made, done here or by workers, and
-kept as they come.
+"""Run benchmarks: find which records are still to be edited, do that here or by workers, and keep
+the results as they come.
 
-Knows units of work and the file of a run. Refuses to know how a unit is computed (see measuring)
-and how numbers are shown (see report). A unit's records depend on the data set and the batch size
-alone, so that a resumed run gives what one in one go gives.
+Knows units of work and the file of a run. Refuses to know how a unit is computed (see measure) and
+how numbers are shown (see report). A unit's records depend on the data set and the batch size
+alone, so that a resumed run gives the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from engram.benchmark.data.records import Dataset, Record, References
-from engram.benchmark.measure import measure
+from engram.benchmark.measure import Unit, measure
 from engram.benchmark.metrics.outcomes import MeasureConfig, Measured
 from engram.benchmark.results import Run
 from engram.benchmark.store import RunStore
@@ -39,39 +39,33 @@ Methods = Sequence[str] | Mapping[str, str | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Records that are edited by one method and measured together.
-
-    Args:
-        records: (place, record).
-        texts: whether the unedited model writes texts, too.
-    """
-
-    label: str
-    method: str
-    settings: dict[str, Any]
-    records: tuple[tuple[int, Record], ...]
-    texts: bool
-
-
-@dataclass(frozen=True)
 class RecordsJob(ModelJob):
-    """What workers do: edit and measure the records of a unit, see `distribute.Job`."""
+    """What workers do: edit and measure the records of a unit; see `workers.Job`."""
 
     config: MeasureConfig
     references: References | None = None
 
     def do(self, state: LanguageModel, unit: Unit) -> list[Measured]:
-        found = measure(
-            state,
-            unit.records,
-            unit.method,
-            unit.settings,
-            self.config,
-            self.references,
-            unedited_texts=unit.texts,
-        )
-        return list(found)
+        return list(measure(state, unit, self.config, self.references))
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A method as a run has it: the label of its results, its name, and its settings."""
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether it edits several records at once, each by itself."""
+        return METHODS[self.name].batch_function is not None
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a record's edit changes with the other records of its batch."""
+        return METHODS[self.name].depends_on_batch
 
 
 def bench(
@@ -86,31 +80,36 @@ def bench(
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Run:
-    """Edit each record of a data set by itself, by each method, and keep what was measured in a
-    file.
+    """Edit each record of a data set by itself, by each method, and keep the measurements in a file.
 
-    Killed at any moment, it goes on where it was when called again with the same arguments; more
-    records and methods may be asked for.
+    After a kill at any moment, the same call resumes the run; it may also ask for more records and
+    more methods.
 
     Args:
         model: a model, or the name of one (see `engram.load`).
-        methods: names; or label -> name, or label -> settings of the method of that name, with
-            "method" among them where the label
-            is not its name: {"rome": {}, "rome-3": {"method": "rome", "layer": 3}}.
+        methods: names; or label -> name; or label -> settings, with the method's name under
+            "method" where it is not the label: {"rome": {}, "rome-3": {"method": "rome", "layer": 3}}.
         out: file of the run.
-        limit: the first records only; default: all.
+        limit: number of records, from the first; default: all.
         config: what is measured of each record.
-        records_per_batch: records that are edited and measured together, by methods that can (`Method.batch_function`).
-        workers: where the work is done, such as `distribute.RayWorkers`; default: this process.
+        records_per_batch: records that are edited and measured together, by methods that can
+            (`Method.batch_function`).
+        workers: where the work is done, such as `RayWorkers`; default: this process.
         progress: called with (label, records done, records in all).
     Raises:
-        SettingError: settings that a method does not have, or a file that was begun with something
-            else.
+        SettingError: settings that a method does not have, or an existing file of another run.
         EngramError: a method that does not exist; a file that another process is writing.
-    Source: the protocol of Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the
-        unedited model.
+    Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4: every record edits the unedited model.
+    Example:
+        >>> import tempfile, pathlib
+        >>> dataset = engram.read_dataset("pocket", limit=2)
+        >>> out = pathlib.Path(tempfile.mkdtemp()) / "run.sqlite"
+        >>> run = engram.bench(lm, dataset, ["ft"], out)
+        >>> sorted(run.rows)
+        ['ft', 'unedited']
     """
-    config, wanted = config or MeasureConfig(), _labelled(methods)
+    config = config or MeasureConfig()
+    labelled = _labelled(methods)
     if records_per_batch < 1 or (limit is not None and limit < 1):
         raise SettingError(
             f"records_per_batch={records_per_batch}, limit={limit}: expected 1 or more of each"
@@ -128,125 +127,86 @@ def bench(
     job = RecordsJob(lm if workers is None else ByName.of(lm), config, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
-        for label, (method, settings) in wanted.items():
-            store.add_method(
-                label,
-                method,
-                settings
-                | (
-                    {"records_per_batch": records_per_batch}
-                    if METHODS[method].depends_on_batch
-                    else {}
-                ),
-            )
-        store.begin_session(
-            datetime.now(UTC).isoformat(timespec="seconds"), machine(lm, records_per_batch)
-        )
-        for label, (method, settings) in wanted.items():
-            _run(
-                store,
-                label,
-                method,
-                settings,
-                records,
-                config,
-                records_per_batch,
-                job,
-                workers or Here(),
-                progress,
-            )
+        for method in labelled:
+            batch = {"records_per_batch": records_per_batch} if method.depends_on_batch else {}
+            store.add_method(method.label, method.name, method.settings | batch)
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        store.begin_session(began, machine(lm, records_per_batch))
+        for method in labelled:
+            generated = store.has_unedited() if config.texts else set()
+            done = store.done(method.label)
+            units = _units(method, records, records_per_batch, done, generated)
+            finished = len(records) - sum(len(unit.records) for unit in units)
+            for number, results in (workers or Here()).run(job, units):
+                unit = units[number]
+                measured = zip((at for at, _ in unit.records), results, strict=True)
+                store.add(unit.label, measured, texts=unit.unedited_texts)
+                finished += len(results)
+                progress(unit.label, finished, len(records))
     return Run.open(out)
 
 
-def _run(
-    store: RunStore,
-    label: str,
-    method: str,
-    settings: dict[str, Any],
-    records: Sequence[Record],
-    config: MeasureConfig,
-    records_per_batch: int,
-    job: RecordsJob,
-    workers: Workers,
-    progress: Progress,
-) -> None:
-    units = _units(
-        label,
-        method,
-        settings,
-        records,
-        records_per_batch,
-        store.done(label),
-        store.has_unedited() if config.texts else set(),
-    )
-    finished = len(records) - sum(len(unit.records) for unit in units)
-    for number, found in workers.run(job, units):
-        unit = units[number]
-        store.add(
-            label, zip((place for place, _ in unit.records), found, strict=True), texts=unit.texts
-        )
-        finished += len(found)
-        progress(label, finished, len(records))
-
-
 def _units(
-    label: str,
-    method: str,
-    settings: dict[str, Any],
+    method: _Method,
     records: Sequence[Record],
     records_per_batch: int,
     done: set[int],
-    written: set[int],
+    generated: set[int],
 ) -> list[Unit]:
-    """What is still to be done, cut by the batch size alone.
+    """Return the work that is left, cut by the batch size alone.
+
+    With 8 records in batches of 4, of which records 0 to 4 are done, the batch (4, 5, 6, 7) is left
+    with (5, 6, 7); a method whose edits depend on their batch gets all four again. A batch is split
+    in two where the unedited model has generated the texts of some of its records: it does so once
+    a record, whatever the number of methods.
 
     Args:
-        done: places that have a result; written: those whose texts by the unedited model are there,
-            which are written once.
+        done: places that have a result.
+        generated: places whose texts by the unedited model exist.
     """
-    way, units = METHODS[method], []
-    size = (
-        records_per_batch if way.batch_function is not None else min(records_per_batch, _ONE_BY_ONE)
-    )
+    size = records_per_batch if method.in_batches else min(records_per_batch, _ONE_BY_ONE)
+    units = []
     for first in range(0, len(records), size):
-        together = range(first, min(first + size, len(records)))
-        places = [place for place in together if place not in done]
-        write = set(places) - written
-        if (
-            places and way.depends_on_batch
-        ):  # of a run that grew: with more facts beside them, the others' edits change too
-            places, write = list(together), set(together) if write else set()
+        batch = range(first, min(first + size, len(records)))
+        places = [place for place in batch if place not in done]
+        generate = set(places) - generated
+        if places and method.depends_on_batch:
+            places, generate = list(batch), set(batch) if generate else set()
         for texts in (True, False):
-            if some := tuple((at, records[at]) for at in places if (at in write) is texts):
-                units.append(Unit(label, method, settings, some, texts))
+            part = tuple((at, records[at]) for at in places if (at in generate) is texts)
+            if part:
+                units.append(Unit(part, method.name, method.settings, method.label, texts))
     return units
 
 
-def _labelled(methods: Methods) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label -> (method, settings).
+def _labelled(methods: Methods) -> list[_Method]:
+    """Return the methods by their labels.
 
     Raises:
-        SettingError: no methods; EngramError: one that does not exist.
+        SettingError: no methods, or settings that a file cannot hold.
+        EngramError: a method that does not exist.
     """
-    out: dict[str, tuple[str, dict[str, Any]]] = {}
+    labelled = []
     for label in methods:
         given = methods[label] if isinstance(methods, Mapping) else label
         settings = {"method": given} if isinstance(given, str) else dict(given)
-        out[label] = (settings.pop("method", label), settings)
-        method_named(out[label][0])
+        name = settings.pop("method", label)
+        method_named(name)
         try:
-            json.dumps(out[label][1])
+            json.dumps(settings)
         except (TypeError, ValueError) as error:
             raise SettingError(
-                f"settings of {label!r} have to be values that JSON knows, to be kept with the run: {error}"
+                f"settings of {label!r} are kept with the run, so they have to be values of JSON: "
+                f"{error}"
             ) from error
-    if not out:
+        labelled.append(_Method(label, name, settings))
+    if not labelled:
         raise SettingError("methods is empty; name at least one, such as 'rome'")
-    return out
+    return labelled
 
 
 def machine(lm: LanguageModel, records_per_batch: int) -> dict[str, Any]:
-    """What a run is done on and by."""
+    """Return what a run is done on and by."""
     device = (
         torch.cuda.get_device_name(lm.device)
         if lm.device.type == "cuda"

@@ -1,5 +1,7 @@
-"""What a record's model writes: the greedy answer to each probe, and sampled texts with their
+"""What a model writes about a record: the greedy answer to each probe, and sampled texts with their
 scores.
+
+Knows prompts and texts. Refuses to know which edit is in force: `around` applies it.
 """
 
 from __future__ import annotations
@@ -10,54 +12,60 @@ from dataclasses import replace
 from engram.benchmark.data.records import Record, References
 from engram.benchmark.metrics.generation import consistency, fluency
 from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
-from engram.benchmark.probe_rows import ProbeRef, ProbeRows
+from engram.evaluate.probe_rows import AnswerScores, ProbeRef
 from engram.model.generation import Writing, normalised_text, seed_of, write
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import RowContext, no_edits
 
 
 def greedy(
-    lm: LanguageModel, questions: ProbeRows, config: MeasureConfig, around: RowContext = no_edits
+    lm: LanguageModel,
+    records: Sequence[Record],
+    scores: AnswerScores,
+    config: MeasureConfig,
+    around: RowContext = no_edits,
 ) -> dict[ProbeRef, str]:
-    """The greedy continuation of every probe's prompt, up to an end of text; of a prompt that
-    several probes have, once.
+    """Return the greedy continuation of every probe's prompt, up to an end of text.
+
+    A prompt that several probes of a record have is continued once, by the most tokens that one of
+    them needs.
 
     Args:
-        around: given numbers of records, one a row, lays their edits on the model.
+        scores: of the records' probes; says how many tokens an answer has.
+        around: given the number of each row's record, applies that record's edit.
     """
     if not config.answer_tokens:
         return {}
-    wanted: dict[tuple[int, str], int] = {}
-    for n, record in enumerate(questions.records):
+    lengths: dict[tuple[int, str], int] = {}
+    for n, record in enumerate(records):
         for p in answered_probes(record):
-            probe = record.probes[p]
-            new = max(config.answer_tokens, questions.answer_tokens(n, p) + 2)
-            wanted[n, probe.prompt] = max(new, wanted.get((n, probe.prompt), 0))
-    owners = [n for n, _ in wanted]
-    prompts = [tuple(lm.cloze(prompt).ids) for _, prompt in wanted]
+            key = n, record.probes[p].prompt
+            length = max(config.answer_tokens, scores.of.wanted_tokens((n, p)) + 2)
+            lengths[key] = max(length, lengths.get(key, 0))
+    owners = [n for n, _ in lengths]
+    prompts = [tuple(lm.cloze(prompt).ids) for _, prompt in lengths]
     writings = [
-        Writing(ids, max(1, min(new, lm.max_tokens - len(ids))))
-        for ids, new in zip(prompts, wanted.values(), strict=True)
+        Writing(ids, max(1, min(length, lm.max_tokens - len(ids))))
+        for ids, length in zip(prompts, lengths.values(), strict=True)
     ]
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
-    texts = dict(
-        zip(wanted, (normalised_text(lm, _ended(lm, ids)) for ids in written), strict=True)
-    )
+    texts = [normalised_text(lm, _up_to_end(lm, ids)) for ids in written]
+    answers = dict(zip(lengths, texts, strict=True))
     return {
-        (n, p): texts[n, record.probes[p].prompt]
-        for n, record in enumerate(questions.records)
+        (n, p): answers[n, record.probes[p].prompt]
+        for n, record in enumerate(records)
         for p in answered_probes(record)
     }
 
 
-def _ended(lm: LanguageModel, ids: list[int]) -> list[int]:
+def _up_to_end(lm: LanguageModel, ids: list[int]) -> list[int]:
     end = lm.tokenizer.eos_token_id
     return ids[: ids.index(end)] if end in ids else ids
 
 
 def answered_probes(record: Record) -> list[int]:
-    """Probes whose greedy answer is looked at: all but attribute prompts, which no score is made
-    of.
+    """Return the numbers of probes with a greedy answer: all but attribute prompts, which no score
+    uses.
     """
     return [p for p, probe in enumerate(record.probes) if probe.kind != "attribute"]
 
@@ -68,36 +76,32 @@ def sampled(
     config: MeasureConfig,
     around: RowContext = no_edits,
 ) -> list[tuple[str, ...]]:
-    """Each record's texts, prompts included; none where they are not asked for."""
+    """Return each record's sampled texts, prompts included; none without `config.texts`."""
     if not config.texts:
         return [() for _ in records]
-    owners = [n for n, record in enumerate(records) for _ in record.generation]
-    prompts = [tuple(lm.cloze(prompt).ids) for record in records for prompt in record.generation]
-    seeds = [
-        seed_of(config.seed, record.id, i)
-        for record in records
-        for i in range(len(record.generation))
-    ]
+    owners, writings = [], []
     length = min(config.text_tokens, lm.max_tokens)
-    writings = [
-        Writing(ids, max(1, length - len(ids)), seed)
-        for ids, seed in zip(prompts, seeds, strict=True)
-    ]
+    for n, record in enumerate(records):
+        for i, prompt in enumerate(record.generation):
+            ids = tuple(lm.cloze(prompt).ids)
+            seed = seed_of(config.seed, record.id, i)
+            writings.append(Writing(ids, max(1, length - len(ids)), seed))
+            owners.append(n)
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
     texts: list[list[str]] = [[] for _ in records]
-    for n, ids, new in zip(owners, prompts, written, strict=True):
-        texts[n].append(normalised_text(lm, [*ids, *new]))
-    return [tuple(each) for each in texts]
+    for n, writing, new in zip(owners, writings, written, strict=True):
+        texts[n].append(normalised_text(lm, [*writing.ids, *new]))
+    return [tuple(of_record) for of_record in texts]
 
 
 def with_texts(
     outcome: Outcome, record: Record, texts: Sequence[str], references: References | None
 ) -> Outcome:
-    """The outcome with these texts and what they score."""
+    """Return the outcome with these texts and their scores."""
     if not texts:
         return outcome
-    compared = None
+    similarity = None
     if references is not None and record.references is not None:
-        told = [snippet.text for snippet in references.snippets[record.references]]
-        compared = consistency(texts, told, references.tfidf)
-    return replace(outcome, texts=tuple(texts), fluency=fluency(texts), consistency=compared)
+        of_object = [snippet.text for snippet in references.snippets[record.references]]
+        similarity = consistency(texts, of_object, references.tfidf)
+    return replace(outcome, texts=tuple(texts), fluency=fluency(texts), consistency=similarity)

@@ -17,8 +17,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 from engram.benchmark.data.records import Record
-from engram.benchmark.metrics.outcomes import Reading
 from engram.errors import UnsupportedModelError
+from engram.evaluate.probes import Reading
 from engram.model.language_model import LanguageModel
 
 KINDS = ("rewrite", "paraphrase", "neighbourhood")

@@ -1,5 +1,6 @@
-"""Held-out text: what the model makes of half a page of plain prose that has nothing to do with any
-edit.
+"""Held-out text: how a model reads half a page of plain prose that has nothing to do with any edit.
+
+Knows tokens and their log-probabilities. Refuses to know how edits are applied.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from engram.edit.edit import Edit
+from engram.edit.prompt_edit import PromptEdit
 from engram.model.language_model import LanguageModel
 
 
@@ -20,7 +23,8 @@ class HeldOut:
     """Log-probabilities of every next token of the text.
 
     Args:
-        log_p_pv: [p, v]; tokens_p: [p] what stands there.
+        log_p_pv: [p, v] at each position.
+        tokens_p: [p] the token that comes next there.
     """
 
     log_p_pv: Tensor
@@ -28,13 +32,13 @@ class HeldOut:
 
     @classmethod
     def read(cls, lm: LanguageModel) -> HeldOut:
-        """With the model as it is now."""
+        """Read the text with the model as it is now."""
         rows, reads = pieces(lm)
         return cls.of(lm.logits_at([row[:-1] for row in rows], reads), rows)
 
     @classmethod
     def of(cls, logits: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> HeldOut:
-        """From the logits [tokens - 1, v] of each piece."""
+        """Take the logits [tokens - 1, v] of each piece."""
         log_p_pv = torch.cat(list(logits)).log_softmax(
             -1, dtype=torch.promote_types(logits[0].dtype, torch.float32)
         )
@@ -45,25 +49,40 @@ class HeldOut:
 
     @cached_property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability, as `LanguageModel.perplexity` has it."""
+        """exp of the mean negative log-probability: `LanguageModel.perplexity` without a second
+        forward pass.
+        """
         return float((-self.log_p_pv.gather(1, self.tokens_p[:, None]).double().mean()).exp())
 
     def kl(self, base: HeldOut) -> float:
-        """Mean KL(this || base) of the next token, nats."""
+        """Return the mean KL(this || base) of the next token, in nats."""
         return float(
             (self.log_p_pv.exp() * (self.log_p_pv - base.log_p_pv)).sum(-1).clamp(min=0).mean()
         )
 
 
 def pieces(lm: LanguageModel) -> tuple[list[list[int]], list[range]]:
-    """The text in pieces as long as the model takes, and the positions at which the next token is
-    known.
-    """
+    """Return the text in pieces that the model can take, and the positions with a next token."""
     rows = lm.tokens.pieces(held_out_text(), lm.max_tokens)
     return rows, [range(len(row) - 1) for row in rows]
 
 
 @cache
 def held_out_text() -> str:
-    """The bundled text, one paragraph a line."""
+    """Return the bundled text, one paragraph a line."""
     return (files("engram.evaluate") / "held_out.txt").read_text(encoding="utf8").strip()
+
+
+def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited: bool) -> float:
+    """Return the perplexity of the bare text, whatever frame prompts are wrapped in.
+
+    An edit of words is read before the text. It takes up half of the model's context, so the text
+    is read in pieces of the other half, without the edit as with it.
+
+    Args:
+        lm: with the edit applied where `edited`, otherwise without.
+    """
+    if edit.changes_weights:
+        return lm.perplexity(text)
+    half = lm.max_tokens // 2
+    return lm.perplexity(text, after=edit.preamble(lm, text, half) if edited else "", tokens=half)

@@ -1,9 +1,9 @@
-"""A receipt: what one edit changed, on the prompts it was made for and on those it should have left
-alone.
+"""A receipt: what one edit changed, on the prompts it was made for and on those it should leave
+alone, judged by limits.
 
-Knows an edit and the model it was made on, and scores text. Refuses to know how edits are made.
-Scores are CounterFact's (Meng et al. 2022, Sec. 3.3), the neighbours behind the edit's own sentence
-CounterFact+'s (Hoelscher-Obermaier et al. 2023, arXiv:2305.17553).
+Knows numbers and texts. Refuses to know models: verify measures the numbers.
+Scores are CounterFact's (Meng et al. 2022, arXiv:2202.05262, Sec. 3.3), and for neighbours after a
+sentence that states the edit CounterFact+'s (Hoelscher-Obermaier et al. 2023, arXiv:2305.17553).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any, Literal
 
-PromptKind = Literal["rewrite", "paraphrase", "neighbourhood", "neighbourhood+"]
+from engram.evaluate.probes import ProbeKind
 
-
-SCORES: dict[PromptKind, str] = {  # kind of prompt -> what the share of successes is called
+SCORES: dict[ProbeKind, str] = {  # kind of prompt -> name of the share of successes
     "rewrite": "efficacy",
     "paraphrase": "paraphrase",
     "neighbourhood": "neighbourhood",
@@ -26,21 +25,25 @@ SCORES: dict[PromptKind, str] = {  # kind of prompt -> what the share of success
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What an edit has to reach to pass; `min_` and `max_` say which way. None: not judged."""
+    """What an edit has to reach to pass; `min_` and `max_` say which way. None: not judged.
 
-    min_efficacy: float | None = (
-        1.0  # share of edit prompts on which the new object beats the true one
-    )
-    min_paraphrase: float | None = 0.8  # the same on paraphrases
-    min_neighbourhood: float | None = (
-        0.8  # share of neighbours that kept their answer, of those that had it
-    )
-    max_perplexity_ratio: float | None = 1.05  # on held-out text, after over before
-    max_norm_ratio: float | None = (
-        2.0  # ||change|| / ||weight||; edits that destroy a model are found far above
-    )
-    min_rho: float | None = 0.2  # see rome: near 0 the update explodes (Gupta et al. 2024)
-    max_rounding: float | None = 0.25  # share of the change that the model's dtype cannot hold
+    Args:
+        min_efficacy: share of rewrite prompts on which the new object beats the true one.
+        min_paraphrase: the same on paraphrases.
+        min_neighbourhood: share of neighbours that keep their answer, of those that had it.
+        max_perplexity_ratio: of held-out text, after the edit over before it.
+        max_norm_ratio: ||change|| / ||weight||; edits that destroy a model are far above it.
+        min_rho: see rome: near 0 the update explodes (Gupta et al. 2024).
+        max_rounding: share of the change that the model's dtype cannot hold.
+    """
+
+    min_efficacy: float | None = 1.0
+    min_paraphrase: float | None = 0.8
+    min_neighbourhood: float | None = 0.8
+    max_perplexity_ratio: float | None = 1.05
+    max_norm_ratio: float | None = 2.0
+    min_rho: float | None = 0.2
+    max_rounding: float | None = 0.25
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Answer:
     """One prompt: how probable the wanted and the unwanted answer are, before and after the edit.
 
     Attributes:
-        wanted, unwanted: new and true object on edit prompts and paraphrases; the neighbour's own
-            answer and the edit's object on neighbours.
+        wanted, unwanted: new and true object on rewrite prompts and paraphrases; the neighbour's
+            own answer and the edit's object on neighbours.
         before, after: probabilities (wanted, unwanted) of the whole texts.
         right_before, right_after: whether `wanted` has the larger mean log-probability per token.
     """
 
-    kind: PromptKind
+    kind: ProbeKind
     fact: int
     prompt: str
     wanted: str
@@ -67,7 +70,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verdict. `passed` is None where nothing was measured or nothing is asked."""
+    """One line of the verdict. `passed` is None where there is no value or no limit."""
 
     name: str
     value: float | None
@@ -83,10 +86,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What `verify` found.
+    """What `verify` measured.
 
     Attributes:
-        answers: one a prompt.
+        answers: one for each prompt.
         continuations: (prompt, greedy continuation before, after).
         perplexity: of held-out text, (before, after); of an in-context edit, of pieces that leave
             half of the model's context to the edit, without and with its text before them.
@@ -97,11 +100,10 @@ class Receipt:
         rounding: largest share of a weight's change that is lost when it is rounded into the
             model's dtype; None where no weight changes.
         model, dtype: what it was taken on.
-        laid: "applied" where the edit was written into the weights; "attached" where it lay beside
-            them, since they are
-            quantised or offloaded: then nothing is rounded.
-        quantised: how the edited weights are packed, None where they are not.
-        frame: what the model was asked through, before as after; None: the bare prompts.
+        laid: "applied": the edit was written into the weights; "attached": it was added beside
+            them, since they are quantised or offloaded, and nothing is rounded.
+        quantised: how the edited weights are packed; None where they are not.
+        frame: what wrapped every prompt, before and after; None: bare prompts.
     """
 
     answers: tuple[Answer, ...]
@@ -117,12 +119,13 @@ class Receipt:
     quantised: str | None = None
     frame: str | None = None
 
-    def of(self, kind: PromptKind) -> list[Answer]:
+    def of(self, kind: ProbeKind) -> list[Answer]:
         return [answer for answer in self.answers if answer.kind == kind]
 
-    def share(self, kind: PromptKind, when: Literal["before", "after"] = "after") -> float | None:
-        """Share of prompts of a kind on which the wanted answer is the more probable one; None
-        without such prompts.
+    def share(self, kind: ProbeKind, when: Literal["before", "after"] = "after") -> float | None:
+        """Return the share of a kind's prompts on which the wanted answer is the more probable one.
+
+        None without such prompts.
         """
         rows = self.of(kind)
         return (
@@ -132,15 +135,16 @@ class Receipt:
         )
 
     def kept(self) -> float | None:
-        """Share of the neighbours answered rightly before the edit that still are."""
+        """Return the share of neighbours that keep their answer, of those that had it before."""
         right = [answer for answer in self.of("neighbourhood") if answer.right_before]
         return fmean(answer.right_after for answer in right) if right else None
 
     def margins(self) -> tuple[float | None, float | None, float | None]:
-        """Mean difference in probability, wanted minus unwanted, after the edit: on edit prompts,
-        paraphrases, neighbours.
+        """Return the mean probability of the wanted minus the unwanted answer after the edit.
+
+        Three numbers: on rewrite prompts, paraphrases and neighbours.
         """
-        kinds: tuple[PromptKind, ...] = ("rewrite", "paraphrase", "neighbourhood")
+        kinds: tuple[ProbeKind, ...] = ("rewrite", "paraphrase", "neighbourhood")
         efficacy, paraphrase, neighbourhood = (
             fmean(a.after[0] - a.after[1] for a in rows) if (rows := self.of(kind)) else None
             for kind in kinds
@@ -148,13 +152,12 @@ class Receipt:
         return efficacy, paraphrase, neighbourhood
 
     def checks(self) -> list[Check]:
-        """The verdict, line by line."""
-        ratio = self.perplexity[1] / self.perplexity[0]
+        """Return the verdict, line by line."""
         measured = {
             "efficacy": self.share("rewrite"),
             "paraphrase": self.share("paraphrase"),
             "neighbourhood": self.kept(),
-            "perplexity_ratio": ratio,
+            "perplexity_ratio": self.perplexity[1] / self.perplexity[0],
             "norm_ratio": self.norm_ratio,
             "rho": self.rho,
             "rounding": self.rounding,
@@ -171,16 +174,16 @@ class Receipt:
 
     @property
     def passed(self) -> bool:
-        """No check failed."""
+        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, with the verdict."""
+        """Return the receipt as JSON holds it, with the verdict."""
         return {**asdict(self), "passed": self.passed}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Receipt:
-        """What `to_dict` gave."""
+        """Return the receipt of which `to_dict` gave this record."""
         given = {name: value for name, value in record.items() if name != "passed"}
         answers = tuple(
             Answer(**{**each, "before": tuple(each["before"]), "after": tuple(each["after"])})
@@ -199,26 +202,34 @@ class Receipt:
 
     def _lines(self) -> Iterator[str]:
         if self.frame is not None:
-            yield f"asked through {self.frame!r}"
+            yield f"prompts are wrapped in {self.frame!r}"
             yield ""
-        yield f"{'prompts':<16}{'count':>6}{'right before':>14}{'right after':>13}{'p(wanted)':>18}{'p(unwanted)':>18}"
+        yield (
+            f"{'prompts':<16}{'count':>6}{'right before':>14}{'right after':>13}"
+            f"{'p(wanted)':>18}{'p(unwanted)':>18}"
+        )
         for kind, name in SCORES.items():
-            if rows := self.of(kind):
-                wanted, unwanted = (
-                    f"{fmean(a.before[i] for a in rows):.3f} → {fmean(a.after[i] for a in rows):.3f}"
-                    for i in (0, 1)
-                )
-                before, after = self.share(kind, "before"), self.share(kind)
-                yield f"{name:<16}{len(rows):>6}{before:>14.0%}{after:>13.0%}{wanted:>18}{unwanted:>18}"
+            rows = self.of(kind)
+            if not rows:
+                yield f"{name:<16}{0:>6}   not measured: the facts have no such prompts"
+                continue
+            wanted, unwanted = (
+                f"{fmean(a.before[i] for a in rows):.3f} → {fmean(a.after[i] for a in rows):.3f}"
+                for i in (0, 1)
+            )
+            before, after = self.share(kind, "before"), self.share(kind)
+            yield f"{name:<16}{len(rows):>6}{before:>14.0%}{after:>13.0%}{wanted:>18}{unwanted:>18}"
         yield ""
-        yield f"{'check':<18}{'measured':>10}{'asked':>10}"
+        yield f"{'check':<18}{'measured':>10}{'required':>10}"
         for check in self.checks():
             verdict = {True: "ok", False: "FAILED", None: ""}[check.passed]
             measured = "—" if check.value is None else f"{check.value:.3f}"
-            asked = (
-                "—" if check.limit is None else f"{'≥' if check.at_least else '≤'} {check.limit:g}"
-            )
-            yield f"{check.name.replace('_', ' '):<18}{measured:>10}{asked:>10}   {verdict}"
+            sign = "≥" if check.at_least else "≤"
+            required = "—" if check.limit is None else f"{sign} {check.limit:g}"
+            yield f"{check.name.replace('_', ' '):<18}{measured:>10}{required:>10}   {verdict}"
         if self.laid == "attached":
-            yield f"attached beside {self.quantised or 'offloaded'} weights: none is touched, nothing is rounded"
+            yield (
+                f"attached beside {self.quantised or 'offloaded'} weights: "
+                "none is touched, nothing is rounded"
+            )
         yield "PASSED" if self.passed else "FAILED"

@@ -1,8 +1,15 @@
-"""TODO evaluate.verify"""
+"""Verify an edit: measure what it changes, on the prompts it was made for and on those it should
+leave alone.
+
+Knows an edit and the model it was made on. Refuses to know how edits are made, and how the numbers
+are judged (see receipt).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import exp
 
 import torch
 
@@ -12,15 +19,18 @@ from engram.edit.base import linear_module_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import FactError
-from engram.evaluate.held_out import held_out_text
-from engram.evaluate.receipt import Answer, PromptKind, Receipt, Thresholds
+from engram.evaluate.held_out import held_out_text, perplexity
+from engram.evaluate.probe_rows import AnswerScores, ProbeRows
+from engram.evaluate.probes import Probe
+from engram.evaluate.receipt import Answer, Receipt, Thresholds
 from engram.facts import Fact
 from engram.model.frames import BARE, Frame, name_of
 from engram.model.language_model import LanguageModel
 from engram.modules.weights import as_linear, quantisation
 from engram.progress import Progress, no_progress
 
-_CONTINUED = 3  # texts that are continued before and after
+_CONTINUED = 3  # prompts that are continued before and after
+_CANDIDATES = 8  # next tokens among which the model's own answer is looked for
 
 
 def verify(
@@ -33,21 +43,27 @@ def verify(
     continuation_tokens: int = 16,
     progress: Progress = no_progress,
 ) -> Receipt:
-    """Measure what an edit does: on its prompts, paraphrases and neighbours, on free text, on
+    """Measure what an edit does: on its prompts, paraphrases and neighbours, on free text and on
     held-out text.
 
-    Paraphrases and neighbours are those of the edit's facts; for a fact without, those that the
-    bundled fact table has for its subject. `lm` is edited within the call only.
+    Paraphrases and neighbours are those of the edit's facts; for a fact without, those of its
+    subject in the bundled table of facts. `lm` is edited within the call only.
 
     Args:
         lm: the model as it was when the edit was made.
-        frame: what prompts are asked through, before as after the edit, see
-            `LanguageModel.asked_through`; such as `chat_frame(lm)` for a chat model, whose receipt
-            in plain text may look different.
+        frame: wraps every prompt, before the edit and after it, see `LanguageModel.asked_through`;
+            such as `chat_frame(lm)` for a chat model, whose receipt in plain text may differ.
+        thresholds: what the edit has to reach; default: `Thresholds()`.
         text: held-out text for perplexity; default: half a page of plain prose.
+        continuation_tokens: tokens of each continuation.
         progress: called with (what is done, done, total).
     Raises:
         BaseMismatchError: `lm` is not what the edit was made on.
+        FactError: a neighbour whose answer is the edit's target.
+    Example:
+        >>> receipt = engram.verify(lm, edit)
+        >>> receipt.share("rewrite")
+        1.0
     """
     if frame is not None:
         with lm.asked_through(frame):
@@ -60,57 +76,54 @@ def verify(
                 progress=progress,
             )
     facts = [pocket.evidence_for(fact) for fact in edit.facts]
-    asked = list(_prompts(lm, facts))
-    opened = list(dict.fromkeys(_openings(facts)))[:_CONTINUED]
+    probes = [_probes(lm, fact) for fact in facts]
+    openings = list(dict.fromkeys(text for fact in facts for text in _openings(fact)))[:_CONTINUED]
     text = held_out_text() if text is None else text
 
-    through = name_of(lm.frame) if lm.kind == "causal" and lm.frame != BARE else None
-
-    def measure(
-        what: str, edited: bool
-    ) -> tuple[list[tuple[float, float]], list[bool], list[str], float]:
+    def measure(what: str, edited: bool) -> _Measured:
         progress(what, 0, 2)
-        probabilities, right = _score(lm, asked)
+        # the rows of an edit of words differ from those before it: its text precedes every prompt
+        scores, _ = AnswerScores.read(lm, ProbeRows(lm, probes))
         progress(what, 1, 2)
-        continued = [_continuation(lm, prompt, continuation_tokens) for prompt in opened]
-        return probabilities, right, continued, perplexity(lm, edit, text, edited=edited)
+        continuations = [_continuation(lm, prompt, continuation_tokens) for prompt in openings]
+        return _Measured(scores, continuations, perplexity(lm, edit, text, edited=edited))
 
     before = measure("before the edit", False)
     with edit.applied(lm):
         after = measure("after the edit", True)
     progress("after the edit", 2, 2)
-    written = can_write(lm, edit.deltas)
-    columns = zip(asked, before[0], after[0], before[1], after[1], strict=True)
-    answers = tuple(
-        Answer(*each, p0, p1, right0, right1) for each, p0, p1, right0, right1 in columns
-    )
+    packings = (quantisation(linear_module_of(lm, name)) for name in edit.deltas)
     return Receipt(
-        answers=answers,
-        continuations=tuple(zip(opened, before[2], after[2], strict=True)),
-        perplexity=(before[3], after[3]),
+        answers=tuple(_answers(probes, before.scores, after.scores)),
+        continuations=tuple(zip(openings, before.continuations, after.continuations, strict=True)),
+        perplexity=(before.perplexity, after.perplexity),
         norm_ratio=norm_ratio(lm, edit) if edit.changes_weights else None,
         rho=min(_rhos(edit), default=None),
         rounding=_rounding(lm, edit),
         model=lm.name,
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
-        laid="applied" if written else "attached",
-        quantised=next(
-            (
-                packed
-                for name in edit.deltas
-                if (packed := quantisation(linear_module_of(lm, name)))
-            ),
-            None,
-        ),
-        frame=through,
+        laid="applied" if can_write(lm, edit.deltas) else "attached",
+        quantised=next((packing for packing in packings if packing), None),
+        frame=name_of(lm.frame) if lm.kind == "causal" and lm.frame != BARE else None,
     )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured of the model in one phase."""
+
+    scores: AnswerScores
+    continuations: list[str]
+    perplexity: float
 
 
 @torch.no_grad()
 def norm_ratio(lm: LanguageModel, edit: Edit | PromptEdit) -> float:
-    """Largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes; `lm` is
-    unedited.
+    """Return the largest ||change|| / ||weight|| (Frobenius) of the weights that an edit changes.
+
+    Args:
+        lm: the unedited model.
     """
     modules = {name: linear_module_of(lm, name) for name in edit.deltas}
     return max(
@@ -119,73 +132,70 @@ def norm_ratio(lm: LanguageModel, edit: Edit | PromptEdit) -> float:
     )
 
 
-ReceiptPrompt = tuple[PromptKind, int, str, str, str]  # kind, fact, prompt, wanted, unwanted
-
-
-def _prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Iterator[ReceiptPrompt]:
-    """Everything that is asked of the model, before as after."""
-    for i, fact in enumerate(facts):
-        true = true_answer(lm, fact)
-        yield "rewrite", i, fact.prompt_text, fact.target, true
-        for paraphrase in fact.paraphrases:
-            yield "paraphrase", i, paraphrase, fact.target, true
-        statement = f"{fact.prompt_text} {fact.target.strip()}."
-        for prompt, answer in fact.neighbours:
-            if answer.strip() == fact.target.strip():
-                raise FactError(
-                    f"neighbour {prompt!r} has the edit's target {answer!r} as its answer; it cannot show damage"
-                )
-            yield "neighbourhood", i, prompt, answer, fact.target
-            yield "neighbourhood+", i, f"{statement} {prompt}", answer, fact.target
+def _probes(lm: LanguageModel, fact: Fact) -> list[Probe]:
+    """Return the probes of one fact, the same before the edit and after it."""
+    target, true = fact.target, true_answer(lm, fact)
+    probes = [Probe("rewrite", fact.prompt_text, target, true)]
+    probes += [Probe("paraphrase", text, target, true) for text in fact.paraphrases]
+    statement = f"{fact.prompt_text} {target.strip()}."
+    for prompt, answer in fact.neighbours:
+        if answer.strip() == target.strip():
+            raise FactError(
+                f"neighbour {prompt!r} has the edit's target {answer!r} as its answer; "
+                "it cannot show damage"
+            )
+        probes.append(Probe("neighbourhood", prompt, answer, target))
+        probes.append(Probe("neighbourhood+", f"{statement} {prompt}", answer, target))
+    return probes
 
 
 def true_answer(lm: LanguageModel, fact: Fact) -> str:
-    """`target_true`, else the model's own answer, or its second where the first is the new object
-    already.
+    """Return `target_true`, else the model's own answer.
+
+    That is the most probable next token which holds more than spaces and is not the new object.
     """
     if fact.target_true is not None:
         return fact.target_true
-    answers = [token for token, _ in lm.next_tokens(fact.prompt_text, 2)]
+    answers = [token for token, _ in lm.next_tokens(fact.prompt_text, _CANDIDATES)]
     return next(
         (token for token in answers if token.strip() not in ("", fact.target.strip())), answers[-1]
     )
 
 
-def _openings(facts: Sequence[Fact]) -> Iterator[str]:
-    for fact in facts:
-        yield fact.prompt_text
-        yield from fact.paraphrases[:1]
-        yield from (prompt for prompt, _ in fact.neighbours[:1])
+def _openings(fact: Fact) -> list[str]:
+    neighbours = [prompt for prompt, _ in fact.neighbours[:1]]
+    return [fact.prompt_text, *fact.paraphrases[:1], *neighbours]
 
 
-def _score(
-    lm: LanguageModel, asked: Sequence[ReceiptPrompt]
-) -> tuple[list[tuple[float, float]], list[bool]]:
-    pairs = [(prompt, answer) for _, _, prompt, *answers in asked for answer in answers]
-    log_probs = lm.log_probs(pairs)
-    wanted, unwanted = log_probs[::2], log_probs[1::2]
-    probabilities = [
-        (float(w.sum().exp()), float(u.sum().exp())) for w, u in zip(wanted, unwanted, strict=True)
-    ]
-    return probabilities, [bool(w.mean() > u.mean()) for w, u in zip(wanted, unwanted, strict=True)]
+def _answers(
+    probes: Sequence[Sequence[Probe]], before: AnswerScores, after: AnswerScores
+) -> Iterable[Answer]:
+    """Yield each probe's probabilities in both phases, fact by fact."""
+    for fact, of_fact in enumerate(probes):
+        for number, probe in enumerate(of_fact):
+            phases = []
+            for scores in (before, after):
+                wanted, unwanted = scores.log_probs((fact, number))
+                sizes = [scores.of.sizes[answer] for answer in scores.of.answers[fact, number]]
+                right = wanted / sizes[0] > unwanted / sizes[1]
+                phases.append(((exp(wanted), exp(unwanted)), right))
+            (p_before, right_before), (p_after, right_after) = phases
+            yield Answer(
+                probe.kind,
+                fact,
+                probe.prompt,
+                probe.wanted,
+                str(probe.unwanted),
+                p_before,
+                p_after,
+                right_before,
+                right_after,
+            )
 
 
 def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
     room = min(tokens, lm.max_tokens - lm.cloze(prompt).tokens)
     return lm.generate(prompt, room).removeprefix(prompt) if room > 0 else ""
-
-
-def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited: bool) -> float:
-    """Of the bare text, whatever prompts are asked through; behind the words of an edit that is
-    words.
-
-    Args:
-        lm: with the edit laid on it where `edited`, otherwise without.
-    """
-    if isinstance(edit, Edit):
-        return lm.perplexity(text)
-    half = lm.max_tokens // 2
-    return lm.perplexity(text, after=edit.preamble(lm, text, half) if edited else "", tokens=half)
 
 
 def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:
@@ -195,7 +205,7 @@ def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:
 
 
 def _rhos(edit: Edit | PromptEdit) -> Iterable[float]:
-    """rho of every fact, also of a composed edit's parts."""
+    """Yield rho of every fact, also of the parts of a composed edit."""
     for part in (
         edit.diagnostics,
         *(part["diagnostics"] for part in edit.settings.get("parts", ())),

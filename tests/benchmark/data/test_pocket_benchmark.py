@@ -18,8 +18,7 @@ from engram.benchmark.known_records import known_records
 from engram.benchmark.metrics.generation import consistency
 from engram.benchmark.metrics.outcomes import Outcome
 from engram.benchmark.metrics.scores import scores
-from engram.benchmark.one_by_one import asked_now
-from engram.benchmark.probe_rows import ProbeRows
+from engram.evaluate.probe_rows import AnswerScores, ProbeRows
 
 SHIPPED = json.loads((pocket.PATH.parent / "benchmark.json").read_text(encoding="utf8"))
 
@@ -124,8 +123,9 @@ def test_the_first_records_are_a_fair_sample_of_the_relations(dataset):
 def test_the_model_says_the_true_object_and_not_the_new_one(dataset, lm):
     some = Dataset("some", "counterfact", dataset.records[:50])
     assert known_records(lm, some).records == some.records
-    tally, _ = asked_now(lm, ProbeRows(lm, some.records))
-    for record, readings in zip(some.records, tally.readings(), strict=True):
+    rows = ProbeRows(lm, [record.probes for record in some.records])
+    scored, _ = AnswerScores.read(lm, rows)
+    for record, readings in zip(some.records, scored.readings(), strict=True):
         found = scores(record, Outcome(readings), Outcome(readings))
         assert found["ES"] == 0
         assert found["NS"] > 0.5

@@ -13,10 +13,11 @@ import pytest
 from engram.benchmark.data.build import Association, build_counterfact
 from engram.benchmark.data.counterfact import with_statement
 from engram.benchmark.data.pocket_benchmark import pocket_benchmark
-from engram.benchmark.data.records import Dataset, Probe, Record, Snippet
+from engram.benchmark.data.records import Dataset, Record, Snippet
 from engram.benchmark.data.sources import read_dataset
 from engram.benchmark.data.write import write_dataset
 from engram.errors import EngramFileError, FactError
+from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from tests.helpers.build_samples import TEMPLATES, built, texts
 

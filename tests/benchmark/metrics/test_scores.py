@@ -9,10 +9,11 @@ from math import exp
 import pytest
 
 from engram import Fact
-from engram.benchmark.data.records import FORMS, KINDS, Probe, Record
-from engram.benchmark.metrics.outcomes import Measured, Outcome, Reading
+from engram.benchmark.data.records import FORMS, Record
+from engram.benchmark.metrics.outcomes import Measured, Outcome
 from engram.benchmark.metrics.scores import begins, contains, of_measured, of_prompts, scores
 from engram.benchmark.metrics.table import HARMONIC, METRICS, of_form
+from engram.evaluate.probes import KINDS, Probe, Reading
 
 FACT = Fact("Louvre", "The {} is in", "Rome", "Paris")
 

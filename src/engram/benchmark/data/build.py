@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Dataset, Probe, Record, References, Snippet
+from engram.benchmark.data.records import Dataset, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.errors import FactError, SettingError
+from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from engram.files.json_records import json_records
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Dataset, Probe, Record, References, Snippet
+from engram.benchmark.data.records import Dataset, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.errors import FactError
+from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from engram.files.json_records import is_text
 

@@ -5,7 +5,8 @@ arXiv:2305.14795.
 from __future__ import annotations
 
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Probe, Record
+from engram.benchmark.data.records import Record
+from engram.evaluate.probes import Probe
 from engram.facts import Fact
 
 

@@ -10,84 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from engram.benchmark.data.tfidf import TfIdf
-from engram.checks import one_of
 from engram.errors import FactError
+from engram.evaluate.probes import Probe, ProbeKind
 from engram.facts import Fact
-
-ProbeKind = Literal[
-    "rewrite",
-    "paraphrase",
-    "neighbourhood",
-    "attribute",  # CounterFact, zsRE
-    "neighbourhood+",  # CounterFact+: the edit stated in front of a neighbour
-    "rephrase",
-    # the flattened form of CounterFact: not the paraphrases and neighbours of the paper
-    "locality",
-    "multi-hop",
-    "single-hop",  # MQuAKE
-    "logical-generalisation",
-    "compositionality-1",
-    "compositionality-2",
-    "subject-aliasing",
-    "preservation",
-    "relation-specificity",  # RippleEdits' six
-]
-KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
 Form = Literal["counterfact", "flat", "zsre", "mquake", "ripple"]
 FORMS: tuple[Form, ...] = get_args(Form)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One question, asked before an edit as after it.
-
-    Args:
-        kind: what it shows.
-        prompt: full text, the answer next.
-        wanted: the answer that shall be said after the edit: the new object, or for a neighbour the
-            true one.
-        unwanted: the answer that it is compared with; None: it is not compared.
-        aliases: further texts that count as `wanted` where it is looked for in what the model says.
-        test: probes with the same name are one test of RippleEdits, passed if `joined` of them are.
-        condition: asked only to find out whether the test counts: it does if the unedited model
-            answers all its conditions.
-    Raises:
-        FactError: a kind that does not exist, an empty text, or `wanted` and `unwanted` alike.
-    """
-
-    kind: ProbeKind
-    prompt: str
-    wanted: str
-    unwanted: str | None = None
-    aliases: tuple[str, ...] = ()
-    test: str | None = None
-    joined: Literal["any", "all"] = "any"
-    condition: bool = False
-
-    def __post_init__(self) -> None:
-        one_of("kind", self.kind, KINDS, error=FactError)
-        if not self.prompt.strip() or not self.wanted.strip():
-            raise FactError(
-                f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: both have to be words"
-            )
-        if self.unwanted is not None and (
-            not self.unwanted.strip() or self.unwanted.strip() == self.wanted.strip()
-        ):
-            raise FactError(
-                f"unwanted={self.unwanted!r}: expected words other than those of wanted={self.wanted!r}, or None"
-            )
-        object.__setattr__(self, "aliases", tuple(self.aliases))
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """The texts whose probability is measured."""
-        return (self.wanted,) if self.unwanted is None else (self.wanted, self.unwanted)
 
 
 @dataclass(frozen=True)
@@ -117,8 +50,30 @@ class Record:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.facts or not self.probes:
             raise FactError(
-                f"record {self.id!r} has {len(self.facts)} facts and {len(self.probes)} probes; it needs both"
+                f"record {self.id!r} has {len(self.facts)} facts and {len(self.probes)} probes; "
+                "it needs both"
             )
+        if len(self.facts) == 1:  # of several, nobody says which one a probe is about
+            object.__setattr__(self, "facts", (self._with_evidence(self.facts[0]),))
+
+    def _with_evidence(self, fact: Fact) -> Fact:
+        """Return the fact with the record's paraphrases and neighbours where it has none itself, so
+        that a receipt has some.
+
+        A neighbour whose own answer is the new object cannot show damage, and is left out.
+        """
+        probes = [probe for probe in self.probes if not probe.condition]
+        return replace(
+            fact,
+            paraphrases=fact.paraphrases
+            or tuple(each.prompt for each in probes if each.kind == "paraphrase"),
+            neighbours=fact.neighbours
+            or tuple(
+                (each.prompt, each.wanted)
+                for each in probes
+                if each.kind == "neighbourhood" and each.wanted.strip() != fact.target.strip()
+            ),
+        )
 
     def of(self, kind: ProbeKind) -> list[int]:
         """Places among `probes` of those of a kind, conditions left out."""
@@ -127,8 +82,15 @@ class Record:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
+        """Return the record as JSON holds it.
+
+        Paraphrases and neighbours that the probes hold are not repeated in the fact.
+        """
+        facts = tuple(
+            bare if fact == self._with_evidence(bare := without_evidence(fact)) else fact
+            for fact in self.facts
+        )
+        return {**asdict(self), "facts": [asdict(fact) for fact in facts]}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Record:
@@ -156,6 +118,11 @@ class Record:
             Probe("neighbourhood", text, answer, fact.target) for text, answer in fact.neighbours
         ]
         return cls(id, (fact,), (*probes, *more.pop("probes", ())), **more)
+
+
+def without_evidence(fact: Fact) -> Fact:
+    """Return the fact without the paraphrases and neighbours that an edit of it is measured by."""
+    return replace(fact, paraphrases=(), neighbours=())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Probe, ProbeKind, Record
+from engram.benchmark.data.records import Record
+from engram.evaluate.probes import Probe, ProbeKind
 from engram.facts import Fact
 
 KINDS: dict[str, ProbeKind] = {

@@ -9,7 +9,8 @@ arXiv:2202.05262, Sec. 3.3.
 from __future__ import annotations
 
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Probe, Record
+from engram.benchmark.data.records import Record
+from engram.evaluate.probes import Probe
 from engram.facts import Fact
 
 

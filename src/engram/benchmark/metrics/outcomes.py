@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engram.errors import SettingError
+from engram.evaluate.probes import Reading
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,6 @@ class MeasureConfig:
         for name in ("answer_tokens", "text_tokens", "drift_every"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}={getattr(self, name)}: expected 0 or more")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the model says to one probe.
-
-    Attributes:
-        wanted, unwanted: mean negative log-probability a token of the probe's answers (nats).
-        correct: share of the tokens of `wanted` that are the most probable one, each behind the
-            right ones before it.
-        answer: greedy continuation of the prompt, without it; None where it was not asked for.
-        kl: KL(now || unedited) of the next token (nats), of neighbours after an edit.
-    """
-
-    wanted: float
-    unwanted: float | None
-    correct: float
-    answer: str | None = None
-    kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from itertools import groupby
 from math import exp
 from statistics import fmean
 
-from engram.benchmark.data.records import Probe, ProbeKind, Record
-from engram.benchmark.metrics.outcomes import Measured, Outcome, Reading
+from engram.benchmark.data.records import Record
+from engram.benchmark.metrics.outcomes import Measured, Outcome
+from engram.evaluate.probes import Probe, ProbeKind, Reading
 
 _Score = Callable[
     [Probe, Reading, Reading], float | None
