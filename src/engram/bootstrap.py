@@ -72,31 +72,6 @@ class Bootstrap:
             parts.append(means_rl)
         return np.concatenate(parts)
 
-    def means_of_groups(self, groups: Sequence[Sequence[float]]) -> Array:
-        """Return the means [resamples] over groups of the mean of each, by a bootstrap in two
-        stages: groups are drawn, then values from the pool of these groups.
-
-        A value counts as one over the size of its group, so that draws lie around the mean of the
-        groups' means. With the groups (1, 3) and (8) and the first draw (second, first), the pool
-        is 8, 1, 3 with weights 1, 1/2, 1/2; the second draw takes three values of it.
-
-        Args:
-            groups: at least one value in each.
-        """
-        generator = np.random.default_rng(self.seed)
-        values_p = np.concatenate([np.asarray(group, dtype=float) for group in groups])
-        sizes_n = np.array([len(group) for group in groups])
-        weights_p, ends_n = np.repeat(1 / sizes_n, sizes_n), sizes_n.cumsum()
-        means = []
-        for _ in range(self.resamples):
-            drawn_n = generator.integers(len(groups), size=len(groups))
-            # from a value's place in the pool to its place among all values, a group at a time
-            shifts_n = ends_n[drawn_n] - sizes_n[drawn_n].cumsum()
-            pool = np.repeat(shifts_n, sizes_n[drawn_n]) + np.arange(sizes_n[drawn_n].sum())
-            drawn = pool[generator.integers(len(pool), size=len(pool))]
-            means.append(np.average(values_p[drawn], weights=weights_p[drawn]))
-        return np.array(means)
-
 
 DEFAULT = Bootstrap()
 

@@ -24,13 +24,13 @@ from engram.benchmark.essence import essence_ids, with_essence
 from engram.benchmark.metrics.generation import entropy, fluency, n_gram_entropy, tokens
 from engram.benchmark.metrics.outcomes import MeasureConfig, Outcome
 from engram.benchmark.metrics.scores import scores
-from engram.benchmark.metrics.summary import published_summary
 from engram.benchmark.one_by_one import measure_one
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.evaluate.probes import Probe, Reading
 from tests.helpers import golden
+from tests.helpers.published import published_summary
 
 LAYER, WEIGHT = 2, "transformer.h.2.mlp.c_proj.weight"
 CASES = range(10)

@@ -8,9 +8,9 @@ from typing import Any
 
 from engram import Fact
 from engram.benchmark.data.records import Dataset, Record, References, Snippet
-from engram.evaluate.probes import Probe
 from engram.benchmark.data.tfidf import TfIdf
 from engram.benchmark.metrics.outcomes import MeasureConfig
+from engram.evaluate.probes import Probe
 
 SUBJECTS = (
     "tower",

@@ -82,7 +82,7 @@ def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited:
     Args:
         lm: with the edit applied where `edited`, otherwise without.
     """
-    if edit.changes_weights:
+    if isinstance(edit, Edit):
         return lm.perplexity(text)
     half = lm.max_tokens // 2
     return lm.perplexity(text, after=edit.preamble(lm, text, half) if edited else "", tokens=half)

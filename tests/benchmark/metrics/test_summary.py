@@ -7,16 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.benchmark.metrics.summary import (
-    Estimate,
-    harmonic,
-    hierarchical,
-    paired,
-    published_summary,
-    summarise,
-)
+from engram.benchmark.metrics.summary import Estimate, harmonic, paired, summarise
 from engram.bootstrap import Bootstrap
 from engram.errors import SettingError
+from tests.helpers.published import published_summary
 
 shares = st.integers(0, 10).map(lambda tenths: tenths / 10)
 rows = st.lists(
@@ -223,44 +217,6 @@ def test_a_difference_of_harmonic_means_is_a_loop_over_the_same_resampled_record
     assert found.count == 59
 
 
-def test_two_stages_of_drawing_are_wider_than_one():
-    """Each stage adds the variance of drawing as many values: with one value a record the two have
-    twice that of one.
-    """
-    values = np.random.default_rng(0).random(400)
-    twice, once = (
-        Bootstrap(1).means_of_groups(values[:, None].tolist()).std(),
-        Bootstrap(1).means(values[:, None]).std(),
-    )
-    assert twice / once == pytest.approx(2**0.5, rel=0.1)
-
-
-def test_two_stages_are_a_loop_over_records_and_then_over_their_prompts():
-    values = [[0.1, 0.4], [0.9], [0.2, 0.3, 0.7]]
-    generator, by_hand = np.random.default_rng(4), []
-    for _ in range(50):
-        pool = [
-            (value, 1 / len(values[i]))
-            for i in generator.integers(3, size=3)
-            for value in values[i]
-        ]
-        drawn = [pool[i] for i in generator.integers(len(pool), size=len(pool))]
-        by_hand.append(
-            sum(value * weight for value, weight in drawn) / sum(weight for _, weight in drawn)
-        )
-    np.testing.assert_allclose(Bootstrap(4, 50).means_of_groups(values), by_hand)
-
-
-def test_the_interval_of_counterfact_plus_is_of_99_per_cent_around_the_mean_of_records():
-    values = [[1.0, 1.0, 0.0, 0.0], [1.0], [], [0.0, 1.0]]
-    found = hierarchical(values)
-    assert found.mean == pytest.approx((0.5 + 1.0 + 0.5) / 3)
-    assert found.count == 3
-    assert 0 <= found.low < found.mean < found.high <= 1
-    assert hierarchical(values) == hierarchical(values)
-    assert hierarchical([[0.5, 0.5]] * 4).low == 0.5
-
-
 def test_records_without_texts_have_no_place_in_the_published_summary():
     found = published_summary(
         [{"ES": 0.0}, {"ES": 1.0}], [{"ES": 1.0, "seconds": 2.0}, {"ES": 1.0, "seconds": 3.0}]
@@ -280,7 +236,6 @@ def test_records_without_texts_have_no_place_in_the_published_summary():
         (lambda: summarise([{}], "counterfacts"), "form='counterfacts': expected 'counterfact'"),
         (lambda: Bootstrap(resamples=0), "resamples=0"),
         (lambda: paired({"1": {}}, {"2": {}}, "zsre"), "no records .* same ids"),
-        (lambda: hierarchical([[]]), "no records"),
     ],
 )
 def test_what_cannot_be_summarised_says_why(call, message):
