@@ -21,8 +21,9 @@ import engram
 from engram import Fact
 from engram.errors import UnsupportedModelError
 from engram.modules.hooks import record, substitute
-from engram.modules.layouts import LAYOUTS, as_linear, is_transposed
+from engram.modules.layouts import LAYOUTS
 from engram.modules.resolve import kind_of, resolve
+from engram.modules.weights import as_linear, is_transposed
 from tests.helpers.tiny import (
     DENSE,
     ENCODER_DECODER,

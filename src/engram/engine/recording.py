@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import Changes, record, substitute
+from engram.modules.parts import takes
 
 
 @dataclass
@@ -99,7 +100,7 @@ def record_run(
     cache = DynamicCache()
     caching = (
         {"past_key_values": cache, "use_cache": True}
-        if "past_key_values" in signature(base_model(lm).forward).parameters
+        if takes(base_model(lm), "past_key_values")
         else {}
     )
 

@@ -13,7 +13,6 @@ instead; the numbers are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from inspect import signature
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from engram.engine.suffix import Suffix, put, take
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import record
+from engram.modules.parts import takes
 
 # tokens whose keys and values are held at once; of GPT-2 XL in float32: 1.2 GB
 _CACHED_TOKENS = 2048
@@ -35,7 +35,7 @@ Ids = tuple[int, ...]
 
 def can_share(lm: LanguageModel) -> bool:
     """Return whether it is worth trying: the model reads from left to right and takes a cache."""
-    return lm.kind == "causal" and "past_key_values" in signature(lm.model.forward).parameters
+    return lm.kind == "causal" and takes(lm.model, "past_key_values")
 
 
 @torch.no_grad()
@@ -59,11 +59,7 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
     for batch in _batches(continued):
         heads = list(dict.fromkeys(head for head, _ in batch))
         ids_bt = torch.tensor(heads, device=lm.device)
-        last = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in signature(lm.model.forward).parameters
-            else {}
-        )
+        last = {"logits_to_keep": 1} if lm.keeps_logits else {}
         read = lm.model(ids_bt, use_cache=True, **last)
         cache = read.past_key_values
         if not isinstance(cache, DynamicCache):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -33,7 +32,7 @@ from engram.model.frames import Frame, around, check_frame, framed, name_of
 from engram.model.tokens import Encoding, Tokens, pad_right, spaced
 from engram.modules.hooks import substitute
 from engram.modules.layouts import ModelKind
-from engram.modules.parts import Parts
+from engram.modules.parts import Parts, takes
 from engram.modules.resolve import resolve
 
 _TOKENS_PER_BATCH = 4096  # tokens in one scoring forward
@@ -329,7 +328,7 @@ class LanguageModel:
     @cached_property
     def keeps_logits(self) -> bool:
         """Whether the model's forward computes logits at chosen positions only."""
-        return "logits_to_keep" in signature(self.model.forward).parameters
+        return takes(self.model, "logits_to_keep")
 
     def _batches(
         self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]

@@ -10,29 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 from transformers.activations import NewGELUActivation
 
 from engram.errors import EngramError, UnsupportedModelError
 from engram.model.language_model import LanguageModel
-from engram.modules.layouts import ModelKind
+from engram.modules.layouts import AUTO_CLASSES
 from engram.modules.resolve import kind_of
 from engram.modules.weights import keep_differentiable, quantisation
 
 log = logging.getLogger(__name__)
-
-_AUTO_CLASSES: dict[ModelKind, Any] = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "encoder-decoder": AutoModelForSeq2SeqLM,
-}
 
 
 def load(
@@ -64,7 +53,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
-        model = _AUTO_CLASSES[kind_of(config)].from_pretrained(
+        model = _class_for(config).from_pretrained(
             path,
             dtype=dtype or "auto",
             device_map=device_map,
@@ -110,7 +99,7 @@ def load_shapes(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = _AUTO_CLASSES[kind_of(config)].from_config(
+            model = _class_for(config).from_config(
                 config,
                 dtype=dtype or config.dtype or torch.float32,
                 trust_remote_code=trust_remote_code,
@@ -118,6 +107,11 @@ def load_shapes(
     except (OSError, ValueError, KeyError) as error:
         raise _not_found(name, error) from error
     return LanguageModel(model, tokenizer, name)
+
+
+def _class_for(config: Any) -> Any:
+    """Return the class of transformers that loads a model with this config."""
+    return getattr(transformers, AUTO_CLASSES[kind_of(config)])
 
 
 def _resolved(

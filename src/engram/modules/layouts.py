@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from engram.modules.weights import as_linear as as_linear
-from engram.modules.weights import is_transposed as is_transposed
-
 log = logging.getLogger(__name__)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,9 +11,16 @@ from torch import Tensor, nn
 from engram.checks import did_you_mean
 from engram.errors import UnsupportedModelError
 from engram.modules.layouts import Layout, ModelKind
-from engram.modules.weights import as_linear as as_linear
-from engram.modules.weights import is_transposed as is_transposed
 from engram.modules.weights import linear_shape
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Return whether a model's forward has an argument, such as "logits_to_keep" (it can compute
+    logits at chosen positions only) or "past_key_values" (it can continue from a cache).
+
+    Families differ in both, and a forward with `**kwargs` would swallow the argument silently.
+    """
+    return argument in signature(model.forward).parameters
 
 
 class Parts:

@@ -14,8 +14,6 @@ from engram.checks import did_you_mean
 from engram.errors import UnsupportedModelError
 from engram.modules.layouts import AUTO_CLASSES, LAYOUTS, Layout, ModelKind, log
 from engram.modules.parts import Parts
-from engram.modules.weights import as_linear as as_linear
-from engram.modules.weights import is_transposed as is_transposed
 from engram.modules.weights import linear_shape
 
 

@@ -110,7 +110,7 @@ def descended(lm, delta_oi, locality=(), **settings):
 
 
 def zeros(lm):
-    from engram.modules.layouts import as_linear
+    from engram.modules.weights import as_linear
 
     return torch.zeros(as_linear(lm.parts.mlp_out(1)).shape, dtype=lm.dtype, requires_grad=True)
 

@@ -20,7 +20,7 @@ from engram.errors import (
     SettingError,
     UnsupportedModelError,
 )
-from engram.modules.layouts import as_linear
+from engram.modules.weights import as_linear
 from engram.settings import read
 from tests.helpers.tiny import DENSE, tiny_lm
 from tests.helpers.training import FACTS, unchanged

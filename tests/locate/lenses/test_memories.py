@@ -10,7 +10,7 @@ import torch
 import engram
 from engram.errors import NonFiniteError, SettingError, UnsupportedModelError
 from engram.locate.lenses.memories import Memory, ValueVector, vocabulary_scores
-from engram.modules.layouts import as_linear
+from engram.modules.weights import as_linear
 from tests.helpers.tiny import DENSE, EXPERTS, tiny_lm
 
 TEXT = "The tower of Rome is in the city of"

@@ -42,7 +42,7 @@ from engram.engine.replayable import Engine
 from engram.errors import NonFiniteError, SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
-from engram.modules.layouts import as_linear
+from engram.modules.weights import as_linear
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
 

@@ -27,7 +27,7 @@ from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.frozen import frozen
 from engram.modules.hooks import overlay_weight
-from engram.modules.layouts import as_linear
+from engram.modules.weights import as_linear
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
 

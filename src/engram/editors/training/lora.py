@@ -28,7 +28,7 @@ from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.frozen import frozen
-from engram.modules.layouts import is_transposed
+from engram.modules.weights import is_transposed
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
 
