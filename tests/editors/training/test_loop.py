@@ -8,17 +8,13 @@ import pytest
 import torch
 
 from engram import Fact
-from engram.editors.training.loop import TuningConfig, descend, forward_from, tasks
+from engram.editors.training.loop import TrainingLoop, TuningConfig, forward_from
 from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows, target_row
 from engram.errors import FactError, SettingError
 from engram.modules.frozen import frozen
 from engram.modules.hooks import overlay_weight
 from tests.helpers.tiny import DENSE, TOKENIZERS, tiny_lm
 from tests.helpers.training import FACTS, all_said, answered
-
-
-def quiet(what, done, total):
-    """Nobody listens."""
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -68,7 +64,7 @@ def test_whether_all_is_said_is_what_the_model_says():
     for target in (said, "Paris"):
         batch = TargetBatch.of([target_row(lm, "He plays the", target)])
         with torch.no_grad():
-            assert batch.all_said(batch.logits(lm)) == all_said(lm, "He plays the", target)
+            assert batch.all_top1(batch.logits(lm)) == all_said(lm, "He plays the", target)
 
 
 def test_contexts_and_paraphrases_are_rows_of_their_fact():
@@ -103,10 +99,12 @@ def descended(lm, delta_oi, locality=(), **settings):
     """Training of block 1's MLP output matrix, and the module that is trained."""
     config = TuningConfig(**settings)
     module = lm.parts.mlp_out(1)
+    loop = TrainingLoop(lm, 1, config)
     with frozen(lm.model):
-        wanted, staying = tasks(lm, fact_rows(lm, FACTS), locality, 1, config, None, "auto", quiet)
+        targets = loop.task(fact_rows(lm, FACTS))
+        unrelated = loop.task([target_row(lm, *pair) for pair in locality])
         with overlay_weight(module, delta_oi):
-            return descend([delta_oi], wanted, staying, config, generator=None, progress=quiet)
+            return loop.descend([delta_oi], targets, unrelated)
 
 
 def zeros(lm):
@@ -135,13 +133,14 @@ def test_locality_adds_its_gradient(kind):
     start = [answered(lm, *pair) for pair in pairs]
     with frozen(lm.model):
         config = TuningConfig(epochs=1, locality_loss=kind, locality_weight=0.5)
-        wanted, staying = tasks(lm, fact_rows(lm, FACTS), pairs, 1, config, None, "auto", quiet)
+        loop = TrainingLoop(lm, 1, config)
+        staying = loop.task([target_row(lm, *pair) for pair in pairs])
         before = [forward().log_softmax(-1).detach() for forward in staying.forwards]
         torch.testing.assert_close(-staying.batches[0].token_nll(before[0]), torch.cat(start))
         with overlay_weight(lm.parts.mlp_out(1), delta_oi):
-            from engram.editors.training.loop import _locality
+            from engram.editors.training.loop import _locality_loss
 
-            loss = _locality(staying, 0, before if kind == "kl" else [])
+            loss = _locality_loss(staying, 0, before if kind == "kl" else [])
             changed["ce"] = torch.stack([-answered(lm, *pair).mean() for pair in pairs]).mean()
             changed["kl"] = torch.stack(
                 [_divergence(lm, *pair, before[0], i) for i, pair in enumerate(pairs)]

@@ -144,7 +144,7 @@ def test_a_model_that_wears_adapters_is_refused():
     lm = tiny_lm("llama")
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), lm.model)
     with pytest.raises(
-        UnsupportedModelError, match=r"wears peft adapters already.*merge them into it first"
+        UnsupportedModelError, match=r"has peft adapters already.*merge them into it first"
     ):
         engram.rewrite(lm, FACTS, "lora", layers=[1])
 

@@ -1,8 +1,13 @@
 """Fine-tuning of one block's MLP output matrix: FT, FT+L within a box, FT-W with weight decay,
 LocFT-BF in mini-batches.
 
+    ft        no bounds
+    ft-l      every entry of the change stays within [-norm_constraint, norm_constraint]
+    ft-w      weight decay pulls the matrix to zero
+    locft-bf  mini-batches of all facts in every epoch, "breadth first"
+
 Every target token is scored at its own position, which published comparisons did not do;
-`reference=True` does as they did. Knows one matrix and its rows of text. The loop is tuning.py's.
+`reference=True` scores as they did. Knows one matrix and its rows of text. The loop is loop.py's.
 Sources: Zhu et al. 2020, arXiv:2012.00363, as used for comparison by Meng et al. 2022; LocFT-BF:
     Yang et al. 2025, arXiv:2509.22072.
 """
@@ -19,8 +24,8 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.training.loop import TuningConfig, descend, tasks
-from engram.editors.training.target_rows import fact_rows, published_rows
+from engram.editors.training.loop import TrainingLoop, TuningConfig
+from engram.editors.training.target_rows import fact_rows, published_rows, target_row
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Fact
@@ -37,12 +42,12 @@ class FineTuningConfig:
     """Settings of fine-tuning, with those of the training loop.
 
     Args:
-        norm_constraint: no entry of the matrix moves further than this; None: as far as it goes.
-        reference: the harness behind published numbers of FT: all tokens of a target are asked of
-            the prompt's last position, as if each were the first; batches come in order; a batch
-            with a loss below `stop_loss` is not stepped on, and training ends when an epoch's mean
-            is below. The harness also trained the matrix's bias, which an Edit cannot
-            hold: here it stays.
+        norm_constraint: largest change of an entry of the matrix; None: no limit.
+        reference: work as the harness of published FT numbers: every token of a target is read at
+            the prompt's last position, as if each were the first; batches come in order; batches
+            with a loss below `stop_loss` are skipped, and training stops after an epoch whose mean
+            is below it. The harness also trained the matrix's bias, which an Edit cannot hold and
+            which stays unchanged here.
     """
 
     norm_constraint: float | None = None
@@ -72,12 +77,12 @@ def fine_tune(
 ) -> Edit:
     """Train one block's MLP output matrix on all facts together; the model itself is not changed.
 
-    What lies below the block is computed once. The change is dense: Adam's steps have no low rank.
+    What is below the block is computed once. The change is dense: Adam's steps have no low rank.
 
     Args:
-        method: whose presets are taken: "ft", "ft-l", "ft-w" or "locft-bf".
+        method: name of the presets: "ft", "ft-l", "ft-w" or "locft-bf".
         layer: block to train, from 0; default: the preset of this model.
-        locality: unrelated (text, answer) pairs that training shall leave alone, see
+        locality: unrelated (text, answer) pairs whose answers training should keep, see
             `TuningConfig.locality_loss`.
         seed: of the batches.
         engine: "replay", "whole" forward passes, or by itself.
@@ -94,7 +99,8 @@ def fine_tune(
     layer = usual if layer is None else layer
     if isinstance(layer, str):
         raise SettingError(
-            f"layer={layer!r}: {method} takes a block's number, from 0; 'auto' is for rome and the mass editors"
+            f"layer={layer!r}: {method} takes a block's number, from 0; 'auto' is for rome and the "
+            "mass editors"
         )
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     module, tuning = lm.parts.mlp_out(layer), config.tuning
@@ -104,6 +110,7 @@ def fine_tune(
         rows = fact_rows(lm, facts, tuning.contexts, tuning.train_paraphrases)
         generator = torch.Generator().manual_seed(seed)
 
+    # half precision would lose Adam's small steps: the change is added up in float32 or better
     precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
     start_oi = as_linear(module).detach().to(precision)
     delta_oi = torch.zeros_like(start_oi, requires_grad=True)
@@ -112,16 +119,15 @@ def fine_tune(
         if config.norm_constraint is not None:
             delta_oi.clamp_(-config.norm_constraint, config.norm_constraint)
 
+    loop = TrainingLoop(lm, layer, tuning, generator, engine, progress)
     with frozen(lm.model):
-        wanted, staying = tasks(lm, rows, locality, layer, tuning, generator, engine, progress)
+        targets = loop.task(rows)
+        unrelated = loop.task([target_row(lm, text, answer) for text, answer in locality])
         with overlay_weight(module, delta_oi):
-            descent = descend(
+            descent = loop.descend(
                 [delta_oi],
-                wanted,
-                staying,
-                tuning,
-                generator=generator,
-                progress=progress,
+                targets,
+                unrelated,
                 decayed=lambda delta: start_oi + delta,
                 after_step=clamp,
             )
@@ -142,22 +148,20 @@ def fine_tune(
 
 
 def ft(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """FT: `fine_tune` without bounds."""
+    """Run FT: `fine_tune` without bounds."""
     return fine_tune(lm, facts, method="ft", **settings)
 
 
 def ft_l(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """FT+L: `fine_tune` with every entry of the matrix kept within `norm_constraint` of where it
-    was.
-    """
+    """Run FT+L: `fine_tune` with every entry of the change within `norm_constraint`."""
     return fine_tune(lm, facts, method="ft-l", **settings)
 
 
 def ft_w(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """FT-W: `fine_tune` with weight decay, as Meng et al. 2023 (MEMIT) meant it."""
+    """Run FT-W: `fine_tune` with weight decay, as in Meng et al. 2023 (MEMIT)."""
     return fine_tune(lm, facts, method="ft-w", **settings)
 
 
 def locft_bf(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """LocFT-BF: `fine_tune` in epochs of mini-batches over all facts, breadth first."""
+    """Run LocFT-BF: `fine_tune` in epochs of mini-batches over all facts, breadth first."""
     return fine_tune(lm, facts, method="locft-bf", **settings)

@@ -1,15 +1,19 @@
-"""Training inside a model that stays as it is: batches over all facts, epoch after epoch, until
-every target is said.
+"""The training loop that fine-tuning and LoRA share: batches over all facts, epoch after epoch,
+until every target is the most probable answer, inside a model that is otherwise frozen.
 
-Knows the loop that fine-tuning and LoRA share: losses, Adam, when to stop. Refuses to know which
-parameters are trained and how they become an edit. Source of the order of things, breadth first in
-mini-batches: Yang et al. 2025, arXiv:2509.22072; of the locality rows: Gangadhar & Stratos 2024,
-arXiv:2402.11078.
+    epoch   batch of rows 2, 0     batch of row 1
+    0       loss 5.1: a step       loss 6.3: a step
+    1       all top-1: no step     loss 1.9: a step
+    2       all top-1: no step     all top-1: no step       an epoch without a step ends training
+
+Knows losses, Adam and when to stop. Refuses to know which parameters are trained and how they
+become an edit. Sources: breadth first in mini-batches, Yang et al. 2025, arXiv:2509.22072; locality
+rows, Gangadhar & Stratos 2024, arXiv:2402.11078.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,37 +23,37 @@ from transformers import Cache, DynamicCache
 
 from engram.checks import one_of
 from engram.editors.contexts import sample_contexts
-from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of, target_row
+from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of
 from engram.engine.recording import record_run
 from engram.engine.replayable import Engine, use_replay
 from engram.engine.suffix import Suffix
 from engram.errors import FactError, NonFiniteError, SettingError
 from engram.model.language_model import LanguageModel
-from engram.progress import Progress
+from engram.progress import Progress, no_progress
 
-Forward = Callable[[], Tensor]  # logits [p, v] of a batch as the parameters stand
+Forward = Callable[[], Tensor]  # logits [p, v] of a batch, with the parameters as they are
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """Knobs of the training loop.
+    """Settings of the training loop.
 
     Args:
-        epochs: passes over all rows at most.
+        epochs: largest number of passes over all rows.
         rows_per_batch: rows of a step.
         learning_rate: of Adam (betas 0.9, 0.999).
-        weight_decay: times the weights, added to their gradient.
-        stop: "argmax": a batch whose target tokens are all the most probable ones is not stepped
-            on, and an epoch without a step is the last, so that all are said at the end. "loss":
-            the same below `stop_loss` (nats), the last epoch being the one whose mean is below it,
-            as published. "never": all epochs.
-        contexts: templates with one `{}` in which the prompt is trained; "sampled": 20 that the
-            model samples, and the bare one.
-        train_paraphrases: so many paraphrases of each fact are trained too; what a receipt then
-            says of them is no longer about generalisation.
-        locality_loss: what unrelated rows add: "kl", KL(before || now) of their answers' positions,
-            or "ce", cross-entropy.
-        locality_weight: times that.
+        weight_decay: this times the weights is added to their gradient.
+        stop: "argmax": skip batches whose targets are all top-1; stop after an epoch without a
+            step, so that every target is the most probable answer at the end. "loss": skip batches
+            with a loss below `stop_loss` (nats); stop after an epoch whose mean is below it, as
+            published. "never": run all epochs.
+        contexts: templates with one `{}` in which the prompt is trained; "sampled": the bare one
+            and 20 that the model samples.
+        train_paraphrases: number of paraphrases of each fact that are trained too; a receipt's
+            numbers about them then no longer measure generalisation.
+        locality_loss: what unrelated rows add to the loss: "kl", KL(before || now) at their
+            answers' positions, or "ce", cross-entropy.
+        locality_weight: factor of that.
     """
 
     epochs: int = 25
@@ -66,7 +70,8 @@ class TuningConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.rows_per_batch < 1:
             raise SettingError(
-                f"epochs={self.epochs}, rows_per_batch={self.rows_per_batch}: both have to be at least 1"
+                f"epochs={self.epochs}, rows_per_batch={self.rows_per_batch}: both have to be at "
+                "least 1"
             )
         if self.learning_rate <= 0:
             raise SettingError(f"learning_rate={self.learning_rate}: has to be above 0")
@@ -74,11 +79,12 @@ class TuningConfig:
         one_of("locality_loss", self.locality_loss, ("kl", "ce"))
         if isinstance(self.contexts, str) and self.contexts != "sampled":
             raise SettingError(
-                f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as '{{}}'"
+                f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as "
+                "'{}'"
             )
 
     def settled(self, lm: LanguageModel, seed: int) -> TuningConfig:
-        """The same with its contexts written out.
+        """Return the same settings with the contexts written out.
 
         Raises:
             FactError: a context without a place for the prompt.
@@ -96,23 +102,22 @@ class TuningConfig:
 def forward_from(
     lm: LanguageModel, batch: TargetBatch, layer: int, engine: Engine = "auto"
 ) -> Forward:
-    """How the batch's logits are computed when only blocks from `layer` on can change: what enters
-    that block is kept.
+    """Return a function that computes the batch's logits while only blocks from `layer` on change.
 
-    To be called before anything has changed.
+    The states that enter that block are computed here, once, so nothing may have changed yet. Of 12
+    blocks with `layer` 9, a step then runs three blocks forward and backward.
     """
     if not use_replay(lm, engine):
         return lambda: batch.logits(lm)
     recording = record_run(lm, batch.ids_bt)
     entering = recording.hidden[layer]
-
-    # of the whole run, only what enters the block is needed again
-    recording.hidden, recording.calls = (
-        [entering],
-        [_light(entering, *call) for call in recording.calls],
-    )
+    # A recording holds the states and the keys and values of every block. Here no token is replayed
+    # from them (the suffix begins at token 0), so all but what enters the block is freed.
+    recording.hidden = [entering]
+    recording.calls = [_light(entering, *call) for call in recording.calls]
     recording.keys, recording.values = (
-        [kept[:, :, :0].clone() for kept in each] for each in (recording.keys, recording.values)
+        [block[:, :, :0].clone() for block in blocks]
+        for blocks in (recording.keys, recording.values)
     )
     suffix = Suffix(recording, 0, batch.ids_bt.shape[1])
 
@@ -128,7 +133,7 @@ def forward_from(
 def _light(
     entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A block's call without the states and the cache that it was made with."""
+    """Return a block's call without the states and the cache of that call."""
 
     def empty(value: Any) -> Any:
         return DynamicCache() if isinstance(value, Cache) else value
@@ -143,152 +148,151 @@ def _light(
 
 @dataclass(frozen=True)
 class Task:
-    """Batches and how their logits are computed, in the order in which batches were dealt out."""
+    """Batches, and the functions that compute their logits."""
 
     batches: list[TargetBatch]
     forwards: list[Forward]
 
-    @classmethod
-    def of(
-        cls,
-        lm: LanguageModel,
-        batches: Iterator[TargetBatch],
-        layer: int,
-        engine: Engine,
-        progress: Progress,
-    ) -> Task:
-        dealt = list(batches)
-        forwards = []
-        for i, batch in enumerate(dealt):
-            progress("below the layer", i, len(dealt))
-            forwards.append(forward_from(lm, batch, layer, engine))
-        return cls(dealt, forwards)
-
-
-def tasks(
-    lm: LanguageModel,
-    rows: Sequence[TargetRow],
-    locality: Sequence[tuple[str, str]],
-    layer: int,
-    config: TuningConfig,
-    generator: torch.Generator | None,
-    engine: Engine,
-    progress: Progress,
-) -> tuple[Task, Task]:
-    """What is trained, and the unrelated (text, answer) pairs that shall stay, dealt into batches
-    by `generator` (None: in order).
-    """
-    kept = [target_row(lm, text, answer) for text, answer in locality]
-    wanted, staying = (batches_of(each, config.rows_per_batch, generator) for each in (rows, kept))
-    return Task.of(lm, wanted, layer, engine, progress), Task.of(
-        lm, staying, layer, engine, progress
-    )
-
 
 @dataclass(frozen=True)
 class Descent:
-    """How training went: mean loss of each epoch (nats), steps taken, whether it stopped by itself."""
+    """How training went: mean loss of each epoch (nats), number of steps, and whether it stopped by
+    its own rule.
+    """
 
     losses: list[float]
     steps: int
     stopped: bool
 
     def diagnostics(self) -> dict[str, Any]:
+        """Return the fields for an edit's diagnostics."""
         return {"losses": self.losses, "steps": self.steps, "stopped": self.stopped}
 
 
-def descend(
-    parameters: Sequence[Tensor],
-    wanted: Task,
-    staying: Task,
-    config: TuningConfig,
-    *,
-    generator: torch.Generator | None,
-    progress: Progress,
-    decayed: Callable[[Tensor], Tensor] = lambda parameter: parameter,
-    after_step: Callable[[], None] = lambda: None,
-) -> Descent:
-    """Adam on `parameters`, in place.
-
-    The loss of a batch is the mean over rows of the mean -log p of their target tokens.
+@dataclass(frozen=True)
+class TrainingLoop:
+    """Training of parameters that a frozen model depends on from one block on.
 
     Args:
-        parameters: leaves that the forwards depend on, at a value where the model is as it was.
-        staying: rows whose loss is added, one batch a step in turn.
-        generator: shuffles the batches of each epoch; None: they come in order.
-        decayed: what weight decay pulls to zero, of a parameter.
-        after_step: called when the parameters may have moved.
-    Raises:
-        NonFiniteError: a loss that is not finite.
+        lm: the model, in a `frozen` block.
+        layer: first block that the parameters change.
+        config: settings, with contexts written out.
+        generator: deals rows into batches, and shuffles these each epoch; None: in order.
+        engine: "replay", "whole" forward passes, or by itself.
+        progress: called with (what is done, done, total).
     """
-    optimiser = torch.optim.Adam(parameters, lr=config.learning_rate)
-    with torch.no_grad():
-        before = (
-            [forward().log_softmax(-1) for forward in staying.forwards]
-            if config.locality_loss == "kl"
-            else []
-        )
 
-    def step(loss: Tensor) -> None:
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss, list(parameters)), strict=True
-        ):
-            decay = (
-                config.weight_decay * decayed(parameter.detach()) if config.weight_decay else 0.0
-            )
-            parameter.grad = gradient + decay
-        optimiser.step()
+    lm: LanguageModel
+    layer: int
+    config: TuningConfig
+    generator: torch.Generator | None = None
+    engine: Engine = "auto"
+    progress: Progress = no_progress
+
+    def task(self, rows: Sequence[TargetRow]) -> Task:
+        """Deal rows into batches, and compute what is below the layer once, before any change."""
+        batches = list(batches_of(rows, self.config.rows_per_batch, self.generator))
+        forwards = []
+        for i, batch in enumerate(batches):
+            self.progress("below the layer", i, len(batches))
+            forwards.append(forward_from(self.lm, batch, self.layer, self.engine))
+        return Task(batches, forwards)
+
+    def descend(
+        self,
+        parameters: Sequence[Tensor],
+        targets: Task,
+        locality: Task,
+        *,
+        decayed: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> Descent:
+        """Run Adam on `parameters`, in place.
+
+        The loss of a batch is the mean over its rows of the mean -log p of their target tokens.
+
+        Args:
+            parameters: leaves that the forwards depend on, at values that leave the model as it is.
+            targets: what is trained.
+            locality: unrelated rows whose loss is added, one batch a step in turn.
+            decayed: returns what weight decay pulls to zero, of a parameter.
+            after_step: called when the parameters may have moved.
+        Raises:
+            NonFiniteError: a loss that is not finite.
+        """
+        config = self.config
+        adam = torch.optim.Adam(parameters, lr=config.learning_rate)
+        # log p of the locality rows' answers while the model is still as it was
         with torch.no_grad():
-            after_step()
+            use_kl = config.locality_loss == "kl"
+            before = [f().log_softmax(-1) for f in locality.forwards] if use_kl else []
+        rows = sum(len(batch.sizes_b) for batch in targets.batches)
+        losses: list[float] = []
+        steps = 0
+        for epoch in range(config.epochs):
+            self.progress("training", epoch, config.epochs)
+            total, steps_before = 0.0, steps
+            for i in self._order(len(targets.batches)):
+                batch, logits_pv = targets.batches[i], targets.forwards[i]()
+                loss = batch.mean_by_row(batch.token_nll(logits_pv)).mean()
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(
+                        f"the loss is {loss.item()} in epoch {epoch}; nothing was changed. Try a "
+                        f"smaller learning_rate than {config.learning_rate}, or dtype=torch.float32"
+                    )
+                total += loss.item() * len(batch.sizes_b)
+                if self._is_done(batch, logits_pv, loss):
+                    continue
+                if locality.batches:
+                    turn = steps % len(locality.batches)
+                    loss = loss + config.locality_weight * _locality_loss(locality, turn, before)
+                self._step(adam, parameters, loss, decayed)
+                with torch.no_grad():
+                    after_step()
+                steps += 1
+            losses.append(total / rows)
+            if config.stop == "loss":
+                stopped = losses[-1] < config.stop_loss
+            else:
+                stopped = config.stop == "argmax" and steps == steps_before
+            if stopped:
+                break
+        self.progress("training", config.epochs, config.epochs)
+        return Descent(losses, steps, stopped)
 
-    count, rows = len(wanted.batches), sum(len(batch.sizes_b) for batch in wanted.batches)
-    losses: list[float] = []
-    steps = 0
-    for epoch in range(config.epochs):
-        progress("training", epoch, config.epochs)
-        total, stepped = 0.0, False
-        for i in (
-            range(count)
-            if generator is None
-            else torch.randperm(count, generator=generator).tolist()
-        ):
-            batch, logits_pv = wanted.batches[i], wanted.forwards[i]()
-            loss = batch.mean_by_row(batch.token_nll(logits_pv)).mean()
-            if not torch.isfinite(loss):
-                raise NonFiniteError(
-                    f"the loss is {loss.item()} in epoch {epoch}; nothing was changed. Try a smaller learning_rate than "
-                    f"{config.learning_rate}, or dtype=torch.float32"
-                )
-            total += loss.item() * len(batch.sizes_b)
-            if _done(config, batch, logits_pv, loss):
-                continue
-            if staying.batches:
-                loss = loss + config.locality_weight * _locality(
-                    staying, steps % len(staying.batches), before
-                )
-            step(loss)
-            steps, stepped = steps + 1, True
-        losses.append(total / rows)
-        stopped = (
-            losses[-1] < config.stop_loss
-            if config.stop == "loss"
-            else config.stop == "argmax" and not stepped
-        )
-        if stopped:
-            break
-    progress("training", config.epochs, config.epochs)
-    return Descent(losses, steps, stopped)
+    def _order(self, count: int) -> Iterable[int]:
+        if self.generator is None:
+            return range(count)
+        return torch.randperm(count, generator=self.generator).tolist()
+
+    def _is_done(self, batch: TargetBatch, logits_pv: Tensor, loss: Tensor) -> bool:
+        """Return whether a batch is skipped."""
+        if self.config.stop == "loss":
+            return bool(loss < self.config.stop_loss)
+        return self.config.stop == "argmax" and batch.all_top1(logits_pv)
+
+    def _step(
+        self,
+        adam: torch.optim.Adam,
+        parameters: Sequence[Tensor],
+        loss: Tensor,
+        decayed: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Step Adam by the loss's gradient and weight decay.
+
+        Adam's own weight_decay would pull a *change* to zero; what decays is the weight with it.
+        """
+        decay = self.config.weight_decay
+        gradients = torch.autograd.grad(loss, list(parameters))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            shrink = decay * decayed(parameter.detach()) if decay else 0.0
+            parameter.grad = gradient + shrink
+        adam.step()
 
 
-def _done(config: TuningConfig, batch: TargetBatch, logits_pv: Tensor, loss: Tensor) -> bool:
-    """Whether a batch is not stepped on."""
-    if config.stop == "loss":
-        return bool(loss < config.stop_loss)
-    return config.stop == "argmax" and batch.all_said(logits_pv)
-
-
-def _locality(staying: Task, i: int, before: list[Tensor]) -> Tensor:
-    batch, logits_pv = staying.batches[i], staying.forwards[i]()
+def _locality_loss(locality: Task, i: int, before: Sequence[Tensor]) -> Tensor:
+    """Return the loss of a batch of unrelated rows: KL from `before`, without it cross-entropy."""
+    batch, logits_pv = locality.batches[i], locality.forwards[i]()
     if not before:
         return batch.mean_by_row(batch.token_nll(logits_pv)).mean()
     divergence_p = (before[i].exp() * (before[i] - logits_pv.log_softmax(-1))).sum(-1)

@@ -1,9 +1,9 @@
-"""LoRA as an editor: low-rank adapters on a few matrices, trained by the peft library until every
-target is said.
+"""LoRA as an editor: low-rank adapters of the peft library on a few matrices, trained until every
+target is the most probable answer.
 
-Knows peft's adapters and how they come off again. The loop is tuning.py's. Sources: Hu et al. 2021,
-arXiv:2106.09685; as a
-rival of editors: the EasyEdit library (arXiv:2308.07269), whose settings are presets.
+Knows peft's adapters and how they are removed again. The loop is loop.py's. Sources: Hu et al.
+2021, arXiv:2106.09685; as a baseline for editors: the EasyEdit library (arXiv:2308.07269), whose
+settings are presets.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
-from engram.editors.training.loop import TuningConfig, descend, tasks
+from engram.editors.training.loop import TrainingLoop, TuningConfig
 from engram.editors.training.matrices import Layers, matrix_names
-from engram.editors.training.target_rows import fact_rows
+from engram.editors.training.target_rows import fact_rows, target_row
 from engram.engine.replayable import Engine
 from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
@@ -41,9 +41,9 @@ class LoraEditConfig:
 
     Args:
         rank: of each adapter.
-        alpha: an adapter's product counts alpha / rank times.
-        dropout: share of an adapter's inputs that is zeroed in training; 0, ours, trains what is
-            then used. With it, "argmax" is judged on the passes that were trained on.
+        alpha: an adapter's product is scaled by alpha / rank.
+        dropout: share of an adapter's inputs that is zeroed in training; the default, 0, trains
+            exactly what is used afterwards. With dropout, stop="argmax" judges the trained passes.
         targets: which matrices of a block, see `matrix_names`.
     """
 
@@ -58,7 +58,8 @@ class LoraEditConfig:
         object.__setattr__(self, "targets", targets)
         if self.rank < 1 or not targets:
             raise SettingError(
-                f"rank={self.rank}, targets={targets}: need a rank of at least 1, and at least one target"
+                f"rank={self.rank}, targets={targets}: need a rank of at least 1, and at least one "
+                "target"
             )
         if not 0 <= self.dropout < 1:
             raise SettingError(f"dropout={self.dropout}: expected a share from 0 to below 1")
@@ -75,12 +76,11 @@ def lora(
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Edit:
-    """Train low-rank adapters on all facts together; the model is given back as it was, module by
-    module.
+    """Train low-rank adapters on all facts together; afterwards the model has its own modules back.
 
     Args:
         layers: blocks to adapt, from 0, or "all"; default: the preset of this model.
-        locality: unrelated (text, answer) pairs that training shall leave alone, see
+        locality: unrelated (text, answer) pairs whose answers training should keep, see
             `TuningConfig.locality_loss`.
         seed: of the adapters' first values, the batches and the dropout.
         engine: "replay", "whole" forward passes, or by itself.
@@ -91,7 +91,7 @@ def lora(
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with;
             NonFiniteError: the training diverged;
-        UnsupportedModelError: the model wears adapters already.
+        UnsupportedModelError: the model has adapters already.
     """
     settings = {**preset("lora", lm.name), **settings}
     usual = preset_layers(settings, lm.n_layers, "layers", count=3)
@@ -102,15 +102,13 @@ def lora(
     lowest = 0 if layers == "all" else min(layers)
     rows = fact_rows(lm, facts, config.tuning.contexts, config.tuning.train_paraphrases)
     generator = torch.Generator().manual_seed(seed)
+    loop = TrainingLoop(lm, lowest, config.tuning, generator, engine, progress)
     with frozen(lm.model):
-        wanted, staying = tasks(
-            lm, rows, locality, lowest, config.tuning, generator, engine, progress
-        )
+        targets = loop.task(rows)
+        unrelated = loop.task([target_row(lm, text, answer) for text, answer in locality])
         with adapted(lm, names, config, generator) as adapters:
-            parameters = [parameter for each in adapters.values() for parameter in each]
-            descent = descend(
-                parameters, wanted, staying, config.tuning, generator=generator, progress=progress
-            )
+            parameters = [parameter for pair in adapters.values() for parameter in pair]
+            descent = loop.descend(parameters, targets, unrelated)
     scale = config.alpha / config.rank
     deltas = {
         f"{name}.weight": Delta(scale * b_or.detach(), a_ri.detach())
@@ -136,23 +134,23 @@ def lora(
 def adapted(
     lm: LanguageModel, names: Sequence[str], config: LoraEditConfig, generator: torch.Generator
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Matrices of `lm` wear peft's adapters in the block; afterwards the very modules that were
-    there are back.
+    """Put peft's adapters on matrices of `lm` inside the block; afterwards the original modules are
+    back.
 
     Yields:
         name of a matrix -> its parameters A [r, in], small and random, and B [out, r], zero;
         float32 or better.
     Raises:
-        UnsupportedModelError: the model wears adapters already.
+        UnsupportedModelError: the model has adapters already.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     if hasattr(lm.model, "peft_config"):
         raise UnsupportedModelError(
-            f"{lm.name} wears peft adapters already, which an edit would not describe; merge them into it first "
-            "(merge_and_unload)"
+            f"{lm.name} has peft adapters already, which an edit would not describe; merge them "
+            "into it first (merge_and_unload)"
         )
-    homes = [
+    parents = [
         (lm.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names
     ]
     plain = [lm.model.get_submodule(name) for name in names]
@@ -165,25 +163,25 @@ def adapted(
         init_lora_weights=False,
     )
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # peft draws values, from the global generator, that are then replaced
+        # peft draws values from the global generator; `_parameters` then replaces them
+        with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(spec, lm.model, adapter_name=_ADAPTER)
         yield {
             name: _parameters(lm.model.get_submodule(name), precision, config.dropout, generator)
             for name in names
         }
     finally:
-        for (home, leaf), module in zip(homes, plain, strict=True):
-            setattr(home, leaf, module)
+        # peft's own unload would leave copies; setting the attributes puts the same objects back
+        for (parent, leaf), module in zip(parents, plain, strict=True):
+            setattr(parent, leaf, module)
         lm.model.__dict__.pop("peft_config", None)
 
 
 def _parameters(
     layer: Any, precision: torch.dtype, dropout: float, generator: torch.Generator
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of an adapted matrix with their usual first values (uniform within 1 / sqrt(in), and
-    zero).
+    """Return A and B of an adapted matrix with their usual first values: uniform within
+    1 / sqrt(in), and zero.
     """
     inner, outer = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     bound = inner.in_features**-0.5
@@ -196,12 +194,14 @@ def _parameters(
 
 
 class _Dropout(nn.Module):
-    """Dropout that draws from the edit's own generator, whatever mode the model is in."""
+    """Dropout from the edit's own generator, in every mode of the model: a frozen model evaluates,
+    and torch's dropout would be off.
+    """
 
     def __init__(self, share: float, generator: torch.Generator) -> None:
         super().__init__()
         self.share, self.generator = share, generator
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = torch.rand(x.shape, generator=self.generator) >= self.share
-        return x * kept.to(x) / (1 - self.share)
+        mask = torch.rand(x.shape, generator=self.generator) >= self.share
+        return x * mask.to(x) / (1 - self.share)

@@ -1,5 +1,4 @@
-"""Which matrices of a model a method changes: named by role or as the family calls them, block by
-block.
+"""Which matrices of a model a method changes: by role, or by the name in the family, in each block.
 
 Knows names. Refuses to know what is done with the matrices.
 """
@@ -20,15 +19,18 @@ Layers = Sequence[int] | Literal["all"]
 
 
 def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> list[str]:
-    """Dotted names of the matrices `targets` in blocks `layers`, first block first.
+    """Return dotted names of the matrices `targets` in blocks `layers`, first block first.
+
+    For example, of GPT-2 with layers [3, 4] and targets ["mlp_out"]:
+    transformer.h.3.mlp.c_proj, transformer.h.4.mlp.c_proj.
 
     Args:
         layers: blocks from 0, or "all".
-        targets: "mlp_out", the MLP's output matrix; "heads_out", the one that mixes the heads; or
-            the last part of a matrix's own name in the family, such as "q_proj".
+        targets: "mlp_out", the MLP's output matrix; "heads_out", the attention's; or the last part
+            of a matrix's own name in the family, such as "q_proj".
     Raises:
         UnsupportedModelError: a layer or a role that the model does not have.
-        SettingError: no layers, or a target that no matrix of the block is called.
+        SettingError: no layers, or a target that names no matrix of the block.
     """
     if isinstance(layers, str | int) and layers != "all":
         raise SettingError(
@@ -46,7 +48,7 @@ def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> l
 
 def _in_block(lm: LanguageModel, layer: int, target: str) -> list[str]:
     if target == "mlp_out" or lm.kind != "causal" or not 0 <= layer < lm.n_layers:
-        return [lm.parts.mlp_out_name(layer)]  # or its account of why there is none
+        return [lm.parts.mlp_out_name(layer)]  # raises with the reason where there is none
     if target == "heads_out":
         return [lm.parts.heads_out_name(layer)]
     matrices = [
@@ -54,8 +56,9 @@ def _in_block(lm: LanguageModel, layer: int, target: str) -> list[str]:
         for name, module in lm.parts.blocks[layer].named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    found = [name for name in matrices if name.rpartition(".")[2] == target]
-    if not found:
+    # several, where a block has such a matrix more than once (of experts, of two attentions)
+    names = [name for name in matrices if name.rpartition(".")[2] == target]
+    if not names:
         known = [
             "mlp_out",
             "heads_out",
@@ -65,4 +68,4 @@ def _in_block(lm: LanguageModel, layer: int, target: str) -> list[str]:
             f"targets: a block of model_type={lm.model.config.model_type!r} has "
             f"no matrix {target!r}{did_you_mean(target, known)}; it has {', '.join(known)}"
         )
-    return [f"{lm.parts.block_name(layer)}.{name}" for name in found]
+    return [f"{lm.parts.block_name(layer)}.{name}" for name in names]

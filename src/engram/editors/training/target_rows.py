@@ -1,5 +1,11 @@
-"""What training methods score: rows of tokens in which every target token stands at its own
+"""What training methods score: rows of tokens in which every target token is read at its own
 position.
+
+    "The Louvre is in" + "New York", tokens of the bundled model
+                The    Lou    vre     is     in    New
+    ids         413   5420   7794    356    318   1606     (the target without its last token)
+    read                                      4      5     logits at these positions
+    labels                                 1606   2131     should say these: " New", " York"
 
 Knows tokens, positions, cross-entropy. Refuses to know what is trained, and how.
 """
@@ -22,8 +28,8 @@ from engram.modules.hooks import record
 
 
 class TargetRow(NamedTuple):
-    """A text and the tokens wanted in it: the logits at `read[i]` shall say `labels[i]`. `fact` is
-    whose row it is.
+    """A text and its target tokens: the logits at position `read[i]` should say `labels[i]`. `fact`
+    is the index of the row's fact.
     """
 
     ids: list[int]
@@ -33,11 +39,11 @@ class TargetRow(NamedTuple):
 
 
 def target_row(lm: LanguageModel, prompt: str, target: str, fact: int = 0) -> TargetRow:
-    """The prompt, then the target but its last token; each target token is read where the one
-    before it stands.
+    """Return the prompt and the target without its last token; each target token is read at the
+    position before its own.
 
     Raises:
-        FactError: the target gives no token, or the text more than the model takes.
+        FactError: the target has no token, or the text has more than the model takes.
     """
     cloze = lm.cloze(prompt, target)
     return TargetRow(cloze.ids, cloze.read, cloze.answer, fact)
@@ -49,11 +55,11 @@ def fact_rows(
     contexts: Sequence[str] = ("{}",),
     paraphrases: int = 0,
 ) -> list[TargetRow]:
-    """Rows of every fact: its prompt in each context, and its first paraphrases as they are.
+    """Return the rows of every fact: its prompt in each context, and its first paraphrases.
 
     Args:
         contexts: templates with one `{}` each.
-        paraphrases: how many of each fact's own paraphrases.
+        paraphrases: number of each fact's own paraphrases.
     """
     rows = []
     for i, fact in enumerate(facts):
@@ -68,12 +74,11 @@ def fact_rows(
 def published_rows(
     lm: LanguageModel, facts: Sequence[Fact], rows_per_batch: int
 ) -> list[TargetRow]:
-    """Rows as in the harness behind published numbers of fine-tuning: all of a target is asked of
-    the prompt's last token.
+    """Return rows as in the harness of published fine-tuning numbers: every token of a target is
+    read at the prompt's last token.
 
-    Targets are tokenised alone and padded to the longest of their batch, and what is not the
-        unknown token counts: padding
-    too, where the two differ (for GPT-2 they are the same token).
+    Targets are tokenised alone and padded to the longest of their batch, and every label but the
+    unknown token counts. So padding counts too, unless it is that token (as for GPT-2).
     """
     tokenizer, rows = lm.tokenizer, []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -87,7 +92,8 @@ def published_rows(
             labels = [token for token in padded if token != tokenizer.unk_token_id]
             if not labels:
                 raise FactError(
-                    f"target={fact.target!r} is the unknown token of this tokenizer, which the reference leaves out"
+                    f"target={fact.target!r} is the unknown token of this tokenizer, which the "
+                    "reference leaves out"
                 )
             ids = lm.encode(fact.prompt_text).ids
             rows.append(TargetRow(ids, [len(ids) - 1] * len(labels), labels, start + i))
@@ -96,14 +102,13 @@ def published_rows(
 
 @dataclass(frozen=True, eq=False)
 class TargetBatch:
-    """Rows padded on the right, and the p places of them where a target token is read, row after
-    row.
+    """Rows padded on the right, and the p places where their target tokens are read, row after row.
 
     Attributes:
-        ids_bt: token ids; no real position sees a pad.
-        rows_p, positions_p, labels_p: where each logit is read and the token it shall say.
-        facts_p: whose token it is.
-        sizes_b: target tokens of each row.
+        ids_bt: token ids; no real position attends to a pad.
+        rows_p, positions_p, labels_p: where each logit is read, and the token that it should say.
+        facts_p: the fact of each token.
+        sizes_b: number of target tokens of each row.
     """
 
     ids_bt: Tensor
@@ -115,6 +120,7 @@ class TargetBatch:
 
     @classmethod
     def of(cls, rows: Sequence[TargetRow]) -> TargetBatch:
+        """Pad rows into a batch."""
         reads = [
             (i, position, label, row.fact)
             for i, row in enumerate(rows)
@@ -127,33 +133,34 @@ class TargetBatch:
         )
 
     def logits(self, lm: LanguageModel) -> Tensor:
-        """[p, v] logits that are read, by one pass through the whole model; gradients reach
-        whatever asks for them.
+        """Return the logits that are read, [p, v], by one pass through the whole model; gradients
+        flow to every parameter that requires them.
         """
+        # the head runs on p positions only: on all of them it would dominate memory (t x v floats)
         last = lm.parts.block_name(lm.n_layers - 1)
         with record(lm.model, outputs=[last], keep=lambda out: out) as seen:
             base_model(lm)(self.ids_bt.to(lm.device), use_cache=False)
         return lm.parts.head(seen[last][self.rows_p, self.positions_p])
 
     def token_nll(self, logits_pv: Tensor) -> Tensor:
-        """[p] -log p of each target token, nats, float32 or better."""
+        """Return -log p of each target token, [p], nats, float32 or better."""
         log_p = logits_pv.to(torch.promote_types(logits_pv.dtype, torch.float32)).log_softmax(-1)
         return -log_p.gather(1, self.labels_p.to(log_p.device)[:, None])[:, 0]
 
     def mean_by_row(self, values_p: Tensor) -> Tensor:
-        """[b] mean over each row's target tokens."""
+        """Return the mean over each row's target tokens, [b]."""
         rows_p, sizes_b = self.rows_p.to(values_p.device), self.sizes_b.to(values_p)
         return values_p.new_zeros(len(sizes_b)).index_add(0, rows_p, values_p) / sizes_b
 
-    def all_said(self, logits_pv: Tensor) -> bool:
-        """Whether every target token is the most probable one at its position."""
+    def all_top1(self, logits_pv: Tensor) -> bool:
+        """Return whether every target token is the most probable one at its position."""
         return bool((logits_pv.argmax(-1).cpu() == self.labels_p).all())
 
 
 def batches_of(
     rows: Sequence[TargetRow], size: int, generator: torch.Generator | None = None
 ) -> Iterator[TargetBatch]:
-    """Batches of at most `size` rows: in order, or dealt out by `generator`."""
+    """Yield batches of at most `size` rows: in order, or in an order that `generator` draws."""
     order = (
         range(len(rows))
         if generator is None

@@ -1,9 +1,16 @@
 """UltraEdit: one forward and one backward pass, then a ridge solve; no values to optimise, no
 subject, no corpus.
 
-At every scored token t, h_t enters a matrix and g_t is the loss's gradient at its output. Both are
-standardised by the mean and spread of all tokens seen in the model's life, and the change S
-minimises ||H S - V||^2 + ||S||^2 with rows v_t = -learning_rate ||h~_t||^2 g~_t.
+At every scored token t, h_t enters a matrix and g_t is the loss's gradient at its output. With h~
+and g~ standardised by the mean and spread of all tokens seen in the model's life, the change of the
+matrix is the S that minimises
+
+    ||H S - V||^2 + ||S||^2,   rows of H: h_t (not standardised),   rows of V: v_t,
+    v_t = -learning_rate ||h~_t||^2 g~_t,
+    S = (H^T H + I)^-1 H^T V.
+
+So a token pulls its matrix's output against its gradient, harder where its input is unusual, and
+the unit ridge keeps tokens with short inputs from being fitted exactly.
 
 Knows tokens, gradients and the solve. Source: Gu et al. 2025, arXiv:2505.14679.
 """
@@ -41,9 +48,10 @@ class UltraEditConfig:
     """Settings of UltraEdit.
 
     Args:
-        learning_rate: length of the step; published for models of 7 billion parameters.
+        learning_rate: factor of the step; the default is published for models of 7 billion
+            parameters.
         targets: which matrices of a block, see `matrix_names`.
-        rows_per_batch: rows of a forward pass; changes nothing but memory.
+        rows_per_batch: rows of a forward pass; bounds memory and changes no result.
     """
 
     learning_rate: float = 1e-6
@@ -55,35 +63,41 @@ class UltraEditConfig:
         object.__setattr__(self, "targets", targets)
         if self.learning_rate <= 0 or self.rows_per_batch < 1 or not targets:
             raise SettingError(
-                f"learning_rate={self.learning_rate}, rows_per_batch={self.rows_per_batch}, targets={targets}: expected a rate above 0, "
-                "a size of at least 1, and at least one target"
+                f"learning_rate={self.learning_rate}, rows_per_batch={self.rows_per_batch}, "
+                f"targets={targets}: expected a rate above 0, a size of at least 1, and at least "
+                "one target"
             )
 
 
 @dataclass
 class Statistics:
-    """Mean and spread of [h; g] over all tokens edited in a model's life, for each matrix. Start
-    with `Statistics()`.
+    """Mean and spread of [h; g] over all tokens edited in a model's life, for each matrix.
 
-    Whoever edits a model again and again keeps one and passes it to each `ultraedit`, which adds
+    Start with `Statistics()` and pass the same object to every `ultraedit` of a model; each adds
     its tokens when it is done.
     """
 
     count: int = 0
     means: dict[str, Tensor] = field(default_factory=dict)  # matrix -> [in + out], float64
-    squares: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # sums of squared deviations from the mean
+    squares: dict[str, Tensor] = field(default_factory=dict)  # sums of (x - mean)^2
 
     def add(self, tokens: dict[str, Tensor]) -> None:
-        """Take in tokens [n, in + out] of every matrix (Chan, Golub & LeVeque's update).
+        """Add tokens [n, in + out] of every matrix.
+
+        Chan, Golub & LeVeque's update: means and sums of squared deviations of two sets combine
+        without subtracting large numbers, which sum(x^2) - n mean^2 would.
+
+            old:  1, 3 (mean 2, squares 2)     new: 5, 7, 9 (mean 7, squares 8)
+            apart = 7 - 2 = 5, share = 3 / 5:  mean 2 + 5 * 3/5 = 5
+                                               squares 2 + 8 + 5^2 * 2 * 3/5 = 40
 
         Raises:
             EngramError: statistics of other matrices.
         """
         if self.count and self.means.keys() != tokens.keys():
             raise EngramError(
-                f"statistics are of {sorted(self.means)}, the edit changes {sorted(tokens)}; keep one for each"
+                f"statistics are of {sorted(self.means)}, the edit changes {sorted(tokens)}; keep "
+                "one for each"
             )
         n = len(next(iter(tokens.values())))
         for name, tokens_nc in tokens.items():
@@ -98,22 +112,21 @@ class Statistics:
         self.count += n
 
     def standardised(self, name: str, tokens_nc: Tensor) -> Tensor:
+        """Return tokens of a matrix, less the mean, over the spread."""
         spread_c = (self.squares[name] / (self.count - 1)).sqrt()
         return (tokens_nc - self.means[name]) / (spread_c + _TINY)
 
 
 @dataclass
-class _Seen:
-    """What the facts' scored tokens are at each matrix, and their statistics together with earlier
-    ones.
-    """
+class _Tokens:
+    """The facts' scored tokens at each matrix, and the statistics of these and earlier ones."""
 
     config: UltraEditConfig
     recipe: dict[str, Any]
     inputs: dict[str, Tensor]  # [n, in]
     tokens: dict[str, Tensor]  # [n, in + out]
-    facts_n: list[int]  # whose token it is
-    now: Statistics
+    facts_n: list[int]  # fact of each token
+    statistics: Statistics
 
     def edit(
         self,
@@ -123,16 +136,16 @@ class _Seen:
         seed: int,
         progress: Progress,
     ) -> Edit:
-        """The edit of the facts with these numbers."""
+        """Return the edit of the facts with these indices."""
         rows = [n for n, fact in enumerate(self.facts_n) if fact in set(chosen)]
-        place = {fact: number for number, fact in enumerate(chosen)}
+        index = {fact: i for i, fact in enumerate(chosen)}
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         deltas = {}
         for i, (name, inputs_ni) in enumerate(self.inputs.items()):
             progress("solving", i, len(self.inputs))
-            standard_nc = self.now.standardised(name, self.tokens[name][rows])
+            standard_nc = self.statistics.standardised(name, self.tokens[name][rows])
             delta = _solve(inputs_ni[rows], standard_nc, self.config.learning_rate, precision)
-            owners = [[place[self.facts_n[n]]] for n in rows]
+            owners = [[index[self.facts_n[n]]] for n in rows]
             deltas[f"{name}.weight"] = delta if delta.is_dense else delta.owned_by(owners)
         base = describe_base(lm, deltas)
         return Edit(
@@ -140,7 +153,7 @@ class _Seen:
         )
 
 
-def _seen(
+def _scored_tokens(
     lm: LanguageModel,
     facts: Sequence[Fact],
     progress: Progress,
@@ -148,7 +161,8 @@ def _seen(
     layers: Layers | None = None,
     statistics: Statistics | None = None,
     **settings: Any,
-) -> _Seen:
+) -> _Tokens:
+    """Run the facts forward and backward, and take in their tokens."""
     settings = {**preset("ultraedit", lm.name), **settings}
     usual = preset_layers(settings, lm.n_layers, "layers", count=3)
     layers = usual if layers is None else layers
@@ -156,22 +170,21 @@ def _seen(
     names = matrix_names(lm, layers, config.targets)
     rows = fact_rows(lm, facts)
     batches = list(batches_of(rows, config.rows_per_batch))
-    seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+    parts: list[dict[str, tuple[Tensor, Tensor]]] = []
     with frozen(lm.model):
         for i, batch in enumerate(batches):
             progress("gradients", i, len(batches))
-            seen.append(_inputs_and_gradients(lm, batch, names))
-    inputs = {name: torch.cat([each[name][0] for each in seen]) for name in names}
-    tokens = {
-        name: torch.cat([inputs[name], torch.cat([each[name][1] for each in seen])], 1)
-        for name in names
-    }
+            parts.append(_inputs_and_gradients(lm, batch, names))
+    inputs = {name: torch.cat([part[name][0] for part in parts]) for name in names}
+    gradients = {name: torch.cat([part[name][1] for part in parts]) for name in names}
+    tokens = {name: torch.cat([inputs[name], gradients[name]], 1) for name in names}
+    # a copy: the caller's statistics change only when the edit is there
     now = deepcopy(statistics) if statistics else Statistics()
     now.add(tokens)
     if now.count < 2:
         raise EngramError(
-            "UltraEdit standardises what it sees over all scored tokens, and one token has no spread: give more facts, or "
-            "statistics=... of earlier edits of this model"
+            "UltraEdit standardises over all scored tokens, and one token has no spread: give more "
+            "facts, or statistics=... of earlier edits of this model"
         )
     facts_n = torch.cat([batch.facts_p for batch in batches]).tolist()
     recipe = {
@@ -179,7 +192,7 @@ def _seen(
         **flat(config),
         "tokens_before": now.count - len(facts_n),
     }
-    return _Seen(config, recipe, inputs, tokens, facts_n, now)
+    return _Tokens(config, recipe, inputs, tokens, facts_n, now)
 
 
 def ultraedit(
@@ -194,23 +207,23 @@ def ultraedit(
 ) -> Edit:
     """Change matrices in one step toward the targets of all facts; the model itself is not changed.
 
-    The change of a matrix has one column a scored token, which belongs to that token's fact.
+    The change of a matrix has one column for each scored token, which belongs to the token's fact.
 
     Args:
         layers: blocks to change, from 0, or "all"; default: the preset of this model.
-        statistics: of earlier edits of this model, these edits' tokens are added; default: of these
-            edits alone.
-        seed: kept with the edit; nothing here is drawn.
+        statistics: of earlier edits of this model; this edit's tokens are added to it. Default: of
+            this edit alone.
+        seed: as every method takes it; recorded with the edit, nothing is drawn.
         progress: called with (what is done, done, total).
         settings: the fields of UltraEditConfig.
     Raises:
         SettingError: an unknown setting; FactError: a fact that cannot be worked with.
         EngramError: fewer than two tokens to take a spread of, or statistics of other matrices.
     """
-    seen = _seen(lm, facts, progress, layers=layers, statistics=statistics, **settings)
-    edit = seen.edit(lm, facts, range(len(facts)), seed, progress)
+    scored = _scored_tokens(lm, facts, progress, layers=layers, statistics=statistics, **settings)
+    edit = scored.edit(lm, facts, range(len(facts)), seed, progress)
     if statistics is not None:
-        statistics.__dict__.update(seen.now.__dict__)
+        statistics.__dict__.update(scored.statistics.__dict__)
     return edit
 
 
@@ -222,21 +235,24 @@ def ultraedit_each(
     progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Edit]:
-    """Many edits of one fact each, every one made on the unedited model.
+    """Return one edit for each fact, every one made on the unedited model.
 
-    One fact's token has no spread of its own, so what is standardised over are the tokens of all
-    these facts, with those of `statistics`, to which nothing is added. The settings are those of
+    The token of one fact has no spread of its own, so tokens are standardised over all these facts
+    together, with those of `statistics`, to which nothing is added. The settings are those of
     `ultraedit`.
     """
-    seen = _seen(lm, facts, progress, **settings)
-    return [seen.edit(lm, facts, [i], seed, no_progress) for i in range(len(facts))]
+    scored = _scored_tokens(lm, facts, progress, **settings)
+    return [scored.edit(lm, facts, [i], seed, no_progress) for i in range(len(facts))]
 
 
 def _inputs_and_gradients(
     lm: LanguageModel, batch: TargetBatch, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each matrix: what enters it at the p read positions [p, in], and the gradient there of
-    the summed loss [p, out].
+    """Return for each matrix its inputs at the p read positions [p, in], and the gradient of the
+    summed loss at its outputs there [p, out].
+
+    Gradients come from zeros that are added to the outputs, so the weights need none: their
+    gradients would take as much memory as the model.
     """
     b, t = batch.ids_bt.shape
     probes: dict[str, Tensor] = {}
@@ -268,10 +284,12 @@ def _inputs_and_gradients(
 
 
 def _solve(inputs_ni: Tensor, standard_nc: Tensor, rate: float, precision: torch.dtype) -> Delta:
-    """(H^T H + I)^-1 H^T V, [out, in]: as V^T and the rows (H^T H + I)^-1 h; multiplied out where
-    that is smaller.
+    """Return S^T, [out, in], for S = (H^T H + I)^-1 H^T V, in two factors or multiplied out.
 
-    (H^T H + I)^-1 H^T = H^T (H H^T + I)^-1, so the smaller of both matrices is factored.
+    (H^T H + I)^-1 H^T = H^T (H H^T + I)^-1, so the smaller of both matrices is factored: with
+    n = 3 tokens of width 3072 that is [3, 3]. Factors V^T [out, n] and [n, in] keep one column for
+    each token, so that one fact can be taken out; they are multiplied out where n is above the
+    smaller side of the matrix.
     """
     n, width = inputs_ni.shape
     h_ni, g_no = standard_nc[:, :width], standard_nc[:, width:]
