@@ -47,8 +47,8 @@ from engram.editors.contexts import sample_contexts
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, SampledText, Texts
 from engram.editors.second_moments.measure import SecondMoment, second_moments
-from engram.settings import read
 from engram.model.language_model import LanguageModel
+from engram.settings import read
 from measure_pocket import sample
 
 MULTIPLES = {"bundled": (2, 5, 10, 20, 400), "sampled": (20, 400), "wikipedia": (2, 20, 400)}

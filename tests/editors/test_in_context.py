@@ -342,7 +342,7 @@ def test_an_encoder_that_is_a_function_has_to_be_given_again(roomy, tmp_path):
     )
     with pytest.raises(
         SettingError,
-        match="encoder='custom': .* a function .*files do not keep a function: pass it again",
+        match=r"encoder='custom': .* a function .*files do not keep a function: pass it again",
     ):
         asked(roomy, loaded, "A bridge")
     assert asked(roomy, replace(loaded, encoder=letters), "A bridge") == asked(

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. (Folders: tests/edit/test_files.py, by way of edits.)"""
+"""Files that are written whole or not at all; for folders see tests/edit/test_files.py."""
 
 import os
 import signal

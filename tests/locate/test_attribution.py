@@ -110,7 +110,9 @@ def test_every_family_is_estimated_and_left_as_it_was(family):
         "correction": "query-key",
     }
     if family.split("-")[0] in UNWATCHED:
-        with pytest.raises(UnsupportedModelError, match="does not hand to transformers' attention interface"):
+        with pytest.raises(
+            UnsupportedModelError, match="not hand to transformers' attention interface"
+        ):
             engram.trace(lm, PROMPT, noise=noise(lm, 1.0), **given)
     else:
         corrected = engram.trace(lm, PROMPT, noise=noise(lm, 1.0), **given)
