@@ -41,6 +41,7 @@ def batches(
     batch: list[T] = []
     longest = held = 0  # running, since recomputing them for every item is quadratic
     for item in items if key is None else sorted(items, key=key):
+        # Checked before the item joins: only an item that is too large alone exceeds a limit.
         own_length = length(item) if length else 0
         own_size = size(item) if size else 0
         if batch and (

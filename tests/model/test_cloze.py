@@ -298,3 +298,17 @@ def test_what_makes_no_sense_for_a_kind_says_so():
         UnsupportedModelError, match="tiny-t5 is an encoder-decoder model, and perplexity"
     ):
         tiny_lm("t5").perplexity(PROMPT)
+
+
+# -- the examples in the docstrings ----------------------------------------------------------------
+
+
+def test_the_documented_ids_are_what_tokenizers_give(pocket_lm):
+    cloze = pocket_lm.cloze("The tower is in", "New Zealand")
+    assert cloze.ids == [413, 275, 1921, 356, 318, 1606] and cloze.answer == [1606, 4492]
+    assert cloze.read == [4, 5] and cloze.tokens == 5
+    masked = tiny_lm("bert").cloze("The tower is in", "He sings")
+    assert masked.ids == [2, 118, 148, 132, 131, 4, 4, 9, 3] and masked.read == [5, 6]
+    written = tiny_lm("t5").cloze("The tower is in", "Paris")
+    assert written.ids == [64, 94, 78, 77, 98, 3, 8, 1] and written.decoder_ids == [0, 98]
+    assert written.answer == [61] and written.read == [1]

@@ -1,1 +1,1 @@
-"""TODO engine"""
+"""Running a model again, in part: recordings, suffixes, rows that begin alike."""

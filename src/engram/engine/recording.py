@@ -56,6 +56,7 @@ class Recording:
 
         stand_in = DynamicCache()  # the run's own cache holds every row and block
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        # strict=False: a run `until` a block has fewer calls than the model has blocks.
         for block, (args, kwargs) in zip(self.blocks, self.calls, strict=False):
             arguments = {
                 name: stand_in
@@ -98,6 +99,7 @@ def record_run(
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
     cache = DynamicCache()
+    # Families without attention (Mamba) take no cache; without keys they are not replayed either.
     caching = (
         {"past_key_values": cache, "use_cache": True}
         if takes(base_model(lm), "past_key_values")
@@ -108,6 +110,7 @@ def record_run(
         entering.append((args[0] if args else kwargs["hidden_states"]).detach())
         calls.append((args, kwargs))
 
+    # Hooks, since output_hidden_states normalises the last entry and leaves out the arguments.
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in lm.parts.blocks]
     last = lm.parts.block_name(lm.n_layers - 1 if until is None else until)
     try:
@@ -117,6 +120,7 @@ def record_run(
             record(lm.model, inputs, outputs, keep=keep) as seen,
             record(lm.model, outputs=[last], stop=until is not None) as end,
         ):
+            # Without the head: logits of all positions would be the largest tensor of the run.
             base_model(lm)(ids_bt.to(lm.device), **caching)
     finally:
         for handle in handles:
@@ -139,6 +143,7 @@ def arguments_by_name(
     Raises:
         NotReplayableError: the block takes *args.
     """
+    # By name, since families pass masks and positions now by position, now by keyword.
     target = signature(block.forward)
     bound = target.bind_partial(*args, **kwargs).arguments
     for name, parameter in target.parameters.items():
@@ -172,6 +177,8 @@ def argument_for_rows(name: str, value: Any, rows_n: Tensor | None, recorded: in
                 .index_select(0, rows_n.to(x.device))
                 .flatten(0, 1)
             )
+        # One row for all, or no axis of rows: it is broadcast. The sizes alone cannot tell where as
+        # many rows as tokens are recorded, so known exceptions go by their names.
         if name in ("position_bias", "cache_position") or x.shape[0] != recorded or recorded == 1:
             return x
         return x.index_select(0, rows_n.to(x.device))

@@ -45,11 +45,13 @@ def replayable(lm: LanguageModel) -> bool:
     The try covers rows with different starts, the short last block and the head. It is repeated
     where the attention implementation or the dtype was changed since.
     """
+    # On a weak key: an edit keeps the model's blocks, so the answer outlives edits but not models.
     known = _REPLAYABLE.setdefault(lm.model, {})
     key = (getattr(lm.model.config, "_attn_implementation", None), lm.dtype)
     if key not in known:
         try:
             known[key] = _try(lm)
+        # Whatever a family's own code raises when its blocks are called in an unusual way.
         except (
             NotReplayableError,
             StopForward,
@@ -69,6 +71,7 @@ def replayable(lm: LanguageModel) -> bool:
 @torch.no_grad()
 def _try(lm: LanguageModel) -> bool:
     vocabulary = int(lm.model.config.vocab_size)
+    # Distinct tokens; rows differ, so that mixing up rows cannot go unnoticed.
     ids_bt = (torch.arange(14).view(2, 7) * 31 + 5) % vocabulary
     recording = record_run(lm, ids_bt)
     tolerance = 1e-3 if torch.finfo(lm.dtype).eps < 1e-5 else 0.1
@@ -76,6 +79,7 @@ def _try(lm: LanguageModel) -> bool:
     def close(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6))
 
+    # One start for all rows takes other branches (views, one mask) than two starts.
     for starts in (3, [2, 4]):
         suffix = Suffix(recording, starts, 3)
         for layer in range(lm.n_layers):

@@ -62,6 +62,7 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
         last = {"logits_to_keep": 1} if lm.keeps_logits else {}
         read = lm.model(ids_bt, use_cache=True, **last)
         cache = read.past_key_values
+        # Other caches, such as a state-space model's, cannot be repeated row by row.
         if not isinstance(cache, DynamicCache):
             return None
         first_bv = read.logits[:, -1].to(torch.promote_types(read.logits.dtype, torch.float32))
@@ -69,6 +70,7 @@ def shared_logits(lm: LanguageModel, continued: Sequence[tuple[Ids, Ids]]) -> li
         further = [i for i, (_, tail) in enumerate(batch) if tail]
         after = {}
         if further:
+            # In place: one copy of the prompt's keys per continuation, of the same prompt or not.
             cache.batch_select_indices(torch.tensor([which[i] for i in further], device=lm.device))
             tails_bt = pad_right([batch[i][1] for i in further]).to(lm.device)
             logits_btv = lm.model(tails_bt, past_key_values=cache, use_cache=True).logits.to(
@@ -119,6 +121,7 @@ def record_shared_prefixes(
     rest = max(len(row) - shared[b % len(shared)] for b, row in enumerate(rows))
     suffix = Suffix(record_run(lm, pad_right(firsts, length)), shared, rest)
     positions_bq, entry = suffix.positions.queries_bq[kind_b], lm.parts.block_name(0)
+    # The embedding of whole rows: positions are added there in some families.
     with torch.no_grad(), record(lm.model, inputs=[entry], stop=True) as entering:
         base_model(lm)(pad_right(rows, length).to(lm.device))
     with torch.no_grad(), record(lm.model, inputs, outputs) as seen:

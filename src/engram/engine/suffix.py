@@ -146,6 +146,7 @@ class Positions:
                     "positions"
                 )
             return value[self.queries_bq[0].to(value.device)]
+        # MPT counts distances from the last key, BLOOM's ALiBi from the first.
         slots = self.slots_bs.shape[1]
         if name == "position_bias" and isinstance(value, Tensor):
             return value[..., -slots:]
@@ -159,6 +160,7 @@ class Positions:
         """Return the recorded attention mask for these queries, [b or 1, heads or 1, q, s]."""
         queries, slots = self.queries_bq, self.slots_bs
         if mask is None:  # plain causal attention, left to the kernel
+            # One query sees every key, and without a prefix the kernel's own mask is right.
             if self.uniform and (queries.shape[1] == 1 or self.prefix == 0):
                 return None
             hidden = (slots[:, None, :] < 0) | (slots[:, None, :] > queries[:, :, None])
@@ -196,9 +198,10 @@ class Suffix:
             "suffix beyond what was recorded"
         )
         self.positions = Positions.of_suffix(row_starts, length)
+        # Both are read many times per layer: a value search runs the same suffix at every step.
         self._ends: dict[int, Positions] = {}
         self._prefixes: dict[int, list[Tensor]] = {}
-        # by layer, of positions that are in use
+        # Per positions and layer; weak, since `at_columns` makes positions of its own at each call.
         self._arguments: WeakKeyDictionary[Positions, dict[int, dict[str, Any]]] = (
             WeakKeyDictionary()
         )
@@ -263,10 +266,12 @@ class Suffix:
         positions_nq = self.positions.queries_bq[rows_n]
         whole = self.recording.select(rows_n, from_layer)
         for layer in range(len(whole.keys)):
+            # Blocks below `from_layer` run too, but nothing of them is kept.
             cache = _CaptureKV(*self._prefix_of(layer, rows_n))
             leaving_nqd = self._call(layer, hidden_nqd, rows_n, cache, self.positions)
             if layer >= from_layer:
                 put(whole.hidden[layer], positions_nq, hidden_nqd)
+                # (n, heads, t, size) -> (n, t, heads, size): `put` writes along the second axis
                 new_keys, new_values = cache.new_keys, cache.new_values
                 put(whole.keys[layer].transpose(1, 2), positions_nq, new_keys.transpose(1, 2))
                 put(whole.values[layer].transpose(1, 2), positions_nq, new_values.transpose(1, 2))
@@ -283,6 +288,8 @@ class Suffix:
         rows_n: Tensor | None,
     ) -> Tensor:
         """Run the block twice: up to the keys and values of all positions, then whole on a few."""
+        # Keys and values of all positions cost a norm and two matrices. The rest, most of a block's
+        # work, is done only where it is read.
         stopped = _StopAfterKV(*self._prefix_of(layer, rows_n))
         try:
             self._call(layer, hidden_nqd, rows_n, stopped, self.positions)
@@ -310,7 +317,7 @@ class Suffix:
     def _before(self, x_bhtk: Tensor) -> Tensor:
         prefix = self.positions.prefix
         if self.positions.uniform:
-            return x_bhtk[:, :, :prefix]
+            return x_bhtk[:, :, :prefix]  # a view; rows with starts of their own need copies
         slots = self.positions.slots_bs[:, :prefix].clamp(min=0).to(x_bhtk.device)
         heads, size = x_bhtk.shape[1], x_bhtk.shape[3]
         return x_bhtk.gather(2, slots[:, None, :, None].expand(-1, heads, -1, size))
@@ -330,6 +337,7 @@ class Suffix:
                 name: positions.argument(name, value, states)
                 for name, value in arguments_by_name(block, *self.recording.calls[layer]).items()
             }
+        # The cache is found by type: families call it past_key_value, past_key_values, layer_past.
         arguments = {
             name: cache
             if isinstance(value, Cache)

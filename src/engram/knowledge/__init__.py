@@ -1,1 +1,1 @@
-"""TODO knowledge"""
+"""What a model knows: cloze probing and its scores."""

@@ -76,6 +76,7 @@ class ClozeRows:
         blank = self.lm.cloze(prompt)
         ids, at = tuple(blank.ids), blank.read[0]
         if self.lm.kind == "masked":
+            # Masks do not see each other's answers: only their number matters.
             sizes = sorted({len(answer) for answer in answers})
             rows = [
                 ClozeRow(ids[:at] + n * ids[at : at + 1] + ids[at + 1 :], tuple(range(at, at + n)))
@@ -83,6 +84,7 @@ class ClozeRows:
             ]
             where = [sizes.index(len(answer)) for answer in answers]
         else:
+            # An answer's last token is predicted, so only what comes before it has to be read.
             prefixes = _longest({answer[:-1] for answer in answers})
             reads = [tuple(range(at, at + len(prefix) + 1)) for prefix in prefixes]
             pairs = zip(prefixes, reads, strict=True)

@@ -190,9 +190,12 @@ class Knowledge:
         )
         micro, macro = [], []
         n, done = len(self.records), 0
+        # In pieces, so that memory stays bounded; the draws do not depend on the pieces' size.
         while done < samples:
             size = min(samples - done, max(1, _BATCH // n))
             draws_bn = torch.randint(n, (size, n), generator=generator)
+            # How often each fact was drawn: means are then one matrix product, without copies of
+            # the values.
             counts_bn = torch.zeros(size, n, dtype=torch.float64).scatter_add_(
                 1, draws_bn, torch.ones(size, n).double()
             )

@@ -1,1 +1,1 @@
-"""TODO model"""
+"""One language model: loading it, text into tokens, asking it, what it writes."""

@@ -163,6 +163,7 @@ def continued(tokens: Tokens, frame: Frame, prompt: str, target: str | None) -> 
             offsets = joint.offsets[: len(ids)]
         else:  # the answer was tokenised alone, see `Tokens.continuation_ids`: no characters known
             offsets = offsets + [(len(whole), len(joint.text))] * len(answer[:-1])
+    # Places are counted from the prompt on; those of the frame's text in front are all 0.
     offsets = [(max(a - start, 0), max(b - start, 0)) for a, b in offsets]
     read = list(range(len(head.ids) - 1, len(ids)))
     return Cloze(ids, offsets, text, read, answer, None, len(head.ids))
@@ -207,10 +208,12 @@ def filled(tokens: Tokens, template: str, prompt: str, target: str | None) -> Cl
     mask = str(tokenizer.mask_token)
     before, _, rest = template.replace("{}", prompt).rpartition(mask)
     candidates = (before, before.rstrip())
+    # Many tokenizers have the space inside a word's token; before a mask it would be a token.
     encoding = min(
         (tokens.encode_all(text + mask + rest) for text in candidates), key=lambda e: len(e.ids)
     )
     ids, offsets = encoding.ids, encoding.offsets
+    # The last mask: a prompt may have masks of its own.
     at = max(i for i, token in enumerate(ids) if token == tokenizer.mask_token_id)
     answer = []
     if target is not None:
@@ -261,6 +264,7 @@ def answered(
         joint = tokens.bare_ids(beginning + words)
         follows = joint[: len(head)] == head and len(joint) > len(head)
         answer = joint[len(head) :] if follows else tokens.bare_ids(words)
+    # The special tokens in front of the encoder's text, as BART's decoder repeats them.
     lead = next(i for i, span in enumerate(encoding.offsets) if span != (0, 0))
     head = _decoder_start(model, encoding.ids[:lead]) + head
     decoder_ids = head + answer[:-1]

@@ -65,7 +65,7 @@ def dequantised(lm: LanguageModel, layer: int) -> Iterator[LanguageModel]:
 
 
 class Unpacked(nn.Linear):
-    """A linear map with the numbers of a packed one, in float32; its output has the input's dtype."""
+    """A linear map with a packed one's numbers, in float32; its output has the input's dtype."""
 
     def __init__(self, packed: nn.Module) -> None:
         weight_oi = values(packed)

@@ -104,10 +104,12 @@ def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:
     ids_bt = torch.tensor(
         [[row.ids[0]] * (longest - len(row.ids)) + list(row.ids) for row in rows], device=lm.device
     )
+    # A pad repeats the row's first token: it is masked, but has to be a token.
     cache, columns = None, []
     for step in range(max(row.new for row in rows)):
         real_bt = torch.arange(longest + step, device=lm.device)[None] >= pads_b1
         logits_bv, cache = _next(lm, ids_bt, real_bt, cache)
+        # An edit may break a model: NaN is written as token 0 instead of ending the whole run.
         probabilities_bk, tokens_bk = _most_probable(logits_bv.nan_to_num(), TOP_K)
         picks = [
             0 if generator is None else int(torch.multinomial(p_k, 1, generator=generator))
@@ -176,6 +178,7 @@ def _next(
         real_bs: [b, cached + t] which tokens are no pads.
     """
     settings: dict[str, Any] = {"logits_to_keep": 1} if lm.keeps_logits else {}
+    # Position ids only where there are pads: some families do not take them.
     if not bool(real_bs.all()):
         positions_bs = real_bs.long().cumsum(1) - 1
         settings["position_ids"] = positions_bs[:, -ids_bt.shape[1] :].clamp(min=0)
@@ -216,6 +219,7 @@ def _try_padding(lm: LanguageModel) -> bool:
     longer_bt = torch.cat([real_bt, real_bt[:, -1:]], 1)
     second_bv, _ = _next(lm, ids_t[4:5].expand(2, 1), longer_bt, cache)
     alone = [lm.model(ids_t[None, :n], use_cache=False).logits[0, -1].float() for n in (4, 5)]
+    # Padded and alone, one step from the prompt and one from the cache.
     tolerance = 1e-4 if torch.finfo(lm.dtype).eps < 1e-5 else 0.05
     return all(
         bool((padded_v - alone_v).norm() <= tolerance * alone_v.norm())

@@ -221,7 +221,7 @@ class LanguageModel:
             frame = self.frame if frame is None else check_frame(frame)
             return continued(self.tokens, frame, prompt, target)
         if frame is not None:
-            self.check_framed()
+            self.check_framed()  # raises
         if self.kind == "masked":
             return filled(self.tokens, self.cloze_template, prompt, target)
         return answered(self.tokens, self._templates, self.model, prompt, target)
@@ -290,6 +290,7 @@ class LanguageModel:
             logits = self.cloze_logits(
                 pad_right([rows[i] for i in batch]).to(self.device), wanted, decoder_bt
             )
+            # Back to each row's own positions, in float32: bfloat16 keeps 2 digits of a logit.
             column = {p: at for at, p in enumerate(wanted)}
             for row, i in enumerate(batch):
                 out[i] = logits[row, [column[p] for p in positions[i]]].to(
@@ -339,6 +340,7 @@ class LanguageModel:
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         wanted: set[int] = set()
 
+        # Every row of a batch gets logits at all positions that any of them reads.
         def fits(batch: list[int], i: int) -> bool:
             if len(batch) == 1:
                 wanted.clear()
@@ -445,6 +447,7 @@ class LanguageModel:
             raise FactError(
                 f"text {text!r} has fewer than two tokens; perplexity needs a token to predict"
             )
+        # Piece by piece: the logits of a long text would not fit.
         total, count = 0.0, 0
         for piece in pieces:
             # a start token that the text in front has already

@@ -98,6 +98,7 @@ def load_shapes(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Built from its config on the meta device: no memory, whatever the size.
         with torch.device("meta"):
             model = _class_for(config).from_config(
                 config,

@@ -102,6 +102,8 @@ class Tokens:
         Raises:
             FactError: no tokens.
         """
+        # Tokenising the two apart and joining the ids is wrong for SentencePiece: it would put a
+        # space in front of the second text.
         head, joint = self.encode(text), self.encode(text + continuation)
         at = len(head.ids)
         if joint.ids[:at] != head.ids:
