@@ -32,7 +32,7 @@ from common import (
     timed,
     words,
 )
-from engram.locate.settings import TraceConfig, default_window
+from engram.locate.settings import SubjectCorruption, TraceConfig, default_window
 from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 
@@ -63,7 +63,7 @@ def ours(kind: str, shape: str, device: str, facts: int, loops: int) -> dict[str
     lm = make_lm(shape, device)
     model_mib = peak_mib(device)
     kind, _, size = kind.partition(" ")
-    config = TraceConfig(
+    config = TraceConfig.of(
         noise=NOISE,
         samples=SAMPLES,
         method="attribution" if kind in ("attribution", "corrected") else "exact",
@@ -97,7 +97,7 @@ def ours(kind: str, shape: str, device: str, facts: int, loops: int) -> dict[str
 def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
     from tests.helpers import naive
 
-    from engram.locate.corruption import draw_noise
+    from engram.locate.corruption import Corruptor
 
     lm = make_lm(shape, device)
     model = make_model(shape, device)
@@ -109,12 +109,13 @@ def loop(shape: str, device: str, loops: int) -> dict[str, Any]:
         "attention": [b.attn for b in blocks],
     }
     window = default_window(lm.n_layers)
+    corruptor = Corruptor(lm, SubjectCorruption(noise=NOISE, samples=SAMPLES))
     asked = [ids_of(number, SHAPES[shape][3]) for number in range(loops)]
 
     def work() -> list[dict[str, Any]]:
         tables = []
         for ids, span in asked:
-            noise = draw_noise(lm, NOISE, (SAMPLES, span[1] - span[0])).to(device)
+            noise = corruptor(span[1] - span[0]).to(device)
             answer = [int(model(torch.tensor([ids])).logits[0, -1].argmax())]
             tables.append(
                 {

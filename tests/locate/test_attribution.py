@@ -229,7 +229,9 @@ def test_prompts_estimated_together_are_those_estimated_alone(settings):
     ]
     prompts = [TracePrompt(text, subject, "the") for text, subject in texts]
     method = "exact" if "screen" in settings else "attribution"
-    config = TraceConfig(noise=1.0, samples=2, method=method, metric="log_probability", **settings)
+    config = TraceConfig.of(
+        noise=1.0, samples=2, method=method, metric="log_probability", **settings
+    )
     together = {t.prompt: t for t in trace_prompts(lm, prompts, config, facts_per_batch=4)}
     for prompt in prompts:
         (alone,) = trace_prompts(lm, [prompt], config)

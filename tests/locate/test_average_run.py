@@ -297,9 +297,9 @@ def traced(monkeypatch):
     """Prompts that are traced from here on."""
     prompts = []
 
-    def noted(lm, questions, *args, **kwargs):
-        prompts.extend(question.prompt.text for question in questions)
-        return plain(lm, questions, *args, **kwargs)
+    def noted(lm, inputs, *args, **kwargs):
+        prompts.extend(one.prompt.text for one in inputs)
+        return plain(lm, inputs, *args, **kwargs)
 
     plain = experiment.trace_batch
     monkeypatch.setattr(experiment, "trace_batch", noted)
@@ -329,9 +329,9 @@ def start(note):
     child = os.fork()
     if child == 0:
         plain, calls = experiment.trace_batch, []
-        def counted(lm, questions, *rest):
-            calls.extend(question.prompt.text for question in questions)
-            return plain(lm, questions, *rest)
+        def counted(lm, inputs, *rest):
+            calls.extend(one.prompt.text for one in inputs)
+            return plain(lm, inputs, *rest)
         experiment.trace_batch = counted
         engram.average_trace(lm, facts, out=out, progress=lambda *_: time.sleep(0.02), **RUN)
         with open(note, "w") as file:
@@ -463,6 +463,18 @@ def test_a_longer_list_goes_on(lm, tmp_path, traced):
     longer = engram.average_trace(lm, FACTS, out=tmp_path / "run", noise=1.0, **GIVEN)
     assert sorted(traced) == sorted(fact.prompt_text for fact in FACTS[:2])
     same(longer, engram.average_trace(lm, FACTS, noise=1.0, **GIVEN), 1e-6)
+
+
+def test_a_run_is_resumed_after_calls_that_leave_the_tokenizer_truncating(lm, tmp_path):
+    """A tokenizer keeps the truncation and padding of its last call; they change no number here."""
+    run = {"out": tmp_path / "run", "noise": 1.0, **GIVEN}
+    engram.average_trace(lm, FACTS[:2], **run)
+    try:
+        lm.tokenizer(["one", "a longer text"], truncation=True, max_length=2, padding=True)
+        average = engram.average_trace(lm, FACTS[:4], **run)
+    finally:
+        lm.tokenizer("one")
+    assert len(average.traces) == 4
 
 
 def test_a_shorter_list_is_averaged_alone(lm, tmp_path):

@@ -32,7 +32,7 @@ def embedding_hook(lm, config, span, noise_nd):
         place = out[:, span[0] : span[1]]
         place[:] = (
             noise_nd
-            if config.replace or config.corruption in ("zeros", "mean")
+            if config.subject.replace or config.subject.corruption in ("zeros", "mean")
             else place + noise_nd
         )
         return out
@@ -43,14 +43,14 @@ def embedding_hook(lm, config, span, noise_nd):
 def runs(lm, config, span, noise):
     """(ids, embedding hook) of the clean run and of each corrupted sample."""
     ids = lm.encode(PROMPT).ids
-    if config.corruption == "subject":
+    if config.subject.corruption == "subject":
         return (ids, {}), [(lm.encode(PROMPT.replace(SUBJECT, OTHER)).ids, {})]
-    if config.corruption == "zeros":
+    if config.subject.corruption == "zeros":
         noise = torch.zeros(1, span[1] - span[0], lm.d_model)
-    if config.corruption == "mean":
+    if config.subject.corruption == "mean":
         rows = [
             lm.parts.embed.weight[i].detach()
-            for s in config.noise_subjects
+            for s in config.subject.noise_subjects
             for i in lm.encode(s).ids
         ]
         noise = torch.stack(rows).mean(0).expand(1, span[1] - span[0], -1)
@@ -85,9 +85,9 @@ def cells_of(lm, config, site):
     if site == "neuron":
         return [
             ((i,), range(layer, layer + 1), slice(n, n + 1))
-            for i, (layer, n) in enumerate(config.neurons)
+            for i, (layer, n) in enumerate(config.patching.neurons)
         ]
-    window = config.window if site in ("mlp", "attention") else 1
+    window = config.patching.window if site in ("mlp", "attention") else 1
     return [
         ((c,), range(*window_layers(c, window, lm.n_layers)), slice(None))
         for c in range(lm.n_layers)
@@ -97,7 +97,10 @@ def cells_of(lm, config, site):
 def naive_table(lm, config, site, trace, noise, answer, foil, severed=None):
     """Return the table of one site, cell by cell and sample by sample."""
     clean, corrupted = runs(lm, config, trace.subject_range, noise)
-    pairs = [(clean, other) if config.inserts_corrupted else (other, clean) for other in corrupted]
+    pairs = [
+        (clean, other) if config.patching.inserts_corrupted else (other, clean)
+        for other in corrupted
+    ]
     modules, inputs = modules_of(lm, site), site in PARTS
     table = torch.zeros_like(trace.scores[site])
     for base, source in pairs:
@@ -130,7 +133,7 @@ def naive_table(lm, config, site, trace, noise, answer, foil, severed=None):
 
 
 def compare(lm, sites, limit=None, severed=(), **settings):
-    config = TraceConfig(
+    config = TraceConfig.of(
         sites=sites,
         severed=severed,
         neurons=NEURONS if "neuron" in sites else (),
@@ -138,9 +141,9 @@ def compare(lm, sites, limit=None, severed=(), **settings):
         **settings,
     )
     foil = "city" if config.metric == "logit_difference" else None
-    other = OTHER if config.corruption == "subject" else None
+    other = OTHER if config.subject.corruption == "subject" else None
     given = {
-        name: getattr(config, name) for name in ("sites", "neurons", "window", "severed")
+        name: getattr(config.patching, name) for name in ("sites", "neurons", "window", "severed")
     } | settings
     trace = engram.trace(
         lm, PROMPT, subject=SUBJECT, target="the", foil=foil, other_subject=other, **given
@@ -347,7 +350,7 @@ def test_a_facts_subject_is_corrupted_where_the_fact_says_it_stands(lm):
             {"sites": "residual", "severed": "mlp", "frozen_noise": torch.zeros(2, 4, 32)},
             "frozen_noise is a tensor",
         ),
-        ({"positions": [3]}, "positions by number are other words in every prompt"),
+        ({"positions": [3]}, "numeric positions mean different words in each prompt"),
         ({"noise": torch.zeros(2, 4, 32)}, "noise as a tensor fits subjects of one length"),
     ],
 )
@@ -394,7 +397,7 @@ def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
             {"sites": ["residual"], "frozen_noise": torch.zeros(1)},
             "frozen_noise is the noise of the run",
         ),
-        ({"replace": True, "corruption": "zeros"}, "replace=True speaks of noise"),
+        ({"replace": True, "corruption": "zeros"}, "replace=True is about noise"),
         ({"corruption": "subject"}, "'subject' puts another subject into the prompt"),
         ({"other_subject": OTHER}, "no other corruption does"),
         (

@@ -8,8 +8,8 @@ import torch
 
 import engram
 from engram.errors import EngramFileError, FactError, NonFiniteError, SettingError
-from engram.locate.corruption import draw_noise, subject_embeddings
-from engram.locate.settings import default_window, window_layers
+from engram.locate.corruption import Corruptor, subject_embeddings
+from engram.locate.settings import SubjectCorruption, default_window, window_layers
 from engram.locate.trace import CausalTrace
 from tests.helpers import naive
 from tests.helpers.tiny import tiny_lm
@@ -25,6 +25,12 @@ SITES = {
     "mlp": lambda lm, layer: lm.parts.mlp(layer),
     "attention": lambda lm, layer: lm.parts.attention(layer),
 }
+
+
+def draw_noise(lm, rule, shape, seed=1, subjects=None):
+    """Noise of a rule, [samples, subject tokens, d]; `shape` is (samples, subject tokens)."""
+    config = SubjectCorruption(noise=rule, samples=shape[0], seed=seed, noise_subjects=subjects)
+    return Corruptor(lm, config)(shape[1])
 
 
 def naive_table(lm, trace, noise, site, target_ids=None):
@@ -203,11 +209,6 @@ def test_windows_are_those_of_the_released_code(centre, layers):
     assert window_layers(centre, 10, 48) == layers
 
 
-def test_the_papers_windows_lie_one_layer_higher():
-    assert window_layers(24, 10, 48, "paper") == (20, 30)
-    assert window_layers(47, 10, 48, "paper") == (43, 48)
-
-
 def test_a_window_never_spans_a_small_model():
     assert [default_window(layers) for layers in (2, 8, 12, 24, 32, 48)] == [1, 3, 4, 8, 10, 10]
 
@@ -252,6 +253,25 @@ def test_matched_noise_has_the_embeddings_mean_and_covariance(rule):
     wanted = torch.cov(embeddings.T)
     assert (drawn.mean(0) - embeddings.mean(0)).abs().max() < 0.2 * wanted.max().sqrt()
     assert (torch.cov(drawn.T) - wanted).abs().max() < 0.2 * wanted.max()
+
+
+def test_heavy_tails_follow_the_seed_and_are_the_released_codes_by_default():
+    """Student's t noise is normal noise times one factor a token; both parts have to be drawn anew
+    where the seed changes. The released code takes the factors from RandomState(2), its seed
+    being 1.
+    """
+    lm, subjects = tiny_lm("gpt2", torch.float64), ["Rome is in the city of Paris"]
+
+    def factors(seed):
+        mean = subject_embeddings(lm, subjects).mean(0)
+        heavy, normal = (
+            draw_noise(lm, rule, (5, 3), seed, subjects) - mean for rule in ("t5", "m")
+        )
+        return (heavy.norm(dim=-1) / normal.norm(dim=-1)).numpy()
+
+    chi = np.random.RandomState(2).chisquare(5, size=15).reshape(5, 3)
+    np.testing.assert_allclose(factors(1), np.sqrt(3 / chi), rtol=1e-9)
+    assert not np.isclose(factors(3), factors(1)).any()
 
 
 # --- files and errors -----------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def plot_layers(runs: Sequence[Run], metrics: Sequence[str] = ("ES", "PS", "NS",
                 found[settings["layer"]] = summaries[label]
     if len(found) < 2:
         raise SettingError(
-            f"the runs have results at layers {sorted(found)}; expected two or more, as by --method rome-1=rome --set rome-1:layer=1"
+            f"the runs have results at layers {sorted(found)}; expected two or more, as by "
+            "--method rome-1=rome --set rome-1:layer=1"
         )
     layers = sorted(found)
     with mpl.rc_context(STYLE):

@@ -18,26 +18,25 @@ from torch import Tensor
 
 from engram.engine.attention import Attention, capture_attention
 from engram.engine.recording import base_model
-from engram.locate.recorded_runs import Runs
+from engram.locate.recorded_runs import Recorded, module_name
 from engram.locate.settings import PARTS, EffectTable
 from engram.modules.hooks import substitute
 
 
-def estimate(runs: Runs, plan: Sequence[EffectTable]) -> list[Tensor]:
-    """Estimated change of the metric by each patch at each row of each prompt.
+def estimate(runs: Recorded, plan: Sequence[EffectTable]) -> list[Tensor]:
+    """Estimate how much each patch at each row of each prompt changes the metric.
 
     Returns:
         One tensor [rows, patches] a prompt, patches in the plan's order, mean over samples.
     Raises:
-        UnsupportedModelError: the correction was asked for and the model's attention cannot be
-            watched.
+        UnsupportedModelError: correction="query-key" and the model's attention cannot be captured.
     """
     patches = [patch for table in plan for patch in table.patches]
     flow = _Flow(runs, list(dict.fromkeys(patch.site for patch in patches)))
     by_state: dict[tuple[str, int, tuple[int, int] | None], Tensor] = {}
 
     def single(site: str, layer: int, part: tuple[int, int] | None) -> Tensor:
-        """[f, t] effect of one state at every position."""
+        """Return [f, t] effects of one state at every position; computed once."""
         key = (site, layer, part)
         if key not in by_state:
             by_state[key] = flow.effect(site, layer, part)
@@ -48,7 +47,7 @@ def estimate(runs: Runs, plan: Sequence[EffectTable]) -> list[Tensor]:
         for p in patches
     ]
     table_ftp = torch.stack(columns, -1)
-    return [table_ftp[f, question.rows] for f, question in enumerate(runs.questions)]
+    return [table_ftp[f, prompt.rows] for f, prompt in enumerate(runs.rows.inputs)]
 
 
 class _Flow:
@@ -56,87 +55,81 @@ class _Flow:
     sites.
     """
 
-    def __init__(self, runs: Runs, sites: Sequence[str]) -> None:
+    def __init__(self, runs: Recorded, sites: Sequence[str]) -> None:
         self.runs = runs
-        facts = range(len(runs.questions))
-        self.source = runs.rows(facts, "source")
-        self.rows, self.base = runs.rows(facts, "base").unique(
-            return_inverse=True
-        )  # the clean run serves all samples
+        facts = range(len(runs.rows.inputs))
+        self.source = runs.rows.of_kind(facts, "source")
+        # the clean run serves all samples: it is run once a prompt, and `base` repeats it
+        self.rows, self.base = runs.rows.of_kind(facts, "base").unique(return_inverse=True)
         self.nodes: dict[tuple[str, int], Tensor] = {}
         self.attention: list[Attention] = []
-        corrects = runs.config.correction == "query-key"
+        corrects = runs.rows.config.estimation.correction == "query-key"
         with torch.enable_grad(), ExitStack() as stack:
             if corrects:
                 self.attention = stack.enter_context(capture_attention(runs.lm))
             self._forward(stack, sites)
-            score = runs.metric(self._logits(), self.rows // runs.per_fact).sum()
+            score = runs.scorer(self._logits(), self.rows // runs.rows.per_prompt).sum()
             wanted = [*self.nodes.values(), *(seen.output_bthk for seen in self.attention)]
             gradients = torch.autograd.grad(score, wanted, allow_unused=True)
         self.source_attention = self._watch_source() if corrects else []
-        found = [
+        filled = [
             torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)
         ]
-        self.gradients = dict(zip(self.nodes, found, strict=False))
-        self.attention_gradients = found[len(self.nodes) :]
+        self.gradients = dict(zip(self.nodes, filled, strict=False))
+        self.attention_gradients = filled[len(self.nodes) :]
 
     def _forward(self, stack: ExitStack, sites: Sequence[str]) -> None:
-        """Hooks that note every state in the graph; hands on a copy, since some families add to
-        outputs in place.
-        """
-        notes: dict[str, dict[torch.nn.Module, list[tuple[str, int]]]] = {
-            "outputs": {},
-            "inputs": {},
-        }
+        """Enter hooks that keep every state of the coming forward pass in the graph."""
+        nodes: dict[str, dict[torch.nn.Module, list[tuple[str, int]]]]
+        nodes = {"outputs": {}, "inputs": {}}
         lm = self.runs.lm
         for site in dict.fromkeys([*sites, "residual"]):
             for layer in range(lm.n_layers):
-                ways = notes["inputs" if site in PARTS else "outputs"]
-                ways.setdefault(self.runs.module(site, layer), []).append((site, layer))
+                module = lm.model.get_submodule(module_name(lm, site, layer))
+                of_direction = nodes["inputs" if site in PARTS else "outputs"]
+                of_direction.setdefault(module, []).append((site, layer))
 
-        def note(keys: list[tuple[str, int]], tensor: Tensor) -> Tensor:
+        def keep(keys: list[tuple[str, int]], tensor: Tensor) -> Tensor:
             self.nodes.update(dict.fromkeys(keys, tensor))
-            return tensor.clone()
+            return tensor.clone()  # some families add to outputs in place, which autograd refuses
 
         hooks = {
-            way: {module: (lambda x, k=keys: note(k, x)) for module, keys in modules.items()}
-            for way, modules in notes.items()
+            direction: {module: (lambda x, k=keys: keep(k, x)) for module, keys in modules.items()}
+            for direction, modules in nodes.items()
         }
-        stack.enter_context(substitute(self.runs.embeddings("base")))
-        stack.enter_context(
-            substitute({lm.parts.embed: lambda out: out.detach().requires_grad_()})
-        )  # frozen weights do too
+        stack.enter_context(substitute(self.runs.rows.embeddings("base")))
+        # the graph begins at the embeddings, so that weights may be frozen
+        stack.enter_context(substitute({lm.parts.embed: lambda out: out.detach().requires_grad_()}))
         stack.enter_context(substitute(**hooks))
 
     def _logits(self) -> Tensor:
         runs, lm = self.runs, self.runs.lm
-        ids_bt = runs.ids_bt[self.rows]
+        ids_bt = runs.rows.ids_bt[self.rows]
         if lm.kind != "causal":
-            return runs.logits(
-                ids_bt, None if runs.decoder_bt is None else runs.decoder_bt[self.rows]
-            )
+            decoder_bt = runs.rows.decoder_bt
+            return runs.rows.logits(ids_bt, None if decoder_bt is None else decoder_bt[self.rows])
         base_model(lm)(ids_bt.to(lm.device), use_cache=False)
         last_btd = self.nodes["residual", lm.n_layers - 1]
-        at = runs.read[self.rows // runs.per_fact].to(last_btd.device)
+        at = runs.rows.read[self.rows // runs.rows.per_prompt].to(last_btd.device)
         return lm.parts.head(last_btd.gather(1, at[..., None].expand(-1, -1, last_btd.shape[-1])))
 
     def effect(self, site: str, layer: int, part: tuple[int, int] | None) -> Tensor:
-        """[f, t] gradient . (source - base), summed over channels, mean over samples."""
+        """Return [f, t] gradient . (source - base), summed over channels, mean over samples."""
         cut = slice(None) if part is None else slice(*part)
-        shape = (len(self.rows), self.runs.ids_bt.shape[1], -1)
+        shape = (len(self.rows), self.runs.rows.ids_bt.shape[1], -1)
         gradient = self.gradients[site, layer].view(shape)[..., cut]
-        there = self.nodes[site, layer].detach().view(shape)[..., cut]
-        change = self.runs.states_of_rows(site, layer, self.source)[..., cut] - there[self.base]
+        base = self.nodes[site, layer].detach().view(shape)[..., cut]
+        change = self.runs.states_of_rows(site, layer, self.source)[..., cut] - base[self.base]
         effect_nt = (gradient[self.base] * change).sum(
             -1, dtype=torch.promote_types(change.dtype, torch.float32)
         )
         if site == "residual" and self.attention and layer + 1 < self.runs.lm.n_layers:
             effect_nt = effect_nt + self._correction(layer + 1)
-        return effect_nt.unflatten(0, (len(self.runs.questions), -1)).mean(1).cpu()
+        return effect_nt.unflatten(0, (len(self.runs.rows.inputs), -1)).mean(1).cpu()
 
     def _correction(self, layer: int) -> Tensor:
-        """[n, t] what the softmax of block `layer` makes of new queries and keys, beyond first
-        order.
+        """Return [n, t] what the softmax of block `layer` makes of new queries and keys, beyond
+        first order.
         """
         seen, gradient = self.attention[layer], self.attention_gradients[layer]
         put_in = self.source_attention[layer].rows(self.source)
@@ -146,10 +139,10 @@ class _Flow:
 
     @torch.no_grad()
     def _watch_source(self) -> list[Attention]:
-        """Queries and keys of all recorded rows: block l + 1 makes them of the state behind block l
-        alone.
+        """Return queries and keys of all recorded rows: block l + 1 computes them from the state
+        after block l alone.
         """
         lm = self.runs.lm
-        with capture_attention(lm) as seen, substitute(self.runs.embeddings("recorded")):
-            base_model(lm)(self.runs.ids_bt.to(lm.device), use_cache=False)
+        with capture_attention(lm) as seen, substitute(self.runs.rows.embeddings("recorded")):
+            base_model(lm)(self.runs.rows.ids_bt.to(lm.device), use_cache=False)
         return seen

@@ -39,11 +39,11 @@ _ROLE_LABELS = {  # in pictures, in the order of TOKEN_ROLES; which of matplotli
 
 
 def role_rows(trace: CausalTrace) -> dict[str, list[int]]:
-    """Rows of a trace's tables by role, in the prompt's order; a role the prompt does not have is
-    empty.
+    """Return the rows of a trace's tables by role, in the prompt's order; a role that the prompt
+    does not have is empty.
 
-    A subject of one token is both its first and its last; a single token behind the subject is both
-    the first after it and the last. Tokens in front of the subject are in no role. Where the
+    A subject of one token is both its first and its last; a single token after the subject is both
+    the first after it and the last. Tokens before the subject have no role. Where the
     subject ends the prompt there is none after it.
     """
     first, end = trace.subject_range
@@ -62,10 +62,10 @@ def role_rows(trace: CausalTrace) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Curves:
-    """Mean effects by role, each [6, ...] as the table is behind its token axis, NaN where no fact
+    """Mean effects by role, each [6, ...] as the table is after its token axis, NaN where no fact
     has the role.
 
-    `counts` are the facts (bootstrap) or the rows (reference) behind each role's mean.
+    `counts` are the numbers of facts (bootstrap) or rows (reference) in each role's mean.
     """
 
     mean: Tensor
@@ -92,7 +92,7 @@ class AverageTrace:
     traces: Sequence[CausalTrace]
     skipped: Sequence[tuple[str, str]] = ()
     seed: int = 0
-    _kept: dict[Any, Curves] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Any, Curves] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.traces:
@@ -100,13 +100,14 @@ class AverageTrace:
                 "; ".join(sorted({reason for _, reason in self.skipped})) or "no facts were given"
             )
             raise EngramError(f"there is no trace to average: {reasons}")
-        first = _asked(self.traces[0])
+        first = _common(self.traces[0])
         for trace in self.traces:
             if different := [
-                name for name, value in _asked(trace).items() if value != first.get(name)
+                name for name, value in _common(trace).items() if value != first.get(name)
             ]:
                 raise EngramError(
-                    f"these traces differ in {', '.join(different)}; their mean would mean nothing. Average those of one kind"
+                    f"these traces differ in {', '.join(different)}; their mean would mean "
+                    "nothing. Average those of one kind"
                 )
 
     @property
@@ -134,11 +135,11 @@ class AverageTrace:
         level: float = 0.95,
         resamples: int = 2000,
     ) -> Curves:
-        """Average indirect effects (AIE), [roles, layers, ...], with an interval.
+        """Return average indirect effects (AIE), [roles, layers, ...], with an interval.
 
         Args:
             site: a table's name.
-            interval: "bootstrap": each fact's mean effect at a role first, then the mean over
+            interval: "bootstrap": each fact's mean effect in a role first, then the mean over
                 facts; resampling facts. "reference": all rows of a role pooled, however many a
                 fact has, and 1.96 standard deviations of their raw scores over
                 the root of their number: the released code's formula, which used one number of
@@ -149,30 +150,31 @@ class AverageTrace:
         """
         if site not in self.sites or interval not in get_args(Interval) or not 0 < level < 1:
             raise SettingError(
-                f"site={site!r}, interval={interval!r}, level={level}: these traces have {', '.join(map(repr, self.sites))}; "
-                "intervals are 'bootstrap' and 'reference', a level is between 0 and 1, such as 0.95"
+                f"site={site!r}, interval={interval!r}, level={level}: these traces have "
+                f"{', '.join(map(repr, self.sites))}; intervals are 'bootstrap' and 'reference', a "
+                "level is between 0 and 1, such as 0.95"
             )
         key = (site, interval, level, resamples)
-        if key not in self._kept:
-            self._kept[key] = (
+        if key not in self._cache:
+            self._cache[key] = (
                 self._reference(site)
                 if interval == "reference"
                 else self._bootstrap(site, level, resamples)
             )
-        return self._kept[key]
+        return self._cache[key]
 
     def _bootstrap(self, site: str, level: float, resamples: int) -> Curves:
         by_fact = self._by_fact(site)  # [f, roles, ...], NaN where a fact lacks the role
-        there = ~by_fact.isnan().flatten(2).any(-1)
+        has_role = ~by_fact.isnan().flatten(2).any(-1)
         values = by_fact.nan_to_num().flatten(1)
         weights = self._resampled(resamples)
-        counts = (weights @ there.double()).unsqueeze(-1)
+        counts = (weights @ has_role.double()).unsqueeze(-1)
         sums = (weights @ values).unflatten(1, by_fact.shape[1:]).flatten(2)
         means = torch.where(counts > 0, sums / counts, torch.nan)
         low, high = (
             _quantile(means, q).view(by_fact.shape[1:]) for q in ((1 - level) / 2, (1 + level) / 2)
         )
-        return Curves(by_fact.nanmean(0), low, high, there.sum(0).tolist())
+        return Curves(by_fact.nanmean(0), low, high, has_role.sum(0).tolist())
 
     def _reference(self, site: str) -> Curves:
         pooled: dict[str, list[Tensor]] = {role: [] for role in TOKEN_ROLES}
@@ -212,8 +214,8 @@ class AverageTrace:
     def total_effect(
         self, level: float = 0.95, resamples: int = 2000
     ) -> tuple[float, float, float]:
-        """Average total effect (ATE): mean over facts of clean minus corrupted, and its bootstrap
-        interval.
+        """Return the average total effect (ATE), the mean over facts of clean minus corrupted, and
+        its bootstrap interval.
         """
         totals = torch.tensor([t.total_effect for t in self.traces], dtype=torch.float64)
         means = self._resampled(resamples) @ totals / len(totals)
@@ -231,8 +233,8 @@ class AverageTrace:
         return sum(t.low_score for t in self.traces) / len(self.traces)
 
     def summary(self) -> dict[str, Any]:
-        """What the paper reports beside its figures: total effect, peaks of the means, means of
-        each fact's own maximum.
+        """Return what the paper reports beside its figures: total effect, peaks of the means, means
+        of each fact's own maximum.
 
         Peaks are effects; "mean_of_maxima" is the mean over facts of the highest score, in the
         whole table or at a role. In the other direction, where the strongest effects are the most
@@ -347,17 +349,19 @@ class AverageTrace:
 
     @classmethod
     def load(cls, path: str | Path, seed: int = 0) -> AverageTrace:
-        """Read the file of a run: everything in it that is finished.
+        """Load the file of a run: everything in it that is finished.
 
         Raises:
-            EditFileError: not such a file.
+            EngramFileError: not such a file.
         """
         with TraceStore.reading(path) as store:
             return cls(store.traces(), store.skipped(), seed)
 
 
-def _asked(trace: CausalTrace) -> dict[str, Any]:
-    """What has to be the same for a mean to mean something: all but what belongs to one prompt."""
+def _common(trace: CausalTrace) -> dict[str, Any]:
+    """Return what has to be the same for a mean to mean something: all but what belongs to one
+    prompt.
+    """
     settings = {
         name: value
         for name, value in trace.settings.items()
@@ -378,14 +382,14 @@ def _index(at: int, shape: torch.Size) -> list[int]:
 
 
 def _quantile(samples: Tensor, q: float) -> Tensor:
-    """Along the first axis, without NaN; in pieces, since torch's takes no more than 2^24 numbers
-    at once.
+    """Return quantiles along the first axis, without NaN; in pieces, since torch's takes no more
+    than 2^24 numbers at once.
     """
     flat = samples.flatten(1) if samples.dim() > 1 else samples[:, None]
-    found = torch.cat(
+    quantiles = torch.cat(
         [piece.nanquantile(q, 0) for piece in flat.split(max(1, (1 << 24) // len(flat)), 1)]
     )
-    return found.view(samples.shape[1:])
+    return quantiles.view(samples.shape[1:])
 
 
 def role_number(role: str) -> int:

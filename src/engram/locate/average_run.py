@@ -1,7 +1,7 @@
-"""Tracing many facts: which of them the model knows, what each is asked, and the file that a killed
-run goes on with.
+"""Tracing many facts: which of them the model knows, which answer of each is scored, and the file
+from which a killed run resumes.
 
-Knows facts and runs. Refuses to know how one batch is traced (batches) or averaged (averages).
+Knows facts and runs. Refuses to know how one batch is traced (tracing) or averaged (average).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -27,8 +27,9 @@ from engram.locate.corruption import Corruptor
 from engram.locate.settings import TraceConfig, default_window, tables
 from engram.locate.trace import CausalTrace
 from engram.locate.trace_input import TraceInput, TracePrompt, prepare
-from engram.locate.trace_store import TraceStore
-from engram.locate.tracing import batched, described, trace_batch
+from engram.locate.trace_store import StoredRow, TraceStore
+from engram.locate.trace_tables import described
+from engram.locate.tracing import batched, trace_batch
 from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints
 from engram.progress import Progress, no_progress
@@ -62,9 +63,9 @@ def average_trace(
     Args:
         facts: what is traced: `prompt_text` is the prompt, `target` the object.
         out: file of the run, written a batch at a time. Started again with the same settings, a
-            killed run goes on and traces nothing twice; so does a longer list of facts, where
-            nothing is measured on the whole list: not the noise (give a number, or
-                `noise_subjects`) nor the pairs of corruption="subject". Default: nothing is kept.
+            killed run resumes and traces nothing twice; so does a longer list of facts, where
+            nothing is measured on the whole list: neither the noise (give a number, or
+            `noise_subjects`) nor the pairs of corruption="subject". Default: nothing is kept.
         keep: "known": facts whose object begins with the model's most probable next token; "exact":
             those whose object is that token, as in the released code, where an object of several
             tokens never counts; "all".
@@ -72,7 +73,7 @@ def average_trace(
             fact's whole "object".
         facts_per_batch: recorded together; default: as many as fit in half a gigabyte, at most 32,
             on a CPU 8.
-        workers: where batches are traced, such as `distribute.RayWorkers`; default: in this
+        workers: where batches are traced, such as `runs.workers.RayWorkers`; default: in this
             process. The batches are the same.
         progress: called with (what is done, done, total).
         settings: any of `TraceConfig`. "s3", "m" and "t" noise are measured on these facts'
@@ -84,60 +85,82 @@ def average_trace(
     Raises:
         SettingError: settings that make no sense, or others than `out` was begun with.
         EngramError: no fact is left to average.
+
+    Example:
+        >>> facts = engram.read_facts("pocket")[:4]
+        >>> average = engram.average_trace(lm, facts, samples=2, sites="mlp")
+        >>> len(average.traces) + len(average.skipped)
+        4
     """
-    for name, value, kind in (("keep", keep, Keep), ("answer", answer, Answer)):
-        one_of(name, value, get_args(kind))
+    one_of("keep", keep, get_args(Keep))
+    one_of("answer", answer, get_args(Answer))
     if facts_per_batch is not None and facts_per_batch < 1:
         raise SettingError(
             f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time"
         )
-    config = TraceConfig.of(**settings)
-    if config.metric == "logit_difference" and config.corruption != "subject":
-        raise SettingError(
-            "metric='logit_difference' over many facts takes the paired fact's object for the foil; say corruption='subject'"
-        )
-    if isinstance(config.noise, Tensor):
-        raise SettingError(
-            "noise as a tensor fits subjects of one length; over many facts give a rule, such as 's3'"
-        )
-    if config.frozen_noise is not None:
-        raise SettingError(
-            "frozen_noise is a tensor, which fits subjects of one length; over many facts leave it out"
-        )
-    if not isinstance(config.positions, str):
-        raise SettingError(
-            "positions by number are other words in every prompt; over many facts say 'all', 'subject_last' or 'last'"
-        )
-    if config.noise_subjects is None:
-        config = replace(config, noise_subjects=tuple(fact.subject for fact in facts))
+    # a mistake in the settings is reported before there is a file
+    run = _Run(lm, _config(facts, settings), keep, answer, facts)
     keys = _keys(facts)
-    plan = list(zip(keys, range(len(facts)), facts, strict=True))
-    run = _Run(
-        lm, config, keep, answer, facts
-    )  # a mistake in the settings is told before there is a file
+    listed = [ListedFact(*row) for row in zip(keys, range(len(facts)), facts, strict=True)]
     with TraceStore.writing(out, _about(run, keys)) as store:
         finished = store.keys()
         done = len(finished.intersection(keys))
-        for at in range(
-            0, len(plan), _FACTS_AT_ONCE
-        ):  # in a resumed run as in the first: the same batches, the same bytes
-            todo = [job for job in plan[at : at + _FACTS_AT_ONCE] if job[0] not in finished]
+        # blocks of the whole list, also when resumed: the same batches give the same bytes
+        for at in range(0, len(listed), _FACTS_AT_ONCE):
+            todo = [each for each in listed[at : at + _FACTS_AT_ONCE] if each.key not in finished]
             for rows in _traced(run, todo, facts_per_batch, workers):
                 store.add(rows)
                 done += len(rows)
-                progress("facts", done, len(plan))
+                progress("facts", done, len(listed))
         skipped = store.skipped(keys)
         for reason, count in Counter(reason for _, reason in skipped).items():
             log.info("%d facts left out: %s", count, reason)
         return AverageTrace(store.traces(keys), skipped)
 
 
-_Job = tuple[str, int, Fact]
-_Row = tuple[str, int, str, str | None, CausalTrace | None]
+def _config(facts: Sequence[Fact], settings: Mapping[str, Any]) -> TraceConfig:
+    """Return the config of a list of facts, whose subjects set the noise unless others are given.
+
+    Raises:
+        SettingError: a setting that fits one prompt only.
+    """
+    config = TraceConfig.of(**settings)
+    if config.metric == "logit_difference" and config.subject.corruption != "subject":
+        raise SettingError(
+            "metric='logit_difference' over many facts takes the paired fact's object for the "
+            "foil; say corruption='subject'"
+        )
+    if isinstance(config.subject.noise, Tensor):
+        raise SettingError(
+            "noise as a tensor fits subjects of one length; over many facts give a rule, such as "
+            "'s3'"
+        )
+    if config.patching.frozen_noise is not None:
+        raise SettingError(
+            "frozen_noise is a tensor, which fits subjects of one length; over many facts leave it "
+            "out"
+        )
+    if not isinstance(config.patching.positions, str):
+        raise SettingError(
+            "numeric positions mean different words in each prompt; for many facts use 'all', "
+            "'subject_last' or 'last'"
+        )
+    if config.subject.noise_subjects is not None:
+        return config
+    subjects = tuple(fact.subject for fact in facts)
+    return replace(config, subject=replace(config.subject, noise_subjects=subjects))
+
+
+class ListedFact(NamedTuple):
+    """A fact of the list, with its name in the file (see `_keys`) and its number in the list."""
+
+    key: str
+    number: int
+    fact: Fact
 
 
 class _Run:
-    """What all facts of a run share, prepared once."""
+    """The parts of a run that all its facts share, prepared once."""
 
     def __init__(
         self,
@@ -149,31 +172,32 @@ class _Run:
     ) -> None:
         self.lm, self.config, self.keep, self.answer = lm, config, keep, answer
         self.facts = facts
-        self.corruptor = Corruptor(lm, config)
+        self.corruptor = Corruptor(lm, config.subject)
 
     def prepare(self, number: int, fact: Fact) -> TraceInput:
-        """What the model is asked about a fact.
+        """Return the prompt of a fact in tokens, with its answer, foil and partner.
 
         Raises:
             FactError: the fact does not count; the message says why.
         """
         target = fact.target if self.answer == "object" else None
         differs = self.config.metric == "logit_difference"
-        said = self._said(fact) if self.keep != "all" or (differs and target is None) else None
-        if said is not None and not self._counts(fact, said):
-            raise FactError("the model's next token is not the object")
-        if self.config.corruption != "subject":
+        top_id = None
+        if self.keep != "all" or (differs and target is None):
+            top_id = self._top_id(fact)
+            if not self._counts(fact, top_id):
+                raise FactError("the model's next token is not the object")
+        if self.config.subject.corruption != "subject":
             return prepare(self.lm, self._prompt(fact, target), self.config, self.corruptor)
         for other in self._others(number, fact):
             prompt = self._prompt(fact, target, other.target if differs else None, other.subject)
             try:
-                question = prepare(self.lm, prompt, self.config, self.corruptor)
-            except FactError:  # the subjects are not of one length
+                result = prepare(self.lm, prompt, self.config, self.corruptor)
+            except FactError:  # the subjects differ in length
                 continue
-            if question.foil is None or question.foil != (
-                question.answer[0] if question.answer else said
-            ):
-                return question
+            answer_id = result.answer[0] if result.answer else top_id
+            if result.foil is None or result.foil != answer_id:
+                return result
         raise FactError("no other fact has another object and a subject of as many tokens")
 
     def _prompt(
@@ -182,33 +206,35 @@ class _Run:
         return TracePrompt(fact.prompt_text, fact.subject, target, foil, other, fact.subject_start)
 
     def _others(self, number: int, fact: Fact) -> Iterator[Fact]:
-        """Facts with another object that may be this one's partner, in random order, those of the
-        same prompt first.
+        """Yield facts with another object that may be this one's partner, in random order, those of
+        the same prompt first.
         """
         others = [
             other
             for other in self.facts
             if other.target != fact.target and other.subject != fact.subject
         ]
-        random.Random(f"{self.config.seed}:{number}").shuffle(others)
+        random.Random(f"{self.config.subject.seed}:{number}").shuffle(others)
         yield from sorted(others, key=lambda other: other.prompt != fact.prompt)
 
-    def _said(self, fact: Fact) -> int:
-        """Id of the model's most probable next token."""
+    def _top_id(self, fact: Fact) -> int:
+        """Return the id of the model's most probable next token."""
         cloze = self.lm.cloze(fact.prompt_text)
         decoder = None if cloze.decoder_ids is None else [cloze.decoder_ids]
         (logits,) = self.lm.logits_at([cloze.ids], [cloze.read], decoder)
         return int(logits[0].argmax())
 
-    def _counts(self, fact: Fact, said: int) -> bool:
+    def _counts(self, fact: Fact, top_id: int) -> bool:
         if self.keep == "exact":
-            return self.lm.token_strings([said])[0].strip() == fact.target.strip()
-        return self.keep == "all" or said == self.lm.cloze(fact.prompt_text, fact.target).answer[0]
+            return self.lm.token_strings([top_id])[0].strip() == fact.target.strip()
+        return (
+            self.keep == "all" or top_id == self.lm.cloze(fact.prompt_text, fact.target).answer[0]
+        )
 
 
 @dataclass(frozen=True)
 class TracesJob(ModelJob):
-    """What workers do: trace a batch of questions, see `distribute.Job`."""
+    """The work of a worker: trace one batch, see `engram.runs.workers.Job`."""
 
     config: TraceConfig
 
@@ -217,34 +243,36 @@ class TracesJob(ModelJob):
 
 
 def _traced(
-    run: _Run, jobs: Sequence[_Job], facts_per_batch: int | None, workers: Workers | None
-) -> Iterator[list[_Row]]:
-    """Rows for the store, those that are skipped first."""
-    asked: dict[int, _Job] = {}
-    questions: list[TraceInput] = []
-    skipped: list[_Row] = []
-    for job in jobs:
-        key, number, fact = job
+    run: _Run, listed: Sequence[ListedFact], facts_per_batch: int | None, workers: Workers | None
+) -> Iterator[list[StoredRow]]:
+    """Yield rows for the store, those that are skipped first."""
+    owners: dict[int, ListedFact] = {}  # by id() of the input: two facts may have equal prompts
+    inputs: list[TraceInput] = []
+    skipped: list[StoredRow] = []
+    for each in listed:
         try:
-            questions.append(run.prepare(number, fact))
-            asked[id(questions[-1])] = job
+            inputs.append(run.prepare(each.number, each.fact))
+            owners[id(inputs[-1])] = each
         except FactError as error:
-            skipped.append((key, number, fact.prompt_text, str(error), None))
+            skipped.append(_row(each, skipped=str(error)))
     if skipped:
         yield skipped
-    batches = list(batched(run.lm, questions, run.config, facts_per_batch))
-    task = TracesJob(run.lm if workers is None else ByName.of(run.lm), run.config)
-    for number, traces in (workers or Here()).run(task, batches):
-        jobs_of_batch = [asked[id(question)] for question in batches[number]]
-        yield [
-            (key, n, fact.prompt_text, None, t)
-            for (key, n, fact), t in zip(jobs_of_batch, traces, strict=True)
-        ]
+    units = list(batched(run.lm, inputs, run.config, facts_per_batch))
+    job = TracesJob(run.lm if workers is None else ByName.of(run.lm), run.config)
+    for number, traces in (workers or Here()).run(job, units):
+        pairs = zip(units[number], traces, strict=True)
+        yield [_row(owners[id(prompt)], trace=trace) for prompt, trace in pairs]
+
+
+def _row(
+    listed: ListedFact, *, skipped: str | None = None, trace: CausalTrace | None = None
+) -> StoredRow:
+    return StoredRow(listed.key, listed.number, listed.fact.prompt_text, skipped, trace)
 
 
 def _keys(facts: Sequence[Fact]) -> list[str]:
-    """A name for each fact that does not depend on the others, but for how often the same one came
-    before.
+    """Return a name for each fact. It depends on the other facts only in how often the same one
+    came before.
     """
     seen: Counter[str] = Counter()
     keys = []
@@ -258,31 +286,32 @@ def _keys(facts: Sequence[Fact]) -> list[str]:
 
 
 def _about(run: _Run, keys: Sequence[str]) -> dict[str, Any]:
-    """Everything that changes the numbers: the model's weights and dtype, and what is asked of it."""
-    lm, config = run.lm, run.config
+    """Return everything that changes the numbers: the model's weights, dtype and tokenizer, and
+    the settings.
+    """
+    lm, config, subject = run.lm, run.config, run.config.subject
     weights = fingerprints(lm.model)
-    subjects = json.dumps(list(config.noise_subjects or ()), ensure_ascii=False)
-    draws = (
-        config.corruption == "noise" and isinstance(config.noise, str) and config.noise[:1] in "smt"
+    subjects = json.dumps(list(subject.noise_subjects or ()), ensure_ascii=False)
+    measured = subject.corruption == "mean" or (
+        subject.corruption == "noise"
+        and isinstance(subject.noise, str)
+        and subject.noise[:1] in "smt"
     )
     return {
         "model": lm.name,
-        "weights": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
+        "weights": sha256_of(json.dumps(weights, sort_keys=True)),
         "dtype": str(lm.dtype),
         "tables": [table.name for table in tables(lm, config)],
-        "window": config.window or default_window(lm.n_layers),
-        "samples": config.samples,
-        "positions": config.positions,
+        "window": config.patching.window or default_window(lm.n_layers),
+        "samples": subject.samples,
+        "positions": config.patching.positions,
         "cloze": [lm.cloze_template, lm.cloze_decoder],
+        # without truncation and padding, which other calls leave set: see `tokenizer_text`
         "tokenizer": sha256_of(tokenizer_text(lm)),
-        "method": config.method,
+        "method": config.estimation.method,
         "keep": run.keep,
         "answer": run.answer,
-        "noise_subjects": hashlib.sha256(subjects.encode()).hexdigest()
-        if draws or config.corruption == "mean"
-        else None,
-        "pairs": hashlib.sha256(json.dumps(keys).encode()).hexdigest()
-        if config.corruption == "subject"
-        else None,
+        "noise_subjects": sha256_of(subjects) if measured else None,
+        "pairs": sha256_of(json.dumps(keys)) if subject.corruption == "subject" else None,
         **described(config),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engram.errors import FactError
-from engram.locate.settings import TraceConfig
+from engram.locate.settings import SubjectCorruption
 from engram.model.language_model import LanguageModel
 
 _RULE = re.compile(r"(?P<kind>[sut])(?P<number>\d+\.?\d*|\.\d+)?|m")
@@ -23,13 +23,13 @@ _RULE = re.compile(r"(?P<kind>[sut])(?P<number>\d+\.?\d*|\.\d+)?|m")
 
 @torch.no_grad()
 def subject_embeddings(lm: LanguageModel, subjects: Sequence[str]) -> Tensor:
-    """Token embeddings of subjects, each encoded alone, one below the other: [tokens, d], float64."""
+    """Return token embeddings of subjects, each encoded alone, as rows: [tokens, d], float64."""
     ids = [i for subject in subjects for i in lm.encode(subject).ids]
     return lm.parts.embed(torch.tensor(ids, device=lm.device)).double().cpu()
 
 
 class Corruptor:
-    """What corrupted subject embeddings are, prepared once for any number of prompts.
+    """The rule that corrupts subject embeddings, prepared once for any number of prompts.
 
     The rules of `noise`: "s3" three times the standard deviation of subject embeddings (the
     paper's); "s0.5" half of it; a number, that standard deviation itself; "u0.1" uniform on [-0.1,
@@ -38,17 +38,19 @@ class Corruptor:
     stream: prompts with equally many subject tokens get the same noise, as in the released code.
 
     Attributes:
-        samples: how many corrupted runs there are: one where nothing is drawn.
+        samples: number of corrupted runs; one where nothing is drawn.
     Raises:
         FactError: a rule that is none of these.
     """
 
-    def __init__(self, lm: LanguageModel, config: TraceConfig) -> None:
-        self.config, self.seed = config, config.seed
+    def __init__(self, lm: LanguageModel, config: SubjectCorruption) -> None:
+        self.config = config
         given = config.noise if config.corruption == "noise" else None
-        self.samples = (
-            1 if given is None else len(given) if isinstance(given, Tensor) else config.samples
-        )
+        self.samples = config.samples
+        if given is None:
+            self.samples = 1  # nothing is drawn: all runs would be the same
+        elif isinstance(given, Tensor):
+            self.samples = len(given)
         self.width = int(getattr(lm.parts.embed, "embedding_dim", lm.d_model))
         self.mean, self.root, self.scale = torch.zeros(self.width, dtype=torch.float64), None, 1.0
         self.kind, self.freedom = "s", 0.0
@@ -63,12 +65,14 @@ class Corruptor:
         match = _RULE.fullmatch(rule)
         if match is None or (match["kind"] in ("u", "t") and match["number"] is None):
             raise FactError(
-                f"noise={rule!r} is not a rule; expected 's3', a number, 'u0.1', 'm', 't10' or a tensor"
+                f"noise={rule!r} is not a rule; expected 's3', a number, 'u0.1', 'm', 't10' or a "
+                "tensor"
             )
         self.kind, number = match["kind"] or "m", float(match["number"] or 1)
         if self.kind == "t" and number <= 2:
             raise FactError(
-                f"noise={rule!r}: Student's t has a covariance from more than 2 degrees of freedom on"
+                f"noise={rule!r}: Student's t has a covariance only with more than 2 degrees of "
+                "freedom"
             )
         if self.kind == "u":
             self.scale = number
@@ -88,8 +92,8 @@ class Corruptor:
         return sorted({known.subject for known in pocket.facts()})
 
     def __call__(self, tokens: int) -> Tensor:
-        """[samples, tokens, d] float64: to be added before the one rounding to the model's dtype,
-        or to replace.
+        """Return [samples, tokens, d] float64, to be added to the subject's embeddings or to
+        replace them; the caller rounds the sum once, to the model's dtype.
 
         Raises:
             FactError: noise given as a tensor that has another shape.
@@ -99,7 +103,8 @@ class Corruptor:
             return self.mean.expand(shape)
         if isinstance(given, Tensor):
             return check_noise("noise", given, shape)
-        stream = np.random.RandomState(self.seed)
+        # numpy's old generator, on the CPU: the only way to get the released code's numbers
+        stream = np.random.RandomState(self.config.seed)
         if self.kind == "u":
             return torch.from_numpy(stream.uniform(-1, 1, size=shape)) * self.scale
         noise = torch.from_numpy(stream.randn(*shape))
@@ -107,36 +112,31 @@ class Corruptor:
             return noise * self.scale
         noise = noise @ self.root.T
         if self.kind == "t":
-            chi = np.random.RandomState(2).chisquare(self.freedom, size=self.samples * tokens)
-            noise = noise * torch.from_numpy(np.sqrt((self.freedom - 2) / chi)).view(
-                self.samples, tokens, 1
-            )
+            # Student's t is normal noise over the root of chi-squared / freedom, one draw for each
+            # token; here scaled so that its covariance is that of the embeddings. The draws come
+            # from a stream of their own, the one after `seed`: with the default seed, 1, that is
+            # the released code's, which takes RandomState(2) whatever its seed is.
+            factors = np.random.RandomState((self.config.seed + 1) % (1 << 32))
+            chi = factors.chisquare(self.freedom, size=self.samples * tokens)
+            factor = torch.from_numpy(np.sqrt((self.freedom - 2) / chi))
+            noise = noise * factor.view(self.samples, tokens, 1)
         return noise + self.mean
 
 
 def check_noise(name: str, noise_snd: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The tensor, if it can be added to the embeddings of [samples, corrupted tokens, d]."""
+    """Return the noise if it fits the embeddings of [samples, corrupted tokens, d].
+
+    Raises:
+        FactError: another shape, or numbers that are not finite.
+    """
     if tuple(noise_snd.shape) != shape:
         samples, tokens, width = shape
         raise FactError(
-            f"{name} has shape {tuple(noise_snd.shape)}, expected [samples, corrupted tokens, d], here [{samples}, {tokens}, {width}]"
+            f"{name} has shape {tuple(noise_snd.shape)}, expected [samples, corrupted tokens, d], "
+            f"here [{samples}, {tokens}, {width}]"
         )
     if not noise_snd.isfinite().all():
         raise FactError(
             f"{name} holds NaN or infinity; give numbers that can be added to embeddings"
         )
     return noise_snd
-
-
-def draw_noise(
-    lm: LanguageModel,
-    rule: str | float,
-    shape: tuple[int, int],
-    seed: int = 1,
-    subjects: Sequence[str] | None = None,
-) -> Tensor:
-    """[samples, subject tokens, d] noise by a rule, see `Corruptor`; `shape` is (samples, subject
-    tokens).
-    """
-    config = TraceConfig(noise=rule, samples=shape[0], seed=seed, noise_subjects=subjects)
-    return Corruptor(lm, config)(shape[1])

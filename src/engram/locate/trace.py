@@ -1,9 +1,9 @@
 """Causal tracing: which states of a model, put back into a run that forgot the subject, bring the
 answer back.
 
-The result of one prompt, and the function that makes it. What can be asked is in config; batches of
-prompts are in batches; averages over facts in averages. Source: Meng et al. 2022, arXiv:2202.05262,
-Sec. 2; indices from 0 as in the released code.
+The result for one prompt, its files and its pictures. Refuses to know models: tracing computes it,
+average averages many.
+Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2; indices from 0 as in the released code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalTrace:
-    """What one prompt's causal trace found.
+    """The causal trace of one prompt: tables of scores, and what they are scores of.
 
     Attributes:
         scores: site -> float32 table of the metric with that state replaced, mean over samples:
@@ -41,12 +41,11 @@ class CausalTrace:
         low_score, high_score: the metric in the corrupted and in the clean run.
         answer: the scored text, with its leading space.
         tokens: the prompt's tokens, one a row of `scores`.
-        positions: where in the prompt each row stands.
-        subject_range: [first, last + 1) token of the subject's first (or chosen) place in the
-            prompt.
+        positions: index in the prompt of each row.
+        subject_range: [first, last + 1) token of the subject's first (or chosen) mention.
         corrupted: all tokens that were corrupted.
         last: the token whose output is read first.
-        settings: what was asked, as JSON knows it; see `TraceConfig`.
+        settings: those of the trace, as JSON holds them; see `TraceConfig`.
         method: "exact"; "attribution": every number is a first-order estimate; "screened": those in
             `exact` are not.
         exact: for "screened", site -> bool table of the cells that were computed.
@@ -83,14 +82,14 @@ class CausalTrace:
         return self.high_score - self.low_score
 
     def effects(self, site: str) -> Tensor:
-        """Effects, shaped as `scores[site]`: the score minus the baseline. Indirect ones unless
-        direct ones were asked for.
+        """Return effects, shaped as `scores[site]`: the score minus the baseline. They are indirect
+        unless the settings say effect="direct".
         """
         return self.scores[site] - self.baseline
 
     def best(self, site: str) -> tuple[int, ...]:
-        """Indices into the table, such as (row, layer), of the largest effect; in the other
-        direction, of the most negative.
+        """Return the indices, such as (row, layer), of the largest effect; in the other direction,
+        of the most negative.
 
         Of a screened table only the exact cells are compared, where there are any.
         """
@@ -103,14 +102,14 @@ class CausalTrace:
         return tuple(int(i) for i in torch.unravel_index(largest, effects.shape))
 
     def labels(self) -> list[str]:
-        """The tokens as shown: a star behind those that got noise."""
+        """Return the tokens with a star after those that got noise."""
         return [
             t + "*" * (at in self.corrupted)
             for at, t in zip(self.positions, self.tokens, strict=True)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON holds it; `scores` are lists of rows."""
+        """Return everything as JSON holds it; `scores` are lists of rows."""
         tables = {
             name: {k: v.tolist() for k, v in getattr(self, name).items()}
             for name in ("scores", "exact")
@@ -185,7 +184,7 @@ class CausalTrace:
         return severed_bars(tables, self.model, "last subject")
 
     def to_bytes(self) -> bytes:
-        """The contents of a safetensors file: tables are tensors, everything else is in its header."""
+        """Return a safetensors file: tables are tensors, everything else is in its header."""
         about = {k: v for k, v in vars(self).items() if k not in ("scores", "exact")} | {
             "tables": list(self.scores)
         }
@@ -202,10 +201,10 @@ class CausalTrace:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "these bytes") -> CausalTrace:
-        """Read what `to_bytes` gave.
+        """Load what `to_bytes` returned.
 
         Raises:
-            EditFileError: not such data; the message calls it `name`.
+            EngramFileError: not such data; the message calls it `name`.
         """
         try:
             size = int.from_bytes(data[:8], "little")
@@ -230,10 +229,10 @@ class CausalTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> CausalTrace:
-        """Read what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            EditFileError: not such a file.
+            EngramFileError: not such a file.
         """
         try:
             data = Path(path).read_bytes()

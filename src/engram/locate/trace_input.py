@@ -1,5 +1,4 @@
-"""One prompt made ready to be traced: its tokens, where its subject stands, what is corrupted and
-what is read.
+"""One prompt in tokens, ready to be traced: where its subject is, what is corrupted, what is read.
 
 Knows text and token positions. Refuses to run the model.
 """
@@ -21,11 +20,16 @@ from engram.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class TracePrompt:
-    """What is traced. `subject` stands in `text`; `target` is scored (default: the model's own next
-    token) against `foil`;
-    `other_subject` takes the subject's place in the corrupted run of corruption="subject". `start`
-    is the character at which the subject begins, where that is known and occurrence="first" would
-    have to search for it."""
+    """What is traced.
+
+    Attributes:
+        text, subject: a prompt and the words of it that are corrupted.
+        target, foil: the scored answer (default: the model's own next token), and the one that it
+            is compared with.
+        other_subject: takes the subject's place in the corrupted run of corruption="subject".
+        start: character at which the subject begins, where that is known; occurrence="first" would
+            search for it.
+    """
 
     text: str
     subject: str
@@ -45,7 +49,7 @@ class TraceInput:
         answer: ids of the target, empty where the model's own answer is wanted; foil: first id of
             the foil.
         rows: positions at which states are replaced.
-        span: [first, last + 1) token of the subject's first (or chosen) place; corrupted: all
+        span: [first, last + 1) token of the subject's first (or chosen) mention; corrupted: all
             tokens that are changed.
         noise: [samples, corrupted, d] float64 for their embeddings; None where `other_ids` are read
             instead.
@@ -72,7 +76,7 @@ class TraceInput:
 def prepare(
     lm: LanguageModel, prompt: TracePrompt, config: TraceConfig, corruptor: Corruptor
 ) -> TraceInput:
-    """`prompt` in tokens.
+    """Return `prompt` in tokens.
 
     Raises:
         FactError: subject not in the prompt or lost by the tokenizer, empty target or foil, noise
@@ -82,24 +86,25 @@ def prepare(
     """
     _check_foil(prompt, config)
     cloze = lm.cloze(prompt.text, prompt.target)
-    starts = subject_starts(prompt.text, prompt.subject, config.occurrence)
-    if prompt.start is not None and config.occurrence == "first":
+    starts = subject_starts(prompt.text, prompt.subject, config.subject.occurrence)
+    if prompt.start is not None and config.subject.occurrence == "first":
         starts = [prompt.start]
     spans = [token_span(cloze.offsets, at, at + len(prompt.subject)) for at in starts]
     corrupted = _widened(
-        spans, config.extra_tokens, cloze.offsets[: cloze.tokens], len(prompt.text)
+        spans, config.subject.extra_tokens, cloze.offsets[: cloze.tokens], len(prompt.text)
     )
     other = None
     if prompt.other_subject is not None:
         other = _other(lm, prompt, starts, cloze, spans)
         corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other.ids, strict=True)) if a != b]
     foil = None if prompt.foil is None else lm.cloze(prompt.text, prompt.foil).answer[0]
-    again = _in_decoder(lm, prompt, starts, cloze, config.extra_tokens)
+    in_decoder = _in_decoder(lm, prompt, starts, cloze, config.subject.extra_tokens)
     noise = corruptor(len(corrupted)) if other is None else None
-    if config.frozen_noise is not None and noise is not None:
-        check_noise(
-            "frozen_noise", config.frozen_noise, (noise.shape[0], noise.shape[1], noise.shape[2])
-        )
+    frozen = config.patching.frozen_noise
+    if frozen is not None and noise is not None:
+        samples, tokens, width = noise.shape
+        check_noise("frozen_noise", frozen, (samples, tokens, width))
+    read = cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1]
     return TraceInput(
         prompt,
         cloze.ids,
@@ -107,43 +112,39 @@ def prepare(
         cloze.read,
         cloze.answer,
         foil,
-        _rows(
-            config,
-            cloze.tokens,
-            spans[0],
-            cloze.read if lm.kind != "encoder-decoder" else [cloze.tokens - 1],
-        ),
-        spans[0],
-        corrupted,
-        noise,
-        None if other is None else other.ids,
-        again,
-        corruptor(len(again)) if again and other is None else None,
-        None if other is None else other.decoder_ids,
+        rows=_rows(config, cloze.tokens, spans[0], read),
+        span=spans[0],
+        corrupted=corrupted,
+        noise=noise,
+        other_ids=None if other is None else other.ids,
+        decoder_corrupted=in_decoder,
+        decoder_noise=corruptor(len(in_decoder)) if in_decoder and other is None else None,
+        other_decoder_ids=None if other is None else other.decoder_ids,
     )
 
 
 def _check_foil(prompt: TracePrompt, config: TraceConfig) -> None:
     if (prompt.foil is not None) != (config.metric == "logit_difference"):
         raise SettingError(
-            f"metric={config.metric!r} with foil={prompt.foil!r}: 'logit_difference' is between the answer and a foil, and no "
-            "other metric has one"
+            f"metric={config.metric!r} with foil={prompt.foil!r}: 'logit_difference' is between "
+            "the answer and a foil, and no other metric has one"
         )
-    if (prompt.other_subject is not None) != (config.corruption == "subject"):
+    if (prompt.other_subject is not None) != (config.subject.corruption == "subject"):
         raise SettingError(
-            f"corruption={config.corruption!r} with other_subject={prompt.other_subject!r}: 'subject' puts another subject into "
-            "the prompt, and no other corruption does"
+            f"corruption={config.subject.corruption!r} with "
+            f"other_subject={prompt.other_subject!r}: 'subject' puts another "
+            "subject into the prompt, and no other corruption does"
         )
 
 
 def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[int]) -> list[int]:
-    if config.positions == "all":
+    if config.patching.positions == "all":
         return list(range(tokens))
-    if config.positions == "subject_last":
+    if config.patching.positions == "subject_last":
         return [span[1] - 1]
-    if config.positions == "last":
+    if config.patching.positions == "last":
         return read[:1]
-    rows = list(dict.fromkeys(int(at) for at in config.positions))
+    rows = list(dict.fromkeys(int(at) for at in config.patching.positions))
     if not rows or any(not 0 <= at < tokens for at in rows):
         raise SettingError(f"positions={rows}: the prompt has tokens 0 to {tokens - 1}")
     return rows
@@ -152,8 +153,10 @@ def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[in
 def _widened(
     spans: list[tuple[int, int]], extra: int, offsets: Sequence[tuple[int, int]], end: int
 ) -> list[int]:
-    """Tokens of the spans and `extra` ones behind each, as far as they stand in the prompt's own
-    `end` characters.
+    """Return the tokens of the spans and `extra` ones after each, within the prompt's own `end`
+    characters.
+
+    Example: spans [(1, 3)] with extra=2 of a prompt of 4 tokens give [1, 2, 3].
     """
     last = max(i for i, (a, b) in enumerate(offsets) if b > a and a < end)
     return sorted({i for b, e in spans for i in range(b, max(e, min(e + extra, last + 1)))})
@@ -162,8 +165,8 @@ def _widened(
 def _in_decoder(
     lm: LanguageModel, prompt: TracePrompt, starts: list[int], cloze: Cloze, extra: int
 ) -> list[int]:
-    """Positions of the subject in what the decoder is made to begin with; none where that is not
-    the prompt.
+    """Return the subject's positions in the text that the decoder is made to begin with; none where
+    that is not the prompt.
     """
     if lm.kind != "encoder-decoder" or "{}" not in lm.cloze_decoder:
         return []
@@ -183,7 +186,7 @@ def _other(
     cloze: Cloze,
     spans: list[tuple[int, int]],
 ) -> Cloze:
-    """The same prompt about another subject, token by token in the same places."""
+    """Return the same prompt about another subject, which has to have the same length in tokens."""
     assert prompt.other_subject is not None
     text, end = prompt.text, len(prompt.subject)
     for at in reversed(starts):
@@ -195,9 +198,9 @@ def _other(
     outside = [i for i in range(len(cloze.ids)) if i not in inside]
     if len(other.ids) != len(cloze.ids) or any(cloze.ids[i] != other.ids[i] for i in outside):
         raise FactError(
-            f"other_subject={prompt.other_subject!r} does not take the place of {prompt.subject!r} token by token "
-            f"({len(other.ids)} tokens in all instead of {len(cloze.ids)}); states are exchanged between equal positions, so "
-            "choose a subject of as many tokens"
+            f"other_subject={prompt.other_subject!r} does not take the place of {prompt.subject!r} "
+            f"token by token ({len(other.ids)} tokens in all instead of {len(cloze.ids)}); states "
+            "are exchanged between equal positions, so choose a subject of as many tokens"
         )
     if other.ids == cloze.ids:
         raise FactError(

@@ -1,7 +1,8 @@
 """The same cells through whole forward passes, for models that cannot be replayed; and which cells
 cannot matter at all.
 
-Knows one prompt at a time: rows are (patch, sample). Refuses to know blocks.
+The slow way, and the independent one: tests hold the sweep against it. Knows one prompt at a time:
+rows are (patch, sample). Refuses to know blocks.
 """
 
 from __future__ import annotations
@@ -9,55 +10,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engram.locate.recorded_runs import RowChanges, Runs
+from engram.locate.recorded_runs import Recorded
+from engram.locate.row_changes import RowChanges
+from engram.locate.rows import RowKind
 from engram.locate.settings import PARTS, SITES, Patch
 from engram.modules.hooks import substitute
 
 
-def can_matter(runs: Runs, fact: int, token: int, patch: Patch) -> bool:
-    """False where replacing cannot change the score: a causal model's states in front of the first
-    corrupted token are equal
-    in both runs, and what leaves the last block, or is added to it, is read at some positions only.
-    (A family's own sites may lie before tokens are mixed, as Mamba's projections do; and freezing
-    to another run's outputs matters by itself.)"""
-    question = runs.questions[fact]
-    if runs.lm.kind == "encoder-decoder" or runs.config.frozen_noise is not None:
+def can_matter(runs: Recorded, fact: int, token: int, patch: Patch) -> bool:
+    """Return False where replacing cannot change the score.
+
+    A causal model's states before the first corrupted token are equal in both runs; and what leaves
+    the last block, or is added to it, is read at some positions only. (A family's own sites may lie
+    before tokens are mixed, as Mamba's projections do; and freezing to another run's outputs
+    matters by itself.)
+    """
+    prompt = runs.rows.inputs[fact]
+    if runs.lm.kind == "encoder-decoder" or runs.rows.config.patching.frozen_noise is not None:
         return True
-    if runs.lm.kind == "causal" and token < min(question.corrupted):
+    if runs.lm.kind == "causal" and token < min(prompt.corrupted):
         return False
     mixes_later = patch.first < runs.lm.n_layers - 1 or patch.site not in (*SITES, *PARTS)
-    return mixes_later or token in question.read
+    return mixes_later or token in prompt.read
 
 
 @torch.no_grad()
-def whole(runs: Runs, token: int, patches: tuple[Patch, ...]) -> Tensor:
-    """[patches] scores of one prompt's patches at one token, by one forward pass of patches x
-    samples rows.
+def whole(runs: Recorded, token: int, patches: tuple[Patch, ...]) -> Tensor:
+    """Return [patches] scores of one prompt's patches at one token, by one forward pass of
+    patches x samples rows.
     """
-    lm, samples = runs.lm, runs.samples
-    rows = {kind: runs.rows([0], kind) for kind in ("base", "source", "frozen")}
+    lm, samples = runs.lm, runs.rows.samples
+    kinds: tuple[RowKind, ...] = ("base", "source", "frozen")
+    rows = {kind: runs.rows.of_kind([0], kind) for kind in kinds}
     at = torch.full((samples,), token)
-    changes = RowChanges(runs, len(patches))
+    changes = RowChanges(lm, len(patches))
     for i, patch in enumerate(patches):
         for layer in range(lm.n_layers):
             if patch.first <= layer < patch.end:
                 value = runs.states(patch.site, layer, rows["source"], at)
-                changes.put(patch.site, layer, [i], token, value, patch.part)
+                changes.put((patch.site, layer), [i], token, value, patch.part)
             if patch.severed:
-                changes.put(
-                    patch.severed,
-                    layer,
-                    [i],
-                    token,
-                    runs.states(patch.severed, layer, rows["frozen"], at),
-                )
+                value = runs.states(patch.severed, layer, rows["frozen"], at)
+                changes.put((patch.severed, layer), [i], token, value)
     hooks = changes.hooks()
-    hooks["outputs"] |= runs.embeddings("base")
-    ids_bt = runs.ids_bt[rows["base"]].repeat(len(patches), 1)
-    decoder_bt = (
-        None if runs.decoder_bt is None else runs.decoder_bt[rows["base"]].repeat(len(patches), 1)
-    )
+    hooks["outputs"] |= runs.rows.embeddings("base")
+    ids_bt = runs.rows.ids_bt[rows["base"]].repeat(len(patches), 1)
+    decoder_bt = runs.rows.decoder_bt
+    if decoder_bt is not None:
+        decoder_bt = decoder_bt[rows["base"]].repeat(len(patches), 1)
     with substitute(**hooks):
-        logits = runs.logits(ids_bt, decoder_bt)
-    scores = runs.metric(logits, torch.zeros(len(ids_bt), dtype=torch.long))
+        logits = runs.rows.logits(ids_bt, decoder_bt)
+    scores = runs.scorer(logits, torch.zeros(len(ids_bt), dtype=torch.long))
     return scores.view(len(patches), samples).mean(1).cpu()

@@ -206,7 +206,8 @@ def test_mistakes_are_explained():
     lm = tiny_lm()
     for k in (0, 321):
         with pytest.raises(
-            SettingError, match=rf"k={k}: how many tokens to keep, from 1 to the vocabulary's 320"
+            SettingError,
+            match=rf"k={k}: the number of tokens to keep, from 1 to the vocabulary's 320",
         ):
             engram.lens(lm, TEXT, k=k)
     with pytest.raises(FactError, match="target=' ' is empty"):

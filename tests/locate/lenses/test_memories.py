@@ -162,11 +162,11 @@ def test_mistakes_are_explained():
     with pytest.raises(SettingError, match=r"position=40: the text has \d+ tokens, numbered 0 to"):
         engram.memories(lm, TEXT, LAYER, 40)
     with pytest.raises(
-        SettingError, match=r"neurons=0: how many to show, from 1 to the layer's \d+"
+        SettingError, match=r"neurons=0: the number to show, from 1 to the layer's \d+"
     ):
         engram.memories(lm, TEXT, LAYER, neurons=0)
     with pytest.raises(
-        SettingError, match="k=321: how many tokens to show, from 1 to the vocabulary's 320"
+        SettingError, match="k=321: the number of tokens to show, from 1 to the vocabulary's 320"
     ):
         engram.memories(lm, TEXT, LAYER, k=321)
     with pytest.raises(

@@ -1,1 +1,1 @@
-"""TODO locate.lenses"""
+"""Readings of states and weights in the vocabulary: lens, refinement, memories."""

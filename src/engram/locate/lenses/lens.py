@@ -1,4 +1,4 @@
-"""Lenses: what the model would say if it stopped after this layer.
+"""Lenses: what the model would predict if it stopped after this layer.
 
 The residual stream, after the embedding and after every block, is read by the model's own
 unembedding. Knows states and the vocabulary. Refuses to know causes: what a lens can read there
@@ -48,17 +48,16 @@ _SHADES: dict[str, tuple[str, str, Scale]] = {  # what colours mean -> its name,
 
 @dataclass(frozen=True)
 class LogitLens:
-    """What every state of one text says about the next token.
+    """What every state of one text predicts as the next token.
 
     Tables have a row for every point of the residual stream: row 0 is the embedding, row l + 1 what
-        leaves block l (see
-    `labels`). Columns are the text's tokens. Tensors are on the CPU, float32 (float64 for a float64
-    model).
+    leaves block l (see `labels`). Columns are the text's tokens. Tensors are on the CPU, float32
+    (float64 for a float64 model).
 
     Attributes:
         norm: whether the model's last norm was applied before the unembedding.
         tokens: the text's t tokens.
-        answers: the token scored at each position: the text's next one, behind its end the model's
+        answers: the token scored at each position: the text's next one, after its end the model's
             own choice; or the target.
         answer_ids: [t] their ids.
         top_ids: [rows, t, k] the most probable tokens, best first.
@@ -91,11 +90,11 @@ class LogitLens:
         return len(self.rank) - 1
 
     def labels(self) -> list[str]:
-        """A name for each row: "in" for the embedding, then the number of the block that was left."""
+        """Return a name for each row: "in" for the embedding, then the number of the block left."""
         return ["in", *map(str, range(self.n_layers))]
 
     def top(self, row: int, position: int = -1) -> list[tuple[str, float]]:
-        """The k most probable tokens of one state with their probabilities."""
+        """Return the k most probable tokens of one state with their probabilities."""
         position = position_in(position, len(self.tokens))
         ids, probabilities = (
             self.top_ids[row, position].tolist(),
@@ -104,9 +103,10 @@ class LogitLens:
         return [(self.top_tokens[i], p) for i, p in zip(ids, probabilities, strict=True)]
 
     def table(self, position: int = -1) -> str:
-        """One position in words, the embedding first: its best token, and how the answer stands."""
+        """Return one position as text, the embedding first: its best token, the answer."""
         lines = [
-            f"{'layer':>5}  {'top token':<16} {'p':>6}   {'p(answer)':>9} {'rank':>6} {'entropy':>8} {'KL':>7}"
+            f"{'layer':>5}  {'top token':<16} {'p':>6}   {'p(answer)':>9} {'rank':>6} "
+            f"{'entropy':>8} {'KL':>7}"
         ]
         for row, label in enumerate(self.labels()):
             token, p = self.top(row, position)[0]
@@ -114,21 +114,22 @@ class LogitLens:
                 float(table[row, position]) for table in (self.probability, self.entropy, self.kl)
             ]
             lines.append(
-                f"{label:>5}  {token!r:<16.16} {p:>6.3f}   {numbers[0]:>9.3f} {int(self.rank[row, position]):>6} "
-                f"{numbers[1]:>8.2f} {numbers[2]:>7.2f}"
+                f"{label:>5}  {token!r:<16.16} {p:>6.3f}   {numbers[0]:>9.3f} "
+                f"{int(self.rank[row, position]):>6} {numbers[1]:>8.2f} {numbers[2]:>7.2f}"
             )
         return "\n".join(lines)
 
     def __str__(self) -> str:
         kind = "with the last norm" if self.norm else "raw states"
         return (
-            f"logit lens ({kind}) at the last token, {self.tokens[-1]!r}; answer {self.answers[-1]!r}, "
-            f"settled at layer {self.labels()[int(self.settled[-1])]}\n{self.table()}"
+            f"logit lens ({kind}) at the last token, {self.tokens[-1]!r}; answer "
+            f"{self.answers[-1]!r}, settled at layer "
+            f"{self.labels()[int(self.settled[-1])]}\n{self.table()}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON holds it; tables are nested lists, `top` holds [text, probability]
-        pairs.
+        """Return everything as JSON holds it; tables are nested lists, `top` holds
+        [text, probability] pairs.
         """
         top = [
             [[[*pair] for pair in self.top(row, at)] for at in range(len(self.tokens))]
@@ -202,9 +203,9 @@ def lens(
             own output. False: the plain logit lens, states straight into the unembedding. A model's
             scaling and soft cap of logits apply to both.
         target: score this token at every position; of a target of several tokens, the first.
-            Default: the token that really comes next in the text, and behind its end the model's
+            Default: the token that really comes next in the text, and after its end the model's
                 own choice.
-        k: how many of the most probable tokens are kept.
+        k: number of the most probable tokens that are kept.
     Returns:
         Tables [n_layers + 1, tokens]. Distributions over the vocabulary are made for a few
         positions at a time and never kept; what is kept is n_layers + 1 states a token.
@@ -213,12 +214,19 @@ def lens(
         FactError: an empty text or target.
         UnsupportedModelError: the model is no causal one.
         NonFiniteError: the model's states are not finite.
+
+    Example:
+        >>> lens = engram.lens(lm, fact.prompt_text)
+        >>> lens.rank.shape == (lm.n_layers + 1, len(lens.tokens))
+        True
+        >>> lens.top(row=lm.n_layers)[0][0] == lens.answers[-1]
+        True
     """
     require_causal(lm, "engram.lens")
     vocabulary = int(lm.model.config.vocab_size)
     if not 1 <= k <= vocabulary:
         raise SettingError(
-            f"k={k}: how many tokens to keep, from 1 to the vocabulary's {vocabulary}"
+            f"k={k}: the number of tokens to keep, from 1 to the vocabulary's {vocabulary}"
         )
     ids = lm.encode(text).ids
     states_ltd = residual_stream(lm, ids)
@@ -249,7 +257,7 @@ def lens(
 def _read(
     lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool, k: int
 ) -> dict[str, Tensor]:
-    """The tables [rows, t] of a `LogitLens`, on the CPU."""
+    """Return the tables [rows, t] of a `LogitLens`, on the CPU."""
     log_ltv = log_probs(lm, states_ltd, norm=norm)
     final_tv = log_ltv[-1] if norm else log_probs(lm, states_ltd[-1])
     best = log_ltv.topk(k, -1)

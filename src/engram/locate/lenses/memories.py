@@ -1,4 +1,4 @@
-"""MLP memories: which neurons fire on a text, and which tokens each of them speaks for.
+"""MLP memories: which neurons fire on a text, and which tokens each of them promotes.
 
 An MLP's output is a sum over its neurons, sum_n c_n v_n, and a bias where it has one: the
 coefficient c_n, input of the MLP's last matrix, says how strongly neuron n fires; its value vector
@@ -36,7 +36,7 @@ Scored = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class ValueVector:
-    """What one MLP neuron says, whatever the text.
+    """What one MLP neuron promotes, whatever the text.
 
     Attributes:
         length: Euclidean norm of the value vector.
@@ -71,7 +71,7 @@ class Memory:
         strength: |coefficient| x length of the value vector: how far it moves the residual stream
             (before an output norm).
         share: strength as a part of the sum over all neurons of the layer.
-        value: what it speaks for.
+        value: the tokens that it promotes and suppresses.
     """
 
     coefficient: float
@@ -117,16 +117,17 @@ class Memories:
         )
         for each in self.neurons:
             lines.append(
-                f"{each.value.neuron:>7} {each.coefficient:>11.3f} {each.strength:>8.2f} {each.share:>6.1%}  {words(each.pushes)}"
+                f"{each.value.neuron:>7} {each.coefficient:>11.3f} {each.strength:>8.2f} "
+                f"{each.share:>6.1%}  {words(each.pushes)}"
             )
         return "\n".join(lines)
 
     def note(self) -> str:
-        """What a reader has to know of the numbers, or nothing."""
+        """Return what a reader has to know about the numbers; "" if nothing."""
         return ", before the norm of the MLP's output" if self.output_norm else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON holds it."""
+        """Return everything as JSON holds it."""
         return asdict(self)
 
     def plot(self) -> Figure:
@@ -154,19 +155,25 @@ def memories(
     k: int = 10,
     norm: bool = True,
 ) -> Memories:
-    """The neurons that fire most strongly at one layer and position, and what they speak for.
+    """Return the neurons that fire most strongly at one layer and position, and the tokens they
+    promote.
 
     Args:
         layer: block, from 0.
         position: token of the text, from 0; negative ones count from the end.
-        neurons: how many; ranked by |coefficient| x length of the value vector, as in Geva et al.
-            2022.
+        neurons: number to return, ranked by |coefficient| x length of the value vector, as in Geva et
+            al. 2022.
         k, norm: see `promotes`.
     Raises:
         SettingError: a position that the text does not have, neurons or k out of range.
         UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is
             not causal.
         NonFiniteError: the model's states are not finite.
+
+    Example:
+        >>> firing = engram.memories(lm, fact.prompt_text, layer=1, neurons=3)
+        >>> [neuron.strength > 0 for neuron in firing.neurons]
+        [True, True, True]
     """
     require_causal(lm, "engram.memories")
     name, weight_df = lm.parts.mlp_out_name(layer), as_linear(lm.parts.mlp_out(layer))
@@ -174,7 +181,7 @@ def memories(
     at = position_in(position, len(ids))
     if not 1 <= neurons <= weight_df.shape[1]:
         raise SettingError(
-            f"neurons={neurons}: how many to show, from 1 to the layer's {weight_df.shape[1]}"
+            f"neurons={neurons}: the number to show, from 1 to the layer's {weight_df.shape[1]}"
         )
     with record(lm.model, inputs=[name], stop=True) as seen:
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
@@ -208,25 +215,30 @@ def memories(
 def promotes(
     lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: bool = True
 ) -> ValueVector:
-    """The tokens that one neuron's value vector promotes and suppresses; no text is needed.
+    """Return the tokens that one neuron's value vector promotes and suppresses; no text is needed.
 
     With U the unembedding and v the value vector, scores are
         norm=False: U v, as in Geva et al. 2022;
-        norm=True:  U (N(v) - N(0)), N the model's last norm. A norm centres (if it does), divides
-        by a size and multiplies by
-            its scale g, so this is U (g * centred v) up to a positive factor: the order in which a
-            small step along v moves the logits of the last state, whatever that state is. Scores
-            are those of v alone, scaled to the norm's size.
+        norm=True:  U (N(v) - N(0)), N the model's last norm.
+    A norm centres (if it does), divides by a size and multiplies by its scale g, so the second is
+    U (g * centred v) up to a positive factor: the order in which a small step along v moves the
+    logits of the last state, whatever that state is. Scores are those of v alone, scaled to the
+    norm's size.
     Neither adds the unembedding's bias, a family's scaling or soft cap of logits. Where a family
     normalises the MLP's output (Gemma 2, OLMo 2), v is read as it is before that norm.
 
     Args:
         layer, neuron: block and column of its MLP output matrix, both from 0.
-        k: tokens at each end.
+        k: number of tokens at each end.
     Raises:
         SettingError: k or the neuron out of range.
         UnsupportedModelError: a mixture of experts, a layer that does not exist, a model that is
             not causal.
+
+    Example:
+        >>> value = engram.promotes(lm, layer=1, neuron=0, k=5)
+        >>> len(value.promotes), len(value.suppresses)
+        (5, 5)
     """
     require_causal(lm, "engram.promotes")
     width = linear_shape(lm.parts.mlp_out(layer))[1]
@@ -238,8 +250,8 @@ def promotes(
 
 
 def vocabulary_scores(lm: LanguageModel, vectors_nd: Tensor, *, norm: bool = True) -> Tensor:
-    """What vectors of the residual stream speak for, [n, v], float32 or better: the formulas of
-    `promotes`.
+    """Return scores of the vocabulary for vectors of the residual stream, [n, v], float32 or
+    better, by the formulas of `promotes`.
     """
     if norm and lm.parts.norm is not None:
         vectors_nd = lm.parts.norm(vectors_nd) - lm.parts.norm(torch.zeros_like(vectors_nd[:1]))
@@ -257,17 +269,15 @@ def _values(
     scores_nv = vocabulary_scores(lm, vectors_nd, norm=norm)
     if not 1 <= k <= scores_nv.shape[1]:
         raise SettingError(
-            f"k={k}: how many tokens to show, from 1 to the vocabulary's {scores_nv.shape[1]}"
+            f"k={k}: the number of tokens to show, from 1 to the vocabulary's {scores_nv.shape[1]}"
         )
     lengths = vectors_nd.double().norm(dim=1).tolist()
     high, low = (scores_nv.topk(k, -1, largest=largest) for largest in (True, False))
 
-    def named(found: torch.return_types.topk, row: int) -> Scored:
+    def named(best: torch.return_types.topk, row: int) -> Scored:
         return tuple(
             zip(
-                lm.token_strings(found.indices[row].tolist()),
-                found.values[row].tolist(),
-                strict=True,
+                lm.token_strings(best.indices[row].tolist()), best.values[row].tolist(), strict=True
             )
         )
 
@@ -277,6 +287,6 @@ def _values(
     ]
 
 
-def words(scored: Scored, count: int = 8) -> str:
-    """The first tokens of a list, as one line."""
-    return " ".join(repr(token.strip() or token)[1:-1] for token, _ in scored[:count])
+def words(scored: Scored, limit: int = 8) -> str:
+    """Return the first `limit` tokens of a list as one line."""
+    return " ".join(repr(token.strip() or token)[1:-1] for token, _ in scored[:limit])

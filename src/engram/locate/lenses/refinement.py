@@ -42,10 +42,9 @@ class Refinement:
     """How the next token comes up over the blocks of one text.
 
     Tables are keyed by the point that is read: "entering" the block, "middle" (its attention
-        added), "mlp" (the MLP's output
-    alone), "leaving" (both added). Each is [n_layers, t] on the CPU. In a block whose attention and
-    MLP run side by side (GPT-J, Falcon) the middle is a state that nothing reads; changes are
-    booked to attention first.
+    added), "mlp" (the MLP's output alone), "leaving" (both added). Each is [n_layers, t] on the
+    CPU. In a block whose attention and MLP run side by side (GPT-J, Falcon) the middle is a state
+    that nothing reads; changes are attributed to attention first.
 
     Attributes:
         answers: the token scored at each position, see `lens`.
@@ -75,11 +74,11 @@ class Refinement:
         return self.top_ids["middle"] != self.top_ids["leaving"]
 
     def kinds(self) -> dict[str, Tensor]:
-        """The four kinds of Geva et al. 2021, Sec. 5.2, [n_layers, t] each; every cell is of
+        """Return the four kinds of Geva et al. 2021, Sec. 5.2, [n_layers, t] each; every cell is of
         exactly one kind.
 
-        The state behind the MLP says what "residual": only the state before it said; "mlp": only
-        the MLP alone says; "agreement": both said; "composition": neither did.
+        The top token after the MLP is that of: "residual": only the state before it; "mlp": only
+        the MLP's output alone; "agreement": both; "composition": neither.
         """
         before = self.top_ids["leaving"] == self.top_ids["middle"]
         alone = self.top_ids["leaving"] == self.top_ids["mlp"]
@@ -91,8 +90,8 @@ class Refinement:
         }
 
     def shares(self) -> dict[str, list[float]]:
-        """Parts of the positions, layer by layer: changed by attention, changed by the MLP, and the
-        four kinds.
+        """Return shares of the positions, layer by layer: changed by attention, changed by the
+        MLP, and the four kinds.
         """
         tables = {
             "changed by attention": self.changed_by_attention,
@@ -102,28 +101,29 @@ class Refinement:
         return {name: table.double().mean(1).tolist() for name, table in tables.items()}
 
     def top(self, point: str, layer: int, position: int = -1) -> str:
-        """The most probable token at one point."""
+        """Return the most probable token at one point."""
         return self.top_tokens[
             int(self.top_ids[point][layer, position_in(position, len(self.tokens))])
         ]
 
     def table(self, position: int = -1) -> str:
-        """One position, block by block: what is said at each point, and the answer's probability
-        when the block is left.
+        """Return one position as text, block by block: the top token at each point, and the
+        answer's probability after the block.
         """
         lines = [
-            f"{'layer':>5}  {'entering':<14} {'+ attention':<14} {'MLP alone':<14} {'+ MLP':<14} {'p(answer)':>9} {'rank':>6}"
+            f"{'layer':>5}  {'entering':<14} {'+ attention':<14} {'MLP alone':<14} {'+ MLP':<14} "
+            f"{'p(answer)':>9} {'rank':>6}"
         ]
         for layer in range(len(self.rank["leaving"])):
-            said = " ".join(f"{self.top(point, layer, position)!r:<14.14}" for point in POINTS)
+            tokens = " ".join(f"{self.top(point, layer, position)!r:<14.14}" for point in POINTS)
             p, rank = (
                 float(table["leaving"][layer, position]) for table in (self.probability, self.rank)
             )
-            lines.append(f"{layer:>5}  {said} {p:>9.3f} {int(rank):>6}")
+            lines.append(f"{layer:>5}  {tokens} {p:>9.3f} {int(rank):>6}")
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Shares over all positions, a line a block."""
+        """Return shares over all positions, a line for each block."""
         shares = self.shares()
         lines = [
             f"{'':>5}  {'changed by':<17} MLP against the state before it",
@@ -141,15 +141,15 @@ class Refinement:
         return self.describe()
 
     def describe(self, position: int = -1) -> str:
-        """`table` of one position, then `summary` over all."""
+        """Return `table` of one position, then `summary` over all."""
         position = position_in(position, len(self.tokens))
         return (
-            f"at token {self.tokens[position]!r}; answer {self.answers[position]!r}\n{self.table(position)}\n\n"
-            f"over all {len(self.tokens)} positions\n{self.summary()}"
+            f"at token {self.tokens[position]!r}; answer {self.answers[position]!r}\n"
+            f"{self.table(position)}\n\nover all {len(self.tokens)} positions\n{self.summary()}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON holds it; tables are lists of rows, `top` holds the tokens in words."""
+        """Return everything as JSON holds it; tables are lists of rows, `top` holds tokens."""
         plain = dict(vars(self))
         plain.pop("top_tokens")
         for name in ("top_ids", "probability", "rank"):
@@ -200,6 +200,11 @@ def refinement(
         UnsupportedModelError: a block that is no plain sum of its input, attention and MLP (it
             norms the stream in between), or a model that is not causal.
         NonFiniteError: the model's states are not finite.
+
+    Example:
+        >>> steps = engram.refinement(lm, fact.prompt_text)
+        >>> steps.probability["leaving"].shape == (lm.n_layers, len(steps.tokens))
+        True
     """
     require_causal(lm, "engram.refinement")
     ids = lm.encode(text).ids
@@ -236,24 +241,25 @@ def _read(
     lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Most probable token, probability and rank of the answer, [l, t] on the CPU."""
-    found = []
+    columns = []
     for part in chunks_of_positions(
         len(answer_ids), len(states_ltd) * int(lm.model.config.vocab_size)
     ):
         log_ltv = log_probs(lm, states_ltd[:, part], norm=norm)
-        found.append((log_ltv.argmax(-1), *score(log_ltv, answer_ids[part])))
-    top, probability, rank = (torch.cat(columns, 1).cpu() for columns in zip(*found, strict=True))
+        columns.append((log_ltv.argmax(-1), *score(log_ltv, answer_ids[part])))
+    top, probability, rank = (torch.cat(pieces, 1).cpu() for pieces in zip(*columns, strict=True))
     return top, probability, rank
 
 
 def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream [l + 1, t, d], and for each block its middle and its MLP's contribution,
-    [l, t, d].
+    """Return the residual stream [l + 1, t, d], and for each block its middle and its MLP's
+    contribution, [l, t, d].
     """
     parts, layout = lm.parts, lm.parts.layout
     if not (layout.attention and layout.mlp) or layout.attention == layout.mlp:
         raise UnsupportedModelError(
-            f"the blocks of {lm.name} ({lm.model.config.model_type}) have no attention and MLP to tell apart; engram.lens works"
+            f"the blocks of {lm.name} ({lm.model.config.model_type}) have no attention and MLP to "
+            "tell apart; engram.lens works"
         )
     names = [parts.block_name(layer) for layer in range(lm.n_layers)]
     outputs = [f"{name}.{part}" for name in names for part in (layout.attention, layout.mlp)]
@@ -272,14 +278,15 @@ def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     middle = stream[1:] - mlp
     if not _close(stream[:-1] + attention, middle):
         raise UnsupportedModelError(
-            f"the blocks of {lm.name} do more than add their attention and their MLP to the residual stream (they norm the "
-            "stream in between), so the state between the two cannot be told; engram.lens works"
+            f"the blocks of {lm.name} do more than add their attention and their MLP to the "
+            "residual stream (they norm the stream in between), so the state between the two "
+            "cannot be computed; engram.lens works"
         )
     return stream, middle, mlp
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal to what rounding does to sums in this precision; a norm in between differs by far more."""
+    """Return whether two sums are equal up to rounding; a norm in between changes far more."""
     tolerance = 1e-3 if torch.finfo(a.dtype).eps < 1e-5 else 0.05
     return not (a.isfinite().all() and b.isfinite().all()) or bool(
         (a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6)

@@ -1,9 +1,11 @@
-"""TODO locate.lenses.vocabulary"""
+"""Reading states in the vocabulary: what lens, refinement and memories share.
+
+Knows states, the last norm and the unembedding. Refuses to know what a reading is for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,30 +15,24 @@ from engram.errors import UnsupportedModelError
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
 
-if TYPE_CHECKING:
-    pass
-
-
-_LOGITS_AT_ONCE = (
-    1 << 24
-)  # over all layers and a chunk of positions: 64 MB in float32, some five times that at the peak
-
-
-# -- what the readings in this folder share --------------------------------------------------------
+# logits held at once, over all layers: 64 MB in float32, some five times that at the peak
+_LOGITS_AT_ONCE = 1 << 24
 
 
 def require_causal(lm: LanguageModel, what: str) -> None:
-    """Refuse models in which a position's state does not speak of the next token."""
+    """Raise an error for models whose states do not predict the next token at each position."""
     kind = getattr(lm, "kind", "causal")
     if kind != "causal":
         raise UnsupportedModelError(
-            f"{lm.name} is of kind {kind}: {what} reads states as predictions of the next token, which only a causal "
-            "model makes at every position. Load a causal one."
+            f"{lm.name} is of kind {kind}: {what} reads states as predictions of the next token, "
+            "which only a causal model makes at every position. Load a causal one."
         )
 
 
 def residual_stream(lm: LanguageModel, ids: list[int]) -> Tensor:
-    """The states of a text: what enters block 0, then what leaves each block; [n_layers + 1, t, d]."""
+    """Return the states of a text, [n_layers + 1, t, d]: what enters block 0, then what leaves each
+    block.
+    """
     names = [lm.parts.block_name(layer) for layer in range(lm.n_layers)]
     with record(lm.model, names[:1], names) as seen, torch.no_grad():
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
@@ -47,30 +43,30 @@ def residual_stream(lm: LanguageModel, ids: list[int]) -> Tensor:
 def answers_at(
     lm: LanguageModel, text: str, ids: list[int], last_state_d: Tensor, target: str | None
 ) -> Tensor:
-    """Id of the token to score at each position, [t] on the CPU: see `lens`."""
+    """Return ids of the tokens to score at each position, [t] on the CPU: see `lens`."""
     if target is not None:
         return torch.tensor([lm.target_ids(text, target)[0]] * len(ids))
     return torch.tensor([*ids[1:], int(lm.parts.head(last_state_d).argmax())])
 
 
 def chunks_of_positions(tokens: int, logits: int) -> Iterator[slice]:
-    """Consecutive positions, as many at once as keep their logits small, of which each has so many."""
+    """Yield slices of positions whose logits fit the budget; `logits` is how many each has."""
     step = max(1, _LOGITS_AT_ONCE // logits)
     for at in range(0, tokens, step):
         yield slice(at, at + step)
 
 
 def log_probs(lm: LanguageModel, states: Tensor, *, norm: bool = True) -> Tensor:
-    """Log-probabilities (nats) that the unembedding reads in states [..., d] -> [..., v], float32
-    or better.
+    """Return log-probabilities (nats) that the unembedding reads in states, [..., d] -> [..., v],
+    float32 or better.
     """
     logits = lm.parts.head(states, norm=norm)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def score(log_tv: Tensor, answer_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and rank (1 + how many tokens are more probable) of one token a position: [...,
-    t, v] -> [..., t] twice.
+    """Return probability and rank (1 + number of more probable tokens) of one token at each
+    position: [..., t, v] -> [..., t] twice.
     """
     ids_t1 = answer_ids.to(log_tv.device)[:, None].expand(*log_tv.shape[:-1], 1)
     answer_t1 = log_tv.gather(-1, ids_t1)
@@ -78,7 +74,10 @@ def score(log_tv: Tensor, answer_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def settled(top_lt: Tensor) -> Tensor:
-    """First row of each column from which on every entry equals the last one, [t]."""
+    """Return the first row of each column from which on all entries equal the last one, [t].
+
+    Example: the column (5, 7, 7, 7) settles at row 1, (7, 5, 7, 7) at row 2.
+    """
     changes = top_lt != top_lt[-1]
     rows = torch.arange(1, len(top_lt) + 1, device=top_lt.device)[:, None]
     return (changes * rows).amax(0)
