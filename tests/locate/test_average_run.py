@@ -465,18 +465,6 @@ def test_a_longer_list_goes_on(lm, tmp_path, traced):
     same(longer, engram.average_trace(lm, FACTS, noise=1.0, **GIVEN), 1e-6)
 
 
-def test_a_run_is_resumed_after_calls_that_leave_the_tokenizer_truncating(lm, tmp_path):
-    """A tokenizer keeps the truncation and padding of its last call; they change no number here."""
-    run = {"out": tmp_path / "run", "noise": 1.0, **GIVEN}
-    engram.average_trace(lm, FACTS[:2], **run)
-    try:
-        lm.tokenizer(["one", "a longer text"], truncation=True, max_length=2, padding=True)
-        average = engram.average_trace(lm, FACTS[:4], **run)
-    finally:
-        lm.tokenizer("one")
-    assert len(average.traces) == 4
-
-
 def test_a_shorter_list_is_averaged_alone(lm, tmp_path):
     whole = engram.average_trace(lm, FACTS, out=tmp_path / "run", noise=1.0, **GIVEN)
     part = engram.average_trace(lm, [FACTS[4], FACTS[1]], out=tmp_path / "run", noise=1.0, **GIVEN)

@@ -161,8 +161,8 @@ def memories(
     Args:
         layer: block, from 0.
         position: token of the text, from 0; negative ones count from the end.
-        neurons: number to return, ranked by |coefficient| x length of the value vector, as in Geva et
-            al. 2022.
+        neurons: number to return, ranked by |coefficient| x length of the value vector, as in
+            Geva et al. 2022.
         k, norm: see `promotes`.
     Raises:
         SettingError: a position that the text does not have, neurons or k out of range.
