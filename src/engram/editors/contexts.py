@@ -1,27 +1,21 @@
 """Context templates: short texts that a model samples, put before a prompt so that an edit holds
-wherever the prompt stands.
+wherever the prompt occurs.
 
-Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv:2210.07229; lengths
-    as released.
+Knows templates and sampling. Refuses to know what is optimised in them. Source: Meng et al. 2022,
+arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv:2210.07229; lengths as released.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from engram.model.chat import Style, chat_frame
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
 
-if TYPE_CHECKING:
-    from engram.model.language_model import LanguageModel
-from engram.model.chat import Style, chat_frame
-
-RELEASED = ((5, 10), (10, 10))  # (tokens with the start token, how many texts)
-
-
+RELEASED = ((5, 10), (10, 10))  # (tokens with the start token, number of texts)
 STARTED = ("The", "Therefore", "Because", "I", "You")  # MEMIT's, each continued to 10 tokens
 
 
@@ -32,8 +26,10 @@ def sample_contexts(
     lengths: Sequence[tuple[int, int]] = RELEASED,
     started: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5), each
-    ended by ". ".
+    """Return templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5),
+    each ended by ". ".
+
+    Braces in sampled text become parentheses, since a template has one place only.
 
     Args:
         lengths: (tokens, count) pairs; `tokens` counts the start token too, as in the released
@@ -63,19 +59,25 @@ def chat_contexts(
     styles: Sequence[Style] = ("continue",),
     system: str | None = None,
 ) -> tuple[str, ...]:
-    """Contexts for `engram.rewrite(..., contexts=...)` half of which are in the chat's frames, so
-    that an edit holds there too.
+    """Return contexts for `engram.rewrite(..., contexts=...)`, half of which are in the chat's
+    frames, so that an edit holds there too.
 
-    As many as ROME samples by default, and one more a style: the bare "{}", the bare frames, and
-        then the sampled texts, every
-    other one plain and the rest in the frames in turn.
+    They are the bare "{}", the bare frames, and then as many sampled texts as ROME has by default,
+    every other one plain and the rest in the frames in turn.
 
     Args:
         seed: of the sampled texts, see `sample_contexts`.
-        styles, system: see `chat_frame`. An edit that shall be written into weights is asked for
-            words that follow its prompt; "continue" is the style in which they do.
+        styles, system: see `chat_frame`. An edit of weights is optimised for words that follow its
+            prompt; "continue" is the style in which they do.
+    Raises:
+        UnsupportedModelError: a tokenizer without a chat template.
+    Example:
+        >>> lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        >>> contexts = engram.chat_contexts(lm)
+        >>> contexts[:2]
+        ('{}', 'State a fact in one short sentence. {}')
+        >>> lm.tokenizer.chat_template = None
     """
-
     frames = [chat_frame(lm, style, system=system) for style in styles]
     bare, *sampled = sample_contexts(lm, seed=seed)
     mixed = [

@@ -1,9 +1,8 @@
-"""What an edit will take in memory and on disk, told from shapes before anything big starts.
+"""What an edit will take in memory and on disk, computed from shapes before anything big starts.
 
-Knows shapes only: works on a model on the meta device, which has no weights. What is counted is
-    what the editors hold at once;
-an estimate, held by the tests to measured peaks within a factor of two. Refuses to know how the
-numbers are computed.
+Knows shapes only: works on a model on the meta device, which has no weights. It counts what the
+editors hold at once. That is an estimate; the tests compare it with measured peaks, and it has to
+be within a factor of two. Refuses to know how an edit is computed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _WIDE = 8  # bytes of a float64
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is held in memory, or written to disk, while a phase lasts."""
+    """A part of what is held in memory, or written to disk, during a phase."""
 
     what: str
     phase: Phase
@@ -44,26 +43,24 @@ class MemoryPlan:
 
     Attributes:
         parts: everything that is counted.
-        about: what it was planned for, in a line.
+        about: the edit that was planned, in a line.
     """
 
     parts: tuple[Part, ...]
     about: str
 
     def of(self, phase: Phase) -> int:
-        """Bytes of a phase, what stays throughout not counted."""
+        """Return the bytes of a phase, without what stays throughout."""
         return sum(part.bytes for part in self.parts if part.phase == phase)
 
     @property
     def beside(self) -> int:
-        """Largest number of bytes held beside the model."""
+        """Largest number of bytes held in addition to the model."""
         return max(self.of("second moments"), self.of("values"), self.of("solve"))
 
     @property
     def peak(self) -> int:
-        """The same with the model; what Python and its libraries take comes on top, about half a
-        gigabyte.
-        """
+        """The same with the model. Python and its libraries take about half a gigabyte more."""
         return self.of("throughout") + self.beside
 
     @property
@@ -84,7 +81,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Sizes of a model and of what is asked of it."""
+    """Sizes of a model and of an edit of it."""
 
     layers: int
     first: int  # lowest layer whose blocks are run again
@@ -112,12 +109,11 @@ def memory_plan(
     target_tokens: int = 2,
     facts_per_batch: int = 32,
 ) -> MemoryPlan:
-    """What rewriting `n_facts` facts will take, from shapes alone: nothing is computed, no weight
-    is read.
+    """Estimate from shapes what rewriting `n_facts` facts will take; no weight is read.
 
     Args:
         lm: may be on the meta device (`language_model.load_shapes`).
-        layers: those edited; default: the preset's, or as many as usual at its depth.
+        layers: those that are edited; default: the preset's.
         contexts: texts that a value is optimised in; default: as published, 21 for ROME and 6 for
             the others.
         row_tokens: tokens of a context, the prompt and the target together.
@@ -126,15 +122,19 @@ def memory_plan(
     Raises:
         SettingError: a method that is not planned here, or a number below 1.
         UnsupportedModelError: a model without a single MLP output matrix per block.
+    Example:
+        >>> plan = engram.memory_plan(lm, n_facts=10, method="memit")
+        >>> plan.on_disk < plan.beside < plan.peak
+        True
     """
     one_of("method", method, PLANNED)
-    asked = {
+    numbers = {
         "n_facts": n_facts,
         "facts_per_batch": facts_per_batch,
         "row_tokens": row_tokens,
         "target_tokens": target_tokens,
     }
-    for name, number in asked.items():
+    for name, number in numbers.items():
         if number < 1:
             raise SettingError(f"{name}={number}: expected at least 1")
     mass = method in MASS_METHODS
@@ -164,9 +164,10 @@ def memory_plan(
         target_tokens=target_tokens,
     )
     stored = sum(_stored(each) for each in (*lm.model.parameters(), *lm.model.buffers()))
+    facts, blocks = (f"{n_facts} fact{'s' * (n_facts > 1)}", f"layer{'s' * (len(chosen) > 1)}")
     about = (
-        f"{lm.name}: {n_facts} fact{'s' * (n_facts > 1)} by {method} at layer{'s' * (len(chosen) > 1)} "
-        f"{', '.join(map(str, chosen))}; {_name(lm)}, d_model {d}, d_ff {f}"
+        f"{lm.name}: {facts} by {method} at {blocks} {', '.join(map(str, chosen))}; {_name(lm)}, "
+        f"d_model {d}, d_ff {f}"
     )
     samples = "corpus" not in preset(method, lm.name)
     return MemoryPlan((Part("model", "throughout", stored), *_parts(shapes, mass, samples)), about)
@@ -213,7 +214,7 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
 
 
 def _stored(tensor: Tensor) -> int:
-    """Bytes of a tensor as it is held: of one that is packed, those of its parts."""
+    """Return the bytes of a tensor as it is held: of a packed one, those of its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         inside = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         return sum(_stored(each) for each in inside if each is not None)

@@ -1,4 +1,4 @@
-"""The table of methods that rewrite facts: each is a function (LanguageModel, facts, settings) -> Edit.
+"""The table of methods that rewrite facts: functions (LanguageModel, facts, settings) -> Edit.
 
 A method reads the model and never changes it. It returns a value: an Edit, or a PromptEdit, which
 has no weights. The table holds names, not functions, so that a command imports only the method that
@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
     ),
     "alphaedit": Method(
         "engram.editors.closed_form.mass:alphaedit",
-        "changes in the null space of ordinary text's keys only; preserves the keys of earlier edits",
+        "changes in the null space of ordinary text's keys only; preserves earlier edits' keys",
         "Fang et al. 2025, arXiv:2410.02355",
         batch_function="engram.editors.closed_form.mass:alphaedit_each",
     ),

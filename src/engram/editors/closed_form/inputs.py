@@ -64,7 +64,8 @@ class MomentSource:
         if missing:
             raise EngramError(
                 f"second_moments has layers {sorted(self.given)}, the edit is at layer "
-                f"{', '.join(map(str, layers))}; give that of layer {', '.join(map(str, missing))} too"
+                f"{', '.join(map(str, layers))}; give that of layer "
+                f"{', '.join(map(str, missing))} too"
             )
         moments = {layer: self.given[layer] for layer in layers}
         return {
@@ -78,13 +79,29 @@ class MomentSource:
 _OPTIONAL = ("layer", "layers", "contexts", "second_moments", "corpus", "tokens")
 
 
-def without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a caller gave."""
-    return {
+def settings_given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a caller gave, which go over a preset.
+
+    Raises:
+        SettingError: a layer that is no number, such as "auto", or no layers.
+    """
+    given = {
         name: value
         for name, value in settings.items()
         if value is not None or name not in _OPTIONAL
     }
+    if isinstance(given.get("layer"), str):
+        raise SettingError(
+            f"layer={given['layer']!r}: expected a block's number, from 0; only "
+            "engram.rewrite(lm, facts, method, layer='auto') chooses one"
+        )
+    layers = given.get("layers", [0])
+    if isinstance(layers, str | int) or not len(layers):
+        raise SettingError(
+            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5]; only "
+            "engram.rewrite(lm, facts, method, layers='auto') chooses some"
+        )
+    return given
 
 
 @contextmanager
@@ -109,8 +126,8 @@ def keys_of(past: Sequence[Edit], weight: str) -> Tensor | None:
         elif weight in edit.deltas:
             raise SettingError(
                 f"past[{number}], {edit!r}, does not hold the keys of its facts at {weight!r}; "
-                "expected edits of a closed-form method. Make it again with one, or leave it out of "
-                "past and apply it to the model"
+                "expected edits of a closed-form method. Compute it again with one, or leave it "
+                "out of past and apply it to the model"
             )
     return torch.cat(keys).T if keys else None
 

@@ -37,8 +37,8 @@ from engram.editors.closed_form.inputs import (
     MomentSource,
     in_force,
     keys_of,
+    settings_given,
     shared_subjects,
-    without_defaults,
 )
 from engram.editors.closed_form.mass_settings import (
     KEEPS_PAST_KEYS,
@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _LayerChange:
-    """What was solved at one layer: the change, the facts' keys [n, f], and numbers worth keeping."""
+    """What was solved at one layer: the change, the keys [n, f], and numbers worth keeping."""
 
     delta: Delta
     keys_nf: Tensor
@@ -163,7 +163,7 @@ def _prepare(
     how: Execution,
 ) -> _Setup:
     """Check the settings and facts of a call, and compute what all its facts share."""
-    settings = settings_of(method, lm.name, without_defaults(given))
+    settings = settings_of(method, lm.name, settings_given(given))
     layers = sorted(set(preset_layers(settings, lm.n_layers, "layers")))
     source, contexts = MomentSource.pop(settings, how.seed), settings.pop("contexts", None)
     config = read(
@@ -185,8 +185,9 @@ def _prepare(
     anchor = _anchor(past) if config.norm_anchor else None
     if config.site == "block" and not mlp_shift_reaches_block_output(lm, layers[-1]):
         log.warning(
-            "%s changes the MLP's output before it is added (by a norm or a factor), so that a value "
-            "for the block's output cannot be written exactly; one for the MLP's can: site='mlp'",
+            "%s changes the MLP's output before it is added (by a norm or a factor), so that a "
+            "value for the block's output cannot be written exactly; one for the MLP's can: "
+            "site='mlp'",
             lm.name,
         )
     moments = source.moments(lm, layers, how.progress)
@@ -310,8 +311,8 @@ def mass_each(
     ]
 
 
-# METHODS names these functions. Each is written out, not unpacked from a loop, so that a method that
-# is missing here is an import error where it is used, and a search finds it.
+# METHODS names these functions. Each is written out, not unpacked from a loop over MASS_METHODS: an
+# unpacking pairs names with rows by their order alone, and a text search does not find it.
 memit = partial(mass_edit, method="memit")
 emmet = partial(mass_edit, method="emmet")
 memit_seq = partial(mass_edit, method="memit-seq")
@@ -329,8 +330,8 @@ def _anchor(past: Sequence[Edit]) -> float | None:
     """Return the mean norm of the first edit's values; None where no edit came before."""
     if past and "target_norm" not in past[0].diagnostics:
         raise SettingError(
-            f"norm_anchor=True: past[0], {past[0]!r}, does not hold the norm of its values; expected "
-            "an edit of a mass method as it was computed (without facts taken out)"
+            f"norm_anchor=True: past[0], {past[0]!r}, does not hold the norm of its values; "
+            "expected an edit of a mass method as it was computed (without facts taken out)"
         )
     return float(past[0].diagnostics["target_norm"]) if past else None
 

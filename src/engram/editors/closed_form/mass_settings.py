@@ -31,16 +31,16 @@ class MassConfig:
         null_energy, null_threshold: confine the change to C's null space, see
             `SecondMoment.null_space`. The published threshold is 2e-2; an energy means the same for
             every model.
-        share: of what is missing, how much a layer takes that has `left` layers from itself on:
-            "even" 1 / left, "root" 1 / sqrt(left), "all" 1.
-        site: which state is optimised and compared, see `value_rows.Site`.
+        share: how much of the residual a layer takes that has `left` layers from itself on: "even"
+            1 / left, "root" 1 / sqrt(left), "all" 1.
+        site: which state is optimised and compared, see `shifted_rows.Site`.
         keys: "halves": half the bare prompt's key, half the contexts' mean (published). "mean": of
             all alike. "both" (ours): both are sent to the value, for models that treat a text's
             first token specially; one column a fact all the same, and later edits preserve the mean
             of the two.
         norm_anchor: scale each value to the mean norm that those of the first edit of `past` had
             (2026), against growth in long sequences.
-        reference: the released code's order of operations: one LU a layer in place of kept factors.
+        reference: the released code's order of operations: one LU per layer, no cached factors.
     """
 
     preservation: float | None = None
@@ -69,23 +69,25 @@ class MassConfig:
             )
         if self.null_energy is not None and self.null_threshold is not None:
             raise SettingError(
-                f"null_energy={self.null_energy}, null_threshold={self.null_threshold}: give one of them, either says what the null "
-                "space is"
+                f"null_energy={self.null_energy}, null_threshold={self.null_threshold}: give one "
+                "of them, either says what the null space is"
             )
         if self.projects and not (self.ridge or self.weight(1)):
             raise SettingError(
-                "ridge=0: nothing would hold a change in the null space; set ridge above 0 (published: 10)"
+                "ridge=0: nothing would hold a change in the null space; set ridge above 0 "
+                "(published: 10)"
             )
         if self.exact and self.ridge:
             raise SettingError(
-                f"ridge={self.ridge} without slack or preservation: every key is met exactly, which leaves nothing to weigh the change "
-                "against; set both above 0, or ridge=0"
+                f"ridge={self.ridge} without slack or preservation: every key is met exactly, "
+                "which leaves nothing to weigh the change against; set both above 0, or ridge=0"
             )
         if self.reference and (
             self.ridge or self.projects or self.slack != 1 or self.keys == "both"
         ):
             raise SettingError(
-                "reference=True is MEMIT as released: without ridge, null space, slack and keys='both'"
+                "reference=True is MEMIT as released: without ridge, null space, slack and "
+                "keys='both'"
             )
 
     @property
@@ -94,11 +96,11 @@ class MassConfig:
 
     @property
     def exact(self) -> bool:
-        """Whether every key is met exactly."""
+        """True if every key is met exactly."""
         return not self.projects and not self.weight(1)
 
     def weight(self, d_ff: int) -> float:
-        """Of C in the least-squares problem."""
+        """Return the weight of C in the least-squares problem."""
         return self.slack * (
             self.relative_preservation * d_ff if self.preservation is None else self.preservation
         )

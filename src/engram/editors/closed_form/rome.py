@@ -24,7 +24,7 @@ from engram.edit.base import describe_base
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
-from engram.editors.closed_form.inputs import MomentSource, in_force, without_defaults
+from engram.editors.closed_form.inputs import MomentSource, in_force, settings_given
 from engram.editors.closed_form.solver import solve_each
 from engram.editors.closed_form.values import (
     Value,
@@ -203,7 +203,7 @@ def _rank_one(
 
 
 def _key_columns(keys_cf: Tensor, config: RomeConfig) -> Tensor:
-    """Return the keys that are sent to the value, [f, 1 or 2]; the first row is the bare prompt's."""
+    """Return the keys that are sent to the value, [f, 1 or 2]; row 0 is the bare prompt's."""
     if config.variant == "two-key" and len(keys_cf) > 1:  # the bare prompt alone has one key only
         return torch.stack([keys_cf[0], keys_cf[1:].mean(0)], 1)
     bare = config.variant in ("p-rome", "two-key")
@@ -252,7 +252,7 @@ def _prepare(
     lm: LanguageModel, facts: Sequence[Fact], given: dict[str, Any], how: Execution
 ) -> _Setup:
     """Check the settings and facts of a call, and compute what all its facts share."""
-    given = without_defaults(given)
+    given = settings_given(given)
     usual = preset("rome", lm.name)
     if given.get("reference"):
         usual.pop("variant", None)  # the preset's own choice gives way to the released one

@@ -1,9 +1,15 @@
 """Keys and states at the subjects of many facts, layer after layer while weights below change.
 
-Rows end at their subject, nothing behind it is needed. What enters the first edited block is
-computed once; afterwards only the blocks up to the asked layer are run, and those up to the last
-one for the bare prompts (spec of the update phase: the released code runs every row through the
-whole model at every layer). Knows blocks. Refuses to know what is solved with the keys.
+Rows end at their subject, since a causal model does not see what follows it. What enters the first
+edited block is computed once. Of three edited layers 3, 4, 5:
+
+            all rows (keys)                          bare prompts (states of 5)
+    at(3)   block 3                                  blocks 3, 4, 5
+    at(4)   blocks 3, 4: 3 is edited and final now   blocks 4, 5
+    at(5)   blocks 4, 5: 4 is edited and final now   block 5
+
+The released code runs every row through the whole model at every layer. Knows blocks. Refuses to
+know what is solved with the keys.
 """
 
 from __future__ import annotations
@@ -24,12 +30,12 @@ from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import RowContext, no_edits, record
 
-_ROWS = 1024  # rows that are run at once
+_ROWS = 1024  # rows of one forward pass, which bounds memory
 
 
 @dataclass
 class _Chunk:
-    """Rows of some facts, all contexts of a fact together, bare prompts first of each."""
+    """Rows of some facts; all contexts of a fact are adjacent, its bare prompt first."""
 
     facts: list[int]
     ids_bt: Tensor
@@ -40,16 +46,16 @@ class _Chunk:
     layer: int  # that `hidden_btd` enters
 
     def row_facts(self, contexts: int) -> list[int]:
-        """The fact of each row."""
+        """Return the fact of each row."""
         return [fact for fact in self.facts for _ in range(contexts)]
 
 
 class SubjectStates:
-    """Reads keys of `layers` and states of the last one.
+    """Reader of the keys of `layers` and the states of the last one.
 
     Args:
-        layers: the blocks that are going to be edited, ascending; asked for in this order.
-        site: which state of the last layer, see `value_rows`.
+        layers: the blocks that will be edited, ascending; `at` is called in this order.
+        site: which state of the last layer, see `shifted_rows`.
     """
 
     @torch.no_grad()
@@ -90,33 +96,33 @@ class SubjectStates:
 
     @torch.no_grad()
     def at(self, layer: int, around: RowContext = no_edits) -> tuple[Tensor, Tensor]:
-        """With the weights as they are now: keys [n, contexts, f] of `layer`'s MLP output matrix,
-        states [n, d] of the bare prompts.
+        """Return keys [n, contexts, f] of `layer`'s MLP output matrix, and states [n, d] of the
+        bare prompts, with the weights as they are now.
 
         Float32 (float64 for a float64 model), in the order of the facts.
 
         Args:
-            around: given the number of each row's fact, lays what is in force for these rows, such
-                as changes of their own.
+            around: applies to each row what is in force for its fact, such as a change of its own.
         """
-        found: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for chunk in self.chunks:
             keys_bf, states_nd = (self._replayed if chunk.suffix is not None else self._whole)(
                 chunk, layer, around
             )
             wide = torch.promote_types(keys_bf.dtype, torch.float32)
-            found.append(
+            parts.append(
                 (keys_bf.to(wide).unflatten(0, (len(chunk.facts), -1)), states_nd.to(wide))
             )
         place = torch.tensor([i for chunk in self.chunks for i in chunk.facts]).argsort()
-        keys_ncf, states_nd = (torch.cat(each) for each in zip(*found, strict=True))
+        keys_ncf, states_nd = (torch.cat(each) for each in zip(*parts, strict=True))
         return keys_ncf[place.to(keys_ncf.device)], states_nd[place.to(states_nd.device)]
 
     def _replayed(self, chunk: _Chunk, layer: int, around: RowContext) -> tuple[Tensor, Tensor]:
         assert chunk.suffix is not None and chunk.hidden_btd is not None
         name = self.lm.parts.mlp_out_name(layer)
         with around(chunk.row_facts(len(self.contexts))):
-            for below in range(chunk.layer, layer):  # edited since, and final now
+            # Edited since the last call, and final now.
+            for below in range(chunk.layer, layer):
                 chunk.hidden_btd = chunk.suffix.block(below, chunk.hidden_btd)
             with record(self.lm.model, inputs=[name], stop=True) as seen:
                 chunk.suffix.block(layer, chunk.hidden_btd)

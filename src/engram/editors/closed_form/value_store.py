@@ -1,8 +1,8 @@
-"""Values that were found before, each under a digest of everything it depends on, in one file that
-a killed run goes on with.
+"""A store of values: each under a digest of everything that it depends on, in one file from which
+a killed run resumes.
 
 Knows digests and SQLite. Refuses to know how values are found. (The released code keys its cache by
-layer, clamp and case number, and hands out stale values when anything else changes.)
+layer, clamp and case number, and returns stale values when anything else changes.)
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ class ValueStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, timeout=60)
             self._file.execute(
-                "CREATE TABLE IF NOT EXISTS found (name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS found "
+                "(name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID"
             )
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from error
 
     @classmethod
     def of(cls, given: str | Path | bool, lm: LanguageModel) -> ValueStore:
-        """A file, the cache folder's (True), or none (False)."""
+        """Open a file, the cache folder's (True), or none (False)."""
         if isinstance(given, bool):
             return cls(cache_folder("values") / "values.sqlite" if given else None, lm)
         return cls(Path(given), lm)
@@ -81,7 +82,7 @@ class ValueStore:
         return sha256_of(self._model, json.dumps(about, sort_keys=True))
 
     def get(self, names: Sequence[str]) -> list[Value | None]:
-        """The values that are there."""
+        """Return the stored values, None for each that is missing."""
         rows = [
             self._run("SELECT losses, tensors FROM found WHERE name = ?", name) for name in names
         ]
@@ -99,7 +100,7 @@ class ValueStore:
         self._run("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", name, losses, tensors)
 
     def _run(self, statement: str, *values: str | bytes) -> Any:
-        """The first row that a statement gives, and None where there is none or no file."""
+        """Return the first row of a statement's result; None without a row or without a file."""
         if self._file is None:
             return None
         try:
@@ -110,14 +111,15 @@ class ValueStore:
 
     def _unusable(self, error: Exception) -> EngramError:
         return EngramError(
-            f"values cannot be kept in {self._path}: {error}; give store= another file, or False. A damaged one can be deleted"
+            f"values cannot be kept in {self._path}: {error}; give store= another file, or False. "
+            "A damaged one can be deleted"
         )
 
 
 def _value(losses: str, tensors: bytes) -> Value:
-    found: dict[str, torch.Tensor] = safetensors.torch.load(tensors)
+    states: dict[str, torch.Tensor] = safetensors.torch.load(tensors)
     terms, norms = json.loads(losses)
-    nothing = found["start"].new_zeros(0, 0)
+    nothing = states["start"].new_zeros(0, 0)
     return Value(
-        found["start"], found["delta"], nothing, nothing, [tuple(each) for each in terms], norms
+        states["start"], states["delta"], nothing, nothing, [tuple(each) for each in terms], norms
     )

@@ -160,7 +160,8 @@ def optimise_values(
     contexts = search.contexts
     if not contexts or contexts[0] != "{}" or any(c.count("{}") != 1 for c in contexts):
         raise FactError(
-            f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' in each"
+            f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' "
+            "in each"
         )
     shifted = shifted_at(lm, search.layer, search.site, search.engine)
     for numbers in value_batches(lm, facts, search, facts_per_batch):
@@ -191,7 +192,7 @@ def _batches(lengths: Sequence[tuple[int, int]], limit: int) -> Iterator[list[in
     """Yield batches of facts of about one length, `limit` at most.
 
     A fact with a longer text begins a new batch once the present one is a quarter full: a mixed
-    batch would be half padding, while a quarter-full one costs little more per fact than a full one.
+    batch would be half padding, while a quarter-full one costs little more per fact.
     """
 
     def fits(batch: list[int], i: int) -> bool:

@@ -1,5 +1,7 @@
-"""Settings that published work used, by method and model: one TOML file a method, one table a
+"""Settings that published work used, by method and model: one TOML file per method, one table per
 model.
+
+Knows files, models' names, and which settings say the same thing. Refuses to know what they do.
 """
 
 from __future__ import annotations
@@ -9,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Literal
 
-from engram.errors import SettingError
-
 
 def preset(method: str, model: str) -> dict[str, Any]:
-    """Return the settings of `method` for a model: the file's defaults, overridden by the model's own
-    table where it has one.
+    """Return the settings of `method` for a model: the file's defaults, overridden by the model's
+    own table where it has one.
 
     Args:
         model: a hub name, a folder or "pocket"; its last part is looked up, in lower case.
@@ -60,27 +60,12 @@ def preset_layers(
     if given == "all":
         return list(range(n_layers))
     if given is not None:
-        _check_numbers(name, given)
         return [given] if name == "layer" else list(given)
     if isinstance(depth, Sequence):
         first, last = (int(fraction * n_layers) for fraction in depth)
         return list(range(first, last + 1))
     first = int(depth * n_layers)
     return [first, *range(first + 1, min(first + count, n_layers))]
-
-
-def _check_numbers(name: str, given: Any) -> None:
-    """Raise a SettingError unless `layer` is a number, or `layers` several."""
-    if name == "layer" and isinstance(given, str):
-        raise SettingError(
-            f"layer={given!r}: expected a block's number, from 0; only engram.rewrite(lm, facts, "
-            "method, layer='auto') chooses one"
-        )
-    if name == "layers" and (isinstance(given, str | int) or not len(given)):
-        raise SettingError(
-            f"layers={given!r}: expected numbers of blocks, from 0, such as [3, 4, 5]; only "
-            "engram.rewrite(lm, facts, method, layers='auto') chooses some"
-        )
 
 
 def published(method: str) -> list[str]:
