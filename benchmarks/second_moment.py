@@ -79,7 +79,7 @@ def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any
     corpus, model_mib = Texts(tuple(documents(tokens))), peak_mib(device)
 
     def new(count: int) -> MomentPass:
-        return MomentPass(lm, Sums.nothing(lm, layers), count)
+        return MomentPass(lm, Sums.zero(lm, layers), count)
 
     reader, batches = new(tokens), []
     for several in reader.read(corpus):
@@ -100,7 +100,7 @@ def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any
                 continue
 
     bare(padded[:1])
-    new(512).go(corpus)
+    new(512).run(corpus)
     spent: dict[str, list[float]] = {
         "bare": [],
         "ours": [],
@@ -110,7 +110,7 @@ def compared(which: str, shape: str, device: str, repeats: int) -> dict[str, Any
     for _ in range(repeats):
         for name, work in {
             "bare": lambda: bare(padded),
-            "ours": lambda: new(tokens).go(corpus),
+            "ours": lambda: new(tokens).run(corpus),
         }.items():
             began = time.process_time()
             spent[name].append(timed(work, device)[0])

@@ -164,7 +164,7 @@ def test_a_null_space_that_is_only_want_of_tokens_is_warned_of(caplog):
     [
         ({}, "give one of them"),
         ({"energy": 0.9, "threshold": 0.02}, "give one of them"),
-        ({"energy": 1.0}, "energy=1.0: a share between 0 and 1"),
+        ({"energy": 1.0}, "energy=1.0: expected a share between 0 and 1"),
         ({"threshold": 0.0}, "threshold=0.0: eigenvalues of C are above 0"),
     ],
 )

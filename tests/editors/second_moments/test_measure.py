@@ -93,7 +93,7 @@ def never(*_, **__):
 def test_what_was_measured_before_is_read(tmp_path, monkeypatch):
     lm = tiny_lm("gpt2")
     first = moments_of(lm, [1], 50, tmp_path)[1]
-    monkeypatch.setattr(MomentPass, "go", never)
+    monkeypatch.setattr(MomentPass, "run", never)
     monkeypatch.setattr(module, "_MEMORY", OrderedDict())  # as in another process
     again = moments_of(lm, [1], 50, tmp_path)[1]
     assert again is not first
@@ -319,6 +319,13 @@ def test_a_costly_eigendecomposition_is_kept_beside_c(tmp_path, monkeypatch, cap
     kept.write_bytes(b"half a fi")
     assert torch.equal(in_another_process().eigen()[0], torch.ones_like(values_f))
     assert "computing it again" in caplog.text
+
+
+def test_an_eigendecomposition_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(moment_matrix, "_KEPT_FROM", 1)
+    moment = SecondMoment(2 * torch.eye(3, dtype=torch.float64), file=tmp_path / "gone" / "c")
+    assert moment.eigen()[0].tolist() == [2, 2, 2]
+    assert "could not be written, the next process computes it again" in caplog.text
 
 
 # --- sums -----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Where the text comes from on which second moments are measured: a file, a data set, given texts,
-or the model itself.
+"""The text on which second moments are measured: a file, a data set, given texts, or samples of the
+model itself.
 
-A corpus yields documents in an order of its own that never changes, and says by a digest which
-documents those are. Knows text only.
+A corpus yields documents in an order that never changes, and names them by a digest, which becomes
+part of a cache key. Knows text only.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from engram.model.language_model import LanguageModel
 
 
 class Corpus(Protocol):
-    """What second moments need of a corpus."""
+    """What second moments need from a corpus."""
 
     def digest(self) -> str:
-        """Names the documents: equal digests, equal documents (for one model, where the model
-        samples them).
+        """Return a name of the documents: equal digests, equal documents (for one model, where the
+        model samples them).
         """
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
-        """Documents from number `start` on."""
+        """Yield the documents from number `start` on."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Given texts, one a document."""
+    """Given texts, each a document."""
 
     texts: tuple[str, ...]
 
@@ -50,7 +50,7 @@ class Texts:
 
 
 class TextFile:
-    """A UTF-8 text file: a paragraph a document, where blank lines part them, otherwise a line.
+    """A UTF-8 text file: each paragraph is a document, or each line where no line is blank.
 
     Raises:
         EngramError: no such file, or no text in it.
@@ -82,7 +82,8 @@ class DataSet:
 
     Args:
         name: on the hub, or a folder; e.g. DataSet("wikimedia/wikipedia", "20231101.en").
-        config, split, field: which part of it, and the field that holds the text.
+        config, split: which part of it.
+        field: the field that holds the text.
         seed: of the order; the released code uses 1.
     """
 
@@ -93,7 +94,8 @@ class DataSet:
     seed: int = 1
 
     def digest(self) -> str:
-        return f"data set {self.name} {self.config} {self.split} {self.field} {self.seed} {self._rows._fingerprint}"
+        part = f"{self.name} {self.config} {self.split} {self.field} {self.seed}"
+        return f"data set {part} {self._rows._fingerprint}"
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
         for index in shuffled(len(self._rows), self.seed)[start:]:
@@ -107,19 +109,20 @@ class DataSet:
             raise MissingExtraError("datasets", "data") from error
         try:
             rows = load_dataset(self.name, self.config, split=self.split)
-        except Exception as error:  # whatever the hub, the files or the network come up with
+        except Exception as error:  # of the hub, the files or the network: no common class
             raise EngramError(f"data set {self.name!r} cannot be loaded: {error}") from error
         if self.field not in rows.column_names:
             raise EngramError(
-                f"data set {self.name!r} has no field {self.field!r}; it has {', '.join(rows.column_names)}"
+                f"data set {self.name!r} has no field {self.field!r}; it has "
+                f"{', '.join(rows.column_names)}"
             )
         return rows
 
 
 @dataclass(frozen=True)
 class SampledText:
-    """Text that the model makes up, from its whole distribution: no download, and what the model
-    deems ordinary.
+    """Text sampled from the model's whole distribution: no download, and ordinary text by the
+    model's own measure.
     """
 
     seed: int = 0
@@ -130,7 +133,7 @@ class SampledText:
         return f"sampled {self.seed} {self.tokens} {self.rows_per_batch}"
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
-        """Endless. A batch has its own seed, so that any of them can be the first."""
+        """Yield documents without end. Every batch has its own seed, so any can be the first."""
         length = min(self.tokens, lm.max_tokens - 1)
         number = start // self.rows_per_batch
         while True:
@@ -146,8 +149,8 @@ class SampledText:
 
 @dataclass(frozen=True)
 class Bundled:
-    """The sentences of the bundled fact table, shuffled: plain statements about the world, at hand
-    offline.
+    """The sentences of the bundled fact table, shuffled: plain statements about the world, without
+    a download.
     """
 
     seed: int = 0
@@ -160,8 +163,8 @@ class Bundled:
 
 
 def as_corpus(given: Corpus | str | Path | Sequence[str] | None, seed: int) -> Corpus:
-    """A path means a text file, "bundled" the bundled sentences, a list its texts, nothing what the
-    model samples.
+    """Return a corpus: a path means a text file, "bundled" the bundled sentences, a list its texts,
+    None what the model samples.
     """
     if given is None:
         return SampledText(seed)
@@ -175,7 +178,7 @@ def as_corpus(given: Corpus | str | Path | Sequence[str] | None, seed: int) -> C
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """0..count-1 in the order of the released code."""
+    """Return 0..count-1 in the order of the released code."""
     indices = list(range(count))
     random.Random(seed).shuffle(indices)
     return indices

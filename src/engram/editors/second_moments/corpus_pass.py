@@ -1,13 +1,14 @@
 """One pass over text that sums k k^T for several blocks at once, k being the input of a block's MLP
 output matrix.
 
-The forward pass stops at the deepest block asked for. k k^T costs 2 d_ff^2 operations a token and
-block, more than the block
-itself, and is symmetric: half of it is computed. Products are float32 over one batch (float64 for a
-    float64 model), sums are
-float64, so that rounding does not grow with the number of tokens. A pass can go on from wherever in
-the corpus an earlier one stopped. Knows documents, batches and sums. Refuses to know files: see
-second_moment.
+The forward pass stops at the deepest of these blocks. k k^T costs 2 d_ff^2 operations for each
+token and block (d_ff = 3072: 19 million), more than the block itself (about 14 million), and is
+symmetric: so only half of it is computed (see `add_outer`). Products are float32 over one batch
+(float64 for a float64 model), sums are float64, so that rounding does not grow with the number of
+tokens.
+
+A pass can resume wherever in the corpus an earlier one stopped. Knows documents, batches and sums.
+Refuses to know files: see measure.py.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ _NARROWEST = 128  # rows of a strip; narrower products are slower than what they
 
 @dataclass
 class Sums:
-    """k k^T summed over the first tokens of a corpus.
+    """Sums of k k^T over the first tokens of a corpus.
 
     Attributes:
-        totals: block -> [f, f] float64, of which only `add_outer`'s strips count; `mean` makes C of
-            it.
-        count: tokens summed; documents: how many of the corpus are in them whole; offset: tokens of
-            the next one that are.
+        totals: block -> [f, f] float64, of which only the strips of `add_outer` are filled.
+        count: number of tokens summed.
+        documents: number of whole documents among them.
+        offset: number of tokens of the next document among them.
     """
 
     totals: dict[int, Tensor]
@@ -56,13 +57,14 @@ class Sums:
     offset: int = 0
 
     @classmethod
-    def nothing(cls, lm: LanguageModel, layers: Sequence[int]) -> Sums:
+    def zero(cls, lm: LanguageModel, layers: Sequence[int]) -> Sums:
+        """Return the sums over no token."""
         return cls(
             {layer: _zeros(lm.parts.mlp_width(layer), lm.parts.mlp_out(layer)) for layer in layers}
         )
 
     def mean(self, layer: int) -> Tensor:
-        """C of a block, symmetric to the last bit, on the CPU; uses up the block's total.
+        """Return C of a block, symmetric to the last bit, on the CPU; this consumes its total.
 
         Raises:
             NonFiniteError: the model's keys were not finite.
@@ -77,10 +79,11 @@ class Sums:
 
 @dataclass
 class MomentPass:
-    """Reads a corpus on to `tokens` tokens.
+    """A pass over a corpus, from where `sums` end up to `tokens` tokens.
 
     Args:
-        sums: where to begin; they are added to.
+        sums: sums over the corpus's first tokens; the pass adds to them.
+        tokens: number of tokens in all.
         tokens_per_document: longer documents are cut.
         tokens_per_batch: tokens in one forward pass.
     """
@@ -95,24 +98,24 @@ class MomentPass:
     def __post_init__(self) -> None:
         self._modules = {layer: self.lm.parts.mlp_out(layer) for layer in sorted(self.sums.totals)}
 
-    def go(
+    def run(
         self,
         corpus: Corpus,
         progress: Progress = no_progress,
         pause: Callable[[Sums], None] = lambda sums: None,
     ) -> Sums:
-        """Measure what is left.
+        """Sum over the tokens that are left, in this process.
 
         Args:
             progress: called with (what is done, done, total) after each batch.
-            pause: called with the sums wherever they are those of a beginning of the corpus, every
-                few batches.
+            pause: called with the sums every few batches, when they are sums over the corpus's
+                first tokens. (In between they are not: batches are sorted by length.)
         Raises:
             EngramError: a corpus without text.
         """
         progress("second moments", self.sums.count, self.tokens)
-        for batches in self.read(corpus):
-            for batch in batches:
+        for group in self.read(corpus):
+            for batch in group:
                 self.add(batch)
                 progress("second moments", self.sums.count, self.tokens)
             pause(self.sums)
@@ -122,17 +125,19 @@ class MomentPass:
             log.warning("the corpus ended after %d of %d tokens", self.sums.count, self.tokens)
         return self.sums
 
-    def spread(self, corpus: Corpus, workers: Workers, progress: Progress) -> Sums:
-        """The same by workers: partial sums of a few batches each, added up in their order, so that
-        their number does not matter.
+    def run_on(self, workers: Workers, corpus: Corpus, progress: Progress) -> Sums:
+        """Sum over the tokens that are left, on workers.
+
+        Each unit of work is a few batches. Partial sums are added in the order of the units, so the
+        number of workers changes no bit; one that comes early waits until its turn.
 
         Raises:
             EngramError: a corpus without text.
         """
         units, counts = [], []
-        for batches in self.read(corpus):
-            units.append(batches)
-            counts.append(sum(len(ids) - start for batch in batches for ids, start in batch))
+        for group in self.read(corpus):
+            units.append(group)
+            counts.append(sum(len(ids) - start for batch in group for ids, start in batch))
             self.sums.count += counts[-1]
         if not self.sums.count:
             raise EngramError("the corpus has no text to measure second moments on")
@@ -150,8 +155,9 @@ class MomentPass:
         return self.sums
 
     def read(self, corpus: Corpus) -> Iterator[list[Batch]]:
-        """Batches of what is still to be counted, a few at a time, each to be added before the next
-        ones are read.
+        """Yield batches of tokens that are not summed yet, a few at a time.
+
+        The caller adds each group before it takes the next, since `count` moves with it.
         """
         documents = corpus.documents(self.lm, self.sums.documents)
         while self.sums.count < self.tokens:
@@ -163,6 +169,12 @@ class MomentPass:
             yield list(_packed(self._rows(texts), self.tokens_per_batch))
 
     def _rows(self, texts: Sequence[str]) -> list[Row]:
+        """Return texts as rows, and move `documents` and `offset` on.
+
+        With 10 tokens left and offset 3, two texts of 8 tokens give the rows (8 tokens, from 3) and
+        (5 tokens, from 0): 5 + 5 tokens count. Tokens before the start are run again, since later
+        ones attend to them.
+        """
         rows: list[Row] = []
         sums, left = self.sums, self.tokens - self.sums.count
         for ids in self._encode(texts):
@@ -170,15 +182,15 @@ class MomentPass:
             if end > start:
                 rows.append((ids[:end], start))
             left -= end - start
-            if end < len(ids):  # enough: this one is counted in part
+            if end < len(ids):  # enough: this text counts in part
                 sums.offset = end
                 break
             sums.documents, sums.offset = sums.documents + 1, 0
         return rows
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Every token as the tokenizer makes them by default, as in the released code; an empty
-        text has none.
+        """Return token ids as the tokenizer gives them by default, as in the released code; an
+        empty text has none.
         """
         limit = min(self.tokens_per_document, self.lm.max_tokens)
         full = [text for text in texts if text]
@@ -189,13 +201,11 @@ class MomentPass:
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """Run the model over a batch and add what the blocks' keys give."""
+        """Run the model over a batch and add the outer products of the blocks' keys."""
         ids_bt = pad_right([ids for ids, _ in batch])
         at_t = torch.arange(ids_bt.shape[1])
-        starts_b1, ends_b1 = (
-            torch.tensor(each)[:, None]
-            for each in zip(*((s, len(ids)) for ids, s in batch), strict=True)
-        )
+        starts_b1 = torch.tensor([start for _, start in batch])[:, None]
+        ends_b1 = torch.tensor([len(ids) for ids, _ in batch])[:, None]
         counted_bt = (at_t >= starts_b1) & (at_t < ends_b1)
         counted_n = None if counted_bt.all() else counted_bt.flatten().nonzero()[:, 0]
         deepest = max(self._modules)
@@ -217,12 +227,12 @@ class MomentPass:
 
 @dataclass(frozen=True)
 class MomentJob(ModelJob):
-    """What workers do: sums over a few batches, see `distribute.Job`."""
+    """Sums over a few batches, on a worker; see `workers.Job`."""
 
     layers: tuple[int, ...]
 
     def do(self, state: LanguageModel, unit: list[Batch]) -> dict[int, Tensor]:
-        run = MomentPass(state, Sums.nothing(state, self.layers), 0)
+        run = MomentPass(state, Sums.zero(state, self.layers), 0)
         for batch in unit:
             run.add(batch)
         return {layer: total_ff.cpu() for layer, total_ff in run.sums.totals.items()}
@@ -233,13 +243,24 @@ Batch = list[Row]
 
 
 def add_outer(total_ff: Tensor, keys_nf: Tensor) -> None:
-    """Add K^T K to `total_ff` in place, in strips of rows that each begin at the diagonal; what is
-    left of them stays as it is.
+    """Add the upper half of K^T K to `total_ff` in place, as strips that begin at the diagonal.
+
+    K^T K is symmetric, so half of its entries would do. A triangle is no matrix product, but strips
+    are. With f = 8 and strips of 2 rows, x is computed and . is left as it is:
+
+        x x x x x x x x
+        x x x x x x x x      f = 8 in 4 strips:   (8 + 6 + 4 + 2) / 32 = 20/32 of the product
+        . . x x x x x x      f in 16 strips:      17/32
+        . . x x x x x x      f in 32 strips:      33/64, but narrow products run slower
+        . . . . x x x x      than what they save
+        . . . . x x x x
+        . . . . . . x x
+        . . . . . . x x
 
     Args:
-        keys_nf: (n, f) floating point. Half precision is widened first, its sums would overflow;
-            float32 products over one batch of some thousand tokens are off by about 1e-7 of
-            sqrt(C_ii C_jj), and adding them up in float64 keeps it there.
+        keys_nf: (n, f) floating point. Half precision is widened first, since its sums would
+            overflow. Float32 products over a batch of some thousand tokens are off by about 1e-7 of
+            sqrt(C_ii C_jj), and adding them up in float64 keeps the error there.
     """
     keys_nf = keys_nf.to(torch.promote_types(keys_nf.dtype, torch.float32))
     for start, end in _strips(len(total_ff)):
@@ -248,10 +269,10 @@ def add_outer(total_ff: Tensor, keys_nf: Tensor) -> None:
 
 
 def mirror_(total_ff: Tensor) -> Tensor:
-    """Fill in, in place, what `add_outer` leaves out."""
+    """Fill in, in place, what `add_outer` leaves out; return the same matrix."""
     for start, end in _strips(len(total_ff)):
         corner = total_ff[start:end, start:end]
-        corner.copy_((corner + corner.T) / 2)  # its two halves were rounded apart
+        corner.copy_((corner + corner.T) / 2)  # its two halves were rounded differently
         total_ff[end:, start:end] = total_ff[start:end, end:].T
     return total_ff
 
@@ -263,8 +284,8 @@ def _strips(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _zeros(size: int, mlp_out: nn.Module) -> Tensor:
-    """[f, f] float64: beside the layer while that takes no more than half of what is free there,
-    otherwise on the CPU.
+    """Return [f, f] zeros, float64: on the layer's device while that takes no more than half of its
+    free memory, otherwise on the CPU.
     """
     device = next(mlp_out.parameters()).device
     fits = device.type == "cuda" and 16 * size**2 < torch.cuda.mem_get_info(device)[0]
@@ -272,18 +293,19 @@ def _zeros(size: int, mlp_out: nn.Module) -> Tensor:
 
 
 def _some(documents: Iterator[str], characters: int) -> Iterator[str]:
-    """The next documents, until there are that many characters."""
+    """Yield the next documents, until they have that many characters."""
     while characters > 0 and (text := next(documents, None)) is not None:
         yield text
-        characters -= len(text) + 1  # empty ones end too
+        characters -= len(text) + 1  # + 1, so that empty documents without end do end
 
 
 def _packed(rows: list[Row], tokens_per_batch: int) -> Iterator[Batch]:
-    """Rows of similar length in batches of at most `tokens_per_batch` tokens with their padding,
-    and of at least one row.
+    """Yield rows of similar length in batches of at most `tokens_per_batch` tokens with their
+    padding, and of at least one row.
 
-    A batch that has enough for large products ends where rows get a tenth shorter: a fifth of all
-    computed tokens was padding.
+    A batch of a quarter of the budget is large enough for fast products, and then ends where rows
+    get a tenth shorter. When batches were always filled, a fifth of all computed tokens was
+    padding.
     """
 
     def fits(batch: Batch, row: Row) -> bool:

@@ -1,7 +1,7 @@
 """C of one block's keys as a value: solves, eigenvectors, its null space, and its file.
 
-Knows a symmetric matrix, how many tokens are in it and what they were. Refuses to know models and
-text: see second_moment.
+Knows a symmetric matrix, the number of its tokens and where they came from. Refuses to know models
+and text: see measure.py.
 Source: Meng et al. 2022, arXiv:2202.05262, Eq. 2; null space: Fang et al. 2024, arXiv:2410.02355,
     Sec. 3.
 """
@@ -30,21 +30,21 @@ log = logging.getLogger(__name__)
 # an eigenvalue below this share of the largest is rounding of float32 products, not a measurement
 NOISE = 1e-7
 _RIDGES = (1e-9, 1e-7, 1e-5, 1e-3)  # tried in turn where C has no Cholesky factor
-# d_ff from which an eigendecomposition is worth a file: 0.3 s, and eight times that at each
-# doubling
+# d_ff from which an eigendecomposition is worth a file: it takes 0.3 s there, and eight times as
+# long at each doubling
 _KEPT_FROM = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """C of one block's keys. One object may be shared by many edits: what it computes it keeps, so
-    do not write into it.
+    """C of one block's keys. Many edits may share one object, which keeps what it computes, so do
+    not write into it.
 
     Attributes:
         matrix_ff: mean of k k^T, uncentred, symmetric; float64.
-        count: tokens it was measured on, 0 where that is not known.
-        source: what it was measured on, as JSON knows it; goes into the recipe of every edit.
-        file: where the cache holds it, if it does; a costly eigendecomposition is kept beside it.
+        count: tokens it was measured on, 0 where that is unknown.
+        source: what it was measured on, for JSON; part of the recipe of every edit.
+        file: its file in the cache, if any; a costly eigendecomposition is written beside it.
     """
 
     matrix_ff: Tensor
@@ -61,7 +61,7 @@ class SecondMoment:
     def from_matrix(
         cls, matrix: Tensor | np.ndarray, count: int = 0, source: Mapping[str, Any] | None = None
     ) -> SecondMoment:
-        """From a matrix [f, f].
+        """Build from a matrix [f, f].
 
         Raises:
             EngramError: not square or not symmetric; NonFiniteError: not finite.
@@ -74,17 +74,19 @@ class SecondMoment:
         asymmetry = float((given - given.T).abs().max() / given.abs().max().clamp_min(1e-300))
         if asymmetry > 1e-4:
             raise EngramError(
-                f"a second moment is symmetric; this matrix differs from its transpose by {asymmetry:.1e}"
+                "a second moment is symmetric; this matrix differs from its transpose by "
+                f"{asymmetry:.1e}"
             )
         return cls((given + given.T) / 2, count, dict(source or {"given": _digest(given)}))
 
     @property
     def nbytes(self) -> int:
         """Memory of the matrix and of all that was computed from it so far."""
-        return sum(each.nbytes for each in (self.matrix_ff, *self._factors.values(), *self._eigen))
+        tensors = (self.matrix_ff, *self._factors.values(), *self._eigen)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def solve(self, key_f: Tensor, ridge: float = 0.0) -> Tensor:
-        """C^-1 key, float64 on the CPU, through one Cholesky factor that is kept.
+        """Return C^-1 key, float64 on the CPU, through one Cholesky factor that is kept.
 
         Args:
             key_f: [f] or [f, n].
@@ -95,11 +97,11 @@ class SecondMoment:
         return solved.reshape(columns.shape)
 
     def factor(self, ridge: float = 0.0) -> Tensor:
-        """Lower Cholesky factor [f, f] of C + ridge x its mean eigenvalue, float64, computed once
-        and kept.
+        """Return the lower Cholesky factor [f, f] of C + ridge x its mean eigenvalue, float64,
+        computed once and kept.
 
-        Where C has none (fewer tokens than d_ff, neurons that never fire) a small ridge is taken
-        and a warning says so.
+        Where C has none (fewer tokens than d_ff, neurons that never fire), the smallest ridge of
+        1e-9, 1e-7, 1e-5 and 1e-3 that works is used, with a warning.
 
         Raises:
             NonFiniteError: no factor even then.
@@ -118,7 +120,8 @@ class SecondMoment:
                 )
             if tried != ridge:
                 log.warning(
-                    "C of %d tokens is singular for d_ff = %d; a ridge of %g times its mean eigenvalue is added",
+                    "C of %d tokens is singular for d_ff = %d; a ridge of %g times its mean "
+                    "eigenvalue is added",
                     self.count,
                     len(factor_ff),
                     tried,
@@ -127,8 +130,10 @@ class SecondMoment:
         return self._factors[ridge]
 
     def condition(self, ridge: float = 0.0, steps: int = 40) -> float:
-        """Estimate, from below, of the largest over the smallest eigenvalue: power iteration both
-        ways, computed once.
+        """Return an estimate, from below, of the largest over the smallest eigenvalue; keep it.
+
+        Power iteration with C and with C^-1 through the Cholesky factor, which is there already: an
+        eigendecomposition only for this number would cost more than the edit.
         """
         if (ridge, steps) not in self._conditions:
             factor_ff = self.factor(ridge)
@@ -147,12 +152,13 @@ class SecondMoment:
         return self._conditions[ridge, steps]
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [f], ascending, and eigenvectors [f, f], one a column; float64, computed once
-        and kept.
+        """Return eigenvalues [f], ascending, and eigenvectors [f, f], one a column; float64.
+
+        They are computed once and kept.
 
         Eigenvalues below 1e-7 of the largest are rounding noise, negative as often as not. They are
         raised to that floor: C^-1 through the decomposition then stays positive and finite, and
-            such a direction counts as one that text leaves empty.
+        such a direction counts as one that text leaves empty.
         """
         if not self._eigen:
             self._eigen[:] = self._eigen_from_file() or self._eigen_computed()
@@ -160,34 +166,37 @@ class SecondMoment:
         return eigenvalues_f, eigenvectors_ff
 
     def null_space(self, *, energy: float | None = None, threshold: float | None = None) -> Tensor:
-        """U_0 [f, r]: orthonormal directions that text hardly fills; U_0 U_0^T is AlphaEdit's
-        projector.
+        """Return U_0 [f, r]: orthonormal directions that text hardly fills.
 
-        A token's key has on average the sum of the chosen eigenvalues as its squared length along
-        them.
+        U_0 U_0^T is AlphaEdit's projector. The squared length of a token's key along them is on average the sum of their eigenvalues.
+        For example, with eigenvalues 1, 2, 7, 90 (trace 100): energy=0.89 chooses 1, 2 and 7,
+        which sum to 10 % of the trace; energy=0.98 chooses 1; threshold=5 chooses 1 and 2.
 
         Args:
-            energy: share of the keys' mean squared length (the trace of C) that is kept out of the
-                null space, in (0, 1): as many of the smallest eigenvalues are chosen as add up to
-                at most 1 - energy of the trace. Means the same for every model.
+            energy: share of the keys' mean squared length (the trace of C) that stays outside the
+                null space, in (0, 1): the smallest eigenvalues are chosen while they sum to at most
+                1 - energy of the trace. It means the same for every model.
             threshold: choose the eigenvalues strictly below this, in the units of C; the published
                 value is 2e-2.
         Returns:
             Eigenvectors by ascending eigenvalue, float64; the rank r is its width, and can be 0.
         Raises:
-            SettingError: not just one of the two, or one out of its range.
+            SettingError: both or neither are given, or one is out of its range.
         """
         if (energy is None) == (threshold is None):
             raise SettingError(
-                f"energy={energy}, threshold={threshold}: give one of them, it says how the null space is chosen"
+                f"energy={energy}, threshold={threshold}: give one of them, it says how the null "
+                "space is chosen"
             )
         if energy is not None and not 0 < energy < 1:
             raise SettingError(
-                f"energy={energy}: a share between 0 and 1 is kept out of the null space, e.g. 0.98"
+                f"energy={energy}: expected a share between 0 and 1 that stays outside the null "
+                "space, e.g. 0.98"
             )
         if threshold is not None and threshold <= 0:
             raise SettingError(
-                f"threshold={threshold}: eigenvalues of C are above 0, the published threshold is 2e-2"
+                f"threshold={threshold}: eigenvalues of C are above 0, the published threshold is "
+                "2e-2"
             )
         eigenvalues_f, eigenvectors_ff = self.eigen()
         sums_f = eigenvalues_f.cumsum(0)
@@ -206,8 +215,9 @@ class SecondMoment:
         )
         if 0 < self.count < len(chosen_f):
             log.warning(
-                "C of %d tokens has at most that rank, less than d_ff = %d: much of its null space is directions that were "
-                "not measured; measure more tokens",
+                "C of %d tokens has at most that rank, less than d_ff = %d: much of its null space "
+                "is "
+                "directions that were not measured; measure more tokens",
                 self.count,
                 len(chosen_f),
             )
@@ -215,12 +225,12 @@ class SecondMoment:
 
     def _eigen_computed(self) -> tuple[Tensor, Tensor]:
         eigenvalues_f, eigenvectors_ff = torch.linalg.eigh(self.matrix_ff)
-        found = (
+        eigen = (
             eigenvalues_f.clamp_min(NOISE * float(eigenvalues_f[-1])),
             eigenvectors_ff.contiguous(),
         )
         if self.file is not None and len(eigenvalues_f) >= _KEPT_FROM:
-            tensors = dict(zip(("eigenvalues", "eigenvectors"), found, strict=True))
+            tensors = dict(zip(("eigenvalues", "eigenvectors"), eigen, strict=True))
             try:
                 write_tensors(
                     self.file.with_suffix(".eigen"),
@@ -228,15 +238,16 @@ class SecondMoment:
                     "engram.eigen",
                     {"of": _digest(self.matrix_ff)},
                 )
-            except (OSError, SafetensorError) as error:
+            except (EngramFileError, SafetensorError) as error:  # a full disk stops no edit
                 log.warning(
-                    "the eigendecomposition could not be kept, the next process computes it again: %s",
+                    "the eigendecomposition could not be written, the next process computes it "
+                    "again: %s",
                     error,
                 )
-        return found
+        return eigen
 
     def _eigen_from_file(self) -> tuple[Tensor, Tensor] | None:
-        """What was kept, where it is of this very matrix."""
+        """Return the eigendecomposition in the file, if it is of this very matrix."""
         if self.file is None or not (path := self.file.with_suffix(".eigen")).exists():
             return None
         try:
@@ -261,7 +272,7 @@ class SecondMoment:
         """Read what `save` wrote.
 
         Raises:
-            EditFileError: not such a file.
+            EngramFileError: not such a file.
         """
         tensors, about = read_tensors(path, "engram.second_moment")
         return cls(tensors["matrix"], about["count"], about["source"])
@@ -272,14 +283,15 @@ def load_npz(path: str | Path) -> SecondMoment:
     of tokens `mom2.count`.
 
     Raises:
-        EditFileError: not such a file.
+        EngramFileError: not such a file.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             total, count = arrays["mom2.mom2"], int(arrays["mom2.count"])
     except (OSError, KeyError, ValueError) as error:
         raise EngramFileError(
-            f"{str(path)!r} is not a statistics file of the released code ({error}); it has mom2.mom2 and mom2.count"
+            f"{str(path)!r} is not a statistics file of the released code ({error}); expected "
+            "mom2.mom2 and mom2.count"
         ) from error
     return SecondMoment.from_matrix(
         total.astype(np.float64) / count, count, {"npz": Path(path).name, "tokens": count}
@@ -289,18 +301,20 @@ def load_npz(path: str | Path) -> SecondMoment:
 def write_tensors(
     path: str | Path, tensors: dict[str, Tensor], kind: str, about: Mapping[str, Any]
 ) -> None:
-    """One safetensors file, whole or not at all, with `about` as JSON under the header's key
-    `kind`.
+    """Write one safetensors file, whole or not at all, with `about` as JSON in its header.
+
+    Args:
+        kind: key of `about` in the header, by which `read_tensors` recognises the file.
     """
     with atomic_file(path) as fresh:
         save_file(tensors, fresh, {kind: json.dumps(about)})
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote: tensors, and what the header says about them.
+    """Read the tensors and `about` that `write_tensors` wrote.
 
     Raises:
-        EditFileError: not such a file.
+        EngramFileError: not such a file.
     """
     try:
         with safe_open(str(path), "pt") as file:

@@ -1,11 +1,20 @@
-"""Second moments of keys: C = mean of k k^T over tokens of ordinary text, k the input of a block's
-MLP output matrix.
+"""Second moments of keys, C = mean of k k^T over tokens of ordinary text, measured or read from a
+cache; k is the input of a block's MLP output matrix.
 
-What lies along well-filled directions of C an edit leaves alone. Measured for several layers in one
-pass that stops at the deepest, in pieces that a killed run takes up again; kept in a file, and for
-a while in memory, under a name made of all that it depends on. A longer measurement of the same
-text goes on from a shorter one. Knows names, files and what is already there. Refuses to know how C
-is measured (moment_pass) and used (moment_matrix).
+An edit changes little along directions in which C is large. Several layers are measured in one pass
+that stops at the deepest. Results are kept in files, and for a while in memory, under names made of
+all that they depend on; a killed pass resumes, and a longer measurement of the same text continues
+a shorter one.
+
+    <weights before the matrix, tokenizer, text, layer>-<tokens>.safetensors    C of one layer
+    <all missing layers of a call>.partial                                      unfinished sums
+
+Unfinished sums have a safetensors file, and not a run file (files/run_file.py) as elsewhere: they
+are always replaced as a whole, and d_ff^2 float64 numbers (75 MB to 1.6 GB a layer) are too much
+for the rows of a database.
+
+Knows names, files and what is measured already. Refuses to know how C is measured (corpus_pass.py)
+and used (matrix.py).
 Source: Meng et al. 2022, arXiv:2202.05262, Sec. 3.1 (Eq. 2) and Appendix E.4.
 """
 
@@ -37,9 +46,7 @@ __all__ = ["SecondMoment", "load_npz", "second_moments"]
 log = logging.getLogger(__name__)
 
 TOKENS_PER_KEY = 20  # tokens measured by default, as a multiple of d_ff
-MEMORY = (
-    2 << 30
-)  # bytes of second moments, with what was computed from them, that the process keeps for the next call
+MEMORY = 2 << 30  # bytes of second moments, factors included, that the process keeps
 
 
 def second_moments(
@@ -56,76 +63,75 @@ def second_moments(
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> dict[int, SecondMoment]:
-    """Measure C of several blocks in one pass over text, or read it where the same was measured
-    before.
+    """Measure C of several blocks in one pass over text, or read it where it was measured before.
 
-    The same call gives the same objects while they are in memory (2 GiB of them, those used last),
-    so that a factor or an eigendecomposition is computed once. The weights that C depends on are
-    hashed at every call: a changed model is measured anew.
+    The same call returns the same objects while they are in memory (2 GiB of them, those used
+    last), so that a factor or an eigendecomposition is computed once. The weights that C depends on
+    are hashed at every call: a changed model is measured again.
 
     Args:
         layers: blocks, from 0.
-        corpus: a text file, texts, or one of `corpora`; default: text that the model samples
-            itself.
-        tokens: how many are measured; default 20 x d_ff. Every token of a document counts, as in
-            the released code. Where fewer tokens of the same text were measured before, only the
+        corpus: a text file, texts, or one of `corpora`; default: text that the model samples.
+        tokens: number of tokens measured; default 20 x d_ff. Every token of a document counts, as
+            in the released code. Where fewer tokens of the same text were measured before, only the
             others are run.
         seed: of sampled text.
-        tokens_per_document: longer documents are cut, so that many are seen.
-        tokens_per_batch: tokens in one forward pass, which bounds memory.
-        cache_dir: where results are kept; default: $ENGRAM_CACHE, or ~/.cache/engram.
-        workers: where the model is run; default: in this process. Sums are added in the same order
-            whatever the number of workers, in other groups than without them, which changes the
-            last bits of float64. Nothing is saved on the way.
-        save_every: seconds between two states that an interrupted run goes on from.
+        tokens_per_document: longer documents are cut, so that more documents contribute.
+        tokens_per_batch: tokens in one forward pass; bounds memory.
+        cache_dir: folder for results; default: $ENGRAM_CACHE, or ~/.cache/engram.
+        workers: where the model runs; default: in this process. The number of workers changes no
+            bit; without workers, sums have other groups, and the last bits of float64 differ.
+            Workers do not save unfinished passes.
+        save_every: seconds between two saved states of an unfinished pass.
         progress: called with (what is done, done, total).
+    Returns:
+        layer -> C.
     Raises:
         UnsupportedModelError: a block without a single MLP output matrix; EngramError: a corpus
             without text;
         NonFiniteError: keys that are not finite.
+    Example:
+        >>> from engram.editors.second_moments.measure import second_moments
+        >>> moment = second_moments(lm, [2], "bundled", tokens=2000)[2]
+        >>> moment.count, moment.matrix_ff.shape
+        (2000, torch.Size([2048, 2048]))
     """
-    wanted = sorted(set(layers))
-    for layer in wanted:
-        lm.parts.mlp_out_name(layer)  # says why, where there is none
-    tokens = tokens or TOKENS_PER_KEY * max(lm.parts.mlp_width(layer) for layer in wanted)
-    chosen = as_corpus(corpus, seed)
-    source = {"corpus": chosen.digest(), "tokens_per_document": tokens_per_document}
+    measured = sorted(set(layers))
+    for layer in measured:
+        lm.parts.mlp_out_name(layer)  # raises with the reason where there is none
+    tokens = tokens or TOKENS_PER_KEY * max(lm.parts.mlp_width(layer) for layer in measured)
+    text = as_corpus(corpus, seed)
+    source = {"corpus": text.digest(), "tokens_per_document": tokens_per_document}
     folder = cache_folder("second_moments", cache_dir)
-    stems = _names(lm, wanted, source)
-    paths = {layer: folder / f"{stems[layer]}-{tokens}.safetensors" for layer in wanted}
-    found = {layer: _read(path) for layer, path in paths.items() if path.exists()}
-    missing = [layer for layer in wanted if layer not in found]
+    stems = _names(lm, measured, source)
+    paths = {layer: folder / f"{stems[layer]}-{tokens}.safetensors" for layer in measured}
+    moments = {layer: _read(path) for layer, path in paths.items() if path.exists()}
+    missing = [layer for layer in measured if layer not in moments]
     if missing:
         partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
-        sums = _begun(partial) or _earlier(
-            folder, {layer: stems[layer] for layer in missing}, tokens
-        )
-        run = MomentPass(
-            lm, sums or Sums.nothing(lm, missing), tokens, tokens_per_document, tokens_per_batch
-        )
-        pause = _every(save_every, partial)
-        sums = (
-            run.go(chosen, progress, pause)
-            if workers is None
-            else run.spread(chosen, workers, progress)
-        )
+        sums = _unfinished(partial)
+        sums = sums or _shorter(folder, {layer: stems[layer] for layer in missing}, tokens)
+        sums = sums or Sums.zero(lm, missing)
+        corpus_pass = MomentPass(lm, sums, tokens, tokens_per_document, tokens_per_batch)
+        if workers is None:
+            sums = corpus_pass.run(text, progress, _every(save_every, partial))
+        else:
+            sums = corpus_pass.run_on(workers, text, progress)
         about = {**source, "tokens": tokens, "documents": sums.documents, "offset": sums.offset}
         for layer in missing:
-            found[layer] = SecondMoment(sums.mean(layer), sums.count, about, paths[layer])
-            found[layer].save(paths[layer])
-            _remember(paths[layer], found[layer])
+            moments[layer] = SecondMoment(sums.mean(layer), sums.count, about, paths[layer])
+            moments[layer].save(paths[layer])
+            _remember(paths[layer], moments[layer])
         partial.unlink(missing_ok=True)
-    return {layer: found[layer] for layer in layers}
+    return {layer: moments[layer] for layer in layers}
 
 
-# file, its time and its size -> what is in it; the one used last at the end
+# (file, its time and its size) -> its contents; the one used last is at the end
 _MEMORY: OrderedDict[tuple[str, int, int], SecondMoment] = OrderedDict()
 
 
 def _read(path: Path) -> SecondMoment:
-    """What is in a file of the cache, from memory where it was read before and is still the same
-    file.
-    """
+    """Return a cached file's moment, from memory where the same file was read before."""
     moment = _MEMORY.get(_version(path)) or replace(SecondMoment.load(path), file=path)
     _remember(path, moment)
     return moment
@@ -134,19 +140,18 @@ def _read(path: Path) -> SecondMoment:
 def _remember(path: Path, moment: SecondMoment) -> None:
     _MEMORY[_version(path)] = moment
     _MEMORY.move_to_end(_version(path))
-    while (
-        sum(each.nbytes for each in _MEMORY.values()) > MEMORY
-    ):  # what they hold has grown since, so all are counted anew
+    # all are counted every time, since factors and eigenvectors make them grow after they came
+    while sum(moment.nbytes for moment in _MEMORY.values()) > MEMORY:
         _MEMORY.popitem(last=False)
 
 
 def _version(path: Path) -> tuple[str, int, int]:
-    about = path.stat()
-    return str(path), about.st_mtime_ns, about.st_size
+    stat = path.stat()
+    return str(path), stat.st_mtime_ns, stat.st_size
 
 
-def _begun(partial: Path) -> Sums | None:
-    """The state that an interrupted run left."""
+def _unfinished(partial: Path) -> Sums | None:
+    """Return the sums that an interrupted pass saved."""
     if not partial.exists():
         return None
     try:
@@ -154,12 +159,12 @@ def _begun(partial: Path) -> Sums | None:
     except EngramFileError as error:
         log.warning("%s; measuring from the start", error)
         return None
-    log.info("going on after %d tokens", about["count"])
+    log.info("resuming after %d tokens", about["count"])
     return Sums({int(layer): total for layer, total in totals.items()}, **about)
 
 
 def _every(seconds: float, partial: Path) -> Callable[[Sums], None]:
-    """Writes down the state of a run, not more often than that."""
+    """Return a function that saves a pass's sums, not more often than that."""
     written = time.monotonic()
 
     def pause(sums: Sums) -> None:
@@ -173,9 +178,9 @@ def _every(seconds: float, partial: Path) -> Callable[[Sums], None]:
     return pause
 
 
-def _earlier(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None:
-    """The sums of the longest measurement of fewer tokens of the same text that all these layers
-    have.
+def _shorter(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None:
+    """Return the sums of the longest measurement with fewer tokens of the same text that all these
+    layers have.
     """
     counts = [
         {int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{stem}-*.safetensors")}
@@ -192,7 +197,8 @@ def _earlier(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None
     except EngramFileError as error:
         log.warning("%s; measuring from the start", error)
         return None
-    log.info("going on from the second moments of %d tokens", max(shorter))
+    log.info("continuing the second moments of %d tokens", max(shorter))
+    # one pass measured all layers, so they agree on where in the corpus it stopped
     (about,) = {(m.count, m.source["documents"], m.source["offset"]) for m in moments.values()}
     return Sums(
         {layer: moment.matrix_ff.mul_(moment.count) for layer, moment in moments.items()}, *about
@@ -200,27 +206,30 @@ def _earlier(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None
 
 
 def _names(lm: LanguageModel, layers: Sequence[int], source: Mapping[str, Any]) -> dict[int, str]:
-    """Names everything that C of each layer depends on but the number of tokens: weights up to the
-    matrix itself, tokenizer, text.
+    """Return a name for each layer's C, of all that it depends on but the number of tokens: the
+    weights before the matrix itself, the tokenizer, the text.
+
+    Of layer 2, weights of blocks 0 and 1 count, and of block 2 all but the MLP output matrix: so an
+    edit at layer 2 leaves C of layers 0 to 2 valid, and changes the names of those above.
     """
     prints = _fingerprints(lm, max(layers))
     names = {}
     for layer in layers:
-        unseen = (*_blocks_above(lm, layer), f"{lm.parts.mlp_out_name(layer)}.")
-        reached = {name: each for name, each in prints.items() if not name.startswith(unseen)}
-        names[layer] = identity_of(lm, reached, json.dumps([source, layer], sort_keys=True))
+        after = (*_blocks_above(lm, layer), f"{lm.parts.mlp_out_name(layer)}.")
+        before = {name: hash_ for name, hash_ in prints.items() if not name.startswith(after)}
+        names[layer] = identity_of(lm, before, json.dumps([source, layer], sort_keys=True))
     return names
 
 
 def _fingerprints(lm: LanguageModel, deepest: int) -> dict[str, str]:
-    """Hashes of what a pass to the deepest layer reads: not of the blocks above it, nor of the
-    unembedding.
+    """Return hashes of the weights that a pass to the deepest layer reads: without the blocks above
+    it and the unembedding.
     """
-    home = next(name for name, module in lm.model.named_modules() if module is base_model(lm))
+    root = next(name for name, module in lm.model.named_modules() if module is base_model(lm))
     above = _blocks_above(lm, deepest)
     return fingerprints(
         lm.model,
-        lambda name: name.startswith(f"{home}." if home else "") and not name.startswith(above),
+        lambda name: name.startswith(f"{root}." if root else "") and not name.startswith(above),
     )
 
 
