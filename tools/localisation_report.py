@@ -1,4 +1,4 @@
-"""What the localisation study says: statistics, a picture, and the tables of
+"""The localisation study's report: statistics, a picture, and the tables of
 docs/what-tracing-tells.md.
 
     python tools/localisation_report.py    # reads docs/data/localisation.jsonl, fills the page
@@ -173,13 +173,13 @@ def interval(
 ) -> list[float] | None:
     """95 % bootstrap interval of a statistic, facts (first axes) drawn with replacement."""
     draw = np.random.default_rng(seed)
-    found = []
+    draws = []
     for _ in range(RESAMPLES):
         rows = draw.integers(len(arrays[0]), size=len(arrays[0]))
         value = statistic(*(each[rows] for each in arrays))
         if value is not None:
-            found.append(value)
-    return np.percentile(found, [2.5, 97.5]).tolist() if found else None
+            draws.append(value)
+    return np.percentile(draws, [2.5, 97.5]).tolist() if draws else None
 
 
 def band(values_nl: Array) -> dict[str, list[float]]:
@@ -230,17 +230,17 @@ def summary(study: Study) -> dict[str, Any]:
             "pearson": [pearson(e, s) for e, s in columns],
             "spearman": [spearman(e, s) for e, s in columns],
         }
-        for where, kept in (
+        for where, chosen in (
             ("all layers", list(range(study.layers))),
             ("layers where editing works", works),
         ):
-            e, s = effect[:, kept], score[:, kept]
+            e, s = effect[:, chosen], score[:, chosen]
             gain = interval(lambda a, b: explained(a, b)["gain"], e, s)
-            found = explained(e, s) | {
+            shares = explained(e, s) | {
                 "gain interval": gain,
                 "gain by chance": gain_by_chance(e, s),
             }
-            result["explained"].setdefault(where, {})[name] = found
+            result["explained"].setdefault(where, {})[name] = shares
         result["choices"][name] = choices(effect, score)
     return result
 
@@ -268,8 +268,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     by_layer += [[f"edit: {name}", *map(number, b["mean"])] for name, b in result["scores"].items()]
     by_layer += [["facts whose best layer it is", *result["best layers"]]]
     correlations = [
-        [f"{name}, {kind.capitalize()}", *map(number, found[kind])]
-        for name, found in result["correlations"].items()
+        [f"{name}, {kind.capitalize()}", *map(number, of_kind[kind])]
+        for name, of_kind in result["correlations"].items()
         for kind in ("pearson", "spearman")
     ]
     keys = ("effect", "layer", "both", "gain")
@@ -281,8 +281,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             span(r["gain interval"]),
             number(r["gain by chance"], 3),
         ]
-        for where, found in result["explained"].items()
-        for name, r in found.items()
+        for where, by_name in result["explained"].items()
+        for name, r in by_name.items()
     ]
     chosen: list[list[Any]] = [
         [
@@ -345,11 +345,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def put_tables(page: str, made: dict[str, str]) -> str:
-    """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` replaced."""
-    for name, text in made.items():
-        found = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        page, count = found.subn(lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", page)
+def put_tables(page: str, tables_by_name: dict[str, str]) -> str:
+    """Return `page` with the text between `<!-- table: NAME -->` and `<!-- end -->` replaced."""
+    for name, text in tables_by_name.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        page, count = pattern.subn(lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", page)
         if count != 1:
             raise SystemExit(
                 f"the page has {count} places '<!-- table: {name} -->' ... '<!-- end -->', "
@@ -415,9 +415,9 @@ def main() -> None:
     result = summary(study)
     given.data.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     save_small(picture(study, result), given.page.with_name("localisation.png"))
-    made = tables(result)
-    given.page.write_text(put_tables(given.page.read_text(encoding="utf8"), made), encoding="utf8")
-    print("\n\n".join(made.values()))
+    texts = tables(result)
+    given.page.write_text(put_tables(given.page.read_text(encoding="utf8"), texts), encoding="utf8")
+    print("\n\n".join(texts.values()))
 
 
 if __name__ == "__main__":

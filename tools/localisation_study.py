@@ -1,5 +1,5 @@
 """Does causal tracing say where to edit? Per fact of the pocket model and per layer: indirect
-effects, and how an edit there goes.
+effects, and how well an edit at that layer works.
 
     python tools/localisation_study.py --count 150 --out docs/data/localisation.jsonl
 
@@ -43,7 +43,7 @@ SAMPLES, NOISE = 10, "s3"
 
 def effects(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[float]]:
     """Indirect effects by layer at the subject's last token, of the true object's probability."""
-    found: dict[str, list[float]] = {}
+    curves: dict[str, list[float]] = {}
     for window in sorted({window for _, window in TRACES.values()}):
         wanted = {name: site for name, (site, w) in TRACES.items() if w == window}
         trace = engram.trace(
@@ -57,9 +57,9 @@ def effects(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[float]]:
             noise=NOISE,
             positions="subject_last",
         )
-        found |= {name: trace.effects(site)[0].tolist() for name, site in wanted.items()}
-        found |= {"clean": [trace.high_score], "corrupted": [trace.low_score]}
-    return found
+        curves |= {name: trace.effects(site)[0].tolist() for name, site in wanted.items()}
+        curves |= {"clean": [trace.high_score], "corrupted": [trace.low_score]}
+    return curves
 
 
 def answered(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[tuple[float, float]]]:
@@ -77,8 +77,11 @@ def answered(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[tuple[float
         for text in group
         for answer in (fact.target, str(fact.target_true))
     ]
-    found = iter(lm.probabilities(pairs))
-    return {name: [(next(found), next(found)) for _ in group] for name, group in texts.items()}
+    probabilities = iter(lm.probabilities(pairs))
+    return {
+        name: [(next(probabilities), next(probabilities)) for _ in group]
+        for name, group in texts.items()
+    }
 
 
 def margins(answers: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, float]:
@@ -147,8 +150,7 @@ def resumed(path: Path, settings: Mapping[str, Any]) -> set[tuple[str, str]]:
     head, *records = (json.loads(line) for line in whole)
     if head["settings"] != dict(settings):
         raise SystemExit(
-            f"{path} was measured with {head['settings']}, now asked: {dict(settings)}; give "
-            f"another --out"
+            f"{path} was measured with {head['settings']}, now {dict(settings)}; give another --out"
         )
     return {(record["subject"], record["prompt"]) for record in records}
 

@@ -149,7 +149,7 @@ def test_a_killed_run_loses_the_line_in_flight_only_and_other_settings_are_refus
         file.write(whole + "\n" + whole[:9])
     assert study.resumed(path, settings) == {("A", "{} is")}
     assert path.read_text(encoding="utf8").endswith(whole + "\n")
-    with pytest.raises(SystemExit, match=r"measured with \{'seed': 0\}, now asked: \{'seed': 1\}"):
+    with pytest.raises(SystemExit, match=r"measured with \{'seed': 0\}, now \{'seed': 1\}"):
         study.resumed(path, {"seed": 1})
 
 

@@ -34,7 +34,8 @@ _COLOURS = ("#6b5ca5", "#2a9d6f", "#d1495b", "#8f84bd", "#7cc2a2", "#e0929d")
 
 
 def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Figure:
-    """Bars a method, a group a metric; whiskers are 95 % bootstrap intervals.
+    """Draw a group of bars for each method, a bar for each metric; whiskers are 95 % bootstrap
+    intervals.
 
     Args:
         metrics: names in percent; default: the success rates that the benchmark has, those of
@@ -44,11 +45,11 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
     """
     from engram.benchmark.report import table
 
-    made = table(runs, all_metrics=metrics is not None)
-    names = [name for name in (metrics or SHOWN) if name in made.columns]
+    scores = table(runs, all_metrics=metrics is not None)
+    names = [name for name in (metrics or SHOWN) if name in scores.columns]
     if not names:
-        raise SettingError(f"metrics={metrics}: the runs have {', '.join(made.columns)}")
-    rows = made.rows
+        raise SettingError(f"metrics={metrics}: the runs have {', '.join(scores.columns)}")
+    rows = scores.rows
     with mpl.rc_context(STYLE):
         figure = Figure(
             figsize=(max(3.2, 0.45 * len(rows) * len(names) / 3 + 1.2), 2.2), layout="constrained"
@@ -56,22 +57,22 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
         axes = figure.subplots()
         width = 0.8 / len(names)
         for i, name in enumerate(names):
-            found = [
+            summaries = [
                 (at, summary[name])
                 for at, (_, summary) in enumerate(rows.values())
                 if name in summary
             ]
-            places = [at + (i - (len(names) - 1) / 2) * width for at, _ in found]
-            means, whiskers = _scaled([each for _, each in found], METRICS[name].scale)
+            positions = [at + (i - (len(names) - 1) / 2) * width for at, _ in summaries]
+            means, whiskers = _scaled([each for _, each in summaries], METRICS[name].scale)
             axes.bar(
-                places,
+                positions,
                 means,
                 width,
                 color=_COLOURS[i % len(_COLOURS)],
                 label=plain(METRICS[name].title),
             )
             axes.errorbar(
-                places, means, whiskers, fmt="none", ecolor="#222222", elinewidth=0.6, capsize=1
+                positions, means, whiskers, fmt="none", ecolor="#222222", elinewidth=0.6, capsize=1
             )
         turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(rows) > 5 else {}
         axes.set_xticks(range(len(rows)), [plain(name) for name in rows], **turned)
@@ -83,31 +84,33 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
 
 
 def plot_layers(runs: Sequence[Run], metrics: Sequence[str] = ("ES", "PS", "NS", "S")) -> Figure:
-    """Scores against the layer that was edited, over methods whose settings name one.
+    """Draw scores against the edited layer, over methods whose settings name one.
 
     Raises:
         SettingError: fewer than two layers.
     """
-    found: dict[int, dict[str, Estimate]] = {}
+    by_layer: dict[int, dict[str, Estimate]] = {}
     for run in runs:
         summaries = run.summary()
         for label, (_, settings) in run.methods.items():
             if isinstance(settings.get("layer"), int) and label in summaries:
-                found[settings["layer"]] = summaries[label]
-    if len(found) < 2:
+                by_layer[settings["layer"]] = summaries[label]
+    if len(by_layer) < 2:
         raise SettingError(
-            f"the runs have results at layers {sorted(found)}; expected two or more, as by "
+            f"the runs have results at layers {sorted(by_layer)}; expected two or more, as by "
             "--method rome-1=rome --set rome-1:layer=1"
         )
-    layers = sorted(found)
+    layers = sorted(by_layer)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.4, 2.2), layout="constrained")
         axes = figure.subplots()
         for i, name in enumerate(metrics):
-            there = [layer for layer in layers if name in found[layer]]
-            means, whiskers = _scaled([found[layer][name] for layer in there], METRICS[name].scale)
+            measured = [layer for layer in layers if name in by_layer[layer]]
+            means, whiskers = _scaled(
+                [by_layer[layer][name] for layer in measured], METRICS[name].scale
+            )
             axes.errorbar(
-                there,
+                measured,
                 means,
                 whiskers,
                 color=_COLOURS[i % len(_COLOURS)],

@@ -1,6 +1,6 @@
-"""Effects averaged over facts: by role of the token, layer and site, with intervals.
+"""Effects averaged over facts, by role of the token, layer and site, with intervals.
 
-Knows finished traces and nothing of how they were made: see experiment for the runs themselves.
+Knows finished traces. Refuses to know how they were computed: see average_run.
 Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2.2 and Appendix B; the six roles are those of the
     released code.
 """
@@ -203,7 +203,7 @@ class AverageTrace:
         return torch.stack(rows)
 
     def _resampled(self, resamples: int) -> Tensor:
-        """[resamples, f] how often each fact was drawn."""
+        """Return [resamples, f], how often each fact was drawn."""
         generator = torch.Generator().manual_seed(self.seed)
         n = len(self.traces)
         drawn = torch.randint(n, (resamples, n), generator=generator)

@@ -1,6 +1,4 @@
-"""What all pictures share: type, sizes, text that matplotlib takes literally. Touches no global
-state and no window.
-"""
+"""Type, sizes and text that all pictures share. Touches no global state and no window."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ STYLE: Any = {
     "axes.unicode_minus": False,
 }
 
-_MANY_LETTERS = (  # asked for what matplotlib's own fonts lack, where one of them is installed
+_MANY_LETTERS = (  # for letters that matplotlib's own fonts lack, where one of them is installed
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
     "Noto Sans",
@@ -32,7 +30,7 @@ _MANY_LETTERS = (  # asked for what matplotlib's own fonts lack, where one of th
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib takes literally, and that stays on one line.
+    """Return text that matplotlib takes literally, on one line.
 
     A character that no font at hand can draw is written as its escape, such as \\u4e2d.
     """
@@ -44,14 +42,14 @@ def plain(text: str) -> str:
 
 
 def font(texts: Iterable[str], size: float = 7, weight: str = "normal") -> FontProperties:
-    """Serif, or the sans-serif that has more letters where a text has other than Western ones."""
+    """Return a serif font, or the sans-serif with more letters where a text needs them."""
     western = all(ord(letter) < 0x250 for text in texts for letter in text)
     return FontProperties(family="serif" if western else _families(), size=size, weight=weight)
 
 
 def layer_ticks(layers: int) -> range:
-    """Layers that get a number: all of a small model's, every fifth of a large one's as in the
-    paper.
+    """Return the layers that get a number: all of a small model, every fifth of a large one as in
+    the paper.
     """
     return range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
 
@@ -64,7 +62,7 @@ def _families() -> list[str]:
 
 @cache
 def _drawable() -> frozenset[int]:
-    """Code points that `font` has a picture of; control characters have none."""
+    """Return the code points that `font` can draw; control characters cannot be drawn."""
     faces = [FT2Font(findfont(FontProperties(family=[name]))) for name in _families()]
     return frozenset(
         code for face in faces for code in face.get_charmap() if chr(code).isprintable()
