@@ -178,7 +178,7 @@ def test_a_record_on_several_lines_is_found_at_its_first(write):
             "line 3: no JSON list, expected ',' or ']' at column 1",
         ),
         ("[\n", "line 2: no JSON list, Expecting value"),
-        ("[] more", "line 1: no JSON list, text behind the list's end at column 4"),
+        ("[] more", "line 1: no JSON list, text after the list's end at column 4"),
         ("{'subject'}", "line 1: no JSON, .* expected one object a line"),
         ("", "holds no facts; expected one object with subject, prompt, target a fact"),
         ("[]", "holds no facts"),

@@ -1,5 +1,5 @@
-"""Every error a caller may want to tell apart. Messages say what was wrong, what was expected, what
-to do.
+"""Every error that a caller may want to distinguish. A message says what was wrong, what was expected
+and what to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class SettingError(EngramError, ValueError):
 
 
 class UnsupportedModelError(EngramError):
-    """A model whose parts are not known, or that cannot do what was asked."""
+    """A model whose parts are not known, or that cannot do what is required."""
 
 
 class NonFiniteError(EngramError, ArithmeticError):
@@ -26,11 +26,11 @@ class NonFiniteError(EngramError, ArithmeticError):
 
 
 class BaseMismatchError(EngramError):
-    """An edit met weights other than those it was made for."""
+    """The weights are not those on which an edit was computed."""
 
 
 class CanaryError(EngramError):
-    """An edit would have damaged the model beyond the limits; it was not put in force."""
+    """An edit would have damaged the model beyond the limits; it was not applied."""
 
 
 class EngramFileError(EngramError, ValueError):

@@ -66,7 +66,8 @@ def read_facts(source: str | Path) -> list[Fact]:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise FactError(
-            f"no facts could be read from {str(path)!r}: {error}. Expected 'pocket', or a file: a JSON list, JSON lines, or CSV"
+            f"no facts could be read from {str(path)!r}: {error}. Expected 'pocket', or a file: a "
+            "JSON list, JSON lines, or CSV"
         ) from error
     facts = [fact_of(record, where) for record, where in raw_records(text, str(path))]
     if not facts:
@@ -109,7 +110,8 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
             if len(row) != len(header):
                 yield (
                     FactError(
-                        f"{where}: {len(row)} cells, expected {len(header)} as in the header ({', '.join(header)}); "
+                        f"{where}: {len(row)} cells, expected {len(header)} as in the header "
+                        f"({', '.join(header)}); "
                         'a text with a comma has to stand in "..."'
                     ),
                     where,
@@ -163,13 +165,15 @@ def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in _KNOWN_FACTS:
         if not isinstance(record.get(name), str):
             raise FactError(
-                f"{where}: field {name!r} is {shown(record.get(name))}; expected text, as in a known-facts file"
+                f"{where}: field {name!r} is {shown(record.get(name))}; expected text, as in a "
+                "known-facts file"
             )
     subject, template, prompt = record["subject"], record["template"], record["prompt"]
     filled = template.replace("{}", subject)
     if not prompt.startswith(filled):
         raise FactError(
-            f"{where}: field 'prompt' is {prompt!r}; expected it to begin with the filled template, {filled!r}"
+            f"{where}: field 'prompt' is {prompt!r}; expected it to begin with the filled "
+            f"template, {filled!r}"
         )
     return {
         "subject": subject,

@@ -51,12 +51,14 @@ class Fact:
             )
         if self.prompt.count("{}") != 1:
             raise FactError(
-                f"prompt={self.prompt!r} has {self.prompt.count('{}')} places for the subject, expected exactly one "
+                f"prompt={self.prompt!r} has {self.prompt.count('{}')} places for the subject, "
+                "expected exactly one "
                 "'{}', as in 'The {} is located in the city of'"
             )
         if not self.target.strip():
             raise FactError(
-                f"target={self.target!r} is empty; give the object the model shall say, such as 'Paris'"
+                f"target={self.target!r} is empty; give the object the model shall say, such as "
+                "'Paris'"
             )
         if self.target_true is not None and self.target_true.strip() == self.target.strip():
             raise FactError(
@@ -100,7 +102,8 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
         near = text.lower().find(subject.lower())
         hint = f"; did you mean {text[near : near + len(subject)]!r}?" if near >= 0 else ""
         raise FactError(
-            f"subject {subject!r} is not in the prompt {text!r}{hint} It has to stand there letter by letter."
+            f"subject {subject!r} is not in the prompt {text!r}{hint} It has to stand there letter "
+            "by letter."
         )
     return {"first": starts[:1], "last": starts[-1:], "all": starts}[occurrence]
 
@@ -118,6 +121,7 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
     if not inside:
         raise FactError(
-            f"the tokenizer keeps none of the characters {start}:{end}; the subject is lost on the way to tokens"
+            f"the tokenizer keeps none of the characters {start}:{end}; the subject is lost on the "
+            "way to tokens"
         )
     return inside[0], inside[-1] + 1

@@ -352,19 +352,19 @@ def other_record(data: Dataset) -> Dataset:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lm": tiny_lm(seed=1)}, r"begun with identity='\w+', now asked for is '\w+'"),
-        ({"lm": tiny_lm("llama")}, r"begun with model='tiny-gpt2', now asked for is 'tiny-llama'"),
+        ({"lm": tiny_lm(seed=1)}, r"begun with identity='\w+', it is '\w+'"),
+        ({"lm": tiny_lm("llama")}, r"begun with model='tiny-gpt2', it is 'tiny-llama'"),
         (
             {"lm": tiny_lm(dtype=torch.float64)},
-            "begun with (dtype='float32', now asked for is 'float64'|identity)",
+            "begun with (dtype='float32', it is 'float64'|identity)",
         ),
         (
             {"data": replace(DATA, name="towns")},
-            "begun with dataset='cities', now asked for is 'towns'",
+            "begun with dataset='cities', it is 'towns'",
         ),
         (
             {"data": replace(DATA, form="zsre")},
-            "begun with form='counterfact', now asked for is 'zsre'",
+            "begun with form='counterfact', it is 'zsre'",
         ),
         (
             {"data": other_record(DATA)},
@@ -372,7 +372,7 @@ def other_record(data: Dataset) -> Dataset:
         ),
         (
             {"config": replace(ASKED, seed=1)},
-            r"begun with config=.*'seed': 0.*now asked for is .*'seed': 1",
+            r"begun with config=.*'seed': 0.*it is .*'seed': 1",
         ),
         ({"config": replace(ASKED, texts=False)}, "begun with config="),
         (
@@ -526,7 +526,7 @@ def test_a_file_of_another_version(lm, copy):
     with connection:
         connection.execute("UPDATE about SET value = '9' WHERE name = 'format_version'")
     connection.close()
-    with pytest.raises(SettingError, match="begun with format_version=9, now asked for is 1"):
+    with pytest.raises(SettingError, match="begun with format_version=9, it is 1 now"):
         start(lm, copy)
     with pytest.raises(EngramFileError, match="has format version 9, this engram reads 1"):
         Run.open(copy)

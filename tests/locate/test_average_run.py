@@ -677,17 +677,17 @@ def test_whatever_is_asked_of_one_fact_can_be_asked_of_many(lm, settings, tmp_pa
     [
         (
             {"samples": 3},
-            r"run was begun with samples=2, now asked for is 3\. Go on with the same settings, or "
+            r"run was begun with samples=2, it is 3 now\. Resume with the same settings, or "
             r"choose another",
         ),
-        ({"keep": "known"}, "begun with keep='all', now asked for is 'known'"),
+        ({"keep": "known"}, "begun with keep='all', it is 'known'"),
         ({"answer": "object"}, "begun with answer='model'"),
         ({"window": 3}, "begun with window=2"),
         ({"noise": "s2"}, "begun with noise='s3'"),
         ({"seed": 2}, "begun with seed=1"),
         (
             {"sites": ["mlp"]},
-            r"begun with tables=\['residual', 'mlp', 'attention'\], now asked for is \['mlp'\]",
+            r"begun with tables=\['residual', 'mlp', 'attention'\], it is \['mlp'\]",
         ),
         ({"positions": "last"}, "begun with positions='all'"),
         ({"direction": "noise"}, "begun with direction='denoise'"),
@@ -705,7 +705,7 @@ def test_whatever_is_asked_of_one_fact_can_be_asked_of_many(lm, settings, tmp_pa
             "begun with other weights of the model|begun with dtype='torch.float32'",
         ),
         ({"lm": tiny_lm("gpt2", seed=1)}, "begun with other weights of the model"),
-        ({"lm": tiny_lm("llama")}, "begun with model='tiny-gpt2', now asked for is 'tiny-llama'"),
+        ({"lm": tiny_lm("llama")}, "begun with model='tiny-gpt2', it is 'tiny-llama'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -805,7 +805,7 @@ def test_a_file_of_another_version(lm, tmp_path, run_file):
     with connection:
         connection.execute("UPDATE about SET value = '9' WHERE name = 'format_version'")
     connection.close()
-    with pytest.raises(SettingError, match="begun with format_version=9, now asked for is 1"):
+    with pytest.raises(SettingError, match="begun with format_version=9, it is 1 now"):
         engram.average_trace(lm, FACTS, out=copy, **GIVEN)
     with pytest.raises(EngramFileError, match="has format version 9, this engram reads 1"):
         AverageTrace.load(copy)

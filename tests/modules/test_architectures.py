@@ -197,7 +197,7 @@ def test_the_heads_stand_side_by_side_in_front_of_the_matrix_that_mixes_them(fam
 
 def test_a_state_space_model_has_no_heads():
     with pytest.raises(
-        UnsupportedModelError, match="model_type='mamba' has no heads that can be told apart"
+        UnsupportedModelError, match="model_type='mamba' has no heads that can be distinguished"
     ):
         tiny_lm("mamba").parts.heads_out_name(0)
 

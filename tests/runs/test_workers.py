@@ -115,7 +115,7 @@ def test_a_model_that_was_not_loaded_by_name_or_is_edited_cannot_be_sent(lm: Lan
         ByName.of(LanguageModel(lm.model, lm.tokenizer))
     fact = pocket.as_fact(pocket.facts()[0], pocket.counterfactual(pocket.facts()[0]))
     edit = engram.rewrite(lm, fact, "rome", steps=1, contexts=["{}"])
-    with edit.applied(lm), pytest.raises(SettingError, match="edits lie on"):
+    with edit.applied(lm), pytest.raises(SettingError, match="edits are in force on"):
         ByName.of(lm)
 
 

@@ -59,7 +59,7 @@ class Run:
         """Read the file of a run, also one that is being written.
 
         Raises:
-            EditFileError: not such a file.
+            EngramFileError: not such a file.
         """
         with RunStore.reading(path) as store:
             methods = store.methods()

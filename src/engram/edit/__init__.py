@@ -1,1 +1,1 @@
-"""TODO edit"""
+"""Edits as values: what changes in which weight, how it is applied, stored and exported."""

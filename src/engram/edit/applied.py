@@ -1,8 +1,9 @@
 """Put changes of weights in force on a model in memory, and take them off again, bit for bit.
 
 Knows weights, how they are stored, and which changes are in force. Refuses to know files and how
-edits are made. There are two ways: `written` changes the weights themselves; `attached` (attached.py)
-adds the change to a module's output, for weights that cannot be written into. `applied` chooses.
+edits are made. There are two ways: `written` changes the weights themselves; `attached`
+(attached.py) adds the change to a module's output, for weights that cannot be written into.
+`applied` chooses.
 """
 
 from __future__ import annotations

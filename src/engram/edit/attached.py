@@ -1,5 +1,5 @@
-"""Attach changes beside a model's weights: the low-rank change is added to a module's output, and no
-weight is touched.
+"""Attach changes beside a model's weights: a low-rank change is added to a module's output, and
+no weight is touched.
 
 So it works where a weight cannot be written into (quantised, offloaded), and it rounds nothing into
 half precision. Refuses to know how weights are stored (modules/weights.py) and how edits are made.

@@ -96,7 +96,8 @@ def linear_module_of(lm: LanguageModel, name: str) -> nn.Module:
         module, _parameter = lm.model.get_submodule(home), lm.model.get_parameter(name)
     except AttributeError as error:
         raise BaseMismatchError(
-            f"{lm.name!r} ({lm.model.config.model_type}) has no parameter {name!r}; expected a model of the "
+            f"{lm.name!r} ({lm.model.config.model_type}) has no parameter {name!r}; expected a "
+            "model of the "
             "family that the edit was made on (Edit.base names it)"
         ) from error
     if leaf != "weight":

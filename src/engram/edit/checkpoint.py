@@ -1,11 +1,16 @@
 """Edit a checkpoint on disk, and take edits out of it again to the last byte.
 
-Only the bytes of the touched tensors change; every other byte and file is copied. Beside the
-weights stands a folder `engram/` with the original tensors and the edits that lie on them, so
-weights are always rebuilt from
-the originals: whatever is taken out, and in whatever order, the rest is rounded once and exact.
-    Refuses to
-know modules and tokenizers.
+Only the bytes of the touched tensors change; every other byte and file is copied. A folder
+`engram/` beside the weights holds the original tensors and the edits in force, so weights are
+always rebuilt from the originals: whatever is taken out, and in whatever order, the rest is rounded
+once and exact.
+
+    model.safetensors                original bytes, but for the edited tensors
+    engram/record.json               the edits in order, digests of the tensors as they are now
+    engram/originals.safetensors     the edited tensors before any edit
+    engram/edits/0/, engram/edits/1/ each edit as `Edit.save` writes it
+
+Refuses to know modules and tokenizers.
 """
 
 from __future__ import annotations
@@ -61,7 +66,7 @@ _OTHER_FRAMEWORKS = [
 
 @dataclass(frozen=True)
 class _Applied:
-    """An edit that lies on a checkpoint; `forced` if its base was not checked."""
+    """An edit in force on a checkpoint; `forced` if its base was not checked."""
 
     edit: Contents
     forced: bool
@@ -69,8 +74,8 @@ class _Applied:
 
 @dataclass(frozen=True)
 class _Record:
-    """What engram did to a checkpoint: edits in order, original tensors, sha256 of what now stands
-    there.
+    """What engram did to a checkpoint: edits in order, original tensors, sha256 of the present
+    ones.
     """
 
     edits: tuple[_Applied, ...] = ()
@@ -84,20 +89,20 @@ def apply_to_checkpoint(
     """Write a copy of a checkpoint with `edit` in its weights.
 
     The delta is added in float32 and rounded once into the checkpoint's dtype. A checkpoint that
-    engram has edited before takes further edits; those made on the same base give the weights of
-    their composition.
+    engram has edited before takes further edits; those computed on the same base give the weights
+    of their composition.
 
     Args:
         source: a folder with safetensors weights, a name on the Hugging Face hub, or "pocket".
         folder: the copy; must not exist, or be empty.
-        force: apply also to weights that the edit was not made on; their shape has to fit.
+        force: apply also to weights on which the edit was not computed; their shape has to fit.
     Returns:
         `folder`.
     Raises:
-        BaseMismatchError: other weights than the edit was made on, or changed by something else
-            since engram edited them.
-        EditFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be written;
-            nothing is left there.
+        BaseMismatchError: the edit was computed on other weights, or something else has changed
+            them since engram edited them.
+        EngramFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be
+            written; nothing is left there.
     """
     check_changes_weights(edit)
     source = _local(source)
@@ -111,10 +116,11 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | N
     Args:
         source: folder that `apply_to_checkpoint` wrote.
         folder: the copy; must not exist, or be empty.
-        edit: take out only this one, and rebuild the weights from the original and the others;
+        edit: take out only this one, and rebuild the weights from the originals and the others;
             default: all.
     Raises:
-        EditFileError: the checkpoint has no edits of ours, not this one, or its record is damaged.
+        EngramFileError: the checkpoint has no edits of ours, not this one, or its record is
+            damaged.
         BaseMismatchError: the weights were changed by something else since, or another edit was
             made on top of `edit`.
     """
@@ -122,7 +128,8 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | N
     record = _read_record(source)
     if not record.edits:
         raise EngramFileError(
-            f"{source} has no edits to take out: there is no {_HOME}/{_RECORD} that apply_to_checkpoint wrote"
+            f"{source} has no edits to take out: there is no {_HOME}/{_RECORD} that "
+            "apply_to_checkpoint wrote"
         )
     rest: list[_Applied] = []
     if edit is not None:
@@ -148,38 +155,42 @@ def save_edited(
 
 
 def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Record) -> Path:
-    """Copy `source` to `folder`, with the original weights and `edits` on them."""
+    """Copy `source` to `folder`, with `edits` applied to the original weights."""
     if folder.resolve().is_relative_to(source.resolve()):
         raise EngramFileError(
             f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it"
         )
-    stands = tensor_locations(source)
-    _check_untouched(source, stands, record)
+    locations = tensor_locations(source)
+    _check_untouched(source, locations, record)
     originals = dict(record.originals or {})
     for each in edits:
         for name in each.edit.deltas:
-            place = find(name, stands)
+            place = find(name, locations)
             originals.setdefault(place.name, place.tensor(source))
-    values = {name: _edited(name, original, edits, stands) for name, original in originals.items()}
-    touched = {find(name, stands).name for each in edits for name in each.edit.deltas}
+    values = {
+        name: _edited(name, original, edits, locations) for name, original in originals.items()
+    }
+    touched = {find(name, locations).name for each in edits for name in each.edit.deltas}
     _check_room(source, folder)
     with atomic_folder(folder) as fresh:
         _copy(source, fresh)
         for name, value in values.items():
-            stands[name].write(fresh, value)
+            locations[name].write(fresh, value)
         if edits:
-            _write_record(fresh, edits, {name: originals[name] for name in sorted(touched)}, stands)
+            _write_record(
+                fresh, edits, {name: originals[name] for name in sorted(touched)}, locations
+            )
     return folder
 
 
 def _edited(
-    name: str, original: Tensor, edits: Sequence[_Applied], stands: dict[str, TensorBytes]
+    name: str, original: Tensor, edits: Sequence[_Applied], locations: dict[str, TensorBytes]
 ) -> Tensor:
-    """Tensor `name` of the checkpoint with all edits on it."""
+    """Return tensor `name` of the checkpoint with all edits applied."""
     stack = None
     for each in edits:
         for parameter, delta in each.edit.deltas.items():
-            if find(parameter, stands).name != name:
+            if find(parameter, locations).name != name:
                 continue
             made_on = each.edit.changes.made_on(parameter)
             stack = stack or Stack(original, made_on["transposed"])
@@ -193,12 +204,14 @@ def _edited(
         raise NonFiniteError(f"{name}: {error}") from error
 
 
-def _check_untouched(source: Path, stands: dict[str, TensorBytes], record: _Record) -> None:
+def _check_untouched(source: Path, locations: dict[str, TensorBytes], record: _Record) -> None:
     for name, digest in (record.now or {}).items():
-        if name not in stands or _digest(stands[name].read(source)) != digest:
+        if name not in locations or _digest(locations[name].read(source)) != digest:
             raise BaseMismatchError(
-                f"{name} of {source} is not as engram left it: something else has changed the checkpoint "
-                "since. Start from the original checkpoint, or from a copy that only engram has edited"
+                f"{name} of {source} is not as engram left it: something else has changed the "
+                "checkpoint "
+                "since. Start from the original checkpoint, or from a copy that only engram has "
+                "edited"
             )
 
 
@@ -208,14 +221,15 @@ def _check_room(source: Path, folder: Path) -> None:
     free = shutil.disk_usage(home).free
     if needed > free:
         raise EngramFileError(
-            f"no room for {folder}: the checkpoint has {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            f"no room for {folder}: the checkpoint has {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
+            "are free. "
             "Free some space, or choose a folder on another disk"
         )
 
 
 def _copy(source: Path, fresh: Path) -> None:
-    """Every file but the record, with fresh permissions (a cache may be read-only); links become
-    files.
+    """Copy every file but the record, with fresh permissions (a cache may be read-only); links
+    become files.
     """
     fresh = fresh.resolve()
     for path in sorted(source.rglob("*")):
@@ -245,7 +259,8 @@ def _read_record(source: Path) -> _Record:
         return _Record(tuple(edits), safetensors.torch.load(raw), record["now"])
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise EngramFileError(
-            f"{home} is not a whole record of edits ({error}), so the original weights cannot be told. Start "
+            f"{home} is not a whole record of edits ({error}), so the original weights cannot be "
+            "told. Start "
             "from the original checkpoint"
         ) from error
 
@@ -254,7 +269,7 @@ def _write_record(
     fresh: Path,
     edits: Sequence[_Applied],
     originals: dict[str, Tensor],
-    stands: dict[str, TensorBytes],
+    locations: dict[str, TensorBytes],
 ) -> None:
     home = fresh / _HOME
     entries = []
@@ -265,7 +280,7 @@ def _write_record(
         entries.append({"folder": inside, "forced": each.forced})
     raw = safetensors.torch.save(originals)
     (home / _ORIGINALS).write_bytes(raw)
-    now = {name: _digest(stands[name].read(fresh)) for name in originals}
+    now = {name: _digest(locations[name].read(fresh)) for name in originals}
     record = {
         "format_version": FORMAT_VERSION,
         "edits": entries,
@@ -280,8 +295,8 @@ def _digest(data: bytes | bytearray) -> str:
 
 
 def _local(source: str | Path) -> Path:
-    """The folder of a checkpoint; fetched from the hub (PyTorch's files only) where it is not a
-    folder.
+    """Return the folder of a checkpoint; fetch it from the hub (PyTorch's files only) if it is not
+    a folder.
     """
     if str(source) == "pocket":
         return Path(pocket.PATH)

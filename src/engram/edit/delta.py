@@ -1,8 +1,7 @@
 """Delta: the low-rank change of one weight, as a value with a little algebra.
 
 Knows two factors and which facts their columns belong to. Refuses to know models, files, and how a
-weight is
-stored: everything here is [out, in].
+weight is stored: everything here is [out, in].
 """
 
 from __future__ import annotations
@@ -28,10 +27,19 @@ class Delta:
         right: [r, in], of `left`'s dtype; None for a dense change.
         owners: for each of the r columns (a dense change counts as one) the facts it belongs to, as
             indices into `Edit.facts`; a column of several facts was solved for them jointly. An int
-            stands for one fact. None: an `Edit` takes every column to belong to all of its facts.
+            means one fact. None: in an `Edit`, every column belongs to all facts.
     Raises:
         ValueError: factors that do not fit each other, or another dtype.
         NonFiniteError: NaN or infinity in a factor.
+    Example:
+        Two columns, the first of fact 0 and the second of fact 1; without fact 0 one column is
+        left.
+
+        >>> import torch
+        >>> from engram.edit.delta import Delta
+        >>> delta = Delta(torch.ones(3, 2), torch.ones(2, 4), owners=[0, 1])
+        >>> delta.shape, delta.rank, delta.without({0}).owners
+        ((3, 4), 2, ((1,),))
     """
 
     left: Tensor
@@ -46,8 +54,10 @@ class Delta:
                 or factor.dtype != self.left.dtype
             ):
                 raise ValueError(
-                    f"{side} factor of a delta is {factor.dtype} {list(factor.shape)}; expected a matrix in "
-                    "float32 or float64, both factors alike (compute the change in float32, it is rounded "
+                    f"{side} factor of a delta is {factor.dtype} {list(factor.shape)}; expected a "
+                    "matrix in "
+                    "float32 or float64, both factors alike (compute the change in float32, it is "
+                    "rounded "
                     "when it is merged)"
                 )
             if not factor.isfinite().all():
@@ -57,7 +67,8 @@ class Delta:
             object.__setattr__(self, side, factor.detach().cpu().contiguous())
         if self.right is not None and self.left.shape[1] != self.right.shape[0]:
             raise ValueError(
-                f"factors [out, r] = {list(self.left.shape)} and [r, in] = {list(self.right.shape)} do not "
+                f"factors [out, r] = {list(self.left.shape)} and [r, in] = "
+                f"{list(self.right.shape)} do not "
                 "agree on the rank r"
             )
         if self.owners is not None:
@@ -71,7 +82,7 @@ class Delta:
             object.__setattr__(self, "owners", owners)
 
     def factors(self) -> dict[str, Tensor]:
-        """The tensors that make up this change, by field name."""
+        """Return the tensors of this change, by field name."""
         return (
             {"left": self.left} if self.right is None else {"left": self.left, "right": self.right}
         )
@@ -80,10 +91,10 @@ class Delta:
         """Bit for bit the same factors with the same owners."""
         if not isinstance(other, Delta) or self.owners != other.owners:
             return NotImplemented if not isinstance(other, Delta) else False
-        mine, theirs = self.factors(), other.factors()
-        return mine.keys() == theirs.keys() and all(
-            mine[side].dtype == theirs[side].dtype and torch.equal(mine[side], theirs[side])
-            for side in mine
+        own, others = self.factors(), other.factors()
+        return own.keys() == others.keys() and all(
+            own[side].dtype == others[side].dtype and torch.equal(own[side], others[side])
+            for side in own
         )
 
     @property
@@ -106,7 +117,7 @@ class Delta:
         return 1 if self.right is None else self.left.shape[1]
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The change as a matrix [out, in], multiplied out in `dtype` (default: the factors')."""
+        """Return the change as a matrix [out, in], computed in `dtype` (default: the factors')."""
         dtype = dtype or self.left.dtype
         return (
             self.left.to(dtype)
@@ -115,8 +126,8 @@ class Delta:
         )
 
     def norm(self) -> float:
-        """Frobenius norm, without forming the matrix: ||L R||^2 = sum((L^T L) * (R R^T)), in
-        float64.
+        """Return the Frobenius norm, in float64 and without forming the matrix:
+        ||L R||^2 = sum((L^T L) * (R R^T)).
         """
         left = self.left.double()
         if self.right is None:
@@ -125,9 +136,7 @@ class Delta:
         return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Factors [out, r], [r, in] also where the change is dense: then one of them is the
-        identity.
-        """
+        """Return factors [out, r] and [r, in]; of a dense change, one of them is the identity."""
         if self.right is not None:
             return self.left, self.right
         out, into = self.shape
@@ -139,36 +148,40 @@ class Delta:
         return {fact for owners in self._owners() for fact in owners}
 
     def owned_by(self, owners: Iterable[Iterable[int]]) -> Delta:
-        """The same change with other owners, one entry a column."""
+        """Return the same change with other owners, one entry per column."""
         return Delta(self.left, self.right, tuple(tuple(each) for each in owners))
 
     def renumbered(self, place: Mapping[int, int]) -> Delta:
-        """The same change with fact i called `place[i]`."""
+        """Return the same change with fact i numbered `place[i]`."""
         return self.owned_by(tuple(place[fact] for fact in each) for each in self._owners())
 
     def without(self, gone: Collection[int]) -> Delta | None:
-        """What is left when these facts' columns go; None where nothing is left.
+        """Return what is left when the columns of these facts go; None where nothing is left.
 
         Raises:
             EngramError: a column belongs to facts that go and to facts that stay.
         """
-        kept = []
+        columns = []
         for column, facts in enumerate(self._owners()):
             staying = [fact for fact in facts if fact not in gone]
             if staying and len(staying) < len(facts):
                 raise EngramError(
-                    f"facts {', '.join(map(str, facts))} were solved jointly and share their columns: facts "
-                    f"{', '.join(map(str, sorted(set(facts) - set(staying))))} cannot be taken out alone. "
+                    f"facts {', '.join(map(str, facts))} were solved jointly and share their "
+                    "columns: facts "
+                    f"{', '.join(map(str, sorted(set(facts) - set(staying))))} cannot be taken out "
+                    "alone. "
                     "Take out all of them, or make the edit again without the facts that shall go"
                 )
             if staying:
-                kept.append(column)
-        if len(kept) == self.columns:
+                columns.append(column)
+        if len(columns) == self.columns:
             return self
-        if not kept or self.right is None:
+        if not columns or self.right is None:
             return None
         return Delta(
-            self.left[:, kept], self.right[kept], [self._owners()[column] for column in kept]
+            self.left[:, columns],
+            self.right[columns],
+            [self._owners()[column] for column in columns],
         )
 
     def _owners(self) -> Owners:
@@ -177,8 +190,8 @@ class Delta:
 
 
 def add(deltas: Sequence[Delta]) -> Delta:
-    """Sum of changes of one weight: ranks add; with a dense one among them the sum is dense, owned
-    jointly.
+    """Return the sum of changes of one weight. Ranks add; with a dense change among them the sum is
+    dense and owned jointly.
 
     Raises:
         ValueError: the changes are of weights of different shapes.

@@ -59,9 +59,8 @@ class Edit:
         >>> edit = engram.rewrite(lm, fact, "ft", steps=1)
         >>> with edit.applied(lm):
         ...     text = lm.generate(fact.prompt_text, 3)
-        >>> edit.without(fact)
-        Traceback (most recent call last):
-        engram.errors.FactError: all facts of the edit would go; an edit without facts is the unedited model
+        >>> edit.rank > 0, list(edit.deltas)
+        (True, ['transformer.h.3.mlp.c_proj.weight'])
     """
 
     facts: tuple[Fact, ...]
@@ -79,7 +78,8 @@ class Edit:
         object.__setattr__(self, "facts", tuple(self.facts))
         if not self.facts or not self.deltas:
             raise EngramError(
-                f"an edit needs facts and deltas; got {len(self.facts)} facts and {len(self.deltas)} deltas"
+                f"an edit needs facts and deltas; got {len(self.facts)} facts and "
+                f"{len(self.deltas)} deltas"
             )
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
@@ -92,7 +92,7 @@ class Edit:
         )
 
     def __eq__(self, other: object) -> bool:
-        """The same facts, recipe and base, and bit for bit the same deltas and keys."""
+        """Compare facts, recipe and base, and deltas and keys bit for bit."""
         if not isinstance(other, Edit):
             return NotImplemented
         plain = [each.name for each in fields(self) if each.name != "keys"]
@@ -123,7 +123,7 @@ class Edit:
 
     @property
     def changes_weights(self) -> bool:
-        """True; a `PromptEdit` says False."""
+        """Whether weights change: True; of a `PromptEdit` it is False."""
         return True
 
     @property
@@ -287,8 +287,10 @@ def compose(edits: Sequence[Edit]) -> Edit:
                 or edit.base["model_type"] != edits[0].base["model_type"]
             ):
                 raise BaseMismatchError(
-                    f"edits of {name!r} were made on different weights ({tensors[name]['sha256'][:12]} of "
-                    f"{edits[0].base['model']!r} and {weight['sha256'][:12]} of {edit.base['model']!r}), so "
+                    f"edits of {name!r} were made on different weights "
+                    f"({tensors[name]['sha256'][:12]} of "
+                    f"{edits[0].base['model']!r} and {weight['sha256'][:12]} of "
+                    f"{edit.base['model']!r}), so "
                     "their sum means nothing. Compose edits made on the same unedited model"
                 )
             terms.setdefault(name, []).append(

@@ -47,8 +47,8 @@ def rows(keys: Keys, facts: Sequence[int], deltas: Mapping[str, Delta]) -> Keys:
 
 
 def joined(parts: Sequence[tuple[Keys, Mapping[str, Delta], int]]) -> Keys:
-    """Return the keys of all facts of several edits, at every weight where each edit that changes it
-    has keys.
+    """Return the keys of all facts of several edits, at each weight for which all edits that change
+    it have keys.
 
     The facts of an edit that does not change a weight have rows of zeros there. Two edits of two
     facts and one fact, "-" for a weight that an edit does not change:

@@ -1,8 +1,8 @@
 """An edit as a LoRA adapter of the peft library: the base stays as it is, the adapter can be
 switched off.
 
-Knows peft's file layout. Refuses to know models: an edit says itself which weights are stored [in,
-out].
+Knows peft's file layout. Refuses to know models: the changes say themselves which weights are
+stored [in, out].
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
-    """Write a LoRA adapter that does to the base what `edit` does: `PeftModel.from_pretrained(base,
-    folder)`.
+    """Write a LoRA adapter that does to the base what `changes` do:
+    `PeftModel.from_pretrained(base, folder)`.
 
     B = left, A = right and alpha = rank, so peft's scaling is 1. All weights have the largest rank
     among them, the others padded with zeros. The adapter adds its output to the base's instead of
@@ -30,10 +30,10 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
     the merged edit is.
 
     Returns:
-        The folder; an adapter that was there is replaced.
+        The folder; an existing adapter is replaced.
     Raises:
-        UnsupportedModelError: a delta of something else than a weight matrix.
-        EditFileError: `folder` holds something else than an adapter, or cannot be written.
+        UnsupportedModelError: a change of something else than a weight matrix.
+        EngramFileError: `folder` holds something else than an adapter, or cannot be written.
     """
     from peft import LoraConfig
 

@@ -1,8 +1,8 @@
 """PromptEdit: an edit that is a text in front of the prompt; no weight changes.
 
 Knows facts, the text that states each of them, which of them a prompt is about, and how much text a
-model has room for. Refuses
-to know how the text is worded: editors/in_context.py does. The other kind of edit is edit.Edit.
+model has room for. Refuses to know how the text is worded: editors/in_context.py does. The other
+kind of edit is edit.Edit.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Wording:
 
 @dataclass(frozen=True)
 class PromptEdit:
-    """An edit by text in front of every prompt; a value like `Edit`, with the same interface as far
-    as there is one.
+    """An edit by text in front of every prompt; a value like `Edit`, with the same interface where
+    both can have it.
 
     A prompt that names subjects of the edit gets those facts in front of it; any other gets the
     nearest facts by cosine of sentence vectors, or nothing. What the model has no room for is left
-    out: demonstrations first, from the last one on, then the least relevant facts. The most
-        relevant fact stands directly before the prompt.
+    out: demonstrations first, beginning with the last one, then the least relevant facts. The
+    most relevant fact comes directly before the prompt.
 
     Args:
         facts: what the edit makes true, at least one.
@@ -86,7 +86,8 @@ class PromptEdit:
         object.__setattr__(self, "wordings", tuple(self.wordings))
         if not self.facts or len(self.wordings) != len(self.facts):
             raise EngramError(
-                f"an in-context edit needs facts and a wording for each; got {len(self.facts)} and {len(self.wordings)}"
+                f"an in-context edit needs facts and a wording for each; got {len(self.facts)} and "
+                f"{len(self.wordings)}"
             )
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
@@ -96,17 +97,17 @@ class PromptEdit:
 
     @property
     def rank(self) -> int:
-        """0: no weight changes."""
+        """The largest rank of a change: 0, since no weight changes."""
         return 0
 
     @property
     def changes_weights(self) -> bool:
-        """False; an `Edit` says True."""
+        """Whether weights change: False; of an `Edit` it is True."""
         return False
 
     @property
     def deltas(self) -> dict[str, Delta]:
-        """None: no weight changes."""
+        """The changes of weights: none."""
         return {}
 
     def with_receipt(self, receipt: Any) -> PromptEdit:
@@ -144,11 +145,11 @@ class PromptEdit:
             yield lm
 
     def frame(self, lm: LanguageModel) -> Callable[[str], str]:
-        """The function that puts into the front of a prompt what the edit has to say about it, for
+        """Return the function that puts in front of a prompt what the edit says about it, for
         `lm.asked_through`.
 
-        There is room for as much as the model takes with the frame it is asked through now, less
-        the tokens reserved for the answer.
+        The room is what the model takes, with the frame that is in force now, less the tokens that
+        are reserved for the answer.
 
         Raises (the function):
             FactError: not even the most relevant fact fits.
@@ -171,7 +172,7 @@ class PromptEdit:
         return in_front
 
     def preamble(self, lm: LanguageModel, text: str, tokens: int) -> str:
-        """What stands in front of `text`, in at most so many tokens.
+        """Return what comes in front of `text`, in at most `tokens` tokens.
 
         Raises:
             FactError: not even the most relevant fact fits.
@@ -179,7 +180,7 @@ class PromptEdit:
         return self._fitting(lm, self._relevant(lm)(text), lambda front: front, tokens)
 
     def _relevant(self, lm: LanguageModel) -> Callable[[str], list[int]]:
-        """A function from a prompt to the facts it is about, most relevant first."""
+        """Return a function from a prompt to the facts it is about, most relevant first."""
         most = int(self.settings["most"])
 
         @cache
@@ -203,15 +204,26 @@ class PromptEdit:
     def _fitting(
         self, lm: LanguageModel, chosen: Sequence[int], whole: Callable[[str], str], room: int
     ) -> str:
-        """The text in front, of as many parts as `whole` of it has no more than `room` tokens."""
+        """Return the text in front: as many parts as fit, so that `whole(text)` has at most `room`
+        tokens.
+
+        Statements come before demonstrations in `parts`, so that demonstrations are left out first;
+        a bisection finds the count, since more parts never make fewer tokens. In the text the most
+        relevant statement is the last one:
+
+            parts       statement 1, statement 2, demonstration 1, demonstration 2
+            all fit     demo 1, demo 2, statement 2, statement 1, opening + prompt
+            three fit   demo 1, statement 2, statement 1, opening + prompt
+            one fits    statement 1, opening + prompt
+        """
         if not chosen:
             return ""
         statements = [self.wordings[i].statement for i in chosen]
         parts = [*statements, *self.wordings[chosen[0]].demonstrations]
 
         def front(count: int) -> str:
-            said, shown = statements[:count], parts[len(statements) : count]
-            return "".join([*shown, *reversed(said), self.opening])
+            stated, examples = statements[:count], parts[len(statements) : count]
+            return "".join([*examples, *reversed(stated), self.opening])
 
         def too_long(count: int) -> bool:
             return len(lm.tokenizer(whole(front(count)), verbose=False)["input_ids"]) > room
@@ -219,7 +231,8 @@ class PromptEdit:
         count = bisect_left(range(1, len(parts) + 1), True, key=too_long)
         if not count:
             raise FactError(
-                f"no room for {statements[0]!r} in front of the prompt: {room} tokens of {lm.max_tokens} are for both of them. "
+                f"no room for {statements[0]!r} in front of the prompt: {room} tokens of "
+                f"{lm.max_tokens} are for both of them. "
                 "Ask a shorter prompt, or make the edit with a smaller reserve="
             )
         return front(count)
@@ -282,7 +295,7 @@ class PromptEdit:
 
 
 def _names(text: str, subject: str) -> bool:
-    """Whether a text has the subject's name in it, as words of its own."""
+    """Return whether a text has the subject's name in it, as words of its own."""
     return (
         subject in text
         and re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", text) is not None

@@ -1,5 +1,5 @@
-"""Where tensors stand in a checkpoint's safetensors files, so that one changes and every other byte
-stays.
+"""Where each tensor is in a checkpoint's safetensors files, so that one changes and every other
+byte stays.
 
 Knows the safetensors layout (8 bytes header length, JSON header, data). Refuses to know models and
 edits.
@@ -36,25 +36,27 @@ class TensorBytes:
     end: int
 
     def read(self, folder: Path) -> bytearray:
-        """Its bytes."""
+        """Return its bytes."""
         data = bytearray(self.end - self.begin)
         with (folder / self.file).open("rb") as file:
             file.seek(self.begin)
             if file.readinto(data) != len(data):
                 raise EngramFileError(
-                    f"{folder / self.file} ends before {self.name!r} does; the checkpoint is incomplete"
+                    f"{folder / self.file} ends before {self.name!r} does; the checkpoint is "
+                    "incomplete"
                 )
         return data
 
     def tensor(self, folder: Path) -> Tensor:
-        """The tensor, in its own dtype.
+        """Return the tensor, in its own dtype.
 
         Raises:
             UnsupportedModelError: not floating point, as in quantised checkpoints.
         """
         if self.dtype not in _DTYPES:
             raise UnsupportedModelError(
-                f"{self.name!r} is stored as {self.dtype}; an edit needs one of {', '.join(_DTYPES)}. Edit "
+                f"{self.name!r} is stored as {self.dtype}; an edit needs one of "
+                f"{', '.join(_DTYPES)}. Edit "
                 "the unquantised checkpoint"
             )
         return torch.frombuffer(self.read(folder), dtype=_DTYPES[self.dtype]).reshape(self.shape)
@@ -71,10 +73,10 @@ class TensorBytes:
 
 
 def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
-    """Every tensor of the checkpoint that transformers would load from `folder`, by its name there.
+    """Return every tensor that transformers would load from `folder`, by its name there.
 
     Raises:
-        EditFileError: no safetensors weights, or damaged ones.
+        EngramFileError: no safetensors weights, or damaged ones.
     """
     if (folder / _SINGLE).is_file():
         files = {_SINGLE}
@@ -91,11 +93,11 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
 
 
 def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
-    """The tensor of parameter `name`; checkpoints may lack the base model's prefix ("transformer.")
-    or add one.
+    """Return the tensor of parameter `name`; checkpoints may lack the base model's prefix
+    ("transformer.") or add one.
 
     Raises:
-        EditFileError: no such tensor, or several.
+        EngramFileError: no such tensor, or several.
     """
     if name in among:
         return among[name]
@@ -110,9 +112,10 @@ def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
             if near
             else f"no tensor {name!r}"
         )
-        some = ", ".join(sorted(among)[:4])
+        first = ", ".join(sorted(among)[:4])
         raise EngramFileError(
-            f"the checkpoint has {what} (its tensors: {some}, ...); expected a checkpoint of the model that "
+            f"the checkpoint has {what} (its tensors: {first}, ...); expected a checkpoint of the "
+            "model that "
             "the edit was made on"
         )
     return near[0]
@@ -147,7 +150,8 @@ def _no_weights(folder: Path) -> str:
     )
     if pickled:
         return (
-            f"{folder} has its weights as pickle ({', '.join(pickled[:3])}), which engram does not open. "
+            f"{folder} has its weights as pickle ({', '.join(pickled[:3])}), which engram does not "
+            "open. "
             "Convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     return f"{folder} holds no {_SINGLE} or {_INDEX}; expected a checkpoint that transformers saved"

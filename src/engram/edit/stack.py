@@ -19,8 +19,8 @@ from engram.modules.fingerprints import dtype_name, fingerprint
 
 
 def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:
-    """Return `weight` + deltas, summed in float32 (in float64 where one of them is) and rounded once
-    into the dtype of `weight`.
+    """Return `weight` + deltas, summed in float32 (in float64 where one of them is) and rounded
+    once into the dtype of `weight`.
 
     Args:
         weight: on the CPU, as stored: [out, in], or [in, out] where `transposed`; not changed.
@@ -40,7 +40,8 @@ def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tenso
     merged = total.to(weight.dtype)
     if not merged.isfinite().all():
         raise NonFiniteError(
-            f"the edited weight does not fit {dtype_name(weight.dtype)} (largest {float(total.abs().max()):.3g})"
+            f"the edited weight does not fit {dtype_name(weight.dtype)} (largest "
+            f"{float(total.abs().max()):.3g})"
         )
     return merged
 

@@ -1,1 +1,1 @@
-"""TODO files"""
+"""Files and folders on disk; nothing here knows models."""

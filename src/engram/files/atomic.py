@@ -1,4 +1,4 @@
-"""Write a file or a folder whole or not at all, also when the process is killed or the disk is full.
+"""Write a file or a folder whole or not at all, even if the process is killed or the disk is full.
 
 Knows names and renames. Refuses to know what is in them.
 """

@@ -1,7 +1,6 @@
-"""Where results that took long are kept, and the name of the model that they are about.
+"""Where results that took long are cached.
 
-Knows the folder, and everything of a model that its numbers depend on. Refuses to know what is
-kept.
+Knows the folder. Refuses to know what is in it.
 """
 
 from __future__ import annotations
@@ -9,15 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def cache_folder(kind: str, given: str | Path | None = None) -> Path:
-    """The folder of one kind of results, made if it is not there: in `given`, in $ENGRAM_CACHE, or
-    in ~/.cache/engram.
+    """Return the folder of one kind of results, made if it is missing: in `given`, in
+    $ENGRAM_CACHE, or in ~/.cache/engram.
     """
     folder = Path(given or os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache/engram") / kind
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,5 +20,5 @@ def cache_folder(kind: str, given: str | Path | None = None) -> Path:
 
 
 def sha256_of(*parts: str) -> str:
-    """sha256 of texts."""
+    """Return the sha256 of texts, with a zero byte between them."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

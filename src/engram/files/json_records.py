@@ -1,7 +1,6 @@
-"""Records out of JSON and JSON lines, each with the place where it stands, so that a mistake is
-told with file and line.
+"""Records from JSON and JSON lines, each with its place, so that an error names file and line.
 
-Knows JSON. Refuses to know what a record means: see fact_files, and evaluate/data for benchmarks.
+Knows JSON. Refuses to know what a record means: see fact_files, and benchmark/data.
 """
 
 from __future__ import annotations
@@ -14,11 +13,15 @@ from engram.errors import FactError
 
 
 def json_records(text: str, path: str) -> Iterator[tuple[Any, str]]:
-    """(record, where it stands) of a JSON list, or of JSON lines; a line that is no JSON gives a
+    """Yield (record, its place) of a JSON list, or of JSON lines; a line that is no JSON gives a
     FactError as its record.
 
     Raises:
-        FactError: a list that is no JSON, since what comes behind the mistake cannot be told.
+        FactError: a list that is no JSON, since nothing after the mistake can be read.
+    Example:
+        >>> from engram.files.json_records import json_records
+        >>> list(json_records('{"a": 1}\\n{"a": 2}', "f.jsonl"))
+        [({'a': 1}, 'f.jsonl, line 1'), ({'a': 2}, 'f.jsonl, line 2')]
     """
     return (_json_list if text.lstrip().startswith("[") else _json_lines)(text, path)
 
@@ -32,7 +35,8 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
             except json.JSONDecodeError as error:
                 yield (
                     FactError(
-                        f"{where}: no JSON, {error.msg} at column {error.colno}; expected one object a line"
+                        f"{where}: no JSON, {error.msg} at column {error.colno}; expected one "
+                        "object a line"
                     ),
                     where,
                 )
@@ -49,7 +53,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
 
 
 def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
-    """The list's elements one by one, since the JSON module does not say where each of them began."""
+    """Yield the elements one by one, since the JSON module does not report where each began."""
     decoder, at = json.JSONDecoder(), text.index("[") + 1
     line, counted = 1, 0  # newlines before `counted` are in `line`
     try:
@@ -67,7 +71,7 @@ def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
                 raise json.JSONDecodeError("expected ',' or ']'", text, at)
         rest = _skip_space(text, at + 1)
         if rest < len(text):
-            raise json.JSONDecodeError("text behind the list's end", text, rest)
+            raise json.JSONDecodeError("text after the list's end", text, rest)
     except json.JSONDecodeError as error:
         raise FactError(
             f"{path}, line {error.lineno}: no JSON list, {error.msg} at column {error.colno}"
@@ -76,7 +80,7 @@ def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
         if isinstance(error, FactError):  # of whoever takes the records
             raise
         raise FactError(
-            f"{path}: no JSON list that can be read behind line {line}, {error}"
+            f"{path}: no JSON list that can be read after line {line}, {error}"
         ) from error
 
 
@@ -87,12 +91,13 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def is_text(value: Any) -> bool:
-    """Words that can be written to a file."""
+    """Return whether a value is words that can be written to a file."""
     return isinstance(value, str) and bool(value.strip()) and writable(value)
 
 
 def writable(text: str) -> bool:
-    """Whether a text can be written to a file: halves of letters, as JSON can hold them, cannot."""
+    """Return whether a text can be written to a file: lone surrogates, which JSON allows,
+    cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -101,7 +106,8 @@ def writable(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut to 60 characters; what could not be written stands as its escape."""
+    """Return a value as JSON, cut to 60 characters; what cannot be written appears as its
+    escape."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (ValueError, RecursionError):

@@ -14,14 +14,14 @@ from engram.errors import EngramError
 
 @contextmanager
 def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[None]:
-    """Within the block no other process (or thread) holds the lock at `path`; a killed one lets go
-    of it.
+    """Hold the lock at `path` for the length of the block; the lock of a killed process ends with
+    it.
 
     Args:
-        wait: seconds to wait for another one to be done.
+        wait: seconds to wait for another process or thread.
         what, advice: of the error: what the lock is for, and what to do.
     Raises:
-        EngramError: it was not done by then.
+        EngramError: another one holds it still.
     """
     with path.open("a+") as file:
         _take(file, time.monotonic() + wait, wait, what, advice)
@@ -43,5 +43,6 @@ def _take(file: IO[str], until: float, wait: float, what: str | Path, advice: st
                 continue
         file.seek(0)
         raise EngramError(
-            f"{what} is being written by process {file.read() or 'unknown'}, for more than {wait:g} s now. {advice}"
+            f"{what} is being written by process {file.read() or 'unknown'}, for more than "
+            f"{wait:g} s now. {advice}"
         )

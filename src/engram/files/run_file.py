@@ -1,10 +1,9 @@
-"""A run in one SQLite file: begun with what it is about, written a transaction at a time, taken up
-again after a kill.
+"""A run in one SQLite file: begun with what it is about, written a transaction at a time, resumed
+after a kill.
 
-Knows the file, its version and who may write it. Refuses to mix runs: what a file was begun with
-has to be asked for again. What
-rows it holds say those who build on it: benchmarks (evaluate/bench/store) and average traces
-    (locate/trace_store).
+Knows the file, its version and who may write it. Refuses to mix runs: a file is resumed only with
+the settings it was begun with. Its users say which rows it holds: benchmarks (benchmark/store) and
+average traces (locate/trace_store).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _MEMORY = Path(":memory:")
 
 
 class RunFile:
-    """An open file of a run. Made by `writing` or `reading`.
+    """An open file of a run, from `writing` or `reading`.
 
     Attributes:
         what, made_by: of errors: what the file holds, and what makes one.
@@ -49,13 +48,13 @@ class RunFile:
     @classmethod
     @contextmanager
     def writing(cls, path: str | Path | None, about: Mapping[str, Any]) -> Iterator[Self]:
-        """A file to go on with, or a new one; None keeps it in memory.
+        """Open a file to resume, or a new one; None keeps it in memory.
 
         Args:
             about: what has to be the same each time, such as the model and the data.
         Raises:
             SettingError: the file was begun with something else; the message says with what.
-            EditFileError: the file is something else, or cannot be written. EngramError: another
+            EngramFileError: the file is something else, or cannot be written. EngramError: another
                 process is writing it.
         """
         path = _MEMORY if path is None else Path(path)
@@ -78,10 +77,10 @@ class RunFile:
     @classmethod
     @contextmanager
     def reading(cls, path: str | Path) -> Iterator[Self]:
-        """A file that is only read.
+        """Open a file that is only read.
 
         Raises:
-            EditFileError: not a file of such a run.
+            EngramFileError: not a file of such a run.
         """
         path = Path(path)
         if not path.is_file():
@@ -104,7 +103,7 @@ class RunFile:
             yield file
 
     def about(self) -> dict[str, Any]:
-        """What the run was begun with."""
+        """Return what the run was begun with."""
         return {
             name: json.loads(value)
             for name, value in self._connection.execute("SELECT name, value FROM about")
@@ -131,25 +130,24 @@ class RunFile:
             self._connection.executemany("INSERT INTO about VALUES (?, ?)", pairs)
 
     def _check(self, about: Mapping[str, Any]) -> None:
-        there, asked = (
-            self.about(),
-            json.loads(json.dumps({"format_version": self.version, **about})),
-        )
-        for name, value in asked.items():
-            if there.get(name) != value:
-                begun = f"{name}={there.get(name)!r}, now asked for is {value!r}"
+        begun, now = self.about(), json.loads(json.dumps({"format_version": self.version, **about}))
+        for name, value in now.items():
+            if begun.get(name) != value:
+                difference = f"{name}={begun.get(name)!r}, it is {value!r} now"
                 raise SettingError(
-                    f"{self.path} was begun with {self.hashed.get(name, begun)}. Go on with the same settings, or choose another file"
+                    f"{self.path} was begun with {self.hashed.get(name, difference)}. "
+                    "Resume with the same settings, or choose another file"
                 )
 
     @classmethod
     @contextmanager
     def _usable(cls, path: Path, *more: type[Exception]) -> Iterator[None]:
-        """Mistakes of SQLite, and of `more` kinds, told with the file's name."""
+        """Raise errors of SQLite, and of `more` classes, with the file's name."""
         mistakes: tuple[type[Exception], ...] = (sqlite3.Error, zlib.error, *more)
         try:
             yield
         except mistakes as error:
             raise EngramFileError(
-                f"{path} cannot be used for {cls.what}: {error}. Choose another name, or a folder that you may write to"
+                f"{path} cannot be used for {cls.what}: {error}. Choose another name, or a folder "
+                "that you may write to"
             ) from error

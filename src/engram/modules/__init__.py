@@ -1,1 +1,1 @@
-"""TODO modules"""
+"""What a torch model consists of; nothing here knows text."""

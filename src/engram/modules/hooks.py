@@ -2,7 +2,7 @@
 
 Knows modules and tensors; every hook's lifetime is owned by a context manager. Refuses to know
 layers, tokens or methods. Names are looked up before the first hook is placed, so a misspelt one
-leaves none behind.
+leaves no hook on the model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from transformers.utils.generic import ModelOutput
 
 
 class StopForward(Exception):  # noqa: N818  control flow, not an error
-    """Ends a forward pass once everything asked for has been seen; `record(stop=True)` raises and
-    catches it.
-    """
+    """Ends a forward pass once everything wanted has been seen; `record` raises and catches it."""
 
 
 def first(output: Any) -> Tensor:
-    """The tensor of a module's output, which may be a tuple (or the library's record of outputs)
-    that starts with it.
+    """Return the tensor of a module's output, which may be a tuple (or transformers' record of
+    outputs) that starts with it.
     """
     return output[0] if isinstance(output, tuple | ModelOutput) else output
 
 
 def with_first(output: Any, tensor: Tensor) -> Any:
-    """`output` with its tensor replaced."""
+    """Return `output` with its tensor replaced."""
     if isinstance(output, ModelOutput):
         return type(output)(**{**output, next(iter(output)): tensor})
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
@@ -58,7 +56,7 @@ def record(
         keep: what is kept of each tensor; a copy by default, since some families go on to add to
             these tensors in place.
     Yields:
-        name -> tensor of the latest pass. A module asked for both ways yields its input under
+        name -> tensor of the latest pass. A module that is in both lists yields its input under
         "name:input".
     Raises:
         AttributeError: a name that is not in the model; nothing has been hooked then.
@@ -66,9 +64,8 @@ def record(
     """
     seen: dict[str, Tensor] = {}
     wanted = len(inputs) + len(outputs)
-    modules = {
-        name: model.get_submodule(name) for name in (*inputs, *outputs)
-    }  # a typo fails before any hook exists
+    # a misspelt name fails here, before any hook exists
+    modules = {name: model.get_submodule(name) for name in (*inputs, *outputs)}
 
     def note(key: str, tensor: Tensor) -> None:
         seen[key] = keep(tensor)
@@ -106,8 +103,8 @@ Changes = Mapping[nn.Module, Callable[[Tensor], Tensor]]
 
 @contextmanager
 def substitute(outputs: Changes, inputs: Changes | None = None) -> Iterator[None]:
-    """Let `outputs[module](output)` stand in for the (first) output of each module inside the
-    block, `inputs` for first inputs.
+    """Replace the (first) output of each module by `outputs[module](output)` inside the block, and
+    its first input by `inputs[module](input)`.
     """
     with ExitStack() as stack:
         for module, change in (inputs or {}).items():
@@ -130,8 +127,12 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
     """Give every row of the batch its own low-rank change of one linear module: out[b] += left[b]
     (right[b] x[b]).
 
-    Computed and added in the factors' precision, then rounded into the output's dtype; on the
-    device where the module runs.
+    The change is computed and added in the factors' precision and rounded once into the output's
+    dtype, on the device where the module runs. Two rows of one token, d_in = 2, d_out = 1, rank 1:
+
+        row   x        right    left    right x   added to out
+        0     (1, 2)   (1, 0)   (3)     1         3
+        1     (1, 2)   (0, 1)   (3)     2         6
 
     Args:
         module: a linear map with input [b, t, i] and output [b, t, o].
@@ -141,10 +142,8 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
 
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         nonlocal left_bor, right_bri
-        left_bor, right_bri = (
-            left_bor.to(out.device),
-            right_bri.to(out.device),
-        )  # moved once, at the first pass
+        # moved once, at the first pass: only then is it known where the module runs
+        left_bor, right_bri = left_bor.to(out.device), right_bri.to(out.device)
         x_bti = args[0].reshape(len(left_bor), -1, right_bri.shape[-1]).to(right_bri)
         change_bto = (x_bti @ right_bri.mT) @ left_bor.mT
         return (out + change_bto.reshape(out.shape)).to(out.dtype)
@@ -154,18 +153,17 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
         yield
 
 
-RowContext = Callable[
-    [Sequence[int]], AbstractContextManager[None]
-]  # owners of a batch's rows -> what is in force for them
+# owners of a batch's rows -> the block in which each row is computed with its owner's changes
+RowContext = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
 def no_edits(owners: Sequence[int]) -> AbstractContextManager[None]:
-    """Every row of the batch is computed by the model as it is."""
+    """Compute every row of the batch with the model as it is."""
     return nullcontext()
 
 
 def per_row_edits(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -> RowContext:
-    """Let every row of a batch be computed with its owner's changes.
+    """Return a block in which every row of a batch is computed with its owner's changes.
 
     Args:
         changes: linear module -> the factors [owners, o, r] and [owners, r, i] of low-rank changes,
@@ -210,8 +208,8 @@ def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int])
 
 @contextmanager
 def overlay_weight(module: nn.Module, delta_oi: Tensor) -> Iterator[None]:
-    """Let a linear module also add what a change of its weight would: out += x delta^T. Gradients
-    reach `delta_oi`.
+    """Add to a linear module's output what a change of its weight would: out += x delta^T.
+    Gradients reach `delta_oi`.
     """
 
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

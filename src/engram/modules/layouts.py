@@ -1,8 +1,7 @@
-"""Where a model family keeps the parts that we read and write: one row a family.
+"""Where a model family keeps the parts that we read and write: one row per family.
 
-Knows dotted module names, keyed by `config.model_type`, and how to find them where a causal family
-is not in the table.
-Refuses to know what is done with the parts: hooks, replay and editors ask for them by role.
+Knows dotted module names, keyed by `config.model_type`. Refuses to know what is done with the
+parts: hooks, replay and editors get them by role (parts.py).
 """
 
 from __future__ import annotations
@@ -30,34 +29,25 @@ class Layout:
     """Dotted names of the parts; those below a block are relative to it.
 
     Where a family normalises a module's output before it joins the residual stream (Gemma 2, OLMo
-    2), `attention` and `mlp`
-    name that norm: its output is the contribution that causal tracing restores. Where it normalises
-        the stream itself after
-    each half (BERT, BART), they name what is added just before. Of an encoder-decoder model, all
-    names are the encoder's.
+    2), `attention` and `mlp` name that norm: its output is the contribution that causal tracing
+    restores. Where it normalises the stream itself after each half (BERT, BART), they name what is
+    added just before. Of an encoder-decoder model, all names are the encoder's.
     """
 
     blocks: str  # list of blocks
     embed: str  # token embedding, before positions are added
     norm: str  # last norm before the unembedding; absent in some checkpoints
-    attention: (
-        str | None
-    )  # module whose (first) output is the attention's contribution to the residual stream
+    # module whose (first) output is the attention's contribution to the residual stream
+    attention: str | None
     mlp: str | None  # module whose output is the MLP's contribution
-    mlp_out: (
-        str | None
-    )  # matrix that gets edited: d_ff -> d_model; None where editing is not offered
-    heads_out: str | None = (
-        None  # matrix that mixes the heads' outputs: its input is all heads side by side
-    )
+    mlp_out: str | None  # matrix that gets edited: d_ff -> d_model; None: editing is not offered
+    # matrix that mixes the heads' outputs: its input is all heads side by side
+    heads_out: str | None = None
     project_out: str | None = None  # map from the last norm to a smaller unembedding
-    sites: Mapping[str, str] = field(
-        default_factory=dict
-    )  # more places to trace: name -> module with output [b, t, any]
+    # more places to trace: name -> module with output [b, t, any]
+    sites: Mapping[str, str] = field(default_factory=dict)
     kind: ModelKind = "causal"
-    head: tuple[
-        str, ...
-    ] = ()  # a masked model's modules from the last block to the logits, in order
+    head: tuple[str, ...] = ()  # a masked model's modules from the last block to the logits
 
 
 _LLAMA = Layout(
@@ -82,16 +72,15 @@ _GPT2 = Layout(
 )
 
 
-_BLOOM = (
-    Layout(  # attention and MLP modules add the residual themselves, their last matrices do not
-        "transformer.h",
-        "transformer.word_embeddings",
-        "transformer.ln_f",
-        "self_attention.dense",
-        "mlp.dense_4h_to_h",
-        "mlp.dense_4h_to_h",
-        "self_attention.dense",
-    )
+# attention and MLP modules add the residual themselves, their last matrices do not
+_BLOOM = Layout(
+    "transformer.h",
+    "transformer.word_embeddings",
+    "transformer.ln_f",
+    "self_attention.dense",
+    "mlp.dense_4h_to_h",
+    "mlp.dense_4h_to_h",
+    "self_attention.dense",
 )
 
 

@@ -1,4 +1,8 @@
-"""TODO modules.parts"""
+"""The modules of one model by role: blocks, attention, MLP, the matrix that gets edited, the head.
+
+Knows modules and the names of their layout. Refuses to know where the names come from (layouts.py,
+resolve.py), and what is done with the modules.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,17 @@ def takes(model: nn.Module, argument: str) -> bool:
 
 
 class Parts:
-    """The modules of one model, by role. Made by `resolve`; every name is looked up before anything
-    is hooked.
+    """The modules of one model by role, from `resolve`; every name is looked up before anything is
+    hooked.
 
     Attributes:
         blocks: the blocks, first to last; an encoder-decoder model's are its encoder's.
         embed: token embedding; its output is where causal tracing adds noise. The encoder's own:
             the decoder never calls it.
-        norm, project_out: what stands between the last block and the unembedding; None where a
+        norm, project_out: what comes between the last block and the unembedding; None where a
             checkpoint does without.
         unembedding: the matrix that turns states into logits.
-        layout: the names behind the roles.
+        layout: the name of each role.
         kind: "causal", "masked" or "encoder-decoder".
     """
 
@@ -63,18 +67,20 @@ class Parts:
         return f"{self.layout.blocks}.{layer}"
 
     def attention(self, layer: int) -> nn.Module:
-        """Module whose (first) output is the attention's contribution to the residual stream, [b,
-        t, d].
+        """Return the module whose (first) output is the attention's contribution to the residual
+        stream, [b, t, d].
         """
         return self._site("attention")[layer]
 
     def mlp(self, layer: int) -> nn.Module:
-        """Module whose output is the MLP's contribution to the residual stream, [b, t, d]."""
+        """Return the module whose output is the MLP's contribution to the residual stream,
+        [b, t, d].
+        """
         return self._site("mlp")[layer]
 
     def site_names(self) -> tuple[str, ...]:
-        """The places of a block where a state can be read or put back; "residual" is the block's
-        output, all models have it.
+        """Return the places of a block where a state can be read or restored; "residual" is the
+        block's output, which all models have.
         """
         return (
             "residual",
@@ -83,8 +89,8 @@ class Parts:
         )
 
     def site_module_name(self, site: str, layer: int) -> str:
-        """Dotted name of the module whose (first) output is the state at `site`, one vector a
-        token.
+        """Return the dotted name of the module whose (first) output is the state at `site`, one
+        vector a token.
 
         Raises:
             UnsupportedModelError: this family has no such site; the message names those that it
@@ -105,7 +111,7 @@ class Parts:
         return self._modules[site]
 
     def mlp_out_name(self, layer: int) -> str:
-        """Dotted name of the matrix that gets edited; its parameter is this + ".weight".
+        """Return the dotted name of the matrix that gets edited; its parameter is this + ".weight".
 
         Raises:
             UnsupportedModelError: editing is not offered for the family, or the layer does not
@@ -125,41 +131,45 @@ class Parts:
         if self.kind != "causal":
             article = "a masked model" if self.kind == "masked" else "an encoder-decoder model"
             return (
-                f"{article}: editing is offered for causal ones only, since the value that is written is optimised "
+                f"{article}: editing is offered for causal ones only, since the value that is "
+                "written is optimised "
                 "through a causal model. Tracing works; for editing choose a causal model."
             )
         if self.layout.mlp is None:
             return (
-                "a state-space model: its blocks have no MLP, so there is no MLP output matrix to edit. Tracing works; for "
+                "a state-space model: its blocks have no MLP, so there is no MLP output matrix to "
+                "edit. Tracing works; for "
                 "editing choose a transformer."
             )
         return (
             "a mixture of experts: a block has one MLP output matrix per "
-            "expert, and which of them a fact passes through depends on the router, so there is no single matrix to "
+            "expert, and which of them a fact passes through depends on the router, so there is no "
+            "single matrix to "
             "edit. Tracing works; for editing choose a dense model."
         )
 
     def mlp_out(self, layer: int) -> nn.Module:
-        """The matrix that gets edited, d_ff -> d_model: an `nn.Linear` or a `Conv1D`."""
+        """Return the matrix that gets edited, d_ff -> d_model: an `nn.Linear` or a `Conv1D`."""
         self.mlp_out_name(layer)
         return self.blocks[layer].get_submodule(self.layout.mlp_out or "")
 
     def heads_out_name(self, layer: int) -> str:
-        """Dotted name of the matrix that mixes the heads: its input is [b, t, heads x head size],
-        head after head.
+        """Return the dotted name of the matrix that mixes the heads: its input is [b, t, heads x
+        head size], head after head.
 
         Raises:
             UnsupportedModelError: the family's row does not name one.
         """
         if self.layout.heads_out is None:
             raise UnsupportedModelError(
-                f"model_type={self._config.model_type!r} has no heads that can be told apart: its row in "
-                "engram.modules.layouts.LAYOUTS names no heads_out, the matrix whose input is all heads side by side"
+                f"model_type={self._config.model_type!r} has no heads that can be "
+                "distinguished: its row in engram.modules.layouts.LAYOUTS names no heads_out, the "
+                "matrix whose input is all heads side by side"
             )
         return f"{self.block_name(layer)}.{self.layout.heads_out}"
 
     def head_width(self, layer: int) -> int:
-        """Channels of one head in the input of `heads_out_name`."""
+        """Return the channels of one head in the input of `heads_out_name`."""
         self.heads_out_name(layer)
         return (
             linear_shape(self.blocks[layer].get_submodule(self.layout.heads_out or ""))[1]
@@ -175,8 +185,10 @@ class Parts:
         """
         if self.layout.mlp_out is None:
             raise UnsupportedModelError(
-                f"model_type={self._config.model_type!r} has no neurons that can be told apart: its row in "
-                "engram.modules.layouts.LAYOUTS names no mlp_out, the one matrix of a block whose input is all of its neurons"
+                f"model_type={self._config.model_type!r} has no neurons that can be distinguished: "
+                "its row in "
+                "engram.modules.layouts.LAYOUTS names no mlp_out, the one matrix of a block whose "
+                "input is all of its neurons"
             )
         return linear_shape(self.mlp_out(layer))[1]
 
@@ -185,20 +197,21 @@ class Parts:
         return int(self._config.num_attention_heads)
 
     def head(self, hidden: Tensor, *, norm: bool = True) -> Tensor:
-        """Logits of block outputs [..., d] -> [..., v]: last norm, unembedding, the family's
-        scaling and soft cap.
+        """Return the logits of block outputs, [..., d] -> [..., v]: last norm, unembedding, the
+        family's scaling and soft cap.
 
         Args:
             norm: apply the last norm; without it, states go into the unembedding as they are. A
-                masked model's head has a
-                layer before the unembedding and no such norm: it is applied whole either way.
+                masked model's head has a layer before the unembedding and no such norm: it is
+                applied whole either way.
         Raises:
             UnsupportedModelError: of an encoder-decoder model, where the decoder makes the logits
                 and not these blocks.
         """
         if self.kind == "encoder-decoder":
             raise UnsupportedModelError(
-                f"model_type={self._config.model_type!r} is an encoder-decoder model: the states of its encoder's blocks have no "
+                f"model_type={self._config.model_type!r} is an encoder-decoder model: the states "
+                "of its encoder's blocks have no "
                 "logits of their own; ask the whole model (LanguageModel.cloze_logits)"
             )
         for module in self._head or (
@@ -224,8 +237,8 @@ _LOGIT_SCALES = {  # config attribute -> what the family does with it
 
 
 def _submodule(model: nn.Module, name: str | None) -> nn.Module | None:
-    """The module of that name, or None where the checkpoint does without it (set to None in its
-    class).
+    """Return the module of that name, or None where the checkpoint does without it (its class sets
+    it to None).
     """
     module: object = model
     for part in name.split(".") if name else [""]:

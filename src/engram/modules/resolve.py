@@ -1,4 +1,8 @@
-"""TODO modules.resolve"""
+"""From a model to its `Parts`: by the row of its family, or from its module tree.
+
+Knows the table of layouts, and what to look for in the tree of a causal family without a row.
+Refuses to guess: a part with no candidate or several is an error that shows the row to add.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from engram.modules.weights import linear_shape
 
 
 def kind_of(config: Any, architectures: Sequence[str] | None = None) -> ModelKind:
-    """What kind of model a config (and the names of its model classes) describes.
+    """Return what kind of model a config (and the names of its model classes) describes.
 
     Args:
         config: of the transformers library.
@@ -38,12 +42,11 @@ def kind_of(config: Any, architectures: Sequence[str] | None = None) -> ModelKin
 
 
 def resolve(model: nn.Module) -> Parts:
-    """The parts of a language model: by its row in `LAYOUTS`, else, where it is a causal one, from
-    its module tree.
+    """Return the parts of a language model: by its row in `LAYOUTS`, or, if it is a causal one
+    without a row, from its module tree.
 
-    An encoder and a decoder that call one embedding module between them (`resize_token_embeddings`
-    leaves them so) get a module each, with the same weight, so that a hook on the one is not a hook
-    on the other.
+    An encoder and a decoder that share one embedding module (as after `resize_token_embeddings`)
+    get a module each, with the same weight, so that a hook on one is not a hook on the other.
 
     Raises:
         UnsupportedModelError: the family has no row and its parts are ambiguous, the message shows
@@ -54,8 +57,10 @@ def resolve(model: nn.Module) -> Parts:
     layout = LAYOUTS.get(family) or _discover(model, kind)
     if layout.kind != kind:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is a{'n' * (kind[0] in 'aeiou')} {kind} model, but model_type={family!r} is offered as a "
-            f"{layout.kind} one; load it with transformers' {AUTO_CLASSES[layout.kind]}, as engram.load does"
+            f"{type(model).__name__} is a{'n' * (kind[0] in 'aeiou')} {kind} model, but "
+            f"model_type={family!r} is offered as a "
+            f"{layout.kind} one; load it with transformers' {AUTO_CLASSES[layout.kind]}, as "
+            "engram.load does"
         )
     if family not in LAYOUTS:
         log.warning("no row for model_type=%r; found in its module tree: %s", family, layout)
@@ -65,8 +70,8 @@ def resolve(model: nn.Module) -> Parts:
 
 
 def _unshare(model: nn.Module, name: str) -> None:
-    """Let the module of that name be called from there only; its parameter stays the one of all who
-    held it.
+    """Let the module of that name be called from there only; its parameter stays shared with the
+    others.
     """
     module = model.get_submodule(name)
     if sum(each is module for _, each in model.named_modules(remove_duplicate=False)) > 1:
@@ -76,13 +81,14 @@ def _unshare(model: nn.Module, name: str) -> None:
 
 
 def _discover(model: nn.Module, kind: ModelKind) -> Layout:
-    """The layout of a causal family that has no row, where each part has exactly one candidate."""
+    """Return the layout of a causal family without a row, if each part has exactly one
+    candidate.
+    """
     found: dict[str, list[str]] = {
         role: [] for role in ("blocks", "embed", "norm", "attention", "mlp", "mlp_out")
     }
-    if (
-        kind != "causal"
-    ):  # which of its stacks, and before or after which norm, is not ours to guess
+    # Of the others, which of two stacks and before or after which norm cannot be guessed.
+    if kind != "causal":
         raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found, kind))  # type: ignore[union-attr]
     layers, width = (
         getattr(model.config, "num_hidden_layers", None),
@@ -122,13 +128,8 @@ def _discover(model: nn.Module, kind: ModelKind) -> Layout:
     )
 
 
-_HEADS_OUT = (
-    "c_proj",
-    "dense",
-    "o_proj",
-    "out_proj",
-    "wo",
-)  # what families call it; a square matrix, so no shape tells it
+# names of the matrix that mixes the heads: it is square, so its shape does not identify it
+_HEADS_OUT = ("c_proj", "dense", "o_proj", "out_proj", "wo")
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -136,14 +137,14 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has_output_norms(block: nn.Module) -> bool:
-    """More than one norm before each half of a block: some of them come after a module, and which
-    is not ours to guess.
+    """Return whether a block has more than one norm before each half: some of them come after a
+    module, and which ones cannot be guessed.
     """
     return sum(_is_norm(child) for child in block.children()) > 2
 
 
 def _matrices_to(module: nn.Module, prefix: str, width: int | None) -> Iterator[str]:
-    """Names of the matrices below `module` that map some other width to `width`."""
+    """Yield the names of the matrices below `module` that map some other width to `width`."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D):
             out_features, in_features = linear_shape(child)
@@ -157,7 +158,8 @@ def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "cau
         known = ", ".join(sorted(name for name, layout in LAYOUTS.items() if layout.kind == kind))
         return (
             f"no layout for model_type={family!r}{near}"
-            f"; {kind} families with one: {known}. The parts of these are not guessed: add one row to "
+            f"; {kind} families with one: {known}. The parts of these are not guessed: add one row "
+            "to "
             "engram.modules.layouts.LAYOUTS"
         )
     row = ", ".join(

@@ -1,9 +1,9 @@
-"""The numbers of a linear map's weight, however it is held: plain, packed by a quantiser, or
+"""The numbers of a linear map's weight, however it is stored: plain, packed by a quantiser, or
 offloaded to RAM or disk.
 
-Knows one module. Refuses to know layers, edits and who asks. Packed weights are read where
-bitsandbytes (int8, fp4, nf4) or torchao packed them; their numbers are what the packed integers
-stand for, in float32.
+Knows one module. Refuses to know layers, edits and callers. Packed weights are read where
+bitsandbytes (int8, fp4, nf4) or torchao packed them; their numbers are those that the packed
+integers represent, in float32.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from engram.errors import UnsupportedModelError
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """True where the weight is stored [in, out] (GPT-2's `Conv1D`); by type, since a square matrix
-    fits both ways.
+    """Return whether the weight is stored [in, out] (GPT-2's `Conv1D`); by type, since a square
+    matrix fits both ways.
     """
     if isinstance(module, Conv1D):
         return True
     if isinstance(module, nn.Linear):
         return False
     raise UnsupportedModelError(
-        f"cannot tell how {type(module).__name__} stores its weight; expected nn.Linear or transformers' Conv1D"
+        f"cannot tell how {type(module).__name__} stores its weight; expected nn.Linear or "
+        "transformers' Conv1D"
     )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear map, from its sizes alone: its weight may be packed, or not there."""
+    """Return (out, in) of a linear map, from its sizes: its weight may be packed or offloaded."""
     if is_transposed(module):
         weight: Any = module.weight
         return int(weight.shape[1]), int(weight.shape[0])
@@ -41,16 +42,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def as_linear(module: nn.Module) -> Tensor:
-    """A module's weight as [out, in], whichever way it is stored: a view where it is plain, else
-    the numbers it stands for.
+    """Return a module's weight as [out, in], whichever way it is stored: a view where it is plain,
+    a copy in float32 where it is packed.
     """
     weight = values(module)
     return weight.T if is_transposed(module) else weight
 
 
 def quantisation(module: nn.Module) -> str | None:
-    """How a module's weight is packed, such as "bitsandbytes nf4"; None where it is plain floating
-    point.
+    """Return how a module's weight is packed, such as "bitsandbytes nf4"; None if it is plain
+    floating point.
 
     Raises:
         UnsupportedModelError: packed in a way that cannot be read here.
@@ -66,20 +67,22 @@ def quantisation(module: nn.Module) -> str | None:
     if weight.is_floating_point():
         return None
     raise UnsupportedModelError(
-        f"{type(module).__name__} holds its weight as {kind} ({str(weight.dtype).removeprefix('torch.')}), which cannot be read; "
-        "expected floating point, bitsandbytes (int8, fp4, nf4) or torchao. Load the model with one of them, or unquantised"
+        f"{type(module).__name__} holds its weight as {kind} "
+        f"({str(weight.dtype).removeprefix('torch.')}), which cannot be read; "
+        "expected floating point, bitsandbytes (int8, fp4, nf4) or torchao. Load the model with "
+        "one of them, or unquantised"
     )
 
 
 def is_writable(module: nn.Module) -> bool:
-    """Whether the weight is plain numbers in memory, so that a change can be written into it."""
+    """Return whether the weight is plain numbers in memory: a change can be written into it."""
     return quantisation(module) is None and not module.weight.is_meta
 
 
 @contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's own tensors are there, also where accelerate has offloaded
-    them.
+    """Bring the module's own tensors into memory for the length of the block, if accelerate has
+    offloaded them.
 
     Raises:
         UnsupportedModelError: they have no numbers at all (a model made on the meta device).
@@ -89,15 +92,16 @@ def in_memory(module: nn.Module) -> Iterator[None]:
     with align_module_device(module):
         if any(tensor.is_meta for tensor in module.parameters(recurse=False)):
             raise UnsupportedModelError(
-                f"the weight of {type(module).__name__} is on the meta device and has no numbers; load the model with its weights"
+                f"the weight of {type(module).__name__} is on the meta device and has no numbers; "
+                "load the model with its weights"
             )
         yield
 
 
 @torch.no_grad()
 def values(module: nn.Module) -> Tensor:
-    """The weight's numbers as stored: the weight itself where it is plain and in memory, else a
-    copy; packed ones in float32.
+    """Return the weight's numbers as stored: the weight itself where it is plain and in memory,
+    else a copy; packed ones in float32.
 
     Raises:
         UnsupportedModelError: packed in a way that cannot be read, or without numbers.
@@ -111,9 +115,8 @@ def values(module: nn.Module) -> Tensor:
             return weight.detach().clone()
         if kind.startswith("torchao"):
             return weight.dequantize().float()
-        stored = (
-            module.state_dict()
-        )  # and this undoes the packing for AVX-512 that bitsandbytes does at a first forward pass
+        # state_dict() also undoes the packing for AVX-512 that bitsandbytes does at a first pass
+        stored = module.state_dict()
         if kind == "bitsandbytes int8":
             return stored["weight"].float() * (stored["SCB"].float()[:, None] / 127)
         from bitsandbytes.functional import dequantize_4bit
@@ -122,10 +125,11 @@ def values(module: nn.Module) -> Tensor:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for AVX-512 on a CPU: gradients do not pass
-    through its kernel for them, and
-    packing rounds their scales to bfloat16 at the first forward pass, after which the model is
-    another one."""
+    """Keep bitsandbytes from packing 4-bit weights for AVX-512 on a CPU.
+
+    Gradients do not pass through its kernel for them, and packing rounds their scales to bfloat16
+    at the first forward pass, after which the model is another one.
+    """
     for module in model.modules():
         if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -239,7 +239,8 @@ def _objects() -> dict[str, frozenset[str]]:
 def _check_relation(relation: str) -> None:
     if relation not in relations():
         raise EngramError(
-            f"relation {relation!r} is not in the pocket table; it has {', '.join(sorted(relations()))}"
+            f"relation {relation!r} is not in the pocket table; it has "
+            f"{', '.join(sorted(relations()))}"
         )
 
 

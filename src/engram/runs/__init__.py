@@ -1,1 +1,1 @@
-"""TODO runs"""
+"""Where work is done, and which model a result is about."""

@@ -1,4 +1,7 @@
-"""TODO runs.identity"""
+"""Which model is this: a digest of everything that its numbers depend on, edits in force included.
+
+Knows weights, config, tokenizer and attached changes. Refuses to know what a result is about.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def identity(lm: LanguageModel) -> str:
-    """Names a model by what it computes: equal weights, in one dtype, equal config and tokenizer;
-    whatever it is called.
+    """Return a digest of what a model computes: equal for equal weights in one dtype, equal config
+    and equal tokenizer, whatever the model is called.
     """
     return identity_of(lm, fingerprints(lm.model))
 
 
 def identity_of(lm: LanguageModel, prints: Mapping[str, str], *more: str) -> str:
-    """The same of a part of the weights, by their fingerprints, together with whatever else a
+    """Return the same for a part of the weights, by their fingerprints, together with `more` that a
     result depends on.
     """
     model = json.dumps([dict(prints), _config(lm)], sort_keys=True, default=str)
@@ -30,8 +33,8 @@ def identity_of(lm: LanguageModel, prints: Mapping[str, str], *more: str) -> str
 
 
 def tokenizer_text(lm: LanguageModel) -> str:
-    """The tokenizer as JSON, without truncation and padding, which every call sets anew and leaves
-    behind.
+    """Return the tokenizer as JSON without truncation and padding: every call sets them, and they
+    stay set after it, so that they would make equal tokenizers differ.
     """
     tokenizer = json.loads(lm.tokenizer.backend_tokenizer.to_str())
     return json.dumps(
@@ -40,7 +43,7 @@ def tokenizer_text(lm: LanguageModel) -> str:
 
 
 def _config(lm: LanguageModel) -> dict[str, Any]:
-    """Without where it was loaded from and by which version of transformers."""
+    """Return the config without where it was loaded from and by which version of transformers."""
     config = lm.model.config.to_dict()
     return {
         name: value

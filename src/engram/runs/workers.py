@@ -30,17 +30,17 @@ class Job(Protocol):
     """
 
     def start(self) -> Any:
-        """What a worker needs for every unit, such as a model; made once a worker."""
+        """Make what a worker needs for every unit, such as a model; called once per worker."""
 
     def do(self, state: Any, unit: Any) -> Any:
-        """The result of one unit."""
+        """Return the result of one unit."""
 
 
 class Workers(Protocol):
     """Somewhere that jobs are done."""
 
     def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """(number of a unit, its result), as they are finished."""
+        """Yield (number of a unit, its result) as units are finished."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ class ByName:
 
     @classmethod
     def of(cls, lm: LanguageModel) -> ByName:
-        """How this model was loaded.
+        """Return how this model was loaded.
 
         Raises:
-            SettingError: it was not loaded by name, or edits lie on it, which workers would not
-                see.
+            SettingError: it was not loaded by name, or edits are in force on it, which workers
+                would not see.
         """
         if lm.loaded is None:
             raise SettingError(
-                f"{lm.name} was not loaded by engram.load, so workers cannot load it; save it to a folder and load that, or work "
+                f"{lm.name} was not loaded by engram.load, so workers cannot load it; save it to a "
+                "folder and load that, or work "
                 "without workers"
             )
         if in_force := [*edited(lm.model), *attached_to(lm.model)]:
@@ -82,10 +83,10 @@ class ByName:
 
 @dataclass(frozen=True)
 class ModelJob:
-    """A job of which a worker needs the model and nothing else.
+    """A job for which a worker needs the model and nothing else.
 
     Args:
-        model: one that is here already, or how it is loaded.
+        model: one in this process, or how it is loaded.
     """
 
     model: LanguageModel | ByName
@@ -95,7 +96,7 @@ class ModelJob:
 
 
 class Here:
-    """This process, one unit after another."""
+    """Work in this process, one unit after another."""
 
     def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         if units:
@@ -106,13 +107,12 @@ class Here:
 
 @dataclass(frozen=True)
 class RayWorkers:
-    """Processes of a Ray cluster: each holds the job's state, units stream through them, results
-    come back as they are finished.
+    """Processes of a Ray cluster: each holds the job's state, units stream through them, and
+    results come back as they are finished.
 
-    A worker that dies is replaced, and its unit is done again; nothing else is lost. Workers that a
-    cluster has no place for, or no longer, are not waited for while others can work. A Ray that is
-    started for this is stopped afterwards, whatever happens; one that runs already is used and left
-    alone.
+    A worker that dies is replaced and its unit is done again; nothing else is lost. While some
+    workers can work, none is waited for that the cluster has no room for. A Ray that is started for
+    this is stopped afterwards, whatever happens; a running one is used and left alone.
 
     Args:
         num_workers: processes.
@@ -120,7 +120,7 @@ class RayWorkers:
             machine's own.
         threads: of PyTorch in each; default: as many as here, so that the numbers are the same.
         gpus: that each worker reserves.
-        tries: how often a unit is done before it is given up, where workers die of it.
+        tries: how often a unit is tried before it is given up, if workers die of it.
     Raises:
         SettingError: fewer than one worker or try; MissingExtraError: Ray is not installed.
     """
@@ -227,18 +227,18 @@ class RayWorkers:
 
 
 class _Worker:
-    """Lives in a process of its own."""
+    """One worker, in a process of its own."""
 
     def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         self.job, self.state, self.ready = job, None, False
 
     def there(self) -> tuple[bool, Any]:
-        """Says that the worker has a place."""
+        """Return once the worker has a place in the cluster."""
         return True, None
 
     def do(self, unit: Any) -> tuple[bool, Any]:
-        """(True, the result), or (False, what was raised: module, name, message)."""
+        """Return (True, the result), or (False, what was raised: module, name, message)."""
         try:
             if not self.ready:
                 self.state, self.ready = self.job.start(), True
@@ -254,13 +254,14 @@ def _given_up(unit: int | None, times: int, error: Exception) -> EngramError:
         else f"unit {unit} was given up: a worker died of it"
     )
     return EngramError(
-        f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: fewer workers or smaller batches need "
+        f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: "
+        "fewer workers or smaller batches need "
         "less"
     )
 
 
 def _raised(module: str, name: str, message: str) -> Exception:
-    """An error of a worker, as it is raised here."""
+    """Return an error of a worker as it is raised here."""
     if module == EngramError.__module__:
         kind = getattr(import_module(module), name)
         error: Exception = kind.__new__(kind)
