@@ -1,13 +1,12 @@
-"""The table of docs/families.md, made from engram.modules.layouts.LAYOUTS. Run it after adding a
-row:
+"""Write the table of docs/families.md from `engram.modules.layouts.LAYOUTS`.
 
-python tools/families_table.py
+python tools/families_table.py      # after adding a row
 """
 
 from __future__ import annotations
 
 from engram.modules.layouts import LAYOUTS, Layout
-from made_tables import DOCS, markdown, put
+from page_tables import DOCS, markdown, put
 
 PAGE = DOCS / "families.md"
 COLUMNS = (

@@ -39,7 +39,7 @@ from engram.editors.presets import preset
 from engram.editors.training.ultraedit import Statistics
 from engram.evaluate.held_out import held_out_text, perplexity
 from engram.model.language_model import LanguageModel
-from made_tables import DOCS, put
+from page_tables import DOCS, put
 from measure_pocket import averaged, sample, successes
 
 DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"

@@ -10,7 +10,7 @@ import re
 
 from engram.benchmark.data.records import FORMS
 from engram.benchmark.metrics.table import METRICS, Metric
-from made_tables import DOCS, markdown, put
+from page_tables import DOCS, markdown, put
 
 PAGE = DOCS / "how-to-read-the-numbers.md"
 COLUMNS = ("Number", "What it is", "Better", "Unit", "Benchmarks", "Source")

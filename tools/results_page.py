@@ -16,7 +16,7 @@ from typing import Any
 from engram import Run
 from engram.benchmark import report
 from engram.benchmark.metrics.summary import Estimate
-from made_tables import DOCS, put
+from page_tables import DOCS, put
 
 KEPT, PAGE = DOCS / "data/runs", DOCS / "results.md"
 MADE_BY = "tools/results_page.py: {}"

@@ -1,11 +1,10 @@
-"""Run notebooks from top to bottom and keep their outputs in them: `make notebooks`. The tests run
-them too, and keep nothing.
+"""Run notebooks from top to bottom and store their outputs in them: `make notebooks`. The tests run
+them too, and store nothing.
 
     python tools/run_notebooks.py notebooks/*.ipynb
 
-Knows notebooks, not what is in them. What would differ between machines without meaning anything
-(times, versions in the metadata) is left out, so that running one twice changes nothing in it that
-the code does not change.
+Knows notebooks, not their content. Meaningless differences between machines (times, versions in the
+metadata) are left out, so running a notebook again changes only what the code changes.
 """
 
 from __future__ import annotations
@@ -74,15 +73,13 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def complaints(stored: Any, fresh: Any) -> Iterator[str]:
-    """Return what is wrong with the outputs that a notebook holds, against those of a run just
-    now.
-    """
+    """Return what is wrong with the stored outputs, compared with those of a fresh run."""
     if [cell.source for cell in stored.cells] != [cell.source for cell in fresh.cells]:
         yield "the cells are not those that were run"
     for i, (old, new) in enumerate(zip(code_cells(stored), code_cells(fresh), strict=True), 1):
         if old.source.strip() and old.execution_count != new.execution_count:
             yield (
-                f"code cell {i} was kept with number {old.execution_count}, run top to bottom it "
+                f"code cell {i} is stored with number {old.execution_count}; run from top to bottom it "
                 f"has {new.execution_count}"
             )
         if kinds(old) != kinds(new):
@@ -91,12 +88,12 @@ def complaints(stored: Any, fresh: Any) -> Iterator[str]:
                 f"{kinds(new) or 'none'}"
             )
     for text in texts(stored):
-        for found in FOLDERS.findall(text):
-            yield f"a folder of somebody's machine is named: {found}"
+        for folder in FOLDERS.findall(text):
+            yield f"the folder of a machine is named: {folder}"
 
 
 def kinds(cell: Any) -> list[str]:
-    """Return what a cell put out, by type: 'stream stdout', 'image/png', 'text/plain'..."""
+    """Return the outputs of a cell by type: 'stream stdout', 'image/png', 'text/plain'..."""
     return sorted(
         kind
         for output in merged(cell.outputs)
@@ -109,9 +106,7 @@ def kinds(cell: Any) -> list[str]:
 
 
 def merged(outputs: Any) -> Iterator[Any]:
-    """Return outputs, those of one stream that follow each other as one: where a stream is cut is a
-    matter of time.
-    """
+    """Return outputs, with consecutive ones of one stream as one: timing decides where it is cut."""
     last = None
     for output in outputs:
         name = output.name if output.output_type == "stream" else None
@@ -121,7 +116,7 @@ def merged(outputs: Any) -> Iterator[Any]:
 
 
 def texts(notebook: Any) -> Iterator[str]:
-    """Everything in a notebook that people read: sources, metadata, outputs other than pictures."""
+    """Return everything in a notebook that people read: sources, metadata, outputs, no pictures."""
     yield str(notebook.metadata)
     for cell in notebook.cells:
         yield cell.source

@@ -1,6 +1,4 @@
-"""The page of the site that is made, not written: the command line's reference. An mkdocs hook,
-named in mkdocs.yml.
-"""
+"""The reference of the command line, from its help texts: an mkdocs hook, named in mkdocs.yml."""
 
 from __future__ import annotations
 
@@ -42,11 +40,10 @@ def command_line() -> str:
 
 
 def as_page(shown: str) -> str:
-    """typer's markdown with letters instead of entities, places of arguments in capitals, and no
-    words that repeat.
+    """Return typer's markdown with letters for entities and arguments in capitals.
 
-    The list of commands is cut short by typer and told in full further down; `--help` is
-    everywhere.
+    The list of commands is dropped: typer truncates it, and each command has a section. So is
+    `--help`, which every command has.
     """
     text = html.unescape(shown)
     text = re.sub(r"\{(\w+)\}", lambda match: match[1].upper(), text)
@@ -57,5 +54,5 @@ def as_page(shown: str) -> str:
 
 
 def _in_capitals(line: re.Match[str]) -> str:
-    """Places of arguments that may be left out: `[prompt]` becomes `[PROMPT]`."""
+    """Write optional arguments in capitals: `[prompt]` becomes `[PROMPT]`."""
     return re.sub(r"\[[a-z_]+\]", lambda match: match[0].upper(), line[0])

@@ -14,7 +14,7 @@ from engram import PromptEdit
 from engram.editors.closed_form.mass_settings import KEEPS_PAST_KEYS, MASS_METHODS
 from engram.editors.methods import METHODS, method_named
 from engram.errors import EngramError
-from made_tables import made
+from page_tables import current_table
 from tests.helpers.tiny import TEXT, tiny_lm
 from tests.helpers.training import FACTS
 
@@ -133,7 +133,7 @@ def test_the_solvers_table_has_a_row_for_each_method_of_the_solver():
 
 
 def test_the_page_holds_the_tables_of_the_rows_that_were_measured():
-    assert made(methods_table.PAGE, methods_table.MADE_BY) == methods_table.tables(
+    assert current_table(methods_table.PAGE, methods_table.MADE_BY) == methods_table.tables(
         methods_table.rows()
     ), "run: python tools/methods_table.py --table"
 
