@@ -39,8 +39,8 @@ from engram.editors.presets import preset
 from engram.editors.training.ultraedit import Statistics
 from engram.evaluate.held_out import held_out_text, perplexity
 from engram.model.language_model import LanguageModel
-from page_tables import DOCS, put
 from measure_pocket import averaged, sample, successes
+from page_tables import DOCS, put
 
 DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"
 MADE_BY = "tools/methods_table.py"

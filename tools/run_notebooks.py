@@ -79,8 +79,8 @@ def complaints(stored: Any, fresh: Any) -> Iterator[str]:
     for i, (old, new) in enumerate(zip(code_cells(stored), code_cells(fresh), strict=True), 1):
         if old.source.strip() and old.execution_count != new.execution_count:
             yield (
-                f"code cell {i} is stored with number {old.execution_count}; run from top to bottom it "
-                f"has {new.execution_count}"
+                f"code cell {i} is stored with number {old.execution_count}; "
+                f"run from top to bottom it has {new.execution_count}"
             )
         if kinds(old) != kinds(new):
             yield (
@@ -106,7 +106,7 @@ def kinds(cell: Any) -> list[str]:
 
 
 def merged(outputs: Any) -> Iterator[Any]:
-    """Return outputs, with consecutive ones of one stream as one: timing decides where it is cut."""
+    """Join consecutive outputs of one stream: timing decides where it is cut."""
     last = None
     for output in outputs:
         name = output.name if output.output_type == "stream" else None

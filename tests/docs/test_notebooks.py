@@ -45,9 +45,9 @@ def test_a_run_has_this_source_tree_and_keeps_outputs_but_nothing_of_the_machine
     assert asked.cells[0].outputs == []
     assert list(run_notebooks.complaints(fresh, fresh)) == []
     assert list(run_notebooks.complaints(asked, fresh)) == [
-        "code cell 1 was kept with number None, run top to bottom it has 1",
+        "code cell 1 is stored with number None; run from top to bottom it has 1",
         "code cell 1 holds no output, a run gives ['stream stdout']",
-        "code cell 2 was kept with number None, run top to bottom it has 2",
+        "code cell 2 is stored with number None; run from top to bottom it has 2",
         "code cell 2 holds no output, a run gives ['text/plain']",
     ]
 
@@ -69,7 +69,7 @@ def test_a_cell_that_fails_is_shown_with_its_error():
 def test_a_folder_of_somebodys_machine_is_named(text):
     asked = notebook(text)
     assert any(
-        "somebody's machine" in problem for problem in run_notebooks.complaints(asked, asked)
+        "folder of a machine" in problem for problem in run_notebooks.complaints(asked, asked)
     )
 
 
