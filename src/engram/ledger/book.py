@@ -106,7 +106,7 @@ class Ledger:
             raise EngramFileError(
                 f"{folder} is a ledger already; Ledger.open({str(folder)!r}) opens it"
             )
-        check_unedited(lm.model)
+        check_unedited(lm)
         base = describe_base(lm, editable(lm))
         with atomic_folder(folder) as new:
             header.write_header(new, base, canary or Canary())
@@ -206,7 +206,7 @@ class Ledger:
         Raises:
             BaseMismatchError: `lm` is not the base, or edits are applied to it already.
         """
-        check_unedited(lm.model)
+        check_unedited(lm)
         edits = list(self._edits(self._resolve(without)))
         return compose(edits).applied(lm, how="weights") if edits else nullcontext(lm)
 
@@ -280,7 +280,7 @@ class Ledger:
                 dependents=self._dependents(replaced),
             )
             if lm is not None:
-                check_unedited(lm.model)
+                check_unedited(lm)
                 everything = compose([*self._edits(replaced), self._stored.on_base(edit)])
                 event = with_canary(event, everything, lm, canary or self.canary)
             # files before the line: a kill in between leaves files that no event names, which
