@@ -3,9 +3,9 @@ pass.
 
     effect of replacing a state ~ gradient of the metric at the patched run . (new - old state)
 
-A window's estimate is the sum over its layers. Estimates rank the cells of a fact well (mean Spearman
-correlation 0.81 over 100 facts of pocket) but miss sizes where a softmax saturates: `screen`
-computes the best cells exactly. Knows gradients; refuses to compute any cell exactly.
+A window's estimate is the sum over its layers. Estimates rank the cells of a fact well (mean
+Spearman correlation 0.81 over 100 facts of pocket) but miss sizes where a softmax saturates:
+`screen` computes the best cells exactly. Knows gradients; refuses to compute any cell exactly.
 Source: Nanda 2023, "Attribution patching"; the query-key correction: Kramár et al. 2024 (AtP*),
     arXiv:2403.00745, Sec. 3.1.
 """
@@ -72,6 +72,7 @@ class _Flow:
             self._forward(stack, sites)
             score = runs.scorer(self._logits(), self.rows // runs.rows.per_prompt).sum()
             wanted = [*self.nodes.values(), *(seen.output_bthk for seen in self.attention)]
+            # states that no read position depends on have no gradient: their effect is zero
             gradients = torch.autograd.grad(score, wanted, allow_unused=True)
         self.source_attention = self._watch_source() if corrects else []
         filled = [
@@ -85,6 +86,7 @@ class _Flow:
         nodes: dict[str, dict[torch.nn.Module, list[tuple[str, int]]]]
         nodes = {"outputs": {}, "inputs": {}}
         lm = self.runs.lm
+        # residual states also where they are not traced: the answer is read off the last one
         for site in dict.fromkeys([*sites, "residual"]):
             for layer in range(lm.n_layers):
                 module = lm.model.get_submodule(module_name(lm, site, layer))
@@ -122,6 +124,7 @@ class _Flow:
         gradient = self.gradients[site, layer].view(shape)[..., cut]
         base = self.nodes[site, layer].detach().view(shape)[..., cut]
         change = self.runs.states_of_rows(site, layer, self.source)[..., cut] - base[self.base]
+        # a sum over thousands of channels in half precision would lose what it measures
         effect_nt = (gradient[self.base] * change).sum(
             -1, dtype=torch.promote_types(change.dtype, torch.float32)
         )

@@ -167,6 +167,8 @@ class AverageTrace:
         by_fact = self._by_fact(site)  # [f, roles, ...], NaN where a fact lacks the role
         has_role = ~by_fact.isnan().flatten(2).any(-1)
         values = by_fact.nan_to_num().flatten(1)
+        # a resample is a row of weights, so that one product of matrices averages all of them; a
+        # fact without the role counts neither in the sum nor in the number
         weights = self._resampled(resamples)
         counts = (weights @ has_role.double()).unsqueeze(-1)
         sums = (weights @ values).unflatten(1, by_fact.shape[1:]).flatten(2)
@@ -181,6 +183,8 @@ class AverageTrace:
         for trace in self.traces:
             for role, rows in role_rows(trace).items():
                 pooled[role].extend(trace.scores[site][rows].double())
+        # the released code's order: pool raw scores, then subtract the mean baseline of all facts,
+        # also from roles that only some facts have
         baseline = torch.tensor([t.baseline for t in self.traces], dtype=torch.float64).mean()
         empty = torch.full_like(self.traces[0].scores[site][0], torch.nan, dtype=torch.float64)
         stacks = [torch.stack(rows) if rows else empty[None] for rows in pooled.values()]
@@ -206,6 +210,7 @@ class AverageTrace:
         """Return [resamples, f], how often each fact was drawn."""
         generator = torch.Generator().manual_seed(self.seed)
         n = len(self.traces)
+        # one stream for all tables: sites of one average are resampled alike and can be compared
         drawn = torch.randint(n, (resamples, n), generator=generator)
         return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
             1, drawn, torch.ones_like(drawn, dtype=torch.float64)

@@ -37,6 +37,7 @@ class Scorer:
         """Return [n] scores from logits at the read positions of rows that belong to these
         prompts; float32 or better.
         """
+        # in half precision, exp and log over a vocabulary lose the digits that effects consist of
         logits = logits_nav if logits_nav.dtype == torch.float64 else logits_nav.float()
         facts_n = facts_n.to(logits.device)
         answers = self.answers.to(logits.device)[facts_n]
@@ -99,6 +100,7 @@ class Recorded:
         # a module that is traced both ways is recorded twice; its input goes by a name of its own
         of_input = f"{name}:input"
         states = self.seen[of_input if site in PARTS and of_input in self.seen else name]
+        # `kept` is sorted: a row's index in `seen` is found by bisection
         return states, torch.searchsorted(self.kept, rows_n).to(states.device)
 
 
@@ -128,7 +130,7 @@ def record_runs(rows: PromptRows, tables: Sequence[EffectTable], replay: bool) -
         return tensor.view(*rows.ids_bt.shape, -1)[kept.to(tensor.device)]
 
     hooks = rows.embeddings("recorded")
-    if replay:
+    if replay:  # prompts may end at different positions, so that logits are taken row by row
         recording = record_run(
             rows.lm, rows.ids_bt, changes=hooks, inputs=inputs, outputs=outputs, keep=keep
         )

@@ -96,6 +96,7 @@ class PromptRows:
         if kind == "frozen" and self.frozen_samples:
             return (corrupted + self.samples).flatten()
         inserts = self.config.patching.inserts_corrupted
+        # frozen outputs are those of the run that is patched, like "base"
         wants_corrupted = inserts if kind == "source" else not inserts
         return (corrupted if wants_corrupted else clean).flatten().contiguous()
 

@@ -73,6 +73,7 @@ def chunks(runs: Recorded, group: Group, rows_per_batch: int | None) -> Iterator
     rows = rows_per_batch or affordable_rows(runs, length)
     n_tokens = max(1, rows // (runs.rows.samples * len(group.patches)))
     n_patches = max(1, rows // runs.rows.samples)
+    # neighbours in this order share rows longest, so that a part of them stays small
     patches = sorted(
         group.patches, key=lambda p: (p.first, p.site, p.end, p.severed or "", p.part or (0, 0))
     )
@@ -147,7 +148,7 @@ def _sweep(runs: Recorded, group: Group) -> Tensor:
             table.hidden_nqd = walk.through(layer, table.hidden_nqd, ongoing)
         if opening:
             opened_nqd = walk.open(layer, opening)
-            if layer == last:
+            if layer == last:  # like the rows that went through it, see `_Walk.through`
                 opened_nqd = opened_nqd[:, -walk.read :]
             table.append(opening, opened_nqd)
     logits = runs.lm.parts.head(table.hidden_nqd)
@@ -204,9 +205,9 @@ class _Walk:
         by_state = out.unflatten(0, (len(states), -1))
         modules = [i for i, state in enumerate(states) if state.site != "residual"]
         if modules:
-            # the block's own arithmetic at that one token, with one module's output replaced; the
-            # difference of that output could be added instead where blocks are plain sums, but
-            # parallel and post-norm blocks are not, and rounding would differ from a whole pass
+            # the block itself runs, at that one token, with one module's output replaced: families
+            # norm, scale or gate that output in their own ways, so nothing is assumed about how it
+            # reaches the residual stream, and rounding is that of a whole pass
             before_n1d = self.alone.states(layer)[base].repeat(len(modules), 1, 1)
             with substitute(**self._changes(layer, [states[i] for i in modules]).hooks()):
                 token_n1d = self.alone.block(layer, before_n1d, base.repeat(len(modules)))
@@ -224,6 +225,7 @@ class _Walk:
         for i, state in enumerate(states):
             if state.site != "residual" and state.first <= layer < state.end:
                 jobs.setdefault((state.site, "source", state.part), []).append(i)
+            # the residual state replaced what its own block computed: nothing there to freeze
             if state.severed and (state.site != "residual" or state.first < layer):
                 jobs.setdefault((state.severed, "frozen", None), []).append(i)
         values: dict[tuple[str, RowKind], Tensor] = {}

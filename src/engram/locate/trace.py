@@ -207,6 +207,7 @@ class CausalTrace:
             EngramFileError: not such data; the message calls it `name`.
         """
         try:
+            # safetensors.torch.load drops the header, which is a length and JSON
             size = int.from_bytes(data[:8], "little")
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["engram.trace"])
             tables = load_tensors(data)

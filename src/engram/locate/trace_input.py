@@ -96,6 +96,7 @@ def prepare(
     other = None
     if prompt.other_subject is not None:
         other = _other(lm, prompt, starts, cloze, spans)
+        # where the subjects agree in a token, nothing is exchanged
         corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other.ids, strict=True)) if a != b]
     foil = None if prompt.foil is None else lm.cloze(prompt.text, prompt.foil).answer[0]
     in_decoder = _in_decoder(lm, prompt, starts, cloze, config.subject.extra_tokens)
@@ -158,6 +159,7 @@ def _widened(
 
     Example: spans [(1, 3)] with extra=2 of a prompt of 4 tokens give [1, 2, 3].
     """
+    # answer tokens follow the prompt in the same row: they are never corrupted
     last = max(i for i, (a, b) in enumerate(offsets) if b > a and a < end)
     return sorted({i for b, e in spans for i in range(b, max(e, min(e + extra, last + 1)))})
 

@@ -36,6 +36,7 @@ class TraceTables:
         ]
         self.exact = [torch.ones_like(table, dtype=torch.bool) for table in self.scores]
         self.screened = False
+        # columns are equal where a window spans all layers of a small model
         self._columns: dict[Patch, list[int]] = {}
         for column, patch in enumerate(self.patches):
             self._columns.setdefault(patch, []).append(column)
@@ -72,7 +73,7 @@ class TraceTables:
                 chosen[change.flatten().topk(min(screen, change.numel())).indices] = True
                 wanted &= chosen.view_as(wanted)
             for token, columns in zip(prompt.rows, wanted.tolist(), strict=True):
-                # a patch may be a column of several tables (a window of one layer); once is enough
+                # equal windows, as a window over all layers gives, are computed once
                 patches = dict.fromkeys(
                     p for p, want in zip(self.patches, columns, strict=True) if want
                 )
@@ -103,6 +104,7 @@ class TraceTables:
         scores, exact, at = {}, {}, 0
         for table in self.plan:
             cut = slice(at, at + len(table.patches))
+            # a view would keep the flat table of all sites in memory
             scores[table.name] = self.scores[fact][:, cut].unflatten(1, table.shape).contiguous()
             exact[table.name] = self.exact[fact][:, cut].unflatten(1, table.shape).contiguous()
             at += len(table.patches)

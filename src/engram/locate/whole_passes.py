@@ -43,6 +43,7 @@ def whole(runs: Recorded, token: int, patches: tuple[Patch, ...]) -> Tensor:
     kinds: tuple[RowKind, ...] = ("base", "source", "frozen")
     rows = {kind: runs.rows.of_kind([0], kind) for kind in kinds}
     at = torch.full((samples,), token)
+    # patches of one token do not touch each other's rows: one pass runs them all
     changes = RowChanges(lm, len(patches))
     for i, patch in enumerate(patches):
         for layer in range(lm.n_layers):
@@ -50,6 +51,8 @@ def whole(runs: Recorded, token: int, patches: tuple[Patch, ...]) -> Tensor:
                 value = runs.states(patch.site, layer, rows["source"], at)
                 changes.put((patch.site, layer), [i], token, value, patch.part)
             if patch.severed:
+                # in all layers: below the state that is the run's own output, unless frozen_noise
+                # gives another run's; replay begins at the state and could not tell them apart
                 value = runs.states(patch.severed, layer, rows["frozen"], at)
                 changes.put((patch.severed, layer), [i], token, value)
     hooks = changes.hooks()

@@ -61,6 +61,7 @@ def plot_layer_card(
             ax.set_xticks(list(layer_ticks(choice.n_layers)))
             ax.set_xlabel(f"layer of {plain(model)}")
             ax.spines[["top", "right"]].set_visible(False)
+        # after the curves: an earlier line would count as data when the axis is scaled
         left.axhline(0, color="0.8", linewidth=0.6, zorder=0)
         right.set_ylim(-0.03, 1.03)
     return figure

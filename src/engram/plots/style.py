@@ -34,6 +34,7 @@ def plain(text: str) -> str:
 
     A character that no font at hand can draw is written as its escape, such as \\u4e2d.
     """
+    # matplotlib warns of a letter without a picture and fails on half a formula between dollars
     escaped = (
         letter if ord(letter) in _drawable() else letter.encode("unicode_escape").decode()
         for letter in text

@@ -259,6 +259,7 @@ def _read(
 ) -> dict[str, Tensor]:
     """Return the tables [rows, t] of a `LogitLens`, on the CPU."""
     log_ltv = log_probs(lm, states_ltd, norm=norm)
+    # raw states are compared with the model's output all the same, which has the norm
     final_tv = log_ltv[-1] if norm else log_probs(lm, states_ltd[-1])
     best = log_ltv.topk(k, -1)
     probability, rank = score(log_ltv, answer_ids)

@@ -190,6 +190,7 @@ def memories(
         raise NonFiniteError(
             f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
         )
+    # in float64: in half precision the sum over all neurons, for shares, would overflow or round
     strength_f = coefficient_f.double().abs() * weight_df.double().norm(dim=0).to(
         coefficient_f.device
     )
@@ -205,6 +206,7 @@ def memories(
             best.values.tolist(), _values(lm, layer, best.indices.tolist(), k, norm), strict=True
         )
     ]
+    # a family that norms the MLP's output has that norm as its "mlp" module, without the matrix
     inside = any(module is lm.parts.mlp_out(layer) for module in lm.parts.mlp(layer).modules())
     return Memories(
         text, lm.name, layer, at, lm.token_strings(ids[at : at + 1])[0], not inside, tuple(firing)

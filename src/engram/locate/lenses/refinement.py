@@ -275,6 +275,8 @@ def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         * torch.stack([seen[f"{name}.{part}"].view_as(seen[name])[0].to(home) for name in names])
         for part in (layout.attention, layout.mlp)
     )
+    # from the far end, so that blocks whose parts run side by side have a middle too; then check
+    # that attention's output leads there, which a norm on the stream would prevent
     middle = stream[1:] - mlp
     if not _close(stream[:-1] + attention, middle):
         raise UnsupportedModelError(
