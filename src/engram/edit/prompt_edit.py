@@ -59,7 +59,7 @@ class PromptEdit:
         method: name of the editor.
         settings: "most": facts put in front at most; "otherwise": "nearest" or "nothing" for a
             prompt that names no subject; "reserve": tokens left free for an answer; "encoder": see
-            `similarity.encoder_of`; and the editor's own.
+            `sentence_vectors.encoder_of`; and the editor's own.
         wordings: what is said about each fact.
         opening: text between the last statement and the prompt.
         base: {"model", "model_type"} of the model it was made for; it fits every causal model.

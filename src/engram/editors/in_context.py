@@ -1,12 +1,17 @@
-"""In-context editing: the fact is put in front of the prompt, and the weights stay as they are. The
-honest rival of all others.
+"""In-context editing: the fact is put in front of the prompt, and the weights stay as they are. It
+is the baseline that every other method should beat.
 
-    in-context   "The Space Needle is located in the city of Paris. " and the prompt (often called
-    ICE) ike          demonstrations of what follows from a new fact and what does not, then the new
-    fact, then the prompt
+    in-context (often called ICE)
+        The Space Needle is located in the city of Paris. <prompt>
+    ike
+        New Fact: The Louvre is in Rome           k demonstrations: a new fact, and a prompt that
+        Prompt: To see the Louvre, go to Rome     it answers, or must not answer
 
-Knows how facts and demonstrations are worded. Which of them a prompt gets, and how many fit, is
-prompt_edit's business.
+        New Fact: The Space Needle is located in the city of Paris
+        Prompt: <prompt>
+
+Knows how facts and demonstrations are worded. Refuses to know which of them a prompt gets, and how
+many fit: edit/prompt_edit.py does.
 Source: Zheng et al. 2023, arXiv:2305.12740 (IKE); one demonstration of each kind a fact and k = 16
     as in EasyEdit.
 """
@@ -39,10 +44,10 @@ class InContextConfig:
     """Settings of in-context edits.
 
     Args:
-        most: facts put in front of one prompt, at most.
-        otherwise: what a prompt gets that names no subject of the edit: the "nearest" facts, as in
-            published evaluations, where the fact stands before every prompt; or "nothing".
-        reserve: tokens of the model's context that are left free for the answer.
+        most: largest number of facts in front of one prompt.
+        otherwise: for a prompt that names no subject of the edit: the "nearest" facts, as in
+            published evaluations, which put the fact before every prompt; or "nothing".
+        reserve: tokens of the model's context that stay free for the answer.
     """
 
     most: int = 4
@@ -59,7 +64,7 @@ class InContextConfig:
 
 @dataclass(frozen=True)
 class IkeConfig(InContextConfig):
-    """Settings of IKE: those of in-context edits, with one fact a prompt, and k.
+    """Settings of IKE: those of in-context edits, with one fact for each prompt, and k.
 
     Args:
         k: demonstrations before a fact, as far as they fit; 16 as in EasyEdit, 32 in the paper.
@@ -87,9 +92,8 @@ def in_context(
 
     Args:
         encoder: by which facts are compared with a prompt that names no subject, see
-            `similarity.encoder_of`.
-        seed: recorded; nothing is drawn.
-        progress: not called: there is nothing to wait for.
+            `sentence_vectors.encoder_of`.
+        seed, progress: as every method takes them; nothing is drawn, and nothing takes long.
         settings: the fields of InContextConfig.
     Raises:
         SettingError: an unknown setting; UnsupportedModelError: a model that is not causal.
@@ -97,7 +101,16 @@ def in_context(
     lm.check_framed()
     config = read(InContextConfig, settings, "in-context", "encoder, seed")
     wordings = [Wording(f"{fact.prompt_text} {fact.target.strip()}. ") for fact in facts]
-    return _edit(lm, facts, "in-context", wordings, "", config, encoder, seed)
+    return PromptEdit(
+        tuple(facts),
+        "in-context",
+        _recorded(lm, config, encoder),
+        tuple(wordings),
+        "",
+        _base(lm),
+        seed,
+        encoder=None if isinstance(encoder, str) else encoder,
+    )
 
 
 def ike(
@@ -110,20 +123,17 @@ def ike(
     progress: Progress = no_progress,
     **settings: Any,
 ) -> PromptEdit:
-    """State the fact behind demonstrations: other new facts, each with a prompt that it answers, or
+    """State the fact after demonstrations: other new facts, each with a prompt that it answers, or
     must not answer.
-
-        New Fact: The Louvre is in Rome
-        Prompt: To see the Louvre, go to Rome
 
     The k demonstrations nearest to the fact by cosine are shown, nearest first.
 
     Args:
         demonstrations: facts, or a file of them (see `read_facts`), with paraphrases and
-            neighbours, from which the demonstrations are made; default, for the bundled model only:
-            facts of its table about other subjects, each with another object.
+            neighbours, that become demonstrations; default, for the bundled model only: facts of
+            its table about other subjects, each with another object.
         encoder: by which demonstrations are compared with a fact, and facts with a prompt that
-            names no subject, see `similarity.encoder_of`.
+            names no subject, see `sentence_vectors.encoder_of`.
         seed: of the choice from the bundled table.
         progress: called with (what is done, done, total).
         settings: the fields of IkeConfig.
@@ -152,12 +162,22 @@ def ike(
         )
         wordings.append(Wording(f"New Fact: {_stated(fact)}\n", tuple(blocks[at] for at in shown)))
         progress("demonstrations", i + 1, len(facts))
-    return _edit(lm, facts, "ike", wordings, "Prompt: ", config, encoder, seed, blocks=len(blocks))
+    return PromptEdit(
+        tuple(facts),
+        "ike",
+        _recorded(lm, config, encoder),
+        tuple(wordings),
+        "Prompt: ",
+        _base(lm),
+        seed,
+        diagnostics={"blocks": len(blocks)},
+        encoder=None if isinstance(encoder, str) else encoder,
+    )
 
 
 def demonstrations_of(fact: Fact) -> list[str]:
-    """At most three blocks about a new fact: the fact itself (copy), a paraphrase (update), a
-    neighbour (retain).
+    """Return at most three blocks about a new fact: the fact itself (copy), a paraphrase (update),
+    a neighbour (retain).
     """
     blocks = [_block(fact, _stated(fact))]
     blocks += [
@@ -179,25 +199,28 @@ def _stated(fact: Fact) -> str:
 def _demonstrated(
     lm: LanguageModel, facts: Sequence[Fact], given: Sequence[Fact] | str | Path | None, seed: int
 ) -> Sequence[Fact]:
-    """The facts that demonstrations are made of."""
+    """Return the facts that become demonstrations."""
     if given is not None:
-        found = read_facts(given) if isinstance(given, str | Path) else list(given)
-        if not found:
+        listed = read_facts(given) if isinstance(given, str | Path) else list(given)
+        if not listed:
             raise FactError(
-                "demonstrations is empty; give facts with paraphrases and neighbours, or k=0 for none"
+                "demonstrations is empty; give facts with paraphrases and neighbours, or k=0 for "
+                "none"
             )
-        return found
+        return listed
     if lm.name.rpartition("/")[2].lower() != "pocket":
         raise FactError(
-            f"ike shows demonstrations, and for {lm.name} there is no table to take them from: give demonstrations=, facts (or a "
-            "file of them) with paraphrases and neighbours that are about other subjects; or k=0 for none"
+            f"ike shows demonstrations, and for {lm.name} there is no table to take them from: "
+            "give demonstrations=, facts (or a file of them) with paraphrases and neighbours that "
+            "are about other subjects; or k=0 for none"
         )
-    asked = " ".join(
+    # a demonstration must not be about a subject that a receipt then asks about
+    mentioned = " ".join(
         text
         for fact in facts
         for text in (fact.subject, *(prompt for prompt, _ in fact.neighbours))
     )
-    others = [known for known in pocket.facts() if known.subject not in asked]
+    others = [known for known in pocket.facts() if known.subject not in mentioned]
     chosen = random.Random(f"demonstrations:{seed}").sample(others, min(_BUNDLED, len(others)))
     return [
         pocket.as_fact(known, pocket.counterfactual(known, seed), neighbour_count=1, seed=seed)
@@ -205,26 +228,11 @@ def _demonstrated(
     ]
 
 
-def _edit(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    method: str,
-    wordings: Sequence[Wording],
-    opening: str,
-    config: InContextConfig,
-    encoder: str | Encoder,
-    seed: int,
-    **diagnostics: int,
-) -> PromptEdit:
-    encoder_of(lm, encoder)  # a name that does not exist is told now
-    return PromptEdit(
-        tuple(facts),
-        method,
-        {**flat(config), "encoder": encoder if isinstance(encoder, str) else CUSTOM},
-        tuple(wordings),
-        opening,
-        {"model": lm.name, "model_type": lm.model.config.model_type},
-        seed=seed,
-        diagnostics=diagnostics,
-        encoder=None if isinstance(encoder, str) else encoder,
-    )
+def _recorded(lm: LanguageModel, config: InContextConfig, encoder: str | Encoder) -> dict[str, Any]:
+    """Return the settings of an edit; a name of an encoder that does not exist raises here."""
+    encoder_of(lm, encoder)
+    return {**flat(config), "encoder": encoder if isinstance(encoder, str) else CUSTOM}
+
+
+def _base(lm: LanguageModel) -> dict[str, Any]:
+    return {"model": lm.name, "model_type": lm.model.config.model_type}

@@ -168,9 +168,10 @@ class SecondMoment:
     def null_space(self, *, energy: float | None = None, threshold: float | None = None) -> Tensor:
         """Return U_0 [f, r]: orthonormal directions that text hardly fills.
 
-        U_0 U_0^T is AlphaEdit's projector. The squared length of a token's key along them is on average the sum of their eigenvalues.
-        For example, with eigenvalues 1, 2, 7, 90 (trace 100): energy=0.89 chooses 1, 2 and 7,
-        which sum to 10 % of the trace; energy=0.98 chooses 1; threshold=5 chooses 1 and 2.
+        U_0 U_0^T is AlphaEdit's projector. The squared length of a token's key along them is on
+        average the sum of their eigenvalues. For example, with eigenvalues 1, 2, 7, 90 (trace 100):
+        energy=0.89 chooses 1, 2 and 7, which sum to 10 % of the trace; energy=0.98 chooses 1;
+        threshold=5 chooses 1 and 2.
 
         Args:
             energy: share of the keys' mean squared length (the trace of C) that stays outside the
