@@ -28,22 +28,28 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     signature is rewritten: `f(model: Model, model_options: ModelOptions)` becomes
     `f(*, model: Model, dtype: ... = None, device_map: ... = None)`. Parameters become keyword-only,
     as typer passes them, so that an option without a default may follow one with a default.
+
+    Raises:
+        ValueError: two options of one name.
     """
     groups: dict[str, Any] = {}
-    expanded: dict[str, Parameter] = {}
+    expanded: list[Parameter] = []
     for name, parameter in signature(command, eval_str=True).parameters.items():
         group = parameter.annotation
         if not is_dataclass(group):
-            expanded[name] = parameter.replace(kind=Parameter.KEYWORD_ONLY)
+            expanded.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
             continue
         groups[name] = group
         hints = get_type_hints(group, include_extras=True)
         for field in fields(group):
-            assert field.name not in expanded, f"{command.__name__} has {field.name} twice"
-            # dataclasses and inspect mark "no default" with different objects
-            default = getattr(group, field.name, Parameter.empty)
-            expanded[field.name] = Parameter(
-                field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+            expanded.append(
+                Parameter(
+                    field.name,
+                    Parameter.KEYWORD_ONLY,
+                    # A field's default is an attribute of the class; without one there is none.
+                    default=getattr(group, field.name, Parameter.empty),
+                    annotation=hints[field.name],
+                )
             )
 
     @wraps(command)
@@ -53,9 +59,9 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     call.__signature__ = signature(command).replace(  # type: ignore[attr-defined]
-        parameters=list(expanded.values()), return_annotation=None
+        parameters=expanded, return_annotation=None
     )
-    call.__annotations__ = {name: parameter.annotation for name, parameter in expanded.items()}
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     return call
 
 
