@@ -106,8 +106,7 @@ class MeasureOptions:
         typer.Option(help="Measure held-out perplexity on every Nth record; 0 disables it.", min=0),
     ] = 10
     records_per_batch: Annotated[
-        int,
-        typer.Option("--records-per-batch", help="Records edited and measured together.", min=1),
+        int, typer.Option(help="Records edited and measured together.", min=1)
     ] = 32
     seed: Seed = 0
 
