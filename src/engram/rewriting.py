@@ -1,6 +1,6 @@
 """Compute edits: `rewrite` calls a method of the table by its name.
 
-Knows the order: check the facts, choose layers where "auto" is asked for, put earlier edits in
+Knows the order: check the facts, choose layers in place of "auto", put earlier edits in
 force, call the method. So a method takes numbers only, and knows neither cards nor other edits'
 files. Refuses to know what a method computes. (The module's name is not `rewrite`: that would hide
 the function `engram.rewrite`.)
@@ -89,6 +89,8 @@ def rewrite(
     for edit in past:
         check_changes_weights(edit)
     settings = _with_numbered_layers(lm, facts, method, settings)
+    # A method that takes `past` measures on the base first, and preserves earlier keys if it can.
+    # For the others earlier edits are simply part of the model.
     if not past:
         return function(lm, facts, **settings)
     if "past" in signature(function).parameters:

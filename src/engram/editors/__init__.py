@@ -1,1 +1,1 @@
-"""TODO editors"""
+"""Methods that rewrite facts: closed-form, trained, or in context; `methods` is their table."""

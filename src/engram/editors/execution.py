@@ -15,7 +15,7 @@ from engram.runs.workers import Workers
 
 @dataclass(frozen=True)
 class Execution:
-    """What a method is told besides its settings.
+    """What a method gets besides its settings.
 
     Args:
         engine: "replay", "whole" forward passes, or by itself.

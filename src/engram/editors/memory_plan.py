@@ -189,13 +189,13 @@ def _parts(s: _Shapes, mass: bool, samples: bool) -> Iterator[Part]:
     suffix = (
         s.rows * min(s.row_tokens, s.row_tokens // 2 + s.target_tokens) * s.item
     )  # from the subject's last token on
-    kept = (
+    graph = (
         suffix * (s.layers - s.first) * (8 * s.d + 2 * s.f) + run * (s.layers - s.first) * 4 * s.kv
     )
     logits = s.rows * s.target_tokens * s.v * (s.item + 3 * 4)
     yield Part("second moments", "values", moments)
     yield Part(f"a recorded run of {s.rows} rows of {s.row_tokens} tokens", "values", recorded)
-    yield Part("what the gradient needs of the layers above", "values", kept)
+    yield Part("what the gradient needs of the layers above", "values", graph)
     yield Part("logits", "values", logits)
 
     keys = s.facts * s.edited * (s.f + s.d) * 4

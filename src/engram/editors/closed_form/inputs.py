@@ -119,6 +119,7 @@ def keys_of(past: Sequence[Edit], weight: str) -> Tensor | None:
     Raises:
         SettingError: an edit that changes the weight and does not hold its keys.
     """
+    # In float64, as the solver computes: their products are summed over thousands of keys.
     keys = []
     for number, edit in enumerate(past):
         if weight in edit.keys:

@@ -176,6 +176,7 @@ def _prepare(
     names = {layer: f"{lm.parts.mlp_out_name(layer)}.weight" for layer in layers}
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
+    # Read here already: an edit without keys is an error before anything is measured.
     remembers = method in KEEPS_PAST_KEYS
     old_keys = {layer: keys_of(past, name) if remembers else None for layer, name in names.items()}
     if config.exact and any(keys is not None for keys in old_keys.values()):
@@ -183,6 +184,8 @@ def _prepare(
             "slack=0 meets every key exactly and leaves no room for past keys; set a slack above 0"
         )
     anchor = _anchor(past) if config.norm_anchor else None
+    # A value of the block's output is written by the MLP's: what is added to one has to arrive at
+    # the other. After a norm (Gemma 2, OLMo 2) it arrives scaled, and the target is missed.
     if config.site == "block" and not mlp_shift_reaches_block_output(lm, layers[-1]):
         log.warning(
             "%s changes the MLP's output before it is added (by a norm or a factor), so that a "
@@ -251,6 +254,7 @@ def mass_edit(
     inputs = {"second_moments": second_moments, "corpus": corpus, "tokens": tokens}
     given = {"layers": layers, "contexts": contexts, **inputs, **settings}
     how = Execution(engine, workers, seed, progress)
+    # Before earlier edits are in force: contexts and second moments are those of the base.
     setup = _prepare(lm, facts, method, given, past, how)
     shared = shared_subjects(facts)
     if shared:
@@ -296,6 +300,8 @@ def mass_each(
         how.progress("layer", number, len(setup.names))
         keys_ncf, states_nd = states.at(layer, per_row_edits(overlays))
         missing_nd = targets_nd.to(states_nd) - states_nd
+        # Fact by fact, since facts that are solved together share the change; the rows above, which
+        # take the time, were computed together.
         for i, of_fact in enumerate(changes):
             rows = slice(i, i + 1)
             of_fact[layer] = _change(keys_ncf[rows], missing_nd[rows], layer, setup)
@@ -352,6 +358,7 @@ def _spread(
             keys_ncf, states_nd = states.at(layer)
             missing_nd = targets_nd.to(states_nd) - states_nd
             changes[layer] = _change(keys_ncf, missing_nd, layer, setup)
+            # In force for the layers above; nothing reads the model after the last one.
             if layer != max(setup.names):
                 part = WeightChanges({name: changes[layer].delta}, setup.base)
                 edited.enter_context(applied(part, lm))
@@ -374,6 +381,7 @@ def _change(keys_ncf: Tensor, missing_nd: Tensor, layer: int, setup: _Setup) -> 
     dtype = torch.float64 if wide else torch.float32
     left_dn = missing_nd.T.cpu().to(dtype) * RESIDUAL_SHARES[config.share](left)
     delta = Delta(left_dn, solved_nf.cpu().to(dtype)).owned_by([i] for i in range(len(keys_ncf)))
+    # "missing" falls from layer to layer where an edit works.
     about = {"missing": float(missing_nd.norm(dim=1).mean()), "norm": delta.norm()} | rank
     return _LayerChange(delta, _mean_keys(keys_ncf, config).cpu(), about)
 
@@ -402,7 +410,7 @@ def _solved(
         energy, threshold = config.null_energy, config.null_threshold
         basis_fr = moment.null_space(energy=energy, threshold=threshold)
         rank = {"rank": basis_fr.shape[1]}
-        if not basis_fr.shape[1]:
+        if not basis_fr.shape[1]:  # a published threshold means nothing for another model's scale
             raise EngramError(
                 f"the null space of C has rank 0 at null_energy={energy}, null_threshold="
                 f"{threshold}, so nothing can be changed; lower the energy or raise the threshold"

@@ -176,6 +176,7 @@ def _rank_one(
     """
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
     u_f = solved_f / solved_f.norm()
+    # In float64: a denominator near zero is a difference of nearly equal terms.
     toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
     key_dot_u, residual_d = toward_bare, value.delta_d
     if config.reference:
@@ -230,6 +231,7 @@ class _Setup:
         """Return the edit of these updates, a column per fact."""
         left_dn = torch.stack([update.left_d for update in updates], 1)
         right_nf = torch.stack([update.right_f for update in updates])
+        # Column i belongs to fact i, so that a fact can be taken out of the edit exactly.
         delta = Delta(left_dn, right_nf).owned_by([i] for i in range(len(facts)))
         diagnostics = {
             "facts": [update.diagnostics() for update in updates],
@@ -310,6 +312,8 @@ def rome(
     """
     inputs = {"second_moments": second_moments, "corpus": corpus, "tokens": tokens}
     given = {"layer": layer, "contexts": contexts, **inputs, **settings}
+    # Before earlier edits are in force: contexts and second moments stand for ordinary text of the
+    # base, are the same for every edit of a sequence, and so are read from the cache.
     setup = _prepare(lm, facts, given, Execution(engine, None, seed, progress))
     updates: list[RankOne] = []
     with in_force(past, lm), ExitStack() as edited:
@@ -317,7 +321,7 @@ def rome(
             progress("value", i, len(facts))
             update = rank_one_update(lm, fact, setup.search, setup.moment, setup.config)
             updates.append(update)
-            if i + 1 < len(facts):
+            if i + 1 < len(facts):  # nothing reads the model after the last one
                 step = Delta(update.left_d[:, None], update.right_f[None])
                 changes = WeightChanges({setup.weight: step}, setup.base)
                 edited.enter_context(applied(changes, lm))
@@ -349,7 +353,7 @@ def rome_each(
         progress("value", len(values), len(facts))
         values[i] = value
     progress("value", len(facts), len(facts))
-    in_order = [values[i] for i in range(len(facts))]
+    in_order = [values[i] for i in range(len(facts))]  # batches come by length
     layer, config = setup.search.layer, setup.config
     updates = _solve_updates(lm, facts, layer, setup.moment, config, in_order)
     return [setup.edit([fact], [update]) for fact, update in zip(facts, updates, strict=True)]

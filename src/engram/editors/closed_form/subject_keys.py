@@ -80,8 +80,8 @@ class SubjectStates:
         order = sorted(range(len(facts)), key=lambda i: max(at for _, at in rows[i]))
         size = max(1, _ROWS // len(contexts))
         for start in range(0, len(order), size):
-            some = order[start : start + size]
-            cut = [ids[: at + 1] for i in some for ids, at in rows[i]]
+            members = order[start : start + size]
+            cut = [ids[: at + 1] for i in members for ids, at in rows[i]]
             ids_bt = pad_right(cut)
             suffix = hidden = None
             if replays:
@@ -91,8 +91,8 @@ class SubjectStates:
                 suffix = Suffix(recording, 0, ids_bt.shape[1])
                 hidden = recording.hidden[self.first]
             lookup = torch.tensor([len(row) - 1 for row in cut])
-            bare = torch.arange(len(some)) * len(contexts)
-            self.chunks.append(_Chunk(some, ids_bt, lookup, bare, suffix, hidden, self.first))
+            bare = torch.arange(len(members)) * len(contexts)
+            self.chunks.append(_Chunk(members, ids_bt, lookup, bare, suffix, hidden, self.first))
 
     @torch.no_grad()
     def at(self, layer: int, around: RowContext = no_edits) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class SubjectStates:
                 (keys_bf.to(wide).unflatten(0, (len(chunk.facts), -1)), states_nd.to(wide))
             )
         place = torch.tensor([i for chunk in self.chunks for i in chunk.facts]).argsort()
-        keys_ncf, states_nd = (torch.cat(each) for each in zip(*parts, strict=True))
+        keys_ncf, states_nd = (torch.cat(part) for part in zip(*parts, strict=True))
         return keys_ncf[place.to(keys_ncf.device)], states_nd[place.to(states_nd.device)]
 
     def _replayed(self, chunk: _Chunk, layer: int, around: RowContext) -> tuple[Tensor, Tensor]:

@@ -55,11 +55,13 @@ def find_values(
         done = len(facts) - len(missing)
         how.progress("value", done, len(facts))
         batches = value_batches(lm, [facts[i] for i in missing], search, facts_per_batch)
+        # Elsewhere a model is loaded by its name: weights are not sent over the network.
         job = ValuesJob(lm if how.workers is None else ByName.of(lm), search)
         units = [tuple(facts[missing[at]] for at in batch) for batch in batches]
         for number, computed in (how.workers or Here()).run(job, units):
             for at, value in zip(batches[number], computed, strict=True):
                 values[missing[at]] = value
+                # At once, not at the end: what is done when a run is killed is not done again.
                 file.put(names[missing[at]], value)
                 done += 1
                 how.progress("value", done, len(facts))

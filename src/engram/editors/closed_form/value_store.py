@@ -44,6 +44,8 @@ class ValueStore:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # SQLite, since several processes write one file: a lock is waited for, a killed writer
+            # leaves no half value, and nothing is rewritten as the file grows.
             self._file = sqlite3.connect(path, timeout=60)
             self._file.execute(
                 "CREATE TABLE IF NOT EXISTS found "

@@ -163,6 +163,7 @@ def optimise_values(
             f"contexts={list(contexts)[:3]}...: expected '{{}}' first and exactly one '{{}}' "
             "in each"
         )
+    # Once per call, not per batch: it runs the model, and depends on the layer alone.
     shifted = shifted_at(lm, search.layer, search.site, search.engine)
     for numbers in value_batches(lm, facts, search, facts_per_batch):
         batch = [facts[i] for i in numbers]
@@ -336,12 +337,15 @@ class _Batch:
         )
         modules = site_modules(lm, search.site, search.layer)
         out = lm.parts.mlp_out_name(search.layer)
+        # Keys and outputs come from the very run that is recorded for the replay: a value's delta
+        # is relative to these states, and another run's rounding would be part of the residual.
         at = (search.layer, shifted, search.engine)
         self.contexts, seen = ShiftedRows.recorded(
             lm, contexts, *at, {"key": (out, "in"), "out": (out, "out"), **modules}
         )
         self.penalty, _ = ShiftedRows.recorded(lm, penalty, *at, {})
         first, device = contexts.first_of_each(), seen["out"].device
+        # Also of a bfloat16 model: in its 8 bits of mantissa most steps of Adam would be lost.
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
         self.start_nsd = torch.stack(
@@ -381,13 +385,14 @@ class _Batch:
             terms = self._loss_terms(delta_nsd)
             self._note(terms, delta_nsd, losses, norms)
             self._check_finite(terms.total, step)
-            done = self._is_done(terms, step)
+            done = self._is_done(terms, step)  # by this pass's losses, before any update
             for n, delta_sd, leaves in zip(self.active, delta_nsd.detach(), done, strict=True):
                 if leaves:
                     deltas[n] = delta_sd
             stay = [row for row, leaves in enumerate(done) if not leaves]
             if not stay:
                 break
+            # autograd.grad and not backward(): no gradient is left on the model or on old deltas.
             (gradient_nsd,) = torch.autograd.grad(terms.total[stay].sum(), [delta_nsd])
             delta_nsd = delta_nsd.detach()
             if len(stay) < len(self.active):
@@ -422,7 +427,10 @@ class _Batch:
             self.original_nv is None
         ):  # delta is zero in the first pass: no pass of its own is needed
             self.original_nv = log_p_nv.detach()
+        # Against the first pass of these very rows: against a run of its own, even a delta of zero
+        # would have a divergence, by rounding.
         kl_n = config.kl_weight * (log_p_nv.exp() * (log_p_nv - self.original_nv)).sum(-1)
+        # ||delta|| / ||v0||^2 and not its square, as released: the pull does not fade near zero.
         decay_n = (config.weight_decay * delta_nsd.norm(dim=-1) / self.size_ns**2).sum(-1)
         if config.stop == "adaptive":
             nll_n = nll_n * torch.where(says_target_n, _ADAPTED_NLL, 1.0)
