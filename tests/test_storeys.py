@@ -112,7 +112,7 @@ def test_names_of_modules_in_tables_count_as_imports(name):
 
 def test_names_in_tables_are_seen_and_judged():
     text = (ROOT / "src/engram/editors/methods.py").read_text(encoding="utf8")
-    homes = {str(method.home).partition(":")[0] for method in METHODS.values()}
+    homes = {str(method.function).partition(":")[0] for method in METHODS.values()}
     assert homes <= set(imported_by_name(text))
     assert not may_import("engram.model.tokens", "engram.editors.methods")
     assert not may_import("engram.locate.trace", "engram.editors.methods"), "beside it"

@@ -56,7 +56,7 @@ class Edit:
         EngramError: no deltas, a delta that its base does not describe, keys that do not fit, or
             settings that JSON cannot hold.
     Example:
-        >>> edit = engram.rewrite(lm, fact, "ft", steps=1)
+        >>> edit = engram.rewrite(lm, fact, "ft", epochs=1)
         >>> with edit.applied(lm):
         ...     text = lm.generate(fact.prompt_text, 3)
         >>> edit.rank > 0, list(edit.deltas)
