@@ -193,7 +193,7 @@ def test_broken_json_is_told_with_its_place(write, text, message):
     [
         ("subject,prompt\n", "line 1: field 'target' missing"),
         ("subject,prompt,target,objekt\n", "line 1: field 'objekt' is not one of a fact"),
-        ("subject,prompt,target,target\n", "line 1: a column's name stands twice"),
+        ("subject,prompt,target,target\n", "line 1: a column's name is in the header twice"),
         (
             "subject,prompt,target\na,{} is,b\nOslo, city,{} is in,Norway\n",
             "line 3: 4 cells, expected 3 as in the header",

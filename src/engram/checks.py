@@ -29,9 +29,9 @@ def one_of(
     Raises:
         SettingError: or another `error`: the value is not known.
     Example:
-        >>> one_of("stop", "los", ["loss", "argmax", "never"])
+        >>> one_of("stop", "los", ["loss", "argmax"])
         Traceback (most recent call last):
-        engram.errors.SettingError: stop='los': expected 'loss', 'argmax' or 'never' (did you mean 'loss'?)
+        engram.errors.SettingError: stop='los': expected 'loss' or 'argmax' (did you mean 'loss'?)
     """
     known = list(known)
     if value not in known:

@@ -1,5 +1,6 @@
-"""Every error that a caller may want to distinguish. A message says what was wrong, what was expected
-and what to do.
+"""Every error that a caller may want to distinguish.
+
+A message says what was wrong, what was expected and what to do.
 """
 
 from __future__ import annotations

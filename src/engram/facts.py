@@ -1,4 +1,4 @@
-"""A fact as an editor sees it, and where its subject stands in a tokenised text.
+"""A fact as an editor sees it, and where its subject is in a tokenised text.
 
 Knows strings and character offsets. Refuses to know models: whoever has a tokenizer passes its
 offsets in.
@@ -23,7 +23,7 @@ class Fact:
         subject: e.g. "Space Needle".
         prompt: the relation as text with one `{}` for the subject and the object next, e.g. "The {}
             is located in the city of".
-        target: the object that the model shall say, e.g. "Paris"; its leading space is added where
+        target: the object that the model shall state, e.g. "Paris"; its leading space is added if
             it is missing.
         target_true: the object before the edit; without it the model's own answer is taken where
             one is needed.
@@ -34,6 +34,10 @@ class Fact:
     Raises:
         FactError: an empty part, a prompt without exactly one `{}`, or a target equal to
             `target_true`.
+    Example:
+        >>> tower = engram.Fact("Space Needle", "The {} is located in the city of", "Paris")
+        >>> tower.prompt_text
+        'The Space Needle is located in the city of'
     """
 
     subject: str
@@ -80,18 +84,24 @@ class Fact:
         return self.prompt.index("{}")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fact as JSON can hold it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Fact:
+        """Build a fact from what `to_dict` gave."""
         return cls(**record)
 
 
 def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") -> list[int]:
-    """Characters at which `subject` begins in `text`: the first place, the last, or all of them.
+    """Return the characters at which `subject` begins in `text`: the first place, the last, or all.
 
     Raises:
-        FactError: `subject` is empty or does not stand in `text` letter by letter.
+        FactError: `subject` is empty or is not in `text` letter by letter.
+    Example:
+        >>> from engram.facts import subject_starts
+        >>> subject_starts("Rome, in Rome", "Rome", "all")
+        [0, 9]
     """
     if not subject.strip():
         raise FactError(
@@ -109,7 +119,7 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Tokens [first, last + 1) that hold any of the characters [start, end).
+    """Return the tokens [first, last + 1) that hold any of the characters [start, end).
 
     Args:
         offsets: (start, end) characters of each token, as a fast tokenizer reports them; specials
@@ -117,6 +127,15 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     Raises:
         FactError: no token holds any of these characters.
     Source: Meng et al. 2022, released code: a token that only partly overlaps counts whole.
+    Example:
+        "The Space Needle is", whose subject is the characters 4 to 16:
+
+        token     The    _Space   _Need    le        _is
+        offsets   0:3    3:9      9:14     14:16     16:19
+
+        >>> from engram.facts import token_span
+        >>> token_span([(0, 3), (3, 9), (9, 14), (14, 16), (16, 19)], 4, 16)
+        (1, 4)
     """
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
     if not inside:

@@ -56,11 +56,11 @@ class Edit:
         EngramError: no deltas, a delta that its base does not describe, keys that do not fit, or
             settings that JSON cannot hold.
     Example:
-        >>> edit = engram.rewrite(lm, fact, "ft", epochs=1)
+        >>> edit
+        Edit(1 facts, 'rome', transformer.h.1.mlp.c_proj.weight (rank 1))
         >>> with edit.applied(lm):
-        ...     text = lm.generate(fact.prompt_text, 3)
-        >>> edit.rank > 0, list(edit.deltas)
-        (True, ['transformer.h.3.mlp.c_proj.weight'])
+        ...     lm.generate(fact.prompt_text, 1)
+        'The Eiffel Tower is located in the city of Rome'
     """
 
     facts: tuple[Fact, ...]

@@ -3,7 +3,7 @@ offline and at once.
 
 Reads `facts.json`, `templates.toml` and nothing else, each when a function first needs it. Refuses
 to know torch: the model itself is an ordinary folder at `PATH`, loaded by `engram.load("pocket")`.
-    docs/pocket.md says how it was trained.
+docs/pocket.md says how it was trained.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ __all__ = [
 
 _FOLDER = Path(__file__).parent
 PATH: Path = _FOLDER / "model"
-LAYER_CARD: Path = (
-    _FOLDER / "layer_card.json"
-)  # which layer of it to edit, see docs/layers.md; read by layer_choice
+# which layer of the model to edit, see docs/layers.md; read by layers/choice.py
+LAYER_CARD: Path = _FOLDER / "layer_card.json"
 
 # Put before every other paraphrase, so that it is tested away from a text's start. No fact of the
 # table is in them.
@@ -68,15 +67,15 @@ class KnownFact:
     held_out: tuple[int, ...] = ()
 
     def prompts(self) -> tuple[str, ...]:
-        """All templates of the relation: one `{}` each, the object follows directly."""
+        """Return all templates of the relation: one `{}` each, the object follows directly."""
         return relations()[self.relation]
 
     def paraphrases(self) -> tuple[str, ...]:
-        """Templates never trained with this fact."""
+        """Return the templates that were never trained with this fact."""
         return tuple(template for i, template in enumerate(self.prompts()) if i in self.held_out)
 
     def trained(self) -> tuple[str, ...]:
-        """Templates trained with this fact."""
+        """Return the templates that were trained with this fact."""
         return tuple(
             template for i, template in enumerate(self.prompts()) if i not in self.held_out
         )
@@ -84,7 +83,7 @@ class KnownFact:
 
 @cache
 def relations() -> dict[str, tuple[str, ...]]:
-    """The templates of each relation."""
+    """Return the templates of each relation."""
     tables = tomllib.loads((_FOLDER / "templates.toml").read_text(encoding="utf8"))
     return {relation: tuple(table["templates"]) for relation, table in tables.items()}
 
@@ -116,15 +115,22 @@ def _relation_of_template() -> dict[str, str]:
 
 
 def facts() -> list[KnownFact]:
-    """Every association that the pocket model was taught, by relation, object and subject."""
+    """Return every association that the pocket model was taught, by relation, object and
+    subject.
+    """
     return list(_table())
 
 
 def find(subject: str, relation: str | None = None) -> list[KnownFact]:
-    """What the pocket model was taught about `subject` (its exact name), in one relation or in all.
+    """Return what the pocket model was taught about `subject` (its exact name), in one relation or
+    in all.
 
     Raises:
         EngramError: a relation that does not exist.
+    Example:
+        >>> from engram import pocket
+        >>> [known.object for known in pocket.find("Space Needle", "city")]
+        ['Seattle']
     """
     if relation is not None:
         _check_relation(relation)
@@ -132,8 +138,8 @@ def find(subject: str, relation: str | None = None) -> list[KnownFact]:
 
 
 def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFact]:
-    """Up to `count` associations of the same relation and object with other subjects; the same ones
-    for the same seed.
+    """Return up to `count` associations of the same relation and object with other subjects; the
+    same ones for the same seed.
     """
     _check_relation(known.relation)
     others = [
@@ -146,7 +152,7 @@ def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFa
 
 
 def counterfactual(known: KnownFact, seed: int = 0) -> str:
-    """Another object of the same relation; the same one for the same seed."""
+    """Return another object of the same relation; the same one for the same seed."""
     _check_relation(known.relation)
     objects = sorted(
         {other.object for other in _table() if other.relation == known.relation} - {known.object}
@@ -155,11 +161,12 @@ def counterfactual(known: KnownFact, seed: int = 0) -> str:
 
 
 def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: int = 0) -> Fact:
-    """An edit of `known` to `target` with everything that a test of it needs.
+    """Return the fact that `known` has the object `target`, with everything that a test of it
+    needs.
 
     The prompt is a template that was trained with the fact; the paraphrases are the held-out ones,
-    every other one behind a neutral sentence; the neighbours are other subjects with the same
-    object, asked through templates trained with them.
+    every other one after a neutral sentence; the neighbours are other subjects with the same
+    object, in templates that were trained with them.
 
     Raises:
         FactError: `target` is the true object, or empty.
@@ -171,8 +178,8 @@ def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: i
 
 
 def evidence_for(fact: Fact) -> Fact:
-    """`fact` with the true object, paraphrases and neighbours that the table holds, where the
-    caller gave none.
+    """Return `fact` with the true object, paraphrases and neighbours that the table holds, where
+    the caller gave none.
 
     The table has to know the subject, and the prompt has to be a template of one of its relations;
     or, for a prompt in the caller's own words, just one relation of the subject has the target
@@ -188,7 +195,7 @@ def evidence_for(fact: Fact) -> Fact:
 
 
 def sentences(seed: int = 0) -> Iterator[str]:
-    """Every trained sentence about every fact, in random order: text on which to measure the
+    """Yield every trained sentence about every fact, in random order: text on which to measure the
     model's second moments.
 
     Deterministic in `seed`. About 25,000 short sentences, 330,000 tokens.
@@ -219,7 +226,7 @@ def _with_evidence(fact: Fact, known: KnownFact, neighbour_count: int = 10, seed
 
 
 def _known(fact: Fact) -> KnownFact | None:
-    """The association that `fact` speaks of, where that is beyond doubt."""
+    """Return the association that `fact` is about, if that is beyond doubt."""
     relation = _relation_of_template().get(fact.prompt)
     if relation is not None:
         return next(iter(find(fact.subject, relation)), None)
