@@ -76,6 +76,7 @@ def read_facts(source: str | Path) -> list[Fact]:
 
 
 def _pocket_fact(known: pocket.KnownFact) -> Fact:
+    # the model knows the fact in trained words; in all others it has to generalise
     prompt, *_ = known.trained()
     others = tuple(each.replace("{}", known.subject) for each in known.prompts() if each != prompt)
     return Fact(known.subject, prompt, known.object, paraphrases=others, relation=known.relation)
@@ -100,6 +101,7 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
             raise FactError(
                 f"{path}, line 1: a column's name is in the header twice: {', '.join(header)}"
             )
+        # line_num counts lines read so far: a quoted cell may take several
         before = reader.line_num
         for row in reader:
             where, before = f"{path}, line {before + 1}", reader.line_num

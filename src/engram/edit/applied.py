@@ -54,6 +54,7 @@ def applied(
     """
     one_of("how", how, get_args(How))
     if how == "auto":
+        # An edit computed beside an attached one fits the weight together with that one only.
         on_top = any(ATTACHED.get(linear_module_of(lm, name)) for name in changes.deltas)
         how = "weights" if can_write(lm, changes.deltas) and not on_top else "beside"
     put_in_force = written if how == "weights" else attached
@@ -83,6 +84,7 @@ def written(
         for name, delta in changes.deltas.items():
             weight, transposed = _weight(lm, name)
             below = WRITTEN.get(weight, [])
+            # The bits themselves are saved: subtracting the change again would round differently.
             saved = weight.detach().to("cpu", copy=True)
             stack = below[-1].stack if below else Stack(saved, transposed)
             try:

@@ -139,6 +139,7 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | N
             raise EngramFileError(
                 f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}"
             )
+        # An edit may be in force twice; the later one goes, since others may rest on the earlier.
         last = len(names) - 1 - names[::-1].index(gone)
         rest = [each for i, each in enumerate(record.edits) if i != last]
     return _rebuild(source, Path(folder), rest, record)
@@ -162,11 +163,13 @@ def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Rec
         )
     locations = tensor_locations(source)
     _check_untouched(source, locations, record)
+    # `source` holds edited values of what is recorded, and original ones of everything else.
     originals = dict(record.originals or {})
     for each in edits:
         for name in each.edit.deltas:
             place = find(name, locations)
             originals.setdefault(place.name, place.tensor(source))
+    # Also of tensors that no remaining edit touches: they get their original bytes back.
     values = {
         name: _edited(name, original, edits, locations) for name, original in originals.items()
     }
@@ -187,6 +190,7 @@ def _edited(
     name: str, original: Tensor, edits: Sequence[_Applied], locations: dict[str, TensorBytes]
 ) -> Tensor:
     """Return tensor `name` of the checkpoint with all edits applied."""
+    # One stack for all edits, so that those computed on one base are rounded once, together.
     stack = None
     for each in edits:
         for parameter, delta in each.edit.deltas.items():
@@ -209,9 +213,8 @@ def _check_untouched(source: Path, locations: dict[str, TensorBytes], record: _R
         if name not in locations or _digest(locations[name].read(source)) != digest:
             raise BaseMismatchError(
                 f"{name} of {source} is not as engram left it: something else has changed the "
-                "checkpoint "
-                "since. Start from the original checkpoint, or from a copy that only engram has "
-                "edited"
+                "checkpoint since. Start from the original checkpoint, or from a copy that only "
+                "engram has edited"
             )
 
 
@@ -222,8 +225,7 @@ def _check_room(source: Path, folder: Path) -> None:
     if needed > free:
         raise EngramFileError(
             f"no room for {folder}: the checkpoint has {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
-            "are free. "
-            "Free some space, or choose a folder on another disk"
+            "are free. Free some space, or choose a folder on another disk"
         )
 
 
@@ -232,6 +234,8 @@ def _copy(source: Path, fresh: Path) -> None:
     become files.
     """
     fresh = fresh.resolve()
+    # copyfile and not copytree: a hub cache holds links to read-only blobs, and the copy has to be
+    # written to.
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         if inside.parts[0] == _HOME:
@@ -259,9 +263,8 @@ def _read_record(source: Path) -> _Record:
         return _Record(tuple(edits), safetensors.torch.load(raw), record["now"])
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise EngramFileError(
-            f"{home} is not a whole record of edits ({error}), so the original weights cannot be "
-            "told. Start "
-            "from the original checkpoint"
+            f"{home} is not a whole record of edits ({error}), so the original weights are not "
+            "known. Start from the original checkpoint"
         ) from error
 
 

@@ -129,6 +129,7 @@ class Delta:
         """Return the Frobenius norm, in float64 and without forming the matrix:
         ||L R||^2 = sum((L^T L) * (R R^T)).
         """
+        # float64: the product of two norms of small factors loses digits in float32
         left = self.left.double()
         if self.right is None:
             return float(left.norm())
@@ -164,6 +165,7 @@ class Delta:
         columns = []
         for column, facts in enumerate(self._owners()):
             staying = [fact for fact in facts if fact not in gone]
+            # A column that several facts share is one solution: no part of it is one fact's.
             if staying and len(staying) < len(facts):
                 raise EngramError(
                     f"facts {', '.join(map(str, facts))} were solved jointly and share their "
@@ -202,6 +204,7 @@ def add(deltas: Sequence[Delta]) -> Delta:
     if len(shapes) > 1:
         raise ValueError(f"changes of weights of different shapes do not add: {sorted(shapes)}")
     owners = [each for delta in deltas for each in delta._owners()]
+    # A dense change counts as one column, so the columns of the others merge into it.
     if any(delta.is_dense for delta in deltas):
         dtype = (
             torch.float64

@@ -153,6 +153,7 @@ class Edit:
         gone = set(range(len(self.facts))) - set(rest)
         place = {old: new for new, old in enumerate(rest)}
         remaining = {name: delta.without(gone) for name, delta in self.deltas.items()}
+        # the facts that stay move up, so owners of columns get new numbers
         deltas = {
             name: delta.renumbered(place) for name, delta in remaining.items() if delta is not None
         }
@@ -293,11 +294,13 @@ def compose(edits: Sequence[Edit]) -> Edit:
                     f"{edit.base['model']!r}), so "
                     "their sum means nothing. Compose edits made on the same unedited model"
                 )
+            # facts are joined in order: those of this edit come after all earlier ones
             terms.setdefault(name, []).append(
                 delta.renumbered({i: i + first for i in range(len(edit.facts))})
             )
         parts += edit.settings["parts"] if edit.method == COMPOSED else [_recipe(edit)]
         first += len(edit.facts)
+    # Not an error: the sum is well defined, only its effect on such a prompt is not.
     _warn_of_conflicts(facts)
     deltas = {name: add(each) for name, each in terms.items()}
     base = {**edits[0].base, "tensors": tensors}

@@ -110,6 +110,7 @@ def read(folder: str | Path) -> Contents:
         return Contents(own)
     factors = _whole(folder / FACTORS, record.get("sha256"))
     raw_keys = _whole(folder / KEYS, record["keys_sha256"]) if "keys_sha256" in record else None
+    # The hash is checked before the bytes are parsed: a damaged file may parse to other numbers.
     with damage_of(folder):
         tensors = safetensors.torch.load(factors)
         deltas = {

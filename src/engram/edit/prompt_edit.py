@@ -183,6 +183,7 @@ class PromptEdit:
         """Return a function from a prompt to the facts it is about, most relevant first."""
         most = int(self.settings["most"])
 
+        # vectors of all facts are computed at the first prompt that names no subject, and once
         @cache
         def vectors() -> Any:
             return encode([fact.prompt_text for fact in self.facts])

@@ -63,6 +63,7 @@ class TensorBytes:
 
     def write(self, folder: Path, value: Tensor) -> None:
         """Put `value` over its bytes; no other byte of the file changes."""
+        # reshape(-1) before view: a tensor of no dimension has no bytes to view otherwise
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         assert len(data) == self.end - self.begin, (
             f"{self.name}: {len(data)} bytes for a place of {self.end - self.begin}"
@@ -101,6 +102,7 @@ def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
     """
     if name in among:
         return among[name]
+    # "h.0.mlp.c_proj.weight" is "transformer.h.0.mlp.c_proj.weight" of the model with a head.
     near = [
         place
         for key, place in among.items()
@@ -126,6 +128,7 @@ def _header(folder: Path, file: str) -> list[TensorBytes]:
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
+            # checked before it is read: a damaged length may ask for all memory there is
             length = int.from_bytes(handle.read(8), "little")
             if length > size - 8:
                 raise ValueError(f"its header of {length} bytes is longer than the file")

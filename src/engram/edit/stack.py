@@ -33,6 +33,8 @@ def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tenso
         (delta.left.dtype for delta in deltas),
         torch.promote_types(weight.dtype, torch.float32),
     )
+    # All changes are added before the one rounding: rounding after each would make the result
+    # depend on their order.
     total = weight.to(wide, copy=True)
     for delta in deltas:
         dense = delta.dense(wide)
@@ -83,6 +85,7 @@ class Stack:
         Raises:
             BaseMismatchError: neither of them.
         """
+        # The base comes first: an edit that fits both is summed with the others, rounded once.
         dtype = getattr(torch, made_on["dtype"])
         if fingerprint(self.base, dtype) == made_on["sha256"]:
             return Stack(self.base, self.transposed, (*self.deltas, delta))

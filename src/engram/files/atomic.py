@@ -85,6 +85,7 @@ def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[P
     try:
         yield fresh
         fresh.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
+        # Contents before the rename: after a power cut, a name may else point to empty files.
         for path in [*fresh.rglob("*"), fresh]:
             _sync(path)
         _replace(folder, fresh)
@@ -159,6 +160,7 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
+    # it can only be read by setting it
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

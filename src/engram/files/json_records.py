@@ -54,6 +54,7 @@ def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
 
 def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:
     """Yield the elements one by one, since the JSON module does not report where each began."""
+    # raw_decode reads one value and reports where it ends; lines are counted between two of them
     decoder, at = json.JSONDecoder(), text.index("[") + 1
     line, counted = 1, 0  # newlines before `counted` are in `line`
     try:

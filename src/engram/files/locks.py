@@ -32,7 +32,9 @@ def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[N
 
 
 def _take(file: IO[str], until: float, wait: float, what: str | Path, advice: str) -> None:
-    import fcntl
+    import fcntl  # not at the top: it does not exist on Windows, and only locking needs it
+
+    # flock and not a file that exists: the kernel lets go of it when the process is killed.
 
     while True:
         try:

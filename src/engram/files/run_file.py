@@ -122,10 +122,12 @@ class RunFile:
                 raise EngramFileError(
                     f"{self.path} is a database of something else; choose another name"
                 )
+            # tables and settings in one transaction: a kill leaves a whole file or an empty one
             self._connection.execute("BEGIN IMMEDIATE")
             for statement in filter(str.strip, (_ABOUT + self.tables).split(";")):
                 self._connection.execute(statement)
             rows = {"format_version": self.version, **about}
+            # sorted keys, so that equal settings are equal text
             pairs = [(name, json.dumps(value, sort_keys=True)) for name, value in rows.items()]
             self._connection.executemany("INSERT INTO about VALUES (?, ?)", pairs)
 

@@ -31,6 +31,7 @@ def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
             "\0".join([type(weight).__name__, str(context), *inside]).encode()
         ).hexdigest()
     weight = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
+    # dtype and shape count: equal bytes in another dtype or layout are other weights
     digest = hashlib.sha256(f"{dtype_name(weight.dtype)} {list(weight.shape)} ".encode())
     digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

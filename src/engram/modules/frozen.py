@@ -19,6 +19,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Gradients are enabled, also for a caller inside `torch.no_grad()`, since what is trained in the
     block needs them. Every flag and mode is put back, however the block ends.
     """
+    # remembered one by one: a caller may have frozen some of the parameters already
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -75,6 +75,7 @@ def record(
     with ExitStack() as stack:
         for name in inputs:
             key = f"{name}:input" if name in outputs else name
+            # some families pass the states by keyword: then they are the first one
             _own(
                 stack,
                 modules[name].register_forward_pre_hook(
@@ -173,6 +174,7 @@ def per_row_edits(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -
 
     @contextmanager
     def around(owners: Sequence[int]) -> Iterator[None]:
+        # One batch holds rows of several edits: factors are gathered by owner, a row each.
         with ExitStack() as stack:
             for module, change in changes.items():
                 if isinstance(change, Tensor):
@@ -197,6 +199,7 @@ def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int])
         sum_bto = out.reshape(len(owners), -1, change_noi.shape[1]).to(
             torch.promote_types(out.dtype, change_noi.dtype), copy=True
         )
+        # One product per owner: [b, o, i] copies of a dense change would not fit in memory.
         for owner, at in rows.items():
             sum_bto[at] += x_bti[at].to(sum_bto) @ change_noi[owner].to(sum_bto).T
         return sum_bto.reshape(out.shape).to(out.dtype)

@@ -84,12 +84,15 @@ _BLOOM = Layout(
 )
 
 
+# a norm after each half of a block: its output is what joins the residual stream
 _SANDWICH = replace(_LLAMA, attention="post_attention_layernorm", mlp="post_feedforward_layernorm")
 
 
+# one MLP output matrix per expert, so there is no single one to edit
 _MOE = replace(_LLAMA, mlp_out=None)
 
 
+# state-space models: no attention and no MLP; the mixer's parts are sites of their own
 _MAMBA = Layout(
     "backbone.layers",
     "backbone.embeddings",
@@ -101,6 +104,7 @@ _MAMBA = Layout(
 )
 
 
+# names of the encoder, whose states are traced; layer.0 is self-attention, layer.1 the MLP
 _T5 = Layout(
     "encoder.block",
     "encoder.embed_tokens",
@@ -113,6 +117,7 @@ _T5 = Layout(
 )
 
 
+# norms come after each half, so there is no last norm; what is added just before them is traced
 _BERT = Layout(
     "bert.encoder.layer",
     "bert.embeddings.word_embeddings",

@@ -59,6 +59,7 @@ class Parts:
         }
         self.norm = _submodule(model, layout.norm)
         self.project_out = _submodule(model, layout.project_out)
+        # from the model and not from a name: it may be tied to the embedding
         self.unembedding: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self._head = [model.get_submodule(name) for name in layout.head]
         self._config: Any = model.config

@@ -30,6 +30,7 @@ def kind_of(config: Any, architectures: Sequence[str] | None = None) -> ModelKin
     """
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
+    # the class decides before the family does: BERT's config also serves BertLMHeadModel
     names = architectures or getattr(config, "architectures", None) or []
     if any(name.endswith("ForMaskedLM") for name in names):
         return "masked"
@@ -76,6 +77,7 @@ def _unshare(model: nn.Module, name: str) -> None:
     module = model.get_submodule(name)
     if sum(each is module for _, each in model.named_modules(remove_duplicate=False)) > 1:
         home, _, leaf = name.rpartition(".")
+        # deepcopy's memo: the copy keeps these parameters instead of copying them
         shared = {id(parameter): parameter for parameter in module.parameters()}
         setattr(model.get_submodule(home), leaf, deepcopy(module, shared))
 
@@ -116,6 +118,7 @@ def _discover(model: nn.Module, kind: ModelKind) -> Layout:
             found["mlp_out"] = list(
                 _matrices_to(block.get_submodule(found["mlp"][0]), found["mlp"][0], width)
             )
+        # With output norms, hooks belong on the norm and not on the module; which norm is a guess.
         found["mlp"] = [] if _has_output_norms(block) else found["mlp"]
     if any(len(names) != 1 for names in found.values()):
         raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found))  # type: ignore[union-attr]

@@ -56,6 +56,7 @@ def quantisation(module: nn.Module) -> str | None:
     Raises:
         UnsupportedModelError: packed in a way that cannot be read here.
     """
+    # by the name of the type: neither library has to be installed to recognise it
     weight: Any = module.weight
     kind = type(weight).__name__
     if type(weight).__module__.startswith("torchao."):
@@ -117,6 +118,7 @@ def values(module: nn.Module) -> Tensor:
             return weight.dequantize().float()
         # state_dict() also undoes the packing for AVX-512 that bitsandbytes does at a first pass
         stored = module.state_dict()
+        # int8 rows are scaled by their largest absolute value, SCB, to -127 .. 127
         if kind == "bitsandbytes int8":
             return stored["weight"].float() * (stored["SCB"].float()[:, None] / 127)
         from bitsandbytes.functional import dequantize_4bit

@@ -252,4 +252,5 @@ def _check_relation(relation: str) -> None:
 
 
 def _random(known: KnownFact, seed: int) -> random.Random:
+    # seeded by the fact: what is drawn for it does not depend on which facts came before
     return random.Random(f"{known.subject}|{known.relation}|{seed}")

@@ -28,6 +28,7 @@ def identity_of(lm: LanguageModel, prints: Mapping[str, str], *more: str) -> str
     """Return the same for a part of the weights, by their fingerprints, together with `more` that a
     result depends on.
     """
+    # weights alone do not decide: the config scales logits, the tokenizer makes the ids
     model = json.dumps([dict(prints), _config(lm)], sort_keys=True, default=str)
     return sha256_of(tokenizer_text(lm), model, *attached_to(lm.model), *more)
 

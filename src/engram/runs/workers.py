@@ -148,19 +148,18 @@ class RayWorkers:
         if not units:
             return
         with self._running() as ray:
-            kept = ray.put(job)
+            stored_job = ray.put(job)  # once in Ray's store, not once per worker in the messages
             threads = self.threads or torch.get_num_threads()
             worker = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(_Worker)
             waiting, idle, deaths = deque(range(len(units))), deque[int](), Counter[int | None]()
             workers: dict[int, Any] = {}
-            flying: dict[
-                Any, tuple[int, int | None]
-            ] = {}  # what will be ready -> (worker, its unit, or None: it is there)
+            # what will be ready -> (worker, its unit; None while the worker gets a place)
+            flying: dict[Any, tuple[int, int | None]] = {}
 
             def hire(at: int) -> None:
-                workers[at] = worker.remote(
-                    kept, threads
-                )  # a cluster may have no place for it: no unit waits for it then
+                # A cluster may have no place for a worker. It gets its first unit only when `there`
+                # has answered, so that no unit waits for it.
+                workers[at] = worker.remote(stored_job, threads)
                 flying[workers[at].there.remote()] = at, None
 
             def give() -> None:
@@ -178,12 +177,12 @@ class RayWorkers:
                     done, result = ray.get(ready)
                 except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
                     deaths[number] += 1
-                    if deaths[number] == (
-                        self.tries * len(workers) if number is None else self.tries
-                    ):
+                    # None counts deaths before any unit, which each worker may have
+                    limit = self.tries * (len(workers) if number is None else 1)
+                    if deaths[number] == limit:
                         raise _given_up(number, deaths[number], error) from error
                     if number is not None:
-                        waiting.appendleft(number)
+                        waiting.appendleft(number)  # first, so that a deadly unit fails early
                     hire(at)
                     give()
                     continue
@@ -201,13 +200,11 @@ class RayWorkers:
         if ray.is_initialized():
             yield ray
             return
-        os.environ.setdefault(
-            "RAY_worker_niceness", "0"
-        )  # else workers starve beside anything else that runs
+        # Ray's default niceness lets workers starve beside anything else that runs.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # what Ray announces, without its warning
+        # the behaviour that Ray announces for a coming version, without its warning
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         own = (
             {"num_cpus": self.num_workers, "include_dashboard": False}
             if self.address is None
@@ -239,6 +236,7 @@ class _Worker:
 
     def do(self, unit: Any) -> tuple[bool, Any]:
         """Return (True, the result), or (False, what was raised: module, name, message)."""
+        # Errors travel as words: Ray would wrap them, and some cannot be pickled.
         try:
             if not self.ready:
                 self.state, self.ready = self.job.start(), True
