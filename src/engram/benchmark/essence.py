@@ -1,8 +1,8 @@
-"""Essence drift: what the model makes of texts about the subject itself, which an edit of one fact
-should leave readable.
+"""Essence drift: how well the model reads texts about the subject, which an edit of one fact should
+leave as readable as before.
 
-Knows which tokens are read and what their logits say. Refuses to know where logits come from: of
-one model, or of many in a batch.
+Knows which tokens are read and what their logits say. Refuses to know where logits come from (see
+phase).
 Source: Meng et al. 2022, arXiv:2202.05262, released code.
 """
 
@@ -24,39 +24,42 @@ TOKENS = 100  # of the texts, joined; as released
 def essence_ids(
     lm: LanguageModel, record: Record, config: MeasureConfig, references: References | None
 ) -> list[int] | None:
-    """Tokens of the texts whose name is the subject's, among the record's references.
+    """Return the tokens of the texts about the subject among the record's references.
 
-    Logits are needed at all of these but the last. The references tell of entities that have the
+    Logits are needed at all of these but the last. The references are about entities that have the
     *new* object, so the subject is seldom among them.
 
     Returns:
-        At least two tokens; None where there is no such text, texts are not asked for, or the model
+        At least two tokens; None without such a text, without `config.texts`, or for a model that
         does not read from left to right.
     """
     if references is None or record.references is None or not config.texts or lm.kind != "causal":
         return None
     subjects = {fact.subject for fact in record.facts}
-    told = [
+    texts = [
         snippet.text
         for snippet in references.snippets.get(record.references, ())
         if snippet.name in subjects
     ]
     ids = (
-        list(lm.tokenizer(" ".join(told), verbose=False)["input_ids"])[: min(TOKENS, lm.max_tokens)]
-        if told
+        list(lm.tokenizer(" ".join(texts), verbose=False)["input_ids"])[
+            : min(TOKENS, lm.max_tokens)
+        ]
+        if texts
         else []
     )
     return ids if len(ids) > 1 else None
 
 
 def with_essence(outcome: Outcome, ids: Sequence[int], logits_pv: Tensor) -> Outcome:
-    """The outcome with both perplexities of the texts.
+    """Return the outcome with both perplexities of the texts.
 
-    With T tokens, of which the first is not predicted: exp of the mean over T - 1, and, as
-        published, over T.
+    Of T tokens the first is not predicted: the perplexity is exp of the mean over T - 1 tokens. The
+    released code divides by T.
 
     Args:
-        ids: see `essence_ids`; logits_pv: [T - 1, v] behind all but the last of them.
+        ids: see `essence_ids`.
+        logits_pv: [T - 1, v] after each of them but the last.
     """
     log_p_pv = logits_pv.log_softmax(-1, dtype=torch.promote_types(logits_pv.dtype, torch.float32))
     total = (

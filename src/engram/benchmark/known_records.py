@@ -1,4 +1,8 @@
-"""Which records are about facts that a model knows: only there does an edit change something."""
+"""Which records are about facts that a model knows: only there does an edit change something.
+
+Knows two rules for "knows". Refuses to know how objects are ranked (see knowledge) and how text is
+generated.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from engram.checks import one_of
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.knowledge.knows import knows
+from engram.model.generation import Writing, normalised_text, write
 from engram.model.language_model import LanguageModel
 from engram.progress import Progress, no_progress
 
@@ -27,17 +32,17 @@ def known_records(
     limit: int | None = None,
     progress: Progress = no_progress,
 ) -> Dataset:
-    """The records whose true object the model says, in their order.
+    """Return the records whose true object the model knows, in their order.
 
     Args:
-        rule: "greedy": what the model says to the record's own prompt, word by word the most
-            probable, begins with the true object. "relation": the true object is the most probable
-            (a token's mean) of all true objects that the data set has in the relation, others of
-            the same subject left out. Looser: the model may say something else altogether.
-        limit: stop at so many.
+        rule: "greedy": the greedy answer to the record's own prompt begins with the true object.
+            "relation": the true object is the most probable one (mean per token) of all true
+            objects of its relation in the data set, others of the same subject left out. The second
+            rule is looser: the model's own answer may be no such object at all.
+        limit: largest number of records.
         progress: called with (what is done, done, total).
     Raises:
-        FactError: none of the records, one without a true object, or for "relation" one without a
+        FactError: no record is known, or one has no true object, or, for "relation", no
             relation.
         SettingError: another rule, or a limit below 1.
     """
@@ -45,51 +50,53 @@ def known_records(
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
     table = [fact for record in dataset.records for fact in _true(record)]
-    kept: list[Record] = []
+    known: list[Record] = []
     for start in range(0, len(dataset.records), _AT_ONCE):
-        some = dataset.records[start : start + _AT_ONCE]
-        found = _said(lm, some) if rule == "greedy" else _likeliest(lm, some, table)
-        kept += [record for record, known in zip(some, found, strict=True) if known]
-        progress("records", start + len(some), len(dataset.records))
-        if limit is not None and len(kept) >= limit:
+        block = dataset.records[start : start + _AT_ONCE]
+        knows_it = _answers(lm, block) if rule == "greedy" else _ranks_first(lm, block, table)
+        known += [record for record, right in zip(block, knows_it, strict=True) if right]
+        progress("records", start + len(block), len(dataset.records))
+        if limit is not None and len(known) >= limit:
             break
-    if not kept:
+    if not known:
         raise FactError(
-            f"{lm.name} says the true object of none of the {len(dataset.records)} records of {dataset.name!r}"
+            f"{lm.name} says the true object of none of the {len(dataset.records)} records of "
+            f"{dataset.name!r}"
         )
-    return replace(dataset, records=tuple(kept[:limit]))
+    return replace(dataset, records=tuple(known[:limit]))
 
 
-def _said(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
-    from engram.model.generation import Writing, normalised_text, write
-
-    asked = [(n, fact) for n, record in enumerate(records) for fact in record.facts]
+def _answers(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
+    """Tell for each record whether the greedy answers begin with its facts' true objects."""
+    facts = [(n, fact) for n, record in enumerate(records) for fact in record.facts]
     writings = []
-    for _, fact in asked:
+    for _, fact in facts:
         cloze = lm.cloze(fact.prompt_text, str(fact.target_true))
         writings.append(Writing(tuple(cloze.ids[: cloze.tokens]), len(cloze.answer) + 1))
     known = [True] * len(records)
-    for (n, fact), ids in zip(asked, write(lm, writings), strict=True):
+    for (n, fact), ids in zip(facts, write(lm, writings), strict=True):
         known[n] &= begins(normalised_text(lm, ids), (str(fact.target_true),))
     return known
 
 
-def _likeliest(lm: LanguageModel, records: Sequence[Record], table: Sequence[Fact]) -> list[bool]:
-    asked = [(n, fact) for n, record in enumerate(records) for fact in _true(record)]
-    facts = [fact for _, fact in asked]
-    found = knows(lm, facts, candidates="relation", length="mean", paraphrases=False, table=table)
+def _ranks_first(lm: LanguageModel, records: Sequence[Record], table: Sequence[Fact]) -> list[bool]:
+    """Tell for each record whether its facts' true objects are the best ones of the relation."""
+    owners = [n for n, record in enumerate(records) for _ in record.facts]
+    facts = [fact for record in records for fact in _true(record)]
+    judged = knows(lm, facts, candidates="relation", length="mean", paraphrases=False, table=table)
     known = [True] * len(records)
-    for (n, _), judged in zip(asked, found.records, strict=True):
-        known[n] &= judged.right
+    for n, of_fact in zip(owners, judged.records, strict=True):
+        known[n] &= of_fact.right
     return known
 
 
 def _true(record: Record) -> list[Fact]:
-    """A record's facts as they are before its edit."""
+    """Return a record's facts as they are before its edit."""
     missing = [fact for fact in record.facts if fact.target_true is None]
     if missing:
         raise FactError(
-            f"record {record.id!r} ({missing[0].subject!r}) has no true object, so nobody can say whether the model knows it"
+            f"record {record.id!r} ({missing[0].subject!r}) has no true object, so nobody can say "
+            "whether the model knows it"
         )
     return [
         Fact(fact.subject, fact.prompt, str(fact.target_true), relation=fact.relation)

@@ -1,8 +1,8 @@
-"""What a run, or several, came to: the paper's table with intervals, differences on the same
-records, a row a record.
+"""Reports of runs: the paper's table with intervals, differences on the same records, a row for each
+record.
 
-Knows finished numbers and how tables are written. Refuses to compute any: see metrics. The answers
-that a model says by itself come first, since those that are teacher-forced flatter.
+Knows finished numbers and how tables are written. Refuses to compute scores (see metrics). Scores
+of generated answers come first, since teacher-forced ones flatter.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class ScoreTable:
     Attributes:
         form, columns: what is reported, in this order.
         rows: name -> number of records and metric -> estimate; the unedited model first.
-        best: metric -> names whose lead over every other method is beyond chance (the paired
-            interval excludes 0).
+        best: metric -> the method whose lead over every other one is beyond chance (the paired
+            interval excludes 0); metrics without such a method are absent.
     """
 
     form: Form
@@ -49,32 +49,33 @@ class ScoreTable:
 def table(
     runs: Sequence[Run], *, all_metrics: bool = False, bootstrap: Bootstrap = DEFAULT
 ) -> ScoreTable:
-    """The table of one or several runs of the same benchmark.
+    """Return the table of one or several runs of the same benchmark.
 
     Args:
-        all_metrics: all metrics that there are numbers of, not only the headline ones.
+        all_metrics: all metrics that have numbers, not only the headline ones.
     Raises:
         SettingError: no runs, or runs of different benchmarks.
     """
     rows = _named(runs)
     form = runs[0].form
     summaries = {id(run): run.summary(bootstrap) for run in runs}
-    found = {
+    estimates = {
         name: (len(run.rows[label]), summaries[id(run)][label])
         for name, (run, label) in rows.items()
     }
-    there = {metric for _, summary in found.values() for metric in summary}
+    measured = {metric for _, summary in estimates.values() for metric in summary}
     columns = tuple(
-        name for name in METRICS if name in there and (all_metrics or METRICS[name].headline)
+        name for name in METRICS if name in measured and (all_metrics or METRICS[name].headline)
     )
-    return ScoreTable(form, columns, found, _best(rows, form, columns, bootstrap))
+    return ScoreTable(form, columns, estimates, _best(rows, form, columns, bootstrap))
 
 
 def compare(
     runs: Sequence[Run], *, bootstrap: Bootstrap = DEFAULT
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """(one method, another) -> metric -> difference on the records that both have, with its
-    interval; see `paired`.
+    """Return (one method, another) -> metric -> difference on the records that both have.
+
+    See `paired` for the intervals.
 
     Raises:
         SettingError: fewer than two methods.
@@ -94,51 +95,52 @@ def _methods(rows: dict[str, tuple[Run, str]]) -> dict[str, Scores]:
 def _differences(
     methods: dict[str, Scores], form: Form, bootstrap: Bootstrap
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """Of every pair that has records in common, the earlier method first."""
+    """Return the differences of every pair with common records, the earlier method first."""
     pairs = [(a, b) for a, b in combinations(methods, 2) if methods[a].keys() & methods[b].keys()]
     return {(a, b): paired(methods[a], methods[b], form, bootstrap=bootstrap) for a, b in pairs}
 
 
 def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
-    """Name of a row -> its run and label: the unedited model, then the methods in the order of
-    METHODS.
+    """Return name of a row -> its run and label: the unedited model, then methods as in METHODS.
+
+    The unedited model of several runs has one row, that of the run with the most records of it.
     """
     if not runs:
         raise SettingError("runs is empty; give the file of at least one")
     kinds = {(run.form, run.about["dataset"], run.about["identity"]) for run in runs}
     if len({(form, dataset) for form, dataset, _ in kinds}) > 1:
-        told = "; ".join(f"{run.path.name}: {run.about['dataset']} ({run.form})" for run in runs)
+        runs_of = "; ".join(f"{run.path.name}: {run.about['dataset']} ({run.form})" for run in runs)
         raise SettingError(
-            f"these runs are of different benchmarks and have no common table: {told}"
+            f"these runs are of different benchmarks and have no common table: {runs_of}"
         )
     several = len({identity for *_, identity in kinds}) > 1
     order = list(METHODS)
-    found: dict[str, tuple[Run, str]] = {}
+    rows: dict[str, tuple[Run, str]] = {}
     for run in runs:
         about = f"{run.about['model']} " if several else ""
         for label in run.labels:
             if label == UNEDITED and any(
                 other.about["identity"] == run.about["identity"]
                 and len(other.unedited) >= len(run.unedited)
-                for other, each in found.values()
-                if each == UNEDITED
+                for other, other_label in rows.values()
+                if other_label == UNEDITED
             ):
                 continue
             name = f"{about}{label}"
-            if name in found and label != UNEDITED:
-                name = _unused(f"{name} ({run.path.stem}", found)
-            found[name] = (run, label)
+            if name in rows and label != UNEDITED:
+                name = _unused(f"{name} ({run.path.stem}", rows)
+            rows[name] = (run, label)
 
     def place(entry: tuple[str, tuple[Run, str]]) -> tuple[bool, int]:
         run, label = entry[1]
         method = run.methods[label][0] if label in run.methods else ""
         return label != UNEDITED, order.index(method) if method in order else len(order)
 
-    return dict(sorted(found.items(), key=place))
+    return dict(sorted(rows.items(), key=place))
 
 
 def _unused(start: str, names: Container[str]) -> str:
-    """The first of `start)`, `start, 2)`, `start, 3)` and so on that is no name yet."""
+    """Return the first of `start)`, `start, 2)`, `start, 3)` ... that is no name yet."""
     numbered = (f"{start}, {number})" for number in count(2))
     return next(name for name in chain([f"{start})"], numbered) if name not in names)
 
@@ -151,30 +153,28 @@ def _best(
     for metric in columns:
         sign = {"up": 1, "down": -1, "neither": 0}[METRICS[metric].better]
         for name in rows:
-            ahead = [
-                (found.get(metric), sign if name == pair[0] else -sign)
-                for pair, found in differences.items()
+            leads = [
+                _beyond(of_pair.get(metric), sign if name == pair[0] else -sign)
+                for pair, of_pair in differences.items()
                 if name in pair
             ]
-            if (
-                sign
-                and ahead
-                and all(each is not None and _beyond(each, way) for each, way in ahead)
-            ):
+            if sign and leads and all(leads):
                 best[metric] = name
     return best
 
 
-def _beyond(difference: Estimate, sign: int) -> bool:
-    return (difference.low if sign > 0 else -difference.high) > 0
+def _beyond(difference: Estimate | None, sign: int) -> bool:
+    """Tell whether the interval of a difference, times `sign`, is above 0."""
+    return difference is not None and (difference.low if sign > 0 else -difference.high) > 0
 
 
 # -- how tables are written ------------------------------------------------------------------------
 
 
 def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> str:
-    """As the paper has it: the mean, and in brackets half the width of its 95 % interval; of
-    harmonic means that of the bootstrap.
+    """Return an estimate as the paper writes it: the mean, and half the width of its 95 % interval.
+
+    The interval is the published one, or for harmonic means that of the bootstrap.
     """
     if estimate is None:
         return ""
@@ -189,38 +189,42 @@ def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> s
     return f"{mean} ({half * scale:.{digits}f})" if interval else mean
 
 
-def markdown(made: ScoreTable) -> str:
-    """A table of GitHub's markdown; what leads beyond chance is bold."""
+def markdown(scores: ScoreTable) -> str:
+    """Return a table in GitHub's markdown; leads beyond chance are bold."""
     heads = [
         METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better]
-        for name in made.columns
+        for name in scores.columns
     ]
     lines = [f"| | n | {' | '.join(heads)} |", "|---|--:" + "|--:" * len(heads) + "|"]
-    for name, (records, summary) in made.rows.items():
-        cells = [shown(summary.get(metric), metric) for metric in made.columns]
+    for name, (records, summary) in scores.rows.items():
+        cells = [shown(summary.get(metric), metric) for metric in scores.columns]
         cells = [
-            f"**{cell}**" if made.best.get(m) == name else cell
-            for m, cell in zip(made.columns, cells, strict=True)
+            f"**{cell}**" if scores.best.get(m) == name else cell
+            for m, cell in zip(scores.columns, cells, strict=True)
         ]
         lines.append(f"| {_in_markdown(name)} | {records} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def latex(made: ScoreTable) -> str:
-    """A table for LaTeX with booktabs; what leads beyond chance is bold."""
+def latex(scores: ScoreTable) -> str:
+    """Return a table for LaTeX with booktabs; leads beyond chance are bold."""
     arrows = {"up": r" $\uparrow$", "down": r" $\downarrow$", "neither": ""}
-    heads = [_in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in made.columns]
+    heads = [
+        _in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in scores.columns
+    ]
     lines = [
         rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
         r"\toprule",
         f" & $n$ & {' & '.join(heads)} \\\\",
         r"\midrule",
     ]
-    for name, (records, summary) in made.rows.items():
-        cells = [shown(summary.get(metric), metric).replace("−", "$-$") for metric in made.columns]
+    for name, (records, summary) in scores.rows.items():
         cells = [
-            rf"\textbf{{{cell}}}" if made.best.get(m) == name else cell
-            for m, cell in zip(made.columns, cells, strict=True)
+            shown(summary.get(metric), metric).replace("−", "$-$") for metric in scores.columns
+        ]
+        cells = [
+            rf"\textbf{{{cell}}}" if scores.best.get(m) == name else cell
+            for m, cell in zip(scores.columns, cells, strict=True)
         ]
         lines.append(f"{_in_latex(name)} & {records} & {' & '.join(cells)} \\\\")
         if name.endswith(UNEDITED):
@@ -242,41 +246,51 @@ def _in_latex(text: str) -> str:
 
 
 def _in_markdown(text: str) -> str:
-    """Letters that mean something to it: those of tables, emphasis, links and HTML."""
+    """Escape the characters of tables, emphasis, links and HTML."""
     return re.sub(r"[\\|*_`<\[]", r"\\\g<0>", text)
 
 
-def as_csv(made: ScoreTable) -> str:
-    """A line a method and metric, in the metric's own unit: mean, both intervals, count."""
+def as_csv(scores: ScoreTable) -> str:
+    """Return a line for each method and metric, in the metric's unit: mean, intervals, count."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "metric", "mean", "low", "high", "half_published", "std", "count"])
-    for name, (_, summary) in made.rows.items():
-        for metric in made.columns:
-            if (each := summary.get(metric)) is not None:
+    for name, (_, summary) in scores.rows.items():
+        for metric in scores.columns:
+            if (estimate := summary.get(metric)) is not None:
                 scale = METRICS[metric].scale
                 numbers = [
                     None if x is None else x * scale
-                    for x in (each.mean, each.low, each.high, each.half_published, each.std)
+                    for x in (
+                        estimate.mean,
+                        estimate.low,
+                        estimate.high,
+                        estimate.half_published,
+                        estimate.std,
+                    )
                 ]
-                writer.writerow([name, METRICS[metric].title, *numbers, each.count])
+                writer.writerow([name, METRICS[metric].title, *numbers, estimate.count])
     return out.getvalue()
 
 
-def as_json(made: ScoreTable) -> str:
-    """Method -> metric -> its estimate, not scaled."""
-    told = {
+def as_json(scores: ScoreTable) -> str:
+    """Return method -> metric -> its estimate, not scaled, as JSON."""
+    rows = {
         name: {
             "records": records,
-            **{metric: asdict(each) for metric, each in summary.items() if metric in made.columns},
+            **{
+                metric: asdict(estimate)
+                for metric, estimate in summary.items()
+                if metric in scores.columns
+            },
         }
-        for name, (records, summary) in made.rows.items()
+        for name, (records, summary) in scores.rows.items()
     }
-    return json.dumps(told, indent=1, ensure_ascii=False)
+    return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
 def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
-    """A row a record and method: run, method, id, and every score that is a record's own.
+    """Write a row for each record and method: run, method, id, and every score of one record.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -290,10 +304,10 @@ def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in ("run", "method", "id", *names)}
     for run in runs:
         for label, rows in run.rows.items():
-            for id, scores in rows.items():
+            for id, of_record in rows.items():
                 about = {"run": run.path.name, "method": label, "id": id}
                 for name, values in columns.items():
-                    values.append(about.get(name) if name in about else scores.get(name))
+                    values.append(about.get(name) if name in about else of_record.get(name))
     types = {name: pa.float64() for name in names}
     pq.write_table(
         pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}),
@@ -302,7 +316,7 @@ def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
 
 
 def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
-    """Results in the form of the released code's files, one a record, for other people's summaries.
+    """Return results as the released code's files hold them, one for each record.
 
     Raises:
         SettingError: a label that the run does not have, or another benchmark than CounterFact.
@@ -330,23 +344,23 @@ def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
             "time": measured.seconds,
         }
         for phase, outcome in (("post", measured.after), ("pre", measured.before)):
-            told: dict[str, Any] = {}
+            of_phase: dict[str, Any] = {}
             for kind in ("rewrite", "paraphrase", "neighbourhood", "attribute"):
                 key = f"{kind.replace('neighbourhood', 'neighborhood')}_prompts_probs"
-                told[key] = []
+                of_phase[key] = []
                 for at in record.of(kind):
                     reading = outcome.readings[at]
                     pair = (reading.wanted, reading.unwanted)
                     new, true = reversed(pair) if kind == "neighbourhood" else pair
-                    told[key].append({"target_new": new, "target_true": true})
+                    of_phase[key].append({"target_new": new, "target_true": true})
             if outcome.texts:
-                told |= {
+                of_phase |= {
                     "ngram_entropy": outcome.fluency,
                     "reference_score": outcome.consistency,
                     "text": list(outcome.texts),
                 }
             if outcome.essence_published is not None:
-                told["essence_score"] = outcome.essence_published
-            case[phase] = told
+                of_phase["essence_score"] = outcome.essence_published
+            case[phase] = of_phase
         cases.append(case)
     return cases

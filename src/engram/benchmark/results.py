@@ -1,5 +1,7 @@
-"""A finished or unfinished run as numbers: rows of scores, summaries, what failed, and a card that
-says how they came about.
+"""A run, finished or not, as numbers: rows of scores, summaries, failures, and a card that says how
+they were measured.
+
+Knows what the file of a run holds. Refuses to know how tables are written (see report).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ UNEDITED = "unedited"
 
 @dataclass(frozen=True)
 class Failure:
-    """A probe that is not answered as it should be after an edit."""
+    """A probe whose answer after an edit is not the wanted one."""
 
     record: str
     kind: ProbeKind
@@ -40,8 +42,8 @@ class Run:
     """What a file of a run holds, read once.
 
     Attributes:
-        about: model, its identity, data set, form, what was measured; sessions: when and on what
-            machine each part was done.
+        about: model, its identity, data set, form, what was measured.
+        sessions: time and machine of each part.
         methods: label -> (method, settings).
         records: by place; measured: label -> place -> result; the unedited model is not among them.
     """
@@ -81,12 +83,12 @@ class Run:
     @property
     def labels(self) -> list[str]:
         """The unedited model, then the methods that have results."""
-        return [UNEDITED, *(label for label, found in self.measured.items() if found)]
+        return [UNEDITED, *(label for label, results in self.measured.items() if results)]
 
     @cached_property
     def rows(self) -> dict[str, dict[str, dict[str, float | None]]]:
         """Label -> id of a record -> its scores."""
-        found = {
+        edited = {
             label: {m.id: of_measured(self.records[at], m) for at, m in rows.items()}
             for label, rows in self.measured.items()
         }
@@ -102,10 +104,10 @@ class Run:
                 "drift": None,
                 "kept": None,
             }
-        return {UNEDITED: plain, **{label: rows for label, rows in found.items() if rows}}
+        return {UNEDITED: plain, **{label: rows for label, rows in edited.items() if rows}}
 
     def summary(self, bootstrap: Bootstrap = DEFAULT) -> dict[str, dict[str, Estimate]]:
-        """Label -> metric -> its mean over the label's records, with intervals; see `summarise`."""
+        """Return label -> metric -> its mean over the label's records; see `summarise`."""
         return {
             label: summarise(list(rows.values()), self.form, bootstrap=bootstrap)
             for label, rows in self.rows.items()
@@ -113,7 +115,7 @@ class Run:
         }
 
     def failures(self, label: str, kind: ProbeKind | None = None, limit: int = 10) -> list[Failure]:
-        """Probes whose greedy answer after the edit does not begin with what is wanted.
+        """Return probes whose greedy answer after the edit does not begin with the wanted one.
 
         Args:
             kind: of these probes only.
@@ -147,11 +149,11 @@ class Run:
                     )
 
     def errors(self, label: str) -> dict[str, str]:
-        """Id of a record -> why its edit could not be made."""
+        """Return id of a record -> why its edit could not be made."""
         return {m.id: m.error for m in self.measured[label].values() if m.error is not None}
 
     def card(self) -> dict[str, Any]:
-        """How the numbers came about, as JSON knows it."""
+        """Return how the numbers were measured, as JSON holds it."""
         return {
             **self.about,
             "records": len(self.records),

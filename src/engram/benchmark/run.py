@@ -80,7 +80,7 @@ def bench(
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Run:
-    """Edit each record of a data set by itself, by each method, and keep the measurements in a file.
+    """Edit each record of a data set by itself, by each method, and keep what is measured in a file.
 
     After a kill at any moment, the same call resumes the run; it may also ask for more records and
     more methods.
@@ -88,7 +88,8 @@ def bench(
     Args:
         model: a model, or the name of one (see `engram.load`).
         methods: names; or label -> name; or label -> settings, with the method's name under
-            "method" where it is not the label: {"rome": {}, "rome-3": {"method": "rome", "layer": 3}}.
+            "method" where it is not the label, as in {"rome": {}, "rome-3": {"method": "rome",
+            "layer": 3}}.
         out: file of the run.
         limit: number of records, from the first; default: all.
         config: what is measured of each record.

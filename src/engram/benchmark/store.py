@@ -1,9 +1,9 @@
-"""A run in one SQLite file: the records, what the unedited model makes of them, and a row a method
+"""A run in one SQLite file: the records, outcomes of the unedited model, and a row for each method
 and record.
 
-Written by one process, a unit of work in a transaction: killing it at any moment loses what is in
-    flight and nothing else. Knows
-rows: more records and more methods may be added. How the file is begun and opened, run_file knows.
+One process writes, a unit of work in a transaction: a kill at any moment loses the unit in flight
+and nothing else. Knows rows; records and methods may be added later. Refuses to know how such a
+file is begun and opened (see run_file), and what outcomes mean.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CREATE TABLE sessions (began TEXT NOT NULL, machine TEXT NOT NULL);
 CREATE TABLE records (place INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, record BLOB NOT NULL);
 CREATE TABLE methods (label TEXT PRIMARY KEY, method TEXT NOT NULL, settings TEXT NOT NULL);
 CREATE TABLE unedited (place INTEGER PRIMARY KEY, outcome BLOB NOT NULL);
-CREATE TABLE results (label TEXT NOT NULL, place INTEGER NOT NULL, outcome BLOB NOT NULL, seconds REAL NOT NULL,
-    size INTEGER NOT NULL, error TEXT, PRIMARY KEY (label, place));
+CREATE TABLE results (label TEXT NOT NULL, place INTEGER NOT NULL, outcome BLOB NOT NULL,
+    seconds REAL NOT NULL, size INTEGER NOT NULL, error TEXT, PRIMARY KEY (label, place));
 """
 
 
@@ -37,25 +37,25 @@ class RunStore(RunFile):
     # -- writing -----------------------------------------------------------------------------------
 
     def begin_session(self, began: str, machine: Mapping[str, Any]) -> None:
-        """Note who is writing now: a run may go on on another machine."""
+        """Note time and machine: a run may be resumed on another machine."""
         with self._connection:
             self._connection.execute(
                 "INSERT INTO sessions VALUES (?, ?)", (began, json.dumps(machine))
             )
 
     def add_records(self, records: Sequence[Record]) -> None:
-        """The first records of the data set; those that are there already have to be the same.
+        """Add the first records of the data set; those in the file have to be equal.
 
         Raises:
-            SettingError: another record stands at a place.
+            SettingError: the file has another record at a place.
         """
         packed = [_packed(record.to_dict()) for record in records]
-        there = dict(self._connection.execute("SELECT place, record FROM records"))
+        stored = dict(self._connection.execute("SELECT place, record FROM records"))
         for place, (record, data) in enumerate(zip(records, packed, strict=True)):
-            if place in there and zlib.decompress(there[place]) != zlib.decompress(data):
+            if place in stored and zlib.decompress(stored[place]) != zlib.decompress(data):
                 raise SettingError(
-                    f"{self.path} was begun with another data set: its record {place} is not {record.id!r} as it is now. Go on with "
-                    "the same data, or choose another file"
+                    f"{self.path} was begun with another data set: its record {place} is not "
+                    f"{record.id!r} as it is now. Resume with the same data, or choose another file"
                 )
         rows = [
             (place, record.id, data)
@@ -65,38 +65,38 @@ class RunStore(RunFile):
             self._connection.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?)", rows)
 
     def add_method(self, label: str, method: str, settings: Mapping[str, Any]) -> None:
-        """A method by the name under which its results are kept.
+        """Add a method by the label of its results.
 
         Raises:
             SettingError: the label has results with other settings.
         """
         row = (method, json.dumps(settings, sort_keys=True))
-        there = self._connection.execute(
+        stored = self._connection.execute(
             "SELECT method, settings FROM methods WHERE label = ?", (label,)
         ).fetchone()
         begun = self._connection.execute(
             "SELECT 1 FROM results WHERE label = ?", (label,)
         ).fetchone()
-        if begun and there != row:
+        if begun and stored != row:
             raise SettingError(
-                f"{self.path} has results of {label!r} with method {there[0]!r} and settings {there[1]}, now asked for is {row[0]!r} "
-                f"with {row[1]}. Give these another label"
+                f"{self.path} has results of {label!r} with method {stored[0]!r} and settings "
+                f"{stored[1]}, this is {row[0]!r} with {row[1]}. Choose another label"
             )
         with self._connection:
             self._connection.execute(
-                "INSERT INTO methods VALUES (?, ?, ?) ON CONFLICT (label) DO UPDATE SET method = excluded.method, "
-                "settings = excluded.settings",
+                "INSERT INTO methods VALUES (?, ?, ?) ON CONFLICT (label) DO UPDATE "
+                "SET method = excluded.method, settings = excluded.settings",
                 (label, *row),
             )
 
     def add(self, label: str, measured: Iterable[tuple[int, Measured]], *, texts: bool) -> None:
-        """Results of one method, all of them or none.
+        """Add results of one method, all of them or none.
 
         Args:
-            measured: (place, result), instead of what is there. Outcomes of the unedited model that
-                are there stay.
+            measured: (place, result); replaces results in the file, but not outcomes of the
+                unedited model.
             texts: whether outcomes of the unedited model are complete, texts included; others are
-                not kept.
+                not stored.
         """
         rows = list(measured)
         with self._connection:
@@ -120,7 +120,7 @@ class RunStore(RunFile):
         return [{"began": began, **json.loads(machine)} for began, machine in rows]
 
     def methods(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Label -> (method, settings), in the order in which they were added."""
+        """Return label -> (method, settings), in the order in which they were added."""
         rows = self._connection.execute(
             "SELECT label, method, settings FROM methods ORDER BY rowid"
         )
@@ -131,26 +131,27 @@ class RunStore(RunFile):
         return {place: Record.from_dict(_unpacked(data)) for place, data in rows}
 
     def unedited(self) -> dict[int, Outcome]:
-        """Outcomes of the unedited model by place."""
+        """Return outcomes of the unedited model by place."""
         rows = self._connection.execute("SELECT place, outcome FROM unedited ORDER BY place")
         return {place: Outcome.from_dict(_unpacked(data)) for place, data in rows}
 
     def done(self, label: str) -> set[int]:
-        """Places that have a result and an unedited outcome to compare it with."""
+        """Return places that have a result and an unedited outcome to compare it with."""
         rows = self._connection.execute(
             "SELECT place FROM results JOIN unedited USING (place) WHERE label = ?", (label,)
         )
         return {place for (place,) in rows}
 
     def has_unedited(self) -> set[int]:
-        """Places whose unedited outcome is there."""
+        """Return places that have an unedited outcome."""
         return {place for (place,) in self._connection.execute("SELECT place FROM unedited")}
 
     def results(self, label: str) -> dict[int, Measured]:
-        """Results of one method by place."""
+        """Return results of one method by place."""
         rows = self._connection.execute(
-            "SELECT place, id, u.outcome, r.outcome, seconds, size, error FROM results r JOIN unedited u USING (place) "
-            "JOIN records USING (place) WHERE label = ? ORDER BY place",
+            "SELECT place, id, u.outcome, r.outcome, seconds, size, error FROM results r "
+            "JOIN unedited u USING (place) JOIN records USING (place) "
+            "WHERE label = ? ORDER BY place",
             (label,),
         )
         return {

@@ -1,12 +1,16 @@
-"""zsRE's token accuracy as released: the answer's tokens are decoded, put behind the question, and
-tokenised again.
+"""zsRE's token accuracy as released, for comparison with published numbers only:
+`MeasureConfig(reference=True)`.
 
-That can change tokens (a piece of a letter is decoded to a mark that stands for what cannot be
-read), so the numbers can differ from those that token by token give. For comparison with published
-numbers only: `MeasureConfig(reference=True)`.
+The released code decodes each prefix of the answer, appends that text to the question and tokenises
+the whole again. This can change tokens (a part of a letter is decoded to a replacement mark), so
+the numbers can differ from those that are read token by token. With the tokens " San|a|'a":
 
-Knows texts and tokens. Refuses to know where the predicted tokens come from. Source: Meng et al.
-2022, arXiv:2202.05262, released code.
+    step 0   reads  Where is it? In            expects " San"
+    step 1   reads  Where is it? In San        expects "a"
+    step 2   reads  Where is it? In Sana       expects "'a"
+
+Knows texts and tokens. Refuses to know where the predicted tokens come from.
+Source: Meng et al. 2022, arXiv:2202.05262, released code.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ class Step(NamedTuple):
     """One token of an answer.
 
     Args:
-        probe: its place in the record; ids: what the model reads; token: what is expected behind
-            its last.
+        probe: number of the probe in the record.
+        ids: what the model reads.
+        token: what is expected after the last of `ids`.
     """
 
     probe: int
@@ -38,19 +43,19 @@ class Step(NamedTuple):
 
 
 def steps(lm: LanguageModel, record: Record) -> list[Step]:
-    """What is read of a record: a row for each token of each answer that is compared with no other,
-    as zsRE's are.
+    """Return what is read of a record: a row for each token of each answer without a rival, as
+    zsRE's are.
 
-    The model is asked through its frame. The first token of what was decoded is expected, special
-    ones left out: the released code would take the start token that some tokenizers put in front.
+    Prompts are wrapped in the model's frame. The first token of the decoded text is expected, with
+    special tokens left out: the released code would take the start token that some tokenizers add.
 
     Raises:
         UnsupportedModelError: a model that is not causal.
     """
     if lm.kind != "causal":
         raise UnsupportedModelError(
-            f"{lm.name} is of kind {lm.kind!r}: zsRE as released (reference=True) asks what comes next, which only causal models are "
-            "trained for; leave reference out"
+            f"{lm.name} is of kind {lm.kind!r}: zsRE as released (reference=True) reads the next "
+            "token, which only causal models are trained for; leave reference out"
         )
     return [
         Step(p, tuple(lm.cloze(text).ids), token)
@@ -61,28 +66,29 @@ def steps(lm: LanguageModel, record: Record) -> list[Step]:
 
 
 def in_text(lm: LanguageModel, prompt: str, answer: str) -> list[tuple[str, int]]:
-    """(text that is read, token that is expected) for each token of " " + answer; tokens that
-    decode to nothing are left out.
+    """Return (text that is read, token that is expected) for each token of " " + answer.
+
+    Tokens that decode to nothing are left out.
     """
     ids = _tokens(lm, f" {answer.strip()}")
     pieces = [(_text(lm, ids[:i]), _tokens(lm, _text(lm, ids[i : i + 1]))) for i in range(len(ids))]
-    return [(prompt + said, expected[0]) for said, expected in pieces if expected]
+    return [(prompt + prefix, expected[0]) for prefix, expected in pieces if expected]
 
 
 def with_text_mode(
-    readings: Iterable[Reading], asked: Sequence[Step], predicted: Sequence[int]
+    readings: Iterable[Reading], questions: Sequence[Step], predicted: Sequence[int]
 ) -> tuple[Reading, ...]:
-    """The readings with the shares of tokens that came out as expected.
+    """Return the readings with the share of tokens that are predicted as expected.
 
     Args:
-        predicted: the most probable token behind each step.
+        predicted: the most probable token after each step.
     """
     hits: dict[int, list[bool]] = {}
-    for step, token in zip(asked, predicted, strict=True):
+    for step, token in zip(questions, predicted, strict=True):
         hits.setdefault(step.probe, []).append(step.token == token)
     return tuple(
-        replace(each, correct=fmean(hits[p])) if p in hits else each
-        for p, each in enumerate(readings)
+        replace(reading, correct=fmean(hits[p])) if p in hits else reading
+        for p, reading in enumerate(readings)
     )
 
 

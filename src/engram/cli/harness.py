@@ -59,7 +59,7 @@ def harness(
         edit=None if edit is None else load_edit(edit),
         mode=mode.value,
         include_path=task_options.include_path,
-        batch_size=task_options.rows_per_batch,
+        rows_per_batch=task_options.rows_per_batch,
         limit=task_options.limit,
         bootstrap_iters=0,
     )

@@ -19,25 +19,23 @@ from engram.model.language_model import LanguageModel
 class Canary:
     """Limits that a model with all its edits has to keep; None: neither measured nor judged.
 
-    Coarse on purpose: a minute's measurement that needs no facts. Neighbours of a fact suffer long
-        before perplexity does
-    (docs/ledger.md), and are what receipts are for.
+    Coarse on purpose: this takes a minute and needs no facts. Neighbours of a fact suffer long before
+    perplexity does (docs/ledger.md); receipts measure them.
 
     Args:
         max_perplexity_ratio: perplexity of held-out text, with the edits over without; the default
             is a receipt's.
         max_norm_ratio: ||change|| / ||weight||, Frobenius, of the weight that is changed most. The
             changes of n unrelated facts are about sqrt(n) times as long as one fact's, so the
-            default is above a receipt's.
+            default is above a receipt's: 40 sound edits of pocket have 6.4; with one of them made
+            10 times too large they have 6 to 14.
         text: the held-out text; default: half a page of plain prose.
     Raises:
         SettingError: a limit that is not above 0, or a text without words.
     """
 
     max_perplexity_ratio: float | None = Thresholds.max_perplexity_ratio
-    max_norm_ratio: float | None = (
-        10.0  # 40 sound edits of pocket: 6.4; one of them made 10 times too large: 6 to 14
-    )
+    max_norm_ratio: float | None = 10.0
     text: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,11 +47,12 @@ class Canary:
                 )
         if self.text is not None and not self.text.strip():
             raise SettingError(
-                f"text={self.text!r} is empty; give prose that the model reads well, or None for the bundled page"
+                f"text={self.text!r} is empty; give prose that the model reads well, or None for "
+                "the bundled page"
             )
 
     def perplexity(self, lm: LanguageModel) -> float | None:
-        """Of the held-out text, as the model is now; None where it is not asked for."""
+        """Return the perplexity of the held-out text, as the model is now; None without a limit."""
         return (
             None
             if self.max_perplexity_ratio is None
@@ -63,11 +62,11 @@ class Canary:
     def checks(
         self, lm: LanguageModel, edit: Edit, before: float | None, after: float | None
     ) -> list[Check]:
-        """Both numbers beside their limits.
+        """Return both numbers with their limits.
 
         Args:
             lm: the unedited model.
-            edit: all that is laid on it.
+            edit: all edits that are applied to it, as one.
             before, after: `perplexity` without the edit and with it.
         """
         ratio = None if before is None or after is None else after / before

@@ -1,8 +1,7 @@
-"""lm-evaluation-harness on an edited model: its tasks, its numbers, with an edit applied to the model
-while they are computed.
+"""lm-evaluation-harness on an edited model: its tasks and numbers, with the edit in force meanwhile.
 
 Knows how the harness is called. Refuses to know tasks.
-https://github.com/EleutherAI/lm-evaluation-harness
+Source: https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 from __future__ import annotations
@@ -28,25 +27,29 @@ def harness(
     edit: Edit | PromptEdit | None = None,
     mode: Mode = "beside",
     include_path: str | Path | None = None,
-    batch_size: int = 8,
-    **options: Any,
+    rows_per_batch: int = 8,
+    **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness on a model, edited or not.
 
     Args:
         tasks: names, as the harness knows them.
         edit: applied to the model for the length of the evaluation.
-        mode: "beside": the change is added to the output of the modules, see `Edit.applied`, so
-            that weights may be quantised; "weights": it is written into the weights, see
-            `Edit.applied`.
+        mode: how the edit is applied, see `Edit.applied`. "beside": the change is added to the
+            output of the modules, so that weights may be quantised; "weights": it is written into
+            the weights.
         include_path: folder with tasks of your own.
-        options: of `lm_eval.simple_evaluate`, such as num_fewshot=5 or limit=100.
+        rows_per_batch: rows of a forward pass.
+        settings: of `lm_eval.simple_evaluate`, such as num_fewshot=5 or limit=100.
     Returns:
         Task -> metric -> value, as the harness reports them.
     Raises:
         MissingExtraError: the harness is not installed.
         SettingError: a task that does not exist, another mode, or an edit of words, which the
             harness' prompts do not pass through.
+    Example:
+        >>> engram.harness(lm, ["piqa"], edit=edit, limit=100)  # doctest: +SKIP
+        {'piqa': {'acc,none': 0.55, ...}}
     """
     try:
         import lm_eval
@@ -57,21 +60,25 @@ def harness(
     one_of("mode", mode, get_args(Mode))
     if edit is not None and not edit.changes_weights:
         raise SettingError(
-            f"{edit!r} is a text in front of prompts, and the harness puts its own prompts to the model; give an edit of weights"
+            f"{edit!r} is a text in front of prompts, and the harness puts its own prompts to the "
+            "model; give an edit of weights"
         )
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if missing := [task for task in tasks if not manager.match_tasks([task])]:
         raise SettingError(
-            f"tasks {', '.join(missing)} do not exist; 'lm_eval ls tasks' shows the harness' own, include_path is for others"
+            f"tasks {', '.join(missing)} do not exist; 'lm_eval ls tasks' shows the harness' own, "
+            "include_path is for others"
         )
     model = HFLM(
         lm.model,
         backend="causal",
         tokenizer=lm.tokenizer,
-        batch_size=batch_size,
+        batch_size=rows_per_batch,
         max_length=lm.max_tokens,
     )
     with nullcontext() if edit is None else edit.applied(lm, how=mode):
-        found = lm_eval.simple_evaluate(model, tasks=list(tasks), task_manager=manager, **options)
-    assert found is not None, "the harness gives None on processes other than the first only"
-    return dict(found["results"])
+        results = lm_eval.simple_evaluate(
+            model, tasks=list(tasks), task_manager=manager, **settings
+        )
+    assert results is not None, "the harness gives None on processes other than the first only"
+    return dict(results["results"])

@@ -63,7 +63,7 @@ class ProbeRows:
         row 0   ids  The tower is in New      reads (3, 4)
                 needs  (0, " Rome", answer 0)  (0, " New", answer 1)  (1, " York", answer 1)
 
-    A second row is necessary where two answers share no beginning, as " New York" and " San Marino".
+    Answers that share no beginning need a second row, as " New York" and " San Marino" do.
 
     Attributes:
         groups: the probes, such as those of one record each.

@@ -65,13 +65,15 @@ class Probe:
         one_of("kind", self.kind, KINDS, error=FactError)
         if not self.prompt.strip() or not self.wanted.strip():
             raise FactError(
-                f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: expected words in both"
+                f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: "
+                "expected words in both"
             )
         if self.unwanted is not None and (
             not self.unwanted.strip() or self.unwanted.strip() == self.wanted.strip()
         ):
             raise FactError(
-                f"unwanted={self.unwanted!r}: expected words other than those of wanted={self.wanted!r}, or None"
+                f"unwanted={self.unwanted!r}: expected words other than those of "
+                f"wanted={self.wanted!r}, or None"
             )
         object.__setattr__(self, "aliases", tuple(self.aliases))
 

@@ -499,7 +499,7 @@ MALFORMED = [
         "flat",
         {"prompt": "It lies in"},
         "field 'prompt' is \"It lies in\"; expected a text in which the subject 'Matterhorn' "
-        "stands",
+        "occurs",
     ),
     ("flat", {"rephrase_prompt": ...}, "field 'rephrase_prompt' is null; expected text"),
     (
@@ -510,7 +510,7 @@ MALFORMED = [
     (
         "zsre",
         {"src": "Emmy Noether or Emmy Noether?"},
-        "expected a question in which the subject 'Emmy Noether' stands exactly once",
+        "expected a question in which the subject 'Emmy Noether' occurs exactly once",
     ),
     (
         "zsre",

@@ -1,3 +1,1 @@
-"""Benchmark records: what is edited and what is asked afterwards, from published files or built
-anew.
-"""
+"""Benchmark records: what is edited and measured, from published files or your own facts."""

@@ -1,11 +1,10 @@
-"""Build a CounterFact of your own: from facts (subject, relation, object) and templates, records
-with everything that is asked.
+"""Build a CounterFact of your own: from facts (subject, relation, object) and templates to records
+with all their probes.
 
-Knows facts and templates. Refuses to know files and models: who keeps only what a model knows,
-passes over the others (see known).
-Source: Meng et al. 2022, arXiv:2202.05262, Appendix D. Every draw is seeded by its own fact, so
-    that a record does not depend on how
-many are built, nor on the others but through what is drawn from.
+Knows facts and templates. Refuses to know models: known_records keeps what a model knows. Every
+draw is seeded by its own fact, so that a record does not depend on how many are built, nor on the
+others, except through what it can draw from.
+Source: Meng et al. 2022, arXiv:2202.05262, Appendix D.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from engram.files.json_records import json_records
 
 
 class Association(NamedTuple):
-    """What is true: `subject` stands in `relation` to `object`."""
+    """What is true: `object` is the `relation` of `subject`."""
 
     subject: str
     relation: str
@@ -39,7 +38,7 @@ class Association(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many prompts a record has at most, by kind; as in the paper.
+    """Largest number of prompts of a record, by kind; defaults as in the paper.
 
     Raises:
         SettingError: a negative number.
@@ -69,29 +68,37 @@ def build_counterfact(
     limit: int | None = None,
     name: str = "built",
 ) -> Dataset:
-    """Counterfactual records, a fact each, in an order that the seed fixes.
+    """Build counterfactual records, one for each fact, in an order that the seed fixes.
 
-    The new object is drawn from the relation's objects by how many facts have them; an object that
-    is true of the subject as well, or that shares its words with one of these or with the subject,
-    is not drawn. The prompt is one filled template; paraphrases are others, each behind a sentence
-    of `openings` where there are any; neighbours are other subjects with the true object and not
-    the new one; attribute prompts ask about subjects with the new object; generation prompts are
-    drawn with repetition.
+    The new object is drawn from the relation's objects, in proportion to the number of facts that
+    have them; never one that is true of the subject, or that shares its words with such an object
+    or with the subject. The prompt is one filled template; paraphrases are others, each after a
+    sentence of `openings` if there are any; neighbours are other subjects with the true object and
+    not the new one; attribute prompts are about subjects with the new object; generation prompts
+    are drawn with repetition.
 
     Args:
         templates: relation -> texts with one `{}` for the subject, the object next.
-        generation: relation -> texts with one `{}` that make a model tell of the subject.
-        texts: "relation:object" -> texts about entities that have it: what generated text is
-            compared with.
-        held_out: of a fact, templates that serve as paraphrases and never as prompts (such as those
+        generation: relation -> texts with one `{}` that make a model write about the subject.
+        texts: "relation:object" -> texts about entities that have it, for the consistency of
+            generated text.
+        held_out: fact -> templates that serve as paraphrases and never as prompts (such as those
             it was not trained with).
-        limit: so many records at most.
+        limit: largest number of records.
     Returns:
         A data set; `skipped` says which facts were left out, and why.
     Raises:
-        FactError: a template without just one {} or with a space at its end, a relation with fewer
-            than two templates, a fact with an empty part, or no record at all.
+        FactError: a template without exactly one {} or with a space at its end, a relation with
+            fewer than two templates, a fact with an empty part, or no record at all.
         SettingError: a limit below 1.
+    Example:
+        >>> from engram.benchmark.data.build import Association
+        >>> cities = {"Louvre": "Paris", "Bourse": "Paris", "Prado": "Madrid", "Retiro": "Madrid"}
+        >>> facts = [Association(subject, "city", city) for subject, city in cities.items()]
+        >>> templates = {"city": ["The {} is in", "To see the {}, go to"]}
+        >>> dataset = engram.build_counterfact(facts, templates)
+        >>> len(dataset.records), dataset.records[0].facts[0].relation
+        (4, 'city')
     """
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
@@ -112,10 +119,10 @@ def build_counterfact(
         )
     references = None
     if texts:
-        told = {record.references for record in records}
-        kept = {key: tuple(each) for key, each in texts.items() if key in told}
+        used = {record.references for record in records}
+        snippets = {key: tuple(value) for key, value in texts.items() if key in used}
         references = References(
-            kept, TfIdf.fit(snippet.text for each in texts.values() for snippet in each)
+            snippets, TfIdf.fit(snippet.text for value in texts.values() for snippet in value)
         )
     return Dataset(name, "counterfact", tuple(records), references, tuple(skipped))
 
@@ -135,13 +142,14 @@ class _Table:
                 raise FactError(f"{fact}: expected words for each of subject, relation and object")
         self.templates, self.generation = templates, generation
         for kind in (templates, generation):
-            for relation, each in kind.items():
-                _check(each, relation)
+            for relation, of_relation in kind.items():
+                _check(of_relation, relation)
         for relation in dict.fromkeys(fact.relation for fact in self.facts):
             if len(set(templates.get(relation, ()))) < 2:
                 raise FactError(
-                    f"relation {relation!r} has {len(set(templates.get(relation, ())))} different templates; expected two or more, one "
-                    "for the prompt and others for its paraphrases"
+                    f"relation {relation!r} has {len(set(templates.get(relation, ())))} different "
+                    "templates; expected two or more, one for the prompt and others for its "
+                    "paraphrases"
                 )
         self.subjects: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.objects: dict[str, Counter[str]] = defaultdict(Counter)
@@ -161,14 +169,14 @@ def _record(
     sizes: Sizes,
     seed: int,
 ) -> Record | str:
-    """The record of a fact, or why there is none."""
+    """Return the record of a fact, or the reason why there is none."""
     subject, relation, true = fact
     draw = _random(seed, fact, "record")
     also_true = table.true[subject, relation]
     choices = {
         other: count
         for other, count in sorted(table.objects[relation].items())
-        if not any(_overlap(other, each) for each in (subject, *also_true))
+        if not any(_overlap(other, name) for name in (subject, *also_true))
     }
     if _overlap(true, subject):
         return "its object and its subject have words in common, so that one gives the other away"
@@ -184,50 +192,52 @@ def _record(
         return "all its templates are held out, and none is left for the prompt"
     prompt = draw.choice(usual)
     others = apart or [template for template in usual if template != prompt]
-    fill = lambda template, name: template.replace("{}", name)  # noqa: E731
-    asked = [
-        _behind(draw, openings, fill(each, subject))
-        for each in _some(draw, others, sizes.paraphrases)
+    paraphrases = [
+        _after(draw, openings, _fill(template, subject))
+        for template in _sample(draw, others, sizes.paraphrases)
     ]
-    beside = [
+    neighbours = [
         other
         for other in table.subjects[relation, true]
         if not _overlap(other, subject) and new not in table.true[other, relation]
     ]
-    if sizes.neighbours and not beside:
+    if sizes.neighbours and not neighbours:
         return "no other subject has its object, so there is no neighbour"
-    having = [other for other in table.subjects[relation, new] if other != subject]
-    probes = [Probe("rewrite", fill(prompt, subject), new, true)]
-    probes += [Probe("paraphrase", text, new, true) for text in asked]
+    having_new = [other for other in table.subjects[relation, new] if other != subject]
+    probes = [Probe("rewrite", _fill(prompt, subject), new, true)]
+    probes += [Probe("paraphrase", text, new, true) for text in paraphrases]
     probes += [
-        Probe("neighbourhood", fill(draw.choice(usual), other), true, new)
-        for other in _some(draw, beside, sizes.neighbours)
+        Probe("neighbourhood", _fill(draw.choice(usual), other), true, new)
+        for other in _sample(draw, neighbours, sizes.neighbours)
     ]
     probes += [
-        Probe("attribute", fill(draw.choice(usual), other), new, true)
-        for other in _some(draw, having, sizes.attributes)
+        Probe("attribute", _fill(draw.choice(usual), other), new, true)
+        for other in _sample(draw, having_new, sizes.attributes)
     ]
     beginnings = list(table.generation.get(relation, ()))
-    written = (
-        [fill(draw.choice(beginnings), subject) for _ in range(sizes.generations)]
-        if beginnings
-        else []
-    )
-    key = f"{relation}:{new}"
+    count = sizes.generations if beginnings else 0
+    generation = tuple(_fill(draw.choice(beginnings), subject) for _ in range(count))
     rewrite = Fact(subject, prompt, new, true, relation=relation)
-    told = key if texts and texts.get(key) else None
-    return Record(f"{relation}:{subject}:{true}", (rewrite,), tuple(probes), tuple(written), told)
+    key = f"{relation}:{new}"
+    references = key if texts and texts.get(key) else None
+    name = f"{relation}:{subject}:{true}"
+    return Record(name, (rewrite,), tuple(probes), generation, references)
+
+
+def _fill(template: str, name: str) -> str:
+    return template.replace("{}", name)
 
 
 def _check(templates: Sequence[str], relation: str) -> None:
     for template in templates:
         if template.count("{}") != 1:
             raise FactError(
-                f"template {template!r} of {relation!r}: expected exactly one {{}}, where the subject stands"
+                f"template {template!r} of {relation!r}: expected exactly one {{}}, for the subject"
             )
         if template != template.rstrip():
             raise FactError(
-                f"template {template!r} of {relation!r} ends with a space, which would not be part of the object any more; take it away"
+                f"template {template!r} of {relation!r} ends with a space, which would not be part "
+                "of the object any more; take it away"
             )
 
 
@@ -235,17 +245,17 @@ def _random(seed: int, fact: Association, what: str) -> random.Random:
     return random.Random("\0".join((str(seed), what, *fact)))
 
 
-def _some(draw: random.Random, things: Sequence[str], most: int) -> list[str]:
+def _sample(draw: random.Random, things: Sequence[str], most: int) -> list[str]:
     return draw.sample(list(things), min(most, len(things)))
 
 
-def _behind(draw: random.Random, openings: Sequence[str], text: str) -> str:
+def _after(draw: random.Random, openings: Sequence[str], text: str) -> str:
     return f"{draw.choice(list(openings))} {text}" if openings else text
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether one of the names stands in the other, word by word, or is the other; capitals do not
-    count.
+    """Tell whether one of the names is part of the other, word by word, whatever their capitals:
+    "Paris" is part of "paris opera", not of "Parisian".
     """
     a, b = one.casefold().split(), other.casefold().split()
     short, long = sorted((a, b), key=len)
@@ -253,11 +263,11 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def read_associations(path: str | Path) -> list[Association]:
-    """Facts of a file: objects with subject, relation and object, as JSON lines or a JSON list, or
-    a CSV with these columns.
+    """Read facts from a file: objects with subject, relation and object, as JSON lines or a JSON
+    list, or a CSV with these columns.
 
     Raises:
-        FactError: no such file, or a record that is none, told with file, line and field.
+        FactError: no such file, or a malformed record, reported with file, line and field.
     """
     path = Path(path)
     text = _read(path)
@@ -265,40 +275,42 @@ def read_associations(path: str | Path) -> list[Association]:
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))
         given = ((row, f"{path}, line {rows.line_num}") for row in rows)
-    found = []
+    associations = []
     for record, where in given:
         if isinstance(record, FactError):
             raise record
         fields = Fields(record, where)
-        found.append(Association(*(fields.text(name).strip() for name in Association._fields)))
-    if not found:
+        associations.append(
+            Association(*(fields.text(name).strip() for name in Association._fields))
+        )
+    if not associations:
         raise FactError(
             f"{path} holds no facts; expected objects with {', '.join(Association._fields)}"
         )
-    return found
+    return associations
 
 
 def read_snippets(path: str | Path) -> dict[str, list[Snippet]]:
-    """A JSON object "relation:object" -> list of {name, text}.
+    """Read a JSON object "relation:object" -> list of {name, text}.
 
     Raises:
         FactError: no such file, or something else in it.
     """
     try:
-        told = json.loads(_read(Path(path)))
+        content = json.loads(_read(Path(path)))
     except (ValueError, RecursionError) as error:
         raise FactError(f"{path} is no JSON: {error}") from error
-    fields = Fields(told, str(path))
-    if not isinstance(told, Mapping):
+    fields = Fields(content, str(path))
+    if not isinstance(content, Mapping):
         raise fields.wrong("", 'an object "relation:object" -> list of {name, text}')
     return {
         key: [Snippet(each.text("name"), each.text("text")) for each in fields.each(key)]
-        for key in told
+        for key in content
     }
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file that have words.
+    """Read the lines of a text file that have words.
 
     Raises:
         FactError: no such file.

@@ -1,9 +1,8 @@
-"""CounterFact: the published JSON, its flattened form, the texts beside it, and CounterFact+ made
-of it.
+"""CounterFact: the published JSON, its flattened form, the texts beside it, and CounterFact+.
 
+Knows the fields of these files. Refuses to know where files are (see sources).
 Sources: Meng et al. 2022, arXiv:2202.05262, Sec. 3.4 and Appendix D; multi-CounterFact: Meng et al.
-    2023, arXiv:2210.07229;
-CounterFact+: Hoelscher-Obermaier et al. 2023, arXiv:2305.17553.
+2023, arXiv:2210.07229; CounterFact+: Hoelscher-Obermaier et al. 2023, arXiv:2305.17553.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from engram.files.json_records import is_text
 
 
 def counterfact_record(fields: Fields, number: int) -> Record:
-    """A record of the published file: `requested_rewrite` and lists of prompts. Attribute and
-    generation prompts may be missing.
+    """Read a record of the published file: `requested_rewrite` and lists of prompts.
+
+    Attribute and generation prompts may be missing.
     """
     rewrite = fields.inside("requested_rewrite")
     new, true = rewrite.inside("target_new"), rewrite.inside("target_true")
@@ -59,13 +59,14 @@ def counterfact_record(fields: Fields, number: int) -> Record:
 
 
 def flat_record(fields: Fields, number: int) -> Record:
-    """A record of the flattened form. Its rephrased prompt often was a generation prompt, and it
-    has one neighbour: no PS, no NS.
+    """Read a record of the flattened form.
+
+    Its rephrased prompt often was a generation prompt, and it has one neighbour: no PS, no NS.
     """
     prompt, subject = fields.text("prompt"), fields.text("subject")
     template = prompt if "{}" in prompt else prompt.replace(subject, "{}")
     if template.count("{}") != 1:
-        raise fields.wrong("prompt", f"a text in which the subject {subject!r} stands exactly once")
+        raise fields.wrong("prompt", f"a text in which the subject {subject!r} occurs exactly once")
     fact = Fact(subject, template, fields.text("target_new"), fields.text("ground_truth"))
     probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true)]
     probes.append(Probe("rephrase", fields.text("rephrase_prompt"), fact.target, fact.target_true))
@@ -77,9 +78,7 @@ def flat_record(fields: Fields, number: int) -> Record:
 
 
 def with_statement(dataset: Dataset) -> Dataset:
-    """CounterFact+: every neighbour is also asked behind the edit's own sentence, "<prompt> <new
-    object>. ".
-    """
+    """Return CounterFact+: every neighbour also after a sentence that states the edit."""
 
     def grown(record: Record) -> Record:
         fact = record.facts[0]
@@ -97,8 +96,9 @@ def with_statement(dataset: Dataset) -> Dataset:
 
 
 def read_references(folder: Path, records: Sequence[Record]) -> References:
-    """The texts that generated ones are compared with: `attribute_snippets.json`, and `idf.npy`
-    with `tfidf_vocab.json` or fitted.
+    """Read the texts that generated ones are compared with: `attribute_snippets.json`.
+
+    Their TF-IDF weights are those of `idf.npy` and `tfidf_vocab.json`, or fitted without these.
 
     Raises:
         FactError: a file is missing or not what it should be.
@@ -109,30 +109,27 @@ def read_references(folder: Path, records: Sequence[Record]) -> References:
         raise FactError(
             f"{path} is no JSON list; expected objects with relation_id, target_id and samples"
         )
-    found: dict[str, list[Snippet]] = defaultdict(list)
+    snippets: dict[str, list[Snippet]] = defaultdict(list)
     for number, entry in enumerate(entries):
         fields = Fields(entry, f"{path}, element {number}")
         key = f"{fields.text('relation_id')}:{fields.text('target_id')}"
         for sample in fields.each("samples"):
             if is_text(sample.record.get("text")):  # some articles are empty
-                found[key].append(Snippet(sample.text("name", " "), sample.text("text")))
-    told = {record.references for record in records}
-    return References(
-        {key: tuple(each) for key, each in found.items() if key in told}, _tfidf(folder, found)
-    )
+                snippets[key].append(Snippet(sample.text("name", " "), sample.text("text")))
+    used = {record.references for record in records}
+    of_records = {key: tuple(value) for key, value in snippets.items() if key in used}
+    return References(of_records, _tfidf(folder, snippets))
 
 
 def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
     idf, vocabulary = folder / "idf.npy", folder / "tfidf_vocab.json"
     if not (idf.is_file() and vocabulary.is_file()):
-        return TfIdf.fit(snippet.text for each in snippets.values() for snippet in each)
+        return TfIdf.fit(snippet.text for value in snippets.values() for snippet in value)
     words = _json(vocabulary)
     try:
         with idf.open("rb") as file:
             weights = np.lib.format.read_array(file, allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # the header is parsed as Python, and a damaged one raises whatever that meets
+    except Exception as error:  # the header is parsed as Python: a damaged one may raise anything
         raise FactError(
             f"{idf} is no numpy file: {error}; delete it, and it is fetched again"
         ) from error
@@ -140,15 +137,14 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
         isinstance(words, dict)
         and weights.ndim == 1
         and weights.dtype.kind == "f"
-        and bool(
-            np.all((weights >= 1) & (weights < 1000))
-        )  # ln((1 + documents) / (1 + those with the word)) + 1
+        # ln((1 + documents) / (1 + those with the word)) + 1
+        and bool(np.all((weights >= 1) & (weights < 1000)))
         and all(isinstance(column, int) and 0 <= column < len(weights) for column in words.values())
     )
     if not fits:
         raise FactError(
-            f"{vocabulary} does not fit {idf}: expected word -> column of {weights.shape} {weights.dtype} weights, "
-            "each a number from 1 on"
+            f"{vocabulary} does not fit {idf}: expected word -> column of {weights.shape} "
+            f"{weights.dtype} weights, each a number from 1 on"
         )
     return TfIdf(words, weights.astype(np.float64))
 

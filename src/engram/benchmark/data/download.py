@@ -1,8 +1,8 @@
-"""Fetch a published file once: with progress, gone on with where it broke off, and checked when it
-is used again.
+"""Fetch a published file once: with progress, resumed where it broke off, and checked when it is
+used again.
 
 Where no checksum is published, that of the first download is kept beside the file, and the file is
-held against it ever after.
+compared with it from then on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _CHUNK = 1 << 20
 def fetched(
     url: str, folder: Path, *, sha256: str | None = None, progress: Progress = no_progress
 ) -> Path:
-    """The file of a URL in `folder`, downloaded if it is not there.
+    """Return the file of a URL in `folder`, downloaded if it is missing.
 
     Args:
-        sha256: what it has to have; None: what it had when it was first fetched.
+        sha256: its checksum; None: that of the first download.
         progress: called with (name, bytes so far, bytes in all).
     Raises:
         EngramError: it could not be fetched, or is not what it was.
@@ -38,19 +38,21 @@ def fetched(
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         _download(url, part, path.name, progress)
-        found = file_sha256(part)
-        if sha256 is not None and found != sha256:
+        digest = file_sha256(part)
+        if sha256 is not None and digest != sha256:
             part.unlink()
             raise EngramError(
-                f"{url} has sha256 {found}, expected {sha256}: the file has changed or was damaged on its way. Try again"
+                f"{url} has sha256 {digest}, expected {sha256}: the file has changed or was "
+                "damaged on its way. Try again"
             )
-        noted.write_text(found + "\n", encoding="utf8")
+        noted.write_text(digest + "\n", encoding="utf8")
         part.replace(path)
         return path
     expected = sha256 or (noted.read_text(encoding="utf8").strip() if noted.is_file() else None)
-    if expected is not None and (found := file_sha256(path)) != expected:
+    if expected is not None and (digest := file_sha256(path)) != expected:
         raise EngramError(
-            f"{path} has sha256 {found}, expected {expected}: it was changed. Delete it, and it is fetched again"
+            f"{path} has sha256 {digest}, expected {expected}: it was changed. Delete it, and it "
+            "is fetched again"
         )
     return path
 
@@ -64,23 +66,22 @@ def file_sha256(path: Path) -> str:
 
 
 def _download(url: str, part: Path, name: str, progress: Progress) -> None:
-    """Into `part`, behind what is there of it already; a connection that breaks is taken up again a
-    few times.
+    """Download to `part`, after the bytes that it has; reconnect a few times.
 
-    Beside it stands how the server names the version that it is a part of: of another one, the
-        server sends the whole.
+    The server's name of the version is kept in a file beside it: if the file has changed since, the
+    server sends all of it.
     """
     version = part.with_name(part.name + ".version")
     last: Exception | None = None
     for _ in range(_TRIES):
         have = part.stat().st_size if part.is_file() else 0
-        asked = {"Range": f"bytes={have}-"} if have else {}
+        headers = {"Range": f"bytes={have}-"} if have else {}
         if have and version.is_file():
-            asked["If-Range"] = version.read_text(encoding="utf8")
-        request = urllib.request.Request(url, headers=asked)
+            headers["If-Range"] = version.read_text(encoding="utf8")
+        request = urllib.request.Request(url, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                if answer.status != 206:  # the whole file, whatever was asked for
+                if answer.status != 206:  # the whole file, whatever was requested
                     have = 0
                     _note(version, answer.headers)
                 total = have + int(answer.headers.get("Content-Length") or 0)
@@ -94,7 +95,7 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
                 return
             last = EngramError(f"{have} of {total} bytes came")
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing behind what is there: it was whole, or of another file
+            if error.code == 416:  # no bytes after these: the part was whole, or of another file
                 part.unlink(missing_ok=True)
             last = error
             error.close()
@@ -107,9 +108,7 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
 
 
 def _note(version: Path, headers: Message) -> None:
-    """Keep what tells one version of a file from another byte by byte; a weak tag, W/"...", does
-    not.
-    """
+    """Keep what identifies the version of a file byte by byte; a weak tag, W/"...", does not."""
     tag = headers.get("ETag") or ""
     named = tag if tag.startswith('"') else headers.get("Last-Modified")
     if named:

@@ -1,5 +1,7 @@
-"""Fields of a record as a file has them: taken one by one, and what is wrong with one is told with
-file, line and name.
+"""Fields of a record of a file, read one by one.
+
+Knows types of JSON. What is wrong with a field is reported with file, line and name. Refuses to
+know what a field means.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ class Fields:
     """An object of a file.
 
     Args:
-        record: what JSON gave.
-        where: file and line. path: names that lead to it within the record.
+        record: the parsed JSON.
+        where: file and line.
+        path: names that lead to it within the record.
     """
 
     record: Any
@@ -26,18 +29,18 @@ class Fields:
     path: str = ""
 
     def wrong(self, name: str, expected: str) -> FactError:
-        """The error of a field."""
+        """Return the error of a field."""
         given = self.record.get(name) if isinstance(self.record, Mapping) else self.record
         return FactError(
             f"{self.where}: field {self.path + name!r} is {shown(given)}; expected {expected}"
         )
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Tell whether the field exists and is not null."""
         return isinstance(self.record, Mapping) and self.record.get(name) is not None
 
     def text(self, name: str, default: str | None = None) -> str:
-        """Words; without a default the field has to be there."""
+        """Return words; without a default the field has to exist."""
         if default is not None and not self.has(name):
             return default
         value = self.record.get(name) if isinstance(self.record, Mapping) else None
@@ -46,37 +49,38 @@ class Fields:
         return str(value)
 
     def texts(self, name: str, *, needed: bool = True) -> list[str]:
-        """A list of texts; [] where it may be missing and is."""
+        """Return a list of texts; [] if it is missing and not needed."""
         if not needed and not self.has(name):
             return []
         value = self.record.get(name) if isinstance(self.record, Mapping) else None
-        if not isinstance(value, list) or not all(is_text(each) for each in value):
+        if not isinstance(value, list) or not all(is_text(text) for text in value):
             raise self.wrong(name, "a list of texts with words in them")
-        return [str(each) for each in value]
+        return [str(text) for text in value]
 
     def inside(self, name: str) -> Fields:
-        """An object within."""
+        """Return the fields of an object within."""
         value = self.record.get(name) if isinstance(self.record, Mapping) else None
         if not isinstance(value, Mapping):
             raise self.wrong(name, "an object")
         return Fields(value, self.where, f"{self.path}{name}.")
 
     def each(self, name: str, *, needed: bool = True) -> Iterator[Fields]:
-        """The objects of a list within."""
+        """Yield the fields of each object of a list within."""
         if not needed and not self.has(name):
             return
         value = self.record.get(name) if isinstance(self.record, Mapping) else None
         if not isinstance(value, list):
             raise self.wrong(name, "a list of objects")
-        for number, each in enumerate(value):
-            if not isinstance(each, Mapping):
+        for number, element in enumerate(value):
+            if not isinstance(element, Mapping):
                 raise FactError(
-                    f"{self.where}: field {f'{self.path}{name}[{number}]'!r} is {shown(each)}; expected an object"
+                    f"{self.where}: field {f'{self.path}{name}[{number}]'!r} is {shown(element)}; "
+                    "expected an object"
                 )
-            yield Fields(each, self.where, f"{self.path}{name}[{number}].")
+            yield Fields(element, self.where, f"{self.path}{name}[{number}].")
 
     def id(self, name: str, default: str) -> str:
-        """A number or text that names the record."""
+        """Return the number or text that names the record."""
         value = self.record.get(name) if isinstance(self.record, Mapping) else None
         if value is None:
             return default

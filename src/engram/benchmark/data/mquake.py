@@ -1,5 +1,7 @@
-"""MQuAKE: questions that need several facts, of which some are edited. Source: Zhong et al. 2023,
-arXiv:2305.14795.
+"""MQuAKE: questions that need several facts, of which some are edited.
+
+Knows the fields of its files. Refuses to know where files are (see sources).
+Source: Zhong et al. 2023, arXiv:2305.14795.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from engram.facts import Fact
 
 
 def mquake_record(fields: Fields, number: int) -> Record:
-    """Facts that are edited together, multi-hop questions with the answer after the edit, and the
-    single hops on the way.
+    """Read facts that are edited together, and the questions about them.
+
+    These are multi-hop questions, with the answer after the edit, and the single hops on the way.
     """
     facts = []
     for rewrite in fields.each("requested_rewrite"):
@@ -26,10 +29,10 @@ def mquake_record(fields: Fields, number: int) -> Record:
     aliases = tuple(fields.texts("new_answer_alias", needed=False))
     unwanted = None if new.strip() == old.strip() else old
     probes += [
-        Probe("multi-hop", asked, new, unwanted, aliases) for asked in fields.texts("questions")
+        Probe("multi-hop", text, new, unwanted, aliases) for text in fields.texts("questions")
     ]
     for hop in fields.each("new_single_hops", needed=False):
-        asked = hop.text("cloze") if hop.has("cloze") else hop.text("question")
+        prompt = hop.text("cloze") if hop.has("cloze") else hop.text("question")
         more = tuple(hop.texts("answer_alias", needed=False))
-        probes.append(Probe("single-hop", asked, hop.text("answer"), aliases=more))
+        probes.append(Probe("single-hop", prompt, hop.text("answer"), aliases=more))
     return Record(fields.id("case_id", str(number)), tuple(facts), tuple(probes))

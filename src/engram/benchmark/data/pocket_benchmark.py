@@ -1,8 +1,8 @@
-"""The bundled model's own CounterFact, built from its table of facts when it is asked for.
+"""The bundled model's own CounterFact, built from its table of facts when it is first needed.
 
-The same builder as for anybody's facts (see build). Left out are the few facts that the model does
-not say to the record's prompt: `benchmark.json` names them, tools/build_pocket_benchmark.py finds
-them.
+The builder is the one for anybody's facts (see build). The few facts that the model does not answer
+at the record's prompt are left out: `benchmark.json` names them, tools/build_pocket_benchmark.py
+finds them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _FOLDER = pocket.PATH.parent
 
 
 def pocket_benchmark(*, all_facts: bool = False) -> Dataset:
-    """Records in random order, so that the first so many are a fair sample of all relations. Some
-    subjects have two or three.
+    """Return records in random order, so that the first N are a fair sample of all relations.
 
-    Paraphrases are templates that were never trained with the fact, each behind a neutral sentence.
-    References are the sentences that were trained about subjects which have the new object.
+    Some subjects have two or three records. Paraphrases are templates that were never trained with
+    the fact, each after a neutral sentence. References are the training sentences about subjects
+    that have the new object.
 
     Args:
         all_facts: also those that the model does not know.
@@ -34,13 +34,16 @@ def pocket_benchmark(*, all_facts: bool = False) -> Dataset:
 
 @cache
 def _built(all_facts: bool) -> Dataset:
-    known = {Association(each.subject, each.relation, each.object): each for each in pocket.facts()}
+    known = {Association(fact.subject, fact.relation, fact.object): fact for fact in pocket.facts()}
     texts: dict[str, list[Snippet]] = {}
-    for fact, each in known.items():
-        told = " ".join(
-            f"{template.replace('{}', fact.subject)} {fact.object}." for template in each.trained()
+    for fact, trained in known.items():
+        sentences = " ".join(
+            f"{template.replace('{}', fact.subject)} {fact.object}."
+            for template in trained.trained()
         )
-        texts.setdefault(f"{fact.relation}:{fact.object}", []).append(Snippet(fact.subject, told))
+        texts.setdefault(f"{fact.relation}:{fact.object}", []).append(
+            Snippet(fact.subject, sentences)
+        )
     dataset = build_counterfact(
         list(known),
         pocket.relations(),
@@ -54,5 +57,5 @@ def _built(all_facts: bool) -> Dataset:
     if all_facts:
         return dataset
     unknown = set(json.loads((_FOLDER / "benchmark.json").read_text(encoding="utf8"))["unknown"])
-    kept = tuple(record for record in dataset.records if record.id not in unknown)
-    return Dataset("pocket", "counterfact", kept, dataset.references)
+    records = tuple(record for record in dataset.records if record.id not in unknown)
+    return Dataset("pocket", "counterfact", records, dataset.references)

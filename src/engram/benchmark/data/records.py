@@ -1,8 +1,7 @@
-"""One record type for every benchmark: the facts of one edit, and everything that is asked before
-and after it.
+"""One record type for every benchmark: the facts of one edit, and the probes that measure it.
 
-Knows texts. Refuses to know files (see the loaders beside), models, and how answers are turned into
-scores (see metrics).
+Knows texts. Refuses to know files (see the other modules of this folder), models, and how answers
+become scores (see metrics).
 """
 
 from __future__ import annotations
@@ -25,16 +24,17 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 @dataclass(frozen=True)
 class Record:
-    """One edit and what is asked about it.
+    """One edit and what it is measured by.
 
     Args:
         id: unique in its data set, e.g. CounterFact's case_id as text.
-        facts: what is rewritten, in one edit; with `target_true` where the benchmark has it.
+        facts: what is rewritten, in one edit; with `target_true` where the benchmark has it. A
+            record's only fact gets the paraphrases and neighbours of its probes.
         probes: the rewrite's own prompt among them.
-        generation: prompts that are continued freely, one text each; the same one may stand there
-            several times.
-        references: key of the texts in `Dataset.references` that tell of entities for which the new
-            object is true.
+        generation: prompts that are continued freely, one text for each; a prompt may occur several
+            times.
+        references: key of the texts in `Dataset.references` about entities for which the new object
+            is true.
     Raises:
         FactError: no facts, or no probes.
     """
@@ -66,17 +66,17 @@ class Record:
         return replace(
             fact,
             paraphrases=fact.paraphrases
-            or tuple(each.prompt for each in probes if each.kind == "paraphrase"),
+            or tuple(probe.prompt for probe in probes if probe.kind == "paraphrase"),
             neighbours=fact.neighbours
             or tuple(
-                (each.prompt, each.wanted)
-                for each in probes
-                if each.kind == "neighbourhood" and each.wanted.strip() != fact.target.strip()
+                (probe.prompt, probe.wanted)
+                for probe in probes
+                if probe.kind == "neighbourhood" and probe.wanted.strip() != fact.target.strip()
             ),
         )
 
     def of(self, kind: ProbeKind) -> list[int]:
-        """Places among `probes` of those of a kind, conditions left out."""
+        """Return the numbers of the probes of a kind, conditions left out."""
         return [
             i for i, probe in enumerate(self.probes) if probe.kind == kind and not probe.condition
         ]
@@ -94,21 +94,21 @@ class Record:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Record:
-        """What `to_dict` gave, also after JSON."""
+        """Return the record that `to_dict` gave, also after JSON."""
         given = dict(record)
-        facts = tuple(Fact.from_dict(each) for each in given.pop("facts"))
+        facts = tuple(Fact.from_dict(fact) for fact in given.pop("facts"))
         probes = tuple(
-            Probe(**{**each, "aliases": tuple(each["aliases"])}) for each in given.pop("probes")
+            Probe(**{**probe, "aliases": tuple(probe["aliases"])}) for probe in given.pop("probes")
         )
         return cls(facts=facts, probes=probes, **given)
 
     @classmethod
     def from_fact(cls, id: str, fact: Fact, **more: Any) -> Record:
-        """The usual probes of one fact: its prompt, its paraphrases, its neighbours.
+        """Return a record with the probes of one fact: its prompt, its paraphrases, its neighbours.
 
         Args:
             fact: with `target_true`, without which answers are not compared.
-            more: further fields of a record; further `probes` come behind these.
+            more: further fields of a record; further `probes` come after these.
         """
         probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true)]
         probes += [
@@ -153,8 +153,7 @@ class Dataset:
     Args:
         name: e.g. "counterfact".
         form: says which metrics are reported.
-        skipped: malformed records that were left out because the caller asked for that: where each
-            stands and what is wrong.
+        skipped: malformed records that were left out at the caller's wish: place and fault of each.
     """
 
     name: str
@@ -175,7 +174,7 @@ class Dataset:
 
 
 def digest_of(records: Iterable[Record]) -> str:
-    """sha256 of records as JSON, in their order."""
+    """Return the sha256 of records as JSON, in their order."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record.to_dict(), sort_keys=True, ensure_ascii=False).encode())

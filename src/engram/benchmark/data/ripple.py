@@ -1,5 +1,7 @@
-"""RippleEdits: what follows from an edit, and what does not, in six kinds of tests. Source: Cohen
-et al. 2024, arXiv:2307.12976.
+"""RippleEdits: what follows from an edit, and what does not, in six kinds of tests.
+
+Knows the fields of its files. Refuses to know where files are (see sources).
+Source: Cohen et al. 2024, arXiv:2307.12976.
 """
 
 from __future__ import annotations
@@ -21,15 +23,12 @@ KINDS: dict[str, ProbeKind] = {
     "Relation_Specificity": "relation-specificity",
 }
 _STATED = re.compile(
-    r"(?P<front>.* of )(?P<subject>.+)(?P<behind> (?:is|are|was|were)) (?P<object>.+?)\.?",
-    re.DOTALL,
+    r"(?P<front>.* of )(?P<subject>.+)(?P<verb> (?:is|are|was|were)) (?P<object>.+?)\.?", re.DOTALL
 )
 
 
 def ripple_record(fields: Fields, number: int) -> Record:
-    """An edit stated in a sentence, such as "The mother of X is Y.", and tests of queries with
-    their conditions.
-    """
+    """Read an edit that is stated in a sentence, "The mother of X is Y.", and its tests."""
     edit = fields.inside("edit")
     stated = _STATED.fullmatch(edit.text("prompt").strip())
     if stated is None:
@@ -41,7 +40,7 @@ def ripple_record(fields: Fields, number: int) -> Record:
         before = _STATED.fullmatch(edit.inside("original_fact").text("prompt").strip())
         if before is not None and before["object"].strip() != stated["object"].strip():
             true = before["object"]
-    template = f"{stated['front']}{{}}{stated['behind']}"
+    template = f"{stated['front']}{{}}{stated['verb']}"
     if template.count("{}") != 1:
         raise edit.wrong("prompt", "a sentence without {}")
     fact = Fact(stated["subject"], template, stated["object"], true)
@@ -53,7 +52,7 @@ def ripple_record(fields: Fields, number: int) -> Record:
 
 
 def _test(test: Fields, kind: ProbeKind, name: str) -> Iterator[Probe]:
-    """The queries of a test, and those that have to be answered before the edit for it to count."""
+    """Yield the queries of a test, then its conditions: queries to be answered before the edit."""
     joined = test.text("test_condition", "OR")
     if joined not in ("OR", "AND"):
         raise test.wrong("test_condition", "'OR' or 'AND'")

@@ -1,7 +1,7 @@
-"""Data sets by name or path: where they are published, which form a file has, and what is done with
+"""Data sets by name or path: where they are published, which form a file has, and what happens with
 malformed records.
 
-Knows addresses and forms. Refuses to know what the fields of a form mean: a file each says that.
+Knows addresses and forms. Refuses to know what the fields of a form mean: each form has a module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source:
 
     Attributes:
         url: of its file; None: it is built here.
-        beside: files with the texts that generated ones are compared with, at the same address.
+        beside: files with the texts that generated ones are compared with, in the same folder.
         about: what it is, in a line.
     """
 
@@ -120,24 +120,32 @@ def read_dataset(
     references: bool | Literal["if there"] = False,
     progress: Progress = no_progress,
 ) -> Dataset:
-    """Records of a benchmark.
+    """Read the records of a benchmark.
+
+    A record's only fact has the paraphrases and neighbours of the record.
 
     Args:
         name: one of `SOURCES`, fetched into the cache folder when first used; or a file: JSON or
             JSON lines, also gzipped, in any of the published forms, or facts as `read_facts` takes
             them.
-        form: of a file; default: what its first record looks like.
-        limit: the first so many records.
+        form: of a file; default: guessed from its first record.
+        limit: number of records, from the first.
         skip_malformed: leave malformed records out and say so in `Dataset.skipped`, instead of
             raising.
         references: also the texts that generated ones are compared with (of "counterfact" half a
-            gigabyte), from the same address; of a file from its folder, where "if there" does
-            without if there are none. Of "pocket" they are there always.
+            gigabyte), from the same address; of a file from its folder, where "if there" accepts
+            that there are none. "pocket" always has them.
         progress: called with (file, bytes so far, bytes in all) while something is fetched.
     Raises:
-        FactError: no such file, or a record that is none, told with file, line and field.
+        FactError: no such file, or a malformed record, reported with file, line and field.
         EngramError: a data set that could not be fetched; SettingError: a limit below 1, or a form
             that does not exist.
+    Example:
+        >>> dataset = engram.read_dataset("pocket", limit=3)
+        >>> len(dataset.records), dataset.form
+        (3, 'counterfact')
+        >>> len(dataset.records[0].facts[0].neighbours) > 0
+        True
     """
     if form is not None:
         one_of("form", form, FORMS, more=", or None to find it out")
@@ -170,12 +178,12 @@ def _cut(dataset: Dataset, limit: int) -> Dataset:
 def _read_file(
     path: Path, form: Form | None, limit: int | None, skip: bool, references: bool, name: str
 ) -> Dataset:
-    found: list[Record] = []
+    records: list[Record] = []
     skipped: list[str] = []
     ids: set[str] = set()
     reader: Form | Literal["fact"] | None = form
     for number, (given, where) in enumerate(_given(path)):
-        if limit is not None and len(found) == limit:
+        if limit is not None and len(records) == limit:
             break
         try:
             if isinstance(given, FactError):
@@ -184,7 +192,8 @@ def _read_file(
             record = _record(given, where, like, number)
             if record.id in ids:
                 raise FactError(
-                    f"{where}: id {record.id!r} is that of an earlier record; expected another for each"
+                    f"{where}: id {record.id!r} is that of an earlier record; "
+                    "expected another for each"
                 )
         except FactError as error:
             if not skip:
@@ -193,13 +202,13 @@ def _read_file(
             continue
         reader = like
         ids.add(record.id)
-        found.append(record)
-    if not found:
+        records.append(record)
+    if not records:
         first = f"; {len(skipped)} are malformed, the first: {skipped[0]}" if skipped else ""
         raise FactError(f"{path} holds no records{first}")
-    told = read_references(path.parent, found) if references else None
+    texts = read_references(path.parent, records) if references else None
     shape: Form = "counterfact" if reader is None or reader == "fact" else reader
-    return Dataset(name, shape, tuple(found), told, tuple(skipped))
+    return Dataset(name, shape, tuple(records), texts, tuple(skipped))
 
 
 def _given(path: Path) -> Iterator[tuple[Any, str]]:
@@ -221,7 +230,7 @@ def _unreadable(path: Path, error: Exception) -> FactError:
 
 
 def _form_of(record: Any) -> Form | Literal["fact"]:
-    """What a record looks like."""
+    """Guess the form of a record from its fields."""
     fields = record if isinstance(record, dict) else {}
     if isinstance(fields.get("requested_rewrite"), list):
         return "mquake"
@@ -244,10 +253,10 @@ def _record(given: Any, where: str, form: Form | Literal["fact"], number: int) -
 def download(
     name: str, *, references: bool = False, progress: Progress = no_progress
 ) -> list[Path]:
-    """Fetch a data set by name without reading it; its files.
+    """Fetch a data set by name without reading it, and return its files.
 
     Raises:
-        EngramError: there is none of that name, or it could not be fetched.
+        EngramError: no data set has that name, or it could not be fetched.
     """
     one_of("data set", name, SOURCES, error=EngramError)
     source = SOURCES[name]
@@ -255,7 +264,7 @@ def download(
 
 
 def _fetched(source: Source, references: bool, progress: Progress) -> list[Path]:
-    """The files of a source in the cache folder, the records' first."""
+    """Return the files of a source in the cache folder, that of the records first."""
     assert source.url is not None, "only the bundled data set has none"
     urls = [
         source.url,

@@ -1,7 +1,8 @@
-"""Write records as CounterFact's published files, so that anybody's tools read them.
+"""Write records as CounterFact's published files, so that other people's tools can read them.
 
-Knows the published form. Refuses to lose anything silently: what would be read back otherwise than
-it was is an error. The form: Meng et al. 2022, arXiv:2202.05262, released data.
+Knows the published form. Refuses to lose anything silently: a record that would not be read back as
+it is raises an error.
+Source: Meng et al. 2022, arXiv:2202.05262, released data.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from engram.benchmark.data.counterfact import counterfact_record
 from engram.benchmark.data.fields import Fields
-from engram.benchmark.data.records import Dataset, Record, References
+from engram.benchmark.data.records import Dataset, Record, References, without_evidence
 from engram.errors import FactError
 from engram.files.atomic import atomic_file
 
@@ -29,12 +30,11 @@ _TEXTS = "attribute_snippets.json"
 
 
 def write_dataset(dataset: Dataset, path: str | Path) -> Path:
-    """The records as one JSON list, each file whole or not at all.
+    """Write the records as one JSON list, each file whole or not at all.
 
-    Texts that generated ones are compared with go beside it under their published names:
-        `attribute_snippets.json`, `idf.npy`,
-    `tfidf_vocab.json`. So a data set with such texts wants a folder of its own.
-    Read back by `read_dataset(path, references=True)`, which gives equal records and scores.
+    Texts that generated ones are compared with are written to the same folder under their published
+    names: `attribute_snippets.json`, `idf.npy`, `tfidf_vocab.json`. So a data set with such texts
+    needs a folder of its own. `read_dataset(path, references=True)` gives equal records and scores.
 
     Raises:
         FactError: a record that CounterFact's form cannot hold, the texts of another data set in
@@ -67,22 +67,21 @@ def _case(record: Record) -> dict[str, Any]:
     }
     if not _holds(case, record):
         raise FactError(
-            f"record {record.id!r} is not in CounterFact's form: expected one fact with its true object, and probes of "
-            f"{', '.join(('rewrite', *_PROMPTS.values()))} in this order, asking for the fact's own two objects"
+            f"record {record.id!r} is not in CounterFact's form: expected one fact with its true "
+            f"object, and probes of {', '.join(('rewrite', *_PROMPTS.values()))} in this order, "
+            "with the fact's own two objects as answers"
         )
     return case
 
 
 def case_id(name: str) -> int | str:
-    """A number where it is written as one, as in the published file."""
+    """Return the name as a number if it is written as one, as in the published file."""
     return int(name) if name.isascii() and name.isdecimal() and str(int(name)) == name else name
 
 
 def _holds(case: dict[str, Any], record: Record) -> bool:
-    """Whether the case is read back as the record, but for what its probes say as well."""
-    bare = replace(
-        record, facts=tuple(replace(fact, paraphrases=(), neighbours=()) for fact in record.facts)
-    )
+    """Tell whether the case is read back as the record."""
+    bare = replace(record, facts=tuple(map(without_evidence, record.facts)))
     try:
         return counterfact_record(Fields(case, "a case"), 0) == bare
     except FactError:
@@ -94,7 +93,7 @@ def _write_references(references: References, records: tuple[Record, ...], path:
     entries = []
     for key, snippets in references.snippets.items():
         relation = relations.get(key) or key.partition(":")[0]
-        samples = [{"name": each.name, "text": each.text} for each in snippets]
+        samples = [{"name": snippet.name, "text": snippet.text} for snippet in snippets]
         entries.append(
             {
                 "relation_id": relation,
@@ -104,7 +103,8 @@ def _write_references(references: References, records: tuple[Record, ...], path:
         )
     if path.with_name(_TEXTS).exists() and not path.exists():
         raise FactError(
-            f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of its own for {path.name}"
+            f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of its "
+            f"own for {path.name}"
         )
     _write_json(path.with_name(_TEXTS), entries)
     _write_json(path.with_name("tfidf_vocab.json"), dict(references.tfidf.vocabulary))

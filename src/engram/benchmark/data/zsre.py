@@ -1,9 +1,8 @@
-"""zsRE, question answering as relation extraction, in MEND's form. Its facts are true ones, not
-counterfactual.
+"""zsRE, question answering as relation extraction, in MEND's form; its facts are true ones.
 
-Sources: Levy et al. 2017, arXiv:1706.04115; the split: Mitchell et al. 2022, arXiv:2110.11309; how
-    it is asked: Meng et al. 2022,
-arXiv:2202.05262, Sec. 3.3.
+Knows the fields of its file. Refuses to know where files are (see sources).
+Sources: Levy et al. 2017, arXiv:1706.04115; the split: Mitchell et al. 2022, arXiv:2110.11309; the
+probes: Meng et al. 2022, arXiv:2202.05262, Sec. 3.3.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from engram.facts import Fact
 
 
 def zsre_record(fields: Fields, number: int) -> Record:
-    """A question about a subject, a rephrased one, and an unrelated one with its gold answer.
+    """Read a question about a subject, a rephrased one, and an unrelated one with its gold answer.
 
-    Source file's `alt`, an answer that is not true, is not used: the published protocol edits to
-    the true answer.
+    The field `alt`, an answer that is not true, is not used: the published protocol edits to the
+    true answer.
     """
     subject, question = fields.text("subject"), fields.text("src")
     template = question.replace(subject, "{}")
     if template.count("{}") != 1:
         raise fields.wrong(
-            "src", f"a question in which the subject {subject!r} stands exactly once"
+            "src", f"a question in which the subject {subject!r} occurs exactly once"
         )
     answers = fields.texts("answers")
     if not answers:

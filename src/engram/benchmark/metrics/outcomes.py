@@ -1,5 +1,6 @@
-"""What is measured of one record, before its edit or after it: plain numbers and texts, with
-nothing of the model left in them.
+"""What is measured of one record, before its edit and after it.
+
+Plain numbers and texts. Refuses to know the model that they come from, and what they score.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ class MeasureConfig:
     """What is measured of every record.
 
     Args:
-        answer_tokens: tokens of the greedy continuation of each probe but of attribute prompts; an answer of
-            more tokens gets as many as it has, and two more. 0: none.
-        texts: whether `Record.generation` is continued (sampled from the 5 most probable tokens).
+        answer_tokens: length of the greedy continuation of each probe, attribute prompts excepted;
+            a probe whose answer is longer gets two tokens more than its answer. 0: none.
+        texts: whether `Record.generation` is continued, sampled from the 5 most probable tokens.
         text_tokens: length of these texts, the prompt included.
-        drift_every: held-out text is read with the edit of every how manieth record; 0: never.
-        seed: of the sampled texts: with a record's id and a text's number it fixes each of them,
-            before as after the edit.
-        reference: zsRE's token accuracy as released, through texts (see text_mode), instead of
-            token by token.
+        drift_every: held-out text is read with the edit of every Nth record; 0: never.
+        seed: of the sampled texts; with a record's id and a text's number it fixes each of them,
+            before the edit and after it.
+        reference: zsRE's token accuracy as released, through texts (see zsre_as_released), instead
+            of token by token.
     Raises:
         SettingError: a negative number.
     """
@@ -48,13 +49,14 @@ class Outcome:
     """One record in one phase.
 
     Attributes:
-        readings: one a probe, in their order.
-        texts: sampled, prompts included. fluency, consistency: see metrics.generation.
-        essence: perplexity of the texts about the subject among the record's references;
-            essence_published: divided by one token too many, as the released code has it (see
-                bench.essence). None with an edit of words.
-        perplexity: of held-out text; drift: mean KL(now || unedited) of the next token on it
-            (nats). Where they were measured.
+        readings: one for each probe, in their order.
+        texts: sampled, prompts included.
+        fluency, consistency: of the texts, see metrics.generation.
+        essence: perplexity of the texts about the subject among the record's references.
+        essence_published: the same divided by one token too many, as the released code has it (see
+            essence). None with an edit of words.
+        perplexity: of held-out text, where it was read.
+        drift: mean KL(now || unedited) of the next token of held-out text (nats).
     """
 
     readings: tuple[Reading, ...]
@@ -67,14 +69,14 @@ class Outcome:
     drift: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the outcome as JSON holds it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, outcome: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave, also after JSON."""
+        """Return the outcome that `to_dict` gave, also after JSON."""
         given = dict(outcome)
-        readings = tuple(Reading(**each) for each in given.pop("readings"))
+        readings = tuple(Reading(**reading) for reading in given.pop("readings"))
         return cls(readings=readings, texts=tuple(given.pop("texts")), **given)
 
 
@@ -83,12 +85,11 @@ class Measured:
     """One record by one method.
 
     Attributes:
-        before, after: `after` is `before` where the edit could not be made, for the model stays as
-            it was.
-        seconds: that the edit took; of records edited in one batch, their share of it.
-        size: bytes of the edit's numbers.
-        error: why the edit could not be made, or what it does to the model where that computes NaN;
-            then every probe counts as failed.
+        before, after: equal where the edit could not be made, since the model stays as it is.
+        seconds: duration of the edit; for records edited in one batch, their share of it.
+        size: bytes of the edit.
+        error: why the edit could not be made; or that the edited model computes NaN, and then every
+            probe counts as failed.
     """
 
     id: str

@@ -1,8 +1,8 @@
 """One record's scores, from what was measured before its edit and after it.
 
 Knows numbers and texts. Refuses to know models, and which of the scores a benchmark reports: see
-table. A score is None where the record lacks its prompts, or they were not measured. Sources are in
-the table.
+table, which also names the sources. A score is None where the record lacks its prompts, or they
+were not measured.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ RIPPLES: tuple[ProbeKind, ...] = (
 
 
 def scores(record: Record, before: Outcome, after: Outcome) -> dict[str, float | None]:
-    """What the edit did to one record: name -> value, of everything that a record can have.
+    """Return what the edit did to one record: name -> value, of all scores that a record can have.
 
-    A score over several prompts is their mean. Of the unedited model: `scores(record, before,
-    before)`.
+    A score over several prompts is their mean. The unedited model's scores are
+    `scores(record, before, before)`.
 
     Args:
         before, after: of this record, a reading for each of its probes.
@@ -45,26 +45,26 @@ def scores(record: Record, before: Outcome, after: Outcome) -> dict[str, float |
         Shares and probabilities between 0 and 1, GE in bits, KL in nats; see `table.METRICS` for
         names and for how they are reported.
     """
-    found: dict[str, float | None] = {
-        name: fmean(values) if values else None
-        for name, values in of_prompts(record, before, after).items()
+    values: dict[str, float | None] = {
+        name: fmean(of_each) if of_each else None
+        for name, of_each in of_prompts(record, before, after).items()
     }
-    found |= {
+    values |= {
         "multi-hop": _multi_hop(record, after),
         "instance-wise": _instance_wise(record, after),
     }
-    found |= {kind: _ripple(record, kind, before, after) for kind in RIPPLES}
-    found |= {"GE": after.fluency, "RS": after.consistency}
-    found |= {"essence": after.essence, "essence-published": after.essence_published}
-    told = before.perplexity is not None and after.perplexity is not None
-    return found | {
-        "perplexity": after.perplexity / before.perplexity if told else None,  # type: ignore[operator]
+    values |= {kind: _ripple(record, kind, before, after) for kind in RIPPLES}
+    values |= {"GE": after.fluency, "RS": after.consistency}
+    values |= {"essence": after.essence, "essence-published": after.essence_published}
+    read = before.perplexity is not None and after.perplexity is not None
+    return values | {
+        "perplexity": after.perplexity / before.perplexity if read else None,  # type: ignore[operator]
         "drift": after.drift,
     }
 
 
 def of_measured(record: Record, measured: Measured) -> dict[str, float | None]:
-    """The scores, and what the edit cost."""
+    """Return the scores, and what the edit cost."""
     costs = {
         "failed": float(measured.error is not None),
         "seconds": measured.seconds,
@@ -74,7 +74,7 @@ def of_measured(record: Record, measured: Measured) -> dict[str, float | None]:
 
 
 def of_prompts(record: Record, before: Outcome, after: Outcome) -> dict[str, list[float]]:
-    """The values behind each score that is a mean over a record's prompts, one a prompt."""
+    """Return the values, one for each prompt, of the scores that are means over prompts."""
     return {
         name: _values(record, kind, score, before, after)
         for name, (kind, score) in _PROMPTS.items()
@@ -94,7 +94,7 @@ def _values(
 
 
 def _won(probe: Probe, before: Reading, after: Reading) -> float | None:
-    """Strictly: a tie is lost, whichever of the two is wanted."""
+    """Compare strictly: a tie is lost, whichever of the two is wanted."""
     return None if after.unwanted is None else float(after.wanted < after.unwanted)
 
 
@@ -178,11 +178,12 @@ _PROMPTS: dict[str, tuple[ProbeKind, _Score]] = {
 
 
 def _answered(record: Record, places: Iterable[int], outcome: Outcome) -> list[bool | None]:
-    """Whether what is said to each of these probes holds its answer; None where nothing was asked
-    for.
+    """Tell for each of these probes whether the greedy answer contains the right one.
+
+    None where no answer was generated.
     """
-    found = (_held(record.probes[i], outcome.readings[i], outcome.readings[i]) for i in places)
-    return [None if each is None else bool(each) for each in found]
+    contained = (_held(record.probes[i], outcome.readings[i], outcome.readings[i]) for i in places)
+    return [None if value is None else bool(value) for value in contained]
 
 
 def _multi_hop(record: Record, after: Outcome) -> float | None:
@@ -196,24 +197,26 @@ def _instance_wise(record: Record, after: Outcome) -> float | None:
 
 
 def _ripple(record: Record, kind: ProbeKind, before: Outcome, after: Outcome) -> float | None:
-    """Share of a kind's tests that are passed, of those whose every condition the unedited model
-    answers.
+    """Return the share of a kind's tests that are passed.
+
+    A test counts if the unedited model answers all its conditions: an edit of "Ann's mother" can
+    move her grandmother only if the model knew the mother's mother.
     """
     passed = []
     for places in _tests(record, kind):
         conditions = [i for i in places if record.probes[i].condition]
-        asked = [i for i in places if not record.probes[i].condition]
-        answered = _answered(record, asked, after)
+        queries = [i for i in places if not record.probes[i].condition]
+        answered = _answered(record, queries, after)
         if not answered or None in answered or not all(_answered(record, conditions, before)):
             continue
         passed.append(
-            float(all(answered) if record.probes[asked[0]].joined == "all" else any(answered))
+            float(all(answered) if record.probes[queries[0]].joined == "all" else any(answered))
         )
     return fmean(passed) if passed else None
 
 
 def _tests(record: Record, kind: ProbeKind) -> list[list[int]]:
-    """Places of the probes of each test; one without a name is a test of its own."""
+    """Return the numbers of each test's probes; a probe without a test's name is a test itself."""
 
     def test(place: int) -> tuple[str, int]:
         name = record.probes[place].test
@@ -223,24 +226,23 @@ def _tests(record: Record, kind: ProbeKind) -> list[list[int]]:
     return [list(group) for _, group in groupby(sorted(places, key=test), key=test)]
 
 
-# -- what is said ----------------------------------------------------------------------------------
+# -- greedy answers --------------------------------------------------------------------------------
 
 
-def begins(said: str, answers: Sequence[str]) -> bool:
-    """Whether a text begins with one of the answers, as words: "Paris, of course" does with
-    "Paris", "Parisian" does not.
+def begins(text: str, answers: Sequence[str]) -> bool:
+    """Tell whether a text begins with one of the answers, as words.
 
-    Space in front is left out, capitals matter (a name in other letters is seldom the name), and
-    characters that Unicode holds to be compatible are the same, however they are composed. An
-    article in front of the answer is not the answer.
+    "Paris, of course" begins with "Paris"; "Parisian" and "the Paris" do not. Leading space is
+    ignored; capitals matter, since a name in other letters is seldom the name; characters that
+    Unicode calls compatible are equal, however they are composed.
     """
-    text = _folded(said).lstrip()
+    text = _folded(text).lstrip()
     return any(_pattern(answer).match(text) for answer in answers)
 
 
-def contains(said: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands anywhere in a text, as words; see `begins`."""
-    text = _folded(said)
+def contains(text: str, answers: Sequence[str]) -> bool:
+    """Tell whether one of the answers occurs anywhere in a text, as words; see `begins`."""
+    text = _folded(text)
     return any(_pattern(answer).search(text) for answer in answers)
 
 

@@ -1,8 +1,7 @@
-"""The table of metrics: what each number is called, which benchmarks have it, which way is better,
-and where it comes from.
+"""The table of metrics: each number's name, its benchmarks, which way is better, and its source.
 
-Reports, the documentation and the summary go by it. Refuses to know how a number is computed: see
-scores and summary.
+Reports, the documentation and the summary are made from it. Refuses to know how a number is
+computed (see scores and summary).
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ def _ripple(title: str, meaning: str) -> Metric:
     return Metric(title, RIPPLE, f"tests passed, of those that count: {meaning}", RIPPLES)
 
 
-_LAST = (
-    "answers are teacher-forced"  # said once for each family of scores, so that no reader misses it
-)
+# repeated in each family of scores, so that no reader misses it
+_LAST = "answers are teacher-forced"
 
 METRICS: dict[str, Metric] = {
     # generation first: nothing is teacher-forced
@@ -269,9 +267,8 @@ METRICS: dict[str, Metric] = {
     "size": _more("size", EVERY, "bytes of the edit", OURS, "down", "bytes"),
 }
 
-HARMONIC: dict[
-    str, dict[Form, tuple[str, ...]]
-] = {  # of the means over a data set, never of a record
+# of the means over a data set, never of a record
+HARMONIC: dict[str, dict[Form, tuple[str, ...]]] = {
     "SG": {"counterfact": ("EG", "PG", "NG"), "zsre": ("EG", "PG", "NG")},
     "S": {"counterfact": ("ES", "PS", "NS"), "zsre": ("Efficacy", "Paraphrase", "Specificity")},
     "S4": {"counterfact": ("ES", "PS", "NS", "NS+")},
@@ -279,5 +276,5 @@ HARMONIC: dict[
 
 
 def of_form(form: Form) -> dict[str, Metric]:
-    """The metrics that a benchmark reports, in the order of a report."""
+    """Return the metrics that a benchmark reports, in the order of a report."""
     return {name: metric for name, metric in METRICS.items() if form in metric.forms}
