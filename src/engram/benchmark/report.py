@@ -1,5 +1,4 @@
-"""Reports of runs: the paper's table with intervals, differences on the same records, a row for each
-record.
+"""Reports of runs: the paper's table with intervals, differences on the same records, and rows.
 
 Knows finished numbers and how tables are written. Refuses to compute scores (see metrics). Scores
 of generated answers come first, since teacher-forced ones flatter.
@@ -83,7 +82,8 @@ def compare(
     methods = _methods(_named(runs))
     if len(methods) < 2:
         raise SettingError(
-            f"there is nothing to compare: the runs have results of {', '.join(methods) or 'no method'}"
+            "there is nothing to compare: the runs have results of "
+            f"{', '.join(methods) or 'no method'}"
         )
     return _differences(methods, runs[0].form, bootstrap)
 

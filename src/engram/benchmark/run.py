@@ -80,7 +80,7 @@ def bench(
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Run:
-    """Edit each record of a data set by itself, by each method, and keep what is measured in a file.
+    """Edit each record of a data set by itself, by each method; keep the measurements in a file.
 
     After a kill at any moment, the same call resumes the run; it may also ask for more records and
     more methods.

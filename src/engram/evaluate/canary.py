@@ -19,8 +19,8 @@ from engram.model.language_model import LanguageModel
 class Canary:
     """Limits that a model with all its edits has to keep; None: neither measured nor judged.
 
-    Coarse on purpose: this takes a minute and needs no facts. Neighbours of a fact suffer long before
-    perplexity does (docs/ledger.md); receipts measure them.
+    Coarse on purpose: this takes a minute and needs no facts. Neighbours of a fact suffer long
+    before perplexity does (docs/ledger.md); receipts measure them.
 
     Args:
         max_perplexity_ratio: perplexity of held-out text, with the edits over without; the default

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an edited model: its tasks and numbers, with the edit in force meanwhile.
+"""lm-evaluation-harness on an edited model: its tasks and its numbers.
 
 Knows how the harness is called. Refuses to know tasks.
 Source: https://github.com/EleutherAI/lm-evaluation-harness
