@@ -24,7 +24,7 @@ from engram.errors import (
 )
 from engram.settings import read
 from tests.helpers.rewrite_samples import CONTEXTS, FACT, moment_of
-from tests.helpers.tiny import DENSE, EXPERTS, TOKENIZERS, tiny_lm
+from tests.helpers.tiny import DENSE, EXPERTS, TOKENIZERS, crossed, tiny_lm
 
 
 def io_at_subject(lm, text, subject, layer):
@@ -46,8 +46,9 @@ def io_at_subject(lm, text, subject, layer):
 # --- the update -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("config", [{"reference": True}, {"variant": "p-rome"}])
+@pytest.mark.parametrize(
+    ("family", "config"), crossed(DENSE, {"reference": True}, {"variant": "p-rome"})
+)
 def test_the_edited_matrix_sends_the_prompts_key_to_the_value(family, config):
     lm = tiny_lm(family, torch.float64)
     edit = engram.rewrite(
