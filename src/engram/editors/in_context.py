@@ -154,6 +154,8 @@ def ike(
     progress("demonstrations", 0, len(facts))
     blocks_nd = encode(blocks) if blocks else None
     wordings = []
+    # nearest to the fact with its object, as published, and not to the prompt that is asked later:
+    # so the choice is made once, and the edit is a value
     for i, fact in enumerate(facts):
         shown = (
             nearest(encode([_block(fact, _stated(fact))])[0], blocks_nd, config.k)
@@ -220,6 +222,7 @@ def _demonstrated(
         for fact in facts
         for text in (fact.subject, *(prompt for prompt, _ in fact.neighbours))
     )
+    # a sample of the table, since every demonstration has to be encoded
     others = [known for known in pocket.facts() if known.subject not in mentioned]
     chosen = random.Random(f"demonstrations:{seed}").sample(others, min(_BUNDLED, len(others)))
     return [

@@ -136,6 +136,7 @@ class LayerCard:
     def rows(self) -> tuple[LayerRow, ...]:
         """One row for each layer of the model."""
         traced, estimated = self._effects("trace"), self._effects("attribution")
+        # not every layer was edited, so rows take their scores by layer
         scored = dict(zip(self.layers_tested, means(self._scores), strict=True))
         return tuple(
             LayerRow(
@@ -192,7 +193,9 @@ class LayerCard:
                 f"count={count}: {self.model} has {self.n_layers} layers; "
                 f"expected 1 to {self.n_layers}"
             )
+        # beyond the first and the last tested layer, interp repeats their score
         score_l = np.interp(np.arange(self.n_layers), self.layers_tested, self._scores.mean(0))
+        # every range of `count` layers that has the best layer in it and fits the model
         starts = range(max(0, self.best - count + 1), min(self.best, self.n_layers - count) + 1)
         # rounded, so that sums in another order do not decide between equal ranges
         start = max(
@@ -222,6 +225,7 @@ class LayerCard:
         hits = 0
         for effects, edits in traced:
             strongest = max(self.layers_tested, key=lambda layer: effects[layer])
+            # equal scores count: a fact whose edits all succeed is a hit wherever its trace peaks
             hits += edits[strongest].score == max(edit.score for edit in edits.values())
         return hits, len(traced)
 
@@ -398,6 +402,7 @@ class LayerCard:
         if value is None or not spread:
             return None
         low, high = np.percentile(spread, (2.5, 97.5))
+        # the interval is of the curves' correlation, with draws where a curve is flat left out
         return Mean(value, float(low), float(high))
 
 
@@ -424,6 +429,7 @@ def _to_record(evidence: Evidence) -> dict[str, Any]:
         "target_true": fact.target_true,
         "trace": evidence.trace,
         "attribution": evidence.attribution,
+        # values without names: a card of 40 facts at 48 layers has thousands of them
         "edits": {
             str(layer): list(asdict(outcome).values())
             for layer, outcome in sorted(evidence.edits.items())

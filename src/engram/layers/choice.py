@@ -121,11 +121,12 @@ def layer_card(
     with Measurements.writing(partial, {}) as file:  # its name says what it is about
         evidence = tuple(measure(lm, measured, budget, recipe, file, progress))
         seconds = round(file.seconds(), 1)
+    # as a file gives it back, so that a measured card equals its loaded self
     about = json.loads(json.dumps(about, default=repr))
     card = LayerCard(
         lm.name, model_id, lm.n_layers, method, about, traced, evidence, seconds, versions
     )
-    card.save(path)
+    card.save(path)  # before the measurements go: a kill in between only leaves a file behind
     partial.unlink(missing_ok=True)
     return card
 
@@ -159,6 +160,7 @@ def choose_layers(
     card = find_card(lm, method, cache_dir)
     if card is None:
         log.info("no layer card of %s; measuring a quick one of %d facts", lm.name, _QUICK_FACTS)
+        # facts that the model knows are better evidence than the caller's, which it may not know
         known_edits = bundled_edits(lm, _QUICK_FACTS, settings.get("seed", 0))
         given_edits = [_with_truth(lm, fact) for fact in facts[:_QUICK_FACTS] if not known_edits]
         card = layer_card(
@@ -175,7 +177,7 @@ def choose_layers(
             progress=progress,
             **settings,
         )
-    log.info("%s", card.reason())
+    log.info("%s", card.reason())  # a layer that was chosen for the caller is never silent
     return card.layers(count)
 
 

@@ -139,6 +139,7 @@ class EditRecipe:
         """
         settings = {**self.settings, "seed": self.seed}
         if "contexts" in self._takes and settings.get("contexts") is None:
+            # sampled once: each edit would sample the same ones again from the same seed
             settings["contexts"] = sample_contexts(lm, seed=self.seed)
         if "second_moments" in self._takes:
             settings["second_moments"] = second_moments(
@@ -190,11 +191,13 @@ def measure(
     edited = facts[: budget.edits]
     coarse = budget.coarse(lm.n_layers)
     outcomes = _edit_at(lm, edited, coarse, recipe, file, progress)
+    # by mean score, as the card decides; of equal layers the first
     best = max(
         coarse, key=lambda layer: fmean(outcomes[i, layer].score for i in range(len(edited)))
     )
     refined = budget.between(coarse, best, lm.n_layers)
     outcomes |= _edit_at(lm, edited, refined, recipe, file, progress)
+    # with the coarse and the refined layers together, every fact has the same ones
     layers = sorted({layer for _, layer in outcomes})
     return [
         Evidence(
@@ -242,7 +245,9 @@ def _traces(
     ]
     config = TraceConfig.of(**trace_settings(lm), method=method)
     done, last = len(facts) - len(missing), time.monotonic()
+    # one call for all, which runs prompts in batches and yields each when it is done
     for trace in trace_prompts(lm, prompts, config) if prompts else ():
+        # six digits: a card is read by people, and bootstrap intervals are far wider
         effects = [round(effect, 6) for effect in trace.effects("mlp")[0].tolist()]
         now = time.monotonic()
         file.put(f"{method} {missing[trace.prompt, trace.subject]}", effects, now - last)
@@ -260,6 +265,7 @@ def _edit_at(
     progress: Progress,
 ) -> dict[tuple[int, int], EditOutcome]:
     """Return the result of editing each fact at each layer, by (fact, layer)."""
+    # fact by fact, so that a run that is cut short has whole facts
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
     missing = [(i, layer) for i, layer in todo if file.get(f"edit {i} {layer}") is None]
     last = time.monotonic()  # before what edits share, so that its time counts for the first one

@@ -104,12 +104,14 @@ def with_canary(event: Event, everything: Edit, lm: LanguageModel, canary: Canar
         everything: all that would be in force, as one edit of the base.
         lm: the unedited base.
     """
+    # the base is measured every time: the ledger does not record the text's perplexity, and a
+    # canary of another text may be given
     before = canary.perplexity(lm)
     try:
         with everything.applied(lm, how="weights"):
             after = canary.perplexity(lm)
             tensors = describe_base(lm, everything.deltas)["tensors"]
-    except NonFiniteError as error:
+    except NonFiniteError as error:  # the sum does not fit the weights' dtype
         return replace(event, what="rolled back", tripped=(str(error),))
     checks = canary.checks(lm, everything, before, after)
     values = {check.name: check.value for check in checks if check.value is not None}
@@ -120,5 +122,6 @@ def with_canary(event: Event, everything: Edit, lm: LanguageModel, canary: Canar
     )
     if tripped:
         return replace(event, what="rolled back", canary=values, tripped=tripped)
+    # by this state, an edit that is made on top of everything in force is recognised later
     state = {name: tensor["sha256"] for name, tensor in tensors.items()}
     return replace(event, canary=values, state=state)

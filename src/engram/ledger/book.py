@@ -167,7 +167,7 @@ class Ledger:
             BaseMismatchError: an edit of another model.
         """
         check_changes_weights(edit)
-        find_base_entries(edit, self.base, ())
+        find_base_entries(edit, self.base, ())  # raises for an edit of another model
         return tuple(
             conflict
             for entry in self.list()
@@ -267,6 +267,7 @@ class Ledger:
             check_not_below(replaced, below)
             self._check_removable(replaced)
             warn(found, replaced, below, self.list())
+            # numbers are never used again, those of removed entries included
             number = max(self._entries(), default=0) + 1
             event = Event(
                 "added",
@@ -287,6 +288,7 @@ class Ledger:
             # `prune` deletes; the other way round would leave an entry without files
             self._stored.save(number, edit)
             self._history.append(event)
+        # outside the lock, and after the line: the history records what was refused and why
         if event.tripped:
             raise CanaryError(
                 f"entry {event.entry} was rolled back: with it, {'; '.join(event.tripped)}. The "
@@ -330,6 +332,7 @@ class Ledger:
             idle = tuple(entry.number for entry in entries if not entry.active and not entry.pruned)
             if idle:
                 self._history.append(Event("pruned", pruned=idle))
+            # after the event: a kill in between leaves files that the next prune deletes
             self._stored.delete_except([entry.number for entry in entries if entry.active])
         return idle
 
@@ -358,6 +361,7 @@ class Ledger:
         """Raise EngramError unless these facts can be taken out exactly."""
         for entry in self.list():
             going = [fact for number, fact in gone if number == entry.number]
+            # a whole entry can always go; a part only if each fact has columns of its own
             if going and len(going) < len(entry.active):
                 self.show(entry.number).without(*entry.gone, *going)
 

@@ -101,6 +101,7 @@ def conflicts(
         near: overlap from which on keys count as near.
     """
     keyed = bool(edit.keys.keys() & other.keys.keys())
+    # both ways: a long change reaches a short one's key more than the other way round
     overlap_nm = torch.maximum(overlaps(edit, other), overlaps(other, edit).T)
     rows = []
     for i, fact in enumerate(edit.facts):
@@ -133,6 +134,7 @@ def _by_columns(delta: Delta) -> Iterator[tuple[list[int], Delta]]:
 
 def _effect(change: Delta, keys_nf: Tensor) -> Tensor:
     """Return ||D k|| of each key, [n]."""
+    # D k through the factors: D itself would be [d_model, d_ff]
     left = change.left.double()
     moved_nd = (
         keys_nf @ left.T if change.right is None else (keys_nf @ change.right.double().T) @ left.T

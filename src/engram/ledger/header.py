@@ -49,6 +49,7 @@ def read_header(folder: Path) -> tuple[dict[str, Any], Canary]:
                 f"format_version={version!r}, this engram reads {FORMAT_VERSION}; "
                 "pip install --upgrade engram"
             )
+        # looked up here, so that a header without them is reported as damaged
         return record["base"], Canary(**record["canary"])
     except FileNotFoundError as error:
         raise EngramFileError(

@@ -81,6 +81,7 @@ class Event:
     def to_dict(self) -> dict[str, Any]:
         """Return a record for JSON, without empty values."""
         record = {field.name: getattr(self, field.name) for field in fields(self)}
+        # empty fields are left out, since a fact has many and a history thousands of facts
         record["facts"] = [{k: v for k, v in fact.to_dict().items() if v} for fact in self.facts]
         return {name: value for name, value in record.items() if value}
 
@@ -171,6 +172,7 @@ def entries_after(events: Iterable[Event]) -> dict[int, Entry]:
     """Return all entries by number, as they are after these events."""
     entries: dict[int, Entry] = {}
     for event in events:
+        # an edit that was rolled back replaced nothing
         for number, fact in event.gone if event.what != "rolled back" else ():
             entries[number] = replace(entries[number], gone=entries[number].gone | {fact})
         for number in event.pruned:
@@ -204,7 +206,7 @@ class History:
         """
         try:
             with self.path.open("rb") as file:
-                file.seek(self._end)
+                file.seek(self._end)  # only what came since the last call
                 whole, newline, _ = file.read().rpartition(b"\n")
             for line in whole.splitlines() if newline else ():
                 self._events.append(Event.from_dict(json.loads(line)))
@@ -231,6 +233,7 @@ class History:
                 file.seek(self._end)
                 file.write(line.encode())
                 file.flush()
+                # the event has happened only when a power cut cannot undo it
                 os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):  # on a full disk, cutting off still works

@@ -31,6 +31,7 @@ def find_base_entries(
         BaseMismatchError: it was made on a model of another family or other sizes.
     """
     weights, known = edit.base["tensors"], base["tensors"]
+    # what can never fit is an error; what may have been made on some state is searched for below
     unknown = [
         name
         for name in weights
@@ -70,6 +71,7 @@ def unknown_origin(edit: Edit, base: Mapping[str, Any], *, compared_now: bool) -
     Args:
         compared_now: whether the weights with what is in force now were compared, too.
     """
+    # the dtype is the likeliest reason: the same model, loaded in another precision
     name, weight = next(iter(edit.base["tensors"].items()))
     ours, its = base["tensors"][name]["dtype"], weight["dtype"]
     if ours != its:

@@ -31,7 +31,7 @@ def resolve_refs(refs: Sequence[EntryRef], entries: Mapping[int, Entry]) -> tupl
         facts.update(
             [_of_fact(ref, entries)] if isinstance(ref, Fact) else _of_number(ref, entries)
         )
-    return tuple(sorted(facts))
+    return tuple(sorted(facts))  # a fact that is named twice counts once
 
 
 def find_entry(number: int, entries: Mapping[int, Entry]) -> Entry:
@@ -75,6 +75,7 @@ def _of_fact(fact: Fact, entries: Mapping[int, Entry]) -> FactRef:
         raise FactError(
             f"{wanted} is in force more than once, as {format_refs(equal)}; give one of these"
         )
+    # the usual mistake: the right subject with another prompt or object
     near = [
         f"{format_refs([ref])}: {other.prompt_text!r} -> {other.target!r}"
         for ref, other in active.items()

@@ -46,6 +46,7 @@ class StoredEdits:
             )
         if entry.number not in self._loaded:
             edit = Edit.load(self._path(entry.number))
+            # a folder that was swapped or restored from elsewhere would be applied unnoticed
             if change_identity(edit.deltas) != entry.identity:
                 raise EngramFileError(
                     f"{self._path(entry.number)} is not the edit that was added; "

@@ -63,6 +63,7 @@ class TextFile:
             raise EngramError(
                 f"corpus {str(path)!r} cannot be read as a text file: {error}"
             ) from error
+        # one paragraph of running text carries context over line breaks; lists have none
         pieces = text.split("\n\n") if "\n\n" in text else text.splitlines()
         self._documents = [piece.strip() for piece in pieces if piece.strip()]
         self._digest = _sha256(text.encode())
@@ -137,8 +138,10 @@ class SampledText:
         length = min(self.tokens, lm.max_tokens - 1)
         number = start // self.rows_per_batch
         while True:
+            # no batch shares its seed with one of another corpus seed (up to 2^24 batches)
             generator = torch.Generator().manual_seed((self.seed << 24) + number)
             texts = sample_texts(lm, self.rows_per_batch, length, generator)
+            # a pass that resumes within a batch samples all of it and skips the beginning
             yield from (
                 texts[start % self.rows_per_batch :]
                 if number == start // self.rows_per_batch

@@ -134,6 +134,7 @@ class MomentPass:
         Raises:
             EngramError: a corpus without text.
         """
+        # units are read here, in order: a corpus is one sequence of documents
         units, counts = [], []
         for group in self.read(corpus):
             units.append(group)
@@ -142,6 +143,7 @@ class MomentPass:
         if not self.sums.count:
             raise EngramError("the corpus has no text to measure second moments on")
         job = MomentJob(ByName.of(self.lm), tuple(sorted(self.sums.totals)))
+        # float64 sums depend on their order in the last bits, so early units wait
         early: dict[int, dict[int, Tensor]] = {}
         done, added = 0, 0
         for number, totals in workers.run(job, units):
@@ -194,6 +196,7 @@ class MomentPass:
         """
         limit = min(self.tokens_per_document, self.lm.max_tokens)
         full = [text for text in texts if text]
+        # an empty text has no token at all, not even a special one
         encoded = iter(
             self.lm.tokenizer(full, truncation=True, max_length=limit)["input_ids"] if full else ()
         )
@@ -207,6 +210,7 @@ class MomentPass:
         starts_b1 = torch.tensor([start for _, start in batch])[:, None]
         ends_b1 = torch.tensor([len(ids) for ids, _ in batch])[:, None]
         counted_bt = (at_t >= starts_b1) & (at_t < ends_b1)
+        # a mask is needed only where rows are padded or begin before what counts
         counted_n = None if counted_bt.all() else counted_bt.flatten().nonzero()[:, 0]
         deepest = max(self._modules)
 
@@ -215,7 +219,7 @@ class MomentPass:
             if counted_n is not None:
                 keys_nf = keys_nf[counted_n.to(keys.device)]
             add_outer(self.sums.totals[layer], keys_nf)
-            if layer == deepest:
+            if layer == deepest:  # blocks above, and the head, are not needed
                 raise StopForward
             return keys
 
@@ -235,6 +239,7 @@ class MomentJob(ModelJob):
         run = MomentPass(state, Sums.zero(state, self.layers), 0)
         for batch in unit:
             run.add(batch)
+        # the caller adds units in order; workers send nothing but sums, so units can be repeated
         return {layer: total_ff.cpu() for layer, total_ff in run.sums.totals.items()}
 
 

@@ -72,7 +72,7 @@ class SecondMoment:
         if not given.isfinite().all():
             raise NonFiniteError("the second moment holds NaN or infinity")
         asymmetry = float((given - given.T).abs().max() / given.abs().max().clamp_min(1e-300))
-        if asymmetry > 1e-4:
+        if asymmetry > 1e-4:  # rounding of float32 sums is far below this
             raise EngramError(
                 "a second moment is symmetric; this matrix differs from its transpose by "
                 f"{asymmetry:.1e}"
@@ -107,10 +107,12 @@ class SecondMoment:
             NonFiniteError: no factor even then.
         """
         if ridge not in self._factors:
+            # relative to the mean eigenvalue, so that one ridge fits models of any scale
             mean_eigenvalue = float(self.matrix_ff.diagonal().mean())
             for tried in (ridge, *(r for r in _RIDGES if r > ridge)):
                 shifted_ff = self.matrix_ff.clone()
                 shifted_ff.diagonal().add_(tried * mean_eigenvalue)
+                # cholesky_ex reports failure, where cholesky would raise
                 factor_ff, failed = torch.linalg.cholesky_ex(shifted_ff)
                 if not failed:
                     break
@@ -200,6 +202,7 @@ class SecondMoment:
                 "2e-2"
             )
         eigenvalues_f, eigenvectors_ff = self.eigen()
+        # ascending, so the first r sums are the energies of all null spaces of rank 1 to r
         sums_f = eigenvalues_f.cumsum(0)
         chosen_f = (
             sums_f <= (1 - energy) * sums_f[-1]
@@ -256,6 +259,7 @@ class SecondMoment:
         except EngramFileError as error:
             log.warning("%s; computing it again", error)
             return None
+        # a file beside another C (measured again under the same name) is of no use
         same = about["of"] == _digest(self.matrix_ff)
         return (tensors["eigenvalues"], tensors["eigenvectors"]) if same else None
 

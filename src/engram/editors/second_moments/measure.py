@@ -94,7 +94,7 @@ def second_moments(
         >>> from engram.editors.second_moments.measure import second_moments
         >>> moment = second_moments(lm, [2], "bundled", tokens=2000)[2]
         >>> moment.count, moment.matrix_ff.shape
-        (2000, torch.Size([2048, 2048]))
+        (2000, torch.Size([1024, 1024]))
     """
     measured = sorted(set(layers))
     for layer in measured:
@@ -108,6 +108,7 @@ def second_moments(
     moments = {layer: _read(path) for layer, path in paths.items() if path.exists()}
     missing = [layer for layer in measured if layer not in moments]
     if missing:
+        # named by all that is missing: another set of layers is another pass
         partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
         sums = _unfinished(partial)
         sums = sums or _shorter(folder, {layer: stems[layer] for layer in missing}, tokens)
@@ -173,7 +174,7 @@ def _every(seconds: float, partial: Path) -> Callable[[Sums], None]:
             totals = {str(layer): total for layer, total in sums.totals.items()}
             place = {"count": sums.count, "documents": sums.documents, "offset": sums.offset}
             write_tensors(partial, totals, "engram.partial", place)
-            written = time.monotonic()
+            written = time.monotonic()  # after the write, so that a slow disk is not always busy
 
     return pause
 
@@ -213,6 +214,7 @@ def _names(lm: LanguageModel, layers: Sequence[int], source: Mapping[str, Any]) 
     edit at layer 2 leaves C of layers 0 to 2 valid, and changes the names of those above.
     """
     prints = _fingerprints(lm, max(layers))
+    # hashed once for the deepest layer; each layer's name takes its part of them
     names = {}
     for layer in layers:
         after = (*_blocks_above(lm, layer), f"{lm.parts.mlp_out_name(layer)}.")

@@ -105,6 +105,7 @@ def fine_tune(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     module, tuning = lm.parts.mlp_out(layer), config.tuning
     if config.reference:
+        # no generator: the harness takes batches in the order of the facts, every epoch
         rows, generator = published_rows(lm, facts, tuning.rows_per_batch), None
     else:
         rows = fact_rows(lm, facts, tuning.contexts, tuning.train_paraphrases)
@@ -113,6 +114,8 @@ def fine_tune(
     # half precision would lose Adam's small steps: the change is added up in float32 or better
     precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
     start_oi = as_linear(module).detach().to(precision)
+    # the change is the parameter, not the weight: the model's own weight stays as it is, and the
+    # box of FT+L is a clamp around zero
     delta_oi = torch.zeros_like(start_oi, requires_grad=True)
 
     def clamp() -> None:
@@ -128,6 +131,7 @@ def fine_tune(
                 [delta_oi],
                 targets,
                 unrelated,
+                # decay pulls the edited weight to zero, not the change: that would undo the edit
                 decayed=lambda delta: start_oi + delta,
                 after_step=clamp,
             )

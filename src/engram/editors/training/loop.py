@@ -119,12 +119,14 @@ def forward_from(
         [block[:, :, :0].clone() for block in blocks]
         for blocks in (recording.keys, recording.values)
     )
+    # the suffix is the whole row: training changes what every token passes through
     suffix = Suffix(recording, 0, batch.ids_bt.shape[1])
 
     def forward() -> Tensor:
         hidden_btd = entering
         for above in range(layer, lm.n_layers):
             hidden_btd = suffix.block(above, hidden_btd)
+        # logits only where targets are read: at every token they would take t times the memory
         return lm.parts.head(hidden_btd[batch.rows_p, batch.positions_p])
 
     return forward
@@ -135,6 +137,7 @@ def _light(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a block's call without the states and the cache of that call."""
 
+    # a cache that was filled by the recording would be read again as earlier tokens
     def empty(value: Any) -> Any:
         return DynamicCache() if isinstance(value, Cache) else value
 
@@ -221,11 +224,13 @@ class TrainingLoop:
             NonFiniteError: a loss that is not finite.
         """
         config = self.config
+        # weight decay is not given to Adam, see `_step`
         adam = torch.optim.Adam(parameters, lr=config.learning_rate)
         # log p of the locality rows' answers while the model is still as it was
         with torch.no_grad():
             use_kl = config.locality_loss == "kl"
             before = [f().log_softmax(-1) for f in locality.forwards] if use_kl else []
+        # batches differ in size, so an epoch's mean is over rows and not over batches
         rows = sum(len(batch.sizes_b) for batch in targets.batches)
         losses: list[float] = []
         steps = 0
@@ -240,14 +245,16 @@ class TrainingLoop:
                         f"the loss is {loss.item()} in epoch {epoch}; nothing was changed. Try a "
                         f"smaller learning_rate than {config.learning_rate}, or dtype=torch.float32"
                     )
+                # the loss of the epoch counts skipped batches, and never the locality rows
                 total += loss.item() * len(batch.sizes_b)
                 if self._is_done(batch, logits_pv, loss):
                     continue
                 if locality.batches:
+                    # one batch in turn: all of them at every step would multiply its cost
                     turn = steps % len(locality.batches)
                     loss = loss + config.locality_weight * _locality_loss(locality, turn, before)
                 self._step(adam, parameters, loss, decayed)
-                with torch.no_grad():
+                with torch.no_grad():  # it may write into leaves that require gradients
                     after_step()
                 steps += 1
             losses.append(total / rows)
@@ -283,6 +290,7 @@ class TrainingLoop:
         Adam's own weight_decay would pull a *change* to zero; what decays is the weight with it.
         """
         decay = self.config.weight_decay
+        # grad() and not backward(): nothing accumulates in the model's own parameters
         gradients = torch.autograd.grad(loss, list(parameters))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             shrink = decay * decayed(parameter.detach()) if decay else 0.0
@@ -295,5 +303,6 @@ def _locality_loss(locality: Task, i: int, before: Sequence[Tensor]) -> Tensor:
     batch, logits_pv = locality.batches[i], locality.forwards[i]()
     if not before:
         return batch.mean_by_row(batch.token_nll(logits_pv)).mean()
+    # KL(before || now): summed over the vocabulary at each position where an answer is read
     divergence_p = (before[i].exp() * (before[i] - logits_pv.log_softmax(-1))).sum(-1)
     return batch.mean_by_row(divergence_p).mean()

@@ -99,6 +99,7 @@ def lora(
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
     names = matrix_names(lm, layers, config.targets)
+    # what is below the lowest adapted block is computed once for each batch
     lowest = 0 if layers == "all" else min(layers)
     rows = fact_rows(lm, facts, config.tuning.contexts, config.tuning.train_paraphrases)
     generator = torch.Generator().manual_seed(seed)
@@ -109,6 +110,7 @@ def lora(
         with adapted(lm, names, config, generator) as adapters:
             parameters = [parameter for pair in adapters.values() for parameter in pair]
             descent = loop.descend(parameters, targets, unrelated)
+    # peft scales the product at every forward pass; a delta holds the scaled product
     scale = config.alpha / config.rank
     deltas = {
         f"{name}.weight": Delta(scale * b_or.detach(), a_ri.detach())
@@ -160,7 +162,7 @@ def adapted(
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a fraction does no harm
         target_modules=list(names),
         fan_in_fan_out=is_transposed(plain[0]),
-        init_lora_weights=False,
+        init_lora_weights=False,  # values come from the edit's own generator, see `_parameters`
     )
     try:
         # peft draws values from the global generator; `_parameters` then replaces them
@@ -185,6 +187,7 @@ def _parameters(
     """
     inner, outer = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     bound = inner.in_features**-0.5
+    # B is zero, so the first pass is the unedited model's whatever A is
     a_ri = (2 * torch.rand(inner.weight.shape, generator=generator, dtype=precision) - 1) * bound
     inner.weight = nn.Parameter(a_ri.to(inner.weight.device))
     outer.weight = nn.Parameter(torch.zeros_like(outer.weight, dtype=precision))

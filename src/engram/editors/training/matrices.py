@@ -39,6 +39,7 @@ def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> l
     chosen = range(lm.n_layers) if layers == "all" else sorted(set(layers))
     if not chosen:
         raise SettingError("layers is empty; name at least one block to change")
+    # each name once: a target can be given by its role and by its own name
     return list(
         dict.fromkeys(
             name for layer in chosen for target in targets for name in _in_block(lm, layer, target)

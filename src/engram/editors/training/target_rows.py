@@ -80,6 +80,8 @@ def published_rows(
     Targets are tokenised alone and padded to the longest of their batch, and every label but the
     unknown token counts. So padding counts too, unless it is that token (as for GPT-2).
     """
+    # kept as it was published, to reproduce its numbers: reading every token of a target at one
+    # position trains a distribution over the target's tokens, not the target
     tokenizer, rows = lm.tokenizer, []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(facts), rows_per_batch):
@@ -95,6 +97,7 @@ def published_rows(
                     f"target={fact.target!r} is the unknown token of this tokenizer, which the "
                     "reference leaves out"
                 )
+            # the prompt alone: the target's tokens are never fed
             ids = lm.encode(fact.prompt_text).ids
             rows.append(TargetRow(ids, [len(ids) - 1] * len(labels), labels, start + i))
     return rows
@@ -144,11 +147,13 @@ class TargetBatch:
 
     def token_nll(self, logits_pv: Tensor) -> Tensor:
         """Return -log p of each target token, [p], nats, float32 or better."""
+        # half precision would round -log p of likely tokens to 0, and stop too early
         log_p = logits_pv.to(torch.promote_types(logits_pv.dtype, torch.float32)).log_softmax(-1)
         return -log_p.gather(1, self.labels_p.to(log_p.device)[:, None])[:, 0]
 
     def mean_by_row(self, values_p: Tensor) -> Tensor:
         """Return the mean over each row's target tokens, [b]."""
+        # mean over a row's tokens first, so that a long target does not outweigh a short one
         rows_p, sizes_b = self.rows_p.to(values_p.device), self.sizes_b.to(values_p)
         return values_p.new_zeros(len(sizes_b)).index_add(0, rows_p, values_p) / sizes_b
 

@@ -258,6 +258,7 @@ def _inputs_and_gradients(
     probes: dict[str, Tensor] = {}
 
     def probed(name: str, out: Tensor) -> Tensor:
+        # an output is a matrix's own tensor; adding zeros gives it a leaf to differentiate by
         probes[name] = torch.zeros_like(out, requires_grad=True)
         return out + probes[name]
 
@@ -278,6 +279,7 @@ def _inputs_and_gradients(
     )
 
     def at_read(x: Tensor) -> Tensor:
+        # some families flatten rows and tokens before the MLP; float64 on the CPU for the solve
         return x.reshape(b, t, -1)[batch.rows_p, batch.positions_p].double().cpu()
 
     return {name: (at_read(entering[name]), at_read(gradients[name])) for name in names}
@@ -293,6 +295,7 @@ def _solve(inputs_ni: Tensor, standard_nc: Tensor, rate: float, precision: torch
     """
     n, width = inputs_ni.shape
     h_ni, g_no = standard_nc[:, :width], standard_nc[:, width:]
+    # H enters the solve as it is; only lengths and directions of V come from standardised tokens
     values_no = -rate * h_ni.square().sum(1, keepdim=True) * g_no
     small = inputs_ni @ inputs_ni.T if n <= width else inputs_ni.T @ inputs_ni
     factor = torch.linalg.cholesky(small + torch.eye(len(small), dtype=small.dtype))
