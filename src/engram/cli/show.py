@@ -136,7 +136,7 @@ def show_average(average: AverageTrace) -> None:
             "[yellow]estimates[/], to first order"
             + (", but for the best cells" if average.traces[0].exact else "")
         )
-    sign = -1 if average.direction == "noise" else 1
+    sign = average.traces[0].sign
     maps = [
         _heat_map(site, average.effects(site).mean, list(TOKEN_ROLES), sign)
         for site in average.layered

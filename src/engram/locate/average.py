@@ -120,10 +120,6 @@ class AverageTrace:
         return [site for site in self.sites if site.partition(",")[0] not in PARTS]
 
     @property
-    def direction(self) -> str:
-        return str(self.traces[0].settings.get("direction", "denoise"))
-
-    @property
     def severed(self) -> list[str]:
         """Tables with severed modules."""
         return [site for site in self.sites if site.endswith(" severed")]
@@ -199,11 +195,8 @@ class AverageTrace:
         for trace in self.traces:
             effects = trace.scores[site].double() - trace.baseline
             empty = torch.full_like(effects[0], torch.nan)
-            rows.append(
-                torch.stack(
-                    [effects[at].mean(0) if at else empty for at in role_rows(trace).values()]
-                )
-            )
+            by_role = role_rows(trace).values()
+            rows.append(torch.stack([effects[at].mean(0) if at else empty for at in by_role]))
         return torch.stack(rows)
 
     def _resampled(self, resamples: int) -> Tensor:
@@ -254,9 +247,7 @@ class AverageTrace:
             "total_effect": {"mean": ate, "low": low, "high": high},
             "sites": {},
         }
-        sign = (
-            -1 if self.direction == "noise" else 1
-        )  # where effects are negative, the lowest are the strongest
+        sign = self.traces[0].sign  # where effects are negative, the lowest are the strongest
         for site in self.sites:
             mean = self.effects(site).mean
             own = [sign * float((sign * t.scores[site]).max()) for t in self.traces]
@@ -269,7 +260,7 @@ class AverageTrace:
                     own = [sign * float((sign * row).max()) for row in rows if len(row)]
                     peaks[role] = {
                         "effect": float(curve.flatten()[at]),
-                        "at": _index(at, curve.shape),
+                        "at": [int(i) for i in torch.unravel_index(torch.tensor(at), curve.shape)],
                         "mean_of_maxima": sum(own) / len(own),
                     }
             about["sites"][site] = peaks
@@ -283,12 +274,8 @@ class AverageTrace:
         """
         from engram.plots.heat_maps import HeatMap, in_lines, plot_heat_maps
 
-        sign, trace, sites = (
-            -1 if self.direction == "noise" else 1,
-            self.traces[0],
-            self._drawable(),
-        )
-        tables = {site: (sign * self.effects(site).mean).clamp(min=0) for site in sites}
+        trace, sites = self.traces[0], self._drawable()
+        tables = {site: (trace.sign * self.effects(site).mean).clamp(min=0) for site in sites}
         top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
         title = trace.captions.average_title()
         return plot_heat_maps(
@@ -380,10 +367,6 @@ def _common(trace: CausalTrace) -> dict[str, Any]:
         "model": trace.model,
         **settings,
     }
-
-
-def _index(at: int, shape: torch.Size) -> list[int]:
-    return [int(i) for i in torch.unravel_index(torch.tensor(at), shape)]
 
 
 def _quantile(samples: Tensor, q: float) -> Tensor:

@@ -39,7 +39,7 @@ from engram.runs.workers import ByName, Here, ModelJob, Workers
 log = logging.getLogger(__name__)
 
 Keep = Literal["known", "exact", "all"]
-Answer = Literal["model", "object"]
+ScoredAnswer = Literal["model", "object"]
 _FACTS_AT_ONCE = 256  # facts that are tokenised, filtered and ordered by length together
 
 
@@ -49,7 +49,7 @@ def average_trace(
     *,
     out: str | Path | None = None,
     keep: Keep = "known",
-    answer: Answer = "model",
+    answer: ScoredAnswer = "model",
     facts_per_batch: int | None = None,
     workers: Workers | None = None,
     progress: Progress = no_progress,
@@ -93,7 +93,7 @@ def average_trace(
         4
     """
     one_of("keep", keep, get_args(Keep))
-    one_of("answer", answer, get_args(Answer))
+    one_of("answer", answer, get_args(ScoredAnswer))
     if facts_per_batch is not None and facts_per_batch < 1:
         raise SettingError(
             f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time"
@@ -167,7 +167,7 @@ class _Run:
         lm: LanguageModel,
         config: TraceConfig,
         keep: Keep,
-        answer: Answer,
+        answer: ScoredAnswer,
         facts: Sequence[Fact],
     ) -> None:
         self.lm, self.config, self.keep, self.answer = lm, config, keep, answer

@@ -27,7 +27,7 @@ Corruption = Literal["noise", "zeros", "mean", "subject"]
 Direction = Literal["denoise", "noise"]
 Effect = Literal["indirect", "direct"]
 Metric = Literal["probability", "log_probability", "logit_difference"]
-Method = Literal["exact", "attribution"]
+TraceMethod = Literal["exact", "attribution"]
 Correction = Literal["none", "query-key"]
 
 SITES = ("residual", "mlp", "attention")  # of the paper's figures
@@ -101,7 +101,7 @@ class Patching:
             they add to the residual stream, in a window of layers. "head": one attention head's
             output before the heads are mixed. "neuron": one entry of the MLP output matrix's input,
             see `neurons`. Some families have more, such as Mamba's "mixer".
-            Default: residual, MLP and attention, as far as the family has them.
+            Default: residual, MLP and attention, where the family has them.
         neurons: the (layer, index) pairs of "neuron".
         window: layers replaced together at "mlp" and "attention", see `window_layers`; default:
             10, or a third of a smaller model.
@@ -212,12 +212,12 @@ class Estimation:
     Source: Nanda 2023; Kramár et al. 2024, arXiv:2403.00745.
     """
 
-    method: Method = "exact"
+    method: TraceMethod = "exact"
     correction: Correction = "none"
     screen: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, get_args(Method))
+        one_of("method", self.method, get_args(TraceMethod))
         one_of("correction", self.correction, get_args(Correction))
         if self.screen is not None and (self.method == "attribution" or self.screen < 1):
             raise SettingError(

@@ -71,10 +71,15 @@ class CausalTrace:
 
     @property
     def baseline(self) -> float:
-        """What effects are differences to: the run whose states are replaced by the other's, see
-        `TraceConfig.direction`.
+        """The score that effects are differences to: that of the run whose states are replaced, see
+        `Patching.direction`.
         """
-        return self.high_score if self.settings.get("direction") == "noise" else self.low_score
+        return self.high_score if self.captions.inserts else self.low_score
+
+    @property
+    def sign(self) -> int:
+        """1, or -1 where corrupted states are inserted, so that strong effects are negative."""
+        return -1 if self.captions.inserts else 1
 
     @property
     def total_effect(self) -> float:
@@ -93,9 +98,7 @@ class CausalTrace:
 
         Of a screened table only the exact cells are compared, where there are any.
         """
-        effects = (
-            -self.effects(site) if self.settings.get("direction") == "noise" else self.effects(site)
-        )
+        effects = self.sign * self.effects(site)
         if site in self.exact and self.exact[site].any():
             effects = effects.masked_fill(~self.exact[site], -torch.inf)
         largest = effects.argmax()
