@@ -111,8 +111,8 @@ def test_an_edit_of_both_devices_is_verified_in_both_ways_and_gone_afterwards() 
     with two_devices():
         lm = on_two_devices("gpt2")
         before = lm.log_probs([(FACT.prompt_text, FACT.target)])[0].tolist()
-        for way in (edit.applied, edit.attached):
-            with way(lm, force=True):
+        for how in ("weights", "beside"):
+            with edit.applied(lm, how=how, force=True):
                 got = lm.probabilities([(FACT.prompt_text, FACT.target)])[0]
             assert got == pytest.approx(expected.of("rewrite")[0].after[0], rel=1e-4)
         assert lm.log_probs([(FACT.prompt_text, FACT.target)])[0].tolist() == before
@@ -177,6 +177,6 @@ def test_writing_into_an_offloaded_weight_is_refused(offloaded: Any) -> None:
     lm, plain = offloaded
     edit = engram.rewrite(plain, FACT, layer=2, **SETTINGS)
     with pytest.raises(
-        UnsupportedModelError, match=r"is offloaded .*edit.attached\(lm\).*edit.to_peft\(folder\)$"
+        UnsupportedModelError, match=r"is offloaded .*how='beside'\).*edit.to_peft\(folder\)$"
     ):
-        edit.applied(lm).__enter__()
+        edit.applied(lm, how="weights").__enter__()
