@@ -32,7 +32,7 @@ class TfIdf:
 
     @classmethod
     def fit(cls, texts: Iterable[str]) -> TfIdf:
-        """Of the words in `texts`, one document each."""
+        """Fit to the words of `texts`, each one document."""
         documents, holding = 0, Counter[str]()
         for text in texts:
             documents += 1
@@ -42,14 +42,15 @@ class TfIdf:
         return cls(vocabulary, np.log((1 + documents) / (1 + counts)) + 1)
 
     def vector(self, text: str) -> dict[int, float]:
-        """Column -> weight, of length 1; empty where no word of the text is in the vocabulary."""
+        """Return column -> weight, of length 1; empty without a word of the vocabulary."""
+        # raw counts, not their logarithms: the default that the released code relies on
         counts = Counter(self.vocabulary[word] for word in words(text) if word in self.vocabulary)
         weights = {column: count * float(self.idf[column]) for column, count in counts.items()}
         length = sum(weight**2 for weight in weights.values()) ** 0.5
         return {column: weight / length for column, weight in weights.items()}
 
     def cosine(self, one: str, other: str) -> float | None:
-        """Between -1 and 1; None where one of the texts has no word of the vocabulary (NaN in the
+        """Return the cosine; None where a text has no word of the vocabulary (NaN in the
         released code).
         """
         a, b = self.vector(one), self.vector(other)

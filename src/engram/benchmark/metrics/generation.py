@@ -20,17 +20,27 @@ from engram.errors import EngramError
 
 
 def fluency(texts: Sequence[str]) -> float | None:
-    """GE: mean over texts of a third of the entropy (bits) of their bigrams and two thirds of that
-    of their trigrams.
+    """Return GE: the mean over texts of `n_gram_entropy` (bits), None where no text has one.
 
-    Texts of fewer than 3 tokens have none and are left out; None where no text has one.
+    It is low where a text repeats itself.
+
+    Example:
+        >>> from engram.benchmark.metrics.generation import n_gram_entropy
+        >>> n_gram_entropy("the bridge the bridge the bridge".split())  # doctest: +ELLIPSIS
+        0.99...
+        >>> n_gram_entropy("a long bridge over the river".split())  # doctest: +ELLIPSIS
+        2.10...
     """
-    found = [entropy for text in texts if (entropy := n_gram_entropy(tokens(text))) is not None]
-    return fmean(found) if found else None
+    entropies = [n_gram_entropy(tokens(text)) for text in texts]
+    given = [value for value in entropies if value is not None]
+    return fmean(given) if given else None
 
 
 def n_gram_entropy(words: Sequence[str]) -> float | None:
-    """mean(2/3 H_2, 4/3 H_3) in bits; None for fewer than 3 tokens (NaN in the released code)."""
+    """Return H_2 / 3 + 2 H_3 / 3 in bits, with H_n the entropy of the n-grams.
+
+    None for fewer than 3 tokens (NaN in the released code).
+    """
     if len(words) < 3:
         return None
     two = entropy(list(pairwise(words)))
@@ -39,19 +49,19 @@ def n_gram_entropy(words: Sequence[str]) -> float | None:
 
 
 def entropy(events: Sequence[Any]) -> float:
-    """Of the events' frequencies, in bits."""
+    """Return the entropy of the events' frequencies, in bits."""
     counts = Counter(events).values()
     total = sum(counts)
     return -sum(count / total * log2(count / total) for count in counts)
 
 
 def consistency(texts: Sequence[str], references: Sequence[str], tfidf: TfIdf) -> float | None:
-    """RS: cosine of the TF-IDF vectors of all texts joined and of all reference texts joined."""
+    """Return RS: the TF-IDF cosine of all texts joined and all reference texts joined."""
     return tfidf.cosine(" ".join(texts), " ".join(references))
 
 
 def tokens(text: str) -> list[str]:
-    """NLTK's `word_tokenize`.
+    """Split a text as NLTK's `word_tokenize` does.
 
     Raises:
         EngramError: NLTK is not installed.
@@ -72,8 +82,9 @@ def _words() -> Any:
 
 @cache
 def _sentences() -> Any:
-    """Punkt with its English tables where they are installed, else without tables (the same but for
-    abbreviations).
+    """Return Punkt with its English tables if they are installed, else without.
+
+    The difference shows at abbreviations only.
     """
     _words()
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
