@@ -44,7 +44,6 @@ def prose(path: Path) -> str:
     return "\n".join(token.string for token in tokens if token.type in kinds)
 
 
-@pytest.mark.xfail(strict=False, reason="being rewritten; `--runxfail` shows what is left")
 @pytest.mark.parametrize("file", FILES)
 def test_words_to_avoid(file):
     text = " ".join(re.sub(r"^\s*#:?", "", prose(ROOT / file), flags=re.MULTILINE).split())

@@ -358,22 +358,13 @@ def other_record(data: Dataset) -> Dataset:
             {"lm": tiny_lm(dtype=torch.float64)},
             "begun with (dtype='float32', it is 'float64'|identity)",
         ),
-        (
-            {"data": replace(DATA, name="towns")},
-            "begun with dataset='cities', it is 'towns'",
-        ),
-        (
-            {"data": replace(DATA, form="zsre")},
-            "begun with form='counterfact', it is 'zsre'",
-        ),
+        ({"data": replace(DATA, name="towns")}, "begun with dataset='cities', it is 'towns'"),
+        ({"data": replace(DATA, form="zsre")}, "begun with form='counterfact', it is 'zsre'"),
         (
             {"data": other_record(DATA)},
             "begun with another data set: its record 2 is not '2' as it is now",
         ),
-        (
-            {"config": replace(ASKED, seed=1)},
-            r"begun with config=.*'seed': 0.*it is .*'seed': 1",
-        ),
+        ({"config": replace(ASKED, seed=1)}, r"begun with config=.*'seed': 0.*it is .*'seed': 1"),
         ({"config": replace(ASKED, texts=False)}, "begun with config="),
         (
             {"methods": {"ft": {"epochs": 4}}},

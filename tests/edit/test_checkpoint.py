@@ -39,7 +39,7 @@ def stored(lm: Any, folder: Path, shard: str = "5GB") -> Path:
 
 
 def recorded(folder: Path) -> list[Edit]:
-    """The edits in the record that engram keeps inside the checkpoint's folder."""
+    """Return the edits in the record that engram keeps inside the checkpoint's folder."""
     return [Edit.load(each) for each in sorted((folder / "engram" / "edits").glob("*"))]
 
 

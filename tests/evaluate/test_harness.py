@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an edited model: a task of our own, before an edit and with it laid on
+"""lm-evaluation-harness on an edited model: a task of our own, before an edit and with it in
 the model.
 """
 

@@ -157,9 +157,9 @@ def test_an_offloaded_model_is_traced_measured_and_known_like_the_whole_one(offl
     )
 
 
-@pytest.mark.parametrize(("layer", "laid"), [(1, "applied"), (2, "attached")])
+@pytest.mark.parametrize(("layer", "how"), [(1, "weights"), (2, "beside")])
 def test_an_offloaded_model_is_edited_where_its_weights_are_and_beside_them(
-    offloaded: Any, layer: int, laid: str
+    offloaded: Any, layer: int, how: str
 ) -> None:
     lm, plain = offloaded
     facts = [FACT, Fact("river", "The {} runs through", "Madrid")]
@@ -167,7 +167,7 @@ def test_an_offloaded_model_is_edited_where_its_weights_are_and_beside_them(
     the_same(edit, expected)
     assert edit.base["tensors"] == expected.base["tensors"]
     receipt = engram.verify(lm, edit, text=TEXT, continuation_tokens=2)
-    assert receipt.laid == laid
+    assert receipt.how == how
     with edit.applied(lm, how="beside"), expected.applied(plain):
         got, wanted = (each.log_probs([(FACT.prompt_text, FACT.target)])[0] for each in offloaded)
         torch.testing.assert_close(got, wanted)

@@ -55,7 +55,7 @@ def test_from_a_folder_to_an_adapter_and_back(
     before = fingerprints(lm.model)
     edit = engram.rewrite(lm, [FACT, Fact("river", "The {} runs through", "Madrid")], **SETTINGS)
     receipt = engram.verify(lm, edit, text=TEXT, continuation_tokens=2)
-    assert receipt.laid == "applied" and 0 < receipt.rounding < 0.5
+    assert receipt.how == "weights" and 0 < receipt.rounding < 0.5
     edit.with_receipt(receipt).save(tmp_path / "edit")
     edit = Edit.load(tmp_path / "edit")
     ids = torch.tensor([lm.encode(FACT.prompt_text).ids])

@@ -132,7 +132,7 @@ def test_from_rewrite_to_an_adapter_beside_the_packed_base(scheme: str, tmp_path
     before, plain = fingerprints(lm.model), logits(lm.model)
     edit = engram.rewrite(lm, [FACT, Fact("river", "The {} runs through", "Madrid")], **SETTINGS)
     receipt = engram.verify(lm, edit, text="The river runs through London.", continuation_tokens=2)
-    assert (receipt.laid, receipt.quantised, receipt.rounding) == ("attached", scheme, 0.0)
+    assert (receipt.how, receipt.quantised, receipt.rounding) == ("beside", scheme, 0.0)
     assert f"attached beside {scheme} weights" in str(receipt)
     assert engram.Receipt.from_dict(receipt.to_dict()) == receipt
     edit.with_receipt(receipt).save(tmp_path / "edit")

@@ -67,7 +67,7 @@ class IkeConfig(InContextConfig):
     """Settings of IKE: those of in-context edits, with one fact for each prompt, and k.
 
     Args:
-        k: demonstrations before a fact, as far as they fit; 16 as in EasyEdit, 32 in the paper.
+        k: demonstrations before a fact, or those that fit; 16 as in EasyEdit, 32 in the paper.
     """
 
     most: int = 1

@@ -100,7 +100,7 @@ class Receipt:
         rounding: largest share of a weight's change that is lost when it is rounded into the
             model's dtype; None where no weight changes.
         model, dtype: what it was taken on.
-        laid: "applied": the edit was written into the weights; "attached": it was added beside
+        how: "weights": the edit was written into the weights; "beside": it was added beside
             them, since they are quantised or offloaded, and nothing is rounded.
         quantised: how the edited weights are packed; None where they are not.
         frame: what wrapped every prompt, before and after; None: bare prompts.
@@ -115,7 +115,7 @@ class Receipt:
     model: str
     dtype: str
     thresholds: Thresholds = field(default_factory=Thresholds)
-    laid: Literal["applied", "attached"] = "applied"
+    how: Literal["weights", "beside"] = "weights"
     quantised: str | None = None
     frame: str | None = None
 
@@ -227,7 +227,7 @@ class Receipt:
             sign = "≥" if check.at_least else "≤"
             required = "—" if check.limit is None else f"{sign} {check.limit:g}"
             yield f"{check.name.replace('_', ' '):<18}{measured:>10}{required:>10}   {verdict}"
-        if self.laid == "attached":
+        if self.how == "beside":
             yield (
                 f"attached beside {self.quantised or 'offloaded'} weights: "
                 "none is touched, nothing is rounded"

@@ -103,7 +103,7 @@ def verify(
         model=lm.name,
         dtype=str(lm.dtype).removeprefix("torch."),
         thresholds=thresholds or Thresholds(),
-        laid="applied" if can_write(lm, edit.deltas) else "attached",
+        how="weights" if can_write(lm, edit.deltas) else "beside",
         quantised=next((packing for packing in packings if packing), None),
         frame=name_of(lm.frame) if lm.kind == "causal" and lm.frame != BARE else None,
     )

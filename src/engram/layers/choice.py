@@ -126,7 +126,7 @@ def layer_card(
     card = LayerCard(
         lm.name, model_id, lm.n_layers, method, about, traced, evidence, seconds, versions
     )
-    card.save(path)  # before the measurements go: a kill in between only leaves a file behind
+    card.save(path)  # before the measurements go: a kill in between leaves a file too many
     partial.unlink(missing_ok=True)
     return card
 

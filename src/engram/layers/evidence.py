@@ -299,7 +299,7 @@ def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> Edi
 
 def receipt_score(receipt: Receipt) -> float:
     """Return one number for a receipt: the harmonic mean of its efficacy, paraphrase and
-    neighbourhood margins, as far as they were measured.
+    neighbourhood margins, those that were measured.
 
     A margin is the mean difference between the probabilities of the wanted and the unwanted answer,
     moved to [0, 1]. Shares of successes would tie on a single fact, where most are 0 or 1.

@@ -448,7 +448,7 @@ class _Batch:
         return [bool(done) for done in done_n.tolist()]
 
     def _keep(self, rows: list[int]) -> None:
-        """Go on with some of the active facts; the rows of the others are no longer computed."""
+        """Keep some of the active facts; the rows of the others are no longer computed."""
         assert self.original_nv is not None, "facts leave after a forward pass only"
         self.active = [self.active[row] for row in rows]
         self.contexts, self.penalty = self.contexts.only(rows), self.penalty.only(rows)
