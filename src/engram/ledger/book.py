@@ -261,12 +261,12 @@ class Ledger:
         with self._lock():
             check_new(edit, self.list())
             below = self._base_entries(edit, lm)
-            found = self.conflicts(edit)
-            same = {(each.entry, each.index) for each in found if each.kind == "same fact"}
+            clashes = self.conflicts(edit)
+            same = {(clash.entry, clash.index) for clash in clashes if clash.kind == "same fact"}
             replaced = tuple(sorted(same)) if replace else ()
             check_not_below(replaced, below)
             self._check_removable(replaced)
-            warn(found, replaced, below, self.list())
+            warn(clashes, replaced, below, self.list())
             # numbers are never used again, those of removed entries included
             number = max(self._entries(), default=0) + 1
             event = Event(
