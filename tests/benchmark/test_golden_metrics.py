@@ -150,7 +150,8 @@ def check_nlls(mine, theirs, limit):
 @pytest.mark.parametrize("phase", ["pre", "post"])
 @pytest.mark.parametrize("i", CASES)
 def test_log_probabilities_of_every_prompt(i, phase):
-    check_nlls(measured(i, phase), nlls(i, phase), 1e-6)
+    # float32 products differ by processor: 1.5e-6 was measured on one other than the recording's
+    check_nlls(measured(i, phase), nlls(i, phase), 5e-6)
 
 
 @pytest.mark.parametrize("i", CASES)
