@@ -33,7 +33,6 @@ def names(pocket_lm: Any) -> dict[str, Any]:
     return {"engram": engram, "lm": lm, "fact": fact, "edit": engram.rewrite(lm, fact)}
 
 
-@pytest.mark.xfail(strict=False, reason="being written; `--runxfail` shows what is left")
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_run(module, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -44,7 +43,6 @@ def test_examples_run(module, names, tmp_path, monkeypatch):
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
 
 
-@pytest.mark.xfail(strict=False, reason="being written; `--runxfail` shows what is left")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_public_function_has_an_example(name):
     documentation = inspect.getdoc(getattr(engram, name)) or ""
