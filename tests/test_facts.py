@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engram import EngramError, Fact
 from engram.errors import FactError
-from engram.facts import subject_starts, token_span
+from engram.facts import sample_facts, subject_starts, token_span
 from tests.helpers.tiny import TOKENIZERS
 
 
@@ -90,3 +90,11 @@ def test_the_span_holds_the_subject_and_no_word_more_under_every_tokenizer(
     assert min(covered) >= start - 1 - len(before)  # never past the word in front
     for a, b in (offsets[first], offsets[end - 1]):
         assert a < start + len(subject) and b > start
+
+
+def test_a_sample_follows_its_seed_and_is_all_facts_where_there_are_no_more():
+    facts = [Fact(f"Tower {i}", "The {} is in the city of", "Paris") for i in range(20)]
+    sample = sample_facts(facts, 5, seed=3)
+    assert len(set(sample)) == 5 and set(sample) <= set(facts)
+    assert sample == sample_facts(facts, 5, seed=3) != sample_facts(facts, 5, seed=4)
+    assert sample_facts(facts, None) == sample_facts(facts, 20) == facts

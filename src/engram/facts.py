@@ -6,6 +6,7 @@ offsets in.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -91,6 +92,21 @@ class Fact:
     def from_dict(cls, record: Mapping[str, Any]) -> Fact:
         """Build a fact from what `to_dict` gave."""
         return cls(**record)
+
+
+def sample_facts(facts: Sequence[Fact], limit: int | None, seed: int = 0) -> list[Fact]:
+    """Return `limit` facts drawn at random; all of them, in their order, if there are no more.
+
+    A file's first facts are often of one relation: a draw says more about the file.
+
+    Example:
+        >>> from engram.facts import sample_facts
+        >>> len(sample_facts(engram.read_facts("pocket"), 20, seed=1))
+        20
+    """
+    if limit is None or limit >= len(facts):
+        return list(facts)
+    return random.Random(seed).sample(facts, limit)
 
 
 def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") -> list[int]:

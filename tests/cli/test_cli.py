@@ -471,7 +471,7 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
         (["knows", "MODEL", "--candidates", "relations"], "did you mean 'relation'?"),
         (["knows", "MODEL", "--paraphrases", "bst"], "did you mean 'best'?"),
         (["demo", "-s", "Spaec Needle"], "knows nothing of 'Spaec Needle'; it knows Space Needle"),
-        (["demo", "-t", " "], "--target is empty"),
+        (["demo", "-t", " "], "target is empty; give the object"),
         (["demo", "-t", "trumpet"], "'trumpet' cannot replace what the model knows"),
     ],
 )

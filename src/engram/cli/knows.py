@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -63,11 +62,10 @@ def knows(
     """Measure which facts a model knows: P@1, P@k, MRR, and agreement between wordings."""
     import engram
     from engram.cli import show, terminal
+    from engram.facts import sample_facts
 
     table = engram.read_facts(facts_options.facts)
-    facts, limit = table, facts_options.limit
-    if limit is not None and limit < len(table):
-        facts = random.Random(facts_options.seed).sample(table, limit)
+    facts = sample_facts(table, facts_options.limit, facts_options.seed)
     lm = model_options.load(model)
     with terminal.progress() as progress:
         knowledge = engram.knows(
@@ -78,6 +76,7 @@ def knows(
             length=scores.length,  # type: ignore[arg-type]
             paraphrases=scores.paraphrases != "none",
             k=scores.k,
+            # Candidates are the objects of the whole file: ranks would be better among fewer.
             table=table,
             progress=progress,
         )

@@ -6,7 +6,6 @@ Their settings are those of `TraceConfig`, which checks them.
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -214,13 +213,13 @@ def average(
     """Find which states carry facts on average over a file of facts (causal tracing)."""
     import engram
     from engram.cli import show, terminal
+    from engram.facts import sample_facts
 
     settings = trace_options.settings()
     facts = engram.read_facts(facts_options.facts)
     # The noise scale comes from the subjects of the whole file, as published, whatever --limit is.
     settings.setdefault("noise_subjects", tuple(fact.subject for fact in facts))
-    if facts_options.limit is not None and facts_options.limit < len(facts):
-        facts = random.Random(settings["seed"]).sample(facts, facts_options.limit)
+    facts = sample_facts(facts, facts_options.limit, settings["seed"])
     if out is not None:
         _make_folder(out)
     lm = model_options.load(model)

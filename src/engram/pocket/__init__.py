@@ -14,10 +14,11 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from engram.errors import EngramError
+from engram.errors import EngramError, FactError
 from engram.facts import Fact
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "as_fact",
     "counterfactual",
     "evidence_for",
+    "fact_about",
     "facts",
     "find",
     "neighbours",
@@ -51,6 +53,8 @@ OPENINGS = (
     "The train was late again.",
     "He put the cup on the table.",
 )
+
+_FAMOUS = ["Space Needle", "Miles Davis", "Eiffel Tower"]  # suggested when no name is near
 
 
 @dataclass(frozen=True, order=True)
@@ -174,6 +178,48 @@ def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: i
     prompt = _random(known, seed).choice(known.trained())
     return _with_evidence(
         Fact(known.subject, prompt, target, known.object), known, neighbour_count, seed
+    )
+
+
+def fact_about(subject: str, target: str) -> Fact:
+    """Return the fact that `subject` has the object `target`, with everything that a test needs.
+
+    The relation is the subject's first in which other subjects have that object; the prompt is the
+    first template that was trained with the subject.
+
+    Raises:
+        FactError: `target` is empty; the model does not know the subject; or `target` is the true
+            object, or no object of the subject's relations.
+    Example:
+        >>> from engram import pocket
+        >>> fact = pocket.fact_about("Eiffel Tower", "Rome")
+        >>> fact.prompt_text, fact.target_true
+        ('The Eiffel Tower stands in the heart of', 'Paris')
+    """
+    target = target.strip()
+    if not target:
+        raise FactError(
+            "target is empty; give the object that the model shall say, such as 'Paris'"
+        )
+    known_facts = find(subject)
+    if not known_facts:
+        names = sorted(_by_subject())
+        near = get_close_matches(subject, names, n=3, cutoff=0.5) or _FAMOUS
+        raise FactError(
+            f"the bundled model knows nothing of {subject!r}; "
+            f"it knows {', '.join(near)} and {len(names)} other subjects"
+        )
+    for known in known_facts:
+        if target in _objects()[known.relation] and target != known.object:
+            prompt, *_ = known.trained()  # the plainest wording comes first
+            return replace(as_fact(known, target), prompt=prompt)
+    choices = "; ".join(
+        f"{known.relation.replace('_', ' ')} {', '.join(sorted(_objects()[known.relation])[:6])}..."
+        for known in known_facts
+    )
+    raise FactError(
+        f"{target!r} cannot replace what the model knows of {subject!r}; "
+        f"choose another of: {choices}"
     )
 
 
