@@ -29,7 +29,7 @@ from engram.model.generation import Writing, pads_on_the_left, write
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import per_row_edits
 from engram.rewriting import rewrite_each
-from tests.helpers.tiny import DENSE, tiny_lm
+from tests.helpers.tiny import DENSE, mostly_slow, tiny_lm
 
 ASKED = MeasureConfig(answer_tokens=2, texts=True, text_tokens=12, drift_every=1)
 
@@ -80,7 +80,7 @@ def assert_alike(some: Outcome, others: Outcome) -> None:
         assert a is None or a == pytest.approx(b, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", mostly_slow(DENSE))
 def test_of_every_family(family: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     records = [record(n) for n in range(3)]

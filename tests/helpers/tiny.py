@@ -135,6 +135,14 @@ def crossed(families: Iterable[str], *values: Any) -> list[Any]:
     ]
 
 
+def mostly_slow(families: Iterable[str]) -> list[Any]:
+    """Return every family, for `parametrize`; `make test` runs only those of EXAMPLES."""
+    return [
+        pytest.param(family, marks=[pytest.mark.slow] * (family not in EXAMPLES))
+        for family in families
+    ]
+
+
 def make_config(family: str) -> PreTrainedConfig:
     """Return a config of a few thousand parameters: `SIZES` under the names that the class
     knows.
