@@ -22,8 +22,7 @@ INSTEAD = {  # what is avoided -> what to write
     r"(?:go|goes|gone|going|went) on with": "resume",
 }
 AVOIDED = re.compile(rf"\b(?:{'|'.join(INSTEAD)})\b", re.IGNORECASE)
-ALLOWED: dict[str, tuple[str, ...]] = {  # file -> phrases in which such a word is right
-}
+ALLOWED = {"CHANGELOG.md": ("was `behind=`",)}  # file -> phrases in which such a word is right
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
