@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engram.errors import EngramError, SettingError
 
@@ -37,6 +38,19 @@ def one_of(
     if value not in known:
         hint = did_you_mean(value, known)
         raise error(f"{name}={value!r}: expected {alternatives(known)}{more}{hint}")
+
+
+def check_choices(config: Any) -> None:
+    """Raise unless every field of a config that is a Literal holds one of its values.
+
+    The type says the choices, so that no second list of them can differ from it.
+
+    Raises:
+        SettingError: see `one_of`.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            one_of(name, getattr(config, name), get_args(hint))
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

@@ -163,7 +163,7 @@ def memory_plan(
         row_tokens=row_tokens,
         target_tokens=target_tokens,
     )
-    stored = sum(_stored(each) for each in (*lm.model.parameters(), *lm.model.buffers()))
+    stored = sum(_stored(tensor) for tensor in (*lm.model.parameters(), *lm.model.buffers()))
     facts, blocks = (f"{n_facts} fact{'s' * (n_facts > 1)}", f"layer{'s' * (len(chosen) > 1)}")
     about = (
         f"{lm.name}: {facts} by {method} at {blocks} {', '.join(map(str, chosen))}; {_name(lm)}, "
@@ -217,7 +217,7 @@ def _stored(tensor: Tensor) -> int:
     """Return the bytes of a tensor as it is held: of a packed one, those of its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         inside = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return sum(_stored(each) for each in inside if each is not None)
+        return sum(_stored(part) for part in inside if part is not None)
     return tensor.numel() * tensor.element_size()
 
 

@@ -107,7 +107,7 @@ def average_trace(
         done = len(finished.intersection(keys))
         # blocks of the whole list, also when resumed: the same batches give the same bytes
         for at in range(0, len(listed), _FACTS_AT_ONCE):
-            todo = [each for each in listed[at : at + _FACTS_AT_ONCE] if each.key not in finished]
+            todo = [f for f in listed[at : at + _FACTS_AT_ONCE] if f.key not in finished]
             for rows in _traced(run, todo, facts_per_batch, workers):
                 store.add(rows)
                 done += len(rows)
@@ -249,12 +249,12 @@ def _traced(
     owners: dict[int, ListedFact] = {}  # by id() of the input: two facts may have equal prompts
     inputs: list[TraceInput] = []
     skipped: list[StoredRow] = []
-    for each in listed:
+    for fact in listed:
         try:
-            inputs.append(run.prepare(each.number, each.fact))
-            owners[id(inputs[-1])] = each
+            inputs.append(run.prepare(fact.number, fact.fact))
+            owners[id(inputs[-1])] = fact
         except FactError as error:
-            skipped.append(_row(each, skipped=str(error)))
+            skipped.append(_row(fact, skipped=str(error)))
     if skipped:
         yield skipped
     units = list(batched(run.lm, inputs, run.config, facts_per_batch))

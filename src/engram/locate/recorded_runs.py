@@ -57,8 +57,8 @@ class Recorded:
         rows: which row is which run.
         scorer: what is read at the end of a run.
         clean, corrupted: [f] score of the clean run, and of the corrupted runs (mean over samples).
-        seen: module name -> [kept rows, t, c] recorded outputs (or inputs, of parts).
-        kept: the rows that `seen` holds.
+        seen: module name -> [state rows, t, c] recorded outputs (or inputs, of parts).
+        state_rows: the rows that `seen` holds.
         recording: what replay needs; None where whole forward passes are run.
     """
 
@@ -67,7 +67,7 @@ class Recorded:
     clean: Tensor
     corrupted: Tensor
     seen: dict[str, Tensor]
-    kept: Tensor
+    state_rows: Tensor
     recording: Recording | None
 
     @property
@@ -80,12 +80,12 @@ class Recorded:
         return self.clean if inserts else self.corrupted
 
     def states(self, site: str, layer: int, rows_n: Tensor, tokens_n: Tensor) -> Tensor:
-        """Return [n, c] states of some kept rows, at one token of each."""
+        """Return [n, c] states of some state rows, at one token of each."""
         states_ntc, rows = self._find(site, layer, rows_n)
         return states_ntc[rows, tokens_n.to(states_ntc.device)]
 
     def states_of_rows(self, site: str, layer: int, rows_n: Tensor) -> Tensor:
-        """Return [n, t, c] states of some kept rows, at every token."""
+        """Return [n, t, c] states of some state rows, at every token."""
         states_ntc, rows = self._find(site, layer, rows_n)
         return states_ntc[rows]
 
@@ -100,8 +100,8 @@ class Recorded:
         # a module that is traced both ways is recorded twice; its input goes by a name of its own
         of_input = f"{name}:input"
         states = self.seen[of_input if site in PARTS and of_input in self.seen else name]
-        # `kept` is sorted: a row's index in `seen` is found by bisection
-        return states, torch.searchsorted(self.kept, rows_n).to(states.device)
+        # `state_rows` is sorted: a row's index in `seen` is found by bisection
+        return states, torch.searchsorted(self.state_rows, rows_n).to(states.device)
 
 
 def module_name(lm: LanguageModel, site: str, layer: int) -> str:
@@ -122,12 +122,12 @@ def record_runs(rows: PromptRows, tables: Sequence[EffectTable], replay: bool) -
     Raises:
         FactError: a foil that begins with the answer's own first token.
     """
-    kept, recording = rows.kept(), None
+    state_rows, recording = rows.state_rows(), None
     inputs, outputs = _module_names(rows.lm, tables, replay)
 
     def keep(tensor: Tensor) -> Tensor:
-        """Return [kept rows, t, c]; rows and tokens share an axis in some modules' outputs."""
-        return tensor.view(*rows.ids_bt.shape, -1)[kept.to(tensor.device)]
+        """Return [state rows, t, c]; rows and tokens share an axis in some modules' outputs."""
+        return tensor.view(*rows.ids_bt.shape, -1)[state_rows.to(tensor.device)]
 
     hooks = rows.embeddings("recorded")
     if replay:  # prompts may end at different positions, so that logits are taken row by row
@@ -145,7 +145,7 @@ def record_runs(rows: PromptRows, tables: Sequence[EffectTable], replay: bool) -
     facts = torch.arange(len(rows.inputs)).repeat_interleave(rows.per_prompt)
     scores_fr = scorer(logits_bav, facts).view(len(rows.inputs), rows.per_prompt).cpu()
     corrupted_f = scores_fr[:, 1 : 1 + rows.samples].mean(1)
-    return Recorded(rows, scorer, scores_fr[:, 0], corrupted_f, seen, kept, recording)
+    return Recorded(rows, scorer, scores_fr[:, 0], corrupted_f, seen, state_rows, recording)
 
 
 def _module_names(

@@ -100,7 +100,7 @@ class PromptRows:
         wants_corrupted = inserts if kind == "source" else not inserts
         return (corrupted if wants_corrupted else clean).flatten().contiguous()
 
-    def kept(self) -> Tensor:
+    def state_rows(self) -> Tensor:
         """Return the rows whose module outputs are kept, since states are taken from them."""
         facts = range(len(self.inputs))
         kinds: list[RowKind] = ["source", "frozen"] if self.config.patching.severed else ["source"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from engram.checks import one_of
+from engram.checks import check_choices
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Occurrence
@@ -68,8 +68,7 @@ class SubjectCorruption:
     occurrence: Occurrence = "first"
 
     def __post_init__(self) -> None:
-        one_of("corruption", self.corruption, get_args(Corruption))
-        one_of("occurrence", self.occurrence, get_args(Occurrence))
+        check_choices(self)
         if self.samples < 1 or self.extra_tokens < 0:
             raise SettingError(
                 f"samples={self.samples}, extra_tokens={self.extra_tokens}: samples has to be at "
@@ -134,8 +133,7 @@ class Patching:
     frozen_noise: Tensor | None = None
 
     def __post_init__(self) -> None:
-        one_of("direction", self.direction, get_args(Direction))
-        one_of("effect", self.effect, get_args(Effect))
+        check_choices(self)
         sites = (self.sites,) if isinstance(self.sites, str) else self.sites
         severed = (self.severed,) if isinstance(self.severed, str) else tuple(self.severed)
         neurons = tuple((int(layer), int(index)) for layer, index in self.neurons)
@@ -217,8 +215,7 @@ class Estimation:
     screen: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, get_args(TraceMethod))
-        one_of("correction", self.correction, get_args(Correction))
+        check_choices(self)
         if self.screen is not None and (self.method == "attribution" or self.screen < 1):
             raise SettingError(
                 f"screen={self.screen} computes that many cells exactly (at least 1), "
@@ -270,8 +267,7 @@ class TraceConfig:
     engine: Engine = "auto"
 
     def __post_init__(self) -> None:
-        one_of("metric", self.metric, get_args(Metric))
-        one_of("engine", self.engine, get_args(Engine))
+        check_choices(self)
         if self.rows_per_batch is not None and self.rows_per_batch < 1:
             raise SettingError(
                 f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time"
@@ -361,7 +357,7 @@ def window_layers(centre: int, window: int, n_layers: int) -> tuple[int, int]:
         ((15, 25), (0, 6))
     """
     first, end = centre - window // 2, centre + math.ceil(window / 2)
-    return min(max(0, first), n_layers - 1), max(1, min(n_layers, end))
+    return max(0, first), min(n_layers, end)
 
 
 def tables(lm: LanguageModel, config: TraceConfig) -> list[EffectTable]:

@@ -62,18 +62,18 @@ class TraceStore(RunFile):
         """Return the traces of these facts, in this order; default: all, in the order of their
         list.
         """
-        found = self._connection.execute(
+        rows = self._connection.execute(
             "SELECT key, trace FROM facts WHERE skipped IS NULL ORDER BY number, rowid"
         )
-        return [CausalTrace.from_bytes(data, str(self.path)) for data in _chosen(found, keys)]
+        return [CausalTrace.from_bytes(data, str(self.path)) for data in _chosen(rows, keys)]
 
     def skipped(self, keys: Sequence[str] | None = None) -> list[tuple[str, str]]:
         """Return (prompt, reason) of the facts that were left out, ordered as `traces` are."""
-        found = self._connection.execute(
+        rows = self._connection.execute(
             "SELECT key, prompt, skipped FROM facts WHERE skipped IS NOT NULL "
             "ORDER BY number, rowid"
         )
-        return _chosen(((key, (prompt, why)) for key, prompt, why in found), keys)
+        return _chosen(((key, (prompt, why)) for key, prompt, why in rows), keys)
 
 
 T = TypeVar("T")

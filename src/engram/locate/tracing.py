@@ -158,6 +158,6 @@ def trace(
         >>> trace.low_score < trace.high_score
         True
     """
-    asked = TracePrompt(prompt, subject, target, foil, other_subject)
-    (result,) = trace_prompts(lm, [asked], TraceConfig.of(**settings), progress=progress)
+    traced = TracePrompt(prompt, subject, target, foil, other_subject)
+    (result,) = trace_prompts(lm, [traced], TraceConfig.of(**settings), progress=progress)
     return result

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engram.checks import one_of
+from engram.checks import check_choices
 from engram.editors.closed_form.shifted_rows import Site
 from engram.editors.closed_form.values import ValueConfig
 from engram.editors.presets import overridden, preset
@@ -57,12 +57,7 @@ class MassConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("share", RESIDUAL_SHARES),
-            ("keys", ("halves", "mean", "both")),
-            ("site", ("mlp", "block", "attention+mlp")),
-        ):
-            one_of(name, getattr(self, name), known)
+        check_choices(self)
         if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
             raise SettingError(
                 "preservation, relative_preservation, slack and ridge have to be 0 or more"

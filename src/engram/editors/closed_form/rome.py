@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checks import one_of
+from engram.checks import check_choices
 from engram.edit.applied import applied
 from engram.edit.base import describe_base
 from engram.edit.changes import WeightChanges
@@ -49,7 +49,6 @@ from engram.settings import flat, read
 log = logging.getLogger(__name__)
 
 Variant = Literal["r-rome", "p-rome", "two-key"]
-VARIANTS: tuple[Variant, ...] = ("r-rome", "p-rome", "two-key")
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ class RomeConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        one_of("variant", self.variant, VARIANTS)
-        one_of("residual", self.residual, ("mean_output", "delta"))
+        check_choices(self)
         if self.reference and (self.variant != "r-rome" or self.residual != "mean_output"):
             raise SettingError(
                 f"reference=True is ROME as released: without variant={self.variant!r} and "

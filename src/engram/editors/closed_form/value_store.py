@@ -123,5 +123,5 @@ def _value(losses: str, tensors: bytes) -> Value:
     terms, norms = json.loads(losses)
     nothing = states["start"].new_zeros(0, 0)
     return Value(
-        states["start"], states["delta"], nothing, nothing, [tuple(each) for each in terms], norms
+        states["start"], states["delta"], nothing, nothing, [tuple(step) for step in terms], norms
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engram.batching import batches
-from engram.checks import one_of
+from engram.checks import check_choices
 from engram.editors.closed_form.shifted_rows import (
     ShiftedRows,
     Site,
@@ -70,14 +70,13 @@ class ValueConfig:
     stop_loss: float = 0.05
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.steps < 1:
             raise SettingError(f"steps={self.steps}: at least one forward pass is needed")
         if self.clamp <= 0 or self.learning_rate <= 0:
             raise SettingError(
                 f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0"
             )
-        one_of("stop", self.stop, ("loss", "argmax", "adaptive"))
-        one_of("kl_position", self.kl_position, ("lookup", "last"))
 
 
 @dataclass(frozen=True)

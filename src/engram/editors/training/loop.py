@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from engram.checks import one_of
+from engram.checks import check_choices
 from engram.editors.contexts import sample_contexts
 from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of
 from engram.engine.recording import record_run
@@ -68,6 +68,7 @@ class TuningConfig:
     locality_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.epochs < 1 or self.rows_per_batch < 1:
             raise SettingError(
                 f"epochs={self.epochs}, rows_per_batch={self.rows_per_batch}: both have to be at "
@@ -75,8 +76,6 @@ class TuningConfig:
             )
         if self.learning_rate <= 0:
             raise SettingError(f"learning_rate={self.learning_rate}: has to be above 0")
-        one_of("stop", self.stop, ("argmax", "loss", "never"))
-        one_of("locality_loss", self.locality_loss, ("kl", "ce"))
         if isinstance(self.contexts, str) and self.contexts != "sampled":
             raise SettingError(
                 f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as "

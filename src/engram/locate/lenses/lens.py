@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from engram.checks import one_of, position_in
-from engram.errors import NonFiniteError, SettingError
+from engram.errors import SettingError
 from engram.locate.lenses.vocabulary import (
     answers_at,
     chunks_of_positions,
     log_probs,
     require_causal,
+    require_finite,
     residual_stream,
     score,
     settled,
@@ -236,10 +237,7 @@ def lens(
         for part in chunks_of_positions(len(ids), len(states_ltd) * vocabulary)
     ]
     tables = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-    if not all(table.isfinite().all() for table in tables.values()):
-        raise NonFiniteError(
-            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
-        )
+    require_finite(lm, text, *tables.values())
     seen = tables["top_ids"].unique().tolist()
     return LogitLens(
         text,

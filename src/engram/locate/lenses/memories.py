@@ -22,8 +22,8 @@ from torch import Tensor
 
 from engram.checks import position_in
 from engram.engine.recording import base_model
-from engram.errors import NonFiniteError, SettingError
-from engram.locate.lenses.vocabulary import require_causal
+from engram.errors import SettingError
+from engram.locate.lenses.vocabulary import require_causal, require_finite
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
 from engram.modules.weights import as_linear, linear_shape
@@ -115,10 +115,10 @@ class Memories:
         lines.append(
             f"{'neuron':>7} {'coefficient':>11} {'strength':>8} {'share':>6}  pushes towards"
         )
-        for each in self.neurons:
+        for neuron in self.neurons:
             lines.append(
-                f"{each.value.neuron:>7} {each.coefficient:>11.3f} {each.strength:>8.2f} "
-                f"{each.share:>6.1%}  {words(each.pushes)}"
+                f"{neuron.value.neuron:>7} {neuron.coefficient:>11.3f} {neuron.strength:>8.2f} "
+                f"{neuron.share:>6.1%}  {words(neuron.pushes)}"
             )
         return "\n".join(lines)
 
@@ -186,10 +186,7 @@ def memories(
     with record(lm.model, inputs=[name], stop=True) as seen:
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     coefficient_f = seen[name].reshape(len(ids), -1)[at]
-    if not coefficient_f.isfinite().all():
-        raise NonFiniteError(
-            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
-        )
+    require_finite(lm, text, coefficient_f)
     # in float64: in half precision the sum over all neurons, for shares, would overflow or round
     strength_f = coefficient_f.double().abs() * weight_df.double().norm(dim=0).to(
         coefficient_f.device

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from engram.checks import position_in
 from engram.engine.recording import base_model
-from engram.errors import NonFiniteError, UnsupportedModelError
+from engram.errors import UnsupportedModelError
 from engram.locate.lenses.vocabulary import (
     answers_at,
     chunks_of_positions,
     log_probs,
     require_causal,
+    require_finite,
     score,
 )
 from engram.model.language_model import LanguageModel
@@ -221,10 +222,7 @@ def refinement(
             "mlp": mlp,
             "leaving": stream[1:],
         }
-    if not all(table.isfinite().all() for table in tables["probability"].values()):
-        raise NonFiniteError(
-            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
-        )
+    require_finite(lm, text, *tables["probability"].values())
     seen = torch.stack([*tables["top_ids"].values()]).unique().tolist()
     return Refinement(
         text,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engram.engine.recording import base_model
-from engram.errors import UnsupportedModelError
+from engram.errors import NonFiniteError, UnsupportedModelError
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
 
@@ -26,6 +26,18 @@ def require_causal(lm: LanguageModel, what: str) -> None:
         raise UnsupportedModelError(
             f"{lm.name} is of kind {kind}: {what} reads states as predictions of the next token, "
             "which only a causal model makes at every position. Load a causal one."
+        )
+
+
+def require_finite(lm: LanguageModel, text: str, *tables: Tensor) -> None:
+    """Raise an error where a reading of a text holds NaN or infinity.
+
+    Raises:
+        NonFiniteError: a table does.
+    """
+    if not all(table.isfinite().all() for table in tables):
+        raise NonFiniteError(
+            f"{lm.name} gives states that are not finite on {text[:60]!r}; try dtype=torch.float32"
         )
 
 
