@@ -239,6 +239,21 @@ def test_settings_that_make_no_sense(settings, told, lm, tmp_path, monkeypatch):
         layer_card(lm, EDITS, cache_dir=tmp_path, **asked)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("rome", {"stps": 3}, "rome has no setting 'stps'.*did you mean 'steps'"),
+        ("memit", {"stor": False}, "memit has no setting 'stor'.*did you mean 'store'"),
+    ],
+)
+def test_a_misspelt_setting_is_an_error_before_anything_is_measured(
+    method, settings, message, lm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(layer_choice, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SettingError, match=message):
+        layer_card(lm, EDITS, cache_dir=tmp_path, method=method, **{**QUICK, **settings})
+
+
 @pytest.mark.parametrize("family", ["bert", "mixtral", "mamba"])
 def test_a_family_that_cannot_be_edited_is_told_at_once(family, tmp_path, monkeypatch):
     monkeypatch.setattr(layer_choice, "measure", lambda *_: pytest.fail("measured"))

@@ -15,16 +15,13 @@ from engram.model.chat import Style, chat_frame
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
 
-RELEASED = ((5, 10), (10, 10))  # (tokens with the start token, number of texts)
+# ROME's (tokens, number of texts); tokens count the start token too, so that 5 gives 4 new ones
+RELEASED = ((5, 10), (10, 10))
 STARTED = ("The", "Therefore", "Because", "I", "You")  # MEMIT's, each continued to 10 tokens
 
 
 def sample_contexts(
-    lm: LanguageModel,
-    *,
-    seed: int = 0,
-    lengths: Sequence[tuple[int, int]] = RELEASED,
-    started: Sequence[str] = (),
+    lm: LanguageModel, *, seed: int = 0, started: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Return templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5),
     each ended by ". ".
@@ -32,23 +29,19 @@ def sample_contexts(
     Braces in sampled text become parentheses, since a template has one place only.
 
     Args:
-        lengths: (tokens, count) pairs; `tokens` counts the start token too, as in the released
-            code: 5 gives 4 new ones.
-        started: words that a text each begins with, instead of `lengths`; 10 tokens in all (MEMIT).
+        started: words that a text each begins with, 10 tokens in all (MEMIT); default: ROME's
+            texts, see `RELEASED`.
     """
+    # a stream of the call's own. The released code samples once per process, without a seed, and
+    # takes the same texts for whatever model is edited next
     generator = torch.Generator().manual_seed(seed)
-    if started:
-        texts = [
-            text
-            for word in started
-            for text in sample_texts(lm, 1, 10, generator, top_k=5, start=word)
-        ]
-    else:
-        texts = [
-            text
-            for tokens, count in lengths
-            for text in sample_texts(lm, count, tokens - 1, generator, top_k=5)
-        ]
+    draws: list[tuple[int, int, str | None]] = [(1, 10, word) for word in started]
+    texts = [
+        text
+        for count, tokens, start in draws or [(n, length - 1, None) for length, n in RELEASED]
+        for text in sample_texts(lm, count, tokens, generator, top_k=5, start=start)
+    ]
+    # the released code fills templates by str.format, twice, which fails on a sampled brace
     return "{}", *(text.replace("{", "(").replace("}", ")") + ". {}" for text in texts)
 
 

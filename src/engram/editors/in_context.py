@@ -225,6 +225,7 @@ def _demonstrated(
     # a sample of the table, since every demonstration has to be encoded
     others = [known for known in pocket.facts() if known.subject not in mentioned]
     chosen = random.Random(f"demonstrations:{seed}").sample(others, min(_BUNDLED, len(others)))
+    # with new objects: a demonstration shows that the statement beats what the model knows
     return [
         pocket.as_fact(known, pocket.counterfactual(known, seed), neighbour_count=1, seed=seed)
         for known in chosen

@@ -7,15 +7,17 @@ it uses. Refuses to know what a method computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any, cast
 
 from engram.checks import one_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import EngramError
+from engram.settings import check_names
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Method:
             alone. None: the edits are computed one by one.
         depends_on_batch: True if an edit of `batch_function` depends on which other facts are in
             the batch, so that it differs from what `function` returns.
+        config: "module:name" of the dataclass of its settings, for methods whose layer a card can
+            choose: a misspelt setting is then an error before anything is measured.
     """
 
     function: str | Callable[..., Edit | PromptEdit]
@@ -40,6 +44,7 @@ class Method:
     source: str
     batch_function: str | Callable[..., list[Edit]] | None = None
     depends_on_batch: bool = False
+    config: str | None = None
 
     def load(self) -> Callable[..., Edit | PromptEdit]:
         """Import and return `function`."""
@@ -51,6 +56,19 @@ class Method:
             return None
         return cast("Callable[..., list[Edit]]", _imported(self.batch_function))
 
+    def check_settings(self, names: Iterable[str], method: str) -> None:
+        """Raise an error for a setting that neither the function nor its config has.
+
+        Raises:
+            SettingError: the message calls the method `method`.
+        """
+        if self.config is not None:
+            # what a call names itself is not a setting; `depth` is how presets say a layer
+            takes = {*signature(self.load()).parameters, "depth"}
+            others = sorted(takes - {"lm", "facts", "method", "settings"})
+            config = cast("type[Any]", _imported(self.config))
+            check_names(config, set(names) - takes, method, ", ".join(others))
+
 
 def _imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, str):
@@ -59,42 +77,49 @@ def _imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", getattr(import_module(module), name))
 
 
+_MASS = "engram.editors.closed_form.mass_settings:MassConfig"
 METHODS: dict[str, Method] = {  # a new method is one file and one entry here
     "rome": Method(
         "engram.editors.closed_form.rome:rome",
         "one fact, one rank-one change of one MLP output matrix",
         "Meng et al. 2022, arXiv:2202.05262",
         batch_function="engram.editors.closed_form.rome:rome_each",
+        config="engram.editors.closed_form.rome:RomeConfig",
     ),
     "memit": Method(
         "engram.editors.closed_form.mass:memit",
         "many facts at once, over a few layers",
         "Meng et al. 2023, arXiv:2210.07229",
         batch_function="engram.editors.closed_form.mass:memit_each",
+        config=_MASS,
     ),
     "emmet": Method(
         "engram.editors.closed_form.mass:emmet",
         "many facts at once at one layer, each key met exactly up to a slack",
         "Gupta et al. 2024, arXiv:2403.14236",
         batch_function="engram.editors.closed_form.mass:emmet_each",
+        config=_MASS,
     ),
     "memit-seq": Method(
         "engram.editors.closed_form.mass:memit_seq",
         "MEMIT that preserves the keys of earlier edits",
         "Fang et al. 2025, arXiv:2410.02355 (baseline)",
         batch_function="engram.editors.closed_form.mass:memit_seq_each",
+        config=_MASS,
     ),
     "alphaedit": Method(
         "engram.editors.closed_form.mass:alphaedit",
         "changes in the null space of ordinary text's keys only; preserves earlier edits' keys",
         "Fang et al. 2025, arXiv:2410.02355",
         batch_function="engram.editors.closed_form.mass:alphaedit_each",
+        config=_MASS,
     ),
     "pmet": Method(
         "engram.editors.closed_form.mass:pmet",
         "attention and MLP outputs optimised together, the MLP's part written",
         "Li et al. 2024, arXiv:2308.08742",
         batch_function="engram.editors.closed_form.mass:pmet_each",
+        config=_MASS,
     ),
     "ft": Method(
         "engram.editors.training.fine_tuning:ft",

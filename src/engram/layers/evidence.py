@@ -22,7 +22,7 @@ from statistics import fmean, harmonic_mean
 from typing import Any
 
 from engram.editors.contexts import sample_contexts
-from engram.editors.methods import method_named
+from engram.editors.methods import METHODS, method_named
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import second_moments
 from engram.errors import EngramError, NonFiniteError, SettingError
@@ -125,6 +125,8 @@ class EditRecipe:
             raise SettingError(
                 f"{' and '.join(given)} is what a layer card is to find; leave it out"
             )
+        # here and not by the first edit, which comes after all traces
+        METHODS[self.method].check_settings(self.settings, self.method)
         object.__setattr__(self, "_takes", frozenset(parameters))
 
     def at(self, layer: int) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class _Flow:
             if corrects:
                 self.attention = stack.enter_context(capture_attention(runs.lm))
             self._forward(stack, sites)
+            # rows do not depend on each other: one backward pass of the sum serves all prompts
             score = runs.scorer(self._logits(), self.rows // runs.rows.per_prompt).sum()
             wanted = [*self.nodes.values(), *(seen.output_bthk for seen in self.attention)]
             # states that no read position depends on have no gradient: their effect is zero

@@ -52,6 +52,7 @@ def role_rows(trace: CausalTrace) -> dict[str, list[int]]:
         "first subject": range(first, first + 1),
         "middle subject": range(first + 1, end - 1),
         "last subject": range(end - 1, end),
+        # empty where the subject ends the prompt; the released code reads past the table there
         "first after": range(end, min(end, last) + 1),
         "further": range(end + 1, last),
         "last": range(last, last + 1),
@@ -160,6 +161,7 @@ class AverageTrace:
         return self._cache[key]
 
     def _bootstrap(self, site: str, level: float, resamples: int) -> Curves:
+        # one value a fact, however many tokens it has in the role: a long prompt counts no more
         by_fact = self._by_fact(site)  # [f, roles, ...], NaN where a fact lacks the role
         has_role = ~by_fact.isnan().flatten(2).any(-1)
         values = by_fact.nan_to_num().flatten(1)
@@ -185,6 +187,7 @@ class AverageTrace:
         empty = torch.full_like(self.traces[0].scores[site][0], torch.nan, dtype=torch.float64)
         stacks = [torch.stack(rows) if rows else empty[None] for rows in pooled.values()]
         mean = torch.stack([stack.mean(0) for stack in stacks]) - baseline
+        # of raw scores, not of effects, and without n - 1: the released code's band
         half = torch.stack(
             [1.96 * stack.std(0, correction=0) / len(stack) ** 0.5 for stack in stacks]
         )
@@ -216,6 +219,7 @@ class AverageTrace:
         its bootstrap interval.
         """
         totals = torch.tensor([t.total_effect for t in self.traces], dtype=torch.float64)
+        # clean and corrupted of one fact stay together: the interval is that of paired differences
         means = self._resampled(resamples) @ totals / len(totals)
         low, high = (float(_quantile(means, q)) for q in ((1 - level) / 2, (1 + level) / 2))
         return float(totals.mean()), low, high
@@ -276,6 +280,7 @@ class AverageTrace:
 
         trace, sites = self.traces[0], self._drawable()
         tables = {site: (trace.sign * self.effects(site).mean).clamp(min=0) for site in sites}
+        # one scale for all panels, or a site without effect would look as strong as the others
         top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
         title = trace.captions.average_title()
         return plot_heat_maps(

@@ -214,6 +214,7 @@ class _Run:
             for other in self.facts
             if other.target != fact.target and other.subject != fact.subject
         ]
+        # by the fact's number, not by one stream for the run: a resumed run pairs the same facts
         random.Random(f"{self.config.subject.seed}:{number}").shuffle(others)
         yield from sorted(others, key=lambda other: other.prompt != fact.prompt)
 
@@ -226,6 +227,7 @@ class _Run:
 
     def _counts(self, fact: Fact, top_id: int) -> bool:
         if self.keep == "exact":
+            # " Sea" is not "Seattle": the released code counts objects of one token only
             return self.lm.token_strings([top_id])[0].strip() == fact.target.strip()
         return (
             self.keep == "all" or top_id == self.lm.cloze(fact.prompt_text, fact.target).answer[0]
@@ -255,7 +257,7 @@ def _traced(
             owners[id(inputs[-1])] = fact
         except FactError as error:
             skipped.append(_row(fact, skipped=str(error)))
-    if skipped:
+    if skipped:  # stored too, so that a resumed run does not ask the model about them again
         yield skipped
     units = list(batched(run.lm, inputs, run.config, facts_per_batch))
     job = TracesJob(run.lm if workers is None else ByName.of(run.lm), run.config)

@@ -66,6 +66,7 @@ class Captions:
 
     def title(self, site: str, at: str = "") -> tuple[str, str]:
         """Return the two halves of a table's title; `at` is appended."""
+        # a direct effect holds one state where it was and changes the input: the words turn round
         direct = self.effect == "direct"
         run, other = ("corrupted", "clean")
         if direct != self.inserts:

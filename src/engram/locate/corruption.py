@@ -24,6 +24,8 @@ _RULE = re.compile(r"(?P<kind>[sut])(?P<number>\d+\.?\d*|\.\d+)?|m")
 @torch.no_grad()
 def subject_embeddings(lm: LanguageModel, subjects: Sequence[str]) -> Tensor:
     """Return token embeddings of subjects, each encoded alone, as rows: [tokens, d], float64."""
+    # without the space that a subject has inside a prompt, and repeated ones as often as they come:
+    # "s3" is a number of the whole list, and another encoding would give another one
     ids = [i for subject in subjects for i in lm.encode(subject).ids]
     return lm.parts.embed(torch.tensor(ids, device=lm.device)).double().cpu()
 
@@ -79,8 +81,10 @@ class Corruptor:
             return
         embeddings = subject_embeddings(lm, self._subjects())
         if self.kind == "s":
+            # one number over all entries, unbiased; dimensions are not scaled one by one
             self.scale = number * float(embeddings.std())
             return
+        # of subjects, as "s3"; the released code measures these two on 1,000 texts of wikitext
         left, spread, _ = torch.linalg.svd(torch.cov(embeddings.T))
         self.mean, self.root, self.freedom = embeddings.mean(0), left * spread.sqrt(), number
 

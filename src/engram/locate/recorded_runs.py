@@ -45,6 +45,7 @@ class Scorer:
         if self.foils is not None:
             foils = self.foils.to(logits.device)[facts_n]
             return chosen[:, 0] - logits[:, 0].gather(-1, foils[:, None])[:, 0]
+        # tokens of an answer multiply: what is scored is the whole answer, not its first piece
         log_p = (chosen - logits.logsumexp(-1)).sum(-1)
         return log_p.exp() if self.metric == "probability" else log_p
 
@@ -144,6 +145,7 @@ def record_runs(rows: PromptRows, tables: Sequence[EffectTable], replay: bool) -
     scorer = _scorer(rows, logits_bav)
     facts = torch.arange(len(rows.inputs)).repeat_interleave(rows.per_prompt)
     scores_fr = scorer(logits_bav, facts).view(len(rows.inputs), rows.per_prompt).cpu()
+    # a mean of probabilities (or of the metric), as published; that of logits is another number
     corrupted_f = scores_fr[:, 1 : 1 + rows.samples].mean(1)
     return Recorded(rows, scorer, scores_fr[:, 0], corrupted_f, seen, state_rows, recording)
 
@@ -170,6 +172,7 @@ def _module_names(
 
 def _scorer(rows: PromptRows, logits_bav: Tensor) -> Scorer:
     """Return the scorer; a prompt without a target is scored by the model's own next token."""
+    # the clean run's own choice, fixed for all runs: an effect is how much of it comes back
     answers = [
         prompt.answer or [int(logits_bav[f * rows.per_prompt, 0].argmax())]
         for f, prompt in enumerate(rows.inputs)

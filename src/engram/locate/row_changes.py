@@ -48,6 +48,7 @@ class RowChanges:
         return hooks
 
     def _change(self, jobs: list[_Job], tensor: Tensor) -> Tensor:
+        # a copy: what enters a module may enter others too, which the patch does not concern
         changed = tensor.clone()
         rows = len(jobs[0][3])
         # rows and tokens share an axis in some families' modules

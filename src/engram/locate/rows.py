@@ -64,6 +64,7 @@ class PromptRows:
         frozen_samples = samples if config.patching.frozen_noise is not None else 0
         corrupted = samples + frozen_samples
         ids, decoder = [], []
+        # the clean run is one row for all samples; in the released code it is a row of each pass
         for prompt in inputs:
             other = prompt.ids if prompt.other_ids is None else prompt.other_ids
             ids += [prompt.ids, *[other] * corrupted]
@@ -76,6 +77,8 @@ class PromptRows:
             config,
             samples,
             frozen_samples,
+            # on the right, where causal states do not see it. The released code pads on the left
+            # and passes no positions, which moves every token of a model with absolute ones
             pad_right(ids),
             pad_right(decoder) if decoder else None,
             torch.tensor([prompt.read for prompt in inputs]),
@@ -122,6 +125,7 @@ class PromptRows:
         if which == "base" and self.config.patching.inserts_corrupted:
             return {}  # the clean run is patched
         corrupt = self._corrupt_recorded if which == "recorded" else self._corrupt_base
+        # at the token embedding, before positions are added, as in the released code
         hooks: dict[nn.Module, Change] = {self.lm.parts.embed: partial(corrupt, False)}
         if any(prompt.decoder_corrupted for prompt in self.inputs):
             decoder = cast("Any", self.lm.model).get_decoder().get_input_embeddings()

@@ -31,7 +31,8 @@ TraceMethod = Literal["exact", "attribution"]
 Correction = Literal["none", "query-key"]
 
 SITES = ("residual", "mlp", "attention")  # of the paper's figures
-WINDOWED = ("mlp", "attention")  # restored in several layers together
+# restored in several layers together: in the paper's models one of them changes next to nothing
+WINDOWED = ("mlp", "attention")
 PARTS = ("head", "neuron")  # channels of a matrix's input rather than a module's output
 
 
@@ -59,7 +60,8 @@ class SubjectCorruption:
     """
 
     corruption: Corruption = "noise"
-    noise: str | float | Tensor = "s3"  # as published
+    # as published; one standard deviation leaves too small a total effect to see anything
+    noise: str | float | Tensor = "s3"
     noise_subjects: Sequence[str] | None = None
     replace: bool = False
     samples: int = 10  # as published
@@ -137,6 +139,7 @@ class Patching:
         sites = (self.sites,) if isinstance(self.sites, str) else self.sites
         severed = (self.severed,) if isinstance(self.severed, str) else tuple(self.severed)
         neurons = tuple((int(layer), int(index)) for layer, index in self.neurons)
+        # as tuples: configs of equal settings compare equal, whether a name or a list was given
         for name, value in (("sites", sites), ("severed", severed), ("neurons", neurons)):
             object.__setattr__(self, name, value)
         if self.window is not None and self.window < 1:
@@ -272,6 +275,7 @@ class TraceConfig:
             raise SettingError(
                 f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time"
             )
+        # the groups cannot see each other, so that what two of them exclude is checked here
         sites = SITES if self.patching.sites is None else self.patching.sites
         if self.patching.severed and self.estimation.needed:
             raise SettingError(
@@ -357,6 +361,7 @@ def window_layers(centre: int, window: int, n_layers: int) -> tuple[int, int]:
         ((15, 25), (0, 6))
     """
     first, end = centre - window // 2, centre + math.ceil(window / 2)
+    # at the ends a window gets shorter (6 layers at centre 1): it is neither moved nor rescaled
     return max(0, first), min(n_layers, end)
 
 
@@ -372,6 +377,7 @@ def tables(lm: LanguageModel, config: TraceConfig) -> list[EffectTable]:
     sites = config.patching.sites or [site for site in lm.parts.site_names() if site not in PARTS]
     result = []
     for site in sites:
+        # first the table as it is, which the severed ones are compared with
         for severed in (None, *config.patching.severed):
             patches, shape = _patches(lm, config, site)
             if severed:
@@ -389,6 +395,7 @@ def _patches(
 ) -> tuple[list[Patch], tuple[int, ...]]:
     n_layers = lm.n_layers
     if site == "head":
+        # a head is a slice of the mixing matrix's input, the last place where heads are apart
         width = lm.parts.head_width(0)
         heads = range(lm.parts.n_heads)
         return [

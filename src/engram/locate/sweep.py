@@ -88,6 +88,7 @@ def affordable_rows(runs: Recorded, length: int) -> int:
     """
     lm, budget = runs.lm, _BUDGET
     if lm.device.type == "cuda":
+        # what torch's allocator holds without using it counts as taken for the driver, not for us
         unused = torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
         budget = max(budget, (torch.cuda.mem_get_info(lm.device)[0] + unused) // 4)
     config = lm.model.config.get_text_config()
@@ -96,6 +97,7 @@ def affordable_rows(runs: Recorded, length: int) -> int:
         or getattr(config, "n_inner", None)
         or 4 * lm.d_model
     )
+    # the MLP's inner tensors and copies of the stream; keys and values span the whole row
     rows = runs.rows
     block = length * (4 * inner + 6 * lm.d_model) + 4 * rows.ids_bt.shape[1] * lm.d_model
     scored = rows.read.shape[1] if rows.decoder_bt is None else rows.decoder_bt.shape[1]

@@ -99,6 +99,7 @@ class CausalTrace:
         Of a screened table only the exact cells are compared, where there are any.
         """
         effects = self.sign * self.effects(site)
+        # an estimate where a softmax saturates can be larger than any effect that was computed
         if site in self.exact and self.exact[site].any():
             effects = effects.masked_fill(~self.exact[site], -torch.inf)
         largest = effects.argmax()
@@ -154,6 +155,7 @@ class CausalTrace:
         if captions.inserts:  # what is inserted lowers the score: the lowest is the darkest
             shades, low = f"{shades}_r", min(float(values.min()), self.baseline - 1e-6)
         else:
+            # without any effect a scale of equal ends would show rounding as strong colours
             high = max(float(values.max()), self.baseline + 1e-6)
         return HeatMap(
             values.numpy(),
@@ -182,6 +184,7 @@ class CausalTrace:
                 "trace it with positions='all' or 'subject_last'"
             )
         row = self.positions.index(last)
+        # in double precision: an effect is a small difference of two probabilities
         effects = {s: (t.double() - self.baseline)[row].numpy() for s, t in self.scores.items()}
         tables = {site: (mean, None, None) for site, mean in effects.items()}
         return severed_bars(tables, self.model, "last subject")
@@ -193,9 +196,8 @@ class CausalTrace:
         }
         tables = {k: v.contiguous() for k, v in self.scores.items()}
         tables |= {f"exact: {k}": v.contiguous() for k, v in self.exact.items()}
-        return save_tensors(
-            tables, {"engram.trace": json.dumps(about)}
-        )  # one entry: several come in any order
+        # one entry: safetensors writes several in any order, and equal traces have equal bytes
+        return save_tensors(tables, {"engram.trace": json.dumps(about)})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -215,14 +217,7 @@ class CausalTrace:
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["engram.trace"])
             tables = load_tensors(data)
             scores = {site: tables[site] for site in about.pop("tables")}
-        except (
-            SafetensorError,
-            OSError,
-            KeyError,
-            ValueError,
-            UnicodeDecodeError,
-            OverflowError,
-        ) as error:
+        except (SafetensorError, KeyError, ValueError, OverflowError) as error:
             raise EngramFileError(
                 f"{name!r} is not a saved causal trace ({error}); make one with CausalTrace.save"
             ) from error

@@ -86,8 +86,11 @@ def prepare(
     """
     _check_foil(prompt, config)
     cloze = lm.cloze(prompt.text, prompt.target)
+    # by character offsets of the whole prompt. The released code decodes token by token and looks
+    # for the subject in the pieces: it fails where decoding drops a space or splits a character
     starts = subject_starts(prompt.text, prompt.subject, config.subject.occurrence)
     if prompt.start is not None and config.subject.occurrence == "first":
+        # a search would find the same letters inside an earlier, longer word
         starts = [prompt.start]
     spans = [token_span(cloze.offsets, at, at + len(prompt.subject)) for at in starts]
     corrupted = _widened(
@@ -100,6 +103,7 @@ def prepare(
         corrupted = [i for i, (a, b) in enumerate(zip(cloze.ids, other.ids, strict=True)) if a != b]
     foil = None if prompt.foil is None else lm.cloze(prompt.text, prompt.foil).answer[0]
     in_decoder = _in_decoder(lm, prompt, starts, cloze, config.subject.extra_tokens)
+    # the stream begins again at each call: a decoder's copy of the subject gets the same noise
     noise = corruptor(len(corrupted)) if other is None else None
     frozen = config.patching.frozen_noise
     if frozen is not None and noise is not None:
@@ -144,7 +148,7 @@ def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[in
     if config.patching.positions == "subject_last":
         return [span[1] - 1]
     if config.patching.positions == "last":
-        return read[:1]
+        return read[:1]  # a later read position belongs to the answer, not to the prompt
     rows = list(dict.fromkeys(int(at) for at in config.patching.positions))
     if not rows or any(not 0 <= at < tokens for at in rows):
         raise SettingError(f"positions={rows}: the prompt has tokens 0 to {tokens - 1}")
@@ -191,12 +195,12 @@ def _other(
     """Return the same prompt about another subject, which has to have the same length in tokens."""
     assert prompt.other_subject is not None
     text, end = prompt.text, len(prompt.subject)
+    # from the end, so that earlier starts stay right when the subjects differ in length
     for at in reversed(starts):
         text = text[:at] + prompt.other_subject + text[at + end :]
     other = lm.cloze(text, prompt.target)
-    inside = {
-        i for b, e in spans for i in range(b - 1, e)
-    }  # a space in front may belong to either token
+    # a space in front may belong to either token
+    inside = {i for b, e in spans for i in range(b - 1, e)}
     outside = [i for i in range(len(cloze.ids)) if i not in inside]
     if len(other.ids) != len(cloze.ids) or any(cloze.ids[i] != other.ids[i] for i in outside):
         raise FactError(

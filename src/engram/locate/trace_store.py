@@ -54,6 +54,7 @@ class TraceStore(RunFile):
         """
         with self._connection:
             self._connection.executemany(
+                # not REPLACE: the other process may have returned its trace already
                 "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)",
                 [(*row[:-1], row.trace and row.trace.to_bytes()) for row in rows],
             )

@@ -30,6 +30,7 @@ class TraceTables:
         self.runs, self.plan = runs, plan
         self.patches = [patch for table in plan for patch in table.patches]
         unpatched_f = runs.unpatched()
+        # so cells before the subject equal the baseline bit for bit, and cost nothing
         self.scores = [
             unpatched_f[f].float().repeat(len(prompt.rows), len(self.patches))
             for f, prompt in enumerate(runs.rows.inputs)
@@ -46,7 +47,7 @@ class TraceTables:
         for f, effect in enumerate(effects):
             alive = self._can_matter(f)
             self.scores[f] = torch.where(alive, self.scores[f] + effect.float(), self.scores[f])
-            self.exact[f] = ~alive
+            self.exact[f] = ~alive  # that a cell cannot matter is known, not estimated
 
     def _can_matter(self, fact: int) -> Tensor:
         """Return [rows, patches] whether a cell can differ from the unpatched run."""

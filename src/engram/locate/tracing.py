@@ -72,6 +72,7 @@ def _together(lm: LanguageModel, config: TraceConfig) -> bool:
     """Return whether prompts can share a recording: only replay keeps rows of several lengths
     apart.
     """
+    # a whole pass reads all rows at one position, which is right for prompts of one length only
     return config.patching.frozen_noise is None and use_replay(lm, config.engine)
 
 

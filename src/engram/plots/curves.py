@@ -53,6 +53,7 @@ def tab10(number: int) -> Any:
 
 def plot_curves(panels: Sequence[CurvePanel], y_label: str) -> Figure:
     """Draw panels side by side on one vertical axis: a line and a band for each curve."""
+    # `Figure` and not pyplot: no window, no global list of figures that is never emptied
     with rc_context({**STYLE, "font.size": 9, "axes.titlesize": 10}):
         figure = Figure(figsize=(13 / 3 * len(panels), 3.5), dpi=200, layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -79,6 +80,7 @@ def plot_bars(curves: Sequence[Curve], x_label: str, y_label: str) -> Figure:
         for i, curve in enumerate(curves):
             error, high = None, curve.mean
             if curve.low is not None and curve.high is not None:
+                # a percentile interval of few facts need not contain the mean: no negative whiskers
                 error = np.stack([curve.mean - curve.low, curve.high - curve.mean]).clip(0)
                 high = curve.high
             x = np.asarray(curve.layers) + 0.3 * (i - (len(curves) - 1) / 2)

@@ -49,6 +49,7 @@ def plot_heat_maps(panels: Sequence[HeatMap]) -> Figure:
 
     The figure is as high as the longest list of row names needs, and 2 inches at least.
     """
+    # 0.13 inches are a line of 7 point type; 0.8 hold the title and the axis below
     height = max(2.0, 0.13 * max(len(panel.rows or ()) for panel in panels) + 0.8)
     with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(panels), height), dpi=200, layout="constrained")
@@ -67,7 +68,7 @@ def _draw(ax: Axes, panel: HeatMap) -> None:
     ax.set_facecolor("0.9")  # shows where values are masked: "not measured" is no effect of zero
     values, (low, high) = np.ma.masked_invalid(panel.values), panel.limits
     mesh = ax.pcolormesh(values, cmap=panel.colours, vmin=low, vmax=high)
-    ax.invert_yaxis()
+    ax.invert_yaxis()  # pcolormesh puts row 0 at the bottom, a prompt is read from the top
     rows, columns = values.shape
     if panel.rows is None:
         ax.set_yticks(*_numbers(rows))

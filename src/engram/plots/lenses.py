@@ -128,6 +128,7 @@ def _short(token: str, most: int = 14) -> str:
 
 def _fitting(text: str, width: float) -> float:
     """Return the type size (points) at which a text fits into a cell of `width` inches."""
+    # a letter is about 0.62 of its size wide; below 3 points nothing can be read, so it overflows
     return max(3.0, min(6.5, 72 * (width - 0.05) / (0.62 * max(1, len(text)))))
 
 
@@ -179,6 +180,7 @@ def plot_streams(
         chances.set_title(title, loc="left", fontproperties=font([title]))
         ranks.set_yscale("log")
         ranks.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        # upside down, so that up is better in both panels; 0.8 keeps rank 1 off the frame
         ranks.set_ylim(max(10.0, ranks.get_ylim()[1]), 0.8)
         ranks.set_ylabel(f"rank of {answer}", fontproperties=font([answer]))
         _draw_changes(bars, changes)

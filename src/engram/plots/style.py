@@ -55,6 +55,7 @@ def layer_ticks(layers: int) -> range:
     return range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
 
 
+# reading a font's table takes long, and fonts do not come and go while a process runs
 @cache
 def _families() -> list[str]:
     installed = {entry.name for entry in fontManager.ttflist}

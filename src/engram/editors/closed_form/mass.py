@@ -388,6 +388,8 @@ def _change(keys_ncf: Tensor, missing_nd: Tensor, layer: int, setup: _Setup) -> 
 
 def _mean_keys(keys_ncf: Tensor, config: MassConfig) -> Tensor:
     """Return one key per fact, [n, f]; the first context is the bare prompt."""
+    # Halves, as released: a mean in each of two groups, then over both. The bare prompt weighs 1/2,
+    # where a mean over all six contexts would give it 1/6.
     if config.keys == "mean" or keys_ncf.shape[1] == 1:
         return keys_ncf.mean(1)
     return (keys_ncf[:, 0] + keys_ncf[:, 1:].mean(1)) / 2

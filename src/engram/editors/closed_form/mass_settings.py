@@ -111,7 +111,9 @@ RESIDUAL_SHARES: dict[str, Callable[[int], float]] = {
 KEEPS_PAST_KEYS = ("memit-seq", "alphaedit")  # keys of earlier edits are preserved
 
 
-MASS_METHODS: dict[str, dict[str, Any]] = {  # what makes a method; numbers are in presets
+# What makes a method; numbers are in presets. EMMET with a slack is MEMIT with the weight slack x
+# lambda (equal to 1e-13), so that one solver serves all rows. AlphaEdit's C is its null space only.
+MASS_METHODS: dict[str, dict[str, Any]] = {
     "memit": {},
     "emmet": {"share": "all"},
     "memit-seq": {},

@@ -173,6 +173,7 @@ def _rank_one(
         reference    k_p   v* - output of the bare prompt      (along k_m: the mismatch is released)
     """
     bare_f, mean_f = value.keys_cf[0], value.keys_cf.mean(0)
+    # Its length, and so the scale of C, cancels in u / (k . u).
     u_f = solved_f / solved_f.norm()
     # In float64: a denominator near zero is a difference of nearly equal terms.
     toward_bare, toward_mean = bare_f.double().cpu() @ u_f, mean_f.double().cpu() @ u_f
@@ -265,6 +266,7 @@ def _prepare(
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     for fact in facts:  # every fact is checked before anything is computed
         lm.target_ids(fact.prompt_text, fact.target)
+    # Always: EasyEdit's presets put the identity in C's place, which is not the published method.
     moment = source.moments(lm, [layer], how.progress)[layer]
     contexts = sample_contexts(lm, seed=how.seed) if contexts is None else contexts
     search = ValueSearch(layer, tuple(contexts), config.value, engine=how.engine)

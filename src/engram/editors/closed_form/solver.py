@@ -94,18 +94,15 @@ def solve(keys_fn: Tensor, preservation: Preservation, route: Route = "auto") ->
     return space.up(x_nr)
 
 
-def solve_exactly(keys_fn: Tensor, moment: SecondMoment, ridge: float = 0.0) -> Tensor:
+def solve_exactly(keys_fn: Tensor, moment: SecondMoment) -> Tensor:
     """Return X^T [n, f], float64, of the change with Delta K = R that moves ordinary text least:
     (K^T C^-1 K)^-1 K^T C^-1.
 
     The limit of `solve` for weight -> 0. Keys that depend on each other, up to the rounding of
     their dtype, get the least-squares solution: to meet two computations of one key exactly, the
     change would have to amplify the rounding between them.
-
-    Args:
-        ridge: added to C, times its mean eigenvalue.
     """
-    (solved_nf,) = solve_each([keys_fn], moment, ridge)
+    (solved_nf,) = solve_each([keys_fn], moment)
     return solved_nf
 
 
@@ -114,10 +111,14 @@ def solve_each(keys: Sequence[Tensor], moment: SecondMoment, ridge: float = 0.0)
 
     C's factor is large, and a solve with one column reads all of it: so it is read once for all
     changes.
+
+    Args:
+        ridge: added to C, times its mean eigenvalue.
     """
     finite = [_finite(keys_fn) for keys_fn in keys]
     solved = moment.solve(torch.cat(finite, 1), ridge=ridge).to(finite[0].device)
     parts = solved.split([keys_fn.shape[1] for keys_fn in keys], 1)
+    # met exactly, two float32 computations of one key gave a change 1e7 times too large
     rounding = 10 * torch.finfo(keys[0].dtype).eps
     return [
         _exactly(keys_fn, solved_fn, rounding)

@@ -77,6 +77,7 @@ class SubjectStates:
             [subject_row(lm, fact.subject, fact.prompt, context) for context in contexts]
             for fact in facts
         ]
+        # By length, so that a chunk's rows end at about the same token: less padding is run.
         order = sorted(range(len(facts)), key=lambda i: max(at for _, at in rows[i]))
         size = max(1, _ROWS // len(contexts))
         for start in range(0, len(order), size):
@@ -113,6 +114,7 @@ class SubjectStates:
             parts.append(
                 (keys_bf.to(wide).unflatten(0, (len(chunk.facts), -1)), states_nd.to(wide))
             )
+        # Chunks go by length: back to the order of the facts, in which targets and deltas are.
         place = torch.tensor([i for chunk in self.chunks for i in chunk.facts]).argsort()
         keys_ncf, states_nd = (torch.cat(part) for part in zip(*parts, strict=True))
         return keys_ncf[place.to(keys_ncf.device)], states_nd[place.to(states_nd.device)]

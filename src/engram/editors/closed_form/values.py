@@ -166,6 +166,7 @@ def optimise_values(
     shifted = shifted_at(lm, search.layer, search.site, search.engine)
     for numbers in value_batches(lm, facts, search, facts_per_batch):
         batch = [facts[i] for i in numbers]
+        # Put back afterwards; the released code leaves every parameter without a gradient.
         with frozen(lm.model):
             begun = _Batch(lm, batch, search, shifted)
             with short_attention_in_eager(lm):
@@ -252,6 +253,8 @@ def _context_row(
     lm: LanguageModel, fact: Fact, context: str
 ) -> tuple[list[int], int, list[int], list[int]]:
     """Return one row of `_FactTokens`: its tokens, lookup, reads, and target."""
+    # Ids are joined, not texts: the released code appends the decoded target and encodes again, by
+    # which SentencePiece models lose its space, and the loss does not move at all.
     ids, lookup = subject_row(lm, fact.subject, fact.prompt, context)
     if context.endswith("{}"):
         target = lm.target_ids(fact.prompt_text, fact.target)
@@ -430,6 +433,7 @@ class _Batch:
         # would have a divergence, by rounding.
         kl_n = config.kl_weight * (log_p_nv.exp() * (log_p_nv - self.original_nv)).sum(-1)
         # ||delta|| / ||v0||^2 and not its square, as released: the pull does not fade near zero.
+        # At zero torch's norm has the gradient 0; the root of a sum of squares would give NaN.
         decay_n = (config.weight_decay * delta_nsd.norm(dim=-1) / self.size_ns**2).sum(-1)
         if config.stop == "adaptive":
             nll_n = nll_n * torch.where(says_target_n, _ADAPTED_NLL, 1.0)

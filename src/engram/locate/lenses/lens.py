@@ -140,6 +140,7 @@ class LogitLens:
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
+        # `top` holds both; JSON has no integer keys
         for name in ("top_tokens", "top_probabilities"):
             plain.pop(name)
         return {**plain, "rows": self.labels(), "top": top}
@@ -232,6 +233,7 @@ def lens(
     ids = lm.encode(text).ids
     states_ltd = residual_stream(lm, ids)
     answer_ids = answers_at(lm, text, ids, states_ltd[-1, -1], target)
+    # all layers of a few positions: 13 layers of GPT-2's vocabulary are 2.6 MB a position
     parts = [
         _read(lm, states_ltd[:, part], answer_ids[part], norm, k)
         for part in chunks_of_positions(len(ids), len(states_ltd) * vocabulary)
@@ -256,6 +258,8 @@ def _read(
     lm: LanguageModel, states_ltd: Tensor, answer_ids: Tensor, norm: bool, k: int
 ) -> dict[str, Tensor]:
     """Return the tables [rows, t] of a `LogitLens`, on the CPU."""
+    # without the norm readings mislead: on pocket raw states give 0.86 and more to their top token
+    # in every layer, and it is right in 5 % of facts in the first three
     log_ltv = log_probs(lm, states_ltd, norm=norm)
     # raw states are compared with the model's output all the same, which has the norm
     final_tv = log_ltv[-1] if norm else log_probs(lm, states_ltd[-1])
@@ -266,6 +270,7 @@ def _read(
         "top_probabilities": best.values.exp(),
         "probability": probability,
         "rank": rank,
+        # from log-probabilities, which stay finite where a probability rounds to zero
         "entropy": -(log_ltv.exp() * log_ltv).sum(-1),
         "kl": (final_tv.exp() * (final_tv - log_ltv)).sum(-1),
     }

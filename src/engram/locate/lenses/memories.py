@@ -183,6 +183,7 @@ def memories(
         raise SettingError(
             f"neurons={neurons}: the number to show, from 1 to the layer's {weight_df.shape[1]}"
         )
+    # stops there: the blocks above are not run
     with record(lm.model, inputs=[name], stop=True) as seen:
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     coefficient_f = seen[name].reshape(len(ids), -1)[at]
@@ -191,6 +192,7 @@ def memories(
     strength_f = coefficient_f.double().abs() * weight_df.double().norm(dim=0).to(
         coefficient_f.device
     )
+    # by coefficient times length: a neuron that fires strongly may write a tiny vector
     best = strength_f.topk(neurons)
     firing = [
         Memory(
@@ -253,7 +255,9 @@ def vocabulary_scores(lm: LanguageModel, vectors_nd: Tensor, *, norm: bool = Tru
     better, by the formulas of `promotes`.
     """
     if norm and lm.parts.norm is not None:
+        # N(0) is the norm's bias alone: it would promote the same tokens for every neuron
         vectors_nd = lm.parts.norm(vectors_nd) - lm.parts.norm(torch.zeros_like(vectors_nd[:1]))
+    # between the stream and a narrower embedding, as in OPT 350M
     if lm.parts.project_out is not None:
         vectors_nd = lm.parts.project_out(vectors_nd)
     weight_vd = lm.parts.unembedding.weight
@@ -264,6 +268,7 @@ def vocabulary_scores(lm: LanguageModel, vectors_nd: Tensor, *, norm: bool = Tru
 def _values(
     lm: LanguageModel, layer: int, neurons: Sequence[int], k: int, norm: bool
 ) -> list[ValueVector]:
+    # columns of (out, in), however the checkpoint stores it: GPT-2 has the transpose
     vectors_nd = as_linear(lm.parts.mlp_out(layer))[:, list(neurons)].T
     scores_nv = vocabulary_scores(lm, vectors_nd, norm=norm)
     if not 1 <= k <= scores_nv.shape[1]:
@@ -286,6 +291,7 @@ def _values(
     ]
 
 
-def words(scored: Scored, limit: int = 8) -> str:
-    """Return the first `limit` tokens of a list as one line."""
-    return " ".join(repr(token.strip() or token)[1:-1] for token, _ in scored[:limit])
+def words(scored: Scored) -> str:
+    """Return the first eight tokens of a list as one line."""
+    # repr shows a line break as \n, which would break the table; its quotes are cut off
+    return " ".join(repr(token.strip() or token)[1:-1] for token, _ in scored[:8])

@@ -174,6 +174,7 @@ class Refinement:
             for table in (self.probability, self.rank)
         )
         attention, mlp = self.changed_by_attention, self.changed_by_mlp
+        # three shares that exclude each other, since bars are stacked
         changes = {"attention": attention & ~mlp, "both": attention & mlp, "MLP": mlp & ~attention}
         return plot_streams(
             probability,
@@ -213,9 +214,8 @@ def refinement(
     answer_ids = answers_at(lm, text, ids, stream_ltd[-1, -1], target)
     tables: dict[str, dict[str, Tensor]] = {"top_ids": {}, "probability": {}, "rank": {}}
     read = [_read(lm, states, answer_ids, norm) for states in (stream_ltd, middle_ltd, mlp_ltd)]
-    for name, stream, middle, mlp in zip(
-        tables, *read, strict=True
-    ):  # what leaves a block enters the next
+    # what leaves a block enters the next: three readings fill four columns
+    for name, stream, middle, mlp in zip(tables, *read, strict=True):
         tables[name] = {
             "entering": stream[:-1],
             "middle": middle,
@@ -265,9 +265,8 @@ def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
     home = seen[names[-1]].device
     stream = torch.stack([seen[name][0].to(home) for name in (f"{names[0]}:input", *names)])
-    scale = float(
-        getattr(lm.model.config, "residual_multiplier", 1.0)
-    )  # Granite scales both branches
+    # Granite scales both branches
+    scale = float(getattr(lm.model.config, "residual_multiplier", 1.0))
     attention, mlp = (
         scale
         * torch.stack([seen[f"{name}.{part}"].view_as(seen[name])[0].to(home) for name in names])
@@ -287,7 +286,9 @@ def _states(lm: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Return whether two sums are equal up to rounding; a norm in between changes far more."""
+    # far above the rounding of a sum of two states, in float32 and in 8 bits of bfloat16
     tolerance = 1e-3 if torch.finfo(a.dtype).eps < 1e-5 else 0.05
+    # states that are not finite are another error, raised by the caller with its own words
     return not (a.isfinite().all() and b.isfinite().all()) or bool(
         (a - b).float().norm() <= tolerance * b.float().norm().clamp(min=1e-6)
     )

@@ -45,9 +45,11 @@ def residual_stream(lm: LanguageModel, ids: list[int]) -> Tensor:
     """Return the states of a text, [n_layers + 1, t, d]: what enters block 0, then what leaves each
     block.
     """
+    # by hooks and not by `output_hidden_states`: its last entry has the last norm in it already
     names = [lm.parts.block_name(layer) for layer in range(lm.n_layers)]
     with record(lm.model, names[:1], names) as seen, torch.no_grad():
         base_model(lm)(torch.tensor([ids], device=lm.device), use_cache=False)
+    # one text is one row; blocks may be on several devices, and the head is with the last one
     states = [seen[f"{names[0]}:input"][0], *(seen[name][0] for name in names)]
     return torch.stack([state.to(states[-1].device) for state in states])
 
@@ -63,6 +65,7 @@ def answers_at(
 
 def chunks_of_positions(tokens: int, logits: int) -> Iterator[slice]:
     """Yield slices of positions whose logits fit the budget; `logits` is how many each has."""
+    # a position alone may exceed the budget: then it is a slice of its own
     step = max(1, _LOGITS_AT_ONCE // logits)
     for at in range(0, tokens, step):
         yield slice(at, at + step)
@@ -82,6 +85,7 @@ def score(log_tv: Tensor, answer_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     ids_t1 = answer_ids.to(log_tv.device)[:, None].expand(*log_tv.shape[:-1], 1)
     answer_t1 = log_tv.gather(-1, ids_t1)
+    # counted and not sorted: ties share the better rank, and no second table [.., v] is held
     return answer_t1[..., 0].exp(), 1 + (log_tv > answer_t1).sum(-1)
 
 
@@ -90,6 +94,7 @@ def settled(top_lt: Tensor) -> Tensor:
 
     Example: the column (5, 7, 7, 7) settles at row 1, (7, 5, 7, 7) at row 2.
     """
+    # rows numbered from 1: the last one that differs is the first settled one, numbered from 0
     changes = top_lt != top_lt[-1]
     rows = torch.arange(1, len(top_lt) + 1, device=top_lt.device)[:, None]
     return (changes * rows).amax(0)
