@@ -134,7 +134,7 @@ def rewrite_each(
             return [
                 out for facts in groups for out in rewrite_each(lm, [facts], method, **settings)
             ]
-    if batch_function is not None:
+    if batch_function is not None:  # not all groups are single facts, and ROME's function has none
         settings.pop("facts_per_batch", None)
     results: list[Edit | PromptEdit | EngramError] = []
     for facts in groups:

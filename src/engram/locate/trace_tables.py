@@ -73,6 +73,8 @@ class TraceTables:
                 chosen = torch.zeros_like(wanted).flatten()
                 chosen[change.flatten().topk(min(screen, change.numel())).indices] = True
                 wanted &= chosen.view_as(wanted)
+            # tokens that need the same patches go through the blocks together; after a screen they
+            # differ from token to token, so that groups are small
             for token, columns in zip(prompt.rows, wanted.tolist(), strict=True):
                 # equal windows, as a window over all layers gives, are computed once
                 patches = dict.fromkeys(

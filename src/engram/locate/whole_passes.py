@@ -63,5 +63,6 @@ def whole(runs: Recorded, token: int, patches: tuple[Patch, ...]) -> Tensor:
         decoder_bt = decoder_bt[rows["base"]].repeat(len(patches), 1)
     with substitute(**hooks):
         logits = runs.rows.logits(ids_bt, decoder_bt)
+    # all rows are the batch's only prompt, whose answer they are scored by
     scores = runs.scorer(logits, torch.zeros(len(ids_bt), dtype=torch.long))
     return scores.view(len(patches), samples).mean(1).cpu()

@@ -45,6 +45,7 @@ def plot_layer_card(
     """
     with rc_context({**STYLE, "font.size": 8, "axes.titlesize": 8.5}):
         figure = Figure(figsize=(7.5, 2.7), dpi=200, layout="constrained")
+        # layers are shared, heights are not: an effect is a tenth of a score
         left, right = figure.subplots(1, 2, sharex=True)
         left.set_ylabel("indirect effect, probability")
         right.set_ylabel("score, share of prompts")

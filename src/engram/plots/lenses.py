@@ -120,10 +120,11 @@ def _norm(scale: Scale, values: np.ndarray) -> Normalize:
     )
 
 
-def _short(token: str, most: int = 14) -> str:
-    """Return a token as written in a cell: without its leading space, its end cut if it is long."""
+def _short(token: str) -> str:
+    """Return a token as written in a cell: without its leading space, 14 letters at most."""
+    # a token of spaces only would be an empty cell, which looks as if nothing was predicted
     text = token.strip(" ") or "␣" * len(token)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= 14 else text[:13] + "…"
 
 
 def _fitting(text: str, width: float) -> float:

@@ -57,6 +57,8 @@ class MomentSource:
             EngramError: some are given, but not those of all layers.
         """
         if self.given is None:
+            # read from the cache by a digest of the weights and the corpus; the released code goes
+            # by the model's name, and returns another model's where two have one name
             return second_moments(
                 lm, layers, self.corpus, self.tokens, seed=self.seed, progress=progress
             )
@@ -119,7 +121,8 @@ def keys_of(past: Sequence[Edit], weight: str) -> Tensor | None:
     Raises:
         SettingError: an edit that changes the weight and does not hold its keys.
     """
-    # In float64, as the solver computes: their products are summed over thousands of keys.
+    # An edit of other layers only has nothing to preserve here. In float64, as the solver computes:
+    # products of keys are summed over thousands of them.
     keys = []
     for number, edit in enumerate(past):
         if weight in edit.keys:

@@ -101,6 +101,7 @@ class MassConfig:
         )
 
 
+# The last layer, with one left, takes all of what is missing whatever the rule.
 RESIDUAL_SHARES: dict[str, Callable[[int], float]] = {
     "even": lambda left: 1 / left,
     "root": lambda left: left**-0.5,

@@ -388,9 +388,8 @@ class _Batch:
             self._note(terms, delta_nsd, losses, norms)
             self._check_finite(terms.total, step)
             done = self._is_done(terms, step)  # by this pass's losses, before any update
-            for n, delta_sd, leaves in zip(self.active, delta_nsd.detach(), done, strict=True):
-                if leaves:
-                    deltas[n] = delta_sd
+            leaving = zip(self.active, delta_nsd.detach(), done, strict=True)
+            deltas |= {n: delta_sd for n, delta_sd, leaves in leaving if leaves}
             stay = [row for row, leaves in enumerate(done) if not leaves]
             if not stay:
                 break
