@@ -3,9 +3,8 @@ in pocket/benchmark.json.
 
     python tools/build_pocket_benchmark.py
 
-To be run anew when the model, its facts, its templates or the builder change: the file holds the
-    digest of the records as well, and a
-test that they are still built the same.
+Run it again when the model, its facts, its templates or the builder change: the file also holds
+the digest of the records, and a test checks that they are still built the same.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Makes the tables of docs/editors.md.
 
 Facts are counterfactual edits of what the model answers rightly, of different subjects; every
 method gets the first N of the same order, with its presets' settings for pocket and no others. A
-row is measured anew when these settings change. What is measured and how it is scored is
+row is measured again when these settings change. What is measured and how it is scored is
 measure_pocket's; refuses to know how any method works.
 """
 
@@ -53,10 +53,8 @@ IN_WORDS = (
     "ike",
 )  # such edits do not add up: for one after another all facts go into one
 UNEDITED = "unedited"  # the row that the others are compared with
-TIMED, DRIFT = (
-    5,
-    10,
-)  # single edits: how many are timed; of every how manieth the perplexity is measured
+# single edits: the first N are timed; perplexity is measured on every Nth
+TIMED, DRIFT = 5, 10
 COLUMNS = (
     "method",
     "facts",
@@ -175,7 +173,7 @@ class Found:
     def take(
         self, lm: LanguageModel, edit: AnyEdit, facts: Sequence[engram.Fact], *, drift: bool = True
     ) -> None:
-        """Score `facts` with an edit laid on the model, and look at the edit itself."""
+        """Score `facts` with an edit applied, and look at the edit itself."""
         before = perplexity(lm, edit, held_out_text(), edited=False) if drift else 1.0
         with edit.applied(lm):
             self.scored += [successes(lm, fact) for fact in facts]

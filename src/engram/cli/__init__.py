@@ -9,6 +9,8 @@ import sys
 
 import typer
 
+# These modules import typer and little else: a command's own imports are inside it. With torch and
+# transformers here, `engram --help` and a misspelt option would take seconds.
 from engram.cli import bench, data, demo, edit, harness, knows, layers, ledger, lens, stats, trace
 from engram.cli.options import expand_groups
 
@@ -40,6 +42,7 @@ for command in (
     bench.report,
     harness.harness,
 ):
+    # typer names a command after its function; `expand_groups` keeps name and docstring.
     app.command()(expand_groups(command))
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(data.app, name="data")
@@ -53,7 +56,7 @@ def main() -> None:
         app()
     except EngramError as error:
         print(f"engram: {error}", file=sys.stderr)  # noqa: T201  a command speaks
-        sys.exit(2)
+        sys.exit(2)  # as typer does for wrong options; 1 means that a check failed (verify)
     except KeyboardInterrupt:
         print("engram: stopped; nothing was left half done", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, so that shell loops stop too

@@ -40,6 +40,7 @@ class MethodsOptions:
 
         methods: dict[str, dict[str, Any]] = {}
         for text in self.method or ["rome"]:
+            # "memit" is its own label; "strong=memit" lets one method run twice.
             label, _, name = text.partition("=")
             methods[label] = {"method": name or label}
         for pair in self.setting or []:
@@ -84,6 +85,7 @@ class RecordsOptions:
             dataset = read_dataset(
                 self.dataset,
                 limit=self.limit,
+                # Large, and of use for generated text only: read where present, not required.
                 references="if there" if texts else False,
                 progress=progress,
             )
@@ -136,6 +138,7 @@ def bench(
     from engram.benchmark.run import bench as run_benchmark
     from engram.cli import show, terminal
 
+    # Records and settings before the model: their mistakes are reported without its loading time.
     dataset = records.read(measures.texts)
     config = MeasureConfig(
         answer_tokens=measures.answer_tokens,
@@ -227,6 +230,8 @@ def report(
     from engram.errors import SettingError
 
     opened = [Run.open(path) for path in runs]
+    # Parquet is binary and cannot go to the terminal; the terminal's table cannot go to a file
+    # (it has colours): there, markdown takes its place.
     if format is Format.parquet:
         if out is None:
             raise SettingError("--format parquet writes a file: give -o FILE.parquet")
@@ -250,6 +255,7 @@ def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:
         return json.dumps([run.card() for run in runs], indent=1, ensure_ascii=False)
     if format is Format.cases:
         cases = {
+            # Two runs may have methods of one name.
             f"{run.path.name}:{label}": reports.published_cases(run, label)
             for run in runs
             for label in run.measured
@@ -261,6 +267,7 @@ def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:
         "csv": reports.as_csv,
         "json": reports.as_json,
     }
+    # Format.terminal with -o: see `report`.
     return writers.get(format.value, reports.markdown)(reports.table(runs, all_metrics=all_metrics))
 
 

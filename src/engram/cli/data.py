@@ -34,7 +34,7 @@ class Rule(StrEnum):
     relation = "relation"
 
 
-@app.command("list")
+@app.command("list")  # the function has another name: `list` is a type in this module
 def list_() -> None:
     """List the data sets that have a name."""
     from engram.benchmark.data.sources import SOURCES
@@ -136,10 +136,11 @@ def build(
         openings=() if files.openings is None else read_lines(files.openings),
         held_out=None if held_out is None else lambda fact: held_out.get(fact.relation, []),
         seed=seed,
+        # With --known-to the limit counts known records, so it is applied below.
         limit=limit if known_to is None else None,
         name=out.stem,
     )
-    skipped = dataset.skipped
+    skipped = dataset.skipped  # of the building; `known_records` returns another data set
     if known_to is not None:
         lm = model_options.load(known_to)
         with terminal.progress() as progress:
@@ -182,7 +183,7 @@ def filter(
     lm = model_options.load(known_to)
     with terminal.progress() as progress:
         records = read_dataset(dataset, references=references, progress=progress)
-        tested = 0
+        tested = 0  # with --limit, testing stops early: the share known is of these
 
         def count(what: str, done: int, total: int) -> None:
             nonlocal tested

@@ -126,8 +126,10 @@ def edit(
     method = method_options.method
     lm = model_options.load(model)
     frames = [None, engram.chat_frame(lm)] if chat else [None]
+    # These three methods have no setting `contexts`.
     if chat and "contexts" not in settings and method not in ("ultraedit", "in-context", "ike"):
         settings["contexts"] = engram.chat_contexts(lm, seed=method_options.seed)
+    # Before the work, and on stderr: a user who lacks the memory can stop here.
     terminal.show_plan_if_large(lm, len(facts), method, settings)
     with terminal.progress() as progress:
         change = engram.rewrite(lm, facts, method, **settings, progress=progress)
@@ -141,6 +143,7 @@ def edit(
     if out is not None:
         # The chat's receipt where there is one: that is how the model will be used.
         change.with_receipt(receipts[-1]).save(out)
+        # stdout is JSON and nothing else with --json: such lines go to stderr.
         typer.echo(f"edit: {out} ({terminal.size(out)})", err=as_json)
 
 
@@ -165,7 +168,7 @@ def verify(
     from engram.cli import show, terminal
     from engram.errors import EngramError
 
-    edit = _loaded(edits)
+    edit = _loaded(edits)  # before the model: a wrong folder is reported at once
     if store and len(edits) > 1:
         raise EngramError(
             f"--store keeps the receipt of one edit, {len(edits)} were given; "
@@ -183,7 +186,7 @@ def verify(
     if store:
         edit.with_receipt(receipt).save(edits[0])
     if not receipt.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(1)  # 2 is a user's mistake: scripts can tell the two apart
 
 
 def apply(
@@ -254,10 +257,12 @@ def generate(
     from engram.model.chat import chat_frame
 
     lm = model_options.load(model)
+    # transformers samples from the global generators; it takes no generator of its own.
     set_seed(sampling.seed)
     settings: dict[str, Any] = {}
     if sampling.temperature:
         settings = {"do_sample": True, "temperature": sampling.temperature}
+    # The frame first: an in-context edit puts its text into the prompt, inside the template.
     with ExitStack() as stack:
         if chat:
             stack.enter_context(lm.asked_through(chat_frame(lm)))
@@ -308,6 +313,7 @@ def _nested(folders: list[Path]) -> list[Edit | PromptEdit]:
     from engram.edit.edit import Edit, compose, load_edit
 
     edits = [load_edit(folder) for folder in folders]
+    # Composed, weight edits are one sum: the order of --edit makes no difference to it.
     weights = [edit for edit in edits if isinstance(edit, Edit)]
     in_context = [edit for edit in edits if not isinstance(edit, Edit)]
     return [*([compose(weights)] if weights else []), *in_context]

@@ -61,13 +61,13 @@ def harness(
         include_path=task_options.include_path,
         rows_per_batch=task_options.rows_per_batch,
         limit=task_options.limit,
-        bootstrap_iters=0,
+        bootstrap_iters=0,  # standard errors: not printed below, and slow
     )
     if as_json:
-        typer.echo(json.dumps(scores, default=str))
+        typer.echo(json.dumps(scores, default=str))  # tasks may report values that JSON lacks
         return
     for task, numbers in scores.items():
         typer.echo(task)
         for name, value in numbers.items():
-            if isinstance(value, float):
+            if isinstance(value, float):  # the others are texts, such as a task's alias
                 typer.echo(f"  {name.partition(',')[0]:<20}{value:.4f}")

@@ -68,12 +68,14 @@ def layers(
     from engram.cli import show, terminal
 
     facts = None if evidence.facts is None else engram.read_facts(evidence.facts)
+    # Files and settings before the model, whose loading takes longest.
     settings = parse_settings(editing.setting)
     lm = model_options.load(model)
     with terminal.progress() as progress:
         card = engram.layer_card(
             lm,
             facts,
+            # Any text: `layer_card` checks it, and its message names near words.
             keep=evidence.keep,  # type: ignore[arg-type]
             edits=evidence.edits,
             traces=evidence.traces,

@@ -55,6 +55,7 @@ def create(
     import engram
     from engram.evaluate.canary import Canary
 
+    # Options that were not given are left out, so that `Canary` alone says the defaults.
     given = {"max_perplexity_ratio": max_perplexity_ratio, "max_norm_ratio": max_norm_ratio}
     limits = {name: value for name, value in given.items() if value is not None}
     canary = Canary(**limits, text=text.read_text(encoding="utf8") if text else None)
@@ -94,7 +95,10 @@ def add(
     from engram.edit.edit import Edit
 
     book = engram.Ledger.open(ledger)
+    # All of them before the first is added: a wrong folder leaves the ledger as it was.
     loaded = [Edit.load(folder) for folder in edits]
+    # Without a canary nothing has to run, and adding takes no model. The dtype is the ledger's: its
+    # fingerprints are of weights in that dtype.
     lm = (
         terminal.load(model or str(book.base["model"]), book.dtype, device_map)
         if canary or model
@@ -102,10 +106,11 @@ def add(
     )
     for edit in loaded:
         book.add(edit, lm, replace=replace)
+        # At once, not at the end: a later edit may be rolled back with an error.
         typer.echo(str(book.history()[-1]))
 
 
-@app.command("list")
+@app.command("list")  # the function has another name: `list` is a type in this module
 def list_(
     ledger: Book,
     everything: Annotated[
@@ -121,6 +126,7 @@ def list_(
         typer.echo(
             json.dumps(
                 [
+                    # JSON has no sets, and `asdict` leaves properties out.
                     {**asdict(entry), "gone": sorted(entry.gone), "status": entry.status}
                     for entry in entries
                 ]

@@ -62,6 +62,7 @@ class LensOutput:
         show: Callable[[], None],
     ) -> None:
         """Save the picture that `plot` draws, and print JSON or call `show`."""
+        # The picture first: a wrong file name or shade fails before pages of numbers are printed.
         if self.out is not None:
             plot().savefig(self.out)
         if self.as_json:
@@ -167,9 +168,11 @@ def _grid(lens: LogitLens, width: int) -> Text:
     from rich.style import Style
     from rich.text import Text
 
+    # Cells, not letters: Chinese and emoji take two cells of a terminal.
     shown = [*lens.tokens, *lens.top_tokens.values()]
     cell = min(_CELL, max(cell_len(_visible(token)) for token in shown))
     blocks = math.ceil(len(lens.tokens) / max(1, (width - 4) // (cell + 1)))
+    # Blocks of equal width: 13 tokens over 2 blocks are 7 + 6, not 12 + 1.
     columns = math.ceil(len(lens.tokens) / blocks)
     picture = Text(no_wrap=True)
     for start in range(0, len(lens.tokens), columns):

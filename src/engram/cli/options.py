@@ -52,6 +52,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
                 )
             )
 
+    # `wraps` for the docstring, which typer shows as the command's help.
     @wraps(command)
     def call(**values: Any) -> None:
         for name, group in groups.items():
@@ -61,6 +62,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = signature(command).replace(  # type: ignore[attr-defined]
         parameters=expanded, return_annotation=None
     )
+    # typer reads annotations besides the signature; those of `command` name groups.
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     return call
 
@@ -160,5 +162,5 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
         try:
             settings[name] = json.loads(value)
         except json.JSONDecodeError:
-            settings[name] = value
+            settings[name] = value  # so that texts need no quotes: --set stop=argmax
     return settings

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from engram.locate.average import AverageTrace
     from engram.locate.trace import CausalTrace
 
+# Characters besides colours: a log file and a reader who sees no colours get the map too.
 _SHADES = " ·░▒▓█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _INK = {
@@ -62,9 +63,9 @@ def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
     A column is two characters wide for up to 16 layers, otherwise one.
     """
     layers = effects.shape[1]
-    wide = 2 if layers <= 16 else 1
+    wide = 2 if layers <= 16 else 1  # GPT-2 XL's 48 layers and a margin fit into 80 columns
     effects = (sign * effects).nan_to_num()
-    peak = max(float(effects.max()), 1e-9)
+    peak = max(float(effects.max()), 1e-9)  # a site without any effect: no division by 0
     margin = min(22, max(map(len, names)))
     picture = Text()
     picture.append(f"{title}, strongest {sign * float(effects.max()):+.2g}\n", Style(bold=True))
@@ -292,6 +293,7 @@ def show_differences(runs: list[Run]) -> None:
                 continue
             scale = METRICS[metric].scale
             low, high = difference.low * scale, difference.high * scale
+            # An interval without 0, as everywhere in a report.
             verdict = "" if low <= 0 <= high else "  beyond chance"
             terminal.console.print(
                 f"  {METRICS[metric].title:<12}{difference.mean * scale:+9.2f}"

@@ -55,6 +55,7 @@ def stats(
             "--corpus and --data-set both say where the text comes from; give one of them"
         )
     lm = model_options.load(model)
+    # As in `datasets.load_dataset(name, config)`; a name itself has no colon.
     name, _, config = (text.data_set or "").partition(":")
     with terminal.progress() as progress:
         moments = second_moments(
@@ -98,11 +99,12 @@ def plan(
     from engram.model.loading import load_shapes
 
     memory = engram.memory_plan(
-        load_shapes(model, dtype=dtype),
+        load_shapes(model, dtype=dtype),  # on the meta device: no ModelOptions, nothing is placed
         facts,
         method,
         layers=layers,
         facts_per_batch=facts_per_batch,
     )
+    # Properties of the plan, which `asdict` leaves out.
     sums = {"peak": memory.peak, "beside": memory.beside, "on_disk": memory.on_disk}
     typer.echo(json.dumps(asdict(memory) | sums) if as_json else str(memory))

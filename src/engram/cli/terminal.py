@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from engram.progress import Progress
 
 
+# No highlighting of numbers and quotes: bold and colours mean something here. Soft wrap: a piped
+# table keeps its lines.
 console = Console(highlight=False, soft_wrap=True)
 
 
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
     """Call `engram.load`, without the progress bars of other libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # Otherwise tokenizers warns at every fork of the process, such as that of a data loader.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with console.status(f"loading {name}"):
         from transformers.utils import logging as transformers_logging
@@ -53,11 +56,12 @@ def progress() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, int] = {}  # a bar for each name, as a verb may have several stages
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
+            # The total too: a stage may run twice, as two receipts do.
             bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
         yield report

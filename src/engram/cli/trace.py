@@ -85,8 +85,10 @@ class TraceOptions:
         from engram.locate.settings import TraceConfig
 
         others = parse_settings(self.setting)
+        # Here, and not when tracing begins: the model is loaded in between.
         TraceConfig.check_names(others)
         return {
+            # typer gives an empty list for an option that is left out.
             "sites": self.sites or None,
             "severed": self.severed or (),
             "window": self.window,
@@ -221,7 +223,7 @@ def average(
     settings.setdefault("noise_subjects", tuple(fact.subject for fact in facts))
     facts = sample_facts(facts, facts_options.limit, settings["seed"])
     if out is not None:
-        _make_folder(out)
+        _make_folder(out)  # now, not after hours of tracing
     lm = model_options.load(model)
     with terminal.progress() as progress:
         result = engram.average_trace(
@@ -241,6 +243,7 @@ def average(
     if out is None:
         return
     (out / SUMMARY).write_text(json.dumps(result.summary(), indent=1) + "\n", encoding="utf8")
+    # Roles such as "first subject token" need every position; a run may have traced the last alone.
     every_position = result.layered and settings.get("positions", "all") == "all"
     pictures = {HEATMAPS: result.plot, LINES: result.plot_lines} if every_position else {}
     pictures |= {SEVERED: result.plot_severed} if result.severed else {}

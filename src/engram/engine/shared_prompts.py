@@ -103,7 +103,7 @@ def record_shared_prefixes(
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
 ) -> Recording:
-    """Record a run of rows of which each begins like one of the first; each beginning is run once.
+    """Record a run of rows that share prefixes with the first ones; each prefix is run once.
 
     Six rows of three kinds, shared = [0, 3, 5]: rows 0 and 3 have nothing in common, rows 1 and 4
     their first 3 tokens, rows 2 and 5 their first 5. Rows 0, 1, 2 are run whole, and of all six

@@ -143,7 +143,7 @@ class RayWorkers:
 
         Raises:
             EngramError: a worker died at every try of one unit. What a job raises is raised here,
-                an EngramError as what it was.
+                an EngramError with its type.
         """
         if not units:
             return
