@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
+from typing import Any
 
 import engram
 from engram.editors.closed_form.mass_settings import KEEPS_PAST_KEYS
@@ -32,7 +33,11 @@ FACTS = [
     engram.Fact("Space Needle", "The {} is located in the city of", "New York City"),
     engram.Fact("ABBA", "{} comes originally from", "New Zealand"),
 ]
-QUICK = ({"steps": 2}, {"epochs": 2}, {})  # what ends a method early; the first that it has
+QUICK: tuple[dict[str, Any], ...] = (
+    {"steps": 2},
+    {"epochs": 2},
+    {},
+)  # what ends a method early; the first that it has
 
 AnyEdit = engram.Edit | engram.PromptEdit
 
