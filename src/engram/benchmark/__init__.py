@@ -1,3 +1,3 @@
-"""Thousands of edits, each by itself, measured: what is asked, how it is computed in batches, where
-results are kept.
+"""Thousands of edits, each measured by itself: what is measured, how it is computed in batches, and
+where the results are stored.
 """

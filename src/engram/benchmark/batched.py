@@ -36,8 +36,13 @@ from engram.model.tokens import pad_right
 from engram.modules.hooks import RowContext, no_edits, per_row_edits
 from engram.modules.weights import linear_shape
 
-_RANK = 32  # up to here every row has its own factors; larger changes are multiplied out per edit
-_BYTES = 1 << 26  # of a change that is multiplied out; an edit with a larger one is not batched
+# Up to this rank every row has its own factors, r (o + i) numbers and as many multiplications a
+# token. Larger changes are multiplied out per edit: at full rank the factors are twice as long as
+# the weight.
+_RANK = 32
+# Of a change that is multiplied out, in float32: 32 records then need 2 GB at most. An edit with a
+# larger change is applied one by one, which needs room for one.
+_BYTES = 1 << 26
 
 
 def can_batch(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
@@ -45,11 +50,13 @@ def can_batch(lm: LanguageModel, edit: Edit | PromptEdit) -> bool:
 
     They can carry changes of linear maps inside the blocks of a causal model, of low rank or small.
     """
+    # Rows are padded on the right without a mask. Only a causal model does not see the pads. An
+    # edit of words changes the rows themselves, so that nothing is computed once for both.
     if not edit.changes_weights or lm.kind != "causal":
         return False
     small = all(
-        _factored(each) or 4 * each.shape[0] * each.shape[1] <= _BYTES
-        for each in edit.deltas.values()
+        _factored(delta) or 4 * delta.shape[0] * delta.shape[1] <= _BYTES
+        for delta in edit.deltas.values()
     )
     return small and all(_block_of(lm, name) is not None for name in edit.deltas)
 
@@ -84,6 +91,8 @@ class RowEdits:
         for name in names:
             module = lm.model.get_submodule(name.removesuffix(".weight"))
             deltas = [edit.deltas.get(name) for edit in edits]
+            # The hook sits on a module, not on a weight: a matrix that is stored [in, out] (GPT-2)
+            # and one that is stored [out, in] get their change [out, in] alike.
             changes[module] = _stacked(deltas, linear_shape(module), lm.device)
         blocks = [block for name in names if (block := _block_of(lm, name)) is not None]
         return cls(min(blocks), per_row_edits(changes))
@@ -103,6 +112,7 @@ def _stacked(
         return torch.stack(
             [zero_oi if delta is None else delta.dense(dtype) for delta in deltas]
         ).to(device)
+    # Zeros in place of missing columns change no sum: a rank of 1 beside one of 5 costs 5.
     rank = max(delta.rank for delta in given)
     left_nor = torch.zeros(len(deltas), out, rank, dtype=dtype)
     right_nri = torch.zeros(len(deltas), rank, into, dtype=dtype)
@@ -130,14 +140,18 @@ def measure_batched(
         drifts: for each record whether held-out text is read.
         unedited_texts: whether the unedited model generates texts, too.
     """
-    row_edits, probes = RowEdits.of(lm, edits), ProbeRows(lm, [each.probes for each in records])
+    row_edits, probes = RowEdits.of(lm, edits), ProbeRows(lm, [record.probes for record in records])
     unedited = config if unedited_texts else replace(config, texts=False)
     before = Phase(lm, records, unedited, references)
     after = Phase(lm, records, config, references, row_edits.around)
     scores, scores_after = AnswerScores(probes), AnswerScores(probes)
     logits_of = _replayed if use_replay(lm, "auto") else _whole
     for batch in probes.batches():
+        # A generator, so that the first logits [reads, v] are scored and dropped before the second
+        # ones are computed: with 50,000 words a batch of them takes 128 MB.
         both = logits_of(lm, batch, row_edits)
+        # Log-probabilities for the KL are kept from one phase to the other, a batch at a time; of a
+        # whole unit they would be [records * 10, v].
         compared = scores.add(batch, next(both))
         scores_after.add(batch, next(both), compared)
     base = before.held_out if any(drifts) else None
@@ -151,9 +165,13 @@ def _replayed(lm: LanguageModel, batch: Sequence[ProbeRow], edits: RowEdits) -> 
     recording = record_run(lm, ids_bt)
     row_p = torch.tensor([b for b, read in enumerate(reads) for _ in read], device=lm.device)
     read_p = torch.tensor([at for read in reads for at in read], device=lm.device)
+    # hidden[-1] is [b, t, d] after the last block; the head runs at the positions that are read.
     yield _head(lm, recording.hidden[-1][row_p, read_p])
+    # From position 0: an edit acts at every position, so no recorded keys and values may be used;
+    # what is saved are the blocks below the edited one.
     suffix, last = Suffix(recording, 0, ids_bt.shape[1]), lm.n_layers - 1
     hidden_btd = recording.hidden[edits.first]
+    # Shorter rows of reads repeat their last one, and the cut below drops it.
     columns_br = pad_right(reads)
     with edits.around([row.group for row in batch]):
         for layer in range(edits.first, last):

@@ -42,6 +42,7 @@ def essence_ids(
         if snippet.name in subjects
     ]
     ids = (
+        # Quiet, since the tokenizer warns of texts that are too long for the model before the cut.
         list(lm.tokenizer(" ".join(texts), verbose=False)["input_ids"])[
             : min(TOKENS, lm.max_tokens)
         ]
@@ -61,6 +62,7 @@ def with_essence(outcome: Outcome, ids: Sequence[int], logits_pv: Tensor) -> Out
         ids: see `essence_ids`.
         logits_pv: [T - 1, v] after each of them but the last.
     """
+    # At least float32: bfloat16 would round each of the hundred terms to 8 bits.
     log_p_pv = logits_pv.log_softmax(-1, dtype=torch.promote_types(logits_pv.dtype, torch.float32))
     total = (
         -log_p_pv.gather(1, torch.tensor(ids[1:], device=log_p_pv.device)[:, None]).double().sum()

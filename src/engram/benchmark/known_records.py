@@ -20,8 +20,11 @@ from engram.model.generation import Writing, normalised_text, write
 from engram.model.language_model import LanguageModel
 from engram.progress import Progress, no_progress
 
+# Two more rules go by the same word: `Knowledge.known` ranks the object among its candidates (by
+# default the vocabulary), and `average_trace(keep=)` compares the first token alone. They are about
+# a fact; these two are about what the edit of a record is measured by.
 Rule = Literal["greedy", "relation"]
-_AT_ONCE = 256
+_AT_ONCE = 256  # records between two looks at the limit
 
 
 def known_records(
@@ -49,6 +52,7 @@ def known_records(
     one_of("rule", rule, ("greedy", "relation"))
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
+    # Of the whole data set: candidates of one block would depend on _AT_ONCE.
     table = [fact for record in dataset.records for fact in _true(record)]
     known: list[Record] = []
     for start in range(0, len(dataset.records), _AT_ONCE):
@@ -72,9 +76,12 @@ def _answers(lm: LanguageModel, records: Sequence[Record]) -> list[bool]:
     writings = []
     for _, fact in facts:
         cloze = lm.cloze(fact.prompt_text, str(fact.target_true))
+        # One token more than the object has: "Paris" and "Parisian" may begin with the same token,
+        # and only the next one shows which of them it is.
         writings.append(Writing(tuple(cloze.ids[: cloze.tokens]), len(cloze.answer) + 1))
     known = [True] * len(records)
     for (n, fact), ids in zip(facts, write(lm, writings), strict=True):
+        # A record of several facts (MQuAKE) is known if each of them is.
         known[n] &= begins(normalised_text(lm, ids), (str(fact.target_true),))
     return known
 
@@ -83,6 +90,8 @@ def _ranks_first(lm: LanguageModel, records: Sequence[Record], table: Sequence[F
     """Tell for each record whether its facts' true objects are the best ones of the relation."""
     owners = [n for n, record in enumerate(records) for _ in record.facts]
     facts = [fact for record in records for fact in _true(record)]
+    # The mean over tokens is what CounterFact's ES compares; with the sum "New York City" would
+    # lose to most cities of one token.
     judged = knows(lm, facts, candidates="relation", length="mean", paraphrases=False, table=table)
     known = [True] * len(records)
     for n, of_fact in zip(owners, judged.records, strict=True):
@@ -95,8 +104,8 @@ def _true(record: Record) -> list[Fact]:
     missing = [fact for fact in record.facts if fact.target_true is None]
     if missing:
         raise FactError(
-            f"record {record.id!r} ({missing[0].subject!r}) has no true object, so nobody can say "
-            "whether the model knows it"
+            f"record {record.id!r} ({missing[0].subject!r}) has no true object, which is what a "
+            "model would have to know; filter records that have one"
         )
     return [
         Fact(fact.subject, fact.prompt, str(fact.target_true), relation=fact.relation)

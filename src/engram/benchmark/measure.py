@@ -25,7 +25,9 @@ from engram.evaluate.probes import Reading
 from engram.model.language_model import LanguageModel
 from engram.rewriting import rewrite_each
 
-_NEVER = 1e4  # nats: a probability of 0
+# Nats: a probability of 0 in float64. Not infinity, which JSON does not have. Both answers get it,
+# so they tie, and a tie is lost whichever of them is wanted.
+_NEVER = 1e4
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ def measure(
     records = [record for _, record in unit.records]
     drifts = [bool(config.drift_every) and at % config.drift_every == 0 for at, _ in unit.records]
     began = time.perf_counter()
+    # An editor that trained on the paraphrases would be measured by its own training set.
     facts = [[without_evidence(fact) for fact in record.facts] for record in records]
     edits = rewrite_each(lm, facts, unit.method, **unit.settings)
+    # What one edit of a batch takes cannot be measured: each gets an equal share.
     seconds = (time.perf_counter() - began) / len(records)
     outcomes = _measure_batched(lm, unit, edits, config, drifts, references) if batched else {}
     unedited = config if unit.unedited_texts else replace(config, texts=False)
@@ -79,9 +83,13 @@ def measure(
         if n in outcomes:
             before, after = outcomes[n]
         else:
+            # Outside of the `try` below: if the unedited model computes NaN, no edit is to blame,
+            # and the run ends with the error.
             before, base = measure_one(
                 lm, record, None, unedited, drift=drifts[n], references=references
             )
+            # An edit that could not be computed counts with the unedited model's scores. Leaving
+            # the record out would favour methods that refuse hard records.
             after = before
             if not isinstance(edit, EngramError):
                 try:
@@ -89,6 +97,8 @@ def measure(
                         lm, record, edit, config, drift=drifts[n], references=references, base=base
                     )
                 except NonFiniteError as nan:
+                    # This edit exists and ruins the model, so it must not count as "nothing
+                    # changed".
                     after, error = all_failed(record), f"with the edit {nan}"
         size = 0 if isinstance(edit, EngramError) else size_of(edit)
         yield Measured(record.id, before, after, seconds, size, error)

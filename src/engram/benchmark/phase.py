@@ -75,6 +75,8 @@ class Phase:
             )
             if drifts[n]:
                 outcome = self._with_held_out(outcome, n, base)
+            # Texts about the subject are read bare. With the words in front they would be another
+            # prompt, and without them the reading would be the unedited one again.
             if self.words is None:
                 outcome = self._with_essence(outcome, n)
             outcomes.append(with_texts(outcome, record, texts[n], self.references))
@@ -89,11 +91,17 @@ class Phase:
         if self.words is not None:
             text = held_out_text()
             return replace(outcome, perplexity=perplexity(self.lm, self.words, text, edited=True))
+        # As it is: without any edit, or inside the block in which one_by_one has applied one. A
+        # phase ends before that block does, so the cached reading never outlives its edit.
         if self.around is no_edits:
             held_out = self.held_out
         else:
+            # Each record reads the page with its own edit, so nothing is shared here. That is why
+            # only every tenth record does it.
             rows, reads = pieces(self.lm)
             held_out = HeldOut.of(self._logits([row[:-1] for row in rows], reads, n), rows)
+        # Of the unedited model there is no drift, rather than 0, which would look like a
+        # measurement.
         drift = None if base is None else held_out.kl(base)
         return replace(outcome, perplexity=held_out.perplexity, drift=drift)
 
@@ -108,7 +116,7 @@ class Phase:
         logits = self._logits(
             [step.ids for step in questions], [[len(step.ids) - 1] for step in questions], n
         )
-        return with_text_mode(readings, questions, [int(each.argmax()) for each in logits])
+        return with_text_mode(readings, questions, [int(of_step.argmax()) for of_step in logits])
 
     def _logits(
         self, rows: Sequence[Sequence[int]], reads: Sequence[Sequence[int]], n: int
@@ -138,6 +146,8 @@ def logits_of_rows(
     `LanguageModel.logits_at` sorts rows into batches of its own, and then a row's edit would meet
     another row.
     """
+    # The union over the rows: the head computes some logits that no row reads, but one call serves
+    # all rows, and [b, t, v] is not built where the model can limit its head.
     positions = sorted({position for read in reads for position in read})
     column = {position: at for at, position in enumerate(positions)}
     logits_brv = lm.cloze_logits(pad_right(rows).to(lm.device), positions)

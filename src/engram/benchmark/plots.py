@@ -63,7 +63,7 @@ def plot_scores(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Fi
                 if name in summary
             ]
             positions = [at + (i - (len(names) - 1) / 2) * width for at, _ in summaries]
-            means, whiskers = _scaled([each for _, each in summaries], METRICS[name].scale)
+            means, whiskers = _scaled([estimate for _, estimate in summaries], METRICS[name].scale)
             axes.bar(
                 positions,
                 means,
@@ -94,6 +94,8 @@ def plot_layers(runs: Sequence[Run], metrics: Sequence[str] = ("ES", "PS", "NS",
         summaries = run.summary()
         for label, (_, settings) in run.methods.items():
             if isinstance(settings.get("layer"), int) and label in summaries:
+                # One line, whatever the method: two runs of one layer overwrite each other, the
+                # last one wins.
                 by_layer[settings["layer"]] = summaries[label]
     if len(by_layer) < 2:
         raise SettingError(
@@ -129,6 +131,9 @@ def plot_layers(runs: Sequence[Run], metrics: Sequence[str] = ("ES", "PS", "NS",
 
 
 def _scaled(estimates: Sequence[Estimate], scale: float) -> tuple[list[float], list[list[float]]]:
-    means = [each.mean * scale for each in estimates]
-    low = [max(0.0, (each.mean - each.low) * scale) for each in estimates]
-    return means, [low, [max(0.0, (each.high - each.mean) * scale) for each in estimates]]
+    means = [estimate.mean * scale for estimate in estimates]
+    # A percentile interval of a few records may end short of their mean, and matplotlib refuses
+    # whiskers below 0.
+    down = [max(0.0, (estimate.mean - estimate.low) * scale) for estimate in estimates]
+    up = [max(0.0, (estimate.high - estimate.mean) * scale) for estimate in estimates]
+    return means, [down, up]

@@ -96,6 +96,7 @@ def _differences(
     methods: dict[str, Scores], form: Form, bootstrap: Bootstrap
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
     """Return the differences of every pair with common records, the earlier method first."""
+    # Two runs of different data have methods without a common record: these have no difference.
     pairs = [(a, b) for a, b in combinations(methods, 2) if methods[a].keys() & methods[b].keys()]
     return {(a, b): paired(methods[a], methods[b], form, bootstrap=bootstrap) for a, b in pairs}
 
@@ -113,6 +114,7 @@ def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
         raise SettingError(
             f"these runs are of different benchmarks and have no common table: {runs_of}"
         )
+    # The model's name goes in front of a row only where it tells two rows apart.
     several = len({identity for *_, identity in kinds}) > 1
     order = list(METHODS)
     rows: dict[str, tuple[Run, str]] = {}
@@ -134,6 +136,7 @@ def _named(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
     def place(entry: tuple[str, tuple[Run, str]]) -> tuple[bool, int]:
         run, label = entry[1]
         method = run.methods[label][0] if label in run.methods else ""
+        # Methods that are no longer in METHODS come last, in the order of their runs.
         return label != UNEDITED, order.index(method) if method in order else len(order)
 
     return dict(sorted(rows.items(), key=place))
@@ -151,8 +154,11 @@ def _best(
     differences = _differences(_methods(rows), form, bootstrap)
     best = {}
     for metric in columns:
+        # "neither": no method leads in a number that no editor aims at, such as AS.
         sign = {"up": 1, "down": -1, "neither": 0}[METRICS[metric].better]
         for name in rows:
+            # By the intervals of differences, not of means: two means whose intervals overlap may
+            # differ on the same records beyond chance, see `paired`.
             leads = [
                 _beyond(of_pair.get(metric), sign if name == pair[0] else -sign)
                 for pair, of_pair in differences.items()
@@ -179,7 +185,10 @@ def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> s
     if estimate is None:
         return ""
     scale = METRICS[metric].scale
+    # Percentages and points have the paper's one decimal; nats and seconds are small, bytes are
+    # whole.
     digits = 1 if scale > 1 else 0 if METRICS[metric].unit == "bytes" else 3
+    # The published width where there is one, so that the table can be held against the paper's.
     half = (
         estimate.half_published
         if estimate.half_published is not None
@@ -300,6 +309,7 @@ def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtraError("pyarrow", "eval") from error
+    # A harmonic mean is of means over records, and a record has none.
     names = [name for name in METRICS if name not in HARMONIC]
     columns: dict[str, list[Any]] = {name: [] for name in ("run", "method", "id", *names)}
     for run in runs:
@@ -308,6 +318,8 @@ def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
                 about = {"run": run.path.name, "method": label, "id": id}
                 for name, values in columns.items():
                     values.append(about.get(name) if name in about else of_record.get(name))
+    # Spelt out: a column of None alone would be of type null, and two such files do not
+    # concatenate.
     types = {name: pa.float64() for name in names}
     pq.write_table(
         pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}),
@@ -350,6 +362,9 @@ def published_cases(run: Run, label: str) -> list[dict[str, Any]]:
                 of_phase[key] = []
                 for at in record.of(kind):
                     reading = outcome.readings[at]
+                    # A probe holds what is wanted first. The released file holds the new object
+                    # first, and for neighbours the wanted one is the true object. Despite the key's
+                    # name the values are negative log-probabilities, as released.
                     pair = (reading.wanted, reading.unwanted)
                     new, true = reversed(pair) if kind == "neighbourhood" else pair
                     of_phase[key].append({"target_new": new, "target_true": true})

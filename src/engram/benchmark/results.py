@@ -96,6 +96,8 @@ class Run:
         for place, outcome in self.unedited.items():
             record = self.records[place]
             scores = of_measured(record, Measured(record.id, outcome, outcome, 0.0))
+            # What only an edit has. A drift of 0 or 100 % kept would be true of no edit at all, and
+            # such a row would be the best in every table.
             plain[record.id] = {
                 **scores,
                 "seconds": None,
@@ -129,13 +131,15 @@ class Run:
 
     def _failed(self, label: str, kind: ProbeKind | None) -> Iterator[Failure]:
         for place, measured in self.measured[label].items():
-            each = zip(
+            probe_readings = zip(
                 self.records[place].probes,
                 measured.before.readings,
                 measured.after.readings,
                 strict=True,
             )
-            for probe, was, now in each:
+            for probe, was, now in probe_readings:
+                # Conditions are answered before the edit; that one of them fails afterwards is no
+                # failure.
                 if kind not in (None, probe.kind) or now.answer is None or probe.condition:
                     continue
                 if not begins(now.answer, (probe.wanted, *probe.aliases)):

@@ -117,6 +117,9 @@ def bench(
         )
     records = dataset.records[:limit]
     lm = load(model) if isinstance(model, str) else model
+    # What may not change between two sessions: numbers of another model, dtype or config would end
+    # up in one mean. The batch size is not among these, since it changes the edits of few methods
+    # only (below), nor is the machine: that is noted, not compared.
     about = {
         "model": lm.name,
         "identity": identity(lm),
@@ -125,15 +128,19 @@ def bench(
         "form": dataset.form,
         "config": asdict(config),
     }
+    # Workers load the model themselves: gigabytes of weights are not pickled for every unit.
     job = RecordsJob(lm if workers is None else ByName.of(lm), config, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
         for method in labelled:
+            # An edit of UltraEdit standardises over its batch, so the size is one of its settings,
+            # and a resumed run with another size is refused.
             batch = {"records_per_batch": records_per_batch} if method.depends_on_batch else {}
             store.add_method(method.label, method.name, method.settings | batch)
         began = datetime.now(UTC).isoformat(timespec="seconds")
         store.begin_session(began, machine(lm, records_per_batch))
         for method in labelled:
+            # Read again for each method: the one before it may have generated the rest.
             generated = store.has_unedited() if config.texts else set()
             done = store.done(method.label)
             units = _units(method, records, records_per_batch, done, generated)
@@ -144,6 +151,7 @@ def bench(
                 store.add(unit.label, measured, texts=unit.unedited_texts)
                 finished += len(results)
                 progress(unit.label, finished, len(records))
+    # Read from the file: a resumed run returns the same object as an uninterrupted one.
     return Run.open(out)
 
 
@@ -165,14 +173,21 @@ def _units(
         done: places that have a result.
         generated: places whose texts by the unedited model exist.
     """
+    # Cut from the first record on, never from the first that is left: in batches of 4, records 5 to
+    # 7 stay together whether 4 or 5 of them were done before.
     size = records_per_batch if method.in_batches else min(records_per_batch, _ONE_BY_ONE)
     units = []
     for first in range(0, len(records), size):
         batch = range(first, min(first + size, len(records)))
         places = [place for place in batch if place not in done]
         generate = set(places) - generated
+        # The whole batch or nothing: record 7 alone would get another edit than in (4, 5, 6, 7).
+        # Results that exist are replaced, since with a larger limit the last batch has more
+        # records. For the same reason a batch is not split by texts.
         if places and method.depends_on_batch:
             places, generate = list(batch), set(batch) if generate else set()
+        # Texts take longest of all that is measured, and those of the unedited model serve every
+        # method.
         for texts in (True, False):
             part = tuple((at, records[at]) for at in places if (at in generate) is texts)
             if part:
@@ -192,6 +207,8 @@ def _labelled(methods: Methods) -> list[_Method]:
         given = methods[label] if isinstance(methods, Mapping) else label
         settings = {"method": given} if isinstance(given, str) else dict(given)
         name = settings.pop("method", label)
+        # All labels are checked before the first record: a misspelt last method is reported now,
+        # not after hours of work by the others.
         method_named(name)
         try:
             json.dumps(settings)

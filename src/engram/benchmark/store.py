@@ -18,6 +18,9 @@ from engram.benchmark.metrics.outcomes import Measured, Outcome
 from engram.errors import SettingError
 from engram.files.run_file import RunFile
 
+# `place` is the number in the data set and the order of everything that is read back. Outcomes of
+# the unedited model depend on model and data only: one row serves all methods. Readings and texts
+# are compressed JSON, not columns: a new kind of probe then needs no new table.
 _TABLES = """
 CREATE TABLE sessions (began TEXT NOT NULL, machine TEXT NOT NULL);
 CREATE TABLE records (place INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, record BLOB NOT NULL);
@@ -49,6 +52,7 @@ class RunStore(RunFile):
         Raises:
             SettingError: the file has another record at a place.
         """
+        # Compared as JSON, not as compressed bytes: another zlib may compress to other bytes.
         packed = [_packed(record.to_dict()) for record in records]
         stored = dict(self._connection.execute("SELECT place, record FROM records"))
         for place, (record, data) in enumerate(zip(records, packed, strict=True)):
@@ -74,16 +78,18 @@ class RunStore(RunFile):
         stored = self._connection.execute(
             "SELECT method, settings FROM methods WHERE label = ?", (label,)
         ).fetchone()
+        # Without results the settings may still change: a typo costs no new file.
         begun = self._connection.execute(
             "SELECT 1 FROM results WHERE label = ?", (label,)
         ).fetchone()
         if begun and stored != row:
             raise SettingError(
                 f"{self.path} has results of {label!r} with method {stored[0]!r} and settings "
-                f"{stored[1]}, this is {row[0]!r} with {row[1]}. Choose another label"
+                f"{stored[1]}; this call gives {row[0]!r} with {row[1]}. Choose another label"
             )
         with self._connection:
             self._connection.execute(
+                # Not INSERT OR REPLACE: that makes a new row, and the method would move to the end.
                 "INSERT INTO methods VALUES (?, ?, ?) ON CONFLICT (label) DO UPDATE "
                 "SET method = excluded.method, settings = excluded.settings",
                 (label, *row),
@@ -102,6 +108,7 @@ class RunStore(RunFile):
         with self._connection:
             if texts:
                 self._connection.executemany(
+                    # The first outcome stays: every method is compared with the same numbers.
                     "INSERT OR IGNORE INTO unedited VALUES (?, ?)",
                     [(at, _packed(m.before.to_dict())) for at, m in rows],
                 )
@@ -138,7 +145,9 @@ class RunStore(RunFile):
     def done(self, label: str) -> set[int]:
         """Return places that have a result and an unedited outcome to compare it with."""
         rows = self._connection.execute(
-            "SELECT place FROM results JOIN unedited USING (place) WHERE label = ?", (label,)
+            # A result without an outcome to be compared with is measured again.
+            "SELECT place FROM results JOIN unedited USING (place) WHERE label = ?",
+            (label,),
         )
         return {place for (place,) in rows}
 

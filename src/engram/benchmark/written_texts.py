@@ -40,11 +40,14 @@ def greedy(
     for n, record in enumerate(records):
         for p in answered_probes(record):
             key = n, record.probes[p].prompt
+            # Longer than the answer, so that what follows it shows: " Paris" cut after its token
+            # cannot be told from the beginning of " Parisian".
             length = max(config.answer_tokens, scores.of.wanted_tokens((n, p)) + 2)
             lengths[key] = max(length, lengths.get(key, 0))
     owners = [n for n, _ in lengths]
     prompts = [tuple(lm.cloze(prompt).ids) for _, prompt in lengths]
     writings = [
+        # A prompt that fills the context still gets one token: the probe has an answer, not none.
         Writing(ids, max(1, min(length, lm.max_tokens - len(ids))))
         for ids, length in zip(prompts, lengths.values(), strict=True)
     ]
@@ -60,6 +63,7 @@ def greedy(
 
 def _up_to_end(lm: LanguageModel, ids: list[int]) -> list[int]:
     end = lm.tokenizer.eos_token_id
+    # What comes after the end belongs to another text; `write` writes a fixed number of tokens.
     return ids[: ids.index(end)] if end in ids else ids
 
 
@@ -80,16 +84,21 @@ def sampled(
     if not config.texts:
         return [() for _ in records]
     owners, writings = [], []
+    # The prompt counts, as released: a prompt of 12 tokens is continued by 88.
     length = min(config.text_tokens, lm.max_tokens)
     for n, record in enumerate(records):
         for i, prompt in enumerate(record.generation):
             ids = tuple(lm.cloze(prompt).ids)
+            # A generator for each text. The released code draws from the global one, unseeded, so
+            # its texts before and after an edit also differ by luck, and by the records before
+            # them.
             seed = seed_of(config.seed, record.id, i)
             writings.append(Writing(ids, max(1, length - len(ids)), seed))
             owners.append(n)
     written = write(lm, writings, lambda rows: around([owners[row] for row in rows]))
     texts: list[list[str]] = [[] for _ in records]
     for n, writing, new in zip(owners, writings, written, strict=True):
+        # Whole, prompt included, as released: the prompts' own words are part of GE and RS.
         texts[n].append(normalised_text(lm, [*writing.ids, *new]))
     return [tuple(of_record) for of_record in texts]
 

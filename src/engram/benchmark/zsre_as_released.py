@@ -60,6 +60,7 @@ def steps(lm: LanguageModel, record: Record) -> list[Step]:
     return [
         Step(p, tuple(lm.cloze(text).ids), token)
         for p, probe in enumerate(record.probes)
+        # zsRE has one answer a probe; CounterFact's pairs are compared by probability instead.
         if probe.kind in KINDS and probe.unwanted is None
         for text, token in in_text(lm, probe.prompt, probe.wanted)
     ]
@@ -72,6 +73,8 @@ def in_text(lm: LanguageModel, prompt: str, answer: str) -> list[tuple[str, int]
     """
     ids = _tokens(lm, f" {answer.strip()}")
     pieces = [(_text(lm, ids[:i]), _tokens(lm, _text(lm, ids[i : i + 1]))) for i in range(len(ids))]
+    # A decoded piece may become several tokens ("\ufffd" does); the released code expects the
+    # first.
     return [(prompt + prefix, expected[0]) for prefix, expected in pieces if expected]
 
 
@@ -85,6 +88,7 @@ def with_text_mode(
     """
     hits: dict[int, list[bool]] = {}
     for step, token in zip(questions, predicted, strict=True):
+        # The mean over tokens, as released; the paper writes of whole answers (EA here).
         hits.setdefault(step.probe, []).append(step.token == token)
     return tuple(
         replace(reading, correct=fmean(hits[p])) if p in hits else reading

@@ -19,7 +19,7 @@ from engram.model.language_model import LanguageModel
 class Canary:
     """Limits that a model with all its edits has to keep; None: neither measured nor judged.
 
-    Coarse on purpose: this takes a minute and needs no facts. Neighbours of a fact suffer long
+    It is coarse on purpose: it takes a minute and needs no facts. Neighbours of a fact suffer long
     before perplexity does (docs/ledger.md); receipts measure them.
 
     Args:
@@ -39,6 +39,7 @@ class Canary:
     text: str | None = None
 
     def __post_init__(self) -> None:
+        # `not value > 0` also catches NaN, with which no comparison would ever fail.
         for limit in fields(self)[:2]:
             value = getattr(self, limit.name)
             if value is not None and not value > 0:
@@ -69,6 +70,7 @@ class Canary:
             edit: all edits that are applied to it, as one.
             before, after: `perplexity` without the edit and with it.
         """
+        # A ratio, since the perplexity itself says more about the text than about the edits.
         ratio = None if before is None or after is None else after / before
         change = None if self.max_norm_ratio is None else norm_ratio(lm, edit)
         return [

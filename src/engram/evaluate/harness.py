@@ -69,6 +69,7 @@ def harness(
             f"tasks {', '.join(missing)} do not exist; 'lm_eval ls tasks' shows the harness' own, "
             "include_path is for others"
         )
+    # The loaded model itself: by name the harness would load it again, without the edit.
     model = HFLM(
         lm.model,
         backend="causal",
@@ -76,6 +77,7 @@ def harness(
         batch_size=rows_per_batch,
         max_length=lm.max_tokens,
     )
+    # "beside" by default, for quantised weights; the numbers of both ways differ by rounding only.
     with nullcontext() if edit is None else edit.applied(lm, how=mode):
         results = lm_eval.simple_evaluate(
             model, tasks=list(tasks), task_manager=manager, **settings

@@ -34,6 +34,7 @@ class HeldOut:
     def read(cls, lm: LanguageModel) -> HeldOut:
         """Read the text with the model as it is now."""
         rows, reads = pieces(lm)
+        # The last token of a piece is predicted only, so it is not read: [tokens - 1, v] a piece.
         return cls.of(lm.logits_at([row[:-1] for row in rows], reads), rows)
 
     @classmethod
@@ -57,6 +58,8 @@ class HeldOut:
     def kl(self, base: HeldOut) -> float:
         """Return the mean KL(this || base) of the next token, in nats."""
         return float(
+            # Weighted by the model as it is now, as `AnswerScores.kl` is: what counts is the text
+            # that it would write.
             (self.log_p_pv.exp() * (self.log_p_pv - base.log_p_pv)).sum(-1).clamp(min=0).mean()
         )
 
@@ -84,5 +87,7 @@ def perplexity(lm: LanguageModel, edit: Edit | PromptEdit, text: str, *, edited:
     """
     if isinstance(edit, Edit):
         return lm.perplexity(text)
+    # Both readings in the same pieces: longer pieces alone lower perplexity, and the edit would
+    # seem to cost what the shorter context costs.
     half = lm.max_tokens // 2
     return lm.perplexity(text, after=edit.preamble(lm, text, half) if edited else "", tokens=half)

@@ -23,7 +23,7 @@ from engram.model.language_model import LanguageModel
 
 COMPARED = ("neighbourhood", "neighbourhood+", "locality")  # kinds with a KL to the unedited model
 _TOKENS = 1024  # of a forward on a CPU: with more, what blocks pass on no longer fits the cache
-_LOGITS = 1 << 25  # of a forward
+_LOGITS = 1 << 25  # of a forward: 128 MB in float32
 
 ProbeRef = tuple[int, int]  # (number of a group, number of a probe in it)
 
@@ -84,6 +84,8 @@ class ProbeRows:
             of_prompt: dict[str, list[int]] = {}
             for number, probe in enumerate(probes):
                 of_prompt.setdefault(probe.prompt, []).append(number)
+            # Never across groups: a row carries the edit of one record, even if another record has
+            # the same prompt.
             for prompt, numbers in of_prompt.items():
                 self._add(cloze, prompt, [(group, number) for number in numbers])
 
@@ -94,7 +96,9 @@ class ProbeRows:
             (ref, cloze.tokens(prompt, answer)) for ref, probe in probes for answer in probe.answers
         ]
         clozes, row_of_answer = cloze.rows(prompt, [tokens for _, tokens in answers])
-        rows = [ProbeRow(each, refs[0][0]) for each in clozes]
+        rows = [ProbeRow(row, refs[0][0]) for row in clozes]
+        # Every row begins with the prompt and reads at its end first, so any of them shows the next
+        # token; the first one does it for all.
         rows[0].compared.extend(ref for ref, probe in probes if probe.kind in COMPARED)
         for (ref, tokens), row in zip(answers, row_of_answer, strict=True):
             number = len(self.sizes)
@@ -124,6 +128,9 @@ class AnswerScores:
 
     def __init__(self, rows: ProbeRows) -> None:
         self.of = rows
+        # Sums over tokens in float64, so that the order in which a batch adds them leaves no trace.
+        # The released code runs both answers after the prompt, each with its own copy of it; here
+        # they share a row, which is exact under a causal mask and half the work.
         self.log_p = torch.zeros(len(rows.sizes), dtype=torch.float64)
         self.hits = torch.zeros(len(rows.sizes), dtype=torch.float64)
         self.kl: dict[ProbeRef, float] = {}
@@ -136,9 +143,9 @@ class AnswerScores:
         scores, compared = cls(rows), dict[ProbeRef, Tensor]()
         for batch in rows.batches():
             clozes = [row.cloze for row in batch]
-            decoder = [each.decoder for each in clozes] if lm.kind == "encoder-decoder" else None
+            decoder = [row.decoder for row in clozes] if lm.kind == "encoder-decoder" else None
             logits = lm.logits_at(
-                [each.ids for each in clozes], [each.read for each in clozes], decoder
+                [row.ids for row in clozes], [row.read for row in clozes], decoder
             )
             compared |= scores.add(batch, torch.cat(logits), base)
         return scores, compared
@@ -160,6 +167,8 @@ class AnswerScores:
         log_p_pv = logits_pv.log_softmax(
             -1, dtype=torch.promote_types(logits_pv.dtype, torch.float32)
         )
+        # [p], p counts the reads of all rows in the batch: row 2 of rows with 3, 1 and 2 reads
+        # begins at p = 4.
         best_p = log_p_pv.argmax(-1)
         starts = list(accumulate((len(row.cloze.read) for row in batch), initial=0))[:-1]
         # one gather for the whole batch: a lookup a token would wait for the device each time
@@ -181,7 +190,9 @@ class AnswerScores:
         if base is not None and compared:
             next_cv = torch.stack(list(compared.values()))
             base_cv = torch.stack([base[ref] for ref in compared])
-            # clamped: of equal distributions rounding leaves a sum just below 0
+            # Clamped: of equal distributions rounding leaves a sum just below 0.
+            # KL(now || unedited), in nats: the direction of CounterFact+, whose released number is
+            # divided by v.
             kl_c = (next_cv.exp() * (next_cv - base_cv)).sum(-1).clamp(min=0)
             self.kl |= dict(zip(compared, kl_c.tolist(), strict=True))
         return compared
@@ -198,8 +209,10 @@ class AnswerScores:
         Raises:
             NonFiniteError: the model computed NaN.
         """
+        # Here and not batch by batch: a check after each batch would wait for the device.
         check_not_nan(self.log_p)
         sizes = torch.tensor(self.of.sizes, dtype=torch.float64)
+        # Mean per token, as released: the sum would prefer the shorter of two objects.
         nll, correct = (-self.log_p / sizes).tolist(), (self.hits / sizes).tolist()
         groups = []
         for group, probes in enumerate(self.of.groups):

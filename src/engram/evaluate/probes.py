@@ -68,6 +68,8 @@ class Probe:
                 f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: "
                 "expected words in both"
             )
+        # An answer compared with itself ties in every model, and a tie counts as lost: a score of 0
+        # that says nothing about the edit.
         if self.unwanted is not None and (
             not self.unwanted.strip() or self.unwanted.strip() == self.wanted.strip()
         ):

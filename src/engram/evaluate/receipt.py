@@ -37,6 +37,8 @@ class Thresholds:
         max_rounding: share of the change that the model's dtype cannot hold.
     """
 
+    # "neighbourhood+" has no limit: a sentence in front sways the unedited model too (NS+ 52.5 for
+    # GPT-2 XL, from 78.4).
     min_efficacy: float | None = 1.0
     min_paraphrase: float | None = 0.8
     min_neighbourhood: float | None = 0.8
@@ -136,6 +138,8 @@ class Receipt:
 
     def kept(self) -> float | None:
         """Return the share of neighbours that keep their answer, of those that had it before."""
+        # Of those that were right before: an edit cannot be blamed for what the model never knew.
+        # NS of a benchmark counts all, so GPT-2 XL starts at 78.
         right = [answer for answer in self.of("neighbourhood") if answer.right_before]
         return fmean(answer.right_after for answer in right) if right else None
 
@@ -164,6 +168,7 @@ class Receipt:
         }
         lines = []
         for limit in fields(Thresholds):
+            # The names carry direction and number, "max_norm_ratio": a new limit is one field.
             direction, _, name = limit.name.partition("_")
             lines.append(
                 Check(
@@ -175,6 +180,8 @@ class Receipt:
     @property
     def passed(self) -> bool:
         """Whether no check failed."""
+        # What is not measured does not fail: most editors have no rho, and a fact may have no
+        # paraphrases.
         return all(check.passed is not False for check in self.checks())
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,13 +192,14 @@ class Receipt:
     def from_dict(cls, record: Mapping[str, Any]) -> Receipt:
         """Return the receipt of which `to_dict` gave this record."""
         given = {name: value for name, value in record.items() if name != "passed"}
+        # JSON has no tuples, and a receipt that was read has to equal the one that was written.
         answers = tuple(
-            Answer(**{**each, "before": tuple(each["before"]), "after": tuple(each["after"])})
-            for each in given.pop("answers")
+            Answer(**{**answer, "before": tuple(answer["before"]), "after": tuple(answer["after"])})
+            for answer in given.pop("answers")
         )
         return cls(
             answers=answers,
-            continuations=tuple(tuple(each) for each in given.pop("continuations")),
+            continuations=tuple(tuple(texts) for texts in given.pop("continuations")),
             perplexity=tuple(given.pop("perplexity")),
             thresholds=Thresholds(**given.pop("thresholds")),
             **given,

@@ -76,6 +76,8 @@ def verify(
                 progress=progress,
             )
     facts = [pocket.evidence_for(fact) for fact in edit.facts]
+    # Built once, before the edit: the true answer of a fact without `target_true` is the unedited
+    # model's own, and would be the new object afterwards.
     probes = [_probes(lm, fact) for fact in facts]
     openings = list(dict.fromkeys(text for fact in facts for text in _openings(fact)))[:_CONTINUED]
     text = held_out_text() if text is None else text
@@ -127,6 +129,8 @@ def norm_ratio(lm: LanguageModel, edit: Edit | PromptEdit) -> float:
     """
     modules = {name: linear_module_of(lm, name) for name in edit.deltas}
     return max(
+        # float64, since squares of half-precision weights may overflow or vanish in their own
+        # dtype.
         edit.deltas[name].norm() / float(as_linear(module).double().norm())
         for name, module in modules.items()
     )
@@ -145,6 +149,8 @@ def _probes(lm: LanguageModel, fact: Fact) -> list[Probe]:
                 "it cannot show damage"
             )
         probes.append(Probe("neighbourhood", prompt, answer, target))
+        # Mentioned, not edited. GPT-2 XL with ROME falls from 75.9 to 13.8 here, the unedited model
+        # from 78.4 to 52.5 (CounterFact+), so a receipt shows both phases and sets no limit.
         probes.append(Probe("neighbourhood+", f"{statement} {prompt}", answer, target))
     return probes
 
@@ -156,6 +162,8 @@ def true_answer(lm: LanguageModel, fact: Fact) -> str:
     """
     if fact.target_true is not None:
         return fact.target_true
+    # Candidates beyond the first: a model may continue with a line break, or know the new object
+    # already.
     answers = [token for token, _ in lm.next_tokens(fact.prompt_text, _CANDIDATES)]
     return next(
         (token for token in answers if token.strip() not in ("", fact.target.strip())), answers[-1]
@@ -177,6 +185,8 @@ def _answers(
             for scores in (before, after):
                 wanted, unwanted = scores.log_probs((fact, number))
                 sizes = [scores.of.sizes[answer] for answer in scores.of.answers[fact, number]]
+                # By the mean per token, as ES is; the probabilities beside it are of whole texts,
+                # since these are what a reader takes them for.
                 right = wanted / sizes[0] > unwanted / sizes[1]
                 phases.append(((exp(wanted), exp(unwanted)), right))
             (p_before, right_before), (p_after, right_after) = phases
@@ -201,6 +211,7 @@ def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
 def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:
     if not edit.changes_weights:
         return None
+    # Beside the weights nothing is rounded: 0, which passes, and not None, which is not judged.
     return max(edit.rounding_cost(lm).values()) if can_write(lm, edit.deltas) else 0.0
 
 

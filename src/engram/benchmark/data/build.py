@@ -105,6 +105,8 @@ def build_counterfact(
     sizes, table = sizes or Sizes(), _Table(facts, templates, generation or {})
     records: list[Record] = []
     skipped: list[str] = []
+    # Sorted by a number of each fact's own rather than shuffled: a shuffle of other facts would put
+    # this one elsewhere, and the first hundred records would not be the first of a thousand.
     for fact in sorted(table.facts, key=lambda fact: _random(seed, fact, "order").random()):
         if limit is not None and len(records) == limit:
             break
@@ -120,6 +122,8 @@ def build_counterfact(
     references = None
     if texts:
         used = {record.references for record in records}
+        # Only texts that a record is compared with are stored, but the document frequencies are of
+        # all of them, as published: otherwise RS would depend on how many records are built.
         snippets = {key: tuple(value) for key, value in texts.items() if key in used}
         references = References(
             snippets, TfIdf.fit(snippet.text for value in texts.values() for snippet in value)
@@ -136,6 +140,7 @@ class _Table:
         templates: Mapping[str, Sequence[str]],
         generation: Mapping[str, Sequence[str]],
     ) -> None:
+        # A fact that is given twice would be twice as likely as an object, and a record twice.
         self.facts = list(dict.fromkeys(facts))
         for fact in self.facts:
             if not all(part.strip() for part in fact):
@@ -171,8 +176,12 @@ def _record(
 ) -> Record | str:
     """Return the record of a fact, or the reason why there is none."""
     subject, relation, true = fact
+    # One generator draws everything below in this order. A new draw in the middle would change all
+    # that follow, and with them the digest of the bundled benchmark.
     draw = _random(seed, fact, "record")
     also_true = table.true[subject, relation]
+    # Sorted, since the order of the facts in their file must not decide. Objects that share words
+    # with the subject ("Bank of England", England) or with a true object would be half right.
     choices = {
         other: count
         for other, count in sorted(table.objects[relation].items())
@@ -182,6 +191,8 @@ def _record(
         return "its object and its subject have words in common, so that one gives the other away"
     if not choices:
         return "its relation has no other object to choose"
+    # In proportion to the facts that have them, as published (there: to their frequency in
+    # ParaRel).
     (new,) = draw.choices(list(choices), list(choices.values()))
     apart = list(dict.fromkeys(held_out(fact))) if held_out else []
     _check(apart, relation)
@@ -191,11 +202,15 @@ def _record(
     if not usual:
         return "all its templates are held out, and none is left for the prompt"
     prompt = draw.choice(usual)
+    # Held-out templates replace the usual ones instead of joining them: a paraphrase that the model
+    # was trained with is easier, and PS would be a mixture of two.
     others = apart or [template for template in usual if template != prompt]
     paraphrases = [
         _after(draw, openings, _fill(template, subject))
         for template in _sample(draw, others, sizes.paraphrases)
     ]
+    # Without subjects of which the new object is true as well: for these NS would count a right
+    # answer as damage.
     neighbours = [
         other
         for other in table.subjects[relation, true]
@@ -203,6 +218,7 @@ def _record(
     ]
     if sizes.neighbours and not neighbours:
         return "no other subject has its object, so there is no neighbour"
+    # May be empty, as the new object's only subject can be this one; no headline score needs them.
     having_new = [other for other in table.subjects[relation, new] if other != subject]
     probes = [Probe("rewrite", _fill(prompt, subject), new, true)]
     probes += [Probe("paraphrase", text, new, true) for text in paraphrases]
@@ -216,6 +232,8 @@ def _record(
     ]
     beginnings = list(table.generation.get(relation, ()))
     count = sizes.generations if beginnings else 0
+    # With repetition, as published: ten prompts of about three texts. Every text has its own seed,
+    # so equal prompts are continued differently.
     generation = tuple(_fill(draw.choice(beginnings), subject) for _ in range(count))
     rewrite = Fact(subject, prompt, new, true, relation=relation)
     key = f"{relation}:{new}"
@@ -225,6 +243,7 @@ def _record(
 
 
 def _fill(template: str, name: str) -> str:
+    # Not str.format, which would take braces elsewhere in the text for fields.
     return template.replace("{}", name)
 
 
@@ -234,6 +253,8 @@ def _check(templates: Sequence[str], relation: str) -> None:
             raise FactError(
                 f"template {template!r} of {relation!r}: expected exactly one {{}}, for the subject"
             )
+        # " Paris" is one token of GPT-2, and after "is in " the model would have to continue by
+        # "Paris", which is another one.
         if template != template.rstrip():
             raise FactError(
                 f"template {template!r} of {relation!r} ends with a space, which would not be part "
@@ -242,6 +263,8 @@ def _check(templates: Sequence[str], relation: str) -> None:
 
 
 def _random(seed: int, fact: Association, what: str) -> random.Random:
+    # Of a text, which Python hashes the same in every process; hash() of a tuple is salted. The
+    # separator keeps ("ab", "c") and ("a", "bc") apart.
     return random.Random("\0".join((str(seed), what, *fact)))
 
 
@@ -274,6 +297,7 @@ def read_associations(path: str | Path) -> list[Association]:
     given: Iterable[tuple[Any, str]] = json_records(text, str(path))
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(text, newline=""))
+        # line_num, not the number of the row: quoted fields may hold line breaks.
         given = ((row, f"{path}, line {rows.line_num}") for row in rows)
     associations = []
     for record, where in given:
@@ -304,7 +328,7 @@ def read_snippets(path: str | Path) -> dict[str, list[Snippet]]:
     if not isinstance(content, Mapping):
         raise fields.wrong("", 'an object "relation:object" -> list of {name, text}')
     return {
-        key: [Snippet(each.text("name"), each.text("text")) for each in fields.each(key)]
+        key: [Snippet(entry.text("name"), entry.text("text")) for entry in fields.each(key)]
         for key in content
     }
 
@@ -320,6 +344,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
+        # -sig: spreadsheets put a byte order mark in front, which would be part of the first field.
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FactError(f"{str(path)!r} could not be read: {error}") from error

@@ -41,10 +41,14 @@ def counterfact_record(fields: Fields, number: int) -> Record:
         relation=relation,
     )
     probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true)]
+    # Each published paraphrase comes after an unrelated sentence, which is kept: PS measures it
+    # too.
     probes += [
         Probe("paraphrase", text, fact.target, fact.target_true)
         for text in fields.texts("paraphrase_prompts")
     ]
+    # The true object is what a neighbour shall keep, so it is the wanted one, and one comparison
+    # serves ES, PS and NS.
     probes += [
         Probe("neighbourhood", text, str(fact.target_true), fact.target)
         for text in fields.texts("neighborhood_prompts")
@@ -54,6 +58,7 @@ def counterfact_record(fields: Fields, number: int) -> Record:
         for text in fields.texts("attribute_prompts", needed=False)
     ]
     written = tuple(fields.texts("generation_prompts", needed=False))
+    # By Wikidata's id, since two objects may share a word.
     key = f"{relation}:{new.text('id')}" if relation is not None and new.has("id") else None
     return Record(fields.id("case_id", str(number)), (fact,), tuple(probes), written, key)
 
@@ -64,6 +69,8 @@ def flat_record(fields: Fields, number: int) -> Record:
     Its rephrased prompt often was a generation prompt, and it has one neighbour: no PS, no NS.
     """
     prompt, subject = fields.text("prompt"), fields.text("subject")
+    # Some files hold a template, others the filled prompt. A subject that occurs twice is
+    # ambiguous.
     template = prompt if "{}" in prompt else prompt.replace(subject, "{}")
     if template.count("{}") != 1:
         raise fields.wrong("prompt", f"a text in which the subject {subject!r} occurs exactly once")
@@ -72,6 +79,7 @@ def flat_record(fields: Fields, number: int) -> Record:
     probes.append(Probe("rephrase", fields.text("rephrase_prompt"), fact.target, fact.target_true))
     if fields.has("locality_prompt"):
         answer = fields.text("locality_ground_truth")
+        # A neighbour that has the new object by itself: nothing to compare it with.
         other = None if answer.strip() == fact.target.strip() else fact.target
         probes.append(Probe("locality", fields.text("locality_prompt"), answer, other))
     return Record(fields.id("case_id", str(number)), (fact,), tuple(probes))
@@ -82,6 +90,7 @@ def with_statement(dataset: Dataset) -> Dataset:
 
     def grown(record: Record) -> Record:
         fact = record.facts[0]
+        # "The Space Needle is in the city of Paris. " and the neighbour's prompt, as published.
         stated = f"{fact.prompt_text} {fact.target.strip()}. "
         more = [
             replace(probe, kind="neighbourhood+", prompt=stated + probe.prompt)
@@ -115,8 +124,11 @@ def read_references(folder: Path, records: Sequence[Record]) -> References:
         key = f"{fields.text('relation_id')}:{fields.text('target_id')}"
         for sample in fields.each("samples"):
             if is_text(sample.record.get("text")):  # some articles are empty
+                # Appended: the published file has several entries for one key, and overwriting
+                # would lose all but the last.
                 snippets[key].append(Snippet(sample.text("name", " "), sample.text("text")))
     used = {record.references for record in records}
+    # Half a gigabyte is read; only the records' own texts stay in memory.
     of_records = {key: tuple(value) for key, value in snippets.items() if key in used}
     return References(of_records, _tfidf(folder, snippets))
 
@@ -124,10 +136,12 @@ def read_references(folder: Path, records: Sequence[Record]) -> References:
 def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
     idf, vocabulary = folder / "idf.npy", folder / "tfidf_vocab.json"
     if not (idf.is_file() and vocabulary.is_file()):
+        # Of all texts, not of the records' own: idf counts documents.
         return TfIdf.fit(snippet.text for value in snippets.values() for snippet in value)
     words = _json(vocabulary)
     try:
         with idf.open("rb") as file:
+            # Without pickle: a file from elsewhere must not run code.
             weights = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # the header is parsed as Python: a damaged one may raise anything
         raise FactError(

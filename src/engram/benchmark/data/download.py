@@ -38,6 +38,8 @@ def fetched(
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         _download(url, part, path.name, progress)
+        # Of the whole file on disk, not summed up while it came: a resumed part came in another
+        # session.
         digest = file_sha256(part)
         if sha256 is not None and digest != sha256:
             part.unlink()
@@ -45,6 +47,8 @@ def fetched(
                 f"{url} has sha256 {digest}, expected {sha256}: the file has changed or was "
                 "damaged on its way. Try again"
             )
+        # Checksum first, then the name: after a kill in between the file is fetched again, whereas
+        # the other order would leave a file that nobody checks.
         noted.write_text(digest + "\n", encoding="utf8")
         part.replace(path)
         return path
@@ -76,6 +80,8 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
     for _ in range(_TRIES):
         have = part.stat().st_size if part.is_file() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
+        # Without If-Range a server whose file has changed would send the rest of the new one, and
+        # the two halves would be joined.
         if have and version.is_file():
             headers["If-Range"] = version.read_text(encoding="utf8")
         request = urllib.request.Request(url, headers=headers)
@@ -84,12 +90,15 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
                 if answer.status != 206:  # the whole file, whatever was requested
                     have = 0
                     _note(version, answer.headers)
+                # 0 without the header (chunked answers): then whatever came counts as all.
                 total = have + int(answer.headers.get("Content-Length") or 0)
                 with part.open("ab" if have else "wb") as file:
                     while chunk := answer.read(_CHUNK):
                         file.write(chunk)
                         have += len(chunk)
                         progress(name, have, max(total, have))
+            # A connection that breaks off ends the loop above without an error, so the length
+            # decides.
             if have >= total:
                 version.unlink(missing_ok=True)
                 return

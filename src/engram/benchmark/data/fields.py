@@ -84,6 +84,7 @@ class Fields:
         value = self.record.get(name) if isinstance(self.record, Mapping) else None
         if value is None:
             return default
+        # True is an int in Python, and would become the id "True".
         if isinstance(value, bool) or not (isinstance(value, int) or is_text(value)):
             raise self.wrong(name, "a number or a text that names the record")
         return str(value)

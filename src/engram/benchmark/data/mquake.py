@@ -27,11 +27,14 @@ def mquake_record(fields: Fields, number: int) -> Record:
     probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true) for fact in facts]
     new, old = fields.text("new_answer"), fields.text("answer")
     aliases = tuple(fields.texts("new_answer_alias", needed=False))
+    # A chain may end at the same answer after the edit; then there is nothing to compare.
     unwanted = None if new.strip() == old.strip() else old
+    # Usually three wordings of one question. Any of them is enough, as its authors count.
     probes += [
         Probe("multi-hop", text, new, unwanted, aliases) for text in fields.texts("questions")
     ]
     for hop in fields.each("new_single_hops", needed=False):
+        # A sentence to be continued, where there is one: it is what a causal model was trained for.
         prompt = hop.text("cloze") if hop.has("cloze") else hop.text("question")
         more = tuple(hop.texts("answer_alias", needed=False))
         probes.append(Probe("single-hop", prompt, hop.text("answer"), aliases=more))

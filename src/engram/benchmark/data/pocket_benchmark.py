@@ -1,6 +1,6 @@
 """The bundled model's own CounterFact, built from its table of facts when it is first needed.
 
-The builder is the one for anybody's facts (see build). The few facts that the model does not answer
+The builder is the one for your own facts (see build). The few facts that the model does not answer
 at the record's prompt are left out: `benchmark.json` names them, tools/build_pocket_benchmark.py
 finds them.
 """
@@ -37,6 +37,8 @@ def _built(all_facts: bool) -> Dataset:
     known = {Association(fact.subject, fact.relation, fact.object): fact for fact in pocket.facts()}
     texts: dict[str, list[Snippet]] = {}
     for fact, trained in known.items():
+        # The sentences that the model was trained on, in place of Wikipedia's: it has no other
+        # words to write about these things.
         sentences = " ".join(
             f"{template.replace('{}', fact.subject)} {fact.object}."
             for template in trained.trained()
@@ -56,6 +58,7 @@ def _built(all_facts: bool) -> Dataset:
     )
     if all_facts:
         return dataset
+    # A list instead of a measurement: reading a data set needs no model.
     unknown = set(json.loads((_FOLDER / "benchmark.json").read_text(encoding="utf8"))["unknown"])
     records = tuple(record for record in dataset.records if record.id not in unknown)
     return Dataset("pocket", "counterfact", records, dataset.references)

@@ -53,7 +53,7 @@ class Record:
                 f"record {self.id!r} has {len(self.facts)} facts and {len(self.probes)} probes; "
                 "it needs both"
             )
-        if len(self.facts) == 1:  # of several, nobody says which one a probe is about
+        if len(self.facts) == 1:  # of several facts, none is known to be the one of a probe
             object.__setattr__(self, "facts", (self._with_evidence(self.facts[0]),))
 
     def _with_evidence(self, fact: Fact) -> Fact:
@@ -86,6 +86,7 @@ class Record:
 
         Paraphrases and neighbours that the probes hold are not repeated in the fact.
         """
+        # Each text once: CounterFact has 12 a record that would be written twice.
         facts = tuple(
             bare if fact == self._with_evidence(bare := without_evidence(fact)) else fact
             for fact in self.facts
@@ -110,6 +111,7 @@ class Record:
             fact: with `target_true`, without which answers are not compared.
             more: further fields of a record; further `probes` come after these.
         """
+        # The order of the published file, which `write_dataset` relies on.
         probes = [Probe("rewrite", fact.prompt_text, fact.target, fact.target_true)]
         probes += [
             Probe("paraphrase", text, fact.target, fact.target_true) for text in fact.paraphrases

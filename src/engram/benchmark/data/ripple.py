@@ -22,6 +22,9 @@ KINDS: dict[str, ProbeKind] = {
     "Forgetfulness": "preservation",
     "Relation_Specificity": "relation-specificity",
 }
+# Which words are the subject is not in the file. `.* of ` is greedy, so the last "of" counts: "The
+# mother of Anne of Cleves is X" gives "Cleves". Its last token is that of "Anne of Cleves", and
+# that is where editors act.
 _STATED = re.compile(
     r"(?P<front>.* of )(?P<subject>.+)(?P<verb> (?:is|are|was|were)) (?P<object>.+?)\.?", re.DOTALL
 )
@@ -38,6 +41,7 @@ def ripple_record(fields: Fields, number: int) -> Record:
     true = None
     if edit.has("original_fact"):
         before = _STATED.fullmatch(edit.inside("original_fact").text("prompt").strip())
+        # Some edits state what was true already, and have nothing to be compared with.
         if before is not None and before["object"].strip() != stated["object"].strip():
             true = before["object"]
     template = f"{stated['front']}{{}}{stated['verb']}"
@@ -57,6 +61,7 @@ def _test(test: Fields, kind: ProbeKind, name: str) -> Iterator[Probe]:
     if joined not in ("OR", "AND"):
         raise test.wrong("test_condition", "'OR' or 'AND'")
     for field, condition in (("test_queries", False), ("condition_queries", True)):
+        # Conditions bear their test's name: a test is dropped if the unedited model fails one.
         for query in test.each(field, needed=not condition):
             names = []
             for answer in query.each("answers"):

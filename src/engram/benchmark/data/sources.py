@@ -27,6 +27,7 @@ from engram.files.cache_folder import cache_folder
 from engram.files.json_records import shown
 from engram.progress import Progress, no_progress
 
+# Addresses only: none of these sites publishes checksums, see download.
 _ROME = "https://rome.baulab.info/data/dsets"
 _MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
 _RIPPLE = "https://raw.githubusercontent.com/edenbiran/RippleEdits/main/data/benchmark"
@@ -98,6 +99,8 @@ _READERS: dict[Form, Callable[[Fields, int], Record]] = {
     "mquake": mquake_record,
     "ripple": ripple_record,
 }
+# MQuAKE has requested_rewrite too, so "questions" comes first; the flattened form shares prompt,
+# subject and target_new with bare facts, and is known by the fields that only it has.
 _MARKS: dict[str, Form] = {  # field -> the form that has it and no other, the surest first
     "questions": "mquake",
     "requested_rewrite": "counterfact",
@@ -151,6 +154,7 @@ def read_dataset(
         one_of("form", form, FORMS, more=", or None to find it out")
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: expected 1 or more")
+    # Imported late: building needs the bundled table, which other data sets do not.
     if str(name) == "pocket":
         from engram.benchmark.data.pocket_benchmark import pocket_benchmark
 
@@ -190,6 +194,7 @@ def _read_file(
                 raise given
             like = reader or _form_of(given)
             record = _record(given, where, like, number)
+            # Results of methods are compared by id: two records of one id would be one.
             if record.id in ids:
                 raise FactError(
                     f"{where}: id {record.id!r} is that of an earlier record; "
@@ -200,6 +205,8 @@ def _read_file(
                 raise
             skipped.append(str(error))
             continue
+        # After the first sound record only: a malformed one must not decide how all others are
+        # read. Nor may the form change within a file, since a table has one set of columns.
         reader = like
         ids.add(record.id)
         records.append(record)
@@ -214,6 +221,7 @@ def _read_file(
 def _given(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         data = path.read_bytes()
+        # By its first bytes: files are renamed, and browsers unpack without renaming.
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")

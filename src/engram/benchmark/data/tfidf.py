@@ -37,6 +37,7 @@ class TfIdf:
         for text in texts:
             documents += 1
             holding.update(set(words(text)))
+        # Sorted, as scikit-learn's columns are, so that vectors can be held against its own.
         vocabulary = {word: column for column, word in enumerate(sorted(holding))}
         counts = np.array([holding[word] for word in vocabulary], dtype=np.float64)
         return cls(vocabulary, np.log((1 + documents) / (1 + counts)) + 1)
@@ -45,6 +46,8 @@ class TfIdf:
         """Return column -> weight, of length 1; empty without a word of the vocabulary."""
         # raw counts, not their logarithms: the default that the released code relies on
         counts = Counter(self.vocabulary[word] for word in words(text) if word in self.vocabulary)
+        # A dict instead of a sparse matrix: a text has few words of the vocabulary, and nothing
+        # else here needs SciPy.
         weights = {column: count * float(self.idf[column]) for column, count in counts.items()}
         length = sum(weight**2 for weight in weights.values()) ** 0.5
         return {column: weight / length for column, weight in weights.items()}
@@ -54,6 +57,7 @@ class TfIdf:
         released code).
         """
         a, b = self.vector(one), self.vector(other)
+        # None, not 0: a text without any known word is no text about something else.
         return sum(weight * b.get(column, 0.0) for column, weight in a.items()) if a and b else None
 
 

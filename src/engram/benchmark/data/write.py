@@ -52,6 +52,7 @@ def _case(record: Record) -> dict[str, Any]:
     fact = record.facts[0]
     new: dict[str, Any] = {"str": fact.target}
     if record.references is not None:
+        # "P17:Q142" is relation and object; the file has the relation in a field of its own.
         new["id"] = record.references.removeprefix(f"{fact.relation}:")
     rewrite: dict[str, Any] = {"prompt": fact.prompt, "subject": fact.subject, "target_new": new}
     rewrite |= {"target_true": {"str": fact.target_true}, "relation_id": fact.relation}
@@ -65,6 +66,7 @@ def _case(record: Record) -> dict[str, Any]:
         **prompts,
         "generation_prompts": list(record.generation),
     }
+    # Read back by the reader itself: a list of conditions here would forget what it can read.
     if not _holds(case, record):
         raise FactError(
             f"record {record.id!r} is not in CounterFact's form: expected one fact with its true "
@@ -81,6 +83,7 @@ def case_id(name: str) -> int | str:
 
 def _holds(case: dict[str, Any], record: Record) -> bool:
     """Tell whether the case is read back as the record."""
+    # A record gives its fact the evidence of its probes again when it is read.
     bare = replace(record, facts=tuple(map(without_evidence, record.facts)))
     try:
         return counterfact_record(Fields(case, "a case"), 0) == bare
@@ -92,6 +95,8 @@ def _write_references(references: References, records: tuple[Record, ...], path:
     relations = {record.references: record.facts[0].relation for record in records}
     entries = []
     for key, snippets in references.snippets.items():
+        # A relation may have a colon in its name; the part before the first one is a guess, for
+        # texts that no record refers to.
         relation = relations.get(key) or key.partition(":")[0]
         samples = [{"name": snippet.name, "text": snippet.text} for snippet in snippets]
         entries.append(

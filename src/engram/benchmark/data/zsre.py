@@ -20,6 +20,7 @@ def zsre_record(fields: Fields, number: int) -> Record:
     true answer.
     """
     subject, question = fields.text("subject"), fields.text("src")
+    # Every occurrence, as released; two would make an ambiguous template, which is an error here.
     template = question.replace(subject, "{}")
     if template.count("{}") != 1:
         raise fields.wrong(
@@ -28,6 +29,8 @@ def zsre_record(fields: Fields, number: int) -> Record:
     answers = fields.texts("answers")
     if not answers:
         raise fields.wrong("answers", "at least one answer")
+    # No true object: the edit adds a true answer and contradicts none. The released loader puts the
+    # end-of-text token there, a dummy that would take part in ES.
     fact = Fact(subject, template, answers[0])
     probes = [Probe("rewrite", fact.prompt_text, answers[0], aliases=tuple(answers[1:]))]
     probes.append(
@@ -36,5 +39,7 @@ def zsre_record(fields: Fields, number: int) -> Record:
     loc = fields.text("loc")
     if not loc.startswith("nq question: "):
         raise fields.wrong("loc", "an unrelated question that begins with 'nq question: '")
+    # "nq question: " stays in the prompt and "?" is added, as released. Braces stay what they are:
+    # the released code passes the prompt through str.format.
     probes.append(Probe("neighbourhood", f"{loc}?", fields.text("loc_ans")))
     return Record(str(number), (fact,), tuple(probes))

@@ -31,6 +31,7 @@ def fluency(texts: Sequence[str]) -> float | None:
         >>> n_gram_entropy("a long bridge over the river".split())  # doctest: +ELLIPSIS
         2.10...
     """
+    # Of the whole text, the prompt included, as released.
     entropies = [n_gram_entropy(tokens(text)) for text in texts]
     given = [value for value in entropies if value is not None]
     return fmean(given) if given else None
@@ -43,8 +44,12 @@ def n_gram_entropy(words: Sequence[str]) -> float | None:
     """
     if len(words) < 3:
         return None
+    # For m different words H_2 is log2(m - 1), so GE grows with the length of a text and is
+    # comparable among texts of one length only: 100 tokens, see MeasureConfig.
     two = entropy(list(pairwise(words)))
     three = entropy(list(zip(words, words[1:], words[2:], strict=False)))
+    # The released weights, a mean of two weighted entropies: trigrams count twice. Published tables
+    # have it times 100, so 626 is 6.26 bits.
     return (2 / 3 * two + 4 / 3 * three) / 2
 
 
@@ -57,6 +62,7 @@ def entropy(events: Sequence[Any]) -> float:
 
 def consistency(texts: Sequence[str], references: Sequence[str], tfidf: TfIdf) -> float | None:
     """Return RS: the TF-IDF cosine of all texts joined and all reference texts joined."""
+    # Joined, as released: one cosine a record, not the mean of ten.
     return tfidf.cosine(" ".join(texts), " ".join(references))
 
 
@@ -87,6 +93,8 @@ def _sentences() -> Any:
     The difference shows at abbreviations only.
     """
     _words()
+    # NLTK 3.9 and later read the tables from another file (punkt_tab) than the one that older
+    # versions downloaded; without either, splitting still works.
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
 
     try:

@@ -75,6 +75,7 @@ class Outcome:
     @classmethod
     def from_dict(cls, outcome: Mapping[str, Any]) -> Outcome:
         """Return the outcome that `to_dict` gave, also after JSON."""
+        # JSON turns tuples into lists; outcomes read back have to equal those that were measured.
         given = dict(outcome)
         readings = tuple(Reading(**reading) for reading in given.pop("readings"))
         return cls(readings=readings, texts=tuple(given.pop("texts")), **given)

@@ -49,6 +49,7 @@ def scores(record: Record, before: Outcome, after: Outcome) -> dict[str, float |
         name: fmean(of_each) if of_each else None
         for name, of_each in of_prompts(record, before, after).items()
     }
+    # These need several prompts at once, so that no mean over prompts gives them.
     values |= {
         "multi-hop": _multi_hop(record, after),
         "instance-wise": _instance_wise(record, after),
@@ -95,10 +96,14 @@ def _values(
 
 def _won(probe: Probe, before: Reading, after: Reading) -> float | None:
     """Compare strictly: a tie is lost, whichever of the two is wanted."""
+    # Negative log-probabilities: the smaller is the likelier. A neighbour's probe wants the true
+    # object, so this one line is ES, PS and NS.
     return None if after.unwanted is None else float(after.wanted < after.unwanted)
 
 
 def _margin(probe: Probe, before: Reading, after: Reading) -> float | None:
+    # exp(-NLL) of a mean over tokens is the geometric mean probability of a token, as released. The
+    # paper writes P[o], which it is for objects of one token only.
     return None if after.unwanted is None else exp(-after.wanted) - exp(-after.unwanted)
 
 
@@ -107,6 +112,8 @@ def _share(probe: Probe, before: Reading, after: Reading) -> float | None:
 
 
 def _whole(probe: Probe, before: Reading, after: Reading) -> float | None:
+    # All tokens, each after the right ones before it. zsRE's token shares (_share) are higher:
+    # "Guinea" alone is half of "Guinea-Bissau".
     return float(after.correct >= 1)
 
 
@@ -130,6 +137,8 @@ def _kept(probe: Probe, before: Reading, after: Reading) -> float | None:
     return (
         None
         if after.answer is None or before.answer is None
+        # To the letter, also beyond the answer: neighbours can keep their answer and change what
+        # follows.
         else float(after.answer == before.answer)
     )
 
@@ -138,6 +147,7 @@ def _kl(probe: Probe, before: Reading, after: Reading) -> float | None:
     return after.kl
 
 
+# Attribute prompts (AS, AM) are scored because the released code does; no headline number has them.
 _PROMPTS: dict[str, tuple[ProbeKind, _Score]] = {
     "EG": ("rewrite", _said),
     "PG": ("paraphrase", _said),
@@ -209,6 +219,7 @@ def _ripple(record: Record, kind: ProbeKind, before: Outcome, after: Outcome) ->
         answered = _answered(record, queries, after)
         if not answered or None in answered or not all(_answered(record, conditions, before)):
             continue
+        # all([]) is True above: a test without conditions always counts.
         passed.append(
             float(all(answered) if record.probes[queries[0]].joined == "all" else any(answered))
         )
@@ -223,6 +234,8 @@ def _tests(record: Record, kind: ProbeKind) -> list[list[int]]:
         return ("", place) if name is None else (name, -1)
 
     places = [i for i, probe in enumerate(record.probes) if probe.kind == kind]
+    # groupby needs equal neighbours. A probe without a test has its own place in the key, so that
+    # two of them never form one group.
     return [list(group) for _, group in groupby(sorted(places, key=test), key=test)]
 
 
@@ -252,4 +265,6 @@ def _folded(text: str) -> str:
 
 @lru_cache(4096)
 def _pattern(answer: str) -> re.Pattern[str]:
+    # A combining mark that NFKC could not compose continues the word like a letter does; \w does
+    # not match it.
     return re.compile(rf"(?<!\w){re.escape(_folded(answer).strip())}(?![\w\u0300-\u036f])")

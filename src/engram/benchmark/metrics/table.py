@@ -87,6 +87,8 @@ def _ripple(title: str, meaning: str) -> Metric:
 # repeated in each family of scores, so that no reader misses it
 _LAST = "answers are teacher-forced"
 
+# The order is that of every report. What a number hides is in docs/how-to-read-the-numbers.md,
+# whose list is made from this table.
 METRICS: dict[str, Metric] = {
     # generation first: nothing is teacher-forced
     "SG": Metric("SG", FACTS, "harmonic mean of the means of EG, PG and NG", OURS),
@@ -137,6 +139,7 @@ METRICS: dict[str, Metric] = {
         "consistency: TF-IDF cosine of generated text with texts about the new object",
         ROME,
     ),
+    # Neither way is better: to believe a true fact more strongly is no harm, and no aim.
     "AS": _more(
         "AS",
         COUNTERFACT,
@@ -177,6 +180,8 @@ METRICS: dict[str, Metric] = {
     "NG+": _more(
         "NG+", COUNTERFACT, "NG with the edit's own sentence in front of the prompt", OURS
     ),
+    # In nats. The released analysis divides by the size of the vocabulary (batch-mean of a vector):
+    # times 50,257 for GPT-2.
     "NKL": _nats("NKL", FACTS, "KL(edited, unedited) of the next token at neighbours", PLUS),
     "NKL+": _nats(
         "NKL+", COUNTERFACT, "the same with the edit's own sentence in front of the prompt", PLUS
@@ -189,6 +194,7 @@ METRICS: dict[str, Metric] = {
         ROME,
     ),
     "Paraphrase": Metric("Paraphrase", ZSRE, "the same on the rephrased question", ROME),
+    # Against the gold answer, as released. Other work compares with the unedited model: "kept".
     "Specificity": Metric(
         "Specificity", ZSRE, "the same on an unrelated question, against its gold answer", ROME
     ),
