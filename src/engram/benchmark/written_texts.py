@@ -41,7 +41,7 @@ def greedy(
         for p in answered_probes(record):
             key = n, record.probes[p].prompt
             # Longer than the answer, so that what follows it shows: " Paris" cut after its token
-            # cannot be told from the beginning of " Parisian".
+            # may be the beginning of " Parisian".
             length = max(config.answer_tokens, scores.of.wanted_tokens((n, p)) + 2)
             lengths[key] = max(length, lengths.get(key, 0))
     owners = [n for n, _ in lengths]
