@@ -193,7 +193,7 @@ def test_a_card_says_how_the_numbers_came_about(whole):
         "device",
         "cores",
         "threads",
-        "batch",
+        "records_per_batch",
         "system",
         "python",
         "engram",
@@ -265,7 +265,7 @@ def test_edits_that_depend_on_each_other_are_made_anew_when_their_batch_grows(
 
 def test_edits_that_depend_on_each_other_keep_to_their_batches(lm, copy, measured):
     with pytest.raises(
-        SettingError, match=r"has results of 'ultraedit'.*\"batch\": 3.*now .*\"batch\": 4"
+        SettingError, match=r"results of 'ultraedit'.*_batch\": 3.*this call gives .*_batch\": 4"
     ):
         start(lm, copy, records_per_batch=4)
     start(lm, copy, {"ft": METHODS["ft"]}, records_per_batch=4)
@@ -300,14 +300,14 @@ def test_one_method_with_two_settings_under_two_labels(lm, copy):
         lm,
         copy,
         {"ft": METHODS["ft"], "ft, long": {"method": "ft", "epochs": 6, "learning_rate": 0.05}},
-        n=2,
+        limit=2,
     )
     assert found.methods["ft, long"] == ("ft", {"epochs": 6, "learning_rate": 0.05})
     assert found.measured["ft, long"][0].after != found.measured["ft"][0].after
 
 
 def test_methods_are_given_as_names_or_by_label(lm, copy, monkeypatch):
-    monkeypatch.setattr(run, "_run", lambda *_: None)
+    monkeypatch.setattr(run, "_units", lambda *_: [])
     for methods in (
         ["in-context"],
         {"words": "in-context"},
@@ -368,11 +368,11 @@ def other_record(data: Dataset) -> Dataset:
         ({"config": replace(ASKED, texts=False)}, "begun with config="),
         (
             {"methods": {"ft": {"epochs": 4}}},
-            r"has results of 'ft' with method 'ft' and .*\"epochs\": 3.*now .*\"epochs\": 4",
+            r"of 'ft' with method 'ft' and .*\"epochs\": 3.*this call gives .*\"epochs\": 4",
         ),
         (
             {"methods": {"ft": {"method": "ft-l"}}},
-            "now asked for is 'ft-l' with {}. Give these another label",
+            "this call gives 'ft-l' with {}. Choose another label",
         ),
     ],
     ids=[
@@ -448,7 +448,7 @@ def test_a_run_can_be_read_while_it_is_written(lm, tmp_path):
 
 
 def test_a_run_that_was_only_begun_can_be_read(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_run", lambda *_: None)
+    monkeypatch.setattr(run, "_units", lambda *_: [])
     found = start(lm, tmp_path / "run")
     assert found.labels == [UNEDITED]
     assert found.summary() == {}
