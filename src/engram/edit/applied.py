@@ -80,12 +80,15 @@ def written(
     Raises: see `applied`.
     """
     done: list[tuple[nn.Parameter, WrittenEdit]] = []
+    # Weight by weight, not all merged first: merging needs a copy of one weight at a time, and the
+    # `finally` takes back those that were written when a later one does not fit.
     try:
         for name, delta in changes.deltas.items():
             weight, transposed = _weight(lm, name)
             below = WRITTEN.get(weight, [])
             # The bits themselves are saved: subtracting the change again would round differently.
             saved = weight.detach().to("cpu", copy=True)
+            # The newest stack knows every change below it, so it is extended and not started again.
             stack = below[-1].stack if below else Stack(saved, transposed)
             try:
                 stack = stack.with_delta(delta, changes.made_on(name), force=force)
@@ -98,6 +101,7 @@ def written(
             _write(weight, merged)
         yield lm
     finally:
+        # The newest goes first, as blocks end: tied weights have two entries on one parameter.
         for weight, entry in reversed(done):
             _take_off(weight, entry)
 
@@ -115,6 +119,7 @@ def rounding_cost(changes: WeightChanges, lm: LanguageModel) -> dict[str, float]
         weight, transposed = _weight(lm, name)
         below = WRITTEN.get(weight)
         base = below[0].saved if below else weight.detach().cpu()
+        # Both sides in float64: in float32 the subtraction would lose what is to be measured.
         exact = delta.dense(torch.float64)
         rounded = merge(base, [delta], transposed=transposed).double() - base.double()
         norm = float(exact.norm())
@@ -139,13 +144,13 @@ def _take_off(weight: Tensor, entry: WrittenEdit) -> None:
         B ends: the weight is w0 again
     """
     entries = WRITTEN.get(weight, [])
-    at = next((i for i, each in enumerate(entries) if each is entry), None)
-    if at is None or at == len(entries) - 1:
+    # Not registered: an interrupt came between the note in `done` and the registry.
+    if entry not in entries or entry is entries[-1]:
         _write(weight, entry.saved)
     else:
-        entries[at + 1].saved = entry.saved
-    rest = [each for each in entries if each is not entry]
-    if rest:
+        entries[entries.index(entry) + 1].saved = entry.saved
+    # A new list and an entry that goes when empty: `edited` asks only whether a weight has one.
+    if rest := [other for other in entries if other is not entry]:
         WRITTEN[weight] = rest
     else:
         WRITTEN.pop(weight, None)

@@ -54,11 +54,13 @@ def attached(
         _check_not_shared(lm, name)
         if not force:
             try:
-                check_base(module, delta, changes.made_on(name))
+                check_base(module, changes.made_on(name))
             except BaseMismatchError as error:
                 raise BaseMismatchError(f"{name} of {lm.name!r}: {error}") from error
     with ExitStack() as stack:
         for name, module in modules.items():
+            # A batch of one: the same change for every row. A dense change costs d_out x d_in once
+            # more here, its other factor being the identity.
             left_or, right_ri = changes.deltas[name].low_rank()
             stack.enter_context(overlay(module, left_or[None], right_ri[None]))
             stack.enter_context(_registered(module, changes.deltas[name]))
@@ -72,15 +74,17 @@ def _registered(module: nn.Module, delta: Delta) -> Iterator[None]:
     try:
         yield
     finally:
-        ATTACHED[module] = [each for each in ATTACHED[module] if each is not delta]
+        # By identity: Delta compares by value, and the same change may be attached twice.
+        ATTACHED[module] = [other for other in ATTACHED[module] if other is not delta]
 
 
 def _check_not_shared(lm: LanguageModel, name: str) -> None:
+    # The hook is on one module: a head tied to the embedding would compute without the change.
     weight = lm.model.get_parameter(name)
     others = [
         other
-        for other, each in lm.model.named_parameters(remove_duplicate=False)
-        if each is weight and other != name
+        for other, parameter in lm.model.named_parameters(remove_duplicate=False)
+        if parameter is weight and other != name
     ]
     if others:
         raise UnsupportedModelError(

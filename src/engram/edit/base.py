@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engram.edit.delta import Delta
 from engram.edit.in_force import WRITTEN, fingerprint_in_force
 from engram.edit.stack import mismatch
 from engram.errors import BaseMismatchError, UnsupportedModelError
@@ -56,12 +55,12 @@ def editable(lm: LanguageModel) -> list[str]:
     """Return the names of all weights that can be written into: floating-point matrices of linear
     maps, in memory.
     """
-    linear = {
-        f"{name}.weight": each
-        for name, each in lm.model.named_modules()
-        if isinstance(each, nn.Linear | Conv1D)
+    # Embeddings are left out: an edit is a low-rank change of a map, and a table of rows is none.
+    weights = {
+        f"{name}.weight": module.weight
+        for name, module in lm.model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
     }
-    weights = {name: lm.model.get_parameter(name) for name in linear}
     return [
         name
         for name, weight in weights.items()
@@ -69,7 +68,7 @@ def editable(lm: LanguageModel) -> list[str]:
     ]
 
 
-def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> None:
+def check_base(module: nn.Module, made_on: Mapping[str, Any]) -> None:
     """Raise unless a change may be attached beside the weight as it is; `Stack.with_delta` compares
     the same way.
 
@@ -77,6 +76,7 @@ def check_base(module: nn.Module, delta: Delta, made_on: Mapping[str, Any]) -> N
         BaseMismatchError: neither the weight on which the change was computed, nor that weight with
             the edits that are in force now.
     """
+    # Compared in the recorded dtype, so that an edit made in float32 fits a float16 checkpoint.
     dtype, weight = getattr(torch, made_on["dtype"]), values(module)
     below = WRITTEN.get(weight)
     base = below[-1].stack.base if below else weight
@@ -104,5 +104,5 @@ def linear_module_of(lm: LanguageModel, name: str) -> nn.Module:
         raise UnsupportedModelError(
             f"{name} cannot be edited; expected the weight matrix of a linear map"
         )
-    is_transposed(module)
+    is_transposed(module)  # raises for a module that is not a linear map, such as an embedding
     return module

@@ -31,6 +31,7 @@ class WeightChanges:
     base: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        # Here and not where it is applied: an edit that does not fit its base is never saved.
         described = self.base.get("tensors", {})
         for name, delta in self.deltas.items():
             if name not in described:

@@ -50,6 +50,7 @@ _HOME = "engram"  # folder of the record, inside the checkpoint's
 _RECORD, _ORIGINALS, _EDITS = "record.json", "originals.safetensors", "edits"
 
 
+# not fetched from the hub: a repository may hold each weight four times over
 _OTHER_FRAMEWORKS = [
     "*.bin",
     "*.pt",
@@ -134,14 +135,15 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | N
     rest: list[_Applied] = []
     if edit is not None:
         gone = change_identity(edit.contents().deltas)
-        names = [change_identity(each.edit.deltas) for each in record.edits]
-        if gone not in names:
+        # By the change itself: a receipt or a fact's neighbours may have come since.
+        identities = [change_identity(one.edit.deltas) for one in record.edits]
+        if gone not in identities:
             raise EngramFileError(
-                f"{source} does not hold {edit!r}; it holds {[each.edit for each in record.edits]}"
+                f"{source} does not hold {edit!r}; it holds {[one.edit for one in record.edits]}"
             )
         # An edit may be in force twice; the later one goes, since others may rest on the earlier.
-        last = len(names) - 1 - names[::-1].index(gone)
-        rest = [each for i, each in enumerate(record.edits) if i != last]
+        last = len(identities) - 1 - identities[::-1].index(gone)
+        rest = [*record.edits[:last], *record.edits[last + 1 :]]
     return _rebuild(source, Path(folder), rest, record)
 
 
@@ -149,6 +151,7 @@ def save_edited(
     changes: WeightChanges, lm: LanguageModel, folder: str | Path, *, force: bool = False
 ) -> Path:
     """Write a model in memory, edited, and its tokenizer as a checkpoint."""
+    # Into the weights and never beside them: what is attached would not be in the saved tensors.
     with applied(changes, lm, how="weights", force=force), atomic_folder(folder) as fresh:
         lm.model.save_pretrained(fresh)
         lm.tokenizer.save_pretrained(fresh)
@@ -165,15 +168,16 @@ def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Rec
     _check_untouched(source, locations, record)
     # `source` holds edited values of what is recorded, and original ones of everything else.
     originals = dict(record.originals or {})
-    for each in edits:
-        for name in each.edit.deltas:
+    for applied_edit in edits:
+        for name in applied_edit.edit.deltas:
             place = find(name, locations)
             originals.setdefault(place.name, place.tensor(source))
     # Also of tensors that no remaining edit touches: they get their original bytes back.
     values = {
         name: _edited(name, original, edits, locations) for name, original in originals.items()
     }
-    touched = {find(name, locations).name for each in edits for name in each.edit.deltas}
+    touched = {find(name, locations).name for one in edits for name in one.edit.deltas}
+    # Asked before the first byte: a full disk after 50 GB would have cost minutes for nothing.
     _check_room(source, folder)
     with atomic_folder(folder) as fresh:
         _copy(source, fresh)
@@ -192,16 +196,16 @@ def _edited(
     """Return tensor `name` of the checkpoint with all edits applied."""
     # One stack for all edits, so that those computed on one base are rounded once, together.
     stack = None
-    for each in edits:
-        for parameter, delta in each.edit.deltas.items():
+    for applied_edit in edits:
+        for parameter, delta in applied_edit.edit.deltas.items():
             if find(parameter, locations).name != name:
                 continue
-            made_on = each.edit.changes.made_on(parameter)
+            made_on = applied_edit.edit.changes.made_on(parameter)
             stack = stack or Stack(original, made_on["transposed"])
             try:
-                stack = stack.with_delta(delta, made_on, force=each.forced)
+                stack = stack.with_delta(delta, made_on, force=applied_edit.forced)
             except BaseMismatchError as error:
-                raise BaseMismatchError(f"{name} with {each.edit!r}: {error}") from error
+                raise BaseMismatchError(f"{name} with {applied_edit.edit!r}: {error}") from error
     try:
         return stack.weight() if stack else original
     except NonFiniteError as error:
@@ -209,6 +213,7 @@ def _edited(
 
 
 def _check_untouched(source: Path, locations: dict[str, TensorBytes], record: _Record) -> None:
+    # Of the edited tensors only: to read all of a checkpoint would take longer than the edit.
     for name, digest in (record.now or {}).items():
         if name not in locations or _digest(locations[name].read(source)) != digest:
             raise BaseMismatchError(
@@ -256,7 +261,8 @@ def _read_record(source: Path) -> _Record:
             raise ValueError(
                 f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}"
             )
-        edits = [_Applied(read(home / each["folder"]), each["forced"]) for each in record["edits"]]
+        edits = [_Applied(read(home / row["folder"]), row["forced"]) for row in record["edits"]]
+        # Checked before they are parsed: damaged originals would be written back as the true ones.
         raw = (home / _ORIGINALS).read_bytes()
         if _digest(raw) != record["originals"]:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
@@ -276,13 +282,14 @@ def _write_record(
 ) -> None:
     home = fresh / _HOME
     entries = []
-    for i, each in enumerate(edits):
+    for i, applied_edit in enumerate(edits):
         inside = f"{_EDITS}/{i}"
         (home / inside).mkdir(parents=True)
-        write(each.edit, home / inside)
-        entries.append({"folder": inside, "forced": each.forced})
+        write(applied_edit.edit, home / inside)
+        entries.append({"folder": inside, "forced": applied_edit.forced})
     raw = safetensors.torch.save(originals)
     (home / _ORIGINALS).write_bytes(raw)
+    # Read back from the copy, and not computed from memory: what is recorded is what is on disk.
     now = {name: _digest(locations[name].read(fresh)) for name in originals}
     record = {
         "format_version": FORMAT_VERSION,

@@ -64,6 +64,7 @@ class Delta:
                 raise NonFiniteError(
                     f"{side} factor of a delta holds NaN or infinity; nothing was changed"
                 )
+            # On the CPU and contiguous: equal deltas have equal bytes, and files need them so.
             object.__setattr__(self, side, factor.detach().cpu().contiguous())
         if self.right is not None and self.left.shape[1] != self.right.shape[0]:
             raise ValueError(
@@ -73,7 +74,8 @@ class Delta:
             )
         if self.owners is not None:
             owners = tuple(
-                (each,) if isinstance(each, int) else tuple(sorted(each)) for each in self.owners
+                (facts,) if isinstance(facts, int) else tuple(sorted(facts))
+                for facts in self.owners
             )
             if len(owners) != self.columns:
                 raise ValueError(
@@ -89,13 +91,9 @@ class Delta:
 
     def __eq__(self, other: object) -> bool:
         """Bit for bit the same factors with the same owners."""
-        if not isinstance(other, Delta) or self.owners != other.owners:
-            return NotImplemented if not isinstance(other, Delta) else False
-        own, others = self.factors(), other.factors()
-        return own.keys() == others.keys() and all(
-            own[side].dtype == others[side].dtype and torch.equal(own[side], others[side])
-            for side in own
-        )
+        if not isinstance(other, Delta):
+            return NotImplemented
+        return self.owners == other.owners and same_tensors(self.factors(), other.factors())
 
     @property
     def is_dense(self) -> bool:
@@ -119,6 +117,7 @@ class Delta:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the change as a matrix [out, in], computed in `dtype` (default: the factors')."""
         dtype = dtype or self.left.dtype
+        # The factors are cast and not their product: rounding comes once, at the end.
         return (
             self.left.to(dtype)
             if self.right is None
@@ -141,6 +140,7 @@ class Delta:
         if self.right is not None:
             return self.left, self.right
         out, into = self.shape
+        # The identity on the shorter side, so that the rank is the least that a dense change needs.
         identity = torch.eye(min(out, into), dtype=self.left.dtype)
         return (self.left, identity) if into <= out else (identity, self.left)
 
@@ -150,11 +150,11 @@ class Delta:
 
     def owned_by(self, owners: Iterable[Iterable[int]]) -> Delta:
         """Return the same change with other owners, one entry per column."""
-        return Delta(self.left, self.right, tuple(tuple(each) for each in owners))
+        return Delta(self.left, self.right, tuple(tuple(facts) for facts in owners))
 
     def renumbered(self, place: Mapping[int, int]) -> Delta:
         """Return the same change with fact i numbered `place[i]`."""
-        return self.owned_by(tuple(place[fact] for fact in each) for each in self._owners())
+        return self.owned_by(tuple(place[fact] for fact in facts) for facts in self._owners())
 
     def without(self, gone: Collection[int]) -> Delta | None:
         """Return what is left when the columns of these facts go; None where nothing is left.
@@ -176,6 +176,7 @@ class Delta:
                 )
             if staying:
                 columns.append(column)
+        # The same object, so that a weight without the facts that go stays bit for bit.
         if len(columns) == self.columns:
             return self
         if not columns or self.right is None:
@@ -191,6 +192,15 @@ class Delta:
         return self.owners  # type: ignore[return-value]
 
 
+def same_tensors(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Return whether two tables of tensors are equal bit for bit, names and dtypes included."""
+    # The dtype by itself: `torch.equal` holds 1.0 in float32 and in float64 for equal.
+    return tensors.keys() == others.keys() and all(
+        tensors[name].dtype == others[name].dtype and torch.equal(tensors[name], others[name])
+        for name in tensors
+    )
+
+
 def add(deltas: Sequence[Delta]) -> Delta:
     """Return the sum of changes of one weight. Ranks add; with a dense change among them the sum is
     dense and owned jointly.
@@ -203,19 +213,16 @@ def add(deltas: Sequence[Delta]) -> Delta:
     shapes = {delta.shape for delta in deltas}
     if len(shapes) > 1:
         raise ValueError(f"changes of weights of different shapes do not add: {sorted(shapes)}")
-    owners = [each for delta in deltas for each in delta._owners()]
+    owners = [facts for delta in deltas for facts in delta._owners()]
     # A dense change counts as one column, so the columns of the others merge into it.
     if any(delta.is_dense for delta in deltas):
-        dtype = (
-            torch.float64
-            if any(delta.left.dtype == torch.float64 for delta in deltas)
-            else torch.float32
-        )
+        dtype = max((delta.left.dtype for delta in deltas), key=lambda dtype: dtype.itemsize)
         return Delta(
             torch.stack([delta.dense(dtype) for delta in deltas]).sum(0),
             None,
             [sorted({*sum(owners, ())})],
         )
+    # Side by side: [L1 L2] [R1; R2] = L1 R1 + L2 R2, and every column can be taken out again.
     factors = [delta.low_rank() for delta in deltas]
     return Delta(
         torch.cat([left for left, _ in factors], 1),

@@ -21,7 +21,7 @@ from engram.edit import applied as in_memory
 from engram.edit import checkpoint, folder_format, lora_export
 from engram.edit import keys as fact_keys
 from engram.edit.changes import WeightChanges
-from engram.edit.delta import Delta, add
+from engram.edit.delta import Delta, add, same_tensors
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import BaseMismatchError, EngramError, EngramFileError
@@ -75,6 +75,7 @@ class Edit:
     keys: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A frozen dataclass: fields are normalised once, here, so that equal edits compare equal.
         object.__setattr__(self, "facts", tuple(self.facts))
         if not self.facts or not self.deltas:
             raise EngramError(
@@ -95,10 +96,11 @@ class Edit:
         """Compare facts, recipe and base, and deltas and keys bit for bit."""
         if not isinstance(other, Edit):
             return NotImplemented
-        plain = [each.name for each in fields(self) if each.name != "keys"]
-        return all(
-            getattr(self, name) == getattr(other, name) for name in plain
-        ) and fact_keys.same(self.keys, other.keys)
+        # Keys apart: `==` of dicts of tensors has no single truth value.
+        names = [field.name for field in fields(self) if field.name != "keys"]
+        return all(getattr(self, name) == getattr(other, name) for name in names) and same_tensors(
+            self.keys, other.keys
+        )
 
     def _owned(self, name: str, delta: Delta) -> Delta:
         """Return `delta` with owners among the facts: without any, all facts own every column."""
@@ -169,6 +171,7 @@ class Edit:
         )
         if self.method != COMPOSED:
             return smaller
+        # Parts that lost all their facts go, so that `compose([a, b])` without b's facts is a.
         return _with_parts(smaller, _thinned(self.settings["parts"], gone))
 
     def applied(
@@ -201,7 +204,7 @@ class Edit:
             EngramFileError: missing, damaged, of another format version, or an in-context edit,
                 which has no weights.
         """
-        edit = load_edit(folder)
+        edit = load_edit(folder)  # of either kind, so that the message can say which it is
         if not isinstance(edit, Edit):
             raise EngramFileError(
                 f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which "
@@ -221,7 +224,7 @@ class Edit:
         """Build an edit from what its folder holds."""
         record = contents.record
         return cls(
-            facts=tuple(Fact.from_dict(each) for each in record["facts"]),
+            facts=tuple(map(Fact.from_dict, record["facts"])),
             deltas=contents.deltas,
             keys=contents.keys,
             **{name: record[name] for name in _RECORDED},
@@ -277,6 +280,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
         check_changes_weights(edit)
     facts = tuple(fact for edit in edits for fact in edit.facts)
     terms: dict[str, list[Delta]] = {}
+    # Compared weight by weight, so that edits of different layers compose, too.
     tensors: dict[str, Any] = {}
     parts: list[dict[str, Any]] = []
     first = 0
@@ -298,11 +302,12 @@ def compose(edits: Sequence[Edit]) -> Edit:
             terms.setdefault(name, []).append(
                 delta.renumbered({i: i + first for i in range(len(edit.facts))})
             )
+        # A composition of compositions is flat: parts keep their own recipes, however nested.
         parts += edit.settings["parts"] if edit.method == COMPOSED else [_recipe(edit)]
         first += len(edit.facts)
     # Not an error: the sum is well defined, only its effect on such a prompt is not.
     _warn_of_conflicts(facts)
-    deltas = {name: add(each) for name, each in terms.items()}
+    deltas = {name: add(changes) for name, changes in terms.items()}
     base = {**edits[0].base, "tensors": tensors}
     keys = fact_keys.joined([(edit.keys, edit.deltas, len(edit.facts)) for edit in edits])
     return Edit(facts, COMPOSED, {"parts": parts}, deltas, base, keys=keys)

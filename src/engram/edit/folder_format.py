@@ -87,6 +87,7 @@ def write(contents: Contents, folder: Path) -> None:
         factors = _factor_bytes(contents.deltas)
         record["owners"] = {name: delta.owners for name, delta in contents.deltas.items()}
         record["sha256"] = hashlib.sha256(factors).hexdigest()
+        # The bytes that were hashed are the bytes that are written: nothing can come in between.
         (folder / FACTORS).write_bytes(factors)
     if contents.keys:
         keys = safetensors.torch.save(contents.keys)
@@ -130,7 +131,7 @@ def damage_of(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except EngramFileError:
-        raise
+        raise  # it says already which file is damaged
     except (
         SafetensorError,
         EngramError,
@@ -152,6 +153,7 @@ def change_identity(deltas: Mapping[str, Delta]) -> str:
 
 def _factor_bytes(deltas: Mapping[str, Delta]) -> bytes:
     """Return the deltas as a safetensors file; equal deltas give equal bytes."""
+    # Fixed names and safetensors' own order: the sha256 is an identity, see `change_identity`.
     return safetensors.torch.save(
         {
             f"{name}.{side}": factor
@@ -194,6 +196,7 @@ def _record(folder: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}. Copy the edit again from its source"
         ) from error
     record = record if isinstance(record, dict) else {}
+    # The version before anything else: another format's fields would be reported as damage.
     number = record.get("format_version")
     if number != FORMAT_VERSION:
         newer = isinstance(number, int) and number > FORMAT_VERSION

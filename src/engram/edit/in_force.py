@@ -29,7 +29,7 @@ from engram.edit.stack import Stack
 from engram.modules.fingerprints import fingerprint
 
 
-@dataclass
+@dataclass(eq=False)  # by identity: the same edit may be in force twice
 class WrittenEdit:
     """One edit's change of one parameter while it is in force."""
 
@@ -37,6 +37,7 @@ class WrittenEdit:
     stack: Stack  # this change together with those below it
 
 
+# A WeakKeyDictionary would compare tensors with ==, element by element, at every look-up.
 WRITTEN: MutableMapping[Tensor, list[WrittenEdit]] = WeakTensorKeyDictionary()
 ATTACHED: MutableMapping[nn.Module, list[Delta]] = WeakKeyDictionary()
 
@@ -65,9 +66,11 @@ def fingerprint_in_force(sha256: str, module: nn.Module) -> str:
         sha256: of the weight alone; it is returned as it is where nothing is attached.
     """
     prints = _attached_prints(module)
+    # Unchanged where nothing is attached, so an edit made on the bare weight fits it ever after.
     return hashlib.sha256(" ".join([sha256, *prints]).encode()).hexdigest() if prints else sha256
 
 
 def _attached_prints(module: nn.Module) -> list[str]:
+    # Order counts, too: sums of floats in another order may round to other numbers.
     deltas = ATTACHED.get(module, ())
     return [fingerprint(factor) for delta in deltas for factor in delta.factors().values()]

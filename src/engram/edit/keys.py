@@ -62,6 +62,8 @@ def joined(parts: Sequence[tuple[Keys, Mapping[str, Delta], int]]) -> Keys:
         parts: keys, deltas and number of facts of each edit.
     """
     joint: Keys = {}
+    # A weight with some facts' keys unknown is left out: zeros would say that they have none there,
+    # and a later edit would take it that nothing has to be preserved.
     for name in dict.fromkeys(name for _, deltas, _ in parts for name in deltas):
         changing = [(keys, deltas) for keys, deltas, _ in parts if name in deltas]
         if all(name in keys for keys, _ in changing):
@@ -69,11 +71,3 @@ def joined(parts: Sequence[tuple[Keys, Mapping[str, Delta], int]]) -> Keys:
             tables = [keys.get(name, torch.zeros(facts, width)) for keys, _, facts in parts]
             joint[name] = torch.cat(tables)
     return joint
-
-
-def same(some: Keys, other: Keys) -> bool:
-    """Return whether two tables are equal bit for bit."""
-    return some.keys() == other.keys() and all(
-        some[name].dtype == other[name].dtype and torch.equal(some[name], other[name])
-        for name in some
-    )

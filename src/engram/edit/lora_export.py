@@ -37,6 +37,7 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
     """
     from peft import LoraConfig
 
+    # One rank for all: a rank per module would need peft's `rank_pattern` of regular expressions.
     factors = {name: delta.low_rank() for name, delta in changes.deltas.items()}
     rank = max(left.shape[1] for left, _ in factors.values())
     tensors: dict[str, Tensor] = {}
@@ -53,6 +54,7 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
         lora_dropout=0.0,
         bias="none",
         target_modules=[_module(name) for name in factors],
+        # One flag for all modules; a family stores all of its matrices alike.
         fan_in_fan_out=any(weight["transposed"] for weight in changes.base["tensors"].values()),
     )
     with atomic_folder(folder, replaces=_CONFIG) as fresh:
@@ -73,4 +75,5 @@ def _module(name: str) -> str:
 def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
     shape = list(factor.shape)
     shape[dim] = rank - shape[dim]
+    # Zeros on both sides: their product adds nothing, whatever the rank.
     return torch.cat([factor, factor.new_zeros(shape)], dim).contiguous()

@@ -141,6 +141,7 @@ class PromptEdit:
         """
         if how != "auto":
             check_changes_weights(self)
+        # The frame is made before it is in force: the room for it is counted with the outer one.
         with lm.asked_through(self.frame(lm)):
             yield lm
 
@@ -154,19 +155,15 @@ class PromptEdit:
         Raises (the function):
             FactError: not even the most relevant fact fits.
         """
-        outside, relevant, room = (
-            lm.frame,
-            self._relevant(lm),
-            lm.max_tokens - int(self.settings["reserve"]),
-        )
+        outside, relevant = lm.frame, self._relevant(lm)
+        room = lm.max_tokens - int(self.settings["reserve"])
 
         def in_front(prompt: str) -> str:
-            return (
-                self._fitting(
-                    lm, relevant(prompt), lambda front: framed(outside, front + prompt).text, room
-                )
-                + prompt
-            )
+            # The outer frame's tokens count, but it is put around by `asked_through`, not here.
+            def whole(front: str) -> str:
+                return framed(outside, front + prompt).text
+
+            return self._fitting(lm, relevant(prompt), whole, room) + prompt
 
         in_front.__qualname__ = f"{self.method} edit of {len(self.facts)} facts"
         return in_front
@@ -191,6 +188,7 @@ class PromptEdit:
         def encode(texts: list[str]) -> Any:
             return encoder_of(lm, self.encoder or self.settings["encoder"])(texts)
 
+        # One prompt is asked many times, once per answer that is compared.
         @cache
         def relevant(prompt: str) -> list[int]:
             named = [i for i, fact in enumerate(self.facts) if _names(prompt, fact.subject)]
@@ -198,6 +196,7 @@ class PromptEdit:
                 return sorted(named, key=lambda i: (-len(self.facts[i].subject), -i))[:most]
             if self.settings["otherwise"] == "nothing":
                 return []
+            # With one fact there is nothing to compare, so no sentence has to be encoded.
             return nearest(encode([prompt])[0], vectors(), most) if len(self.facts) > 1 else [0]
 
         return relevant
@@ -226,6 +225,7 @@ class PromptEdit:
             stated, examples = statements[:count], parts[len(statements) : count]
             return "".join([*examples, *reversed(stated), self.opening])
 
+        # The whole text is tokenised: tokens of parts do not add up where parts merge at a seam.
         def too_long(count: int) -> bool:
             return len(lm.tokenizer(whole(front(count)), verbose=False)["input_ids"]) > room
 
@@ -297,6 +297,7 @@ class PromptEdit:
 
 def _names(text: str, subject: str) -> bool:
     """Return whether a text has the subject's name in it, as words of its own."""
+    # The plain search first: it is much faster than the pattern, and nearly always says no.
     return (
         subject in text
         and re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", text) is not None

@@ -33,6 +33,7 @@ def staying(facts: Sequence[Fact], gone: Sequence[Fact | int]) -> list[int]:
     Raises:
         FactError: a fact that is not in the edit, or none would stay.
     """
+    # As indices, since a fact may be named twice, once as itself and once by its number.
     numbers = {_index(facts, fact) for fact in gone}
     rest = [i for i in range(len(facts)) if i not in numbers]
     if not rest:
@@ -75,6 +76,7 @@ def as_dict(receipt: Any) -> Any:
 
 def plain(name: str, value: Any) -> Any:
     """Return `value` as JSON gives it back, so that an edit equals its loaded self."""
+    # There and back: tuples become lists and int keys strings now, not at the first save.
     try:
         return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value))
     except (TypeError, ValueError) as error:

@@ -18,10 +18,8 @@ from torch import Tensor
 from engram.errors import EngramFileError, UnsupportedModelError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SINGLE, _INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # in the order transformers looks for them
+# in the order in which transformers looks for them: where both exist, the index is not read
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class TensorBytes:
 
     def read(self, folder: Path) -> bytearray:
         """Return its bytes."""
+        # These bytes alone: a shard may have gigabytes. A bytearray, since a tensor made of bytes,
+        # which cannot be written, warns.
         data = bytearray(self.end - self.begin)
         with (folder / self.file).open("rb") as file:
             file.seek(self.begin)
@@ -83,9 +83,8 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
         files = {_SINGLE}
     elif (folder / _INDEX).is_file():
         try:
-            files = set(
-                json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            )
+            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            files = set(index["weight_map"].values())
         except (ValueError, LookupError, AttributeError) as error:
             raise EngramFileError(f"{folder / _INDEX} is damaged: {error!r}") from error
     else:
@@ -103,6 +102,7 @@ def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
     if name in among:
         return among[name]
     # "h.0.mlp.c_proj.weight" is "transformer.h.0.mlp.c_proj.weight" of the model with a head.
+    # By suffix and never by the number of a layer alone: several candidates are an error.
     near = [
         place
         for key, place in among.items()
@@ -134,13 +134,15 @@ def _header(folder: Path, file: str) -> list[TensorBytes]:
                 raise ValueError(f"its header of {length} bytes is longer than the file")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        found = []
+        # The header counts offsets from its own end; here they count from the file's start.
+        tensors = []
         for name, entry in header.items():
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             if end > size:
                 raise ValueError(f"{name!r} ends after the file")
-            found.append(TensorBytes(name, file, entry["dtype"], tuple(entry["shape"]), begin, end))
-        return found
+            shape = tuple(entry["shape"])
+            tensors.append(TensorBytes(name, file, entry["dtype"], shape, begin, end))
+        return tensors
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise EngramFileError(
             f"{path} is not a whole safetensors file: {error}. Download the checkpoint once more"

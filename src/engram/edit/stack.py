@@ -5,7 +5,7 @@ Knows one tensor and low-rank changes. Refuses to know models and which edits ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -18,7 +18,7 @@ from engram.errors import BaseMismatchError, NonFiniteError
 from engram.modules.fingerprints import dtype_name, fingerprint
 
 
-def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tensor:
+def merge(weight: Tensor, deltas: Sequence[Delta], *, transposed: bool) -> Tensor:
     """Return `weight` + deltas, summed in float32 (in float64 where one of them is) and rounded
     once into the dtype of `weight`.
 
@@ -27,7 +27,6 @@ def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tenso
     Raises:
         NonFiniteError: the sum does not fit the dtype.
     """
-    deltas = list(deltas)
     wide = reduce(
         torch.promote_types,
         (delta.left.dtype for delta in deltas),
@@ -40,6 +39,7 @@ def merge(weight: Tensor, deltas: Iterable[Delta], *, transposed: bool) -> Tenso
         dense = delta.dense(wide)
         total += dense.T if transposed else dense
     merged = total.to(weight.dtype)
+    # After the cast: a sum within float32 may be beyond float16, whose largest number is 65,504.
     if not merged.isfinite().all():
         raise NonFiniteError(
             f"the edited weight does not fit {dtype_name(weight.dtype)} (largest "
@@ -89,6 +89,7 @@ class Stack:
         dtype = getattr(torch, made_on["dtype"])
         if fingerprint(self.base, dtype) == made_on["sha256"]:
             return Stack(self.base, self.transposed, (*self.deltas, delta))
+        # Only now, since it merges a whole matrix: the usual edit fits the base.
         now = self.weight()
         fits = list(now.shape) == list(made_on["shape"])
         if fits and (force or (self.deltas and fingerprint(now, dtype) == made_on["sha256"])):
@@ -118,6 +119,7 @@ def mismatch(
             f"its shape is {list(weight.shape)}, the edit was made on {made_on['shape']}. "
             "Load the model that the edit names"
         )
+    # Only where the model is the coarser one: a float16 weight cannot tell two float32 ones apart.
     coarser = torch.finfo(weight.dtype).eps > torch.finfo(dtype).eps
     hint = (
         f"; the model is in {dtype_name(weight.dtype)} and the edit in {made_on['dtype']}, so "

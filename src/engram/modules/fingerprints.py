@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from engram.files.cache_folder import sha256_of
 from engram.modules.weights import in_memory
 
 
@@ -27,9 +28,7 @@ def fingerprint(weight: Tensor, dtype: torch.dtype | None = None) -> str:
             for part in parts
             if getattr(weight, part) is not None
         ]
-        return hashlib.sha256(
-            "\0".join([type(weight).__name__, str(context), *inside]).encode()
-        ).hexdigest()
+        return sha256_of(type(weight).__name__, str(context), *inside)
     weight = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
     # dtype and shape count: equal bytes in another dtype or layout are other weights
     digest = hashlib.sha256(f"{dtype_name(weight.dtype)} {list(weight.shape)} ".encode())

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 
@@ -33,10 +32,6 @@ def with_first(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, ModelOutput):
         return type(output)(**{**output, next(iter(output)): tensor})
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-
-def _own(stack: ExitStack, handle: RemovableHandle) -> None:
-    stack.callback(handle.remove)
 
 
 @contextmanager
@@ -76,21 +71,19 @@ def record(
         for name in inputs:
             key = f"{name}:input" if name in outputs else name
             # some families pass the states by keyword: then they are the first one
-            _own(
-                stack,
+            stack.enter_context(
                 modules[name].register_forward_pre_hook(
                     lambda m, args, named, key=key: note(
                         key, args[0] if args else next(iter(named.values()))
                     ),
                     with_kwargs=True,
-                ),
+                )
             )
         for name in outputs:
-            _own(
-                stack,
+            stack.enter_context(
                 modules[name].register_forward_hook(
                     lambda m, a, out, key=name: note(key, first(out))
-                ),
+                )
             )
         try:
             yield seen
@@ -109,16 +102,14 @@ def substitute(outputs: Changes, inputs: Changes | None = None) -> Iterator[None
     """
     with ExitStack() as stack:
         for module, change in (inputs or {}).items():
-            _own(
-                stack,
-                module.register_forward_pre_hook(lambda m, args, f=change: (f(args[0]), *args[1:])),
+            stack.enter_context(
+                module.register_forward_pre_hook(lambda m, args, f=change: (f(args[0]), *args[1:]))
             )
         for module, change in outputs.items():
-            _own(
-                stack,
+            stack.enter_context(
                 module.register_forward_hook(
                     lambda m, a, out, f=change: with_first(out, f(first(out)))
-                ),
+                )
             )
         yield
 
@@ -146,11 +137,11 @@ def overlay(module: nn.Module, left_bor: Tensor, right_bri: Tensor) -> Iterator[
         # moved once, at the first pass: only then is it known where the module runs
         left_bor, right_bri = left_bor.to(out.device), right_bri.to(out.device)
         x_bti = args[0].reshape(len(left_bor), -1, right_bri.shape[-1]).to(right_bri)
+        # Right to left: [b, t, r] in between, and never the matrices [b, o, i].
         change_bto = (x_bti @ right_bri.mT) @ left_bor.mT
         return (out + change_bto.reshape(out.shape)).to(out.dtype)
 
-    with ExitStack() as stack:
-        _own(stack, module.register_forward_hook(add))
+    with module.register_forward_hook(add):
         yield
 
 
@@ -190,7 +181,7 @@ def per_row_edits(changes: Mapping[nn.Module, tuple[Tensor, Tensor] | Tensor]) -
 @contextmanager
 def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int]) -> Iterator[None]:
     rows = {
-        owner: [b for b, each in enumerate(owners) if each == owner]
+        owner: [b for b, row_owner in enumerate(owners) if row_owner == owner]
         for owner in dict.fromkeys(owners)
     }
 
@@ -204,8 +195,7 @@ def _dense_overlay(module: nn.Module, change_noi: Tensor, owners: Sequence[int])
             sum_bto[at] += x_bti[at].to(sum_bto) @ change_noi[owner].to(sum_bto).T
         return sum_bto.reshape(out.shape).to(out.dtype)
 
-    with ExitStack() as stack:
-        _own(stack, module.register_forward_hook(add))
+    with module.register_forward_hook(add):
         yield
 
 
@@ -218,6 +208,5 @@ def overlay_weight(module: nn.Module, delta_oi: Tensor) -> Iterator[None]:
     def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return out + (args[0].to(delta_oi.dtype) @ delta_oi.T).to(out.dtype)
 
-    with ExitStack() as stack:
-        _own(stack, module.register_forward_hook(add))
+    with module.register_forward_hook(add):
         yield

@@ -55,7 +55,7 @@ def resolve(model: nn.Module) -> Parts:
     """
     config: Any = model.config
     family, kind = str(config.model_type), kind_of(config, [type(model).__name__])
-    layout = LAYOUTS.get(family) or _discover(model, kind)
+    layout = LAYOUTS.get(family) or _discover(model, family, kind)
     if layout.kind != kind:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a{'n' * (kind[0] in 'aeiou')} {kind} model, but "
@@ -75,60 +75,59 @@ def _unshare(model: nn.Module, name: str) -> None:
     others.
     """
     module = model.get_submodule(name)
-    if sum(each is module for _, each in model.named_modules(remove_duplicate=False)) > 1:
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    if len(names) > 1:
         home, _, leaf = name.rpartition(".")
         # deepcopy's memo: the copy keeps these parameters instead of copying them
         shared = {id(parameter): parameter for parameter in module.parameters()}
         setattr(model.get_submodule(home), leaf, deepcopy(module, shared))
 
 
-def _discover(model: nn.Module, kind: ModelKind) -> Layout:
+def _discover(model: nn.Module, family: str, kind: ModelKind) -> Layout:
     """Return the layout of a causal family without a row, if each part has exactly one
     candidate.
     """
-    found: dict[str, list[str]] = {
+    candidates: dict[str, list[str]] = {
         role: [] for role in ("blocks", "embed", "norm", "attention", "mlp", "mlp_out")
     }
     # Of the others, which of two stacks and before or after which norm cannot be guessed.
     if kind != "causal":
-        raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found, kind))  # type: ignore[union-attr]
-    layers, width = (
-        getattr(model.config, "num_hidden_layers", None),
-        getattr(model.config, "hidden_size", None),
-    )
-    found["blocks"] = [
+        raise UnsupportedModelError(_row_to_add(family, candidates, kind))
+    layers = getattr(model.config, "num_hidden_layers", None)
+    width = getattr(model.config, "hidden_size", None)
+    # By their number alone: an nn.ModuleList as long as the config says is the stack of blocks.
+    candidates["blocks"] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == layers
     ]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    found["embed"] = [name for name, module in model.named_modules() if module is embedding]
-    if len(found["blocks"]) == 1:
-        home = found["blocks"][0].rpartition(".")[0]
+    candidates["embed"] = [name for name, module in model.named_modules() if module is embedding]
+    if len(candidates["blocks"]) == 1:
+        home = candidates["blocks"][0].rpartition(".")[0]
         body = model.get_submodule(home)
-        found["norm"] = [f"{home}.{n}".lstrip(".") for n, m in body.named_children() if _is_norm(m)]
-        block = model.get_submodule(found["blocks"][0])[0]  # type: ignore[index]
-        found["attention"] = [
+        candidates["norm"] = [
+            f"{home}.{n}".lstrip(".") for n, m in body.named_children() if _is_norm(m)
+        ]
+        block = model.get_submodule(candidates["blocks"][0])[0]  # type: ignore[index]
+        candidates["attention"] = [
             n for n, _ in block.named_children() if "attn" in n.lower() or n.lower() == "attention"
         ]
-        found["mlp"] = [
+        candidates["mlp"] = [
             n for n, m in block.named_children() if n.lower() in ("mlp", "ffn", "feed_forward")
         ]
-        if len(found["mlp"]) == 1:
-            found["mlp_out"] = list(
-                _matrices_to(block.get_submodule(found["mlp"][0]), found["mlp"][0], width)
-            )
+        if len(candidates["mlp"]) == 1:
+            (mlp,) = candidates["mlp"]
+            candidates["mlp_out"] = list(_matrices_to(block.get_submodule(mlp), mlp, width))
         # With output norms, hooks belong on the norm and not on the module; which norm is a guess.
-        found["mlp"] = [] if _has_output_norms(block) else found["mlp"]
-    if any(len(names) != 1 for names in found.values()):
-        raise UnsupportedModelError(_row_to_add(str(model.config.model_type), found))  # type: ignore[union-attr]
-    roles: dict[str, Any] = {role: names[0] for role, names in found.items()}
-    mixers = [
-        n for n, _ in block.get_submodule(found["attention"][0]).named_children() if n in _HEADS_OUT
-    ]
-    return Layout(
-        **roles, heads_out=f"{found['attention'][0]}.{mixers[0]}" if len(mixers) == 1 else None
-    )
+        candidates["mlp"] = [] if _has_output_norms(block) else candidates["mlp"]
+    if any(len(names) != 1 for names in candidates.values()):
+        raise UnsupportedModelError(_row_to_add(family, candidates))
+    roles: dict[str, Any] = {role: names[0] for role, names in candidates.items()}
+    # Optional, unlike the others: without it only heads cannot be told apart, all else works.
+    attention = roles["attention"]
+    mixers = [n for n, _ in block.get_submodule(attention).named_children() if n in _HEADS_OUT]
+    return Layout(**roles, heads_out=f"{attention}.{mixers[0]}" if len(mixers) == 1 else None)
 
 
 # names of the matrix that mixes the heads: it is square, so its shape does not identify it
@@ -155,7 +154,7 @@ def _matrices_to(module: nn.Module, prefix: str, width: int | None) -> Iterator[
                 yield f"{prefix}.{name}"
 
 
-def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "causal") -> str:
+def _row_to_add(family: str, candidates: dict[str, list[str]], kind: ModelKind = "causal") -> str:
     near = did_you_mean(family, [n for n, layout in LAYOUTS.items() if layout.kind == kind])
     if kind != "causal":
         known = ", ".join(sorted(name for name, layout in LAYOUTS.items() if layout.kind == kind))
@@ -167,10 +166,10 @@ def _row_to_add(family: str, found: dict[str, list[str]], kind: ModelKind = "cau
         )
     row = ", ".join(
         f"{role}={names[0]!r}" if len(names) == 1 else f"{role}=..."
-        for role, names in found.items()
+        for role, names in candidates.items()
     )
     unclear = "; ".join(
-        f"{role}: {names or 'none found'}" for role, names in found.items() if len(names) != 1
+        f"{role}: {names or 'none found'}" for role, names in candidates.items() if len(names) != 1
     )
     return (
         f"no layout for model_type={family!r}{near}"
