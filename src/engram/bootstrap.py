@@ -61,13 +61,14 @@ class Bootstrap:
         n = len(values_nl)
         missing_nl = np.isnan(values_nl)
         filled_nl, present_nl = np.where(missing_nl, 0.0, values_nl), 1.0 - missing_nl
+        # In blocks: a thousand resamples of 20,000 rows at once would be 160 MB of weights.
         parts = []
         for start in range(0, self.resamples, _AT_ONCE):
             drawn_rn = generator.integers(n, size=(min(_AT_ONCE, self.resamples - start), n))
             weights_rn = np.stack([np.bincount(draw, minlength=n) for draw in drawn_rn]) / n
             means_rl = weights_rn @ filled_nl
             if missing_nl.any():
-                with np.errstate(invalid="ignore"):
+                with np.errstate(invalid="ignore"):  # 0 / 0: no drawn row has a value, so NaN
                     means_rl = means_rl / (weights_rn @ present_nl)
             parts.append(means_rl)
         return np.concatenate(parts)
@@ -108,5 +109,6 @@ def ranks(values: Array) -> Array:
         >>> ranks([5.0, 7.0, 7.0]).tolist()
         [0.0, 1.5, 1.5]
     """
+    # Equal values take the places before `cumsum`: counts 1, 2 give the mean ranks 0 and 1.5.
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts + 1) / 2)[inverse]

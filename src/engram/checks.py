@@ -34,7 +34,7 @@ def one_of(
         Traceback (most recent call last):
         engram.errors.SettingError: stop='los': expected 'loss' or 'argmax' (did you mean 'loss'?)
     """
-    known = list(known)
+    known = list(known)  # read three times, and may be an iterator
     if value not in known:
         hint = did_you_mean(value, known)
         raise error(f"{name}={value!r}: expected {alternatives(known)}{more}{hint}")

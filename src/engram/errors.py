@@ -10,6 +10,7 @@ class EngramError(Exception):
     """Root of everything that engram raises on purpose."""
 
 
+# Also a built-in error where one fits: a caller who knows nothing of engram catches that one.
 class FactError(EngramError, ValueError):
     """A subject, prompt or target that cannot be worked with."""
 

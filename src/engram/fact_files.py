@@ -78,8 +78,10 @@ def read_facts(source: str | Path) -> list[Fact]:
 def _pocket_fact(known: pocket.KnownFact) -> Fact:
     # the model knows the fact in trained words; in all others it has to generalise
     prompt, *_ = known.trained()
-    others = tuple(each.replace("{}", known.subject) for each in known.prompts() if each != prompt)
-    return Fact(known.subject, prompt, known.object, paraphrases=others, relation=known.relation)
+    others = [text.replace("{}", known.subject) for text in known.prompts() if text != prompt]
+    return Fact(
+        known.subject, prompt, known.object, paraphrases=tuple(others), relation=known.relation
+    )
 
 
 # -- files -> records and their places -------------------------------------------------------------
@@ -108,22 +110,20 @@ def _csv(text: str, path: str) -> Iterator[tuple[Any, str]]:
             if not row:
                 continue
             if len(row) != len(header):
-                yield (
-                    FactError(
-                        f"{where}: {len(row)} cells, expected {len(header)} as in the header "
-                        f"({', '.join(header)}); "
-                        'a text with a comma has to be quoted: "..."'
-                    ),
-                    where,
+                problem = (
+                    f"{where}: {len(row)} cells, expected {len(header)} as in the header "
+                    f'({", ".join(header)}); a text with a comma has to be quoted: "..."'
                 )
+                yield FactError(problem), where
                 continue
+            # A needed cell stays though it is empty, so that the error is about it and not missing.
             record: dict[str, Any] = {
                 name: cell
                 for name, cell in zip(header, row, strict=True)
                 if cell or name in _NEEDED
             }
             if "paraphrases" in record:
-                record["paraphrases"] = [each.strip() for each in record["paraphrases"].split("|")]
+                record["paraphrases"] = [text.strip() for text in record["paraphrases"].split("|")]
             yield record, where
     except csv.Error as error:
         raise FactError(f"{path}, line {reader.line_num}: no CSV, {error}") from error
@@ -144,6 +144,7 @@ def fact_of(record: Any, where: str) -> Fact:
         raise FactError(
             f"{where}: {shown(record)} is no object; expected one with {', '.join(_NEEDED)}"
         )
+    # Recognised record by record, so that a file may mix both forms.
     if "attribute" in record:
         record = _known_fact(record, where)
     _check_fields(record, where, tuple(_EXPECTED))
@@ -168,6 +169,7 @@ def _known_fact(record: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: field {name!r} is {shown(record.get(name))}; expected text, as in a "
                 "known-facts file"
             )
+    # The template is not always the whole prompt: the published one has words after it at times.
     subject, template, prompt = record["subject"], record["template"], record["prompt"]
     filled = template.replace("{}", subject)
     if not prompt.startswith(filled):

@@ -69,6 +69,7 @@ class Fact:
             raise FactError(
                 f"target={self.target!r} equals target_true: there is nothing to rewrite"
             )
+        # Tuples, also of the lists that JSON gives: a fact with a list in it would have no hash.
         object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
         object.__setattr__(
             self, "neighbours", tuple((text, answer) for text, answer in self.neighbours)
@@ -123,6 +124,7 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
         raise FactError(
             f"subject={subject!r} is empty; give the words of the prompt that name the subject"
         )
+    # Every place, overlapping ones too, which `str.count` and `re.finditer` pass over.
     starts = [at for at in range(len(text)) if text.startswith(subject, at)]
     if not starts:
         near = text.lower().find(subject.lower())
@@ -153,6 +155,7 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
         >>> token_span([(0, 3), (3, 9), (9, 14), (14, 16), (16, 19)], 4, 16)
         (1, 4)
     """
+    # `b > a` leaves specials out: their (0, 0) would be inside a span that begins at 0.
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
     if not inside:
         raise FactError(

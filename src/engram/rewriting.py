@@ -85,6 +85,7 @@ def rewrite(
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise FactError("facts is empty; give at least one Fact(subject, prompt, target)")
+    # First, so that a misspelt method fails before a card is measured or an edit put in force.
     function = method_named(method)
     for edit in past:
         check_changes_weights(edit)
@@ -99,6 +100,7 @@ def rewrite(
         computed = function(lm, facts, **settings)
     if isinstance(computed, PromptEdit):
         return computed
+    # Described as it is without the past ones: composed with them, it has to share their base.
     return replace(computed, base=describe_base(lm, computed.deltas))
 
 
@@ -126,7 +128,7 @@ def rewrite_each(
         try:
             return list(batch_function(lm, [facts[0] for facts in groups], **settings))
         except SettingError:
-            raise
+            raise  # it is the caller's mistake and would come again with every fact
         except EngramError as error:
             # One fact of the batch fails, and the error does not say which: try them one by one.
             if len(groups) == 1:

@@ -27,7 +27,8 @@ def check_names(config: type[Any], names: Iterable[str], method: str, also: str)
         SettingError: there is no such setting; the message names the nearest one and all others.
     """
     inner = _inner(config)
-    known = {f.name for each in (config, *inner.values()) for f in fields(each)} - set(inner)
+    # Of a config inside, its settings are known and its own name is not: callers write flat.
+    known = {f.name for part in (config, *inner.values()) for f in fields(part)} - set(inner)
     for name in names:
         if name not in known:
             hint = did_you_mean(name, [*known, *also.split(", ")])
@@ -50,13 +51,14 @@ def read(
     """
     check_names(config, settings, method, also)
     inner = _inner(config)
-    parts = {name: each(**_own(each, settings)) for name, each in inner.items()}
+    parts = {name: part(**_own(part, settings)) for name, part in inner.items()}
     own = {name: value for name, value in _own(config, settings).items() if name not in inner}
     return config(**parts, **own)
 
 
 def flat(config: Any) -> dict[str, Any]:
     """Return the settings of a config as `read` takes them."""
+    # A config inside is poured out: settings are stored and printed as callers write them.
     values = asdict(config)
     for name in _inner(type(config)):
         values |= values.pop(name)
@@ -68,5 +70,6 @@ def _own(config: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inner(config: type[Any]) -> dict[str, Any]:
+    # Not `field.type`: it is text where annotations are postponed.
     hints = get_type_hints(config)
     return {f.name: hints[f.name] for f in fields(config) if is_dataclass(hints[f.name])}

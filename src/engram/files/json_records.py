@@ -27,29 +27,18 @@ def json_records(text: str, path: str) -> Iterator[tuple[Any, str]]:
 
 
 def _json_lines(text: str, path: str) -> Iterator[tuple[Any, str]]:
+    # Not splitlines: it also splits at separators that JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
                 yield json.loads(line), where
-            except json.JSONDecodeError as error:
-                yield (
-                    FactError(
-                        f"{where}: no JSON, {error.msg} at column {error.colno}; expected one "
-                        "object a line"
-                    ),
-                    where,
-                )
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of thousands of digits; lists in lists in lists
-                yield (
-                    FactError(
-                        f"{where}: no JSON that can be read, {error}; expected one object a line"
-                    ),
-                    where,
-                )
+            # also a number of thousands of digits (ValueError), and lists in lists in lists
+            except (ValueError, RecursionError) as error:
+                problem = f"no JSON that can be read, {error}"
+                if isinstance(error, json.JSONDecodeError):
+                    problem = f"no JSON, {error.msg} at column {error.colno}"
+                yield FactError(f"{where}: {problem}; expected one object a line"), where
 
 
 def _json_list(text: str, path: str) -> Iterator[tuple[Any, str]]:

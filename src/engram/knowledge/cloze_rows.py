@@ -43,7 +43,7 @@ class ClozeRows:
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self._tokens: dict[tuple[str, str], Ids] = {}
-        self._shares = can_share(lm)
+        self._shares = can_share(lm)  # until a batch shows that it does not hold
 
     def tokens(self, prompt: str, answer: str) -> Ids:
         """Return the tokens by which `answer` follows `prompt`, or fills its blank."""
@@ -94,6 +94,7 @@ class ClozeRows:
                 rows = [
                     ClozeRow(ids, read, (*blank.decoder_ids, *prefix)) for prefix, read in pairs
                 ]
+            # The first prefix that is not less begins with this one, see `_longest`.
             where = [bisect_left(prefixes, answer[:-1]) for answer in answers]
         longest = max(max(len(row.ids), len(row.decoder)) for row in rows)
         if longest > self.lm.max_tokens:
@@ -107,6 +108,7 @@ class ClozeRows:
         """Return the logits [positions, v] at all positions that the rows read, in the rows' order;
         equal rows are computed once.
         """
+        # Facts with several right objects ask the same prompt once for each of them.
         distinct = list(dict.fromkeys(rows))
         logits = self._of_shared_prompts(distinct)
         if logits is None:
@@ -144,6 +146,7 @@ class ClozeRows:
         Raises:
             NonFiniteError: the model gave NaN.
         """
+        # float64, so that adding up in batches costs no digits.
         total = torch.zeros(size, dtype=torch.float64)
         for batch in self._batches(rows):
             log_probs_pv = self.logits([rows[i] for i in batch]).log_softmax(-1)
@@ -188,6 +191,7 @@ def _longest(prefixes: Iterable[Ids]) -> list[Ids]:
     """Return the prefixes that no other one begins with, sorted; the first one that is not less
     than a given prefix begins with it.
     """
+    # Sorted, a prefix comes directly before those that begin with it, so one look ahead is enough.
     ordered = sorted(prefixes)
     return [
         a

@@ -137,6 +137,7 @@ class Knowledge:
         under None, last.
         """
         names = {record.fact.relation for record in self.records}
+        # None cannot be compared with a text, so whether there is a name decides first.
         ordered = sorted(names, key=lambda name: (name is None, name or ""))
         return {
             name: [record for record in self.records if record.fact.relation == name]
@@ -153,17 +154,15 @@ class Knowledge:
         if not rows:
             names = ", ".join(str(name) for name in self.by_relation())
             raise SettingError(f"relation={relation!r} is none of the facts'; they have {names}")
-        return _scores(_mean(self._values(rows)))
+        return self._means(rows)
 
     def macro(self) -> Scores:
         """Return means over relations of each relation's mean, as LAMA reports them: a relation
         with few facts counts as much as any.
         """
-        return _scores(
-            torch.stack(
-                [_mean(self._values(rows)) for rows in self.by_relation().values()]
-            ).nanmean(0)
-        )
+        # nanmean twice: a relation whose facts have one prompt each has no consistency to count.
+        means = [self._values(rows).nanmean(0) for rows in self.by_relation().values()]
+        return _scores(torch.stack(means).nanmean(0))
 
     def intervals(
         self, seed: int | torch.Generator = 0, *, samples: int = 1000, level: float = 0.95
@@ -201,6 +200,7 @@ class Knowledge:
             )
             micro.append(_weighted(counts_bn, values_nm))
             groups = [relation_n == i for i in range(len(relations))]
+            # Facts are drawn and not relations: a relation's mean moves with the facts it got.
             macro.append(
                 torch.stack([_weighted(counts_bn[:, g], values_nm[g]) for g in groups]).nanmean(0)
             )
@@ -242,7 +242,7 @@ class Knowledge:
 
         if len(relations) > 1:
             for name, rows in relations.items():
-                yield row(str(name or "no relation"), rows, _scores(_mean(self._values(rows))))
+                yield row(str(name or "no relation"), rows, self._means(rows))
             yield ""
         yield row("all facts", self.records, self.scores())
         intervals = self.intervals(seed, samples=samples, level=level)
@@ -272,7 +272,7 @@ class Knowledge:
             "micro": asdict(self.scores()),
             "macro": asdict(self.macro()),
             "relations": {
-                str(name or ""): asdict(_scores(_mean(self._values(rows))))
+                str(name or ""): asdict(self._means(rows))
                 for name, rows in self.by_relation().items()
             },
             "records": [asdict(record) for record in self.records],
@@ -281,6 +281,7 @@ class Knowledge:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Knowledge:
         """Return what `to_dict` was given; the means are computed from the records."""
+        # The means in the file are for its readers; here they would be a second truth.
         records = []
         for fields in record["records"]:
             fact = Fact.from_dict(fields["fact"])
@@ -319,6 +320,9 @@ class Knowledge:
                 f"{path} is no file that Knowledge.save wrote: {type(error).__name__}: {error}"
             ) from error
 
+    def _means(self, rows: Sequence[KnownRecord]) -> Scores:
+        return _scores(self._values(rows).nanmean(0))
+
     def _values(self, rows: Sequence[KnownRecord]) -> Tensor:
         """Return [n, metrics] in the order of `Scores`; NaN where a fact has no such metric."""
         return torch.tensor([_fact_values(record, self.k) for record in rows], dtype=torch.float64)
@@ -328,6 +332,7 @@ _WIDTHS = (6, 6, 6, 7, 10, 6)
 
 
 def _fact_values(record: KnownRecord, k: int) -> list[float]:
+    # The last three together, over the same facts, so that they can be compared.
     several = record.consistency is not None
     return [
         float(record.right),
@@ -338,10 +343,6 @@ def _fact_values(record: KnownRecord, k: int) -> list[float]:
         float(record.replies[0].right) if several else _NAN,
         float(all(reply.right for reply in record.replies)) if several else _NAN,
     ]
-
-
-def _mean(values_nm: Tensor) -> Tensor:
-    return values_nm.nanmean(0)
 
 
 def _weighted(counts_bn: Tensor, values_nm: Tensor) -> Tensor:
@@ -363,14 +364,8 @@ def _scores(means_m: Tensor) -> Scores:
 
 
 def _cells(scores: Scores) -> str:
-    shares = [
-        scores.p_at_1,
-        scores.p_at_k,
-        scores.mrr,
-        scores.log_prob,
-        scores.consistency,
-        scores.both,
-    ]
+    # Accuracy has no column: with `both` and P@1 beside it, a row would grow beyond 80 characters.
+    shares = [value for name, value in asdict(scores).items() if name != "accuracy"]
     texts = [
         "—" if value is None else f"{value:.2f}" if i == 3 else f"{value:.3f}"
         for i, value in enumerate(shares)

@@ -108,12 +108,14 @@ def knows(
     size = lm.model.config.get_text_config().vocab_size
     cloze, done, total = ClozeRows(lm), 0, sum(len(question.prompts) for question in questions)
     records: dict[int, KnownRecord] = {}
+    # Blocks bound what is held at once; within one, rows of all its questions share batches.
     for block in _blocks(questions, size if among == "vocabulary" else None):
         judged = judge(cloze, [questions[i] for i in block], length, aggregate == "mean")
         for i, (judgements, averaged) in zip(block, judged, strict=True):
             records[i] = _record(questions[i], judgements, averaged, aggregate)
             done += len(judgements)
         progress("prompts", done, total)
+    # Blocks come by length of prompt; the caller's order is put back.
     in_order = tuple(records[i] for i in range(len(facts)))
     return Knowledge(in_order, among, aggregate, length, k, lm.name)
 
@@ -136,6 +138,7 @@ def _record(
     replies = [Reply(p, *j) for p, j in zip(question.prompts, judgements, strict=True)]
     counted = averaged or judgements[0]
     if aggregate == "best":
+        # Ranks tie often, 1 above all, and then a prompt's place in the list should not decide.
         counted = min(judgements, key=lambda judgement: (judgement.rank, -judgement.log_prob))
     return KnownRecord(question.fact, tuple(replies), *counted)
 
@@ -173,7 +176,7 @@ class _World:
 
     def candidates(self, i: int, fact: Fact) -> tuple[str, ...]:
         if self.among == "vocabulary":
-            return ()
+            return ()  # 50,000 texts would be made and compared for nothing: columns are tokens
         if self.among == "relation":
             if fact.relation is None:
                 raise FactError(
@@ -195,6 +198,7 @@ class _World:
 
 
 def _key(fact: Fact) -> tuple[str, str]:
+    # Without a relation the prompt stands in for it: equal prompts ask for the same thing.
     return (fact.prompt if fact.relation is None else f"relation {fact.relation}"), fact.subject
 
 
@@ -295,6 +299,7 @@ def _in_vocabulary(
             answers[-1].append((ids, tokens.add(ids)))
             rows += cloze.rows(prompt, [ids])[0]
     log_probs_pv = cloze.logits(rows).log_softmax(-1)
+    # After the softmax: other right objects leave the ranking, but keep their share of probability.
     for position, token in barred:
         log_probs_pv[position, token] = -torch.inf
     judged = _judged(log_probs_pv, tokens)
@@ -382,6 +387,7 @@ def _among_candidates(
         also_right = [
             c for c, text in enumerate(question.candidates) if text in question.also_right
         ]
+        # The object itself is never among them, so its own score stays.
         scores_qc[:, also_right] = -torch.inf
         judgements = _named(question, scores_qc)
         if average:

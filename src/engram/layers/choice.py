@@ -191,6 +191,7 @@ def find_card(
     cached = sorted(cache_folder("layer_cards", cache_dir).glob(f"{model_id[:16]}-*.json"))
     cards = [card for path in (*cached, pocket.LAYER_CARD) if (card := _load(path)) is not None]
     fitting = [card for card in cards if card.identity == model_id and card.method == method]
+    # Not the newest: a quick card of four facts must not hide one of twenty.
     return max(fitting, key=lambda card: len(card.edited), default=None)
 
 

@@ -191,6 +191,7 @@ def measure(
     exact = _traces(lm, facts[: budget.traces], "exact", file, progress)
     estimated = _traces(lm, facts[: budget.estimates], "attribution", file, progress)
     edited = facts[: budget.edits]
+    # Estimates before edits: they are cheap, and a run that is cut short then has all of them.
     coarse = budget.coarse(lm.n_layers)
     outcomes = _edit_at(lm, edited, coarse, recipe, file, progress)
     # by mean score, as the card decides; of equal layers the first

@@ -86,6 +86,7 @@ def overlaps(acting: Edit, other: Edit) -> Tensor:
             share_gm[own_g == 0] = 0.0  # a fact without a key at this weight
             angles_gm = _unit(keys_nf[facts]) @ _unit(others_mf).T
             nearest_gm = angles_gm.abs() >= angles_gm.abs().max(0).values
+            # The largest and not the mean: one weight that is moved is enough to spoil a fact.
             largest_nm[facts] = torch.maximum(largest_nm[facts], share_gm * nearest_gm)
     return largest_nm
 

@@ -76,6 +76,7 @@ class StoredEdits:
     def delete_except(self, numbers: Collection[int]) -> None:
         """Delete all other folders, those that a killed `add` or `prune` left included."""
         keep = {self._path(number).name for number in numbers}
+        # By what is kept and not by what goes: folders without an event are in no list.
         for path in self._folder.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path)

@@ -46,6 +46,7 @@ def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None
     else:
         turns += [turn("user", REQUEST), turn("assistant", PLACEHOLDER)]
         text = render(lm.tokenizer, turns, continue_final_message=True)
+    # A brace pair of the template itself would be a second place for the prompt.
     if text.count(PLACEHOLDER) != 1 or "{}" in text:
         raise UnsupportedModelError(
             f"the chat template of {lm.name} makes {text[:80]!r}... of a prompt, in which it "

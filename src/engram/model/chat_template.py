@@ -22,6 +22,7 @@ def answers_spaced(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if not tokenizer.chat_template:
         return False
+    # Rendered and looked at: templates are programs, and no field says what they write.
     turns = [turn("user", "?"), turn("assistant", PLACEHOLDER)]
     text = render(tokenizer, turns, continue_final_message=True)
     return text.removesuffix(PLACEHOLDER).endswith(" ")
@@ -46,7 +47,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **se
             "template, so the model is asked in plain text; leave the chat out, or set "
             "tokenizer.chat_template where the model was trained with one"
         )
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # not at the top: an import only chats need
 
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **settings))

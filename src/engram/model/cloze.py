@@ -24,6 +24,7 @@ from engram.model.frames import BARE, Frame, check_frame, framed
 from engram.model.tokens import Tokens, spaced
 from engram.modules.layouts import ModelKind
 
+# T5 names its blanks by number; one blank is all that a fact needs
 SENTINEL = "<extra_id_0>"
 
 
@@ -87,6 +88,7 @@ def default_templates(kind: ModelKind, tokenizer: PreTrainedTokenizerBase) -> Te
 
 def _has_sentinel(tokenizer: PreTrainedTokenizerBase) -> bool:
     sentinel = tokenizer.convert_tokens_to_ids(SENTINEL)
+    # Not only None: a tokenizer without the token gives the id of its unknown word.
     return sentinel is not None and sentinel != tokenizer.unk_token_id
 
 
@@ -153,9 +155,11 @@ def continued(tokens: Tokens, frame: Frame, prompt: str, target: str | None) -> 
     """
     whole, start = framed(frame, prompt)
     head, text = tokens.encode(whole), whole[start:]
+    # The frame decides whether a space comes first, so the answer is worded before it is tokenised.
     words = "" if target is None else answer_text(tokens, whole, target, text[len(prompt) :])
     answer = tokens.continuation_ids(whole, words) if words else []
     ids, offsets = head.ids + answer[:-1], head.offsets
+    # With one token nothing is read after the prompt, whose offsets are known already.
     if len(answer) > 1:
         joint = tokens.encode(whole + words)
         text = joint.text[start:]
@@ -232,6 +236,7 @@ def _in_place(tokens: Tokens, head: list[int], before: str, target: str, rest: s
     encoding = tokens.encode_all(before + target + rest)
     ids, offsets = encoding.ids, encoding.offsets
     limit = len(before + target)
+    # Up to the first token that begins after the target, or that covers nothing: a special one.
     end = next(
         (i for i in range(len(head), len(ids)) if offsets[i][0] >= limit or offsets[i] == (0, 0)),
         len(ids),
@@ -261,6 +266,7 @@ def answered(
     head, answer = tokens.bare_ids(beginning), []
     if target is not None:
         words = spaced(target) if beginning else target.strip()
+        # Together, as for a causal model: a tokenizer may cut a word otherwise at a text's start.
         joint = tokens.bare_ids(beginning + words)
         follows = joint[: len(head)] == head and len(joint) > len(head)
         answer = joint[len(head) :] if follows else tokens.bare_ids(words)
@@ -278,6 +284,7 @@ def _decoder_start(model: PreTrainedModel, lead: list[int]) -> list[int]:
     """Return what the decoder always reads first: its start token, then the token forced on it or
     those that begin every text.
     """
+    # The generation config first: newer checkpoints keep these settings there and nowhere else.
     configs = (getattr(model, "generation_config", None), model.config)
 
     def setting(name: str) -> int | None:

@@ -52,8 +52,10 @@ def dequantised(lm: LanguageModel, layer: int) -> Iterator[LanguageModel]:
     skipped = {key: getattr(config, key) for key in _SKIPPED if hasattr(config, key)}
     try:
         setattr(parent, leaf, Unpacked(packed))
-        lm.parts = resolve(lm.model)
+        lm.parts = resolve(lm.model)  # it holds modules, and would go on with the packed one
         for key, listed in skipped.items():
+            # Without a list of its own, the quantiser spared its usual modules, such as the head:
+            # a list of this one name would have them packed when the checkpoint is loaded.
             usual = getattr(getattr(lm.model, "hf_quantizer", None), "modules_to_not_convert", None)
             setattr(config, key, [*(listed or usual or []), name])
         yield lm

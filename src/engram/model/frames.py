@@ -58,6 +58,7 @@ def framed(frame: Frame, prompt: str) -> Framed:
     if isinstance(frame, str):
         return Framed(frame.replace("{}", prompt, 1), frame.index("{}"))
     text = frame(prompt)
+    # The last place: the text in front may quote the prompt, and the model continues the end.
     start = text.rfind(prompt)
     if start < 0:
         raise SettingError(
@@ -69,6 +70,7 @@ def framed(frame: Frame, prompt: str) -> Framed:
 
 def around(outer: Frame, inner: Frame) -> Frame:
     """Return the frame that puts a prompt into `inner`, and the result into `outer`."""
+    # A frame that changes nothing is left out, so that templates stay texts and can be compared.
     if outer == BARE or inner == BARE:
         return inner if outer == BARE else outer
     if isinstance(outer, str) and isinstance(inner, str):

@@ -28,7 +28,7 @@ from engram.batching import batches
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import RowContext, no_edits
 
-TOP_K = 5
+TOP_K = 5  # as in the released code
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Writing:
 def seed_of(*parts: object) -> int:
     """Return a seed that depends on `parts` alone: the same on every machine, in every order."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    # Shifted, since a torch generator takes a signed number of 64 bits; `hash` differs by process.
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -96,6 +97,7 @@ def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:
         row 1     - f g     h        -> h i
         position  0 1 2     3                    of row 0; row 1 counts -, 0, 1, 2
     """
+    # A generator per row, so that a text does not depend on which rows it is written with.
     generators = [
         None if row.seed is None else torch.Generator().manual_seed(row.seed) for row in rows
     ]
@@ -118,6 +120,7 @@ def _written(lm: LanguageModel, rows: Sequence[Writing]) -> list[list[int]]:
         ids_b1 = tokens_bk.gather(1, torch.tensor(picks)[:, None])
         columns.append(ids_b1[:, 0].tolist())
         ids_bt = ids_b1.to(lm.device)
+    # Rows that want fewer tokens are written on to the batch's end and cut here.
     return [list(ids[: row.new]) for row, ids in zip(rows, zip(*columns, strict=True), strict=True)]
 
 
@@ -142,6 +145,7 @@ def sample_texts(
             token, which is not counted.
     """
     ids = [_start_token(lm)] if start is None else lm.encode(start).ids
+    # All rows are as long, so nothing is padded and one cache serves the batch.
     cache, newest_bt = None, torch.tensor([ids] * limit, device=lm.device)
     columns = [] if start is None else [newest_bt.cpu()]
     for drawn in range(tokens if start is None else max(0, tokens - len(ids))):
@@ -181,6 +185,7 @@ def _next(
     # Position ids only where there are pads: some families do not take them.
     if not bool(real_bs.all()):
         positions_bs = real_bs.long().cumsum(1) - 1
+        # Counted from a row's first real token; a pad's own position would be -1.
         settings["position_ids"] = positions_bs[:, -ids_bt.shape[1] :].clamp(min=0)
     read = lm.model(
         ids_bt, attention_mask=real_bs.long(), past_key_values=cache, use_cache=True, **settings
@@ -190,6 +195,7 @@ def _next(
 
 def _most_probable(logits_bv: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return probabilities among the k best tokens, and these tokens, [b, k] each on the CPU."""
+    # Softmax after the cut: the same as cutting probabilities and dividing by their sum.
     best = logits_bv.topk(min(k, logits_bv.shape[-1]))
     return best.values.softmax(-1).cpu(), best.indices.cpu()
 
@@ -202,6 +208,8 @@ def pads_on_the_left(lm: LanguageModel) -> bool:
     model, then remembered.
     """
     if lm.model not in _PADS:
+        # Tried and not looked up: no config says what a family does with pads, and one that takes
+        # no cache or no position ids fails in a way of its own.
         try:
             _PADS[lm.model] = _try_padding(lm)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):

@@ -157,6 +157,7 @@ class LanguageModel:
             19
         """
         self.check_framed()
+        # The whole value is put back, so that a template that was set inside the block goes, too.
         before = self._templates
         self._templates = Templates(around(before.prompt, check_frame(frame)), before.decoder)
         try:
@@ -282,6 +283,7 @@ class LanguageModel:
         out: list[Tensor | None] = [None] * len(rows)
         for batch in self._batches(rows, positions):
             wanted = sorted({p for i in batch for p in positions[i]})
+            # The decoder is causal, so its rows may be padded; the encoder's are of one length.
             decoder_bt = (
                 None
                 if decoder_rows is None
@@ -379,6 +381,7 @@ class LanguageModel:
         """Return the logits [len(read), v] of each; equal clozes are computed once (a masked
         model's prompt with two objects).
         """
+        # The answer's last token is in no row, so answers that differ in it alone share a forward.
         rows = [(tuple(c.ids), tuple(c.read), tuple(c.decoder_ids or ())) for c in clozes]
         number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
         ids, read, decoder_ids = zip(*number, strict=True) if number else ((), (), ())
@@ -436,6 +439,7 @@ class LanguageModel:
             )
         front = self.encode(after).ids if after else []
         room = self.max_tokens - len(front)
+        # At least two: the first token of a piece is read and not scored.
         size = room if tokens is None else tokens
         if not 2 <= size <= room:
             raise FactError(
@@ -455,6 +459,7 @@ class LanguageModel:
             read = range(len(front) - doubled, len(front) - doubled + len(piece) - 1)
             (logits,) = self.logits_at([front + piece[doubled:-1]], [list(read)])
             targets = torch.tensor(piece[1:], device=logits.device)
+            # Pieces are summed in Python's float64: float32 loses digits over a long text.
             total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
             count += len(piece) - 1
         return float(torch.tensor(total / count, dtype=torch.float64).exp())
@@ -487,6 +492,7 @@ class LanguageModel:
             whole, ids = prompt, list(self.tokenizer(prompt)["input_ids"])
         ids_bt = torch.tensor([ids], device=self.device)
         settings.setdefault("do_sample", False)
+        # Named, since transformers warns at every call of a model without a pad token.
         pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         settings.setdefault("pad_token_id", pad)
         out = cast("Any", self.model).generate(
@@ -501,6 +507,7 @@ class LanguageModel:
         # Decoded alone, a first word would lose its space under some tokenizers.
         read = self._plain(ids)
         new = text[len(read) :] if text.startswith(read) else self._plain(out[0][len(ids) :])
+        # In a turn of its own the answer has no space; after the prompt it would run into it.
         apart = not (whole.endswith(prompt) or prompt[-1:].isspace() or new[:1].isspace())
         return prompt + " " * apart + new
 

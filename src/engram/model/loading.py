@@ -51,6 +51,7 @@ def load(
     """
     path, name, dtype = _resolved(name, dtype)
     try:
+        # Tokenizer and config first: they are small, and most mistakes show in them.
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
         model = _class_for(config).from_pretrained(
@@ -73,6 +74,7 @@ def load(
             name,
             str(model.dtype).removeprefix("torch."),
         )
+    # What was resolved, and not what was given: a worker elsewhere gets the same dtype.
     loaded = {
         "name": name,
         "dtype": dtype,
@@ -123,10 +125,12 @@ def _resolved(
         return str(name), str(name), dtype
     from engram import pocket
 
+    # Stored in a smaller dtype to keep the package small; computed in float32.
     return str(pocket.PATH), "pocket", dtype or torch.float32
 
 
 def _not_found(name: str, error: Exception) -> EngramError:
+    # The first line only: transformers adds paragraphs about tokens and caches.
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return EngramError(
         f"no causal language model found as {name!r}, nor a masked or encoder-decoder one: "

@@ -60,6 +60,7 @@ def nearest(query_d: Tensor, texts_nd: Tensor, k: int | None = None) -> list[int
 @torch.no_grad()
 def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Tensor:
     """Return [texts, d] in float32: means over tokens of unit-length states."""
+    # Cut at what the model takes; an empty text gets a token, so that there is a state to average.
     rows = [
         list(lm.tokenizer(text, verbose=False)["input_ids"])[: lm.max_tokens] or [0]
         for text in texts
@@ -79,6 +80,7 @@ def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Te
 
 def _middle(lm: LanguageModel, ids_bt: Tensor) -> Tensor:
     name = lm.parts.block_name((lm.n_layers - 1) // 2)
+    # Stopped there: the upper half and the head are not needed.
     with record(lm.model, outputs=[name], stop=True) as seen:
         lm.model(ids_bt, use_cache=False)
     return seen[name].view(*ids_bt.shape, -1)

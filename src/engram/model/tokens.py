@@ -120,6 +120,7 @@ class Tokens:
     def pieces(self, text: str, size: int) -> list[list[int]]:
         """Return the ids of a text of any length in pieces of `size`; one token is no piece."""
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        # A last piece of one token has nothing to predict.
         return [part for at in range(0, len(ids), size) if len(part := ids[at : at + size]) > 1]
 
     def strings(self, ids: Iterable[int]) -> list[str]:
@@ -129,6 +130,7 @@ class Tokens:
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
         """Special tokens as they are written in a text."""
+        # Also those that only a chat template uses, which `all_special_tokens` may lack.
         added = self.tokenizer.added_tokens_decoder.values()
         special = [str(token) for token in added if token.special]
         return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *special]))

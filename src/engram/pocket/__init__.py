@@ -105,10 +105,11 @@ def _table() -> tuple[KnownFact, ...]:
 
 @cache
 def _by_subject() -> dict[str, tuple[KnownFact, ...]]:
-    found: dict[str, list[KnownFact]] = defaultdict(list)
+    # An index, since `evidence_for` looks a subject up for every fact of a benchmark.
+    rows_of: dict[str, list[KnownFact]] = defaultdict(list)
     for known in _table():
-        found[known.subject].append(known)
-    return {subject: tuple(rows) for subject, rows in found.items()}
+        rows_of[known.subject].append(known)
+    return {subject: tuple(rows) for subject, rows in rows_of.items()}
 
 
 @cache
@@ -146,6 +147,7 @@ def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFa
     same ones for the same seed.
     """
     _check_relation(known.relation)
+    # The same object, so that an edit that leaks to them shows as a lost right answer.
     others = [
         other
         for other in _table()
@@ -158,10 +160,8 @@ def neighbours(known: KnownFact, count: int = 10, seed: int = 0) -> list[KnownFa
 def counterfactual(known: KnownFact, seed: int = 0) -> str:
     """Return another object of the same relation; the same one for the same seed."""
     _check_relation(known.relation)
-    objects = sorted(
-        {other.object for other in _table() if other.relation == known.relation} - {known.object}
-    )
-    return _random(known, seed).choice(objects)
+    # sorted, since a set's order differs between processes, and the draw would with it
+    return _random(known, seed).choice(sorted(_objects()[known.relation] - {known.object}))
 
 
 def as_fact(known: KnownFact, target: str, *, neighbour_count: int = 10, seed: int = 0) -> Fact:
@@ -247,6 +247,7 @@ def sentences(seed: int = 0) -> Iterator[str]:
     Deterministic in `seed`. About 25,000 short sentences, 330,000 tokens.
     """
     pairs = [(known, template) for known in _table() for template in known.trained()]
+    # Shuffled as a whole: a measurement on the first tokens then sees every relation.
     random.Random(f"sentences:{seed}").shuffle(pairs)
     for known, template in pairs:
         yield f"{template.replace('{}', known.subject)} {known.object}."
@@ -257,6 +258,7 @@ def _with_evidence(fact: Fact, known: KnownFact, neighbour_count: int = 10, seed
     unseen = [template for template in known.paraphrases() if template != fact.prompt]
     paraphrases = []
     for i, template in enumerate(unseen):
+        # Every other one: at a text's start a subject is read otherwise than within it.
         opening = generator.choice(OPENINGS) + " " if i % 2 else ""
         paraphrases.append(opening + template.replace("{}", known.subject))
     around = tuple(
@@ -273,6 +275,7 @@ def _with_evidence(fact: Fact, known: KnownFact, neighbour_count: int = 10, seed
 
 def _known(fact: Fact) -> KnownFact | None:
     """Return the association that `fact` is about, if that is beyond doubt."""
+    # A template belongs to one relation only, so it says which; the caller's words may fit several.
     relation = _relation_of_template().get(fact.prompt)
     if relation is not None:
         return next(iter(find(fact.subject, relation)), None)
@@ -283,10 +286,10 @@ def _known(fact: Fact) -> KnownFact | None:
 
 @cache
 def _objects() -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = defaultdict(set)
-    for known in _table():
-        found[known.relation].add(known.object)
-    return {relation: frozenset(objects) for relation, objects in found.items()}
+    return {
+        relation: frozenset(known.object for known in _table() if known.relation == relation)
+        for relation in relations()
+    }
 
 
 def _check_relation(relation: str) -> None:

@@ -262,6 +262,7 @@ def _raised(module: str, name: str, message: str) -> Exception:
     """Return an error of a worker as it is raised here."""
     if module == EngramError.__module__:
         kind = getattr(import_module(module), name)
+        # Without `__init__`: some of these errors build their message from other arguments.
         error: Exception = kind.__new__(kind)
         error.args = (message,)
         return error
