@@ -62,9 +62,9 @@ def test_an_answer_is_the_tokens_that_the_template_has_the_model_say(template, t
     whole, answered = cloze.ids + cloze.answer[-1:], templated(lm, PROMPT, target.strip())
     assert answered[: len(whole)] == whole
     follows = lm.tokenizer.convert_ids_to_tokens(answered[len(whole) :])
-    assert all(token in lm.special_texts or not token.strip("ĠĊ▁ \n") for token in follows), (
-        "nothing of the target is left out"
-    )
+    assert all(
+        token in lm.tokens.special_texts or not token.strip("ĠĊ▁ \n") for token in follows
+    ), "nothing of the target is left out"
 
 
 @everywhere

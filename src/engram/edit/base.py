@@ -97,8 +97,7 @@ def linear_module_of(lm: LanguageModel, name: str) -> nn.Module:
     except AttributeError as error:
         raise BaseMismatchError(
             f"{lm.name!r} ({lm.model.config.model_type}) has no parameter {name!r}; expected a "
-            "model of the "
-            "family that the edit was made on (Edit.base names it)"
+            "model of the family that the edit was made on (Edit.base names it)"
         ) from error
     if leaf != "weight":
         raise UnsupportedModelError(

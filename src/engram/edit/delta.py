@@ -55,10 +55,8 @@ class Delta:
             ):
                 raise ValueError(
                     f"{side} factor of a delta is {factor.dtype} {list(factor.shape)}; expected a "
-                    "matrix in "
-                    "float32 or float64, both factors alike (compute the change in float32, it is "
-                    "rounded "
-                    "when it is merged)"
+                    "matrix in float32 or float64, both factors alike (compute the change in "
+                    "float32, it is rounded when it is merged)"
                 )
             if not factor.isfinite().all():
                 raise NonFiniteError(
@@ -69,8 +67,7 @@ class Delta:
         if self.right is not None and self.left.shape[1] != self.right.shape[0]:
             raise ValueError(
                 f"factors [out, r] = {list(self.left.shape)} and [r, in] = "
-                f"{list(self.right.shape)} do not "
-                "agree on the rank r"
+                f"{list(self.right.shape)} do not agree on the rank r"
             )
         if self.owners is not None:
             owners = tuple(
@@ -85,9 +82,8 @@ class Delta:
 
     def factors(self) -> dict[str, Tensor]:
         """Return the tensors of this change, by field name."""
-        return (
-            {"left": self.left} if self.right is None else {"left": self.left, "right": self.right}
-        )
+        sides = {"left": self.left, "right": self.right}
+        return {side: factor for side, factor in sides.items() if factor is not None}
 
     def __eq__(self, other: object) -> bool:
         """Bit for bit the same factors with the same owners."""
@@ -116,13 +112,9 @@ class Delta:
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the change as a matrix [out, in], computed in `dtype` (default: the factors')."""
-        dtype = dtype or self.left.dtype
         # The factors are cast and not their product: rounding comes once, at the end.
-        return (
-            self.left.to(dtype)
-            if self.right is None
-            else self.left.to(dtype) @ self.right.to(dtype)
-        )
+        left = self.left.to(dtype or self.left.dtype)
+        return left if self.right is None else left @ self.right.to(left.dtype)
 
     def norm(self) -> float:
         """Return the Frobenius norm, in float64 and without forming the matrix:
@@ -169,10 +161,9 @@ class Delta:
             if staying and len(staying) < len(facts):
                 raise EngramError(
                     f"facts {', '.join(map(str, facts))} were solved jointly and share their "
-                    "columns: facts "
-                    f"{', '.join(map(str, sorted(set(facts) - set(staying))))} cannot be taken out "
-                    "alone. "
-                    "Take out all of them, or make the edit again without the facts that shall go"
+                    f"columns: facts {', '.join(map(str, sorted(set(facts) - set(staying))))} "
+                    "cannot be taken out alone. Take out all of them, or make the edit again "
+                    "without the facts that shall go"
                 )
             if staying:
                 columns.append(column)

@@ -204,7 +204,7 @@ class Edit:
             EngramFileError: missing, damaged, of another format version, or an in-context edit,
                 which has no weights.
         """
-        edit = load_edit(folder)  # of either kind, so that the message can say which it is
+        edit = load_edit(folder)  # of either kind, so that the error can name the kind
         if not isinstance(edit, Edit):
             raise EngramFileError(
                 f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which "
@@ -293,10 +293,9 @@ def compose(edits: Sequence[Edit]) -> Edit:
             ):
                 raise BaseMismatchError(
                     f"edits of {name!r} were made on different weights "
-                    f"({tensors[name]['sha256'][:12]} of "
-                    f"{edits[0].base['model']!r} and {weight['sha256'][:12]} of "
-                    f"{edit.base['model']!r}), so "
-                    "their sum means nothing. Compose edits made on the same unedited model"
+                    f"({tensors[name]['sha256'][:12]} of {edits[0].base['model']!r} and "
+                    f"{weight['sha256'][:12]} of {edit.base['model']!r}), so their sum means "
+                    "nothing. Compose edits made on the same unedited model"
                 )
             # facts are joined in order: those of this edit come after all earlier ones
             terms.setdefault(name, []).append(

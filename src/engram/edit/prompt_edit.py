@@ -298,7 +298,5 @@ class PromptEdit:
 def _names(text: str, subject: str) -> bool:
     """Return whether a text has the subject's name in it, as words of its own."""
     # The plain search first: it is much faster than the pattern, and nearly always says no.
-    return (
-        subject in text
-        and re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", text) is not None
-    )
+    pattern = rf"(?<!\w){re.escape(subject.strip())}(?!\w)"
+    return subject in text and re.search(pattern, text) is not None

@@ -56,8 +56,7 @@ class TensorBytes:
         if self.dtype not in _DTYPES:
             raise UnsupportedModelError(
                 f"{self.name!r} is stored as {self.dtype}; an edit needs one of "
-                f"{', '.join(_DTYPES)}. Edit "
-                "the unquantised checkpoint"
+                f"{', '.join(_DTYPES)}. Edit the unquantised checkpoint"
             )
         return torch.frombuffer(self.read(folder), dtype=_DTYPES[self.dtype]).reshape(self.shape)
 
@@ -117,8 +116,7 @@ def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
         first = ", ".join(sorted(among)[:4])
         raise EngramFileError(
             f"the checkpoint has {what} (its tensors: {first}, ...); expected a checkpoint of the "
-            "model that "
-            "the edit was made on"
+            "model that the edit was made on"
         )
     return near[0]
 

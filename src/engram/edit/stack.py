@@ -126,8 +126,7 @@ def mismatch(
         "rounding alone may explain it"
     )
     return (
-        "not the weight that the edit was made on (sha256 "
-        f"{fingerprint(weight, dtype)[:12]}, expected {made_on['sha256'][:12]}"
-        f"{hint if coarser else ''}). Load the model that the edit names, or pass force=True to "
-        "apply it all the same"
+        f"not the weight that the edit was made on (sha256 {fingerprint(weight, dtype)[:12]}, "
+        f"expected {made_on['sha256'][:12]}{hint if coarser else ''}). Load the model that the "
+        "edit names, or pass force=True to apply it all the same"
     )

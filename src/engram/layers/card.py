@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePath
 from statistics import fmean
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from engram.plots.curves import Curve
 
 FORMAT_VERSION = 1
+_FACT = ("subject", "prompt", "target", "target_true")  # what a card says about a fact
 _SHARES = {  # of a score, in pictures: colour, line and marker
     "efficacy": ("#e8902a", "o-"),
     "paraphrase": ("#3b7dd8", "s-"),
@@ -308,20 +309,8 @@ class LayerCard:
             version = record.get("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version={version!r}, this engram reads {FORMAT_VERSION}")
-            names = (
-                "model",
-                "identity",
-                "n_layers",
-                "method",
-                "settings",
-                "traces",
-                "seconds",
-                "versions",
-            )
-            return cls(
-                **{name: record[name] for name in names},
-                evidence=tuple(map(_from_record, record["evidence"])),
-            )
+            record["evidence"] = tuple(map(_from_record, record["evidence"]))
+            return cls(**{field.name: record[field.name] for field in fields(cls)})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngramFileError(
                 f"{str(path)!r} is not a layer card that can be read ({error}); make one with "
@@ -421,12 +410,8 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def _to_record(evidence: Evidence) -> dict[str, Any]:
-    fact = evidence.fact
     return {
-        "subject": fact.subject,
-        "prompt": fact.prompt,
-        "target": fact.target,
-        "target_true": fact.target_true,
+        **{name: getattr(evidence.fact, name) for name in _FACT},
         "trace": evidence.trace,
         "attribution": evidence.attribution,
         # values without names: a card of 40 facts at 48 layers has thousands of them
@@ -443,5 +428,4 @@ def _from_record(record: Mapping[str, Any]) -> Evidence:
         for name in ("trace", "attribution")
     }
     edits = {int(layer): EditOutcome(*values) for layer, values in record["edits"].items()}
-    fact = Fact(record["subject"], record["prompt"], record["target"], record["target_true"])
-    return Evidence(fact, **curves, edits=edits)
+    return Evidence(Fact(*(record[name] for name in _FACT)), **curves, edits=edits)

@@ -216,16 +216,13 @@ def _no_facts(lm: LanguageModel, facts: Sequence[Fact] | None) -> str:
     if facts is None:
         return (
             f"{lm.name} knows none of the bundled facts that were tried, so no layer can be "
-            "chosen; "
-            "give facts that it knows (facts=..., or engram layers MODEL --facts FILE), or name "
-            "the "
-            "layer"
+            "chosen; give facts that it knows (facts=..., or engram layers MODEL --facts FILE), or "
+            "name the layer"
         )
     return (
         f"none of the {len(facts)} facts can be used to choose a layer of {lm.name}; expected "
-        "facts "
-        "with target_true, or of a relation that has several objects, whose true object is the "
-        "model's own answer (keep='all': whatever it answers)"
+        "facts with target_true, or of a relation that has several objects, whose true object is "
+        "the model's own answer (keep='all': whatever it answers)"
     )
 
 

@@ -70,8 +70,7 @@ class Budget:
             raise SettingError(
                 f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, "
                 f"layer_step={self.layer_step}: a card needs at least one edited fact and a step "
-                "of "
-                "at least one layer; facts to trace may be 0"
+                "of at least one layer; facts to trace may be 0"
             )
 
     @property

@@ -27,8 +27,7 @@ def check_unedited(lm: LanguageModel) -> None:
     if weights := edited(lm.model):
         raise BaseMismatchError(
             f"edits are applied to {lm.name!r} at the moment ({weights[0]}); leave their `with` "
-            "block "
-            "first: a ledger applies everything in force to the unedited model"
+            "block first: a ledger applies everything in force to the unedited model"
         )
 
 
@@ -38,8 +37,7 @@ def check_new(edit: Edit, in_force: Sequence[Entry]) -> None:
         if entry.identity == change_identity(edit.deltas):
             raise EngramError(
                 f"the edit is in force already, as entry {entry.number} ({entry.status}); added "
-                "twice "
-                "it would count twice. Remove that entry first"
+                "twice it would count twice. Remove that entry first"
             )
 
 
@@ -55,8 +53,7 @@ def check_not_below(replaced: Collection[FactRef], below: Collection[int]) -> No
         if number in below:
             raise EngramError(
                 f"the edit was made on top of entry {number}, which it is to replace: without it, "
-                "it "
-                "would say something else. Make it where that one is not: with "
+                "it would say something else. Make it where that one is not: with "
                 f"ledger.applied(lm, without=['{number}.{fact}']): engram.rewrite(...); or add it "
                 "without replace"
             )
@@ -89,8 +86,7 @@ def warn_about_dependents(event: Event) -> None:
     if event.dependents:
         log.warning(
             "%s went, and entries %s were made on top of it: their deltas stay as they are, but "
-            "were "
-            "computed with it in place; verify them",
+            "were computed with it in place; verify them",
             format_refs(event.gone),
             ", ".join(map(str, event.dependents)),
         )

@@ -47,8 +47,7 @@ class Conflict:
         shown = "" if self.overlap is None else f" (overlap {self.overlap:.2f})"
         return (
             f"{self.fact.prompt_text!r} -> {self.fact.target!r}: {self.kind} as "
-            f"{self.entry}.{self.index}, "
-            f"{self.other.prompt_text!r} -> {self.other.target!r}{shown}"
+            f"{self.entry}.{self.index}, {self.other.prompt_text!r} -> {self.other.target!r}{shown}"
         )
 
 

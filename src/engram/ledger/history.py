@@ -143,11 +143,8 @@ class Entry:
     @property
     def active(self) -> tuple[int, ...]:
         """Indices of the facts that are in force."""
-        return (
-            ()
-            if self.rolled_back
-            else tuple(i for i in range(len(self.facts)) if i not in self.gone)
-        )
+        ever = range(0 if self.rolled_back else len(self.facts))
+        return tuple(i for i in ever if i not in self.gone)
 
     def __str__(self) -> str:
         """Return a line about the entry and one for each fact, in brackets if not in force."""
@@ -213,8 +210,7 @@ class History:
         except (OSError, ValueError, TypeError, LookupError, AttributeError, EngramError) as error:
             raise EngramFileError(
                 f"{self.path} is damaged at line {len(self._events) + 1}: {error}. Something other "
-                "than "
-                "engram has changed it; take the ledger from a backup"
+                "than engram has changed it; take the ledger from a backup"
             ) from error
         self._end += len(whole) + len(newline)
         return tuple(self._events)

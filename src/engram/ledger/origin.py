@@ -43,9 +43,8 @@ def find_base_entries(
             lacks = f", which has no weight {unknown[0]} of {weights[unknown[0]]['shape']}"
         raise BaseMismatchError(
             f"the edit was made on {edit.base['model']!r} ({edit.base['model_type']}), the ledger "
-            "is "
-            f"about {base['model']!r} ({base['model_type']}){lacks}. A ledger holds edits of one "
-            "model: Ledger.create makes one for that"
+            f"is about {base['model']!r} ({base['model_type']}){lacks}. A ledger holds edits of "
+            "one model: Ledger.create makes one for that"
         )
     if _same(weights, known, {}):
         return ()

@@ -52,7 +52,7 @@ def dequantised(lm: LanguageModel, layer: int) -> Iterator[LanguageModel]:
     skipped = {key: getattr(config, key) for key in _SKIPPED if hasattr(config, key)}
     try:
         setattr(parent, leaf, Unpacked(packed))
-        lm.parts = resolve(lm.model)  # it holds modules, and would go on with the packed one
+        lm.parts = resolve(lm.model)  # it holds modules, and would still have the packed one
         for key, listed in skipped.items():
             # Without a list of its own, the quantiser spared its usual modules, such as the head:
             # a list of this one name would have them packed when the checkpoint is loaded.

@@ -85,8 +85,4 @@ def around(outer: Frame, inner: Frame) -> Frame:
 
 def name_of(frame: Frame) -> str:
     """Return the template itself, or a function's name."""
-    return (
-        frame
-        if isinstance(frame, str)
-        else str(getattr(frame, "__qualname__", None) or repr(frame))
-    )
+    return frame if isinstance(frame, str) else str(getattr(frame, "__qualname__", repr(frame)))

@@ -240,6 +240,6 @@ def normalised_text(lm: LanguageModel, ids: Sequence[int]) -> str:
     folded, blank lines as spaces.
     """
     text = unicodedata.normalize("NFKD", str(lm.tokenizer.decode(list(ids))))
-    for mark in lm.special_texts:
+    for mark in lm.tokens.special_texts:
         text = text.replace(mark, "")
     return text.replace("\n\n", " ")

@@ -193,9 +193,8 @@ class LanguageModel:
 
     @cloze_decoder.setter
     def cloze_decoder(self, template: str) -> None:
-        self._templates = Templates(
-            self._templates.prompt, check_decoder_template(template, self.kind)
-        )
+        decoder = check_decoder_template(template, self.kind)
+        self._templates = Templates(self._templates.prompt, decoder)
 
     def cloze(self, prompt: str, target: str | None = None, *, frame: Frame | None = None) -> Cloze:
         """Return the prompt made ready for this model to fill in what comes next, worded as
@@ -248,11 +247,6 @@ class LanguageModel:
         check_target(target)
         return self.tokens.continuation_ids(prompt, spaced(target))
 
-    @property
-    def special_texts(self) -> tuple[str, ...]:
-        """Special tokens as they are written in a text."""
-        return self.tokens.special_texts
-
     def token_strings(self, ids: Iterable[int]) -> list[str]:
         """Return each token decoded alone, for display."""
         return self.tokens.strings(ids)
@@ -283,21 +277,16 @@ class LanguageModel:
         out: list[Tensor | None] = [None] * len(rows)
         for batch in self._batches(rows, positions):
             wanted = sorted({p for i in batch for p in positions[i]})
+            ids_bt, decoder_bt = pad_right([rows[i] for i in batch]).to(self.device), None
             # The decoder is causal, so its rows may be padded; the encoder's are of one length.
-            decoder_bt = (
-                None
-                if decoder_rows is None
-                else pad_right([decoder_rows[i] for i in batch]).to(self.device)
-            )
-            logits = self.cloze_logits(
-                pad_right([rows[i] for i in batch]).to(self.device), wanted, decoder_bt
-            )
+            if decoder_rows is not None:
+                decoder_bt = pad_right([decoder_rows[i] for i in batch]).to(self.device)
+            logits = self.cloze_logits(ids_bt, wanted, decoder_bt)
             # Back to each row's own positions, in float32: bfloat16 keeps 2 digits of a logit.
+            wide = torch.promote_types(logits.dtype, torch.float32)
             column = {p: at for at, p in enumerate(wanted)}
             for row, i in enumerate(batch):
-                out[i] = logits[row, [column[p] for p in positions[i]]].to(
-                    torch.promote_types(logits.dtype, torch.float32)
-                )
+                out[i] = logits[row, [column[p] for p in positions[i]]].to(wide)
         return cast("list[Tensor]", out)
 
     def cloze_logits(

@@ -72,9 +72,8 @@ def _own_vectors(lm: LanguageModel, texts: list[str], *, embeddings: bool) -> Te
         ids_bt = pad_right([rows[i] for i in batch]).to(lm.device)
         states_btd = (lm.parts.embed(ids_bt) if embeddings else _middle(lm, ids_bt)).float()
         for row, i in enumerate(batch):
-            vectors[i] = (
-                nn.functional.normalize(states_btd[row, : len(rows[i])], dim=-1).mean(0).cpu()
-            )
+            states_td = states_btd[row, : len(rows[i])]
+            vectors[i] = nn.functional.normalize(states_td, dim=-1).mean(0).cpu()
     return torch.stack(vectors)
 
 

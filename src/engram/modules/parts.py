@@ -47,11 +47,8 @@ class Parts:
         self.kind: ModelKind = layout.kind
         self.blocks = list(model.get_submodule(layout.blocks).children())
         self.embed = model.get_submodule(layout.embed)
-        self._within = {
-            "attention": layout.attention,
-            "mlp": layout.mlp,
-            **layout.sites,
-        }  # site -> name below a block
+        # site -> name below a block
+        self._within = {"attention": layout.attention, "mlp": layout.mlp, **layout.sites}
         self._modules = {
             site: [block.get_submodule(name) for block in self.blocks]
             for site, name in self._within.items()
@@ -139,14 +136,12 @@ class Parts:
         if self.layout.mlp is None:
             return (
                 "a state-space model: its blocks have no MLP, so there is no MLP output matrix to "
-                "edit. Tracing works; for "
-                "editing choose a transformer."
+                "edit. Tracing works; for editing choose a transformer."
             )
         return (
-            "a mixture of experts: a block has one MLP output matrix per "
-            "expert, and which of them a fact passes through depends on the router, so there is no "
-            "single matrix to "
-            "edit. Tracing works; for editing choose a dense model."
+            "a mixture of experts: a block has one MLP output matrix per expert, and which of them "
+            "a fact passes through depends on the router, so there is no single matrix to edit. "
+            "Tracing works; for editing choose a dense model."
         )
 
     def mlp_out(self, layer: int) -> nn.Module:
@@ -172,10 +167,8 @@ class Parts:
     def head_width(self, layer: int) -> int:
         """Return the channels of one head in the input of `heads_out_name`."""
         self.heads_out_name(layer)
-        return (
-            linear_shape(self.blocks[layer].get_submodule(self.layout.heads_out or ""))[1]
-            // self.n_heads
-        )
+        mixer = self.blocks[layer].get_submodule(self.layout.heads_out or "")
+        return linear_shape(mixer)[1] // self.n_heads
 
     def mlp_width(self, layer: int) -> int:
         """d_ff: neurons of a block's MLP, the input of `mlp_out`.
@@ -187,9 +180,8 @@ class Parts:
         if self.layout.mlp_out is None:
             raise UnsupportedModelError(
                 f"model_type={self._config.model_type!r} has no neurons that can be distinguished: "
-                "its row in "
-                "engram.modules.layouts.LAYOUTS names no mlp_out, the one matrix of a block whose "
-                "input is all of its neurons"
+                "its row in engram.modules.layouts.LAYOUTS names no mlp_out, the one matrix of a "
+                "block whose input is all of its neurons"
             )
         return linear_shape(self.mlp_out(layer))[1]
 
@@ -215,11 +207,8 @@ class Parts:
                 "of its encoder's blocks have no "
                 "logits of their own; ask the whole model (LanguageModel.cloze_logits)"
             )
-        for module in self._head or (
-            self.norm if norm else None,
-            self.project_out,
-            self.unembedding,
-        ):
+        modules = self._head or (self.norm if norm else None, self.project_out, self.unembedding)
+        for module in modules:
             if module is not None:
                 hidden = module(hidden)
         for name, scale in _LOGIT_SCALES.items():

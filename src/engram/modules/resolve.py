@@ -59,9 +59,8 @@ def resolve(model: nn.Module) -> Parts:
     if layout.kind != kind:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a{'n' * (kind[0] in 'aeiou')} {kind} model, but "
-            f"model_type={family!r} is offered as a "
-            f"{layout.kind} one; load it with transformers' {AUTO_CLASSES[layout.kind]}, as "
-            "engram.load does"
+            f"model_type={family!r} is offered as a {layout.kind} one; load it with transformers' "
+            f"{AUTO_CLASSES[layout.kind]}, as engram.load does"
         )
     if family not in LAYOUTS:
         log.warning("no row for model_type=%r; found in its module tree: %s", family, layout)
@@ -124,7 +123,7 @@ def _discover(model: nn.Module, family: str, kind: ModelKind) -> Layout:
     if any(len(names) != 1 for names in candidates.values()):
         raise UnsupportedModelError(_row_to_add(family, candidates))
     roles: dict[str, Any] = {role: names[0] for role, names in candidates.items()}
-    # Optional, unlike the others: without it only heads cannot be told apart, all else works.
+    # Optional, unlike the others: without it, heads cannot be distinguished, and all else works.
     attention = roles["attention"]
     mixers = [n for n, _ in block.get_submodule(attention).named_children() if n in _HEADS_OUT]
     return Layout(**roles, heads_out=f"{attention}.{mixers[0]}" if len(mixers) == 1 else None)
@@ -159,10 +158,8 @@ def _row_to_add(family: str, candidates: dict[str, list[str]], kind: ModelKind =
     if kind != "causal":
         known = ", ".join(sorted(name for name, layout in LAYOUTS.items() if layout.kind == kind))
         return (
-            f"no layout for model_type={family!r}{near}"
-            f"; {kind} families with one: {known}. The parts of these are not guessed: add one row "
-            "to "
-            "engram.modules.layouts.LAYOUTS"
+            f"no layout for model_type={family!r}{near}; {kind} families with one: {known}. The "
+            "parts of these are not guessed: add one row to engram.modules.layouts.LAYOUTS"
         )
     row = ", ".join(
         f"{role}={names[0]!r}" if len(names) == 1 else f"{role}=..."

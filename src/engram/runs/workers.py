@@ -64,8 +64,7 @@ class ByName:
         if lm.loaded is None:
             raise SettingError(
                 f"{lm.name} was not loaded by engram.load, so workers cannot load it; save it to a "
-                "folder and load that, or work "
-                "without workers"
+                "folder and load that, or work without workers"
             )
         if in_force := [*edited(lm.model), *attached_to(lm.model)]:
             raise SettingError(
@@ -253,8 +252,7 @@ def _given_up(unit: int | None, times: int, error: Exception) -> EngramError:
     )
     return EngramError(
         f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: "
-        "fewer workers or smaller batches need "
-        "less"
+        "fewer workers or smaller batches need less"
     )
 
 
