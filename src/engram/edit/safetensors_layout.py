@@ -108,11 +108,9 @@ def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
         if name.endswith(f".{key}") or key.endswith(f".{name}")
     ]
     if len(near) != 1:
-        what = (
-            f"several that may be {name!r}: {', '.join(place.name for place in near)}"
-            if near
-            else f"no tensor {name!r}"
-        )
+        what = f"no tensor {name!r}"
+        if near:
+            what = f"several that may be {name!r}: {', '.join(place.name for place in near)}"
         first = ", ".join(sorted(among)[:4])
         raise EngramFileError(
             f"the checkpoint has {what} (its tensors: {first}, ...); expected a checkpoint of the "

@@ -130,11 +130,9 @@ def _refuse_strangers(folder: Path, replaces: str | None) -> None:
     if not folder.is_dir():
         raise EngramFileError(f"{folder} is a file; expected the name of a folder to write")
     if any(folder.iterdir()) and not (replaces and (folder / replaces).is_file()):
-        wanted = (
-            f"a folder with {replaces}, which would be replaced, or none"
-            if replaces
-            else "an empty folder, or none"
-        )
+        wanted = "an empty folder, or none"
+        if replaces:
+            wanted = f"a folder with {replaces}, which would be replaced, or none"
         raise EngramFileError(
             f"{folder} holds other files; expected {wanted}. Choose another name, or move it away"
         )

@@ -309,8 +309,9 @@ class LayerCard:
             version = record.get("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version={version!r}, this engram reads {FORMAT_VERSION}")
-            record["evidence"] = tuple(map(_from_record, record["evidence"]))
-            return cls(**{field.name: record[field.name] for field in fields(cls)})
+            # Only its own fields: what follows from them is computed again and not believed.
+            own = {field.name: record[field.name] for field in fields(cls)}
+            return cls(**own | {"evidence": tuple(map(_from_record, own["evidence"]))})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngramFileError(
                 f"{str(path)!r} is not a layer card that can be read ({error}); make one with "

@@ -135,11 +135,8 @@ def _by_columns(delta: Delta) -> Iterator[tuple[list[int], Delta]]:
 def _effect(change: Delta, keys_nf: Tensor) -> Tensor:
     """Return ||D k|| of each key, [n]."""
     # D k through the factors: D itself would be [d_model, d_ff]
-    left = change.left.double()
-    moved_nd = (
-        keys_nf @ left.T if change.right is None else (keys_nf @ change.right.double().T) @ left.T
-    )
-    return moved_nd.norm(dim=1)
+    inputs_nr = keys_nf if change.right is None else keys_nf @ change.right.double().T
+    return (inputs_nr @ change.left.double().T).norm(dim=1)
 
 
 def _unit(keys_nf: Tensor) -> Tensor:

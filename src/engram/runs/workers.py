@@ -204,11 +204,9 @@ class RayWorkers:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # the behaviour that Ray announces for a coming version, without its warning
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        own = (
-            {"num_cpus": self.num_workers, "include_dashboard": False}
-            if self.address is None
-            else {}
-        )
+        own: dict[str, Any] = {}
+        if self.address is None:  # a cluster of one's own has the size that is needed
+            own = {"num_cpus": self.num_workers, "include_dashboard": False}
         ray.init(
             address=self.address or "local",
             log_to_driver=False,
@@ -245,11 +243,9 @@ class _Worker:
 
 
 def _given_up(unit: int | None, times: int, error: Exception) -> EngramError:
-    what = (
-        "workers died before they were given a unit,"
-        if unit is None
-        else f"unit {unit} was given up: a worker died of it"
-    )
+    what = "workers died before they were given a unit,"
+    if unit is not None:
+        what = f"unit {unit} was given up: a worker died of it"
     return EngramError(
         f"{what} {times} times, the last time with {error}. Out of memory is the usual cause: "
         "fewer workers or smaller batches need less"
