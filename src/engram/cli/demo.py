@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli import terminal
-
 if TYPE_CHECKING:
     from engram.edit.edit import Edit
     from engram.facts import Fact
     from engram.model.language_model import LanguageModel
 
-_say = terminal.console.print
+
+def _say(text: str) -> None:
+    # Not imported above: rich draws a random number when it is imported, and imports must not.
+    from engram.cli import terminal
+
+    terminal.console.print(text)
 
 
 def demo(
@@ -36,6 +39,7 @@ def demo(
     No network is needed.
     """
     from engram import pocket
+    from engram.cli import terminal
 
     began = time.monotonic()
     # Before torch is imported: a misspelt subject is reported at once.
@@ -82,7 +86,7 @@ def _locate(lm: LanguageModel, fact: Fact, out: Path) -> None:
 def _rewrite(lm: LanguageModel, fact: Fact) -> Edit:
     """Return the edit, with its receipt."""
     import engram
-    from engram.cli import show
+    from engram.cli import show, terminal
 
     _say(
         f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: "
@@ -98,6 +102,7 @@ def _rewrite(lm: LanguageModel, fact: Fact) -> Edit:
 def _keep(lm: LanguageModel, fact: Fact, edit: Edit, folder: Path) -> bool:
     """Save the edit, apply it as loaded, undo it; return whether every bit is as it was."""
     import engram
+    from engram.cli import terminal
     from engram.modules.fingerprints import fingerprints
 
     before = fingerprints(lm.model)
