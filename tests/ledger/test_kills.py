@@ -34,7 +34,7 @@ folder, edits = pathlib.Path(sys.argv[1]), [Edit.load(name) for name in sys.argv
 
 def whole(book):
     \"\"\"Every edit in force loads, and their sum is that of the edits as they were made.\"\"\"
-    made = {change_identity(edit): edit for edit in edits}
+    made = {change_identity(edit.deltas): edit for edit in edits}
     left = [made[each.identity].without(*each.gone) for each in book.list()]
     assert not left or book.edit().deltas == compose(left).deltas
     return [(each.number, each.active) for each in book.list()]
@@ -89,7 +89,7 @@ def work(book, generator, writer):
     while True:  # every answer is given after the ledger has given its own
         there = book.list()
         present = {each.identity for each in there}
-        free = [edit for edit in edits if change_identity(edit) not in present]
+        free = [edit for edit in edits if change_identity(edit.deltas) not in present]
         if free and (len(there) < 3 or generator.random() < 0.5):
             entry = book.add(generator.choice(free), replace=True)
             os.write(writer, f"added {entry.number}\\n".encode())
@@ -218,7 +218,7 @@ for half in (edits[:3], edits[3:6]):
             if len(edit.facts) == 1:
                 Ledger.open(folder).add(Edit(edit.facts, "again", {}, edit.deltas, edit.base))
         os._exit(0)
-print(os.wait()[1], os.wait()[1], *(change_identity(edits[i]) for i in range(6)))
+print(os.wait()[1], os.wait()[1], *(change_identity(edits[i].deltas) for i in range(6)))
 """
 )
 
