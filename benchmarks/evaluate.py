@@ -6,7 +6,7 @@ by record.
     python benchmarks/evaluate.py --shape xl --device cuda --batch 64    GPT-2 XL shape on a GPU
 
 A record is one edit (21 contexts and the penalty's row, 20 passes, no early stop) and 23 prompts
-with two targets each: its own, 2 paraphrases behind a sentence of 15 tokens, 10 neighbours, 10
+with two targets each: its own, 2 paraphrases after a sentence of 15 tokens, 10 neighbours, 10
     attribute prompts; the true object of every fourth record has two tokens.
 The loop is the released code's order of operations: find the value, write the weight, score 46
 right-padded sequences with every position's logits, write the old weight back, score the unedited
@@ -48,7 +48,7 @@ def contexts() -> list[list[int]]:
 def prompts(
     number: int,
 ) -> tuple[list[int], list[int], list[int], list[list[int]], list[int], list[int]]:
-    """Words before the subject, subject, words behind it, all 23 prompts, new object, true
+    """Words before the subject, subject, words after it, all 23 prompts, new object, true
     object.
     """
     draw = random.Random(number + 1)
@@ -188,7 +188,7 @@ def loop(shape: str, device: str, count: int, loops: int) -> dict[str, Any]:
         nonlocal spent
         before, subject, after, asked, new, true = prompts(number)
         texts = [[*each, *([13] if each else []), *before, *subject, *after] for each in contexts()]
-        rows = [*texts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
+        rows = [*texts, [*subject, 0, 0]]  # "<subject> is a": two words after the subject
         lookup = [len(row) - len(after) - 1 for row in texts] + [len(subject) - 1]
         ends = [len(row) - 1 for row in texts]
 

@@ -6,7 +6,7 @@ batch and layer.
     python benchmarks/mass.py --shape gptj --facts 1000 --device cuda --dtype bfloat16
 
 MEMIT's value at a third of the depth: 6 contexts of up to 10 tokens and the penalty's row, 20
-steps, none stopped early; facts have subjects of 3 tokens with 1 to 5 before and behind them.
+steps, none stopped early; facts have subjects of 3 tokens with 1 to 5 before and after them.
 "published" is what the released code does for one fact (whole forward passes over all rows with
 logits everywhere, the same arithmetic), on a few facts and scaled up. "one by one" and "batched"
 are ours with facts_per_batch = 1 and more. The solve: lambda C + K K^T of d_ff x d_ff by LU for
@@ -49,11 +49,11 @@ def requests(count: int, vocabulary: int) -> tuple[list[str], list[Any]]:
     contexts = ["{}", *(f"{words(*sample(n), 13)} {{}}" for n in CONTEXTS[1:])]
     facts = []
     for _ in range(count):
-        before, behind = draw.randint(1, 5), draw.randint(1, 5)
+        before, after = draw.randint(1, 5), draw.randint(1, 5)
         facts.append(
             Fact(
                 words(*sample(3)),
-                f"{words(*sample(before))} {{}} {words(*sample(behind))}",
+                f"{words(*sample(before))} {{}} {words(*sample(after))}",
                 words(*sample(1)),
             )
         )
@@ -98,13 +98,13 @@ def published(given: Any) -> dict[str, Any]:
 
     def optimise(fact: Any) -> list[float]:
         prompts = [lm.encode(context.replace("{}", fact.prompt_text)).ids for context in contexts]
-        behind = len(fact.prompt.partition("{}")[2].split())
+        after = len(fact.prompt.partition("{}")[2].split())
         (target,), subject = (
             lm.target_ids(fact.prompt_text, fact.target),
             lm.encode(fact.subject).ids,
         )
-        rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
-        lookup = [len(row) - behind - 1 for row in prompts] + [len(subject) - 1]
+        rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words after the subject
+        lookup = [len(row) - after - 1 for row in prompts] + [len(subject) - 1]
         ends = [len(row) - 1 for row in prompts]
         return published_value(
             model, block, rows, lookup, ends, target, clamp=0.75, steps=STEPS, device=device

@@ -5,11 +5,10 @@ logits everywhere.
     python benchmarks/rome.py --shape xl --device cuda     GPT-2 XL shape, layer 17, on a GPU
 
 21 contexts (10 of 4 sampled tokens and 10 of 9, as released) and the penalty's row; a subject of 3
-tokens. What replay saves
-depends on where the subject stands: "short" has 4 tokens before it and 1 behind ("The mother tongue
-    of {} is"), "typical" 1 and
-3, about CounterFact's mean, "long" 1 and 7. The slow variant is what the published code
-does with the same arithmetic, written out here. Each runs in a process of its own.
+tokens. What replay saves depends on where the subject is: "short" has 4 tokens before it and 1
+after it ("The mother tongue of {} is"), "typical" 1 and 3, about CounterFact's mean, "long" 1 and
+7. The slow variant is what the published code does with the same arithmetic, written out here. Each
+runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ LENGTHS = {
     "short": (4, 1),
     "typical": (1, 3),
     "long": (1, 7),
-}  # tokens before the subject and behind it
+}  # tokens before the subject and after it
 STEPS = 20
 
 
 def request(length: str) -> tuple[list[list[int]], list[int], list[int], list[int], list[int]]:
-    """Contexts, words before the subject, subject, words behind it, target; numbers of words."""
-    before, behind = LENGTHS[length]
-    draw = random.Random(behind)
+    """Contexts, words before the subject, subject, words after it, target; numbers of words."""
+    before, after = LENGTHS[length]
+    draw = random.Random(after)
     sample = lambda count: [draw.randrange(1000, 50000) for _ in range(count)]  # noqa: E731
     contexts = [[], *(sample(4) for _ in range(10)), *(sample(9) for _ in range(10))]
-    return contexts, sample(before), sample(3), sample(behind), sample(1)
+    return contexts, sample(before), sample(3), sample(after), sample(1)
 
 
 def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def full(length: str, shape: str, device: str) -> dict[str, Any]:
     prompts = [
         [*context, *([13] if context else []), *before, *subject, *after] for context in contexts
     ]
-    rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words behind the subject
+    rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words after the subject
     lookup = [len(row) - len(after) - 1 for row in prompts] + [len(subject) - 1]
     ends = [len(row) - 1 for row in prompts]
     mlp = model.transformer.h[LAYERS[shape]].mlp

@@ -55,7 +55,7 @@ class Plan:
         fact_share: share of a row's tokens that are fact sentences, for the first `rich_steps`
             steps and afterwards.
         masked: share of rows in which attention past a subject is restricted.
-        early_layers: layers in which not even the subject's last token is seen from behind.
+        early_layers: layers in which not even the subject's last token is seen from later tokens.
         scored: share of the other tokens that are scored at all, with weight 1; it saves time.
         object_weight: weight of an object's token in the loss, always scored.
     """
@@ -85,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Token ids of many sentences, one after another, each once at a text's start and once behind a
+    """Token ids of many sentences, one after another, each once at a text's start and once after a
     space.
 
     Args:

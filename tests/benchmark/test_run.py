@@ -22,6 +22,7 @@ from engram.benchmark.results import UNEDITED, Run
 from engram.benchmark.run import bench
 from engram.bootstrap import Bootstrap
 from engram.errors import EngramError, EngramFileError, FactError, SettingError
+from engram.runs.workers import ByName
 from tests.helpers.bench_samples import ASKED, METHODS, contents, dataset
 from tests.helpers.tiny import tiny_lm
 
@@ -143,7 +144,7 @@ def test_the_order_in_which_units_come_back_makes_no_difference(lm, whole, tmp_p
             for number in reversed(range(len(units))):
                 yield number, job.do(lm, units[number])
 
-    monkeypatch.setattr(run.ByName, "of", lambda lm: lm)
+    monkeypatch.setattr(ByName, "of", lambda lm: lm)
     start(lm, tmp_path / "run", workers=Backwards())
     assert contents(tmp_path / "run") == contents(whole)
 

@@ -31,7 +31,7 @@ from engram.model.language_model import LanguageModel
 from engram.model.loading import load
 from engram.progress import Progress, no_progress
 from engram.runs.identity import identity
-from engram.runs.workers import ByName, Here, ModelJob, Workers
+from engram.runs.workers import Here, ModelJob, Workers, model_for
 
 _ONE_BY_ONE = 8  # records in a unit of a method that edits one by one: what a kill can cost
 
@@ -128,8 +128,7 @@ def bench(
         "form": dataset.form,
         "config": asdict(config),
     }
-    # Workers load the model themselves: gigabytes of weights are not pickled for every unit.
-    job = RecordsJob(lm if workers is None else ByName.of(lm), config, dataset.references)
+    job = RecordsJob(model_for(workers, lm), config, dataset.references)
     with RunStore.writing(out, about) as store:
         store.add_records(records)
         for method in labelled:

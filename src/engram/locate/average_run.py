@@ -34,7 +34,7 @@ from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints
 from engram.progress import Progress, no_progress
 from engram.runs.identity import tokenizer_text
-from engram.runs.workers import ByName, Here, ModelJob, Workers
+from engram.runs.workers import Here, ModelJob, Workers, model_for
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ def _traced(
     if skipped:  # stored too, so that a resumed run does not ask the model about them again
         yield skipped
     units = list(batched(run.lm, inputs, run.config, facts_per_batch))
-    job = TracesJob(run.lm if workers is None else ByName.of(run.lm), run.config)
+    job = TracesJob(model_for(workers, run.lm), run.config)
     for number, traces in (workers or Here()).run(job, units):
         pairs = zip(units[number], traces, strict=True)
         yield [_row(owners[id(prompt)], trace=trace) for prompt, trace in pairs]

@@ -80,6 +80,17 @@ class ByName:
         return load(**self.how)
 
 
+def model_for(workers: Workers | None, lm: LanguageModel) -> LanguageModel | ByName:
+    """Return what a job carries: `lm` itself in this process, how it is loaded for workers.
+
+    Weights are not sent over the network: gigabytes would be pickled for every unit.
+
+    Raises:
+        SettingError: workers cannot load it, see `ByName.of`.
+    """
+    return lm if workers is None else ByName.of(lm)
+
+
 @dataclass(frozen=True)
 class ModelJob:
     """A job for which a worker needs the model and nothing else.

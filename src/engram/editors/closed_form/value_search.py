@@ -15,7 +15,7 @@ from engram.editors.closed_form.values import Value, ValueSearch, optimise_value
 from engram.editors.execution import Execution
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
-from engram.runs.workers import ByName, Here, ModelJob
+from engram.runs.workers import Here, ModelJob, model_for
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def find_values(
         done = len(facts) - len(missing)
         how.progress("value", done, len(facts))
         batches = value_batches(lm, [facts[i] for i in missing], search, facts_per_batch)
-        # Elsewhere a model is loaded by its name: weights are not sent over the network.
-        job = ValuesJob(lm if how.workers is None else ByName.of(lm), search)
+        job = ValuesJob(model_for(how.workers, lm), search)
         units = [tuple(facts[missing[at]] for at in batch) for batch in batches]
         for number, computed in (how.workers or Here()).run(job, units):
             for at, value in zip(batches[number], computed, strict=True):
