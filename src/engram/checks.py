@@ -6,8 +6,11 @@ Refuses to know any setting by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache
+from json import loads
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engram.errors import EngramError, SettingError
@@ -37,20 +40,192 @@ def one_of(
     known = list(known)  # read three times, and may be an iterator
     if value not in known:
         hint = did_you_mean(value, known)
-        raise error(f"{name}={value!r}: expected {alternatives(known)}{more}{hint}")
+        raise error(f"{name}={briefly(value)}: expected {alternatives(known)}{more}{hint}")
 
 
-def check_choices(config: Any) -> None:
-    """Raise unless every field of a config that is a Literal holds one of its values.
+def check_fields(config: Any) -> None:
+    """Raise unless every field of a frozen dataclass is of its annotated type and range.
 
-    The type says the choices, so that no second list of them can differ from it.
+    The annotations are the one place that says what a field may be. Strict: no text is taken for a
+    number, no number for a truth value, and NaN and infinity are refused. Numbers of numpy become
+    Python's, and lists become tuples where a tuple is annotated.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from typing import Annotated
+        >>> from annotated_types import Ge
+        >>> @dataclass(frozen=True)
+        ... class Passes:
+        ...     steps: Annotated[int, Ge(1)] = 20
+        ...     def __post_init__(self):
+        ...         check_fields(self)
+        >>> Passes(steps=1.5)
+        Traceback (most recent call last):
+        engram.errors.SettingError: steps=1.5: expected a whole number
+    Raises:
+        SettingError: names the field, its value and what was expected.
+    """
+    for name, hint in _hints(config.__class__).items():
+        object.__setattr__(config, name, checked(name, getattr(config, name), hint))
+
+
+def checked(name: str, value: Any, hint: Any, error: type[EngramError] = SettingError) -> Any:
+    """Return a value that is of an annotated type and range; see `check_fields`.
 
     Raises:
-        SettingError: see `one_of`.
+        SettingError: or another `error`: it is not.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal:
-            one_of(name, getattr(config, name), get_args(hint))
+    if get_origin(hint) is Literal:
+        one_of(name, value, get_args(hint), error=error)
+        return value
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()  # the index of a largest effect is a number of numpy
+
+    def problem(text: str) -> EngramError:
+        return error(text.replace(", expected", ": expected", 1))
+
+    return validated(hint, value, problem, name=name)
+
+
+def validated(
+    hint: Any, value: Any, error: Callable[[str], Exception], *, name: str = "", json: bool = False
+) -> Any:
+    """Return `value` as `hint` annotates it.
+
+    Args:
+        value: a Python value, or JSON text with `json`.
+        error: makes the exception from one line about the first problem.
+        name: of the value, for that line.
+    """
+    from pydantic import ValidationError  # not at the top: it takes 0.1 s, and `--help` needs none
+
+    model = _model(hint)
+    try:
+        if json:
+            return model.model_validate_json(value).root
+        try:
+            return model.model_validate(value).root
+        except ValidationError:
+            # Settings files have lists only. Strict tuples refuse them; what is in them counts.
+            return model.model_validate(_tuples(value)).root
+    except ValidationError as invalid:
+        raise error(_problem(invalid, value, name, json)) from None
+    except RecursionError:
+        raise error(f"{name or 'it'} is nested too deep, expected a plain value") from None
+
+
+@cache
+def _hints(config: type[Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(config)}
+    hints = get_type_hints(config, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name in names}
+
+
+@cache
+def _model(hint: Any) -> Any:
+    from pydantic import ConfigDict, RootModel
+
+    # A root model and not a TypeAdapter: its configuration reaches the dataclasses inside.
+    class Strict(RootModel):
+        model_config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+        root: hint
+
+    return Strict
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+# pydantic's kinds of errors in our words; others are told in pydantic's
+_WORDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "dataclass_type": "an object",
+    "none_required": "nothing",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "literal_error": "{expected}",
+    "is_instance_of": "{class}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+}
+
+
+def _problem(invalid: Any, value: Any, name: str, json: bool) -> str:
+    """Return one line about the first problem that pydantic found."""
+    errors = invalid.errors(include_url=False)
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"no JSON that can be read, {first['ctx']['error']}"
+    if json:
+        value = loads(value)  # pydantic has read it: it is JSON, and not deep
+    path = _path(value, first["loc"], first["type"])
+    # A field of several types has one error for each of them.
+    same = [one for one in errors if _path(value, one["loc"], one["type"]) == path]
+    label = _label(name, path)
+    expected = " or ".join(dict.fromkeys(map(_expected, same)))
+    if first["type"] == "missing":
+        return f"{label} is missing"
+    if first["type"] in ("value_error", "assertion_error"):
+        return f"{label}: {expected}" if label else expected
+    given = briefly(first["input"])
+    return f"{f'{label}={given}' if label else given}, expected {expected}"
+
+
+def _expected(problem: Mapping[str, Any]) -> str:
+    if problem["type"] in _WORDS:
+        words = _WORDS[problem["type"]].format_map(problem.get("ctx", {}))
+        return {"Sequence": "a list", "Mapping": "an object"}.get(words, words)
+    text = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return " ".join(text.split())
+
+
+def _path(value: Any, loc: Sequence[int | str], kind: str) -> tuple[int | str, ...]:
+    """Return the keys and indices of a location; pydantic also puts names of types there."""
+    path: list[int | str] = []
+    for at, item in enumerate(loc):
+        in_list = isinstance(value, list | tuple) and isinstance(item, int) and item < len(value)
+        if in_list or (isinstance(value, Mapping) and item in value):
+            value = value[item]
+        elif not (kind == "missing" and at == len(loc) - 1):
+            continue
+        path.append(item)
+    return tuple(path)
+
+
+def _label(name: str, path: Sequence[int | str]) -> str:
+    for item in path:
+        name += f"[{item}]" if isinstance(item, int) else f".{item}" if name else item
+    return _cut(name)
+
+
+def briefly(value: object, length: int = 80) -> str:
+    """Return the value as Python writes it, in one line, cut to `length` characters.
+
+    Example:
+        >>> briefly("a" * 100, length=10)
+        "'aaaaaa..."
+    """
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested deep, a number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return _cut(" ".join(text.split()), length)
+
+
+def _cut(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

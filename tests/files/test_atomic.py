@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import engram
-from engram.errors import EngramFileError
-from engram.files.atomic import atomic_file
+from engram.errors import EngramError, EngramFileError
+from engram.files.atomic import atomic_file, atomic_folder, reserved
 
 
 def test_the_file_is_replaced_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -66,16 +67,104 @@ def test_a_missing_folder_is_an_error_of_ours(tmp_path: Path) -> None:
         raise AssertionError("the block does not begin")
 
 
-def test_what_a_killed_writer_left_is_removed_when_it_is_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_writer_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
     left = tmp_path / ".a.txt.new-xyz"
     left.write_text("half")
-    for stale, expected in ((3600.0, True), (-1.0, False)):
-        monkeypatch.setattr("engram.files.atomic._STALE_S", stale)
-        with atomic_file(tmp_path / "a.txt") as fresh:
-            fresh.write_text("new")
-        assert left.exists() == expected
+    folder_left = tmp_path / ".a.txt.new-folder"
+    folder_left.mkdir()
+    (folder_left / "b").write_text("half")
+    with reserved(tmp_path / "a.txt"):
+        assert not left.exists()
+        assert not folder_left.exists()
+
+
+def test_what_another_writer_is_writing_is_left_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "a.txt")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        before = sorted(tmp_path.iterdir())
+        with (
+            pytest.raises(EngramError, match=rf"a.txt is being written by process {process.pid}\."),
+            reserved(tmp_path / "a.txt"),
+        ):
+            raise AssertionError("the block does not begin")
+        assert sorted(tmp_path.iterdir()) == before
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with reserved(tmp_path / "a.txt"):  # the lock of a killed process ends with it
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+HOLDS = """
+import sys
+from engram.files.atomic import atomic_file
+with atomic_file(sys.argv[1]):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_reservation_is_also_one_of_its_own_thread(tmp_path: Path) -> None:
+    with reserved(tmp_path / "a.txt") as path:
+        with atomic_file(path) as fresh:
+            fresh.write_text("first")
+        with atomic_file(path) as fresh:
+            fresh.write_text("second")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "second"
+
+
+def test_another_thread_waits_or_is_told(tmp_path: Path) -> None:
+    def reserve() -> None:
+        with reserved(tmp_path / "a.txt"):
+            pass
+
+    with (
+        ThreadPoolExecutor(1) as other,
+        reserved(tmp_path / "a.txt"),
+        pytest.raises(EngramError, match="being written"),
+    ):
+        other.submit(reserve).result()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(reserve).result()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("a.xyz", {"endings": (".png", ".pdf")}, r"'a.xyz' ends in '.xyz'; expected .*'.pdf' or"),
+        ("a", {"endings": (".png",)}, r"'a' ends in ''; expected a name that ends in '.png'"),
+        ("folder", {}, "is a folder or a device"),
+        ("pipe", {}, "is a folder or a device"),
+        ("file", {"folder": True}, "is a file; expected the name of a folder"),
+        ("folder", {"folder": True}, "holds other files; expected an empty folder, or none"),
+        ("folder", {"folder": True, "replaces": "c"}, "expected a folder with c"),
+        ("missing/a", {}, "could not write .*No such file or directory"),
+        ("file/a", {"folder": True}, "could not write .*(Not a directory|File exists)"),
+        ("a", {"needs": 1 << 60}, r"needs 1,152,921,504,607 MB and .* are free there"),
+    ],
+)
+def test_a_name_that_cannot_be_written_is_an_error_before_the_work(
+    tmp_path: Path, name: str, settings: dict, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b").write_text("b")
+    (tmp_path / "file").write_text("file")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(EngramFileError, match=message), reserved(tmp_path / name, **settings):
+        raise AssertionError("the block does not begin")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_made_for_a_result_go_if_nothing_came_of_it(tmp_path: Path) -> None:
+    with reserved(tmp_path / "a" / "b" / "c", folder=True):
+        pass
+    assert not list(tmp_path.iterdir())
+    with reserved(tmp_path / "a" / "b" / "c", folder=True) as path, atomic_folder(path) as fresh:
+        (fresh / "d").write_text("d")
+    assert (tmp_path / "a" / "b" / "c" / "d").read_text() == "d"
 
 
 SAVES = """

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
-from engram.checks import check_choices
+from engram.checks import check_fields
 from engram.edit.prompt_edit import PromptEdit, Wording
 from engram.errors import FactError, SettingError
 from engram.fact_files import read_facts
@@ -55,7 +55,7 @@ class InContextConfig:
     reserve: int = 24
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.most < 1 or self.reserve < 1:
             raise SettingError(
                 f"most={self.most}, reserve={self.reserve}: both have to be 1 or more"

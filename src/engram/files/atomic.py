@@ -1,24 +1,77 @@
 """Write a file or a folder whole or not at all, even if the process is killed or the disk is full.
 
+`reserved` tries an output's name before the work and holds it for one writer; `atomic_file` and
+`atomic_folder` write to a temporary name beside it and rename that.
 Knows names and renames. Refuses to know what is in them.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from engram.checks import alternatives
 from engram.errors import EngramFileError
+from engram.files.locks import locked
 
 log = logging.getLogger(__name__)
 
-_STALE_S = 3600.0  # temporary names this old belong to a writer that was killed
+_WAIT_S = 60.0  # for another writer of the same name to finish
+_TEMPORARY = ".{name}.new-"  # and random letters
+_reservations: dict[Path, int] = {}  # name -> the thread of this process that holds it
+
+
+@contextmanager
+def reserved(
+    path: str | Path,
+    *,
+    folder: bool = False,
+    replaces: str | None = None,
+    endings: Collection[str] = (),
+    needs: int = 0,
+    wait: float = 0.0,
+) -> Iterator[Path]:
+    """Try an output's name before the work, and hold it for this thread until the block ends.
+
+    Whatever can be known now is an error now and not after an hour: the ending, what is at that
+    name, whether a file can be written beside it, free space, another writer. `atomic_file` and
+    `atomic_folder` inside the block write under the same reservation.
+    What killed writers of this name left is removed, since nobody else can be writing it.
+
+    Args:
+        folder: a folder is to be written; its parents are made, and removed if nothing came of it.
+        replaces: see `atomic_folder`.
+        endings: those that a file's name may have, such as ".png"; empty: any.
+        needs: bytes that will be written.
+        wait: seconds to wait for another writer.
+    Yields:
+        The absolute path.
+    Raises:
+        EngramFileError: it could not be written. EngramError: another one is writing it.
+    """
+    path = Path(path).absolute()
+    if endings and path.suffix.lower() not in endings:
+        raise EngramFileError(
+            f"{path.name!r} ends in {path.suffix!r}; expected a name that ends in "
+            f"{alternatives(sorted(endings))}"
+        )
+    with ExitStack() as stack:
+        try:
+            if folder:
+                stack.enter_context(_parents_of(path))
+            _refuse_strangers(path, folder, replaces)
+            stack.enter_context(_one_writer(path, wait))
+            _check_space(path, needs)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        yield path
 
 
 @contextmanager
@@ -33,24 +86,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Raises:
         EngramFileError: it cannot be written (disk full, no permission, no such folder).
     """
-    path = Path(path).absolute()
-    try:
-        _sweep(path)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.new-", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    fresh = Path(name)
-    try:
-        yield fresh
-        fresh.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner only
-        _sync(fresh)
-        fresh.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        fresh.unlink(missing_ok=True)
+    with reserved(path, wait=_WAIT_S) as path:
+        try:
+            handle, name = tempfile.mkstemp(prefix=_temporary(path), dir=path.parent)
+            os.close(handle)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        fresh = Path(name)
+        try:
+            yield fresh
+            fresh.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner only
+            _sync(fresh)
+            fresh.replace(path)
+            _sync(path.parent)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -74,25 +126,22 @@ def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[P
         EngramFileError: something else is at `folder`, or it cannot be written (disk full, no
             permission).
     """
-    folder = Path(folder).absolute()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_strangers(folder, replaces)
-        _sweep(folder)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        yield fresh
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
-        # Contents before the rename: after a power cut, a name may else point to empty files.
-        for path in [*fresh.rglob("*"), fresh]:
-            _sync(path)
-        _replace(folder, fresh)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with reserved(folder, folder=True, replaces=replaces, wait=_WAIT_S) as folder:
+        try:
+            fresh = Path(tempfile.mkdtemp(prefix=_temporary(folder), dir=folder.parent))
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        try:
+            yield fresh
+            fresh.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
+            # Contents before the rename: after a power cut, a name may else point to empty files.
+            for path in [*fresh.rglob("*"), fresh]:
+                _sync(path)
+            _replace(folder, fresh)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def recover_folder(folder: str | Path) -> Path:
@@ -124,25 +173,70 @@ def _replace(folder: Path, fresh: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _refuse_strangers(folder: Path, replaces: str | None) -> None:
-    if not folder.exists():
+def _refuse_strangers(path: Path, folder: bool, replaces: str | None) -> None:
+    """Raise if something is at `path` that a result may not replace."""
+    if not os.path.lexists(path):
         return
-    if not folder.is_dir():
-        raise EngramFileError(f"{folder} is a file; expected the name of a folder to write")
-    if any(folder.iterdir()) and not (replaces and (folder / replaces).is_file()):
+    if not folder:
+        # A device too: replacing /dev/null would take it from the whole machine.
+        if path.exists() and not path.is_file():
+            raise EngramFileError(
+                f"{path} is a folder or a device; expected the name of a file to write"
+            )
+        return
+    if not path.is_dir():
+        raise EngramFileError(f"{path} is a file; expected the name of a folder to write")
+    if any(path.iterdir()) and not (replaces and (path / replaces).is_file()):
         wanted = "an empty folder, or none"
         if replaces:
             wanted = f"a folder with {replaces}, which would be replaced, or none"
         raise EngramFileError(
-            f"{folder} holds other files; expected {wanted}. Choose another name, or move it away"
+            f"{path} holds other files; expected {wanted}. Choose another name, or move it away"
         )
 
 
-def _sweep(target: Path) -> None:
-    """Remove what writers of `target` left that were killed an hour ago or more."""
-    for path in target.parent.glob(f".{target.name}.new-*"):
-        if time.time() - path.stat().st_mtime > _STALE_S:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; those that are empty when the block ends are removed."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the first one that is not empty
+            for parent in missing:
+                parent.rmdir()
+
+
+@contextmanager
+def _one_writer(path: Path, wait: float) -> Iterator[None]:
+    """Hold `path` for this thread, unless it holds it already, and remove what the killed left."""
+    thread = threading.get_ident()
+    if _reservations.get(path) == thread:
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(lock, wait, path, "Wait until it is done, or write to another name"):
+        _reservations[path] = thread
+        try:
+            for left in path.parent.glob(glob.escape(_temporary(path)) + "*"):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            yield
+        finally:
+            del _reservations[path]
+
+
+def _check_space(path: Path, needs: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needs:
+        raise EngramFileError(
+            f"{path} needs {needs / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free there; free "
+            "some space, or choose another folder"
+        )
+
+
+def _temporary(path: Path) -> str:
+    return _TEMPORARY.format(name=path.name)
 
 
 def _aside(folder: Path) -> Path:

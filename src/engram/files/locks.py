@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from typing import IO
 
 from engram.errors import EngramError
 
+# some network folders have no locks: there, as before locks, the last writer wins
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+
 
 @contextmanager
 def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[None]:
     """Hold the lock at `path` for the length of the block; the lock of a killed process ends with
-    it.
+    it, and its file is removed with the block.
 
     Args:
         wait: seconds to wait for another process or thread.
@@ -23,19 +27,35 @@ def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[N
     Raises:
         EngramError: another one holds it still.
     """
-    with path.open("a+") as file:
-        _take(file, time.monotonic() + wait, wait, what, advice)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    until = time.monotonic() + wait
+    while True:
+        with path.open("a+") as file:
+            _take(file, until, wait, what, advice)
+            if not _is_at(file, path):
+                continue  # its last holder removed it while we waited: it locks nothing any more
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # before the lock ends: nobody else can hold it yet
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _take(file: IO[str], until: float, wait: float, what: str | Path, advice: str) -> None:
-    import fcntl  # not at the top: it does not exist on Windows, and only locking needs it
-
+    try:
+        import fcntl  # not at the top: it does not exist on Windows, and only locking needs it
+    except ImportError:
+        return None
     # flock and not a file that exists: the kernel lets go of it when the process is killed.
-
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,8 +63,13 @@ def _take(file: IO[str], until: float, wait: float, what: str | Path, advice: st
             if time.monotonic() < until:
                 time.sleep(0.02)
                 continue
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
         file.seek(0)
         raise EngramError(
-            f"{what} is being written by process {file.read() or 'unknown'}, for more than "
-            f"{wait:g} s now. {advice}"
+            f"{what} is being written by process {file.read() or 'unknown'}"
+            + f", for more than {wait:g} s now" * (wait > 0)
+            + f". {advice}"
         )

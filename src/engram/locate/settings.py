@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from engram.checks import check_choices
+from engram.checks import check_fields
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Occurrence
@@ -70,7 +70,7 @@ class SubjectCorruption:
     occurrence: Occurrence = "first"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.samples < 1 or self.extra_tokens < 0:
             raise SettingError(
                 f"samples={self.samples}, extra_tokens={self.extra_tokens}: samples has to be at "
@@ -135,7 +135,7 @@ class Patching:
     frozen_noise: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         sites = (self.sites,) if isinstance(self.sites, str) else self.sites
         severed = (self.severed,) if isinstance(self.severed, str) else tuple(self.severed)
         neurons = tuple((int(layer), int(index)) for layer, index in self.neurons)
@@ -218,7 +218,7 @@ class Estimation:
     screen: int | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.screen is not None and (self.method == "attribution" or self.screen < 1):
             raise SettingError(
                 f"screen={self.screen} computes that many cells exactly (at least 1), "
@@ -270,7 +270,7 @@ class TraceConfig:
     engine: Engine = "auto"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.rows_per_batch is not None and self.rows_per_batch < 1:
             raise SettingError(
                 f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time"

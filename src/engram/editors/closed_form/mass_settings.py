@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engram.checks import check_choices
+from engram.checks import check_fields
 from engram.editors.closed_form.shifted_rows import Site
 from engram.editors.closed_form.values import ValueConfig
 from engram.editors.presets import overridden, preset
@@ -57,7 +57,7 @@ class MassConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
             raise SettingError(
                 "preservation, relative_preservation, slack and ridge have to be 0 or more"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checks import check_choices
+from engram.checks import check_fields
 from engram.edit.applied import applied
 from engram.edit.base import describe_base
 from engram.edit.changes import WeightChanges
@@ -74,7 +74,7 @@ class RomeConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.reference and (self.variant != "r-rome" or self.residual != "mean_output"):
             raise SettingError(
                 f"reference=True is ROME as released: without variant={self.variant!r} and "

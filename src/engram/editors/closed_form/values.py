@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engram.batching import batches
-from engram.checks import check_choices
+from engram.checks import check_fields
 from engram.editors.closed_form.shifted_rows import (
     ShiftedRows,
     Site,
@@ -70,7 +70,7 @@ class ValueConfig:
     stop_loss: float = 0.05
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.steps < 1:
             raise SettingError(f"steps={self.steps}: at least one forward pass is needed")
         if self.clamp <= 0 or self.learning_rate <= 0:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from engram.checks import check_choices
+from engram.checks import check_fields
 from engram.editors.contexts import sample_contexts
 from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of
 from engram.engine.recording import record_run
@@ -68,7 +68,7 @@ class TuningConfig:
     locality_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.epochs < 1 or self.rows_per_batch < 1:
             raise SettingError(
                 f"epochs={self.epochs}, rows_per_batch={self.rows_per_batch}: both have to be at "
