@@ -137,7 +137,7 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-# pydantic's kinds of errors in our words; others are told in pydantic's
+# pydantic's kinds of errors in our words; others keep pydantic's
 _WORDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",

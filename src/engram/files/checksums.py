@@ -1,7 +1,7 @@
 """Checksums of JSON contents: one letter that changed since they were written is noticed.
 
 Protects from damage, and from a change by hand that forgot the rest. Does not protect from somebody
-who computes the checksum anew: for that, compare the file with one from a source you trust.
+who computes the checksum again: for that, compare the file with one from a source you trust.
 """
 
 from __future__ import annotations
