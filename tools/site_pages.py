@@ -23,7 +23,7 @@ def command_line() -> str:
         sys.executable,
         "-m",
         "typer",
-        "engram.cli",
+        "engram.cli.commands",
         "utils",
         "docs",
         "--name",
