@@ -25,6 +25,7 @@ import engram.files.atomic
 from engram.edit.edit import Edit, compose
 from engram.errors import EngramFileError
 from engram.facts import Fact
+from engram.files.checksums import stamped
 from tests.helpers.edit_samples import FAMILIES, random_edit, tiny
 
 LM = tiny()
@@ -87,9 +88,10 @@ def test_an_edit_replaces_an_edit_and_nothing_else(tmp_path: Path) -> None:
 
 
 def _rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the recipe and put its checksum right, so that what is wrong is the content."""
     recipe = json.loads((folder / "edit.json").read_text())
     change(recipe)
-    (folder / "edit.json").write_text(json.dumps(recipe))
+    (folder / "edit.json").write_text(json.dumps(stamped(recipe)))
 
 
 def _factors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -118,13 +120,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "format_version=2, this engram reads 1.*upgrade",
     ),
     "other": (
-        lambda f: (f / "edit.json").write_text("[]"),
+        lambda f: (f / "edit.json").write_text("{}"),
         "format_version=None.*not an edit of ours",
     ),
-    "no facts": (lambda f: _rewritten(f, lambda r: r.pop("facts")), "damaged: no entry 'facts'"),
+    "no object": (lambda f: (f / "edit.json").write_text("[]"), r"\[\], expected an object"),
+    "no facts": (lambda f: _rewritten(f, lambda r: r.pop("facts")), "damaged: facts is missing"),
     "bad fact": (
         lambda f: _rewritten(f, lambda r: r["facts"][0].update(prompt="no place")),
-        "damaged: prompt='no place'",
+        r"damaged: facts\[0\]: prompt='no place'",
     ),
     "no base": (
         lambda f: _rewritten(f, lambda r: r["base"].update(tensors={})),

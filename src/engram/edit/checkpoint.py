@@ -17,39 +17,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from engram import pocket
 from engram.edit.applied import applied
 from engram.edit.changes import WeightChanges
-from engram.edit.folder_format import Contents, Storable, change_identity, read, write
+from engram.edit.folder_format import (
+    LARGEST_WEIGHTS,
+    RECIPE,
+    Contents,
+    Storable,
+    change_identity,
+    read,
+    recipe_digest,
+    write,
+)
 from engram.edit.recipe import check_changes_weights
-from engram.edit.safetensors_layout import TensorBytes, find, tensor_locations
+from engram.edit.safetensors_layout import DTYPES, TensorBytes, find, tensor_locations
 from engram.edit.stack import Stack
 from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError
-from engram.files.atomic import atomic_folder, recover_folder
+from engram.files.atomic import atomic_folder, recover_folder, reserved
+from engram.files.checksums import stamped, verified
+from engram.files.forms import parsed
+from engram.files.names import check_regular, inside, read_bytes
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
 
 
 FORMAT_VERSION = 1
-
-
 _HOME = "engram"  # folder of the record, inside the checkpoint's
-
-
 _RECORD, _ORIGINALS, _EDITS = "record.json", "originals.safetensors", "edits"
-
-
 # not fetched from the hub: a repository may hold each weight four times over
 _OTHER_FRAMEWORKS = [
     "*.bin",
@@ -63,6 +71,19 @@ _OTHER_FRAMEWORKS = [
     "onnx/*",
     "*.gguf",
 ]
+
+
+class _Row(TypedDict):
+    folder: str  # inside the record's
+    forced: bool
+    sha256: NotRequired[str]  # of its edit.json
+
+
+class _RecordForm(TypedDict):
+    format_version: int
+    edits: list[_Row]
+    originals: str
+    now: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,8 +101,8 @@ class _Record:
     """
 
     edits: tuple[_Applied, ...] = ()
-    originals: dict[str, Tensor] | None = None
-    now: dict[str, str] | None = None
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    now: dict[str, str] = field(default_factory=dict)
 
 
 def apply_to_checkpoint(
@@ -164,29 +185,31 @@ def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Rec
         raise EngramFileError(
             f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it"
         )
-    locations = tensor_locations(source)
-    _check_untouched(source, locations, record)
-    # `source` holds edited values of what is recorded, and original ones of everything else.
-    originals = dict(record.originals or {})
-    for applied_edit in edits:
-        for name in applied_edit.edit.deltas:
-            place = find(name, locations)
-            originals.setdefault(place.name, place.tensor(source))
-    # Also of tensors that no remaining edit touches: they get their original bytes back.
-    values = {
-        name: _edited(name, original, edits, locations) for name, original in originals.items()
-    }
-    touched = {find(name, locations).name for one in edits for name in one.edit.deltas}
-    # Asked before the first byte: a full disk after 50 GB would have cost minutes for nothing.
-    _check_room(source, folder)
-    with atomic_folder(folder) as fresh:
-        _copy(source, fresh)
-        for name, value in values.items():
-            locations[name].write(fresh, value)
-        if edits:
-            _write_record(
-                fresh, edits, {name: originals[name] for name in sorted(touched)}, locations
-            )
+    files = _files(source)
+    size = sum((source / name).stat().st_size for name in files)
+    # Tried before the first byte is read: a full disk after 50 GB would have cost minutes.
+    with reserved(folder, folder=True, needs=size):
+        locations = tensor_locations(source)
+        _check_record(source, locations, record)
+        # `source` holds edited values of what is recorded, and original ones of everything else.
+        originals = dict(record.originals)
+        for applied_edit in edits:
+            for name in applied_edit.edit.deltas:
+                place = find(name, locations)
+                originals.setdefault(place.name, place.tensor(source))
+        # Also of tensors that no remaining edit touches: they get their original bytes back.
+        values = {
+            name: _edited(name, original, edits, locations) for name, original in originals.items()
+        }
+        touched = {find(name, locations).name for one in edits for name in one.edit.deltas}
+        with atomic_folder(folder) as fresh:
+            _copy(source, fresh, files)
+            for name, value in values.items():
+                locations[name].write(fresh, value)
+            if edits:
+                _write_record(
+                    fresh, edits, {name: originals[name] for name in sorted(touched)}, locations
+                )
     return folder
 
 
@@ -212,66 +235,87 @@ def _edited(
         raise NonFiniteError(f"{name}: {error}") from error
 
 
-def _check_untouched(source: Path, locations: dict[str, TensorBytes], record: _Record) -> None:
+def _check_record(source: Path, locations: dict[str, TensorBytes], record: _Record) -> None:
+    """Raise unless the weights are as the record says."""
     # Of the edited tensors only: to read all of a checkpoint would take longer than the edit.
-    for name, digest in (record.now or {}).items():
+    for name, digest in record.now.items():
         if name not in locations or _digest(locations[name].read(source)) != digest:
             raise BaseMismatchError(
                 f"{name} of {source} is not as engram left it: something else has changed the "
                 "checkpoint since. Start from the original checkpoint, or from a copy that only "
                 "engram has edited"
             )
+    edited = {find(name, locations).name for one in record.edits for name in one.edit.deltas}
+    for name in record.now.keys() | record.originals.keys() | edited:
+        place, original = locations.get(name), record.originals.get(name)
+        if (
+            place is None
+            or original is None
+            or name not in record.now
+            or (original.dtype, tuple(original.shape)) != (DTYPES.get(place.dtype), place.shape)
+        ):
+            raise _no_record(source / _HOME, f"{name!r} has no original that fits it")
 
 
-def _check_room(source: Path, folder: Path) -> None:
-    needed = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    home = next(parent for parent in folder.resolve().parents if parent.exists())
-    free = shutil.disk_usage(home).free
-    if needed > free:
-        raise EngramFileError(
-            f"no room for {folder}: the checkpoint has {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
-            "are free. Free some space, or choose a folder on another disk"
-        )
+def _files(source: Path) -> list[str]:
+    """Return the names of all files of a checkpoint but the record's.
 
-
-def _copy(source: Path, fresh: Path) -> None:
-    """Copy every file but the record, with fresh permissions (a cache may be read-only); links
-    become files.
+    Raises:
+        EngramFileError: a link that leaves the folder, a linked folder, a pipe, a device.
     """
-    fresh = fresh.resolve()
-    # copyfile and not copytree: a hub cache holds links to read-only blobs, and the copy has to be
-    # written to.
+    names = []
     for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        if inside.parts[0] == _HOME:
+        name = path.relative_to(source).as_posix()
+        if name.split("/")[0] == _HOME or (path.is_dir() and not path.is_symlink()):
             continue
-        if path.is_dir():
-            (fresh / inside).mkdir(exist_ok=True)
-        else:
-            shutil.copyfile(path, fresh / inside)
+        check_regular(inside(source, name))
+        names.append(name)
+    return names
+
+
+def _copy(source: Path, fresh: Path, names: Sequence[str]) -> None:
+    """Copy files with fresh permissions (a cache may be read-only); links become files."""
+    # copyfile and not copytree: a hub cache holds links to read-only blobs, and the copy has to be
+    # written to. It reads and writes bytes, so that no file of the copy is shared with another one.
+    for name in names:
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, fresh / name)
 
 
 def _read_record(source: Path) -> _Record:
     home = source / _HOME
-    if not home.exists():
+    if not os.path.lexists(home):
         return _Record()
     try:
-        record: dict[str, Any] = json.loads((home / _RECORD).read_text(encoding="utf-8"))
-        if record["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={record['format_version']!r}, this engram reads {FORMAT_VERSION}"
-            )
-        edits = [_Applied(read(home / row["folder"]), row["forced"]) for row in record["edits"]]
+        path = inside(source, f"{_HOME}/{_RECORD}")
+        text = read_bytes(path)
+        record = verified(parsed(dict[str, Any], text, path), path)
+        if (number := record.get("format_version")) != FORMAT_VERSION:
+            raise ValueError(f"format_version={number!r}, this engram reads {FORMAT_VERSION}")
+        form: _RecordForm = parsed(_RecordForm, text, path)
+        edits = [_applied_edit(home, row) for row in form["edits"]]
         # Checked before they are parsed: damaged originals would be written back as the true ones.
-        raw = (home / _ORIGINALS).read_bytes()
-        if _digest(raw) != record["originals"]:
+        raw = read_bytes(inside(home, _ORIGINALS), limit=LARGEST_WEIGHTS)
+        if _digest(raw) != form["originals"]:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
-        return _Record(tuple(edits), safetensors.torch.load(raw), record["now"])
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise EngramFileError(
-            f"{home} is not a whole record of edits ({error}), so the original weights are not "
-            "known. Start from the original checkpoint"
-        ) from error
+        return _Record(tuple(edits), safetensors.torch.load(raw), form["now"])
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _no_record(home, error) from error
+
+
+def _applied_edit(home: Path, row: _Row) -> _Applied:
+    folder = inside(home, row["folder"])
+    # A folder without its digest is of an older engram.
+    if row.get("sha256", digest := recipe_digest(folder)) != digest:
+        raise ValueError(f"sha256 of {row['folder']}/{RECIPE} is not the recorded one")
+    return _Applied(read(folder), row["forced"])
+
+
+def _no_record(home: Path, problem: object) -> EngramFileError:
+    return EngramFileError(
+        f"{home} is not a whole record of edits ({problem}), so the original weights are not "
+        "known. Start from the original checkpoint"
+    )
 
 
 def _write_record(
@@ -283,10 +327,11 @@ def _write_record(
     home = fresh / _HOME
     entries = []
     for i, applied_edit in enumerate(edits):
-        inside = f"{_EDITS}/{i}"
-        (home / inside).mkdir(parents=True)
-        write(applied_edit.edit, home / inside)
-        entries.append({"folder": inside, "forced": applied_edit.forced})
+        name = f"{_EDITS}/{i}"
+        (home / name).mkdir(parents=True)
+        write(applied_edit.edit, home / name)
+        row = {"folder": name, "forced": applied_edit.forced}
+        entries.append(row | {"sha256": recipe_digest(home / name)})
     raw = safetensors.torch.save(originals)
     (home / _ORIGINALS).write_bytes(raw)
     # Read back from the copy, and not computed from memory: what is recorded is what is on disk.
@@ -297,7 +342,7 @@ def _write_record(
         "originals": _digest(raw),
         "now": now,
     }
-    (home / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (home / _RECORD).write_text(json.dumps(stamped(record), indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(data: bytes | bytearray) -> str:

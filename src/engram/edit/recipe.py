@@ -78,8 +78,12 @@ def plain(name: str, value: Any) -> Any:
     """Return `value` as JSON gives it back, so that an edit equals its loaded self."""
     # There and back: tuples become lists and int keys strings now, not at the first save.
     try:
-        return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value))
-    except (TypeError, ValueError) as error:
+        text = json.dumps(
+            dict(value) if isinstance(value, Mapping) else value, ensure_ascii=False
+        ).encode()
+        return json.loads(text)
+    # also lists in lists without end, and texts that no file can hold
+    except (TypeError, ValueError, RecursionError) as error:
         raise EngramError(
             f"{name} of an edit has to be numbers, strings, lists and dicts, as in JSON: {error}"
         ) from error

@@ -9,17 +9,28 @@ Source: https://github.com/huggingface/safetensors, section "Format".
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from engram.errors import EngramFileError, UnsupportedModelError
+from engram.files.forms import read_json
+from engram.files.names import check_regular, inside, open_regular
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # in the order in which transformers looks for them: where both exist, the index is not read
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]  # tensor -> name of the file that holds it
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class TensorBytes:
         # These bytes alone: a shard may have gigabytes. A bytearray, since a tensor made of bytes,
         # which cannot be written, warns.
         data = bytearray(self.end - self.begin)
-        with (folder / self.file).open("rb") as file:
+        with open_regular(inside(folder, self.file)) as file:
             file.seek(self.begin)
             if file.readinto(data) != len(data):
                 raise EngramFileError(
@@ -53,42 +64,58 @@ class TensorBytes:
         Raises:
             UnsupportedModelError: not floating point, as in quantised checkpoints.
         """
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise UnsupportedModelError(
                 f"{self.name!r} is stored as {self.dtype}; an edit needs one of "
-                f"{', '.join(_DTYPES)}. Edit the unquantised checkpoint"
+                f"{', '.join(DTYPES)}. Edit the unquantised checkpoint"
             )
-        return torch.frombuffer(self.read(folder), dtype=_DTYPES[self.dtype]).reshape(self.shape)
+        return torch.frombuffer(self.read(folder), dtype=DTYPES[self.dtype]).reshape(self.shape)
 
     def write(self, folder: Path, value: Tensor) -> None:
-        """Put `value` over its bytes; no other byte of the file changes."""
-        # reshape(-1) before view: a tensor of no dimension has no bytes to view otherwise
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        """Put `value` over its bytes in a copy of the checkpoint; no other byte changes.
+
+        Args:
+            folder: of the copy: its files are new ones, which nothing else shares.
+        """
+        data = bytes_of(value)
         assert len(data) == self.end - self.begin, (
             f"{self.name}: {len(data)} bytes for a place of {self.end - self.begin}"
         )
-        with (folder / self.file).open("r+b") as file:
+        # The file's name was read from the checkpoint's index: whatever it says, nothing outside
+        # of the copy is written.
+        with inside(folder, self.file).open("r+b") as file:
             file.seek(self.begin)
             file.write(data)
+
+
+def bytes_of(value: Tensor) -> bytes:
+    """Return a tensor's bytes as safetensors stores them."""
+    # reshape(-1) before view: a tensor of no dimension has no bytes to view otherwise
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
     """Return every tensor that transformers would load from `folder`, by its name there.
 
     Raises:
-        EngramFileError: no safetensors weights, or damaged ones.
+        EngramFileError: no safetensors weights, damaged ones, or files outside of `folder`.
     """
-    if (folder / _SINGLE).is_file():
-        files = {_SINGLE}
-    elif (folder / _INDEX).is_file():
-        try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            files = set(index["weight_map"].values())
-        except (ValueError, LookupError, AttributeError) as error:
-            raise EngramFileError(f"{folder / _INDEX} is damaged: {error!r}") from error
+    if os.path.lexists(folder / SINGLE):
+        files = {SINGLE}
+    elif os.path.lexists(folder / INDEX):
+        index: _Index = read_json(inside(folder, INDEX), _Index, advice="Download the checkpoint once more")
+        files = set(index["weight_map"].values())
     else:
         raise EngramFileError(_no_weights(folder))
-    return {place.name: place for file in sorted(files) for place in _header(folder, file)}
+    locations: dict[str, TensorBytes] = {}
+    for place in (place for file in sorted(files) for place in _places(folder, file)):
+        # Two files with one tensor: nobody knows which of them a model is loaded from.
+        if (other := locations.setdefault(place.name, place)) is not place:
+            raise EngramFileError(
+                f"{folder} has the tensor {place.name!r} twice, in {other.file} and {place.file}; "
+                "download the checkpoint once more"
+            )
+    return locations
 
 
 def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
@@ -119,30 +146,55 @@ def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
     return near[0]
 
 
-def _header(folder: Path, file: str) -> list[TensorBytes]:
-    path = folder / file
+def header_of(folder: Path, file: str) -> bytes:
+    """Return the JSON header of a safetensors file that is whole.
+
+    Raises:
+        EngramFileError: not inside `folder`, no regular file, cut, or a header whose sizes, offsets
+            and shapes do not fit each other and the file.
+    """
+    path = inside(folder, file)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            # checked before it is read: a damaged length may ask for all memory there is
-            length = int.from_bytes(handle.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"its header of {length} bytes is longer than the file")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        # The header counts offsets from its own end; here they count from the file's start.
-        tensors = []
-        for name, entry in header.items():
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            if end > size:
-                raise ValueError(f"{name!r} ends after the file")
-            shape = tuple(entry["shape"])
-            tensors.append(TensorBytes(name, file, entry["dtype"], shape, begin, end))
-        return tensors
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        check_regular(path)  # before the library opens it: a pipe would make it wait
+        # The library reads a header with care: its length, overlaps, holes, shapes and sizes. It
+        # maps the file and reads no tensor.
+        with safe_open(path, framework="np"), open_regular(path) as handle:
+            return handle.read(int.from_bytes(handle.read(8), "little"))
+    except (OSError, SafetensorError) as error:
         raise EngramFileError(
             f"{path} is not a whole safetensors file: {error}. Download the checkpoint once more"
         ) from error
+
+
+def entries_of(header: bytes | str, where: Path) -> dict[str, Any]:
+    """Return what a header that `header_of` gave says about each tensor.
+
+    Raises:
+        EngramFileError: two tensors of one name.
+    """
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        # The format forbids it, and a library may take either of the two.
+        if len(dict(pairs)) < len(pairs):
+            raise EngramFileError(
+                f"{where} is not a whole safetensors file: its header has a name twice. Download "
+                "the checkpoint once more"
+            )
+        return dict(pairs)
+
+    entries = json.loads(header, object_pairs_hook=unique)
+    entries.pop("__metadata__", None)
+    return dict(entries)
+
+
+def _places(folder: Path, file: str) -> list[TensorBytes]:
+    header = header_of(folder, file)
+    places = []
+    for name, entry in entries_of(header, folder / file).items():
+        # The header counts offsets from its own end; here they count from the file's start.
+        begin, end = (8 + len(header) + offset for offset in entry["data_offsets"])
+        places.append(TensorBytes(name, file, entry["dtype"], tuple(entry["shape"]), begin, end))
+    return places
 
 
 def _no_weights(folder: Path) -> str:
@@ -155,4 +207,4 @@ def _no_weights(folder: Path) -> str:
             "open. "
             "Convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    return f"{folder} holds no {_SINGLE} or {_INDEX}; expected a checkpoint that transformers saved"
+    return f"{folder} holds no {SINGLE} or {INDEX}; expected a checkpoint that transformers saved"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from io import BufferedReader
 
 from engram.checks import briefly
 from engram.errors import EngramFileError
@@ -64,7 +64,7 @@ def _is_blob_of(snapshot: Path, target: Path) -> bool:
     return False
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file to read its bytes; a pipe never makes us wait.
 
     Raises:
