@@ -29,6 +29,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+_AGAIN = "Download the checkpoint once more"
+
+
 class _Index(TypedDict):
     weight_map: dict[str, str]  # tensor -> name of the file that holds it
 
@@ -103,7 +106,7 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
     if os.path.lexists(folder / SINGLE):
         files = {SINGLE}
     elif os.path.lexists(folder / INDEX):
-        index: _Index = read_json(inside(folder, INDEX), _Index, advice="Download the checkpoint once more")
+        index: _Index = read_json(inside(folder, INDEX), _Index, advice=_AGAIN)
         files = set(index["weight_map"].values())
     else:
         raise EngramFileError(_no_weights(folder))
@@ -162,7 +165,7 @@ def header_of(folder: Path, file: str) -> bytes:
             return handle.read(int.from_bytes(handle.read(8), "little"))
     except (OSError, SafetensorError) as error:
         raise EngramFileError(
-            f"{path} is not a whole safetensors file: {error}. Download the checkpoint once more"
+            f"{path} is not a whole safetensors file: {error}. {_AGAIN}"
         ) from error
 
 

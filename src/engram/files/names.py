@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from io import BufferedReader
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from engram.checks import briefly
 from engram.errors import EngramFileError
