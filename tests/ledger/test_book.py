@@ -561,8 +561,7 @@ def test_damage_is_named(ledger):
         "\n".join([lines[0], lines[1][:40], lines[1]]) + "\n"
     )
     with pytest.raises(
-        EngramFileError,
-        match=r"history.jsonl is damaged at line 2: .*take the ledger from a backup",
+        EngramFileError, match=r"history.jsonl, line 2, is damaged: .*take the ledger from a backup"
     ):
         Ledger.open(ledger.folder).list()
 

@@ -54,10 +54,15 @@ def verified(record: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
         EngramFileError: the contents changed since they were written.
     """
     if FIELD not in record:
-        log.warning("%s has no checksum (an older engram wrote it): not checked for damage", where)
+        note_unchecked(where)
     elif record[FIELD] != checksum(record):
         raise EngramFileError(
             f"{where} is damaged: its contents are not those that were written (another "
             "checksum). Copy it again from its source"
         )
     return {name: value for name, value in record.items() if name != FIELD}
+
+
+def note_unchecked(where: str | Path) -> None:
+    """Log that a file is of an older engram, which wrote no checksum."""
+    log.warning("%s has no checksum (an older engram wrote it): not checked for damage", where)

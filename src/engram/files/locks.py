@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from engram.errors import EngramError
+from engram.errors import EngramError, EngramFileError
 
 # some network folders have no locks: there, as before locks, the last writer wins
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -29,7 +30,7 @@ def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[N
     """
     until = time.monotonic() + wait
     while True:
-        with path.open("a+") as file:
+        with _lock_file(path) as file:
             _take(file, until, wait, what, advice)
             if not _is_at(file, path):
                 continue  # its last holder removed it while we waited: it locks nothing any more
@@ -41,6 +42,23 @@ def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[N
             finally:
                 path.unlink(missing_ok=True)  # before the lock ends: nobody else can hold it yet
             return
+
+
+def _lock_file(path: Path) -> IO[str]:
+    """Open the file of a lock, made if it is missing; in a folder of others it may be anything."""
+    # A link there may lead to any file, which would be emptied; a pipe would make us wait.
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    strange = EngramFileError(f"{path} is no regular file, so it cannot be a lock; remove it")
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | careful, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise strange from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise strange
+    return os.fdopen(handle, "r+", errors="replace")
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
@@ -69,7 +87,7 @@ def _take(file: IO[str], until: float, wait: float, what: str | Path, advice: st
             raise
         file.seek(0)
         raise EngramError(
-            f"{what} is being written by process {file.read() or 'unknown'}"
+            f"{what} is being written by process {file.read(20) or 'unknown'}"
             + f", for more than {wait:g} s now" * (wait > 0)
             + f". {advice}"
         )

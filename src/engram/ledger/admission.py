@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import isfinite
 
 from engram.edit.base import describe_base
 from engram.edit.edit import Edit
@@ -110,7 +111,12 @@ def with_canary(event: Event, everything: Edit, lm: LanguageModel, canary: Canar
     except NonFiniteError as error:  # the sum does not fit the weights' dtype
         return replace(event, what="rolled back", tripped=(str(error),))
     checks = canary.checks(lm, everything, before, after)
-    values = {check.name: check.value for check in checks if check.value is not None}
+    # JSON has no infinity; where a value is not finite, `tripped` says so in words
+    values = {
+        check.name: check.value
+        for check in checks
+        if check.value is not None and isfinite(check.value)
+    }
     tripped = tuple(
         f"{check.name} is {check.value:.3f}, at most {check.limit:g} allowed"
         for check in checks

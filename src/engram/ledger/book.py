@@ -14,10 +14,10 @@ it. Refuses to know how edits are made (editors) and judged (evaluate/canary.py)
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engram.edit.base import describe_base, editable
 from engram.edit.edit import Edit, compose
@@ -25,9 +25,9 @@ from engram.edit.folder_format import change_identity
 from engram.edit.recipe import check_changes_weights
 from engram.errors import BaseMismatchError, CanaryError, EngramError, EngramFileError
 from engram.evaluate.canary import Canary
-from engram.facts import Fact
 from engram.files.atomic import atomic_folder
 from engram.files.locks import locked
+from engram.files.names import inside
 from engram.ledger import header
 from engram.ledger.admission import (
     check_new,
@@ -41,12 +41,12 @@ from engram.ledger.conflicts import NEAR, Conflict, conflicts
 from engram.ledger.history import Entry, Event, FactRef, History, entries_after
 from engram.ledger.origin import entries_changing, find_base_entries, unknown_origin
 from engram.ledger.references import EntryRef, find_entry, resolve_refs
-from engram.ledger.stored_edits import StoredEdits
+from engram.ledger.stored_edits import FOLDER, StoredEdits, without_evidence
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
 
-_HISTORY, _EDITS, _LOCK = "history.jsonl", "edits", "lock"
+_HISTORY, _LOCK = "history.jsonl", "lock"
 
 
 class Ledger:
@@ -78,8 +78,8 @@ class Ledger:
     def __init__(self, folder: str | Path, *, wait: float = 60.0) -> None:
         self.folder, self.wait = Path(folder).absolute(), wait
         self.base, self.canary = header.read_header(self.folder)
-        self._history = History(self.folder / _HISTORY)
-        self._stored = StoredEdits(self.folder / _EDITS, self.base)
+        self._history = History(inside(self.folder, _HISTORY))
+        self._stored = StoredEdits(self.folder, self.base)
 
     @classmethod
     def create(
@@ -111,7 +111,7 @@ class Ledger:
         with atomic_folder(folder) as new:
             header.write_header(new, base, canary or Canary())
             (new / _HISTORY).touch()
-            (new / _EDITS).mkdir()
+            (new / FOLDER).mkdir()
         return cls(folder, wait=wait)
 
     @classmethod
@@ -272,7 +272,7 @@ class Ledger:
             event = Event(
                 "added",
                 entry=number,
-                facts=tuple(_without_evidence(fact) for fact in edit.facts),
+                facts=tuple(without_evidence(fact) for fact in edit.facts),
                 method=edit.method,
                 identity=change_identity(edit.deltas),
                 weights=tuple(edit.deltas),
@@ -338,9 +338,17 @@ class Ledger:
 
     # -- how ---------------------------------------------------------------------------------------
 
-    def _lock(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         advice = "Try again when it is done, or wait longer: Ledger.open(folder, wait=...)"
-        return locked(self.folder / _LOCK, self.wait, self.folder, advice)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder / _LOCK, self.wait, self.folder, advice))
+            except OSError as error:
+                raise EngramFileError(
+                    f"the ledger {self.folder} cannot be written: {error}. It is as it was"
+                ) from error
+            yield
 
     def _entries(self) -> dict[int, Entry]:
         return entries_after(self._history.events())
@@ -390,8 +398,3 @@ class Ledger:
             if now == edit.base["tensors"]:
                 return entries_changing(edit.deltas, self.list())
         raise BaseMismatchError(unknown_origin(edit, self.base, compared_now=lm is not None))
-
-
-def _without_evidence(fact: Fact) -> Fact:
-    """Return what the history records of a fact; paraphrases and neighbours are in the edit."""
-    return Fact(fact.subject, fact.prompt, fact.target, fact.target_true, relation=fact.relation)

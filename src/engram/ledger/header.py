@@ -6,16 +6,50 @@ Knows one file, which is written once. Refuses to know edits and events.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # typing's has no types at run time before 3.12
+)
+
+from annotated_types import Ge, MinLen
+from typing_extensions import TypedDict
 
 from engram.errors import EngramFileError
 from engram.evaluate.canary import Canary
+from engram.files.checksums import stamped
+from engram.files.forms import read_record
+from engram.files.names import inside
 from engram.ledger.history import now
 
 FORMAT_VERSION = 1
 NAME = "ledger.json"
+
+
+class _Weight(TypedDict):
+    sha256: str
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    shape: Annotated[list[Annotated[int, Ge(1)]], MinLen(1)]
+    transposed: bool
+    quantised: NotRequired[Any]
+
+
+class _Base(TypedDict):
+    """What `edit.base.describe_base` says about every weight that can be edited."""
+
+    model: str
+    model_type: str
+    tensors: Annotated[dict[str, _Weight], MinLen(1)]
+
+
+@dataclass(frozen=True)
+class _Header:
+    created: str
+    base: _Base
+    canary: Canary
 
 
 def write_header(folder: Path, base: dict[str, Any], canary: Canary) -> None:
@@ -30,7 +64,7 @@ def write_header(folder: Path, base: dict[str, Any], canary: Canary) -> None:
         "base": base,
         "canary": asdict(canary),
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(stamped(record), indent=1, ensure_ascii=False) + "\n"
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
@@ -40,22 +74,15 @@ def read_header(folder: Path) -> tuple[dict[str, Any], Canary]:
     Raises:
         EngramFileError: no ledger, a damaged one, or one of a newer engram.
     """
-    path = folder / NAME
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-        version = record["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={version!r}, this engram reads {FORMAT_VERSION}; "
-                "pip install --upgrade engram"
-            )
-        # looked up here, so that a header without them is reported as damaged
-        return record["base"], Canary(**record["canary"])
-    except FileNotFoundError as error:
+    if not (folder / NAME).exists():
         raise EngramFileError(
             f"{folder} is no ledger: it has no {NAME}. Ledger.create(folder, lm) makes one"
-        ) from error
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise EngramFileError(
-            f"{path} cannot be read: {error}. Take the ledger from a backup"
-        ) from error
+        )
+    header: _Header = read_record(
+        inside(folder, NAME),
+        _Header,
+        "ledger",
+        version=FORMAT_VERSION,
+        advice="Take it from a backup",
+    )
+    return dict(header.base), header.canary

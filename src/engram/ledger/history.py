@@ -15,18 +15,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from engram.errors import EngramError, EngramFileError
+from annotated_types import Ge
+
+from engram.errors import EngramFileError
 from engram.facts import Fact
+from engram.files.checksums import FIELD, checksum, note_unchecked
+from engram.files.forms import parsed
+from engram.files.names import open_regular
 
 What = Literal["added", "rolled back", "removed", "pruned"]
-FactRef = tuple[int, int]  # number of an entry, index of a fact in its edit
+Number = Annotated[int, Ge(1)]  # of an entry
+FactRef = tuple[Number, Annotated[int, Ge(0)]]  # and the index of a fact in its edit
 
 
 def now() -> str:
@@ -65,18 +71,18 @@ class Event:
 
     what: What
     when: str = field(default_factory=now)
-    entry: int | None = None
+    entry: Number | None = None
     facts: tuple[Fact, ...] = ()
     method: str | None = None
     identity: str | None = None
     weights: tuple[str, ...] = ()
-    base_entries: tuple[int, ...] = ()
+    base_entries: tuple[Number, ...] = ()
     gone: tuple[FactRef, ...] = ()
-    dependents: tuple[int, ...] = ()
+    dependents: tuple[Number, ...] = ()
     canary: dict[str, float] = field(default_factory=dict)
     tripped: tuple[str, ...] = ()
     state: dict[str, str] = field(default_factory=dict)
-    pruned: tuple[int, ...] = ()
+    pruned: tuple[Number, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return a record for JSON, without empty values."""
@@ -101,17 +107,6 @@ class Event:
         if self.dependents:
             text += f"; {_numbers(self.dependents)} were made on top of what went"
         return text
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Event:
-        """Return the event that gave this record."""
-        facts = tuple(Fact.from_dict(fact) for fact in record.get("facts", ()))
-        gone = tuple((int(entry), int(fact)) for entry, fact in record.get("gone", ()))
-        lists = {
-            name: tuple(record.get(name, ()))
-            for name in ("weights", "base_entries", "dependents", "tripped", "pruned")
-        }
-        return cls(**{**record, **lists, "facts": facts, "gone": gone})
 
 
 @dataclass(frozen=True)
@@ -169,51 +164,120 @@ def entries_after(events: Iterable[Event]) -> dict[int, Entry]:
     """Return all entries by number, as they are after these events."""
     entries: dict[int, Entry] = {}
     for event in events:
-        # an edit that was rolled back replaced nothing
-        for number, fact in event.gone if event.what != "rolled back" else ():
-            entries[number] = replace(entries[number], gone=entries[number].gone | {fact})
-        for number in event.pruned:
-            entries[number] = replace(entries[number], pruned=True)
-        if event.entry is not None:
-            entries[event.entry] = Entry(
-                event.entry,
-                event.facts,
-                str(event.method),
-                str(event.identity),
-                event.weights,
-                event.when,
-                event.base_entries,
-                event.canary,
-                rolled_back=event.what == "rolled back",
-            )
+        _apply(event, entries)
     return entries
 
 
+def _apply(event: Event, entries: dict[int, Entry]) -> None:
+    """Change `entries` to what they are after the event."""
+    # an edit that was rolled back replaced nothing
+    for number, fact in event.gone if event.what != "rolled back" else ():
+        entries[number] = replace(entries[number], gone=entries[number].gone | {fact})
+    for number in event.pruned:
+        entries[number] = replace(entries[number], pruned=True)
+    if event.entry is not None:
+        entries[event.entry] = Entry(
+            event.entry,
+            event.facts,
+            str(event.method),
+            str(event.identity),
+            event.weights,
+            event.when,
+            event.base_entries,
+            event.canary,
+            rolled_back=event.what == "rolled back",
+        )
+
+
+def _fault(event: Event, entries: Mapping[int, Entry]) -> str | None:
+    """Return why an event cannot have happened to these entries; None if it can.
+
+    Fields have the right types. A line that was moved, repeated or left out fits no entries.
+    """
+    new, added = event.what in ("added", "rolled back"), (event.entry, event.facts, event.method)
+    try:
+        datetime.fromisoformat(event.when)
+    except ValueError:
+        return f"when={event.when!r}, expected a time such as {now()}"
+    if new:
+        if event.entry != len(entries) + 1:
+            return f"entry={event.entry}, expected {len(entries) + 1}, the next number"
+        if not all((*added, event.identity, event.weights)):
+            return "facts, method, identity or weights are missing; an entry has them all"
+        if any(e.active and e.identity == event.identity for e in entries.values()):
+            return f"identity={event.identity!r} is that of an entry in force"
+    elif any((*added, event.identity, event.weights, event.base_entries, event.state)):
+        return f"entry={event.entry}: an entry comes with {event.what!r}, expected 'added'"
+    if bool(event.tripped) != (event.what == "rolled back"):
+        return f"tripped={list(event.tripped)}, expected limits where an edit was rolled back"
+    if bool(event.pruned) != (event.what == "pruned"):
+        return f"pruned={list(event.pruned)}, expected entries where files were pruned"
+    if event.what == "removed" and not event.gone:
+        return "gone=[], expected the facts that were removed"
+    if event.what == "pruned" and event.gone:
+        return f"gone={format_refs(event.gone)}, expected none where files were pruned"
+    for name in ("base_entries", "dependents", "pruned"):
+        if unknown := set(getattr(event, name)) - set(entries):
+            return f"{name}={min(unknown)}, which is no entry before this line"
+    for number in event.pruned:
+        if entries[number].active or entries[number].pruned:
+            return f"pruned={number}, expected an entry with no fact in force and with its files"
+    for number, fact in event.gone:
+        if number not in entries or fact not in entries[number].active:
+            return f"gone={number}.{fact}, which is not in force before this line"
+    if len(set(event.gone)) < len(event.gone):
+        return f"gone={format_refs(event.gone)}, expected each fact once"
+    return None
+
+
 class History:
-    """The history's file. Each line is read once, since lines never change."""
+    """The history's file. Each line is read once, since lines never change.
+
+    A line's checksum is that of its contents and of the line before: a line that was changed, moved
+    or left out is noticed. (Lines that are cut off at the end are not: only a backup knows them.)
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._events, self._end = path, [], 0  # type: tuple[Path, list[Event], int]
+        self.path = path
+        self._events: list[Event] = []
+        self._entries: dict[int, Entry] = {}
+        self._end = 0
+        self._last = ""  # checksum of the last line, "" where an older engram wrote it
 
     def events(self) -> tuple[Event, ...]:
         """Return everything that has happened so far, in any process.
 
         Raises:
-            EngramFileError: a line that is no event.
+            EngramFileError: a line that is no event, or cannot follow from those before it.
         """
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self._end)  # only what came since the last call
                 whole, newline, _ = file.read().rpartition(b"\n")
-            for line in whole.splitlines() if newline else ():
-                self._events.append(Event.from_dict(json.loads(line)))
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, EngramError) as error:
-            raise EngramFileError(
-                f"{self.path} is damaged at line {len(self._events) + 1}: {error}. Something other "
-                "than engram has changed it; take the ledger from a backup"
-            ) from error
-        self._end += len(whole) + len(newline)
+        except OSError as error:
+            raise EngramFileError(f"{self.path} cannot be read: {error}. {_ADVICE}") from error
+        for line in whole.split(b"\n") if newline else ():
+            self._read(line)
+            self._end += len(line) + 1
         return tuple(self._events)
+
+    def _read(self, line: bytes) -> None:
+        where = f"{self.path}, line {len(self._events) + 1},"
+        event: Event = parsed(Event, line, where, advice=_ADVICE)
+        fault = _fault(event, self._entries)
+        record: dict[str, Any] = json.loads(line)
+        found = record.pop(FIELD, "")
+        if found != (_chained(record, self._last) if found or self._last else ""):
+            fault = fault or (
+                "its contents or the line before are not those that were written (another checksum)"
+            )
+        if fault:
+            raise EngramFileError(f"{where} is damaged: {fault}. {_ADVICE}")
+        if not found and not self._events:  # said once, of the first line
+            note_unchecked(self.path)
+        _apply(event, self._entries)
+        self._events.append(event)
+        self._last = found
 
     def append(self, event: Event) -> None:
         """Make an event happen: it is on the disk when this returns. The caller holds the lock.
@@ -222,7 +286,8 @@ class History:
             EngramFileError: it cannot be written, and has not happened.
         """
         self.events()  # moves `_end` to the end of the last whole line, also of other writers
-        line = json.dumps(event.to_dict(), ensure_ascii=False) + "\n"
+        record = event.to_dict()
+        line = json.dumps(record | {FIELD: _chained(record, self._last)}, ensure_ascii=False) + "\n"
         try:
             with self.path.open("r+b") as file:
                 file.truncate(self._end)  # what a killed writer left of a line
@@ -237,3 +302,10 @@ class History:
             raise EngramFileError(
                 f"could not write {self.path}: {error}. The ledger is as it was; free some space"
             ) from error
+
+
+_ADVICE = "Something other than engram has changed it; take the ledger from a backup"
+
+
+def _chained(record: Mapping[str, Any], last: str) -> str:
+    return checksum({**record, "after": last})

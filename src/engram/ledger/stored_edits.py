@@ -14,19 +14,28 @@ from typing import Any
 from engram.edit.edit import Edit
 from engram.edit.folder_format import change_identity
 from engram.errors import EngramError, EngramFileError
+from engram.facts import Fact
+from engram.files.names import inside
 from engram.ledger.history import Entry, FactRef
+
+FOLDER = "edits"
+
+
+def without_evidence(fact: Fact) -> Fact:
+    """Return what the history records of a fact; paraphrases and neighbours are in the edit."""
+    return Fact(fact.subject, fact.prompt, fact.target, fact.target_true, relation=fact.relation)
 
 
 class StoredEdits:
     """Edits by the numbers of their entries.
 
     Args:
-        folder: has one folder an entry.
+        ledger: its folder, which has a folder of edits, with one folder an entry.
         base: the ledger's base, as `edit.base.describe_base` describes it.
     """
 
-    def __init__(self, folder: Path, base: dict[str, Any]) -> None:
-        self._folder, self._base = folder, base
+    def __init__(self, ledger: Path, base: dict[str, Any]) -> None:
+        self._ledger, self._base = ledger, base
         self._loaded: dict[int, Edit] = {}  # files never change, so each is read once
 
     def save(self, number: int, edit: Edit) -> None:
@@ -47,7 +56,11 @@ class StoredEdits:
         if entry.number not in self._loaded:
             edit = Edit.load(self._path(entry.number))
             # a folder that was swapped or restored from elsewhere would be applied unnoticed
-            if change_identity(edit.deltas) != entry.identity:
+            if (
+                change_identity(edit.deltas) != entry.identity
+                or tuple(map(without_evidence, edit.facts)) != entry.facts
+                or not set(edit.deltas) <= set(self._base["tensors"])
+            ):
                 raise EngramFileError(
                     f"{self._path(entry.number)} is not the edit that was added; "
                     "take it from a backup"
@@ -77,10 +90,14 @@ class StoredEdits:
         """Delete all other folders, those that a killed `add` or `prune` left included."""
         keep = {self._path(number).name for number in numbers}
         # By what is kept and not by what goes: folders without an event are in no list.
-        for path in self._folder.iterdir():
-            if path.name not in keep:
+        for path in inside(self._ledger, FOLDER).iterdir():
+            if path.name in keep:
+                continue
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:  # of somebody else; what a link leads to is not ours
+                path.unlink()
         self._loaded = {number: e for number, e in self._loaded.items() if number in numbers}
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:04d}"
+        return inside(self._ledger, f"{FOLDER}/{number:04d}")
