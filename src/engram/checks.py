@@ -81,10 +81,10 @@ def checked(name: str, value: Any, hint: Any, error: type[EngramError] = Setting
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()  # the index of a largest effect is a number of numpy
 
-    def problem(text: str) -> EngramError:
+    def worded(text: str) -> EngramError:
         return error(text.replace(", expected", ": expected", 1))
 
-    return validated(hint, value, problem, name=name)
+    return validated(hint, value, worded, name=name)
 
 
 def validated(
@@ -109,7 +109,7 @@ def validated(
             # Settings files have lists only. Strict tuples refuse them; what is in them counts.
             return model.model_validate(_tuples(value)).root
     except ValidationError as invalid:
-        raise error(_problem(invalid, value, name, json)) from None
+        raise error(problem(invalid, value, name, json)) from None
     except RecursionError:
         raise error(f"{name or 'it'} is nested too deep, expected a plain value") from None
 
@@ -141,7 +141,10 @@ def _tuples(value: Any) -> Any:
 _WORDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text",
@@ -162,8 +165,13 @@ _WORDS = {
 }
 
 
-def _problem(invalid: Any, value: Any, name: str, json: bool) -> str:
-    """Return one line about the first problem that pydantic found."""
+def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
+    """Return one line about the first problem that pydantic found.
+
+    Args:
+        invalid: its ValidationError.
+        value: what was validated: a Python value, or JSON text with `json`.
+    """
     errors = invalid.errors(include_url=False)
     first = errors[0]
     if first["type"] == "json_invalid":
@@ -183,11 +191,11 @@ def _problem(invalid: Any, value: Any, name: str, json: bool) -> str:
     return f"{f'{label}={given}' if label else given}, expected {expected}"
 
 
-def _expected(problem: Mapping[str, Any]) -> str:
-    if problem["type"] in _WORDS:
-        words = _WORDS[problem["type"]].format_map(problem.get("ctx", {}))
+def _expected(one: Mapping[str, Any]) -> str:
+    if one["type"] in _WORDS:
+        words = _WORDS[one["type"]].format_map(one.get("ctx", {}))
         return {"Sequence": "a list", "Mapping": "an object"}.get(words, words)
-    text = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    text = str(one["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return " ".join(text.split())
 
 

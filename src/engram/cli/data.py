@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.options import ModelOptions, Seed, expand_groups
+from engram.cli.options import ModelOptions, Seed
+from engram.cli.usage import Commands
 
-app = typer.Typer(
-    help="Benchmarks: those that are published, and those that you build.", no_args_is_help=True
-)
+app = Commands(help="Benchmarks: those that are published, and those that you build.")
 
 
 KnownTo = Annotated[
@@ -97,7 +96,6 @@ class TextFiles:
 
 
 @app.command()
-@expand_groups
 def build(
     facts: Annotated[
         Path,
@@ -154,7 +152,6 @@ def build(
 
 
 @app.command()
-@expand_groups
 def filter(
     dataset: Annotated[str, typer.Argument(help="Name, or file.", show_default=False)],
     *,

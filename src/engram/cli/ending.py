@@ -21,6 +21,7 @@ _TRACEBACK = "ENGRAM_TRACEBACK"  # set: mistakes of ours show their traceback
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # of Ctrl-C, `kill`, and a closed terminal
 # `timeout` and some terminals send a signal to the process and to its group, which is one press.
 _ONE_PRESS_S = 0.5
+_LONGEST = 2000  # characters of a message: an argument may have many more
 
 
 class Stopped(KeyboardInterrupt):
@@ -71,7 +72,7 @@ def _end(error: BaseException) -> int:
     for one in causes:
         if isinstance(one, KeyboardInterrupt):
             notes = getattr(one, "__notes__", None) or ["nothing was written"]
-            _say(f"stopped; {'; '.join(notes)}")
+            say(f"stopped; {'; '.join(notes)}")
             return 128 + getattr(one, "number", signal.SIGINT)
     if any(isinstance(one, BrokenPipeError) for one in causes):
         return 0  # `engram ... | head` has read enough
@@ -79,18 +80,17 @@ def _end(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     notes = getattr(error, "__notes__", [])
     if isinstance(error, EngramError):
-        _say(". ".join([str(error), *notes]))
+        say(". ".join([str(error), *notes]))
     elif isinstance(error, OSError):
         where = error.filename or ("stdout" if _is_broken(sys.stdout) else "a file")
-        _say(". ".join([f"{where}: {error.strerror or error}", *notes]))
+        say(". ".join([f"{where}: {error.strerror or error}", *notes]))
     elif isinstance(error, MemoryError | RecursionError):
-        _say(f"not enough memory: {error or 'the command needs more than is free'}")
+        say(f"not enough memory: {error or 'the command needs more than is free'}")
     elif os.environ.get(_TRACEBACK):
         raise error
     else:
-        text = " ".join(str(error).split())
-        _say(
-            f"a mistake in engram, {type(error).__name__}: {text}. Please report it with what "
+        say(
+            f"a mistake in engram, {type(error).__name__}: {error}. Please report it with what "
             f"{_TRACEBACK}=1 in the environment shows"
         )
     return 2
@@ -105,7 +105,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _say(line: str) -> None:
+def say(message: str) -> None:
+    """Print a message on stderr, in one line, after the name of the command."""
+    text = " ".join(message.split())
+    if len(text) > _LONGEST:  # its end says what to do
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    # A file's name or contents may hold characters that command a terminal, or are none.
+    line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
     with suppress(OSError):  # stderr may be full too
         print(f"engram: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -157,7 +163,7 @@ def _check_streams() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115, PTH123
     if closed:
         sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115, PTH123
-        _say("stdout is closed, and results are printed there; redirect it to a file or /dev/null")
+        say("stdout is closed, and results are printed there; redirect it to a file or /dev/null")
         sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         # A terminal without arrows, a file's name in another encoding: "\u2192" is still an answer.
@@ -175,7 +181,7 @@ def _flushed(code: int) -> int:
         except OSError as error:
             if code == 0:
                 code = 2
-                _say(f"stdout: {error.strerror or error}")
+                say(f"stdout: {error.strerror or error}")
             _discard(stream)
     return code
 

@@ -9,12 +9,11 @@ from typing import Annotated
 
 import typer
 
-from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out, expand_groups
+from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out
+from engram.cli.usage import Commands
 
-app = typer.Typer(
-    help="Keep the edits of one model in a folder: add, list, remove exactly, apply all of them.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = Commands(
+    help="Keep the edits of one model in a folder: add, list, remove exactly, apply all of them."
 )
 Book = Annotated[
     Path,
@@ -25,7 +24,6 @@ Book = Annotated[
 
 
 @app.command()
-@expand_groups
 def create(
     ledger: Annotated[
         Path, typer.Argument(help="Folder to write; must not exist.", show_default=False)

@@ -79,7 +79,7 @@ EditFolder = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
 ]

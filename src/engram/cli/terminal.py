@@ -1,14 +1,18 @@
-"""The terminal: its console, progress bars, and loading a model quietly."""
+"""The terminal: results on standard output; notes, bars and what loads on standard error."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,15 +31,53 @@ if TYPE_CHECKING:
 
 # No highlighting of numbers and quotes: bold and colours mean something here. Soft wrap: a piped
 # table keeps its lines.
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True)  # results
+messages = Console(highlight=False, soft_wrap=True, stderr=True)  # whatever is no result
+
+
+@contextmanager
+def session(quiet: bool) -> Iterator[None]:
+    """Set up what a command says besides its results; `quiet`: nothing, within the block."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # Otherwise tokenizers warns at every fork of the process, such as that of a data loader.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            messages.quiet = True
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            messages.quiet = False
+
+
+def note(text: str) -> None:
+    """Print what a user should know besides the results, unless the session is quiet."""
+    messages.print(f"engram: {text}", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a result as one strict JSON document; NaN and infinity, which JSON lacks, are null."""
+    # As ASCII: any terminal can write it.
+    typer.echo(json.dumps(_finite(value), allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_finite(one) for one in value]
+    return value
 
 
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
     """Call `engram.load`, without the progress bars of other libraries."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # Otherwise tokenizers warns at every fork of the process, such as that of a data loader.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with console.status(f"loading {name}"):
+    with messages.status(Text(f"loading {name}")):
         from transformers.utils import logging as transformers_logging
 
         import engram
@@ -55,7 +97,8 @@ def progress() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    shown = messages.is_terminal and not messages.quiet
+    with Bars(*columns, console=messages, transient=True, disable=not shown) as bars:
         tasks: dict[str, int] = {}  # a bar for each name, as a verb may have several stages
 
         def report(what: str, done: int, total: int) -> None:
@@ -85,7 +128,7 @@ def show_plan_if_large(
         facts_per_batch=settings.get("facts_per_batch", 32),
     )
     if plan.beside > above:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(str(plan)))
+        messages.print(Text(str(plan)))
 
 
 def size(folder: Path) -> str:
