@@ -1,27 +1,56 @@
 """Load a language model: from a folder, from the Hugging Face hub, or the bundled pocket model.
 
-Knows transformers' loaders and their errors. Refuses to know what the model is used for.
+What is loaded is what was asked for, or an error: files are checked before they are opened, weights
+against the config, and numbers for being finite. Knows transformers' loaders and their errors.
+Refuses to know what the model is used for.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
-from transformers.activations import NewGELUActivation
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from engram.errors import EngramError, UnsupportedModelError
+from engram.checks import checked, one_of
+from engram.errors import EngramError, EngramFileError, SettingError, UnsupportedModelError
+from engram.model.checkpoint_files import CONVERT, check_folder
 from engram.model.language_model import LanguageModel
+from engram.model.load_settings import (
+    check_device_map,
+    check_dtype,
+    check_settings,
+    of_config,
+    of_loader,
+    of_place,
+)
+from engram.model.whole_weights import check_finite, check_names
 from engram.modules.layouts import AUTO_CLASSES
 from engram.modules.resolve import kind_of
 from engram.modules.weights import keep_differentiable, quantisation
 
 log = logging.getLogger(__name__)
+
+_MOST_LAYERS = 10_000  # more would take minutes to build, and no model has them
+_COUNTS = ("vocab_size", "hidden_size", "num_attention_heads")
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
+_REMOTE = (
+    "refused. If you trust its author and have read it, pass allow_remote_code=True to engram.load"
+)
+_ACTIVATIONS = ("activation_function", "hidden_act", "hidden_activation")
+_LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
 def load(
@@ -29,7 +58,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
+    allow_remote_code: bool = False,
     **settings: Any,
 ) -> LanguageModel:
     """Load a language model by name.
@@ -40,104 +69,249 @@ def load(
         dtype: e.g. torch.bfloat16 or "bfloat16"; default: as the checkpoint stores it (pocket:
             float32).
         device_map: passed on to transformers, e.g. "auto" or "cuda:0"; default: the CPU.
-        trust_remote_code: whether the checkpoint may bring Python code that is then executed.
-        settings: passed on to `from_pretrained` of the model's class, e.g. a `quantization_config`
-            of transformers.
+        allow_remote_code: whether Python code that comes with the checkpoint may be executed.
+        settings: passed on to `from_pretrained` of the model's class, e.g. a `revision` or a
+            `quantization_config` of transformers; or fields of the model's config.
     Raises:
         EngramError: nothing was found under that name, or it is not a language model.
+        EngramFileError: a file is damaged, or config.json does not describe the weights.
+        NonFiniteError: a weight is NaN or infinite.
+        SettingError: a wrong dtype, device or setting; nothing was loaded.
     Example:
         >>> engram.load("pocket")
         LanguageModel('pocket', gpt2, 8 x 256, torch.float32)
     """
+    checked("allow_remote_code", allow_remote_code, bool)
+    check_settings(settings)
+    check_device_map(device_map)
     path, name, dtype = _resolved(name, dtype)
-    try:
-        # Tokenizer and config first: they are small, and most mistakes show in them.
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
-        model = _class_for(config).from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            **settings,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(name, error) from error
+    with _errors_of(name), _quietly():
+        source = _opened(path, name, settings, allow_remote_code)
+        if source.is_plain:
+            # Names and shapes first, on the meta device: transformers makes up what is missing, in
+            # any size that a config names, before it reports it.
+            check_device_map(device_map, _checked_shapes(source, name))
+        model, info = source.read(dtype=dtype or "auto", device_map=device_map, **source.loader)
+        check_names(info, name)
+        check_finite(model, name)
     if settings.get("quantization_config") is not None:
         _check_quantised(model, name)
     _fuse_activations(model)
     keep_differentiable(model)
-    if model.dtype in (torch.float16, torch.bfloat16) and model.device.type == "cpu":
-        log.warning(
-            "%s is in %s, which many CPUs compute 100 times slower than float32; dtype='float32' "
-            "takes twice the memory",
-            name,
-            str(model.dtype).removeprefix("torch."),
-        )
+    _warn_if_slow(model, name)
     # What was resolved, and not what was given: a worker elsewhere gets the same dtype.
     loaded = {
         "name": name,
         "dtype": dtype,
         "device_map": device_map,
-        "trust_remote_code": trust_remote_code,
+        "allow_remote_code": allow_remote_code,
         **settings,
     }
-    return LanguageModel(model, tokenizer, name, loaded=loaded)
+    return LanguageModel(model, source.tokenizer, name, loaded=loaded)
 
 
 def load_shapes(
-    name: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+    name: str | Path, *, dtype: torch.dtype | str | None = None, allow_remote_code: bool = False
 ) -> LanguageModel:
     """Load a model without its weights, on the meta device: its shapes and no numbers. Only its
-    config is read.
+    config is read, and of weights in a folder their names and shapes.
 
     Args:
-        name, dtype, trust_remote_code: as for `load`.
+        name, dtype, allow_remote_code: as for `load`.
     Raises:
         EngramError: as for `load`.
     """
+    checked("allow_remote_code", allow_remote_code, bool)
     path, name, dtype = _resolved(name, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _errors_of(name), _quietly():
+        source = _opened(path, name, {}, allow_remote_code, weights=False)
+        if source.tensors and source.is_plain:
+            _checked_shapes(source, name)
         # Built from its config on the meta device: no memory, whatever the size.
         with torch.device("meta"):
-            model = _class_for(config).from_config(
-                config,
-                dtype=dtype or config.dtype or torch.float32,
-                trust_remote_code=trust_remote_code,
+            model = source.model_class.from_config(
+                source.config,
+                dtype=dtype or source.config.dtype or torch.float32,
+                trust_remote_code=allow_remote_code,
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(name, error) from error
-    return LanguageModel(model, tokenizer, name)
+    return LanguageModel(model, source.tokenizer, name)
 
 
-def _class_for(config: Any) -> Any:
-    """Return the class of transformers that loads a model with this config."""
-    return getattr(transformers, AUTO_CLASSES[kind_of(config)])
+@dataclass(frozen=True)
+class _Source:
+    """A model whose small files are read, and whose weights are still to be."""
+
+    path: str
+    tokenizer: Any
+    config: Any
+    model_class: Any
+    tensors: int | None  # in the files of a folder; None: no folder, or no weights in it
+    place: dict[str, Any]  # settings: where its files are, whether their code may be executed
+    loader: dict[str, Any]  # settings of the loader of weights
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether the stored weights have the names and shapes of the model's."""
+        return getattr(self.config, "quantization_config", None) is None
+
+    def read(self, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Return the model with its weights, and transformers' report about them."""
+        return self.model_class.from_pretrained(
+            self.path,
+            config=self.config,
+            use_safetensors=True,
+            output_loading_info=True,
+            **self.place,
+            **how,
+        )
+
+
+def _opened(
+    path: str, name: str, settings: dict[str, Any], allow_remote_code: bool, *, weights: bool = True
+) -> _Source:
+    """Return a source of a model: its tokenizer and config are small, and most mistakes show in
+    them.
+    """
+    place = {**of_place(settings), "trust_remote_code": allow_remote_code}
+    tensors, folder = None, Path(path)
+    if folder.is_dir():
+        folder = folder / settings.get("subfolder", "")
+        tensors = check_folder(folder, weights=weights, variant=settings.get("variant"))
+    elif folder.exists() or folder.is_symlink():
+        raise EngramFileError(f"{path} is no folder; expected a folder with a checkpoint's files")
+    elif adapter := find_adapter_config_file(path, **of_place(settings)):
+        # transformers would load the model that the adapter names, from wherever that is
+        raise EngramFileError(f"{path} is an adapter ({adapter}); load the model it belongs to")
+    config = AutoConfig.from_pretrained(path, **place)
+    if changes := of_config(settings, {*config.to_dict(), *config.attribute_map}):
+        config = AutoConfig.from_pretrained(path, **place, **changes)
+    _check_config(config, tensors, name)
+    if not allow_remote_code and "/" in str(attention := config._attn_implementation):
+        raise SettingError(f"config.json names {attention!r}, code of the hub: {_REMOTE}")
+    with _errors_of(name, "its tokenizer: "):
+        tokenizer = AutoTokenizer.from_pretrained(path, **place)
+    model_class = getattr(transformers, AUTO_CLASSES[kind_of(config)])
+    return _Source(path, tokenizer, config, model_class, tensors, place, of_loader(settings))
+
+
+def _checked_shapes(source: _Source, name: str) -> PreTrainedModel:
+    """Return the model on the meta device, where its names and shapes are those of the files."""
+    model, info = source.read(device_map="meta", ignore_mismatched_sizes=True)
+    check_names(info, name)
+    return model
+
+
+def _check_config(config: Any, tensors: int | None, name: str) -> None:
+    """Raise where a config asks for a model that cannot be built, or not in any reasonable time."""
+    config = config.get_text_config()
+    most = _MOST_LAYERS if tensors is None else min(tensors, _MOST_LAYERS)
+    for field in (*_COUNTS, *_LAYERS):
+        value = getattr(config, field, None)
+        limit = most if field in _LAYERS else None
+        if isinstance(value, int) and not 1 <= value <= (limit or value):
+            expected = "at least 1"
+            if limit:
+                expected += f" and at most {limit}"
+            if limit == tensors:
+                expected += ", the number of weights in the files"
+            raise EngramFileError(
+                f"config.json of {name} has {config.attribute_map.get(field, field)}={value}; "
+                f"expected {expected}. Download the checkpoint again"
+            )
+    for field in _ACTIVATIONS:
+        value = getattr(config, field, None)
+        if isinstance(value, str):
+            one_of(f"config.json of {name} has {field}", value, ACT2FN, error=EngramFileError)
 
 
 def _resolved(
     name: str | Path, dtype: torch.dtype | str | None
-) -> tuple[str, str, torch.dtype | str | None]:
-    """Return where a model lies, what it is called, and its dtype."""
+) -> tuple[str, str, torch.dtype | None]:
+    """Return where a model is, what it is called, and its dtype."""
+    checked("name", name, str | os.PathLike)
+    wanted = check_dtype(dtype)
     if str(name) != "pocket":
-        return str(name), str(name), dtype
+        return str(name), str(name), wanted
     from engram import pocket
 
     # Stored in a smaller dtype to keep the package small; computed in float32.
-    return str(pocket.PATH), "pocket", dtype or torch.float32
+    return str(pocket.PATH), "pocket", wanted or torch.float32
 
 
-def _not_found(name: str, error: Exception) -> EngramError:
-    # The first line only: transformers adds paragraphs about tokens and caches.
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from reporting, drawing bars and converting for the length of the block."""
+    from transformers.utils import logging as reports
+
+    verbosity = reports.get_verbosity()
+    # Otherwise weights that are pickled are looked for in an unmerged request of a robot.
+    converting = os.environ.get(_NO_CONVERSION)
+    hook = reports.set_tqdm_hook(lambda bar, given, how: bar(*given, **{**how, "disable": True}))
+    try:
+        reports.set_verbosity(logging.CRITICAL)
+        os.environ[_NO_CONVERSION] = "1"
+        yield
+    finally:
+        reports.set_verbosity(verbosity)
+        reports.set_tqdm_hook(hook)
+        if converting is None:
+            del os.environ[_NO_CONVERSION]
+        else:
+            os.environ[_NO_CONVERSION] = converting
+
+
+@contextmanager
+def _errors_of(name: str, part: str = "") -> Iterator[None]:
+    """Turn whatever the libraries of a loader raise into one line about the model, or a part."""
+    try:
+        yield
+    except (EngramError, MemoryError):
+        raise
+    except Exception as error:  # their parsers raise errors of every kind on damaged files
+        raise _not_loaded(name, part, error) from error
+
+
+def _not_loaded(name: str, part: str, error: Exception) -> EngramError:
+    if isinstance(error, StrictDataclassError) and error.__cause__:
+        error = TypeError(f"config.json: {error.__cause__}")  # it has the same once more around it
+    reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")  # they write paragraphs
+    if not isinstance(error, OSError | TypeError | ValueError) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    reason = part + reason
+    if "trust_remote_code" in reason:
+        return SettingError(f"{name} has code of its own that it would execute: {_REMOTE}")
+    if "`use_safetensors=True`" in reason:
+        return EngramFileError(
+            f"{name} has no safetensors weights, and engram opens no pickled ones. {CONVERT}"
+        )
+    if Path(name).is_dir():
+        return EngramFileError(
+            f"{name} cannot be loaded: {reason}. Expected config.json, a tokenizer "
+            "and safetensors weights, as transformers saves them"
+        )
     return EngramError(
         f"no causal language model found as {name!r}, nor a masked or encoder-decoder one: "
-        f"{reason}\nExpected 'pocket', a folder with config.json and safetensors weights, or a "
+        f"{reason}. Expected 'pocket', a folder with config.json and safetensors weights, or a "
         "name on the Hugging Face hub such as 'openai-community/gpt2-xl' (the hub needs a network "
-        "connection the first time)."
+        "connection the first time)"
     )
+
+
+def _warn_if_slow(model: PreTrainedModel, name: str) -> None:
+    """Warn of a dtype in which this CPU computes far slower than in float32."""
+    dtypes = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if model.device.type != "cpu" or model.dtype not in dtypes:
+        return
+    # SmolLM2-135M, a training step on a CPU that has AMX: bfloat16 0.3 s, float16 0.4 s, float32
+    # 0.5 s. Without its fp16 instructions: float16 25 s.
+    fast = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtypes[model.dtype]}_supported", None)
+    if fast is None or not fast():
+        log.warning(
+            "%s is in %s, which this CPU computes up to 50 times slower than float32; "
+            "dtype='float32' takes twice the memory",
+            name,
+            str(model.dtype).removeprefix("torch."),
+        )
 
 
 def _check_quantised(model: nn.Module, name: str) -> None:

@@ -9,7 +9,7 @@ integers represent, in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -124,6 +124,32 @@ def values(module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def numbers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of what a module stores itself; of a packed weight, its scales.
+
+    Packed integers are always finite: a weight that is not shows in the scales.
+    """
+    offloaded = any(tensor.is_meta for tensor in module.parameters(recurse=False))
+    with in_memory(module) if offloaded else nullcontext():
+        stored: list[tuple[str, Any]] = [
+            *module.named_parameters(recurse=False),
+            *(
+                (name, buffer)
+                for name, buffer in module.named_buffers(recurse=False)
+                if name not in module._non_persistent_buffers_set
+            ),
+        ]
+        for name, tensor in stored:
+            state = getattr(tensor, "quant_state", None)
+            scales = [
+                (f"{name}.{scale}", value)
+                for owner in (tensor, state, getattr(state, "state2", None))
+                for scale in ("SCB", "absmax", "offset", "scale")
+                if isinstance(value := getattr(owner, scale, None), Tensor)
+            ]
+            yield from scales or [(name, tensor)]
 
 
 def keep_differentiable(model: nn.Module) -> None:

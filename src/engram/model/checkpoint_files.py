@@ -1,0 +1,155 @@
+"""The files of a checkpoint's folder, checked before another library opens one of them.
+
+Somebody else wrote them: a name leads to a regular file inside the folder, JSON is JSON, and
+weights are whole safetensors files. Pickled weights are never opened: they may run any code.
+Knows file names and headers. Refuses to know models and tokenizers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engram.checks import briefly
+from engram.errors import EngramFileError
+from engram.files.forms import read_json
+from engram.files.names import check_regular, inside
+
+CONVERT = (
+    "Convert them, if you trust their author: "
+    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+)
+_AGAIN = "Download the checkpoint again"
+_READ = {".jinja", ".json", ".model", ".py", ".safetensors", ".txt"}  # what transformers may open
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# small files, some of which transformers ignores where they are damaged; it parses tokenizer.json
+_OBJECTS = (
+    "added_tokens.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is checked of config.json before transformers reads it."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    dtype: str | dict[str, Any] | None = None
+    torch_dtype: str | dict[str, Any] | None = None
+    transformers_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+
+
+def check_folder(folder: Path, *, weights: bool = True, variant: str | None = None) -> int | None:
+    """Raise unless everything that transformers may read from a checkpoint's folder can be read.
+
+    Args:
+        weights: whether there have to be weights.
+        variant: of the weights' file names, as transformers has it: "fp16".
+    Returns:
+        How many tensors the weights are; None without weights.
+    Raises:
+        EngramFileError: a damaged file, one that is no regular file in the folder, or pickled
+            weights. OSError: a file cannot be opened.
+    """
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if path.suffix in _READ:
+            check_regular(inside(folder, path.relative_to(folder).as_posix()))
+    for path in (folder / name for name in _OBJECTS):
+        if path.exists():
+            read_json(path, dict[str, Any], advice=_AGAIN)
+    _check_config(folder / "config.json")
+    if not weights and not any((folder / name).exists() for name in _names(variant)):
+        return None
+    return sum(_tensors(path) for path in weight_files(folder, variant))
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the safetensors files that transformers reads a checkpoint's weights from.
+
+    Args:
+        variant: as for `check_folder`.
+    Raises:
+        EngramFileError: none, only pickled ones, or a damaged index.
+    """
+    single, index = _names(variant)
+    # in the order in which transformers looks for them: where both exist, it ignores the index
+    if (folder / single).exists():
+        return [inside(folder, single)]
+    if not (folder / index).exists():
+        raise EngramFileError(_no_weights(folder, single, index))
+    contents: _Index = read_json(folder / index, _Index, advice=_AGAIN)
+    shards: list[Path] = []
+    for name in sorted(set(contents.weight_map.values())):
+        path = inside(folder, name)
+        if path.suffix != ".safetensors":
+            raise EngramFileError(f"{folder / index} names {name!r}; expected a safetensors file")
+        if not path.exists():
+            raise EngramFileError(f"{path}, which {index} names, is missing. {_AGAIN}")
+        shards.append(path)
+    if not shards:
+        raise EngramFileError(f"{folder / index} names no file. {_AGAIN}")
+    return shards
+
+
+def _check_config(path: Path) -> None:
+    if not path.exists():
+        raise EngramFileError(f"{path} is missing; expected a checkpoint that transformers saved")
+    config: _Config = read_json(path, _Config, advice=_AGAIN)
+    if config.transformers_weights is not None:
+        raise EngramFileError(
+            f"{path} has transformers_weights={briefly(config.transformers_weights)}, a file of "
+            "weights by another name than transformers gives them; expected no such field"
+        )
+    for field, dtype in (("dtype", config.dtype), ("torch_dtype", config.torch_dtype)):
+        known = getattr(torch, str(dtype).removeprefix("torch."), None)
+        if isinstance(dtype, str) and not getattr(known, "is_floating_point", False):
+            raise EngramFileError(
+                f"{path} has {field}={briefly(dtype)}; expected a floating point of torch such as "
+                "'float32'"
+            )
+
+
+def _names(variant: str | None) -> tuple[str, str]:
+    """Return the names of a whole file of weights and of an index of several."""
+    stem = "model.safetensors"
+    if variant is None:
+        return stem, f"{stem}.index.json"
+    return f"model.{variant}.safetensors", f"{stem}.index.{variant}.json"
+
+
+def _tensors(path: Path) -> int:
+    """Return how many tensors a safetensors file has."""
+    check_regular(path)
+    try:
+        # It reads the header alone, and refuses one that does not fit the file's length.
+        with safe_open(path, framework="pt") as file:
+            return len(file.keys())
+    except (SafetensorError, ValueError) as error:
+        reason = re.sub(r"^Error while deserializing header: ", "", str(error))
+        raise EngramFileError(
+            f"{path} is not a whole safetensors file ({reason}). {_AGAIN}"
+        ) from error
+
+
+def _no_weights(folder: Path, single: str, index: str) -> str:
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        return (
+            f"{folder} has its weights as pickle ({', '.join(pickled[:3])}), which engram does not "
+            f"open, since they may run any code. {CONVERT}"
+        )
+    return f"{folder} holds no {single} or {index}; expected a checkpoint that transformers saved"

@@ -1,0 +1,109 @@
+"""Whether the weights of a model are all there, fit its config, and are finite.
+
+transformers gives random numbers to weights that a checkpoint lacks and drops those that a config
+has no place for, with a report and no error. Here each of them is an error, unless its name says
+that no number of the language model depends on it (`_UNUSED`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.errors import EngramFileError, NonFiniteError
+from engram.modules.weights import numbers
+
+# Names in a checkpoint that never matter, beside those that transformers' model classes list
+# themselves (`_keys_to_ignore_on_load_unexpected`, and tied weights, which it knows).
+_UNUSED = re.compile(
+    # tables that older versions stored and that are now computed: causal masks and what stands in
+    # masked places, angles of rotary and sinusoidal positions, numbers of positions
+    r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask|scale_attn|embed_positions)$"
+    r"|(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    r"|(^|\.)(position_ids|token_type_ids)$"
+    r"|(^|\.)(encoder|decoder)\.version$"
+    # other heads beside or instead of the language model's: of sentences, classes, values (of
+    # reinforcement learning), spans of answers, several tokens ahead
+    r"|^(\w+\.)?pooler\.|^cls\.seq_relationship\.|^(\w+\.)?mtp\."
+    r"|^(score|classifier|classification_head|qa_outputs|v_head|multiple_choice_head)\."
+)
+
+
+def check_names(info: dict[str, Any], name: str) -> None:
+    """Raise unless a checkpoint has the weights that its config describes, and no others.
+
+    Args:
+        info: transformers' `output_loading_info`.
+        name: of the model, for the message.
+    Raises:
+        EngramFileError: lists the names.
+    """
+    unexpected = {key for key in info["unexpected_keys"] if not _UNUSED.search(key)}
+    mismatched = {
+        f"{key} ({_shape(stored)} in the file, {_shape(wanted)} in the config)"
+        for key, stored, wanted in info["mismatched_keys"]
+    }
+    problems = [
+        f"{words} {_listed(names)}"
+        for words, names in (
+            ("the config has weights that the files lack:", info["missing_keys"]),
+            ("the files have weights that the config has no place for:", unexpected),
+            ("weights have other shapes:", mismatched),
+            ("weights could not be loaded:", info["error_msgs"]),
+        )
+        if names
+    ]
+    if problems:
+        raise EngramFileError(
+            f"config.json of {name} does not describe its weights; {'; '.join(problems)}. Expected "
+            "the config.json that was saved with these weights; download the checkpoint again"
+        )
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise unless every weight is a finite number.
+
+    Args:
+        name: of the model, for the message.
+    Raises:
+        NonFiniteError: names the weight.
+    """
+    for label, tensor in _stored(model):
+        # The sum first: 40 ms for 135 million numbers on 2 cores, where isfinite takes 330. One
+        # that is not finite may be an overflow, so it is confirmed.
+        total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
+        if torch.isfinite(total) or (finite := torch.isfinite(tensor)).all():
+            continue
+        raise NonFiniteError(
+            f"{label} of {name} holds {int((~finite).sum())} numbers that are NaN or infinite in "
+            f"{str(tensor.dtype).removeprefix('torch.')}. Download the checkpoint again, or load "
+            "it in a dtype of a wider range (dtype='float32')"
+        )
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()  # tied weights are one tensor
+    for prefix, module in model.named_modules():
+        for label, tensor in numbers(module):
+            if id(tensor) not in seen and tensor.is_floating_point():
+                seen.add(id(tensor))
+                yield f"{prefix}.{label}".lstrip("."), tensor.detach()
+
+
+def _listed(names: Collection[str], most: int = 3) -> str:
+    ordered = sorted(names, key=_natural)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(" ".join(name.split()) for name in ordered[:most]) + more
+
+
+def _natural(name: str) -> list[Any]:
+    """Return a key that sorts layer 9 before layer 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _shape(shape: Collection[int]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
