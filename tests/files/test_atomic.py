@@ -135,8 +135,8 @@ def test_another_thread_waits_or_is_told(tmp_path: Path) -> None:
     [
         ("a.xyz", {"endings": (".png", ".pdf")}, r"'a.xyz' ends in '.xyz'; expected .*'.pdf' or"),
         ("a", {"endings": (".png",)}, r"'a' ends in ''; expected a name that ends in '.png'"),
-        ("folder", {}, "is a folder or a device"),
-        ("pipe", {}, "is a folder or a device"),
+        ("folder", {}, "is a folder, a pipe or a device"),
+        ("pipe", {}, "is a folder, a pipe or a device"),
         ("file", {"folder": True}, "is a file; expected the name of a folder"),
         ("folder", {"folder": True}, "holds other files; expected an empty folder, or none"),
         ("folder", {"folder": True, "replaces": "c"}, "expected a folder with c"),
@@ -193,3 +193,40 @@ def test_a_killed_save_of_a_trace_leaves_the_old_one_or_the_new_one(tmp_path: Pa
             time.sleep(0.03 + 0.0137 * attempt)
             process.send_signal(signal.SIGKILL)
         assert paths[2].read_bytes() in [path.read_bytes() for path in paths[:2]]
+
+
+def test_a_name_too_long_for_a_temporary_file_is_an_error_before_the_work(tmp_path: Path) -> None:
+    name = "a" * 245  # its lock has 251 letters, which is one name; the temporary file has 260
+    with pytest.raises(EngramFileError, match="name too long"), reserved(tmp_path / name):
+        raise AssertionError("the block does not begin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_old_folder_of_a_killed_writer_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    for name in ("a", ".a.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b").write_text("b")
+    with reserved(tmp_path / "a", folder=True, replaces="b"):
+        assert not (tmp_path / ".a.old").exists()
+    (tmp_path / "a").rename(tmp_path / ".a.old")  # killed between the two renames
+    with reserved(tmp_path / "a", folder=True, replaces="b"):
+        assert (tmp_path / ".a.old").exists(), "the only whole one"
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "link", replaces="a") as fresh:
+            (fresh / "a").write_text(text)
+        assert (tmp_path / "disk" / "a").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_link_to_a_file_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("victim")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with atomic_file(tmp_path / "link") as fresh:
+        fresh.write_text("new")
+    assert (tmp_path / "link").read_text() == "new"
+    assert (tmp_path / "victim").read_text() == "victim"

@@ -33,6 +33,7 @@ def reserved(
     path: str | Path,
     *,
     folder: bool = False,
+    parents: bool = False,
     replaces: str | None = None,
     endings: Collection[str] = (),
     needs: int = 0,
@@ -46,7 +47,8 @@ def reserved(
     What killed writers of this name left is removed, since nobody else can be writing it.
 
     Args:
-        folder: a folder is to be written; its parents are made, and removed if nothing came of it.
+        folder: a folder is to be written, with its parents. A link to a folder is followed.
+        parents: folders above that are missing are made, and removed if nothing came of it.
         replaces: see `atomic_folder`.
         endings: those that a file's name may have, such as ".png"; empty: any.
         needs: bytes that will be written.
@@ -64,7 +66,9 @@ def reserved(
         )
     with ExitStack() as stack:
         try:
-            if folder:
+            if folder and path.is_symlink():
+                path = path.resolve()  # else the link would be replaced, and what it leads to stay
+            if folder or parents:
                 stack.enter_context(_parents_of(path))
             _refuse_strangers(path, folder, replaces)
             stack.enter_context(_one_writer(path, wait))
@@ -181,7 +185,7 @@ def _refuse_strangers(path: Path, folder: bool, replaces: str | None) -> None:
         # A device too: replacing /dev/null would take it from the whole machine.
         if path.exists() and not path.is_file():
             raise EngramFileError(
-                f"{path} is a folder or a device; expected the name of a file to write"
+                f"{path} is a folder, a pipe or a device; expected the name of a file to write"
             )
         return
     if not path.is_dir():
@@ -219,11 +223,20 @@ def _one_writer(path: Path, wait: float) -> Iterator[None]:
     with locked(lock, wait, path, "Wait until it is done, or write to another name"):
         _reservations[path] = thread
         try:
-            for left in path.parent.glob(glob.escape(_temporary(path)) + "*"):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            _sweep(path)
+            # Tried with a name of the same length: a disk may have room for the lock only.
+            with tempfile.NamedTemporaryFile(prefix=_temporary(path), dir=path.parent):
+                pass
             yield
         finally:
             del _reservations[path]
+
+
+def _sweep(path: Path) -> None:
+    for left in path.parent.glob(glob.escape(_temporary(path)) + "*"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+    if path.is_dir() and (aside := _aside(path)).exists():
+        shutil.rmtree(aside, ignore_errors=True)  # `path` is whole: nobody needs the old one
 
 
 def _check_space(path: Path, needs: int) -> None:

@@ -34,10 +34,10 @@ def locked(path: Path, wait: float, what: str | Path, advice: str) -> Iterator[N
             _take(file, until, wait, what, advice)
             if not _is_at(file, path):
                 continue  # its last holder removed it while we waited: it locks nothing any more
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             try:
+                file.truncate(0)
+                # unbuffered: on a full disk a buffer would fail once more when the file is closed
+                os.write(file.fileno(), str(os.getpid()).encode())
                 yield
             finally:
                 path.unlink(missing_ok=True)  # before the lock ends: nobody else can hold it yet

@@ -12,7 +12,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -62,9 +62,7 @@ class RunFile:
             with cls._usable(path, OSError):
                 if path != _MEMORY:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                if cls.alone:
-                    advice = "Wait until it is done, or write to another file"
-                    held.enter_context(locked(path.with_name(path.name + ".lock"), 0, path, advice))
+                held.enter_context(cls._alone(path))
                 connection = sqlite3.connect(path)
                 held.callback(connection.close)
                 file = cls(connection, path)
@@ -101,6 +99,28 @@ class RunFile:
                     f"{path} has format version {version}, this engram reads {cls.version}"
                 )
             yield file
+
+    @classmethod
+    def check(cls, path: str | Path) -> None:
+        """Raise unless a run may be begun or resumed at `path`; before a model is loaded.
+
+        Raises:
+            EngramFileError: the file is something else. EngramError: another process writes it.
+        """
+        path = Path(path)
+        if not path.exists():
+            return
+        with cls._usable(path, OSError), cls._alone(path):
+            if path.stat().st_size:  # a kill may leave an empty file
+                with cls.reading(path):
+                    pass
+
+    @classmethod
+    def _alone(cls, path: Path) -> AbstractContextManager[None]:
+        if not cls.alone or path == _MEMORY:
+            return nullcontext()
+        advice = "Wait until it is done, or write to another file"
+        return locked(path.with_name(path.name + ".lock"), 0, path, advice)
 
     def about(self) -> dict[str, Any]:
         """Return what the run was begun with."""
