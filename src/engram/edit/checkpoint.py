@@ -1,6 +1,7 @@
 """Edit a checkpoint on disk, and take edits out of it again to the last byte.
 
-Only the bytes of the touched tensors change; every other byte and file is copied. A folder
+Only the bytes of the touched tensors change; every other byte and file is copied, unless another
+dtype is wanted (stored_dtype.py). A folder
 `engram/` beside the weights holds the original tensors and the edits in force, so weights are
 always rebuilt from the originals: whatever is taken out, and in whatever order, the rest is rounded
 once and exact.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -43,8 +45,9 @@ from engram.edit.folder_format import (
     write,
 )
 from engram.edit.recipe import check_changes_weights
-from engram.edit.safetensors_layout import DTYPES, TensorBytes, find, tensor_locations
+from engram.edit.safetensors_layout import DTYPES, INDEX, TensorBytes, find, tensor_locations
 from engram.edit.stack import Stack
+from engram.edit.stored_dtype import CONFIG, Texts, growth, rewrite, widened
 from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError
 from engram.files.atomic import atomic_folder, recover_folder, reserved
 from engram.files.checksums import stamped, verified
@@ -84,6 +87,7 @@ class _RecordForm(TypedDict):
     edits: list[_Row]
     originals: str
     now: dict[str, str]
+    stored: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,22 @@ class _Applied:
 @dataclass(frozen=True)
 class _Record:
     """What engram did to a checkpoint: edits in order, original tensors, sha256 of the present
-    ones.
+    ones; and where it was written in another dtype, see stored_dtype, the texts of before.
     """
 
     edits: tuple[_Applied, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
+    stored: Texts = field(default_factory=dict)
     now: dict[str, str] = field(default_factory=dict)
 
 
 def apply_to_checkpoint(
-    edit: Storable, source: str | Path, folder: str | Path, *, force: bool = False
+    edit: Storable,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
 ) -> Path:
     """Write a copy of a checkpoint with `edit` in its weights.
 
@@ -118,6 +128,9 @@ def apply_to_checkpoint(
         source: a folder with safetensors weights, a name on the Hugging Face hub, or "pocket".
         folder: the copy; must not exist, or be empty.
         force: apply also to weights on which the edit was not computed; their shape has to fit.
+        dtype: in which to write all weights, such as "float32"; it has to hold each of them
+            exactly. Default: as they are stored, and every other byte is copied; pocket, which is
+            computed in float32, is written in float32.
     Returns:
         `folder`.
     Raises:
@@ -125,11 +138,15 @@ def apply_to_checkpoint(
             them since engram edited them.
         EngramFileError: no safetensors weights, a damaged checkpoint, or `folder` cannot be
             written; nothing is left there.
+        SettingError: a dtype that would round the weights.
     """
     check_changes_weights(edit)
+    if str(source) == "pocket":
+        dtype = dtype or "float32"
     source = _local(source)
     record = _read_record(source)
-    return _rebuild(source, Path(folder), [*record.edits, _Applied(edit.contents(), force)], record)
+    edits = [*record.edits, _Applied(edit.contents(), force)]
+    return _rebuild(source, Path(folder), edits, record, dtype)
 
 
 def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | None = None) -> Path:
@@ -179,38 +196,58 @@ def save_edited(
     return Path(folder)
 
 
-def _rebuild(source: Path, folder: Path, edits: Sequence[_Applied], record: _Record) -> Path:
+def _rebuild(
+    source: Path, folder: Path, edits: Sequence[_Applied], record: _Record, dtype: str | None = None
+) -> Path:
     """Copy `source` to `folder`, with `edits` applied to the original weights."""
     if folder.resolve().is_relative_to(source.resolve()):
         raise EngramFileError(
             f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it"
         )
-    files = _files(source)
+    locations, files = tensor_locations(source), _files(source)
+    _check_record(source, locations, record)
+    stored, texts = widened(source, locations, dtype) if dtype else ({}, {})
+    if not edits:
+        texts = record.stored  # back to the dtype before the first edit
     size = sum((source / name).stat().st_size for name in files)
-    # Tried before the first byte is read: a full disk after 50 GB would have cost minutes.
-    with reserved(folder, folder=True, needs=size):
-        locations = tensor_locations(source)
-        _check_record(source, locations, record)
-        # `source` holds edited values of what is recorded, and original ones of everything else.
-        originals = dict(record.originals)
-        for applied_edit in edits:
-            for name in applied_edit.edit.deltas:
-                place = find(name, locations)
-                originals.setdefault(place.name, place.tensor(source))
+    # Tried before the first tensor is read: a full disk after 50 GB would have cost minutes.
+    with reserved(folder, folder=True, needs=size + (growth(locations, dtype) if dtype else 0)):
+        originals = _originals(source, locations, edits, record, dtype)
         # Also of tensors that no remaining edit touches: they get their original bytes back.
         values = {
             name: _edited(name, original, edits, locations) for name, original in originals.items()
         }
         touched = {find(name, locations).name for one in edits for name in one.edit.deltas}
         with atomic_folder(folder) as fresh:
-            _copy(source, fresh, files)
+            _copy(source, fresh, [name for name in files if name not in texts])
+            rewrite(source, fresh, texts, locations, values)
             for name, value in values.items():
-                locations[name].write(fresh, value)
+                if locations[name].file not in texts:
+                    locations[name].write(fresh, value)
             if edits:
-                _write_record(
-                    fresh, edits, {name: originals[name] for name in sorted(touched)}, locations
-                )
+                kept = {name: originals[name] for name in sorted(touched)}
+                _write_record(fresh, edits, kept, stored | record.stored)
     return folder
+
+
+def _originals(
+    source: Path,
+    locations: dict[str, TensorBytes],
+    edits: Sequence[_Applied],
+    record: _Record,
+    dtype: str | None,
+) -> dict[str, Tensor]:
+    """Return the tensors that edits change or have changed as they are without, in `dtype`."""
+    # `source` holds edited values of what is recorded, and original ones of everything else.
+    originals = dict(record.originals)
+    for one in edits:
+        for name in one.edit.deltas:
+            place = find(name, locations)
+            originals.setdefault(place.name, place.tensor(source))
+    return {
+        name: original.to(getattr(torch, dtype)) if dtype else original
+        for name, original in originals.items()
+    }
 
 
 def _edited(
@@ -255,6 +292,9 @@ def _check_record(source: Path, locations: dict[str, TensorBytes], record: _Reco
             or (original.dtype, tuple(original.shape)) != (DTYPES.get(place.dtype), place.shape)
         ):
             raise _no_record(source / _HOME, f"{name!r} has no original that fits it")
+    files = {place.file for place in locations.values()}
+    if strange := record.stored.keys() - files - {CONFIG, INDEX}:
+        raise _no_record(source / _HOME, f"{min(strange)!r} is no file of this checkpoint")
 
 
 def _files(source: Path) -> list[str]:
@@ -298,7 +338,9 @@ def _read_record(source: Path) -> _Record:
         raw = read_bytes(inside(home, _ORIGINALS), limit=LARGEST_WEIGHTS)
         if _digest(raw) != form["originals"]:
             raise ValueError(f"sha256 of {_ORIGINALS} is not the recorded one")
-        return _Record(tuple(edits), safetensors.torch.load(raw), form["now"])
+        return _Record(
+            tuple(edits), safetensors.torch.load(raw), form.get("stored", {}), form["now"]
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise _no_record(home, error) from error
 
@@ -319,10 +361,7 @@ def _no_record(home: Path, problem: object) -> EngramFileError:
 
 
 def _write_record(
-    fresh: Path,
-    edits: Sequence[_Applied],
-    originals: dict[str, Tensor],
-    locations: dict[str, TensorBytes],
+    fresh: Path, edits: Sequence[_Applied], originals: dict[str, Tensor], stored: Texts
 ) -> None:
     home = fresh / _HOME
     entries = []
@@ -335,12 +374,14 @@ def _write_record(
     raw = safetensors.torch.save(originals)
     (home / _ORIGINALS).write_bytes(raw)
     # Read back from the copy, and not computed from memory: what is recorded is what is on disk.
+    locations = tensor_locations(fresh)
     now = {name: _digest(locations[name].read(fresh)) for name in originals}
     record = {
         "format_version": FORMAT_VERSION,
         "edits": entries,
         "originals": _digest(raw),
         "now": now,
+        **({"stored": stored} if stored else {}),
     }
     (home / _RECORD).write_text(json.dumps(stamped(record), indent=1) + "\n", encoding="utf-8")
 

@@ -24,7 +24,7 @@ from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta, add, same_tensors
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
-from engram.errors import BaseMismatchError, EngramError, EngramFileError
+from engram.errors import BaseMismatchError, EngramError, EngramFileError, SettingError
 from engram.facts import Fact
 
 if TYPE_CHECKING:
@@ -235,14 +235,24 @@ class Edit:
         return lora_export.to_peft(self.changes, folder)
 
     def to_checkpoint(
-        self, source: LanguageModel | str | Path, folder: str | Path, *, force: bool = False
+        self,
+        source: LanguageModel | str | Path,
+        folder: str | Path,
+        *,
+        force: bool = False,
+        dtype: str | None = None,
     ) -> Path:
         """Write an edited checkpoint: of a model in memory with its tokenizer, or of one on disk.
 
-        See `checkpoint.apply_to_checkpoint`.
+        See `checkpoint.apply_to_checkpoint`. A model in memory is written in its own dtype.
         """
         if isinstance(source, str | Path):
-            return checkpoint.apply_to_checkpoint(self, source, folder, force=force)
+            return checkpoint.apply_to_checkpoint(self, source, folder, force=force, dtype=dtype)
+        if dtype is not None:
+            raise SettingError(
+                f"dtype={dtype!r}: a model in memory is written in its own dtype; load it in "
+                "that one, or give the checkpoint's folder or name"
+            )
         return checkpoint.save_edited(self.changes, source, folder, force=force)
 
 

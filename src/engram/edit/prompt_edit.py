@@ -246,7 +246,9 @@ class PromptEdit:
         """Raise EngramError: there are no weights to export."""
         self._refuse()
 
-    def to_checkpoint(self, source: Any, folder: str | Path, *, force: bool = False) -> NoReturn:
+    def to_checkpoint(
+        self, source: Any, folder: str | Path, *, force: bool = False, dtype: str | None = None
+    ) -> NoReturn:
         """Raise EngramError: there are no weights to write."""
         self._refuse()
 

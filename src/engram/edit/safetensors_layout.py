@@ -13,13 +13,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Len
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from engram.checks import checked
+from engram.edit.forms import Natural
 from engram.errors import EngramFileError, UnsupportedModelError
 from engram.files.forms import read_json
 from engram.files.names import check_regular, inside, open_regular
@@ -30,6 +33,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 _AGAIN = "Download the checkpoint once more"
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[Natural]
+    data_offsets: Annotated[list[Natural], Len(2, 2)]
 
 
 class _Index(TypedDict):
@@ -72,7 +81,10 @@ class TensorBytes:
                 f"{self.name!r} is stored as {self.dtype}; an edit needs one of "
                 f"{', '.join(DTYPES)}. Edit the unquantised checkpoint"
             )
-        return torch.frombuffer(self.read(folder), dtype=DTYPES[self.dtype]).reshape(self.shape)
+        dtype = DTYPES[self.dtype]
+        if self.begin == self.end:  # frombuffer refuses nothing
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(self.read(folder), dtype=dtype).reshape(self.shape)
 
     def write(self, folder: Path, value: Tensor) -> None:
         """Put `value` over its bytes in a copy of the checkpoint; no other byte changes.
@@ -170,24 +182,26 @@ def header_of(folder: Path, file: str) -> bytes:
 
 
 def entries_of(header: bytes | str, where: Path) -> dict[str, Any]:
-    """Return what a header that `header_of` gave says about each tensor.
+    """Return what the header of a safetensors file says about each tensor.
 
     Raises:
-        EngramFileError: two tensors of one name.
+        EngramFileError: no such header, or one with two tensors of one name.
     """
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         # The format forbids it, and a library may take either of the two.
         if len(dict(pairs)) < len(pairs):
-            raise EngramFileError(
-                f"{where} is not a whole safetensors file: its header has a name twice. Download "
-                "the checkpoint once more"
-            )
+            raise ValueError("its header has a name twice")
         return dict(pairs)
 
-    entries = json.loads(header, object_pairs_hook=unique)
-    entries.pop("__metadata__", None)
-    return dict(entries)
+    try:
+        entries = json.loads(header, object_pairs_hook=unique)
+        entries.pop("__metadata__", None)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise EngramFileError(
+            f"{where} is not a whole safetensors file: {error}. {_AGAIN}"
+        ) from error
+    return dict(checked(f"header of {where}", entries, dict[str, _Entry], EngramFileError))
 
 
 def _places(folder: Path, file: str) -> list[TensorBytes]:
