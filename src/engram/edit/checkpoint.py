@@ -45,7 +45,7 @@ from engram.edit.folder_format import (
     write,
 )
 from engram.edit.recipe import check_changes_weights
-from engram.edit.safetensors_layout import DTYPES, INDEX, TensorBytes, find, tensor_locations
+from engram.edit.safetensors_layout import DTYPES, TensorBytes, find, tensor_locations
 from engram.edit.stack import Stack
 from engram.edit.stored_dtype import CONFIG, Texts, growth, rewrite, widened
 from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError
@@ -53,6 +53,7 @@ from engram.files.atomic import atomic_folder, recover_folder, reserved
 from engram.files.checksums import stamped, verified
 from engram.files.forms import parsed
 from engram.files.names import check_regular, inside, read_bytes
+from engram.model.checkpoint_files import INDEX
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel

@@ -9,7 +9,6 @@ Source: https://github.com/huggingface/safetensors, section "Format".
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,10 @@ from typing_extensions import TypedDict
 from engram.checks import checked
 from engram.edit.forms import Natural
 from engram.errors import EngramFileError, UnsupportedModelError
-from engram.files.forms import read_json
 from engram.files.names import check_regular, inside, open_regular
+from engram.model.checkpoint_files import weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# in the order in which transformers looks for them: where both exist, the index is not read
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 _AGAIN = "Download the checkpoint once more"
 
 
@@ -39,10 +34,6 @@ class _Entry(TypedDict):
     dtype: str
     shape: list[Natural]
     data_offsets: Annotated[list[Natural], Len(2, 2)]
-
-
-class _Index(TypedDict):
-    weight_map: dict[str, str]  # tensor -> name of the file that holds it
 
 
 @dataclass(frozen=True)
@@ -115,15 +106,9 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
     Raises:
         EngramFileError: no safetensors weights, damaged ones, or files outside of `folder`.
     """
-    if os.path.lexists(folder / SINGLE):
-        files = {SINGLE}
-    elif os.path.lexists(folder / INDEX):
-        index: _Index = read_json(inside(folder, INDEX), _Index, advice=_AGAIN)
-        files = set(index["weight_map"].values())
-    else:
-        raise EngramFileError(_no_weights(folder))
+    files = [path.relative_to(folder).as_posix() for path in weight_files(folder)]
     locations: dict[str, TensorBytes] = {}
-    for place in (place for file in sorted(files) for place in _places(folder, file)):
+    for place in (place for file in files for place in _places(folder, file)):
         # Two files with one tensor: nobody knows which of them a model is loaded from.
         if (other := locations.setdefault(place.name, place)) is not place:
             raise EngramFileError(
@@ -212,16 +197,3 @@ def _places(folder: Path, file: str) -> list[TensorBytes]:
         begin, end = (8 + len(header) + offset for offset in entry["data_offsets"])
         places.append(TensorBytes(name, file, entry["dtype"], tuple(entry["shape"]), begin, end))
     return places
-
-
-def _no_weights(folder: Path) -> str:
-    pickled = sorted(
-        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
-    )
-    if pickled:
-        return (
-            f"{folder} has its weights as pickle ({', '.join(pickled[:3])}), which engram does not "
-            "open. "
-            "Convert them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    return f"{folder} holds no {SINGLE} or {INDEX}; expected a checkpoint that transformers saved"

@@ -23,17 +23,11 @@ from torch import Tensor
 
 from engram.checks import checked
 from engram.edit.forms import Dtype
-from engram.edit.safetensors_layout import (
-    DTYPES,
-    INDEX,
-    TensorBytes,
-    bytes_of,
-    entries_of,
-    header_of,
-)
+from engram.edit.safetensors_layout import DTYPES, TensorBytes, bytes_of, entries_of, header_of
 from engram.errors import EngramFileError, SettingError
 from engram.files.forms import read_json
 from engram.files.names import inside, read_text
+from engram.model.checkpoint_files import INDEX
 from engram.modules.fingerprints import dtype_name
 
 CONFIG = "config.json"

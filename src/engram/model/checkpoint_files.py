@@ -7,6 +7,7 @@ Knows file names and headers. Refuses to know models and tokenizers.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from engram.errors import EngramFileError
 from engram.files.forms import read_json
 from engram.files.names import check_regular, inside
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONVERT = (
     "Convert them, if you trust their author: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
@@ -74,7 +76,13 @@ def check_folder(folder: Path, *, weights: bool = True, variant: str | None = No
     _check_config(folder / "config.json")
     if not weights and not any((folder / name).exists() for name in _names(variant)):
         return None
-    return sum(_tensors(path) for path in weight_files(folder, variant))
+    homes: dict[str, Path] = {}
+    for path in weight_files(folder, variant):
+        for tensor in _tensors(path):
+            # two files with one tensor: nobody knows which of them a model is loaded from
+            if homes.setdefault(tensor, path) is not path:
+                raise EngramFileError(f"{path} and {homes[tensor]} both have {tensor!r}. {_AGAIN}")
+    return len(homes)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -87,11 +95,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """
     single, index = _names(variant)
     # in the order in which transformers looks for them: where both exist, it ignores the index
-    if (folder / single).exists():
+    if os.path.lexists(folder / single):
         return [inside(folder, single)]
-    if not (folder / index).exists():
+    if not os.path.lexists(folder / index):
         raise EngramFileError(_no_weights(folder, single, index))
-    contents: _Index = read_json(folder / index, _Index, advice=_AGAIN)
+    contents: _Index = read_json(inside(folder, index), _Index, advice=_AGAIN)
     shards: list[Path] = []
     for name in sorted(set(contents.weight_map.values())):
         path = inside(folder, name)
@@ -125,19 +133,18 @@ def _check_config(path: Path) -> None:
 
 def _names(variant: str | None) -> tuple[str, str]:
     """Return the names of a whole file of weights and of an index of several."""
-    stem = "model.safetensors"
     if variant is None:
-        return stem, f"{stem}.index.json"
-    return f"model.{variant}.safetensors", f"{stem}.index.{variant}.json"
+        return SINGLE, INDEX
+    return f"model.{variant}.safetensors", f"{SINGLE}.index.{variant}.json"
 
 
-def _tensors(path: Path) -> int:
-    """Return how many tensors a safetensors file has."""
+def _tensors(path: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file."""
     check_regular(path)
     try:
         # It reads the header alone, and refuses one that does not fit the file's length.
         with safe_open(path, framework="pt") as file:
-            return len(file.keys())
+            return list(file.keys())
     except (SafetensorError, ValueError) as error:
         reason = re.sub(r"^Error while deserializing header: ", "", str(error))
         raise EngramFileError(
