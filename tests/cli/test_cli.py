@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ def test_help_names_every_verb():
         "edit",
         "apply",
         "revert",
+        "export",
         "verify",
         "generate",
         "stats",
@@ -320,12 +322,43 @@ def test_settings_and_facts_come_from_options_and_files(model, corpus, tmp_path)
 def test_apply_and_revert_give_every_byte_back(model, edited, tmp_path):
     run("apply", edited, model, "-o", str(tmp_path / "edited"))
     run("revert", str(tmp_path / "edited"), "-o", str(tmp_path / "back"))
-    from pathlib import Path
-
     original = {p.name: p.read_bytes() for p in Path(model).iterdir()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == original
     changed = (tmp_path / "edited" / "model.safetensors").read_bytes()
     assert changed != original["model.safetensors"]
+
+
+def test_apply_writes_a_wider_dtype(edited, model, tmp_path, monkeypatch, capsys):
+    half = engram.load(model)
+    half.model.half().save_pretrained(tmp_path / "half")
+    half.tokenizer.save_pretrained(tmp_path / "half")
+    command = ["apply", edited, str(tmp_path / "half"), "--force", "--dtype"]
+    run(*command, "float32", "-o", str(tmp_path / "edited"))
+    assert engram.load(tmp_path / "edited").model.dtype == torch.float32
+    run("revert", str(tmp_path / "edited"), "-o", str(tmp_path / "back"))
+    original = {p.name: p.read_bytes() for p in (tmp_path / "half").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == original
+    command += ["bfloat16", "-o", str(tmp_path / "o")]
+    assert "which bfloat16 would round" in failing(monkeypatch, capsys, *command)
+
+
+def test_export_writes_an_adapter_that_names_its_base(edited, model, tmp_path, monkeypatch, capsys):
+    assert "adapter: " in run("export", edited, "--peft", str(tmp_path / "adapter")).output
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == Path(model).name
+    assert "--peft" in failing(monkeypatch, capsys, "export", edited)
+
+
+def test_a_prompt_edit_cannot_be_exported_or_applied(model, tmp_path, monkeypatch, capsys):
+    run("edit", model, *FACT, "--method", "in-context", "-o", str(tmp_path / "e"))
+    for command in (
+        ["export", str(tmp_path / "e"), "--peft", str(tmp_path / "adapter")],
+        ["apply", str(tmp_path / "e"), model, "-o", str(tmp_path / "edited")],
+    ):
+        assert "is a text in front of prompts and has no weights" in failing(
+            monkeypatch, capsys, *command
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
 
 
 def test_generate_uses_edits_and_seeds(model, edited):

@@ -89,7 +89,7 @@ def test_a_life_of_a_ledger(book, edits, model, tmp_path, monkeypatch, capsys):
     assert (
         "edited checkpoint: " in run("ledger", "apply", book, "-o", str(tmp_path / "edited")).output
     )
-    assert "adapter: " in run("ledger", "peft", book, "-o", str(tmp_path / "adapter")).output
+    assert "adapter: " in run("ledger", "export", book, "--peft", str(tmp_path / "adapter")).output
     lm, edited = engram.load(model), engram.load(tmp_path / "edited")
     (name,) = Edit.load(edits[0]).deltas
     with Ledger.open(book).applied(lm):

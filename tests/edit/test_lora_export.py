@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,53 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(tmp_path: Path) -> None
     edit.save(tmp_path / "edit")
     with pytest.raises(EngramFileError, match=r"expected a folder with adapter_config.json"):
         edit.to_peft(tmp_path / "edit")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("pocket", "pocket"),
+        ("gpt2", "gpt2"),
+        ("openai-community/gpt2", "openai-community/gpt2"),
+        ("/home/me/models/gpt2", "gpt2"),
+        ("/home/me/models/gpt2/", "gpt2"),
+        ("./gpt2", "gpt2"),
+        ("../../models/gpt2", "gpt2"),
+        ("~/gpt2", "gpt2"),
+        ("C:\\models\\gpt2", "gpt2"),
+        ("/c/models--openai-community--gpt2/snapshots/607a", "openai-community/gpt2"),
+        (".", "gpt2"),
+        ("/", "gpt2"),
+    ],
+)
+def test_the_base_is_named_as_on_the_hub_and_never_by_a_path(
+    tmp_path: Path, model: str, name: str
+) -> None:
+    edit = random_edit(tiny())
+    edit = replace(edit, base={**edit.base, "model": model})
+    edit.to_peft(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] == name
+    assert "/home" not in text and str(tmp_path) not in text
+
+
+def test_a_folder_of_this_machine_that_looks_like_a_hub_name_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    edit = random_edit(tiny())
+    edit = replace(edit, base={**edit.base, "model": "models/gpt2"})
+    config = json.loads((edit.to_peft("adapter") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "gpt2"
+
+
+def test_free_space_is_tried_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 900, 100))
+    with pytest.raises(EngramFileError, match="are free there"):
+        random_edit(tiny()).to_peft(tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_matrices_of_modules_can_be_exported() -> None:

@@ -56,6 +56,7 @@ for title, commands in {
         edit.generate,
         edit.apply,
         edit.revert,
+        edit.export,
         stats.stats,
         stats.plan,
     ),

@@ -201,12 +201,35 @@ def apply(
     force: Annotated[
         bool, typer.Option("--force", help="Also on weights that the edit was not computed on.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Wider dtype to write all weights in, such as float32; default: as they are "
+            "stored (pocket: float32)."
+        ),
+    ] = None,
 ) -> None:
     """Write a copy of a checkpoint with an edit in its weights."""
-    from engram.edit.edit import Edit
+    from engram.edit.edit import load_edit
 
-    written = Edit.load(edit).to_checkpoint(model, out, force=force)
+    written = load_edit(edit).to_checkpoint(model, out, force=force, dtype=dtype)
     typer.echo(f"edited checkpoint: {written}")
+
+
+def export(
+    edit: EditFolder,
+    peft: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Write an edit for other libraries, to be used with the unedited model."""
+    from engram.edit.edit import load_edit
+
+    typer.echo(f"adapter: {load_edit(edit).to_peft(peft)}")
 
 
 def revert(

@@ -227,11 +227,20 @@ def apply(
 
 
 @app.command()
-def peft(ledger: Book, out: Out) -> None:
-    """Write everything in force as one LoRA adapter for the unedited model."""
+def export(
+    ledger: Book,
+    peft: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Write everything in force for other libraries, to be used with the unedited model."""
     import engram
 
-    typer.echo(f"adapter: {engram.Ledger.open(ledger).to_peft(out)}")
+    typer.echo(f"adapter: {engram.Ledger.open(ledger).to_peft(peft)}")
 
 
 @app.command()

@@ -7,7 +7,10 @@ stored [in, out].
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from engram.edit.changes import WeightChanges
 from engram.errors import UnsupportedModelError
-from engram.files.atomic import atomic_folder
+from engram.files.atomic import atomic_folder, reserved
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -46,7 +49,7 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
         tensors[f"{module}.lora_A.weight"] = _padded(right.float(), rank, dim=0)
         tensors[f"{module}.lora_B.weight"] = _padded(left.float(), rank, dim=1)
     config = LoraConfig(
-        base_model_name_or_path=changes.base["model"],
+        base_model_name_or_path=_public_name(changes.base),
         task_type="CAUSAL_LM",
         inference_mode=True,
         r=rank,
@@ -57,10 +60,30 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
         # One flag for all modules; a family stores all of its matrices alike.
         fan_in_fan_out=any(weight["transposed"] for weight in changes.base["tensors"].values()),
     )
-    with atomic_folder(folder, replaces=_CONFIG) as fresh:
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    with (
+        reserved(folder, folder=True, replaces=_CONFIG, needs=len(data)),
+        atomic_folder(folder, replaces=_CONFIG) as fresh,
+    ):
         config.save_pretrained(str(fresh))
-        (fresh / _WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        (fresh / _WEIGHTS).write_bytes(data)
     return Path(folder)
+
+
+def _public_name(base: Mapping[str, Any]) -> str:
+    """Return the name by which others find a base model: as on the hub, never a path of this
+    machine.
+    """
+    # "openai-community/gpt2", "pocket"
+    model = str(base["model"])
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) and not Path(model).is_dir():
+        return model
+    folders = [part for part in re.split(r"[/\\]", model) if part.strip("~.")]
+    # the hub's cache: .../models--openai-community--gpt2/snapshots/607a30d783df
+    for part in folders:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return folders[-1] if folders else str(base["model_type"])
 
 
 def _module(name: str) -> str:
