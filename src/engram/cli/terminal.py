@@ -14,19 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
 from rich.text import Text
+
+from engram.cli.reports import Reports
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
-    from engram.progress import Progress
 
 
 # No highlighting of numbers and quotes: bold and colours mean something here. Soft wrap: a piped
@@ -88,26 +81,15 @@ def load(name: str, dtype: str | None = None, device_map: str | None = None) -> 
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """Yield a callback (what, done, total) that draws a bar on a terminal, nothing elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = messages.is_terminal and not messages.quiet
-    with Bars(*columns, console=messages, transient=True, disable=not shown) as bars:
-        tasks: dict[str, int] = {}  # a bar for each name, as a verb may have several stages
+def progress() -> Iterator[Reports]:
+    """Yield a callback (what, done, total) that shows on stderr how far long work is.
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            # The total too: a stage may run twice, as two receipts do.
-            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
-
-        yield report
+    On a terminal it draws bars. Elsewhere, as in a log, it writes a line every ten seconds. Before
+    work that takes more than a few seconds, a line says what is done, how long it takes, and where
+    results are kept. A quiet session shows nothing.
+    """
+    with Reports(messages) as reports:
+        yield reports
 
 
 def show_plan_if_large(

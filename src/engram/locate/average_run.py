@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from engram.checks import one_of
-from engram.errors import FactError, SettingError
+from engram.errors import EngramError, FactError, SettingError
 from engram.facts import Fact
 from engram.files.cache_folder import sha256_of
 from engram.locate.average import AverageTrace
@@ -29,10 +29,11 @@ from engram.locate.trace import CausalTrace
 from engram.locate.trace_input import TraceInput, TracePrompt, prepare
 from engram.locate.trace_store import StoredRow, TraceStore
 from engram.locate.trace_tables import described
-from engram.locate.tracing import batched, trace_batch
+from engram.locate.tracing import batched, trace_batch, traced_tokens
 from engram.model.language_model import LanguageModel
+from engram.model.pace import seconds_per_token
 from engram.modules.fingerprints import fingerprints
-from engram.progress import Progress, no_progress
+from engram.progress import Progress, Work, announce, no_progress
 from engram.runs.identity import tokenizer_text
 from engram.runs.workers import Here, ModelJob, Workers, model_for
 
@@ -105,10 +106,11 @@ def average_trace(
     with TraceStore.writing(out, _about(run, keys)) as store:
         finished = store.keys()
         done = len(finished.intersection(keys))
+        tally = _Tally.begun(run, [f for f in listed if f.key not in finished], out, progress)
         # blocks of the whole list, also when resumed: the same batches give the same bytes
         for at in range(0, len(listed), _FACTS_AT_ONCE):
             todo = [f for f in listed[at : at + _FACTS_AT_ONCE] if f.key not in finished]
-            for rows in _traced(run, todo, facts_per_batch, workers):
+            for rows in _traced(run, todo, facts_per_batch, workers, tally):
                 store.add(rows)
                 done += len(rows)
                 progress("facts", done, len(listed))
@@ -244,8 +246,60 @@ class TracesJob(ModelJob):
         return trace_batch(state, unit, self.config)
 
 
+class _Tally:
+    """Counts what a run does, for the time left: facts are checked one by one, which is quick, and
+    those that count are traced, which is not. How many count is known as checks go on.
+    """
+
+    def __init__(self, run: _Run, facts: Sequence[ListedFact], work: Work, pace: float) -> None:
+        self.run, self.facts, self.work, self.pace = run, len(facts), work, pace
+        self.checked = self.counted = 0
+        self.tokens = 0.0  # that the traces run of the facts that count
+        guess = max(map(self._tokens_guessed, facts[:: max(1, len(facts) // 8)]), default=0.0)
+        work.expect("checks", len(facts), 0.0 if run.keep == "all" else 20 * pace)
+        work.expect("traces", guess * len(facts), pace)
+
+    @classmethod
+    def begun(
+        cls, run: _Run, facts: Sequence[ListedFact], out: str | Path | None, progress: Progress
+    ) -> _Tally:
+        """Return the tally of the facts that are left, announced."""
+        kept = f"kept in {out}; a stopped run is resumed" if out else "without a file of the run"
+        work = Work("facts", f"tracing {len(facts):,} facts", kept)
+        tally = cls(run, facts, work, seconds_per_token(run.lm, progress))
+        announce(progress, work)
+        return tally
+
+    def check(self, prompt: TraceInput | None) -> None:
+        """Count a fact that was checked; None: it does not count."""
+        self.checked += 1
+        self.work.did("checks")
+        if prompt is not None:
+            self.counted += 1
+            self.tokens += traced_tokens(self.run.lm, prompt, self.run.config)
+        if self.counted:  # the facts to come count as often, and are as long
+            self.work.expect("traces", self.tokens * self.facts / self.checked, self.pace)
+
+    def trace(self, prompts: Sequence[TraceInput]) -> None:
+        """Count prompts that were traced."""
+        tokens = (traced_tokens(self.run.lm, prompt, self.run.config) for prompt in prompts)
+        self.work.did("traces", sum(tokens))
+
+    def _tokens_guessed(self, listed: ListedFact) -> float:
+        prompt = TracePrompt(listed.fact.prompt_text, listed.fact.subject)
+        try:
+            ready = prepare(self.run.lm, prompt, self.run.config, self.run.corruptor)
+        except EngramError:  # it is left out, or needs a partner
+            return 0.0
+        return traced_tokens(self.run.lm, ready, self.run.config)
+
+
 def _traced(
-    run: _Run, listed: Sequence[ListedFact], facts_per_batch: int | None, workers: Workers | None
+    run: _Run,
+    listed: Sequence[ListedFact],
+    facts_per_batch: int | None,
+    workers: Workers | None,
+    tally: _Tally,
 ) -> Iterator[list[StoredRow]]:
     """Yield rows for the store, those that are skipped first."""
     owners: dict[int, ListedFact] = {}  # by id() of the input: two facts may have equal prompts
@@ -255,13 +309,16 @@ def _traced(
         try:
             inputs.append(run.prepare(fact.number, fact.fact))
             owners[id(inputs[-1])] = fact
+            tally.check(inputs[-1])
         except FactError as error:
+            tally.check(None)
             skipped.append(_row(fact, skipped=str(error)))
     if skipped:  # stored too, so that a resumed run does not ask the model about them again
         yield skipped
     units = list(batched(run.lm, inputs, run.config, facts_per_batch))
     job = TracesJob(model_for(workers, run.lm), run.config)
     for number, traces in (workers or Here()).run(job, units):
+        tally.trace(units[number])
         pairs = zip(units[number], traces, strict=True)
         yield [_row(owners[id(prompt)], trace=trace) for prompt, trace in pairs]
 

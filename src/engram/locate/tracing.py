@@ -17,16 +17,17 @@ from engram.engine.replayable import use_replay
 from engram.errors import SettingError
 from engram.locate.attribution import estimate
 from engram.locate.corruption import Corruptor
-from engram.locate.recorded_runs import record_runs
+from engram.locate.recorded_runs import Recorded, record_runs
 from engram.locate.rows import PromptRows
 from engram.locate.settings import TraceConfig, tables
-from engram.locate.sweep import chunks, sweep
+from engram.locate.sweep import Group, chunks, suffix_length, sweep
 from engram.locate.trace import CausalTrace
 from engram.locate.trace_input import TraceInput, TracePrompt, prepare
 from engram.locate.trace_tables import TraceTables
 from engram.locate.whole_passes import whole
 from engram.model.language_model import LanguageModel
-from engram.progress import Progress, no_progress
+from engram.model.pace import seconds_per_token
+from engram.progress import Progress, Work, announce, no_progress
 
 _RECORDED_BYTES = 1 << 29  # what one batch's recording may take
 
@@ -85,6 +86,25 @@ def _affordable_facts(lm: LanguageModel, prompt: TraceInput, config: TraceConfig
     return max(1, min(limit, _RECORDED_BYTES // (tensors * row * (samples + 1))))
 
 
+def traced_tokens(lm: LanguageModel, prompt: TraceInput, config: TraceConfig) -> float:
+    """Return about how many tokens the trace of a prompt runs through the model, which its time
+    depends on.
+
+    For example, of 8 traced tokens of 12 layers, 3 sites and 10 samples: each of 36 patches runs
+    the suffixes of 8, 7, ... 1 tokens in 10 samples through half of the blocks on average, which
+    is 36 x 36 x 10 / 2 tokens. Recording the samples adds 8 x 11.
+    """
+    samples = 1 if prompt.noise is None else len(prompt.noise)
+    recorded = len(prompt.ids) * (samples + 1)
+    if config.estimation.method == "attribution":
+        return 4.0 * recorded  # a forward and a backward pass
+    patches = sum(len(table.patches) for table in tables(lm, config))
+    if not _together(lm, config):
+        return float(recorded + len(prompt.rows) * patches * samples * len(prompt.ids))
+    suffixes = sum(prompt.read[-1] + 1 - token for token in prompt.rows)
+    return recorded + suffixes * patches * samples / 2
+
+
 def trace_batch(
     lm: LanguageModel,
     inputs: Sequence[TraceInput],
@@ -101,13 +121,20 @@ def trace_batch(
             "out engine"
         )
     plan = tables(lm, config)
+    work = Work("tracing", f"tracing {len(inputs)} prompt" + "s" * (len(inputs) > 1))
+    tokens = sum(traced_tokens(lm, prompt, config) for prompt in inputs)
+    work.expect("tokens", tokens, seconds_per_token(lm, progress))
+    announce(progress, work)
     runs = record_runs(PromptRows.of(lm, inputs, config), plan, replay)
     filled = TraceTables(runs, plan)
     if config.estimation.needed:
         filled.add_estimates(estimate(runs, plan))
+    work.did("recording")
     if config.estimation.method == "exact":
         groups = filled.groups(config.estimation.screen)
         done, total = 0, sum(len(group.tokens) * len(group.patches) for group in groups)
+        # a token's suffix is what its rows run: those of the first tokens take longest
+        cells = sum(_cells(runs, group) for group in groups)
         for group in groups:
             for part in chunks(runs, group, config.rows_per_batch):
                 if replay:
@@ -117,8 +144,17 @@ def trace_batch(
                     scores_pt = torch.stack(columns, 1)
                 filled.add_exact(part, scores_pt)
                 done += scores_pt.numel()
+                work.did("tokens", tokens * _cells(runs, part) / cells)
                 progress("tracing", done, total)
+    work.finish("tokens")
     return filled.traces()
+
+
+def _cells(runs: Recorded, group: Group) -> int:
+    """Return the number of cells of the tables, each times the tokens that it runs."""
+    if runs.recording is None:  # whole passes run the whole prompt
+        return len(group.tokens) * len(group.patches)
+    return sum(suffix_length(runs, token) for token in group.tokens) * len(group.patches)
 
 
 def trace(

@@ -29,11 +29,12 @@ from engram.errors import EngramError, NonFiniteError
 from engram.model.language_model import LanguageModel
 from engram.model.tokens import pad_right
 from engram.modules.hooks import StopForward, substitute
-from engram.progress import Progress, no_progress
+from engram.progress import Progress, Work, no_progress
 from engram.runs.workers import ByName, ModelJob, Workers
 
 log = logging.getLogger(__name__)
 
+NAME = "second moments"  # of progress
 _BATCHES_AT_ONCE = 4  # read together and sorted by length, so that few tokens are padding
 _CHARACTERS_PER_TOKEN = 4
 _STRIPS = 16  # of C; 17/32 of the whole product is computed
@@ -86,6 +87,7 @@ class MomentPass:
         tokens: number of tokens in all.
         tokens_per_document: longer documents are cut.
         tokens_per_batch: tokens in one forward pass.
+        work: counts the tokens that were read ("text") and summed ("passes").
     """
 
     lm: LanguageModel
@@ -93,6 +95,7 @@ class MomentPass:
     tokens: int
     tokens_per_document: int = 1024
     tokens_per_batch: int = 4096
+    work: Work = field(default_factory=lambda: Work(NAME))
     _modules: dict[int, nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,18 +110,24 @@ class MomentPass:
         """Sum over the tokens that are left, in this process.
 
         Args:
-            progress: called with (what is done, done, total) after each batch.
+            progress: called with (what is done, done, total) after each batch, in tokens; done are
+                as many as the share of the time that is over, since those of a batch are sampled
+                before the first of them is summed.
             pause: called with the sums every few batches, when they are sums over the corpus's
                 first tokens. (In between they are not: batches are sorted by length.)
         Raises:
             EngramError: a corpus without text.
         """
-        progress("second moments", self.sums.count, self.tokens)
+        first, work = self.sums.count, self.work
+        progress(NAME, first, self.tokens)
         for group in self.read(corpus):
             for batch in group:
                 self.add(batch)
-                progress("second moments", self.sums.count, self.tokens)
+                work.did("passes", _counted(batch))
+                progress(NAME, work.units(first, self.tokens), self.tokens)
             pause(self.sums)
+        work.finish("text")
+        work.finish("passes")
         if not self.sums.count:
             raise EngramError("the corpus has no text to measure second moments on")
         if self.sums.count < self.tokens:
@@ -138,18 +147,18 @@ class MomentPass:
         units, counts = [], []
         for group in self.read(corpus):
             units.append(group)
-            counts.append(sum(len(ids) - start for batch in group for ids, start in batch))
+            counts.append(sum(map(_counted, group)))
             self.sums.count += counts[-1]
         if not self.sums.count:
             raise EngramError("the corpus has no text to measure second moments on")
         job = MomentJob(ByName.of(self.lm), tuple(sorted(self.sums.totals)))
         # float64 sums depend on their order in the last bits, so early units wait
         early: dict[int, dict[int, Tensor]] = {}
-        done, added = 0, 0
+        added = 0
         for number, totals in workers.run(job, units):
             early[number] = totals
-            done += counts[number]
-            progress("second moments", done, self.tokens)
+            self.work.did("passes", counts[number])
+            progress(NAME, self.work.units(0, self.tokens), self.tokens)
             while added in early:
                 for layer, total_ff in early.pop(added).items():
                     self.sums.totals[layer] += total_ff.to(self.sums.totals[layer].device)
@@ -163,44 +172,47 @@ class MomentPass:
         """
         documents = corpus.documents(self.lm, self.sums.documents)
         while self.sums.count < self.tokens:
-            texts = list(
+            rows = self._rows(
                 _some(documents, _BATCHES_AT_ONCE * _CHARACTERS_PER_TOKEN * self.tokens_per_batch)
             )
-            if not texts:
+            if rows is None:
                 return
-            yield list(_packed(self._rows(texts), self.tokens_per_batch))
+            yield list(_packed(rows, self.tokens_per_batch))
 
-    def _rows(self, texts: Sequence[str]) -> list[Row]:
-        """Return texts as rows, and move `documents` and `offset` on.
+    def _rows(self, texts: Iterator[str]) -> list[Row] | None:
+        """Return texts as rows, or None where there are none, and move `documents` and `offset` on.
+
+        No more texts are taken than count: the next one may take minutes to sample.
 
         With 10 tokens left and offset 3, two texts of 8 tokens give the rows (8 tokens, from 3) and
         (5 tokens, from 0): 5 + 5 tokens count. Tokens before the start are run again, since later
         ones attend to them.
         """
-        rows: list[Row] = []
+        rows: list[Row] | None = None
         sums, left = self.sums, self.tokens - self.sums.count
-        for ids in self._encode(texts):
+        for text in texts:
+            rows, ids = rows or [], self._encode(text)
             start, end = sums.offset, min(len(ids), sums.offset + left)
             if end > start:
                 rows.append((ids[:end], start))
+                self.work.did("text", end - start)
             left -= end - start
             if end < len(ids):  # enough: this text counts in part
                 sums.offset = end
                 break
             sums.documents, sums.offset = sums.documents + 1, 0
+            if not left:
+                break
         return rows
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, text: str) -> list[int]:
         """Return token ids as the tokenizer gives them by default, as in the released code; an
-        empty text has none.
+        empty text has none, not even a special one.
         """
+        if not text:
+            return []
         limit = min(self.tokens_per_document, self.lm.max_tokens)
-        full = [text for text in texts if text]
-        # an empty text has no token at all, not even a special one
-        encoded = iter(
-            self.lm.tokenizer(full, truncation=True, max_length=limit)["input_ids"] if full else ()
-        )
-        return [list(next(encoded)) if text else [] for text in texts]
+        return list(self.lm.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
@@ -226,7 +238,7 @@ class MomentPass:
         takers = {module: partial(take, layer) for layer, module in self._modules.items()}
         with suppress(StopForward), substitute({}, takers):
             base_model(self.lm)(ids_bt.to(self.lm.device), use_cache=False)
-        self.sums.count += sum(len(ids) - start for ids, start in batch)
+        self.sums.count += _counted(batch)
 
 
 @dataclass(frozen=True)
@@ -245,6 +257,11 @@ class MomentJob(ModelJob):
 
 Row = tuple[list[int], int]  # token ids, and the first of them that counts
 Batch = list[Row]
+
+
+def _counted(batch: Batch) -> int:
+    """Return the number of tokens of a batch that count."""
+    return sum(len(ids) - start for ids, start in batch)
 
 
 def add_outer(total_ff: Tensor, keys_nf: Tensor) -> None:

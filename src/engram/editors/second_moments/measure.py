@@ -29,15 +29,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engram.editors.second_moments.corpora import Corpus, as_corpus
-from engram.editors.second_moments.corpus_pass import MomentPass, Sums
+from engram.editors.second_moments.corpora import Corpus, SampledText, as_corpus
+from engram.editors.second_moments.corpus_pass import NAME, MomentPass, Sums
 from engram.editors.second_moments.matrix import SecondMoment, load_npz, read_tensors, write_tensors
 from engram.engine.recording import base_model
 from engram.errors import EngramFileError
 from engram.files.cache_folder import cache_folder, sha256_of
 from engram.model.language_model import LanguageModel
+from engram.model.pace import seconds_per_token
 from engram.modules.fingerprints import fingerprints
-from engram.progress import Progress, no_progress
+from engram.progress import Progress, Work, announce, no_progress
 from engram.runs.identity import identity_of
 from engram.runs.workers import Workers
 
@@ -113,7 +114,10 @@ def second_moments(
         sums = _unfinished(partial)
         sums = sums or _shorter(folder, {layer: stems[layer] for layer in missing}, tokens)
         sums = sums or Sums.zero(lm, missing)
-        corpus_pass = MomentPass(lm, sums, tokens, tokens_per_document, tokens_per_batch)
+        work = _work(lm, sums, tokens, text, seconds_per_token(lm, progress))
+        work.kept = f"kept in {folder}; a stopped measurement is resumed"
+        announce(progress, work)
+        corpus_pass = MomentPass(lm, sums, tokens, tokens_per_document, tokens_per_batch, work)
         if workers is None:
             sums = corpus_pass.run(text, progress, _every(save_every, partial))
         else:
@@ -123,6 +127,8 @@ def second_moments(
             moments[layer] = SecondMoment(sums.mean(layer), sums.count, about, paths[layer])
             moments[layer].save(paths[layer])
             _remember(paths[layer], moments[layer])
+            work.did("files")
+        progress(NAME, tokens, tokens)
         partial.unlink(missing_ok=True)
     return {layer: moments[layer] for layer in layers}
 
@@ -162,6 +168,25 @@ def _unfinished(partial: Path) -> Sums | None:
         return None
     log.info("resuming after %d tokens", about["count"])
     return Sums({int(layer): total for layer, total in totals.items()}, **about)
+
+
+def _work(lm: LanguageModel, sums: Sums, tokens: int, corpus: Corpus, pace: float) -> Work:
+    """Return what is left to do, with guesses; `pace` is the seconds of a token of a forward pass.
+
+    For example, of 30,720 tokens of a model with 30 layers: 30,720 tokens are sampled, one step
+    after another (guess: 1.5 x `pace` each), and run; k k^T adds a third to each. Then 30 files are
+    written.
+    """
+    left, widths = tokens - sums.count, [lm.parts.mlp_width(layer) for layer in sums.totals]
+    work = Work(NAME, f"measuring {NAME} of {len(widths)} layers on {left:,} tokens")
+    # a tenth of sampled text is lost when it is encoded again
+    lot = 0.9 * corpus.rows_per_batch * corpus.tokens if isinstance(corpus, SampledText) else 0.0
+    work.expect("text", left, 1.5 * pace if lot else 1e-3 * pace, lot)
+    weights = sum(p.numel() for p in lm.model.parameters()) or 1
+    products = sum(width**2 for width in widths) / (2 * weights)
+    work.expect("passes", left, (1 + products) * pace)
+    work.expect("files", len(widths), max(widths) ** 2 * 1e-7)  # 0.1 s for d_ff = 1024
+    return work
 
 
 def _every(seconds: float, partial: Path) -> Callable[[Sums], None]:
