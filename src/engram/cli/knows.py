@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Model, ModelOptions, Seed
 
 
@@ -64,26 +65,28 @@ def knows(
     from engram.cli import show, terminal
     from engram.facts import sample_facts
 
-    table = engram.read_facts(facts_options.facts)
-    facts = sample_facts(table, facts_options.limit, facts_options.seed)
-    lm = model_options.load(model)
-    with terminal.progress() as progress:
-        knowledge = engram.knows(
-            lm,
-            facts,
-            candidates=scores.candidates,
-            aggregate="first" if scores.paraphrases == "none" else scores.paraphrases,  # type: ignore[arg-type]
-            length=scores.length,  # type: ignore[arg-type]
-            paraphrases=scores.paraphrases != "none",
-            k=scores.k,
-            # Candidates are the objects of the whole file: ranks would be better among fewer.
-            table=table,
-            progress=progress,
-        )
-    if as_json:
-        typer.echo(json.dumps(knowledge.to_dict(), ensure_ascii=False))
-    else:
-        show.show_knowledge(knowledge, facts_options.seed)
-    if out is not None:
-        knowledge.save(out)
-        typer.echo(f"answers: {out}", err=as_json)
+    def show_result() -> None:
+        if as_json:
+            typer.echo(json.dumps(knowledge.to_dict(), ensure_ascii=False))
+        else:
+            show.show_knowledge(knowledge, facts_options.seed)
+
+    answers = outputs.Output("answers", out, "JSON")
+    with outputs.tried(answers, reads=[facts_options.facts]) as written:
+        table = engram.read_facts(facts_options.facts)
+        facts = sample_facts(table, facts_options.limit, facts_options.seed)
+        lm = model_options.load(model)
+        with terminal.progress() as progress:
+            knowledge = engram.knows(
+                lm,
+                facts,
+                candidates=scores.candidates,
+                aggregate="first" if scores.paraphrases == "none" else scores.paraphrases,  # type: ignore[arg-type]
+                length=scores.length,  # type: ignore[arg-type]
+                paraphrases=scores.paraphrases != "none",
+                k=scores.k,
+                # Candidates are the objects of the whole file: ranks would be better among fewer.
+                table=table,
+                progress=progress,
+            )
+        written.finish(show_result, {answers: knowledge.save}, as_json=as_json)

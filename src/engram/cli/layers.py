@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Corpus, Model, ModelOptions, Seed, Setting, parse_settings
 
 
@@ -67,34 +69,36 @@ def layers(
     import engram
     from engram.cli import show, terminal
 
-    facts = None if evidence.facts is None else engram.read_facts(evidence.facts)
-    # Files and settings before the model, whose loading takes longest.
-    settings = parse_settings(editing.setting)
-    lm = model_options.load(model)
-    with terminal.progress() as progress:
-        card = engram.layer_card(
-            lm,
-            facts,
-            # Any text: `layer_card` checks it, and its message names near words.
-            keep=evidence.keep,  # type: ignore[arg-type]
-            edits=evidence.edits,
-            traces=evidence.traces,
-            estimates=evidence.estimates,
-            layer_step=evidence.layer_step,
-            refine=evidence.refine,
-            method=editing.method,
-            corpus=editing.corpus,
-            tokens=editing.tokens,
-            seed=editing.seed,
-            progress=progress,
-            **settings,
-        )
-    if as_json:
-        typer.echo(card.to_json())
-    else:
-        show.show_layer_card(card)
-    if out is not None:
-        typer.echo(f"card: {card.save(out)}", err=as_json)
-    if plot is not None:
-        card.plot().savefig(plot)
-        typer.echo(f"picture: {plot}", err=as_json)
+    def show_result() -> None:
+        if as_json:
+            typer.echo(card.to_json())
+        else:
+            show.show_layer_card(card)
+
+    json_file, picture = outputs.Output("card", out, "JSON"), outputs.picture(plot)
+    reads = [evidence.facts, editing.corpus]
+    with outputs.tried(json_file, picture, reads=reads, cached=outputs.in_cache) as written:
+        facts = None if evidence.facts is None else engram.read_facts(evidence.facts)
+        # Files and settings before the model, whose loading takes longest.
+        settings = parse_settings(editing.setting)
+        lm = model_options.load(model)
+        with terminal.progress() as progress:
+            card = engram.layer_card(
+                lm,
+                facts,
+                # Any text: `layer_card` checks it, and its message names near words.
+                keep=evidence.keep,  # type: ignore[arg-type]
+                edits=evidence.edits,
+                traces=evidence.traces,
+                estimates=evidence.estimates,
+                layer_step=evidence.layer_step,
+                refine=evidence.refine,
+                method=editing.method,
+                corpus=editing.corpus,
+                tokens=editing.tokens,
+                seed=editing.seed,
+                progress=progress,
+                **settings,
+            )
+        writers: outputs.Writers = {json_file: card.save, picture: partial(outputs.draw, card.plot)}
+        written.finish(show_result, writers, as_json=as_json)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Model, ModelOptions
 
 if TYPE_CHECKING:
@@ -55,22 +58,27 @@ class LensOutput:
     ] = None
     as_json: AsJson = False
 
+    def tried(self) -> AbstractContextManager[outputs.Outputs]:
+        """Try the picture's name; see `outputs.tried`."""
+        return outputs.tried(outputs.picture(self.out))
+
     def write(
         self,
+        written: outputs.Outputs,
         result: LogitLens | Refinement | Memories,
         plot: Callable[[], Figure],
         show: Callable[[], None],
     ) -> None:
         """Save the picture that `plot` draws, and print JSON or call `show`."""
-        # The picture first: a wrong file name or shade fails before pages of numbers are printed.
-        if self.out is not None:
-            plot().savefig(self.out)
-        if self.as_json:
-            typer.echo(json.dumps(result.to_dict()))
-        else:
-            show()
-        if self.out is not None:
-            typer.echo(f"picture: {self.out}", err=self.as_json)
+
+        def show_result() -> None:
+            if self.as_json:
+                typer.echo(json.dumps(result.to_dict()))
+            else:
+                show()
+
+        writers: outputs.Writers = {outputs.picture(self.out): partial(outputs.draw, plot)}
+        written.finish(show_result, writers, as_json=self.as_json)
 
 
 def lens(
@@ -93,10 +101,11 @@ def lens(
         terminal.console.print(_grid(result, terminal.console.width))
         terminal.console.print(str(result), markup=False)
 
-    result = engram.lens(
-        model_options.load(model), text, norm=lens_options.norm, target=lens_options.target, k=k
-    )
-    output.write(result, lambda: result.plot(shade), show)  # type: ignore[arg-type]
+    with output.tried() as written:
+        result = engram.lens(
+            model_options.load(model), text, norm=lens_options.norm, target=lens_options.target, k=k
+        )
+        output.write(written, result, lambda: result.plot(shade), show)  # type: ignore[arg-type]
 
 
 def refinement(
@@ -112,14 +121,16 @@ def refinement(
     import engram
     from engram.cli import terminal
 
-    result = engram.refinement(
-        model_options.load(model), text, norm=lens_options.norm, target=lens_options.target
-    )
-    output.write(
-        result,
-        lambda: result.plot(position),
-        lambda: terminal.console.print(result.describe(position), markup=False),
-    )
+    with output.tried() as written:
+        result = engram.refinement(
+            model_options.load(model), text, norm=lens_options.norm, target=lens_options.target
+        )
+        output.write(
+            written,
+            result,
+            lambda: result.plot(position),
+            lambda: terminal.console.print(result.describe(position), markup=False),
+        )
 
 
 @dataclass(frozen=True)
@@ -147,16 +158,20 @@ def memories(
     import engram
     from engram.cli import terminal
 
-    result = engram.memories(
-        model_options.load(model),
-        text,
-        which.layer,
-        which.position,
-        neurons=which.neurons,
-        k=which.k,
-        norm=norm,
-    )
-    output.write(result, result.plot, lambda: terminal.console.print(str(result), markup=False))
+    def show() -> None:
+        terminal.console.print(str(result), markup=False)
+
+    with output.tried() as written:
+        result = engram.memories(
+            model_options.load(model),
+            text,
+            which.layer,
+            which.position,
+            neurons=which.neurons,
+            k=which.k,
+            norm=norm,
+        )
+        output.write(written, result, result.plot, show)
 
 
 def _grid(lens: LogitLens, width: int) -> Text:

@@ -6,13 +6,21 @@ Their settings are those of `TraceConfig`, which checks them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Model, ModelOptions, Seed, WorkerOptions, parse_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from engram.locate.average import AverageTrace
 
 HEATMAPS, LINES, SEVERED, TRACES, SUMMARY = (
     "heatmaps.png",
@@ -152,29 +160,33 @@ def trace(
     import engram
     from engram.cli import show, terminal
 
-    settings = trace_options.settings()
-    lm = model_options.load(model)
-    with terminal.progress() as progress:
-        result = engram.trace(
-            lm,
-            prompt,
-            subject=question.subject,
-            target=question.target,
-            foil=question.foil,
-            other_subject=question.other_subject,
-            progress=progress,
-            **settings,
-        )
-    if output.as_json:
-        typer.echo(json.dumps(result.to_dict()))
-    else:
-        show.show_trace(result)
-    if output.out is not None:
-        result.plot().savefig(output.out)
-        typer.echo(f"picture: {output.out}", err=output.as_json)
-    if output.save is not None:
-        result.save(output.save)
-        typer.echo(f"numbers: {output.save}", err=output.as_json)
+    def show_result() -> None:
+        if output.as_json:
+            typer.echo(json.dumps(result.to_dict()))
+        else:
+            show.show_trace(result)
+
+    picture = outputs.picture(output.out)
+    numbers = outputs.Output("numbers", output.save, "numbers")
+    with outputs.tried(picture, numbers) as written:
+        settings = trace_options.settings()
+        lm = model_options.load(model)
+        with terminal.progress() as progress:
+            result = engram.trace(
+                lm,
+                prompt,
+                subject=question.subject,
+                target=question.target,
+                foil=question.foil,
+                other_subject=question.other_subject,
+                progress=progress,
+                **settings,
+            )
+        writers: outputs.Writers = {
+            picture: partial(outputs.draw, result.plot),
+            numbers: result.save,
+        }
+        written.finish(show_result, writers, as_json=output.as_json)
 
 
 @dataclass(frozen=True)
@@ -215,52 +227,67 @@ def average(
     """Find which states carry facts on average over a file of facts (causal tracing)."""
     import engram
     from engram.cli import show, terminal
+    from engram.errors import EngramFileError
     from engram.facts import sample_facts
 
-    settings = trace_options.settings()
-    facts = engram.read_facts(facts_options.facts)
-    # The noise scale comes from the subjects of the whole file, as published, whatever --limit is.
-    settings.setdefault("noise_subjects", tuple(fact.subject for fact in facts))
-    facts = sample_facts(facts, facts_options.limit, settings["seed"])
-    if out is not None:
-        _make_folder(out)  # now, not after hours of tracing
-    lm = model_options.load(model)
-    with terminal.progress() as progress:
-        result = engram.average_trace(
-            lm,
-            facts,
-            out=out and out / TRACES,
-            keep=facts_options.keep,  # type: ignore[arg-type]
-            answer=facts_options.answer,  # type: ignore[arg-type]
-            workers=workers.open(),
-            progress=progress,
-            **settings,
+    def show_result() -> None:
+        if as_json:
+            typer.echo(json.dumps(result.summary()))
+        else:
+            show.show_average(result)
+
+    files = {
+        name: outputs.Output(name, out and out / name, parents=True, said=False)
+        for name in (TRACES, SUMMARY, HEATMAPS, LINES, SEVERED)
+    }
+    if out is not None and out.exists() and not out.is_dir():
+        raise EngramFileError(
+            f"--out {out} cannot be the folder of a run: it is a file. Choose another name"
         )
-    if as_json:
-        typer.echo(json.dumps(result.summary()))
-    else:
-        show.show_average(result)
-    if out is None:
-        return
-    (out / SUMMARY).write_text(json.dumps(result.summary(), indent=1) + "\n", encoding="utf8")
+    with outputs.tried(*files.values(), cached=lambda: _kept(out)) as written:
+        settings = trace_options.settings()
+        facts = engram.read_facts(facts_options.facts)
+        # The noise scale comes from the subjects of the whole file, as published, whatever --limit
+        # is.
+        settings.setdefault("noise_subjects", tuple(fact.subject for fact in facts))
+        facts = sample_facts(facts, facts_options.limit, settings["seed"])
+        lm = model_options.load(model)
+        with terminal.progress() as progress:
+            result = engram.average_trace(
+                lm,
+                facts,
+                out=out and out / TRACES,
+                keep=facts_options.keep,  # type: ignore[arg-type]
+                answer=facts_options.answer,  # type: ignore[arg-type]
+                workers=workers.open(),
+                progress=progress,
+                **settings,
+            )
+        pictures = _pictures(result, settings)
+        writers: outputs.Writers = {files[SUMMARY]: partial(outputs.write_json, result.summary())}
+        writers |= {files[name]: partial(outputs.draw, plot) for name, plot in pictures.items()}
+        written.finish(show_result, writers, as_json=as_json)
+    if out is not None:
+        typer.echo(f"{out}: {', '.join([TRACES, SUMMARY, *pictures])}", err=as_json)
+
+
+def _pictures(result: AverageTrace, settings: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     # Roles such as "first subject token" need every position; a run may have traced the last alone.
     every_position = result.layered and settings.get("positions", "all") == "all"
     pictures = {HEATMAPS: result.plot, LINES: result.plot_lines} if every_position else {}
-    pictures |= {SEVERED: result.plot_severed} if result.severed else {}
-    for name, draw in pictures.items():
-        draw().savefig(out / name)
-    typer.echo(f"{out}: {', '.join([TRACES, SUMMARY, *pictures])}", err=as_json)
+    return pictures | ({SEVERED: result.plot_severed} if result.severed else {})
 
 
-def _make_folder(out: Path) -> None:
-    from engram.errors import EngramFileError
+def _kept(out: Path | None) -> str:
+    """Return how much of a run that was stopped is in its file."""
+    from engram.locate.trace_store import TraceStore
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EngramFileError(
-            f"--out {out} cannot be the folder of a run: {error}. Choose another name"
-        ) from error
+    if out is None:
+        return "nothing was kept; with -o FOLDER a stopped run can be resumed"
+    if not (out / TRACES).exists():
+        return ""
+    with TraceStore.reading(out / TRACES) as store:
+        return f"{len(store.keys())} facts are kept in {out / TRACES}; {outputs.RESUME}"
 
 
 def _number_or_rule(noise: str) -> str | float:
