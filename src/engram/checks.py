@@ -50,6 +50,8 @@ def check_fields(config: Any) -> None:
     number, no number for a truth value, and NaN and infinity are refused. Numbers of numpy become
     Python's, and lists become tuples where a tuple is annotated.
 
+    Raises:
+        SettingError: names the field, its value and what was expected.
     Example:
         >>> from dataclasses import dataclass
         >>> from typing import Annotated
@@ -62,8 +64,6 @@ def check_fields(config: Any) -> None:
         >>> Passes(steps=1.5)
         Traceback (most recent call last):
         engram.errors.SettingError: steps=1.5: expected a whole number
-    Raises:
-        SettingError: names the field, its value and what was expected.
     """
     for name, hint in _hints(config.__class__).items():
         object.__setattr__(config, name, checked(name, getattr(config, name), hint))

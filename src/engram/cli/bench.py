@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.options import ModelOptions, Seed, WorkerOptions, parse_settings
+from engram.cli.options import AsJson, ModelOptions, Seed, WorkerOptions, parse_settings
 
 if TYPE_CHECKING:
     from engram.benchmark.data.records import Dataset
@@ -127,12 +127,15 @@ def bench(
     methods_options: MethodsOptions,
     records: RecordsOptions,
     measures: MeasureOptions,
+    as_json: AsJson = False,
     workers: WorkerOptions,
     model_options: ModelOptions,
 ) -> None:
     """Edit every record of a benchmark by itself, by each method, and measure before and after.
 
     A run that was stopped is resumed.
+
+    Example: engram bench --method rome --method memit --limit 50 -o run.sqlite
     """
     from engram.benchmark.metrics.outcomes import MeasureConfig
     from engram.benchmark.run import bench as run_benchmark
@@ -159,6 +162,9 @@ def bench(
             workers=workers.open(),
             progress=progress,
         )
+    if as_json:
+        terminal.print_json({"run": out} | _document([run]))
+        return
     show.show_runs([run])
     typer.echo(f"run: {out}    (see engram report --help for other tables of it)")
 
@@ -184,16 +190,17 @@ class PictureOptions:
         typer.Option(help="Picture of the scores by layer, of runs with --set LABEL:layer=N."),
     ] = None
 
-    def draw(self, runs: list[Run]) -> None:
+    def draw(self, runs: list[Run], as_json: bool = False) -> None:
         """Draw and save them."""
         if self.plot is None and self.plot_layers is None:
             return
         from engram.benchmark import plots
+        from engram.cli import terminal
 
         for path, draw in ((self.plot, plots.plot_scores), (self.plot_layers, plots.plot_layers)):
             if path is not None:
                 draw(runs).savefig(path, dpi=200)
-                typer.echo(f"picture: {path}")
+                terminal.written("picture", path, as_json)
 
 
 def report(
@@ -222,14 +229,24 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the paper's table of one or several runs, with intervals."""
+    """Show the paper's table of one or several runs, with intervals.
+
+    Example: engram report run.sqlite --all --compare --plot scores.png
+    """
     from engram.benchmark import report as reports
     from engram.benchmark.results import Run
-    from engram.cli import show
+    from engram.cli import show, terminal
     from engram.errors import SettingError
 
     opened = [Run.open(path) for path in runs]
+    if as_json:
+        if out is not None or format is not Format.terminal:
+            raise SettingError("--json prints the table: leave out --format and --out")
+        pictures.draw(opened, as_json)
+        terminal.print_json(_document(opened, all_metrics, compare, failures))
+        return
     # Parquet is binary and cannot go to the terminal; the terminal's table cannot go to a file
     # (it has colours): there, markdown takes its place.
     if format is Format.parquet:
@@ -246,6 +263,32 @@ def report(
     if failures:
         show.show_failures(opened, failures)
     pictures.draw(opened)
+
+
+def _document(
+    runs: list[Run], all_metrics: bool = False, compare: bool = False, failures: int = 0
+) -> dict[str, Any]:
+    """Return the tables of runs for `--json`."""
+    from dataclasses import asdict
+
+    from engram.benchmark import report as reports
+
+    table = reports.as_json(reports.table(runs, all_metrics=all_metrics))
+    document: dict[str, Any] = {"table": json.loads(table)}
+    if compare:
+        document["differences"] = [
+            {"minuend": a, "subtrahend": b}
+            | {metric: asdict(difference) for metric, difference in differences.items()}
+            for (a, b), differences in reports.compare(runs).items()
+        ]
+    if failures:
+        document["failures"] = [
+            {"run": run.path, "method": label} | asdict(failure)
+            for run in runs
+            for label in run.measured
+            for failure in run.failures(label, limit=failures)
+        ]
+    return document
 
 
 def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:

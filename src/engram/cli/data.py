@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.cli.options import ModelOptions, Seed
+from engram.cli.options import AsJson, ModelOptions, Seed
 from engram.cli.usage import Commands
 
 app = Commands(help="Benchmarks: those that are published, and those that you build.")
@@ -34,10 +34,14 @@ class Rule(StrEnum):
 
 
 @app.command("list")  # the function has another name: `list` is a type in this module
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """List the data sets that have a name."""
     from engram.benchmark.data.sources import SOURCES
+    from engram.cli import terminal
 
+    if as_json:
+        terminal.print_json({name: source.about for name, source in SOURCES.items()})
+        return
     for name, source in SOURCES.items():
         typer.echo(f"{name:<18}{source.about}")
 
@@ -51,13 +55,20 @@ def get(
             "--references", help="Fetch the reference texts of generated text too (large)."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Download a data set into the cache folder; a broken download is resumed."""
+    """Download a data set into the cache folder; a broken download is resumed.
+
+    Example: engram data get counterfact
+    """
     from engram.benchmark.data.sources import download
     from engram.cli import terminal
 
     with terminal.progress() as progress:
         files = download(name, references=references, progress=progress)
+    if as_json:
+        terminal.print_json([{"file": file, "bytes": file.stat().st_size} for file in files])
+        return
     for file in files:
         typer.echo(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
     if not files:
@@ -109,11 +120,14 @@ def build(
     known_to: KnownTo = None,
     limit: Limit = None,
     seed: Seed = 0,
+    as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
     """Build a CounterFact of your own domain.
 
     It has counterfactual objects, paraphrases, neighbours, attribute and generation prompts.
+
+    Example: engram data build --facts facts.csv --templates templates.json -o mine.json
     """
     from engram.benchmark.data.build import (
         build_counterfact,
@@ -144,6 +158,10 @@ def build(
         with terminal.progress() as progress:
             dataset = known_records(lm, dataset, limit=limit, progress=progress)
     write_dataset(dataset, out)
+    if as_json:
+        count = len(dataset.records)
+        terminal.print_json({"file": out, "records": count, "left_out": skipped})
+        return
     typer.echo(f"{len(dataset.records)} records: {out}")
     for reason in skipped[:5]:
         typer.echo(f"  left out: {reason}")
@@ -169,9 +187,13 @@ def filter(
         bool, typer.Option("--references", help="Keep the reference texts of generated text too.")
     ] = False,
     limit: Limit = None,
+    as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Keep the records about facts that a model knows; only there does an edit change something."""
+    """Keep the records about facts that a model knows; only there does an edit change something.
+
+    Example: engram data filter pocket --known-to pocket --limit 100 -o known.json
+    """
     from engram.benchmark.data.sources import read_dataset
     from engram.benchmark.data.write import write_dataset
     from engram.benchmark.known_records import known_records
@@ -189,6 +211,11 @@ def filter(
 
         known = known_records(lm, records, rule.value, limit=limit, progress=count)
     write_dataset(known, out)
+    if as_json:
+        terminal.print_json(
+            {"file": out, "records": len(known.records), "tested": tested, "rule": rule.value}
+        )
+        return
     typer.echo(
         f"{len(known.records)} of the first {tested} records are known "
         f"by the rule {rule.value!r}: {out}"

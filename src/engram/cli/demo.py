@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engram.cli.options import AsJson
+
 if TYPE_CHECKING:
     from engram.edit.edit import Edit
     from engram.facts import Fact
@@ -33,10 +35,13 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")
     ] = Path("engram-demo"),
+    as_json: AsJson = False,
 ) -> None:
     """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, undo.
 
     No network is needed.
+
+    Example: engram demo -s "Eiffel Tower" -t Rome
     """
     from engram import pocket
     from engram.cli import terminal
@@ -45,14 +50,27 @@ def demo(
     # Before torch is imported: a misspelt subject is reported at once.
     fact = pocket.fact_about(subject, target)
     lm = terminal.load("pocket")
-    _introduce(lm, fact)
-    _locate(lm, fact, out)
-    edit = _rewrite(lm, fact)
-    undone = _keep(lm, fact, edit, out / "edit")
-    _say(
-        f"\npicture {out / 'trace.png'}, edit {out / 'edit'}, {time.monotonic() - began:.0f} s. "
-        "Next: engram edit --help"
-    )
+    picture, folder = out / "trace.png", out / "edit"
+    with terminal.no_results(as_json):
+        _introduce(lm, fact)
+        _locate(lm, fact, picture)
+        edit = _rewrite(lm, fact)
+        undone = _keep(lm, fact, edit, folder)
+        _say(
+            f"\npicture {picture}, edit {folder}, {time.monotonic() - began:.0f} s. "
+            "Next: engram edit --help"
+        )
+    if as_json:
+        terminal.print_json(
+            {
+                "fact": fact.to_dict(),
+                "picture": picture,
+                "edit": folder,
+                "receipt": edit.receipt,
+                "undone": undone,
+                "seconds": time.monotonic() - began,
+            }
+        )
     if not undone:
         raise typer.Exit(1)
 
@@ -69,7 +87,7 @@ def _introduce(lm: LanguageModel, fact: Fact) -> None:
         _say(f"   {text} →[bold]{token}[/] ({probability:.2f})")
 
 
-def _locate(lm: LanguageModel, fact: Fact, out: Path) -> None:
+def _locate(lm: LanguageModel, fact: Fact, picture: Path) -> None:
     import engram
     from engram.cli import show
 
@@ -79,8 +97,8 @@ def _locate(lm: LanguageModel, fact: Fact, out: Path) -> None:
     )
     trace = engram.trace(lm, fact.prompt_text, subject=fact.subject)
     show.show_trace(trace)
-    out.mkdir(parents=True, exist_ok=True)
-    trace.plot().savefig(out / "trace.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    trace.plot().savefig(picture)
 
 
 def _rewrite(lm: LanguageModel, fact: Fact) -> Edit:

@@ -5,7 +5,6 @@ Options are the library's arguments; the output is what the library returns.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,12 +117,16 @@ def edit(
     """Rewrite a fact, take the receipt, and save the edit as a small folder.
 
     The model itself is not changed.
+
+    Example: engram edit pocket -s "Eiffel Tower" -p "{} is in the city of" -t Rome -o edit
     """
     import engram
     from engram.cli import show, terminal
 
     facts, settings = fact_options.read(), method_options.settings()
     method = method_options.method
+    if out is None:
+        terminal.note("the edit will not be kept, only its receipt shown; -o FOLDER keeps it")
     lm = model_options.load(model)
     frames = [None, engram.chat_frame(lm)] if chat else [None]
     # These three methods have no setting `contexts`.
@@ -134,17 +137,18 @@ def edit(
     with terminal.progress() as progress:
         change = engram.rewrite(lm, facts, method, **settings, progress=progress)
         receipts = [engram.verify(lm, change, frame=frame, progress=progress) for frame in frames]
+    if out is not None:
+        # Before anything is printed: a closed pipe ends the command there.
+        # The chat's receipt where there is one: that is how the model will be used.
+        change.with_receipt(receipts[-1]).save(out)
     if as_json:
         records = [receipt.to_dict() for receipt in receipts]
-        typer.echo(json.dumps({"plain": records[0], "chat": records[1]} if chat else records[0]))
+        terminal.print_json({"plain": records[0], "chat": records[1]} if chat else records[0])
     else:
         for receipt in receipts:
             show.show_receipt(receipt)
     if out is not None:
-        # The chat's receipt where there is one: that is how the model will be used.
-        change.with_receipt(receipts[-1]).save(out)
-        # stdout is JSON and nothing else with --json: such lines go to stderr.
-        typer.echo(f"edit: {out} ({terminal.size(out)})", err=as_json)
+        terminal.written("edit", f"{out} ({terminal.size(out)})", as_json)
 
 
 def verify(
@@ -163,7 +167,10 @@ def verify(
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Measure what an edit does: a receipt. Exit code 1 if it fails."""
+    """Measure what an edit does: a receipt. Exit code 1 if it fails.
+
+    Example: engram verify pocket edit
+    """
     import engram
     from engram.cli import show, terminal
     from engram.errors import EngramError
@@ -179,12 +186,12 @@ def verify(
         receipt = engram.verify(
             lm, edit, frame=engram.chat_frame(lm) if chat else None, progress=progress
         )
-    if as_json:
-        typer.echo(json.dumps(receipt.to_dict()))
-    else:
-        show.show_receipt(receipt)
     if store:
         edit.with_receipt(receipt).save(edits[0])
+    if as_json:
+        terminal.print_json(receipt.to_dict())
+    else:
+        show.show_receipt(receipt)
     if not receipt.passed:
         raise typer.Exit(1)  # 2 is a user's mistake: scripts can tell the two apart
 
@@ -208,12 +215,17 @@ def apply(
             "stored (pocket: float32)."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write a copy of a checkpoint with an edit in its weights."""
+    """Write a copy of a checkpoint with an edit in its weights.
+
+    Example: engram apply edit pocket -o edited
+    """
+    from engram.cli import terminal
     from engram.edit.edit import load_edit
 
     written = load_edit(edit).to_checkpoint(model, out, force=force, dtype=dtype)
-    typer.echo(f"edited checkpoint: {written}")
+    terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
 def export(
@@ -225,11 +237,17 @@ def export(
             show_default=False,
         ),
     ],
+    as_json: AsJson = False,
 ) -> None:
-    """Write an edit for other libraries, to be used with the unedited model."""
+    """Write an edit for other libraries, to be used with the unedited model.
+
+    Example: engram export edit --peft adapter
+    """
+    from engram.cli import terminal
     from engram.edit.edit import load_edit
 
-    typer.echo(f"adapter: {load_edit(edit).to_peft(peft)}")
+    written = load_edit(edit).to_peft(peft)
+    terminal.print_path("adapter", "adapter", written, as_json)
 
 
 def revert(
@@ -240,13 +258,19 @@ def revert(
     edit: Annotated[
         Path | None, typer.Option(help="Remove only this one of several edits.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write a copy of an edited checkpoint without its edits, byte for byte the original."""
+    """Write a copy of an edited checkpoint without its edits, byte for byte the original.
+
+    Example: engram revert edited -o original
+    """
+    from engram.cli import terminal
     from engram.edit.checkpoint import revert_checkpoint
     from engram.edit.edit import Edit
 
     written = revert_checkpoint(checkpoint, out, Edit.load(edit) if edit else None)
-    typer.echo(f"checkpoint without {'the edit' if edit else 'edits'}: {written}")
+    what = f"checkpoint without {'the edit' if edit else 'edits'}"
+    terminal.print_path(what, "checkpoint", written, as_json)
 
 
 @dataclass(frozen=True)
@@ -270,13 +294,18 @@ def generate(
     ] = None,
     sampling: SamplingOptions,
     chat: Chat = False,
+    as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Continue a text, with edits applied if given."""
+    """Continue a text, with edits applied if given.
+
+    Example: engram generate pocket "The Eiffel Tower is in the city of" --edit edit
+    """
     from contextlib import ExitStack
 
     from transformers import set_seed
 
+    from engram.cli import terminal
     from engram.model.chat import chat_frame
 
     lm = model_options.load(model)
@@ -291,7 +320,11 @@ def generate(
             stack.enter_context(lm.asked_through(chat_frame(lm)))
         for edit in _nested(edits or []):
             stack.enter_context(edit.applied(lm))
-        typer.echo(lm.generate(prompt, sampling.tokens, **settings))
+        text = lm.generate(prompt, sampling.tokens, **settings)
+    if as_json:
+        terminal.print_json({"prompt": prompt, "text": text})
+    else:
+        typer.echo(text)
 
 
 def _layers(method: str, text: str) -> dict[str, Any]:

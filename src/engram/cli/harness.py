@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -49,7 +48,11 @@ def harness(
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on a model, with an edit applied."""
+    """Run tasks of lm-evaluation-harness on a model, with an edit applied.
+
+    Example: engram harness pocket --task arc_easy --edit edit --limit 100
+    """
+    from engram.cli import terminal
     from engram.edit.edit import load_edit
     from engram.evaluate.harness import harness as run
 
@@ -64,7 +67,7 @@ def harness(
         bootstrap_iters=0,  # standard errors: not printed below, and slow
     )
     if as_json:
-        typer.echo(json.dumps(scores, default=str))  # tasks may report values that JSON lacks
+        terminal.print_json(scores)
         return
     for task, numbers in scores.items():
         typer.echo(task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -60,14 +59,17 @@ def knows(
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Measure which facts a model knows: P@1, P@k, MRR, and agreement between wordings."""
+    """Measure which facts a model knows: P@1, P@k, MRR, and agreement between wordings.
+
+    Example: engram knows pocket --limit 100
+    """
     import engram
     from engram.cli import show, terminal
     from engram.facts import sample_facts
 
     def show_result() -> None:
         if as_json:
-            typer.echo(json.dumps(knowledge.to_dict(), ensure_ascii=False))
+            terminal.print_json(knowledge.to_dict())
         else:
             show.show_knowledge(knowledge, facts_options.seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,13 +66,15 @@ def layers(
     """Measure which layer to edit: trace known facts, and edit them at every layer.
 
     The result is cached, and `--layer auto` of other commands uses it.
+
+    Example: engram layers pocket -o card.json --plot card.png
     """
     import engram
     from engram.cli import show, terminal
 
     def show_result() -> None:
         if as_json:
-            typer.echo(card.to_json())
+            terminal.print_json(json.loads(card.to_json()))
         else:
             show.show_layer_card(card)
 

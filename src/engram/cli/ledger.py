@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out
 from engram.cli.usage import Commands
+
+if TYPE_CHECKING:
+    from engram.ledger.history import Entry
 
 app = Commands(
     help="Keep the edits of one model in a folder: add, list, remove exactly, apply all of them."
@@ -47,10 +49,15 @@ def create(
             help="Text file to measure perplexity on; default: half a page of prose.",
         ),
     ] = None,
+    as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Create a ledger for a model, with limits that every added edit has to keep."""
+    """Create a ledger for a model, with limits that every added edit has to keep.
+
+    Example: engram ledger create book pocket
+    """
     import engram
+    from engram.cli import terminal
     from engram.evaluate.canary import Canary
 
     # Options that were not given are left out, so that `Canary` alone says the defaults.
@@ -58,7 +65,10 @@ def create(
     limits = {name: value for name, value in given.items() if value is not None}
     canary = Canary(**limits, text=text.read_text(encoding="utf8") if text else None)
     new = engram.Ledger.create(ledger, model_options.load(model), canary=canary)
-    typer.echo(f"ledger: {new.folder}, for {new.base['model']}")
+    if as_json:
+        terminal.print_json({"ledger": new.folder, "model": new.base["model"]})
+    else:
+        typer.echo(f"ledger: {new.folder}, for {new.base['model']}")
 
 
 @app.command()
@@ -83,10 +93,13 @@ def add(
     device_map: Annotated[
         str | None, typer.Option(help="Passed to transformers, such as 'auto' or 'cuda:0'.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Put edits in force, one after another.
 
     An edit that damages the model is rolled back, and the exit code is 2.
+
+    Example: engram ledger add book edit
     """
     import engram
     from engram.cli import terminal
@@ -102,10 +115,17 @@ def add(
         if canary or model
         else None
     )
-    for edit in loaded:
-        book.add(edit, lm, replace=replace)
-        # At once, not at the end: a later edit may be rolled back with an error.
-        typer.echo(str(book.history()[-1]))
+    events = []
+    try:
+        for edit in loaded:
+            book.add(edit, lm, replace=replace)
+            events.append(book.history()[-1])
+            if not as_json:
+                # At once, not at the end: a later edit may be rolled back with an error.
+                typer.echo(str(events[-1]))
+    finally:
+        if as_json:  # what was added stays, even if a later edit is rolled back
+            terminal.print_json([event.to_dict() for event in events])
 
 
 @app.command("list")  # the function has another name: `list` is a type in this module
@@ -118,20 +138,18 @@ def list_(
 ) -> None:
     """List what is in force, with the names by which it can be removed."""
     import engram
+    from engram.cli import terminal
 
     entries = engram.Ledger.open(ledger).list(everything=everything)
     if as_json:
-        typer.echo(
-            json.dumps(
-                [
-                    # JSON has no sets, and `asdict` leaves properties out.
-                    {**asdict(entry), "gone": sorted(entry.gone), "status": entry.status}
-                    for entry in entries
-                ]
-            )
-        )
+        terminal.print_json([_entry_dict(entry) for entry in entries])
     else:
         typer.echo("\n".join(map(str, entries)) or "nothing is in force")
+
+
+def _entry_dict(entry: Entry) -> dict[str, Any]:
+    # JSON has no sets, and `asdict` leaves properties out.
+    return {**asdict(entry), "gone": sorted(entry.gone), "status": entry.status}
 
 
 @app.command()
@@ -142,22 +160,27 @@ def show(
         Path | None,
         typer.Option("--out", "-o", help="Folder for a copy of the edit as it was added."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show an entry: facts, date, measurements, the entries it was computed on, receipt."""
     import engram
-    from engram.cli import show
+    from engram.cli import show, terminal
     from engram.evaluate.receipt import Receipt
 
     book = engram.Ledger.open(ledger)
     edit = book.show(number)
     entry = next(entry for entry in book.list(everything=True) if entry.number == number)
-    typer.echo(f"{entry}\nadded {entry.when}, {edit!r}")
-    for name, value in entry.canary.items():
-        typer.echo(f"{name.replace('_', ' ')} with everything in force then: {value:.3f}")
-    if edit.receipt is not None:
-        show.show_receipt(Receipt.from_dict(edit.receipt))
-    if out is not None:
-        typer.echo(f"edit: {edit.save(out)}")
+    saved = None if out is None else edit.save(out)
+    if as_json:
+        terminal.print_json({**_entry_dict(entry), "receipt": edit.receipt})
+    else:
+        typer.echo(f"{entry}\nadded {entry.when}, {edit!r}")
+        for name, value in entry.canary.items():
+            typer.echo(f"{name.replace('_', ' ')} with everything in force then: {value:.3f}")
+        if edit.receipt is not None:
+            show.show_receipt(Receipt.from_dict(edit.receipt))
+    if saved is not None:
+        terminal.written("edit", saved, as_json)
 
 
 @app.command()
@@ -167,13 +190,22 @@ def remove(
         list[str],
         typer.Argument(help="Entries such as 3, or single facts such as 3.1.", show_default=False),
     ],
+    as_json: AsJson = False,
 ) -> None:
-    """Remove entries or single facts exactly; their files stay until 'prune'."""
+    """Remove entries or single facts exactly; their files stay until 'prune'.
+
+    Example: engram ledger remove book 3.1
+    """
     import engram
+    from engram.cli import terminal
 
     book = engram.Ledger.open(ledger)
     book.remove(*names)
-    typer.echo(str(book.history()[-1]))
+    event = book.history()[-1]
+    if as_json:
+        terminal.print_json(event.to_dict())
+    else:
+        typer.echo(str(event))
 
 
 @app.command()
@@ -184,17 +216,22 @@ def conflicts(
         float | None,
         typer.Option(help="Overlap (cosine) above which two keys conflict; default: as measured."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List facts in force that an edit conflicts with. Exit code 1 if there are any."""
     import engram
+    from engram.cli import terminal
     from engram.edit.edit import Edit
     from engram.ledger.conflicts import NEAR
 
     clashes = engram.Ledger.open(ledger).conflicts(
         Edit.load(edit), near=NEAR if near is None else near
     )
-    for conflict in clashes:
-        typer.echo(str(conflict))
+    if as_json:
+        terminal.print_json([asdict(conflict) for conflict in clashes])
+    else:
+        for conflict in clashes:
+            typer.echo(str(conflict))
     if clashes:
         raise typer.Exit(1)
 
@@ -203,13 +240,13 @@ def conflicts(
 def history(ledger: Book, as_json: AsJson = False) -> None:
     """List every event, oldest first."""
     import engram
+    from engram.cli import terminal
 
     events = engram.Ledger.open(ledger).history()
-    typer.echo(
-        json.dumps([event.to_dict() for event in events])
-        if as_json
-        else "\n".join(map(str, events))
-    )
+    if as_json:
+        terminal.print_json([event.to_dict() for event in events])
+    else:
+        typer.echo("\n".join(map(str, events)))
 
 
 @app.command()
@@ -219,11 +256,17 @@ def apply(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint of the base model; default: by its name.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write the model with everything in force as one checkpoint."""
-    import engram
+    """Write the model with everything in force as one checkpoint.
 
-    typer.echo(f"edited checkpoint: {engram.Ledger.open(ledger).materialise(out, model)}")
+    Example: engram ledger apply book -o edited
+    """
+    import engram
+    from engram.cli import terminal
+
+    written = engram.Ledger.open(ledger).materialise(out, model)
+    terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
 @app.command()
@@ -236,19 +279,26 @@ def export(
             show_default=False,
         ),
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Write everything in force for other libraries, to be used with the unedited model."""
     import engram
+    from engram.cli import terminal
 
-    typer.echo(f"adapter: {engram.Ledger.open(ledger).to_peft(peft)}")
+    written = engram.Ledger.open(ledger).to_peft(peft)
+    terminal.print_path("adapter", "adapter", written, as_json)
 
 
 @app.command()
-def prune(ledger: Book) -> None:
+def prune(ledger: Book, as_json: AsJson = False) -> None:
     """Delete the files of what is no longer in force; the history stays."""
     import engram
+    from engram.cli import terminal
 
     gone = engram.Ledger.open(ledger).prune()
+    if as_json:
+        terminal.print_json({"deleted": gone})
+        return
     typer.echo(
         f"files of {len(gone)} entries deleted" + (f": {', '.join(map(str, gone))}" if gone else "")
     )

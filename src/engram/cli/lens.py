@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -70,10 +69,11 @@ class LensOutput:
         show: Callable[[], None],
     ) -> None:
         """Save the picture that `plot` draws, and print JSON or call `show`."""
+        from engram.cli import terminal
 
         def show_result() -> None:
             if self.as_json:
-                typer.echo(json.dumps(result.to_dict()))
+                terminal.print_json(result.to_dict())
             else:
                 show()
 
@@ -93,7 +93,10 @@ def lens(
     output: LensOutput,
     model_options: ModelOptions,
 ) -> None:
-    """Show what every state of a text predicts as the next token (logit lens)."""
+    """Show what every state of a text predicts as the next token (logit lens).
+
+    Example: engram lens pocket "The Eiffel Tower is in the city of"
+    """
     import engram
     from engram.cli import terminal
 
@@ -117,7 +120,10 @@ def refinement(
     output: LensOutput,
     model_options: ModelOptions,
 ) -> None:
-    """Show whether attention or the MLP changes the prediction, block by block."""
+    """Show whether attention or the MLP changes the prediction, block by block.
+
+    Example: engram refinement pocket "The Eiffel Tower is in the city of"
+    """
     import engram
     from engram.cli import terminal
 
@@ -154,7 +160,10 @@ def memories(
     output: LensOutput,
     model_options: ModelOptions,
 ) -> None:
-    """Show the MLP neurons that fire on a text, and the tokens each of them promotes."""
+    """Show the MLP neurons that fire on a text, and the tokens each of them promotes.
+
+    Example: engram memories pocket "The Eiffel Tower is in the city of" --layer 3
+    """
     import engram
     from engram.cli import terminal
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,12 +37,15 @@ def stats(
         Path | None,
         typer.Option("--out", "-o", help="Folder for one file per layer, beside the cache."),
     ] = None,
+    as_json: AsJson = False,
     workers: WorkerOptions,
     model_options: ModelOptions,
 ) -> None:
     """Measure second moments of keys, several layers in one pass.
 
     They are cached for later edits; a stopped measurement is resumed.
+
+    Example: engram stats pocket --layer 3 --corpus text.txt
     """
     from engram.cli import terminal
     from engram.editors.second_moments.corpora import DataSet
@@ -67,14 +69,27 @@ def stats(
             workers=workers.open(),
             progress=progress,
         )
-    terminal.console.print(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
+    rows = []
     for layer, moment in moments.items():
-        terminal.console.print(
-            f"{layer:>5} {len(moment.matrix_ff):>6} {moment.count:>9} {moment.condition():>10.1e}"
+        file = None if out is None else out / f"layer{layer}.safetensors"
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            moment.save(file)
+        rows.append(
+            {
+                "layer": layer,
+                "d_ff": len(moment.matrix_ff),
+                "tokens": moment.count,
+                "condition": moment.condition(),
+                "file": file,
+            }
         )
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            moment.save(out / f"layer{layer}.safetensors")
+    if as_json:
+        terminal.print_json(rows)
+        return
+    typer.echo(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
+    for row in rows:
+        typer.echo("{layer:>5} {d_ff:>6} {tokens:>9} {condition:>10.1e}".format_map(row))
 
 
 def plan(
@@ -92,10 +107,14 @@ def plan(
         typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own."),
     ] = None,
 ) -> None:
-    """Report the memory and disk an edit takes, from the model's config: no weight is read."""
+    """Report the memory and disk an edit takes, from the model's config: no weight is read.
+
+    Example: engram plan pocket --facts 1000 --method memit
+    """
     from dataclasses import asdict
 
     import engram
+    from engram.cli import terminal
     from engram.model.loading import load_shapes
 
     memory = engram.memory_plan(
@@ -107,4 +126,7 @@ def plan(
     )
     # Properties of the plan, which `asdict` leaves out.
     sums = {"peak": memory.peak, "beside": memory.beside, "on_disk": memory.on_disk}
-    typer.echo(json.dumps(asdict(memory) | sums) if as_json else str(memory))
+    if as_json:
+        terminal.print_json(asdict(memory) | sums)
+    else:
+        typer.echo(str(memory))

@@ -58,6 +58,32 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(_finite(value), allow_nan=False, default=str))
 
 
+def written(what: str, where: object, as_json: bool) -> None:
+    """Print where something was written: with JSON, which is alone on stdout, as a note."""
+    if not as_json:
+        typer.echo(f"{what}: {where}")
+    elif not messages.quiet:
+        typer.echo(f"{what}: {where}", err=True)
+
+
+def print_path(what: str, name: str, path: Path, as_json: bool) -> None:
+    """Print what a command wrote, which is all of its result; `name`: of the path, in JSON."""
+    if as_json:
+        print_json({name: path})
+    else:
+        typer.echo(f"{what}: {path}")
+
+
+@contextmanager
+def no_results(silent: bool) -> Iterator[None]:
+    """Print nothing on the console within the block: what is shown there follows as JSON."""
+    console.quiet = silent
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -5,7 +5,6 @@ Their settings are those of `TraceConfig`, which checks them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -156,13 +155,16 @@ def trace(
     output: TraceOutput,
     model_options: ModelOptions,
 ) -> None:
-    """Find which states of a model carry a fact, for one prompt (causal tracing)."""
+    """Find which states of a model carry a fact, for one prompt (causal tracing).
+
+    Example: engram trace pocket "The Eiffel Tower is in the city of" -s "Eiffel Tower" -o trace.png
+    """
     import engram
     from engram.cli import show, terminal
 
     def show_result() -> None:
         if output.as_json:
-            typer.echo(json.dumps(result.to_dict()))
+            terminal.print_json(result.to_dict())
         else:
             show.show_trace(result)
 
@@ -224,7 +226,10 @@ def average(
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
-    """Find which states carry facts on average over a file of facts (causal tracing)."""
+    """Find which states carry facts on average over a file of facts (causal tracing).
+
+    Example: engram average pocket --facts pocket --limit 20 -o run
+    """
     import engram
     from engram.cli import show, terminal
     from engram.errors import EngramFileError
@@ -232,7 +237,7 @@ def average(
 
     def show_result() -> None:
         if as_json:
-            typer.echo(json.dumps(result.summary()))
+            terminal.print_json(result.summary())
         else:
             show.show_average(result)
 
@@ -268,7 +273,7 @@ def average(
         writers |= {files[name]: partial(outputs.draw, plot) for name, plot in pictures.items()}
         written.finish(show_result, writers, as_json=as_json)
     if out is not None:
-        typer.echo(f"{out}: {', '.join([TRACES, SUMMARY, *pictures])}", err=as_json)
+        terminal.written(str(out), ", ".join([TRACES, SUMMARY, *pictures]), as_json)
 
 
 def _pictures(result: AverageTrace, settings: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
