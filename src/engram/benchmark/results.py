@@ -19,7 +19,7 @@ from engram.benchmark.metrics.scores import begins, of_measured
 from engram.benchmark.metrics.summary import Estimate, summarise
 from engram.benchmark.store import RunStore
 from engram.bootstrap import DEFAULT, Bootstrap
-from engram.errors import SettingError
+from engram.errors import EngramFileError, SettingError
 from engram.evaluate.probes import ProbeKind
 
 UNEDITED = "unedited"
@@ -66,15 +66,27 @@ class Run:
         with RunStore.reading(path) as store:
             methods = store.methods()
             measured = {label: store.results(label) for label in methods}
-            return cls(
-                Path(path),
-                store.about(),
-                store.sessions(),
-                methods,
-                store.records(),
-                store.unedited(),
-                measured,
+            records, unedited = store.records(), store.unedited()
+            run = cls(
+                Path(path), store.about(), store.sessions(), methods, records, unedited, measured
             )
+        run._check_readings()
+        return run
+
+    def _check_readings(self) -> None:
+        """Raise unless every outcome has its record, and a reading for each of its probes."""
+        by_place = [("unedited", self.unedited)]
+        for label, results in self.measured.items():
+            by_place += [(label, {place: m.after for place, m in results.items()})]
+        for name, outcomes in by_place:
+            for place, outcome in outcomes.items():
+                record, count = self.records.get(place), len(outcome.readings)
+                if record is None or count != len(record.probes):
+                    probes = "no record" if record is None else f"{len(record.probes)} probes"
+                    raise EngramFileError(
+                        f"{self.path} is damaged: {name!r} has {count} readings at place {place}, "
+                        f"which has {probes}"
+                    )
 
     @property
     def form(self) -> Form:

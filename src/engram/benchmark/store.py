@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from engram.benchmark.data.records import Record
-from engram.benchmark.metrics.outcomes import Measured, Outcome
-from engram.errors import SettingError
-from engram.files.run_file import RunFile
+from annotated_types import Ge
+from typing_extensions import TypedDict
+
+from engram.benchmark.data.records import Form, Record
+from engram.benchmark.metrics.outcomes import MeasureConfig, Measured, Outcome
+from engram.errors import EngramFileError, SettingError
+from engram.files.forms import parsed
+from engram.files.run_file import RunFile, unzipped
+
+Place = Annotated[int, Ge(0)]
+T = TypeVar("T")
 
 # `place` is the number in the data set and the order of everything that is read back. Outcomes of
 # the unedited model depend on model and data only: one row serves all methods. Readings and texts
@@ -31,11 +38,56 @@ CREATE TABLE results (label TEXT NOT NULL, place INTEGER NOT NULL, outcome BLOB 
 """
 
 
+class _About(TypedDict):
+    model: str
+    identity: str
+    dtype: str
+    dataset: str
+    form: Form
+    config: MeasureConfig
+
+
+class _Packed(NamedTuple):
+    place: Place
+    packed: bytes
+
+
+class _RecordRow(NamedTuple):
+    place: Place
+    id: str
+    record: bytes
+
+
+class _MethodRow(NamedTuple):
+    label: str
+    method: str
+    settings: str
+
+
+class _SessionRow(NamedTuple):
+    began: str
+    machine: str
+
+
+class _PlaceRow(NamedTuple):
+    place: Place
+
+
+class _ResultRow(NamedTuple):
+    place: Place
+    id: str
+    before: bytes
+    after: bytes
+    seconds: Annotated[float, Ge(0)]
+    size: Annotated[int, Ge(0)]
+    error: str | None
+
+
 class RunStore(RunFile):
     """An open file of a run. Made by `writing` or `reading`."""
 
     what, made_by = "a run of a benchmark", "engram bench -o {name}"
-    tables, mark, alone = _TABLES, "results", True
+    tables, mark, alone, about_form = _TABLES, "results", True, _About
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -54,9 +106,9 @@ class RunStore(RunFile):
         """
         # Compared as JSON, not as compressed bytes: another zlib may compress to other bytes.
         packed = [_packed(record.to_dict()) for record in records]
-        stored = dict(self._connection.execute("SELECT place, record FROM records"))
+        stored = dict(self._unpacked("records", "record"))
         for place, (record, data) in enumerate(zip(records, packed, strict=True)):
-            if place in stored and zlib.decompress(stored[place]) != zlib.decompress(data):
+            if place in stored and stored[place] != zlib.decompress(data):
                 raise SettingError(
                     f"{self.path} was begun with another data set: its record {place} is not "
                     f"{record.id!r} as it is now. Resume with the same data, or choose another file"
@@ -123,62 +175,84 @@ class RunStore(RunFile):
     # -- reading -----------------------------------------------------------------------------------
 
     def sessions(self) -> list[dict[str, Any]]:
-        rows = self._connection.execute("SELECT began, machine FROM sessions ORDER BY rowid")
-        return [{"began": began, **json.loads(machine)} for began, machine in rows]
+        query = "SELECT began, machine FROM sessions ORDER BY rowid"
+        return [
+            {"began": row.began, **self._json(dict[str, Any], row.machine, "sessions", row.began)}
+            for row in self._rows(_SessionRow, "sessions", query)
+        ]
 
     def methods(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return label -> (method, settings), in the order in which they were added."""
-        rows = self._connection.execute(
-            "SELECT label, method, settings FROM methods ORDER BY rowid"
-        )
-        return {label: (method, json.loads(settings)) for label, method, settings in rows}
+        query = "SELECT label, method, settings FROM methods ORDER BY rowid"
+        return {
+            row.label: (row.method, self._json(dict[str, Any], row.settings, "methods", row.label))
+            for row in self._rows(_MethodRow, "methods", query)
+        }
 
     def records(self) -> dict[int, Record]:
-        rows = self._connection.execute("SELECT place, record FROM records ORDER BY place")
-        return {place: Record.from_dict(_unpacked(data)) for place, data in rows}
+        query = "SELECT place, id, record FROM records ORDER BY place"
+        records: dict[int, Record] = {}
+        for place, id, packed in self._rows(_RecordRow, "records", query):
+            records[place] = self._json(Record, packed, "records", place)
+            if records[place].id != id:
+                raise EngramFileError(
+                    f"{self._where('records', place)} is damaged: id={id!r}, expected that of its "
+                    f"record, {records[place].id!r}"
+                )
+        return records
 
     def unedited(self) -> dict[int, Outcome]:
         """Return outcomes of the unedited model by place."""
-        rows = self._connection.execute("SELECT place, outcome FROM unedited ORDER BY place")
-        return {place: Outcome.from_dict(_unpacked(data)) for place, data in rows}
+        return {
+            place: parsed(Outcome, contents, self._where("unedited", place))
+            for place, contents in self._unpacked("unedited", "outcome")
+        }
 
     def done(self, label: str) -> set[int]:
         """Return places that have a result and an unedited outcome to compare it with."""
-        rows = self._connection.execute(
-            # A result without an outcome to be compared with is measured again.
-            "SELECT place FROM results JOIN unedited USING (place) WHERE label = ?",
-            (label,),
-        )
-        return {place for (place,) in rows}
+        # A result without an outcome to be compared with is measured again.
+        query = "SELECT place FROM results JOIN unedited USING (place) WHERE label = ?"
+        return {row.place for row in self._rows(_PlaceRow, "results", query, (label,))}
 
     def has_unedited(self) -> set[int]:
         """Return places that have an unedited outcome."""
-        return {place for (place,) in self._connection.execute("SELECT place FROM unedited")}
+        return {
+            row.place for row in self._rows(_PlaceRow, "unedited", "SELECT place FROM unedited")
+        }
 
     def results(self, label: str) -> dict[int, Measured]:
         """Return results of one method by place."""
-        rows = self._connection.execute(
+        query = (
             "SELECT place, id, u.outcome, r.outcome, seconds, size, error FROM results r "
             "JOIN unedited u USING (place) JOIN records USING (place) "
-            "WHERE label = ? ORDER BY place",
-            (label,),
+            "WHERE label = ? ORDER BY place"
         )
         return {
-            place: Measured(
-                id,
-                Outcome.from_dict(_unpacked(was)),
-                Outcome.from_dict(_unpacked(now)),
-                seconds,
-                size,
-                error,
+            row.place: Measured(
+                row.id,
+                self._json(Outcome, row.before, "unedited", row.place),
+                self._json(Outcome, row.after, "results", row.place),
+                row.seconds,
+                row.size,
+                row.error,
             )
-            for place, id, was, now, seconds, size, error in rows
+            for row in self._rows(_ResultRow, "results", query, (label,))
         }
+
+    def _unpacked(self, table: str, column: str) -> Iterator[tuple[int, bytes]]:
+        query = f"SELECT place, {column} FROM {table} ORDER BY place"
+        for place, packed in self._rows(_Packed, table, query):
+            yield place, unzipped(packed, self._where(table, place))
+
+    def _json(self, form: type[T] | Any, data: str | bytes, table: str, place: int | str) -> T:
+        """Return what a row holds, packed if it is bytes, as a value of `form`."""
+        where = self._where(table, place)
+        value: T = parsed(form, unzipped(data, where) if isinstance(data, bytes) else data, where)
+        return value
+
+    def _where(self, table: str, place: int | str) -> str:
+        return f"{self.path}, table {table}, {place!r},"
 
 
 def _packed(value: Mapping[str, Any]) -> bytes:
     return zlib.compress(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(), 6)
-
-
-def _unpacked(data: bytes) -> dict[str, Any]:
-    return dict(json.loads(zlib.decompress(data)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from annotated_types import Ge
 
 from engram.checks import briefly, validated
 from engram.errors import EngramError, EngramFileError
@@ -17,6 +19,15 @@ from engram.files.checksums import verified
 from engram.files.names import read_bytes
 
 Form = TypeVar("Form")
+
+
+class _WithInfinity:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return {**handler(source), "allow_inf_nan": True}
+
+
+# What a broken model may measure, such as a perplexity beyond all numbers; NaN is still refused.
+Overflowing = Annotated[float, _WithInfinity(), Ge(0)]
 
 
 def parsed(

@@ -8,16 +8,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # typing's has no types at run time before 3.12
-)
+from typing import Any  # typing's has no types at run time before 3.12
 
-from annotated_types import Ge, MinLen
-from typing_extensions import TypedDict
-
+from engram.edit.forms import BaseForm
 from engram.errors import EngramFileError
 from engram.evaluate.canary import Canary
 from engram.files.checksums import stamped
@@ -29,26 +22,10 @@ FORMAT_VERSION = 1
 NAME = "ledger.json"
 
 
-class _Weight(TypedDict):
-    sha256: str
-    dtype: Literal["float16", "bfloat16", "float32", "float64"]
-    shape: Annotated[list[Annotated[int, Ge(1)]], MinLen(1)]
-    transposed: bool
-    quantised: NotRequired[Any]
-
-
-class _Base(TypedDict):
-    """What `edit.base.describe_base` says about every weight that can be edited."""
-
-    model: str
-    model_type: str
-    tensors: Annotated[dict[str, _Weight], MinLen(1)]
-
-
 @dataclass(frozen=True)
 class _Header:
     created: str
-    base: _Base
+    base: BaseForm
     canary: Canary
 
 

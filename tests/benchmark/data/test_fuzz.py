@@ -24,6 +24,7 @@ from engram import Dataset, Record, read_dataset, read_facts
 from engram.benchmark.data.build import read_associations, read_snippets
 from engram.benchmark.data.counterfact import read_references, with_statement
 from engram.errors import FactError
+from engram.files.forms import parsed
 from tests.helpers.data_samples import SAMPLES
 
 fuzz = settings(
@@ -168,7 +169,7 @@ def usable(dataset: Dataset) -> None:
         and len(dataset.digest) == 64
     )
     for record in dataset.records:
-        assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+        assert parsed(Record, json.dumps(record.to_dict()), "a record") == record
         kinds = {probe.kind for probe in record.probes}
         assert dataset.form != "flat" or kinds <= {"rewrite", "rephrase", "locality"}
     assert len(with_statement(dataset).records) == len(dataset.records)

@@ -94,16 +94,6 @@ class Record:
         return {**asdict(self), "facts": [asdict(fact) for fact in facts]}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Record:
-        """Return the record that `to_dict` gave, also after JSON."""
-        given = dict(record)
-        facts = tuple(Fact.from_dict(fact) for fact in given.pop("facts"))
-        probes = tuple(
-            Probe(**{**probe, "aliases": tuple(probe["aliases"])}) for probe in given.pop("probes")
-        )
-        return cls(facts=facts, probes=probes, **given)
-
-    @classmethod
     def from_fact(cls, id: str, fact: Fact, **more: Any) -> Record:
         """Return a record with the probes of one fact: its prompt, its paraphrases, its neighbours.
 

@@ -5,12 +5,14 @@ Plain numbers and texts. Refuses to know the model that they come from, and what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from engram.errors import SettingError
 from engram.evaluate.probes import Reading
+from engram.files.forms import Overflowing
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,14 @@ class Outcome:
     texts: tuple[str, ...] = ()
     fluency: float | None = None
     consistency: float | None = None
-    essence: float | None = None
-    essence_published: float | None = None
-    perplexity: float | None = None
-    drift: float | None = None
+    essence: Overflowing | None = None
+    essence_published: Overflowing | None = None
+    perplexity: Overflowing | None = None
+    drift: Annotated[float, Ge(0)] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON holds it."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, outcome: Mapping[str, Any]) -> Outcome:
-        """Return the outcome that `to_dict` gave, also after JSON."""
-        # JSON turns tuples into lists; outcomes read back have to equal those that were measured.
-        given = dict(outcome)
-        readings = tuple(Reading(**reading) for reading in given.pop("readings"))
-        return cls(readings=readings, texts=tuple(given.pop("texts")), **given)
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,6 @@ class Measured:
     id: str
     before: Outcome
     after: Outcome
-    seconds: float
-    size: int = 0
+    seconds: Annotated[float, Ge(0)]
+    size: Annotated[int, Ge(0)] = 0
     error: str | None = None
