@@ -174,14 +174,14 @@ def _opened(
     """
     place = {**of_place(settings), "trust_remote_code": allow_remote_code}
     tensors, folder = None, Path(path)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise EngramFileError(f"{path} is no folder; expected a folder with a checkpoint's files")
+    if adapter := find_adapter_config_file(path, **of_place(settings)):
+        # transformers would load the model that the adapter names, from wherever that is
+        raise EngramFileError(f"{path} is an adapter ({adapter}); load the model it belongs to")
     if folder.is_dir():
         folder = folder / settings.get("subfolder", "")
         tensors = check_folder(folder, weights=weights, variant=settings.get("variant"))
-    elif folder.exists() or folder.is_symlink():
-        raise EngramFileError(f"{path} is no folder; expected a folder with a checkpoint's files")
-    elif adapter := find_adapter_config_file(path, **of_place(settings)):
-        # transformers would load the model that the adapter names, from wherever that is
-        raise EngramFileError(f"{path} is an adapter ({adapter}); load the model it belongs to")
     config = AutoConfig.from_pretrained(path, **place)
     if changes := of_config(settings, {*config.to_dict(), *config.attribute_map}):
         config = AutoConfig.from_pretrained(path, **place, **changes)
@@ -278,9 +278,9 @@ def _not_loaded(name: str, part: str, error: Exception) -> EngramError:
     if not isinstance(error, OSError | TypeError | ValueError) or not reason:
         reason = f"{type(error).__name__}: {reason}"
     reason = part + reason
-    if "trust_remote_code" in reason:
+    if "trust_remote_code" in str(error):
         return SettingError(f"{name} has code of its own that it would execute: {_REMOTE}")
-    if "`use_safetensors=True`" in reason:
+    if "`use_safetensors=True`" in str(error):
         return EngramFileError(
             f"{name} has no safetensors weights, and engram opens no pickled ones. {CONVERT}"
         )
