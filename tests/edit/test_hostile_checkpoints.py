@@ -16,7 +16,7 @@ import torch
 
 from engram.edit.checkpoint import revert_checkpoint
 from engram.edit.safetensors_layout import tensor_locations
-from engram.errors import EngramError, EngramFileError
+from engram.errors import EngramError, EngramFileError, NonFiniteError
 from engram.files.checksums import stamped
 from tests.edit.test_checkpoint import digests, stored
 from tests.helpers.edit_samples import random_edit, tiny, weight_name
@@ -292,3 +292,27 @@ def test_originals_that_do_not_fit_are_refused(home: Path, original: torch.Tenso
     rewritten(out, lambda r: r.update(originals=hashlib.sha256(raw).hexdigest()), stamp=True)
     with pytest.raises(EngramFileError, match="has no original that fits it"):
         revert_checkpoint(out, home / "back")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("layer", [1, 2], ids=["edited", "another"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weights_that_are_no_numbers_are_refused(
+    tmp_path: Path, dtype: torch.dtype, layer: int, value: float
+) -> None:
+    lm = tiny(dtype=dtype)
+    with torch.no_grad():
+        lm.model.get_parameter(weight_name(lm, layer))[3, 4] = value
+    stored(lm, tmp_path / "source")
+    with pytest.raises(NonFiniteError, match=rf"{weight_name(lm, layer)} of .* holds 1 numbers"):
+        EDIT.to_checkpoint(tmp_path / "source", tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    lm = tiny()
+    (tmp_path / "source").mkdir()
+    lm.model.config.save_pretrained(tmp_path / "source")
+    torch.save(lm.model.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(EngramFileError, match=r"pickle .pytorch_model.bin.*Convert them"):
+        EDIT.to_checkpoint(tmp_path / "source", tmp_path / "out")

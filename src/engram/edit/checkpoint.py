@@ -54,6 +54,7 @@ from engram.files.checksums import stamped, verified
 from engram.files.forms import parsed
 from engram.files.names import check_regular, inside, read_bytes
 from engram.model.checkpoint_files import INDEX
+from engram.model.whole_weights import check_numbers
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -213,6 +214,9 @@ def _rebuild(
     size = sum((source / name).stat().st_size for name in files)
     # Tried before the first tensor is read: a full disk after 50 GB would have cost minutes.
     with reserved(folder, folder=True, needs=size + (growth(locations, dtype) if dtype else 0)):
+        for place in locations.values():
+            if place.dtype in DTYPES:  # one at a time: they may be larger than memory together
+                check_numbers(place.tensor(source), f"{place.name} of {source}")
         originals = _originals(source, locations, edits, record, dtype)
         # Also of tensors that no remaining edit touches: they get their original bytes back.
         values = {

@@ -73,16 +73,21 @@ def check_finite(model: nn.Module, name: str) -> None:
         NonFiniteError: names the weight.
     """
     for label, tensor in _stored(model):
-        # The sum first: 40 ms for 135 million numbers on 2 cores, where isfinite takes 330. One
-        # that is not finite may be an overflow, so it is confirmed.
-        total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
-        if torch.isfinite(total) or (finite := torch.isfinite(tensor)).all():
-            continue
-        raise NonFiniteError(
-            f"{label} of {name} holds {int((~finite).sum())} numbers that are NaN or infinite in "
-            f"{str(tensor.dtype).removeprefix('torch.')}. Download the checkpoint again, or load "
-            "it in a dtype of a wider range (dtype='float32')"
-        )
+        check_numbers(tensor, f"{label} of {name}")
+
+
+def check_numbers(tensor: Tensor, name: str) -> None:
+    """Raise unless every number of a tensor is finite; see `check_finite`."""
+    # The sum first: 40 ms for 135 million numbers on 2 cores, where isfinite takes 330. One that is
+    # not finite may be an overflow, so it is confirmed.
+    total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
+    if torch.isfinite(total) or (finite := torch.isfinite(tensor)).all():
+        return
+    raise NonFiniteError(
+        f"{name} holds {int((~finite).sum())} numbers that are NaN or infinite in "
+        f"{str(tensor.dtype).removeprefix('torch.')}. Download the checkpoint again, or load "
+        "it in a dtype of a wider range (dtype='float32')"
+    )
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
