@@ -54,11 +54,9 @@ def check_fields(config: Any) -> None:
         SettingError: names the field, its value and what was expected.
     Example:
         >>> from dataclasses import dataclass
-        >>> from typing import Annotated
-        >>> from annotated_types import Ge
         >>> @dataclass(frozen=True)
         ... class Passes:
-        ...     steps: Annotated[int, Ge(1)] = 20
+        ...     steps: int = 20  # or Annotated[int, Ge(1)], with annotated_types
         ...     def __post_init__(self):
         ...         check_fields(self)
         >>> Passes(steps=1.5)
