@@ -55,14 +55,16 @@ class _Index:
     weight_map: dict[str, str]
 
 
-def check_folder(folder: Path, *, weights: bool = True, variant: str | None = None) -> int | None:
+def check_folder(
+    folder: Path, *, weights: bool = True, variant: str | None = None
+) -> dict[str, str]:
     """Raise unless everything that transformers may read from a checkpoint's folder can be read.
 
     Args:
         weights: whether there have to be weights.
         variant: of the weights' file names, as transformers has it: "fp16".
     Returns:
-        How many tensors the weights are; None without weights.
+        The dtype of each tensor of the weights, as safetensors calls it; none without weights.
     Raises:
         EngramFileError: a damaged file, one that is no regular file in the folder, or pickled
             weights. OSError: a file cannot be opened.
@@ -75,14 +77,16 @@ def check_folder(folder: Path, *, weights: bool = True, variant: str | None = No
             read_json(path, dict[str, Any], advice=_AGAIN)
     _check_config(folder / "config.json")
     if not weights and not any((folder / name).exists() for name in _names(variant)):
-        return None
+        return {}
     homes: dict[str, Path] = {}
+    dtypes: dict[str, str] = {}
     for path in weight_files(folder, variant):
-        for tensor in _tensors(path):
+        for tensor, dtype in _tensors(path).items():
             # two files with one tensor: nobody knows which of them a model is loaded from
             if homes.setdefault(tensor, path) is not path:
                 raise EngramFileError(f"{path} and {homes[tensor]} both have {tensor!r}. {_AGAIN}")
-    return len(homes)
+            dtypes[tensor] = dtype
+    return dtypes
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -138,13 +142,13 @@ def _names(variant: str | None) -> tuple[str, str]:
     return f"model.{variant}.safetensors", f"{SINGLE}.index.{variant}.json"
 
 
-def _tensors(path: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file."""
+def _tensors(path: Path) -> dict[str, str]:
+    """Return the dtype of each tensor in a safetensors file."""
     check_regular(path)
     try:
         # It reads the header alone, and refuses one that does not fit the file's length.
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         reason = re.sub(r"^Error while deserializing header: ", "", str(error))
         raise EngramFileError(

@@ -36,7 +36,7 @@ from engram.model.load_settings import (
     of_loader,
     of_place,
 )
-from engram.model.whole_weights import check_finite, check_names
+from engram.model.whole_weights import check_dtypes, check_finite, check_names
 from engram.modules.layouts import AUTO_CLASSES
 from engram.modules.resolve import kind_of
 from engram.modules.weights import keep_differentiable, quantisation
@@ -125,7 +125,7 @@ def load_shapes(
     path, name, dtype = _resolved(name, dtype)
     with _errors_of(name), _quietly():
         source = _opened(path, name, {}, allow_remote_code, weights=False)
-        if source.tensors and source.is_plain:
+        if source.dtypes and source.is_plain:
             _checked_shapes(source, name)
         # Built from its config on the meta device: no memory, whatever the size.
         with torch.device("meta"):
@@ -145,7 +145,7 @@ class _Source:
     tokenizer: Any
     config: Any
     model_class: Any
-    tensors: int | None  # in the files of a folder; None: no folder, or no weights in it
+    dtypes: dict[str, str]  # of the tensors in a folder's files; none: of the hub, or no weights
     place: dict[str, Any]  # settings: where its files are, whether their code may be executed
     loader: dict[str, Any]  # settings of the loader of weights
 
@@ -173,7 +173,8 @@ def _opened(
     them.
     """
     place = {**of_place(settings), "trust_remote_code": allow_remote_code}
-    tensors, folder = None, Path(path)
+    dtypes: dict[str, str] = {}
+    folder = Path(path)
     if os.path.lexists(folder) and not folder.is_dir():
         raise EngramFileError(f"{path} is no folder; expected a folder with a checkpoint's files")
     if adapter := find_adapter_config_file(path, **of_place(settings)):
@@ -181,30 +182,31 @@ def _opened(
         raise EngramFileError(f"{path} is an adapter ({adapter}); load the model it belongs to")
     if folder.is_dir():
         folder = folder / settings.get("subfolder", "")
-        tensors = check_folder(folder, weights=weights, variant=settings.get("variant"))
+        dtypes = check_folder(folder, weights=weights, variant=settings.get("variant"))
     config = AutoConfig.from_pretrained(path, **place)
     if changes := of_config(settings, {*config.to_dict(), *config.attribute_map}):
         config = AutoConfig.from_pretrained(path, **place, **changes)
-    _check_config(config, tensors, name)
+    _check_config(config, len(dtypes), name)
     if not allow_remote_code and "/" in str(attention := config._attn_implementation):
         raise SettingError(f"config.json names {attention!r}, code of the hub: {_REMOTE}")
     with _errors_of(name, "its tokenizer: "):
         tokenizer = AutoTokenizer.from_pretrained(path, **place)
     model_class = getattr(transformers, AUTO_CLASSES[kind_of(config)])
-    return _Source(path, tokenizer, config, model_class, tensors, place, of_loader(settings))
+    return _Source(path, tokenizer, config, model_class, dtypes, place, of_loader(settings))
 
 
 def _checked_shapes(source: _Source, name: str) -> PreTrainedModel:
     """Return the model on the meta device, where its names and shapes are those of the files."""
     model, info = source.read(device_map="meta", ignore_mismatched_sizes=True)
     check_names(info, name)
+    check_dtypes(model, source.dtypes, name)
     return model
 
 
-def _check_config(config: Any, tensors: int | None, name: str) -> None:
+def _check_config(config: Any, tensors: int, name: str) -> None:
     """Raise where a config asks for a model that cannot be built, or not in any reasonable time."""
     config = config.get_text_config()
-    most = _MOST_LAYERS if tensors is None else min(tensors, _MOST_LAYERS)
+    most = min(tensors or _MOST_LAYERS, _MOST_LAYERS)
     for field in (*_COUNTS, *_LAYERS):
         value = getattr(config, field, None)
         limit = most if field in _LAYERS else None

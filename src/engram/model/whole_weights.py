@@ -8,7 +8,7 @@ that no number of the language model depends on it (`_UNUSED`).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,30 @@ def check_names(info: dict[str, Any], name: str) -> None:
             f"config.json of {name} does not describe its weights; {'; '.join(problems)}. Expected "
             "the config.json that was saved with these weights; download the checkpoint again"
         )
+
+
+def check_dtypes(model: nn.Module, dtypes: Mapping[str, str], name: str) -> None:
+    """Raise where the files store whole numbers for a weight that is none.
+
+    transformers converts them: their bits are another model.
+
+    Args:
+        model: may be on the meta device.
+        dtypes: of the tensors in the files, as safetensors calls them.
+    Raises:
+        EngramFileError: names the tensor.
+    """
+    wanted = model.state_dict()
+    for stored, dtype in dtypes.items():
+        if dtype.startswith(("F", "BF")) or _UNUSED.search(stored):
+            continue
+        # checkpoints may lack the base model's prefix, such as "transformer."
+        same = [key for key in wanted if key == stored or key.endswith(f".{stored}")]
+        if any(wanted[key].is_floating_point() for key in same):
+            raise EngramFileError(
+                f"{stored} of {name} is stored as {dtype}; expected floating point. Download the "
+                "checkpoint again"
+            )
 
 
 def check_finite(model: nn.Module, name: str) -> None:
