@@ -355,7 +355,7 @@ def test_a_prompt_edit_cannot_be_exported_or_applied(model, tmp_path, monkeypatc
         ["export", str(tmp_path / "e"), "--peft", str(tmp_path / "adapter")],
         ["apply", str(tmp_path / "e"), model, "-o", str(tmp_path / "edited")],
     ):
-        assert "is a text in front of prompts and has no weights" in failing(
+        assert "a text in front of prompts, which changes no weights" in failing(
             monkeypatch, capsys, *command
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]

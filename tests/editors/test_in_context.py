@@ -26,6 +26,7 @@ from engram.errors import (
     UnsupportedModelError,
 )
 from engram.evaluate.held_out import held_out_text
+from engram.files.checksums import stamped
 from engram.model.sentence_vectors import encoder_of
 from tests.helpers.chat_samples import chat_lm
 from tests.helpers.edit_samples import random_edit
@@ -318,9 +319,13 @@ def test_each_kind_of_edit_says_where_the_other_is_read(lm, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.pop("wordings"), "no entry 'wordings'"),
+        (lambda r: r.pop("wordings"), "wordings is missing"),
         (lambda r: r["wordings"].pop(), "needs facts and a wording for each; got 2 and 1"),
         (lambda r: r.update(surprise=1), "surprise"),
+        (lambda r: r["settings"].update(most="all"), "settings.most='all', expected a whole"),
+        (lambda r: r["settings"].update(otherwise="all"), "settings.otherwise='all', expected"),
+        (lambda r: r["settings"].update(encoder=3), "settings.encoder=3, expected a text"),
+        (lambda r: r["wordings"][0].update(statement=None), r"wordings\[0\].statement=None"),
         (lambda r: r["facts"][0].update(prompt="no place"), "prompt='no place'"),
     ],
 )
@@ -329,7 +334,7 @@ def test_damage_is_named(lm, tmp_path, change, message):
     path = tmp_path / "edit" / "edit.json"
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(stamped(record)))
     with pytest.raises(EngramFileError, match=f"is damaged: .*{message}"):
         load_edit(tmp_path / "edit")
 

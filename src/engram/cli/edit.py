@@ -221,9 +221,9 @@ def apply(
     Example: engram apply edit pocket -o edited
     """
     from engram.cli import terminal
-    from engram.edit.edit import load_edit
+    from engram.edit.edit import Edit
 
-    written = load_edit(edit).to_checkpoint(model, out, force=force, dtype=dtype)
+    written = Edit.load(edit).to_checkpoint(model, out, force=force, dtype=dtype)
     terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
@@ -243,9 +243,9 @@ def export(
     Example: engram export edit --peft adapter
     """
     from engram.cli import terminal
-    from engram.edit.edit import load_edit
+    from engram.edit.edit import Edit
 
-    written = load_edit(edit).to_peft(peft)
+    written = Edit.load(edit).to_peft(peft)
     terminal.print_path("adapter", "adapter", written, as_json)
 
 

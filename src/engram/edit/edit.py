@@ -9,7 +9,7 @@ checkpoint.py; how it becomes an adapter: lora_export.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from engram.checks import checked
 from engram.edit import applied as in_memory
 from engram.edit import checkpoint, folder_format, lora_export
 from engram.edit import keys as fact_keys
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta, add, same_tensors
+from engram.edit.forms import ComposedForm
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import BaseMismatchError, EngramError, EngramFileError, SettingError
@@ -209,7 +211,7 @@ class Edit:
             raise EngramFileError(
                 f"{folder} holds an in-context edit ({edit!r}): a text in front of prompts, which "
                 "changes no weights. Read it with PromptEdit.load, or either kind with "
-                "engram.edit.edit.load_edit"
+                "engram.edit.edit.load_edit; `engram generate --edit` takes either"
             )
         return edit
 
@@ -223,6 +225,8 @@ class Edit:
     def from_contents(cls, contents: folder_format.Contents) -> Edit:
         """Build an edit from what its folder holds."""
         record = contents.record
+        if record["method"] == COMPOSED:
+            _check_parts(record["settings"], len(record["facts"]))
         return cls(
             facts=tuple(map(Fact.from_dict, record["facts"])),
             deltas=contents.deltas,
@@ -351,6 +355,13 @@ def _with_parts(edit: Edit, parts: list[dict[str, Any]]) -> Edit:
         return replace(edit, settings={"parts": parts})
     recipe = {name: value for name, value in parts[0].items() if name not in ("facts", "model")}
     return replace(edit, base={**edit.base, "model": parts[0]["model"]}, **recipe)
+
+
+def _check_parts(settings: Mapping[str, Any], facts: int) -> None:
+    """Raise EngramFileError unless the settings of a composition hold recipes of all its facts."""
+    parts = checked("settings", settings, ComposedForm, EngramFileError)["parts"]
+    if (counted := sum(part["facts"] for part in parts)) != facts:
+        raise EngramFileError(f"its parts have {counted} facts, the composition has {facts}")
 
 
 def _warn_of_conflicts(facts: Sequence[Fact]) -> None:

@@ -45,7 +45,6 @@ class _Made(TypedDict):
 
     facts: Annotated[list[Fact], MinLen(1)]
     method: str
-    settings: dict[str, Any]
     seed: Natural | None
     versions: dict[str, str]
     diagnostics: dict[str, Any]
@@ -55,6 +54,7 @@ class _Made(TypedDict):
 class WeightEditForm(_Made):
     """An edit of weights."""
 
+    settings: dict[str, Any]
     base: BaseForm
     owners: dict[str, list[Annotated[list[Natural], MinLen(1)]]]
     sha256: str
@@ -66,10 +66,18 @@ class _WordingForm(TypedDict):
     demonstrations: list[str]
 
 
+class _PromptSettings(TypedDict):
+    most: Annotated[int, Ge(1)]
+    otherwise: Literal["nearest", "nothing"]
+    reserve: Natural
+    encoder: str
+
+
 class PromptEditForm(_Made):
     """An edit by text in front of prompts."""
 
     kind: Literal["prompt"]
+    settings: _PromptSettings
     base: ModelForm
     wordings: list[_WordingForm]
     opening: str
