@@ -211,7 +211,7 @@ def apply(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Wider dtype for all weights, such as float32; default: as stored (pocket: float32)."
+            help="Wider dtype for all weights, as float32; default: as stored (pocket: float32)."
         ),
     ] = None,
     as_json: AsJson = False,
