@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import nn
@@ -17,7 +19,8 @@ import engram
 from engram import Edit, Fact, LanguageModel
 from engram.edit.base import describe_base
 from engram.engine.replayable import replayable
-from engram.errors import BaseMismatchError, UnsupportedModelError
+from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError, UnsupportedModelError
+from engram.model.loading import load_shapes
 from engram.modules.fingerprints import fingerprint, fingerprints
 from engram.modules.weights import as_linear, linear_shape, quantisation
 from tests.helpers.tiny import TEXT, tiny_folder
@@ -249,3 +252,30 @@ def test_what_cannot_be_read_says_what_can() -> None:
         match=r"Packed holds its weight as Parameter \(uint8\).*bitsandbytes .int8",
     ):
         as_linear(module)
+
+
+def test_a_weight_that_is_not_finite_shows_in_the_scales(scheme: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, SCHEMES[scheme])
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(n for n in weights if n.endswith(("mlp.c_proj.weight", "mlp.down_proj.weight")))
+    weights[name][3, 5] = float("nan")
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=rf"^{name}\.\w+ of .* NaN or infinite"):
+        engram.load(folder, quantization_config=config(scheme))
+
+
+def test_a_checkpoint_that_is_packed_is_loaded_whole_or_refused(
+    scheme: str, tmp_path: Path
+) -> None:
+    lm = loaded(scheme)
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits(engram.load(tmp_path).model), logits(lm.model))
+    assert load_shapes(tmp_path).n_layers == 4
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    layers = "n_layer" if "n_layer" in stored else "num_hidden_layers"
+    for number, match in ((3, "no place for"), (5, "files lack|maybe those of another config")):
+        path.write_text(json.dumps(stored | {layers: number}))
+        with pytest.raises(EngramFileError, match=match):
+            engram.load(tmp_path)

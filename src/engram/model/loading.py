@@ -91,7 +91,10 @@ def load(
             # Names and shapes first, on the meta device: transformers makes up what is missing, in
             # any size that a config names, before it reports it.
             check_device_map(device_map, _checked_shapes(source, name))
-        model, info = source.read(dtype=dtype or "auto", device_map=device_map, **source.loader)
+        # Of packed weights, names and shapes show only here, and random numbers cannot be packed.
+        part = "" if source.is_plain else "its packed weights, maybe those of another config: "
+        with _errors_of(name, part):
+            model, info = source.read(dtype=dtype or "auto", device_map=device_map, **source.loader)
         check_names(info, name)
         check_finite(model, name)
     if settings.get("quantization_config") is not None:
