@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from engram.edit.checkpoint import revert_checkpoint
@@ -209,6 +210,21 @@ def test_a_full_disk_leaves_no_half_folder(
     with pytest.raises(EngramFileError, match=r"needs .* are free there|No space left on device"):
         random_edit(lm).to_checkpoint(source, tmp_path / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_a_disk_that_fills_up_under_a_model_in_memory_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny()
+
+    def fails(folder: Path) -> None:
+        (folder / "half").touch()
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(lm.model, "save_pretrained", fails)
+    with pytest.raises(EngramFileError, match="No space left on device"):
+        random_edit(lm).to_checkpoint(lm, tmp_path / "1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_in_use_are_refused(tmp_path: Path) -> None:

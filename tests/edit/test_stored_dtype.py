@@ -75,8 +75,7 @@ def test_the_dtype_that_is_stored_changes_nothing(tmp_path: Path) -> None:
     source = stored(lm, tmp_path / "source")
     for name, options in {"a": {}, "b": {"dtype": "float32"}}.items():
         random_edit(lm).to_checkpoint(source, tmp_path / name, **options)
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
-    assert one == other
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert digests(revert_checkpoint(tmp_path / "b", tmp_path / "back")) == digests(source)
 
 

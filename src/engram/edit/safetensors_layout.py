@@ -9,7 +9,7 @@ Source: https://github.com/huggingface/safetensors, section "Format".
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,7 +118,7 @@ def tensor_locations(folder: Path) -> dict[str, TensorBytes]:
     return locations
 
 
-def find(name: str, among: dict[str, TensorBytes]) -> TensorBytes:
+def find(name: str, among: Mapping[str, TensorBytes]) -> TensorBytes:
     """Return the tensor of parameter `name`; checkpoints may lack the base model's prefix
     ("transformer.") or add one.
 

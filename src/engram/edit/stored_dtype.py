@@ -54,10 +54,10 @@ def widened(folder: Path, locations: Mapping[str, TensorBytes], dtype: str) -> t
     after = {file: _header_in(header, wanted) for file, header in before.items()}
     for name, change in {CONFIG: _config_in, INDEX: _index_in}.items():
         if (folder / name).is_file():
-            before[name] = read_text(inside(folder, name))
             record: dict[str, Any] = read_json(inside(folder, name), dict[str, Any])
-            text = json.dumps(change(record, wanted, locations), indent=2, ensure_ascii=False)
-            after[name] = text + "\n"
+            if (changed := change(record, wanted, locations)) != record:
+                before[name] = read_text(inside(folder, name))
+                after[name] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     return before, after
 
 
@@ -164,6 +164,9 @@ def _config_in(
 def _index_in(
     index: dict[str, Any], dtype: torch.dtype, locations: Mapping[str, TensorBytes]
 ) -> dict[str, Any]:
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict) or "total_size" not in metadata:
+        return index
     size = sum(place.end - place.begin for place in locations.values())
     size += growth(locations, dtype_name(dtype))
-    return {**index, "metadata": {**(index.get("metadata") or {}), "total_size": size}}
+    return {**index, "metadata": {**metadata, "total_size": size}}
