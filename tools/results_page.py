@@ -51,7 +51,11 @@ def shown(name: str) -> str:
     rows = {
         row: (
             numbers["records"],
-            {metric: Estimate(**each) for metric, each in numbers.items() if metric != "records"},
+            {
+                metric: Estimate(**each)
+                for metric, each in numbers.items()
+                if metric in report.METRICS
+            },
         )
         for row, numbers in told["table"].items()
     }
@@ -61,7 +65,7 @@ def shown(name: str) -> str:
         n for n, m in report.METRICS.items() if n in there and (m.headline or n in extra)
     )
     form = told["cards"][0]["form"]
-    return report.markdown(report.ScoreTable(form, columns, rows, told["best"]))
+    return report.markdown_table(report.ScoreTable(form, columns, rows, told["best"]))
 
 
 def main() -> None:

@@ -21,13 +21,16 @@ from engram.editors.closed_form.inputs import in_force
 from engram.editors.methods import METHODS, method_named
 from engram.editors.presets import preset, preset_layers
 from engram.errors import EngramError, FactError, SettingError
+from engram.evaluate.answers import says_objects
 from engram.facts import Fact
 from engram.layers.choice import choose_layers
 from engram.model.language_model import LanguageModel
+from engram.model.tokens import spaced
 
 # Settings that a layer card must not get: it decides the layers itself, measures each layer's own
 # second moments, and edits one fact at a time on the model as it is.
 _NOT_FOR_A_CARD = ("layer", "layers", "second_moments", "past", "facts_per_batch", "workers")
+_NAMED = 5  # facts that an error about several names
 
 
 @overload
@@ -75,7 +78,8 @@ def rewrite(
         "in-context" and "ike" return a PromptEdit: text in front of prompts, without weights.
     Raises:
         EngramError: a method that does not exist.
-        FactError: no facts, or a fact that this model cannot represent.
+        FactError: no facts, a fact that this model cannot represent, or one whose new object the
+            model says already.
     Example:
         >>> fact = engram.Fact("Space Needle", "The {} is located in the city of", "Paris")
         >>> edit = engram.rewrite(lm, fact, layer=1, steps=5)
@@ -89,6 +93,8 @@ def rewrite(
     function = method_named(method)
     for edit in past:
         check_changes_weights(edit)
+    with in_force(past, lm):
+        _check_not_said(lm, facts)
     settings = _with_numbered_layers(lm, facts, method, settings)
     # A method that takes `past` measures on the base first, and preserves earlier keys if it can.
     # For the others earlier edits are simply part of the model.
@@ -147,6 +153,32 @@ def rewrite_each(
         except EngramError as error:
             results.append(error)
     return results
+
+
+def _check_not_said(lm: LanguageModel, facts: Sequence[Fact]) -> None:
+    """Raise where the model says a new object already: an edit of it would change nothing but
+    numbers, and its receipt would praise it for what the model knew.
+
+    Benchmarks use `rewrite_each`, which has no such check: their records are what is measured.
+
+    Raises:
+        FactError: facts whose prompts the model continues with their targets, named.
+    """
+    says = says_objects(lm, [(fact.prompt_text, fact.target) for fact in facts])
+    said = [n for n, known in enumerate(says) if known]
+    if not said:
+        return
+    words = {n: f"{spaced(facts[n].target)!r} already after {facts[n].prompt_text!r}" for n in said}
+    if len(facts) == 1:
+        raise FactError(
+            f"there is nothing to rewrite: the model says {words[0]}; give another target"
+        )
+    named = ", ".join(f"{words[n]} (facts[{n}])" for n in said[:_NAMED])
+    more = f" and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
+    raise FactError(
+        f"there is nothing to rewrite for {len(said)} of {len(facts)} facts: the model says "
+        f"{named}{more}; leave them out, or give other targets"
+    )
 
 
 def _with_numbered_layers(

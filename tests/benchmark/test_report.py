@@ -27,8 +27,9 @@ from tests.helpers.bench_samples import dataset
 from tests.helpers.command_line import failing, run
 from tests.helpers.tiny import tiny_folder
 
-DATA = dataset(8)
-WELL, BADLY, ONE_BADLY = [True] * 8, [False] * 8, [True] * 7 + [False]
+N = 24
+DATA = dataset(N)
+WELL, BADLY, ONE_BADLY = [True] * N, [False] * N, [True] * (N - 1) + [False]
 
 
 def outcome(record, edited: bool, texts: bool = True) -> Outcome:
@@ -60,6 +61,7 @@ def write(path, methods, data=DATA, model="tiny", **settings):
     about = {
         "model": model,
         "identity": model,
+        "dtype": "float32",
         "dataset": data.name,
         "form": data.form,
         "config": {},
@@ -76,7 +78,7 @@ def write(path, methods, data=DATA, model="tiny", **settings):
                         record.id,
                         outcome(record, False),
                         outcome(record, flag),
-                        0.5 + number,
+                        (0.5 + number) * (1 + at / 100),
                         64,
                         None if flag else "no",
                     ),
@@ -115,18 +117,18 @@ def test_means_are_those_of_the_records(made):
     rows = report.table([made], all_metrics=True).rows
     of = {name: summary for name, (_, summary) in rows.items()}
     assert (of[UNEDITED]["ES"].mean, of["rome"]["ES"].mean, of["memit"]["ES"].mean) == (0, 1, 0)
-    assert of["ft"]["ES"].mean == of["ft"]["EG"].mean == 7 / 8
+    assert of["ft"]["ES"].mean == of["ft"]["EG"].mean == (N - 1) / N
     assert of["rome"]["EM"].mean == pytest.approx(np.exp(-0.5) - np.exp(-2))
-    assert of["ft"]["S"].mean == pytest.approx(3 / (8 / 7 + 8 / 7 + 1))
+    assert of["ft"]["S"].mean == pytest.approx(3 / (2 * N / (N - 1) + 1))
     assert of["memit"]["S"].mean == 0
     assert of["memit"]["failed"].mean == 1
     assert [name for name in ("seconds", "size", "failed") if name in of[UNEDITED]] == []
-    assert [count for count, _ in rows.values()] == [8] * 4
+    assert [count for count, _ in rows.values()] == [N] * 4
 
 
 def test_only_a_lead_over_every_other_method_that_is_beyond_chance_is_best(made, tmp_path):
     assert "ES" not in report.table([made]).best, "ROME's lead over FT is one record"
-    without = write(tmp_path / "run", {"memit": BADLY, "rome": WELL})
+    without = write(tmp_path / "run", {"memit": BADLY, "rome": ONE_BADLY})
     best = report.table([without], all_metrics=True).best
     assert best["ES"] == best["PS"] == best["EG"] == best["S"] == "rome"
     assert "NS" not in best, "they are equal"
@@ -141,15 +143,57 @@ def test_a_method_alone_is_not_the_best(tmp_path):
 
 def test_cells_are_the_papers_mean_and_half_width_times_100(made):
     (_, summary) = report.table([made]).rows["ft"]
-    half = 1.96 * np.std([1] * 7 + [0]) / np.sqrt(8)
-    assert report.shown(summary["ES"], "ES") == f"87.5 ({100 * half:.1f})"
-    assert report.shown(summary["ES"], "ES", interval=False) == "87.5"
+    half = 1.96 * np.std([1] * (N - 1) + [0]) / np.sqrt(N)
+    assert report.shown(summary["ES"], "ES") == f"95.8 ({100 * half:.1f})"
+    assert report.shown(summary["ES"], "ES", interval=False) == "95.8"
     assert report.shown(None, "ES") == ""
     low_high = summary["S"]
     assert low_high.half_published is None
     assert report.shown(low_high, "S").endswith(
         f"({100 * (low_high.high - low_high.low) / 2:.1f})"
     ), "of the bootstrap"
+
+
+def test_nothing_is_best_on_fewer_than_20_records(tmp_path):
+    few, enough = (
+        report.table([write(tmp_path / str(n), {"memit": BADLY[:n], "rome": ONE_BADLY[-n:]})])
+        for n in (19, 20)
+    )
+    assert few.best == {} and few.note == "no verdicts: 19 records, at least 20 needed"
+    assert enough.best["ES"] == "rome" and enough.note is None
+
+
+def test_nothing_is_best_where_the_interval_is_a_point(tmp_path):
+    alike = report.table([write(tmp_path / "run", {"memit": BADLY, "rome": WELL})])
+    assert alike.best == {}
+    assert alike.note == (
+        "no verdicts: every record differs by as much, so the interval is a point"
+    )
+    equal = report.table([write(tmp_path / "equal", {"memit": WELL, "rome": WELL})])
+    assert equal.best == {} and equal.note is None, "no lead needs no reason"
+
+
+def test_a_table_says_what_its_heads_mean_and_why_nothing_is_bold(tmp_path, made):
+    few = report.table([write(tmp_path / "few", {"memit": BADLY[:4], "rome": WELL[:4]})])
+    for all_metrics in (False, True):
+        table = report.table([made], all_metrics=all_metrics)
+        markdown = report.markdown(table).splitlines()
+        latex = report.latex(table).splitlines()
+        for name in table.columns:
+            metric = METRICS[name]
+            assert any(metric.title in line and metric.meaning in line for line in markdown), name
+            assert any(line.startswith(rf"\textbf{{{metric.title}}}: ") for line in latex), name
+    for writer in (report.markdown, report.latex, report.as_json):
+        text = writer(few)
+        assert "no verdicts: 4 records, at least 20 needed" in text
+        assert "**95" not in text and "**100" not in text and r"\textbf{100" not in text
+        assert "no verdicts" not in writer(report.table([made])).replace('"note": null', "")
+
+
+def test_a_meaning_names_no_row_above_it():
+    """Under a table with few columns the row that "the same" would point to may be missing."""
+    for name, metric in METRICS.items():
+        assert not re.search(r"\b(the same|that answer|there)\b", metric.meaning), name
 
 
 # -- several runs ----------------------------------------------------------------------------------
@@ -171,7 +215,7 @@ def test_the_unedited_row_is_of_the_run_with_the_most_records(made, tmp_path):
     short = write(tmp_path / "short.sqlite", {"lora": [True] * 3})
     for runs in ([made, short], [short, made]):
         rows = report.table(runs).rows
-        assert (rows[UNEDITED][0], rows["lora"][0]) == (8, 3)
+        assert (rows[UNEDITED][0], rows["lora"][0]) == (N, 3)
 
 
 def test_runs_of_several_models_name_the_model(made, tmp_path):
@@ -196,12 +240,12 @@ def test_no_run_is_lost_where_files_have_the_same_name(tmp_path):
     assert [summary["ES"].mean for name, (_, summary) in rows.items() if name != UNEDITED] == [
         1,
         0,
-        7 / 8,
+        (N - 1) / N,
     ]
 
 
 def test_runs_of_different_benchmarks_have_no_common_table(made, tmp_path):
-    other = write(tmp_path / "other", {"rome": WELL}, dataset(8, "towns"))
+    other = write(tmp_path / "other", {"rome": WELL}, dataset(N, "towns"))
     with pytest.raises(
         SettingError,
         match=r"no common table: made.sqlite: cities \(counterfact\); other: towns \(counterfact\)",
@@ -217,7 +261,7 @@ def test_runs_of_different_benchmarks_have_no_common_table(made, tmp_path):
 def test_differences_are_of_the_same_records(made):
     found = report.compare([made])
     assert list(found) == [("rome", "memit"), ("rome", "ft"), ("memit", "ft")]
-    assert found["rome", "ft"]["ES"].mean == pytest.approx(1 / 8)
+    assert found["rome", "ft"]["ES"].mean == pytest.approx(1 / N)
     assert found["rome", "ft"]["ES"].low == 0, "within chance"
     assert found["memit", "ft"]["ES"].high < 0
     assert found["rome", "memit"]["NS"].mean == 0
@@ -242,19 +286,20 @@ ODD = r"rome_3 & {50%} $x^2~y\z #1 | [late] <b>"
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("run") / "odd", {"memit": BADLY, f"{ODD}=rome": WELL})
+    return write(tmp_path_factory.mktemp("run") / "odd", {"memit": BADLY, f"{ODD}=rome": ONE_BADLY})
 
 
 def test_markdown_has_a_cell_a_column(made, odd):
     for one in (made, odd):
         table = report.table([one])
-        lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in report.markdown(table).splitlines()]
+        rows = [line for line in report.markdown(table).splitlines() if line.startswith("|")]
+        lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in rows]
         assert {len(cells) for cells in lines} == {2 + len(table.columns)}
         assert [re.sub(r"\\(.)", r"\1", cell.strip()) for cell, *_ in lines[2:]] == list(table.rows)
     at = 2 + table.columns.index("ES")
     assert [cells[at].strip() for cells in lines[2:]] == [
         "0.0 (0.0)",
-        "**100.0 (0.0)**",
+        "**95.8 (8.0)**",
         "0.0 (0.0)",
     ]
     assert lines[0][at].strip() == "ES ↑"
@@ -264,14 +309,14 @@ def test_latex_has_a_cell_a_column_and_no_letter_that_means_something_to_it(odd)
     table = report.table([odd])
     text = report.latex(table)
     assert text.startswith(r"\begin{tabular}{lr" + "r" * len(table.columns) + "}")
-    assert text.endswith("\\bottomrule\n\\end{tabular}")
+    assert "\\bottomrule\n\\end{tabular}\n" in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 1 + len(table.rows)
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {1 + len(table.columns)}
     (name,) = [re.split(r" (?<!\\)& ", row)[0] for row in rows if "rome" in row]
     left = re.sub(r"\\(textbackslash|textasciicircum|textasciitilde)\{\}|\\[&%$#_{}]", "", name)
     assert not set(left) & set(r"&%$#_{}~^\\"), left
-    assert sum(r"\textbf{100.0 (0.0)}" in row for row in rows) == 1
+    assert sum(r"\textbf{95.8 (8.0)}" in row for row in rows) == 1
     assert "−" not in text
 
 
@@ -303,6 +348,9 @@ def test_json_is_json_to_every_reader(made, odd):
         assert list(told) == list(table.rows)
         for name, (count, summary) in table.rows.items():
             assert told[name].pop("records") == count
+            assert told[name].pop("note") == table.note
+            best = [metric for metric, leader in table.best.items() if leader == name]
+            assert told[name].pop("best") == best
             assert {metric: each["mean"] for metric, each in told[name].items()} == {
                 m: e.mean for m, e in summary.items()
             }
@@ -313,7 +361,7 @@ def test_parquet_has_a_row_a_record_and_method(made, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     report.write_parquet([made], tmp_path / "rows.parquet")
     rows = parquet.read_table(tmp_path / "rows.parquet").to_pylist()
-    assert len(rows) == 4 * 8
+    assert len(rows) == 4 * N
     for row in rows:
         assert row["run"] == "made.sqlite"
         expected = made.rows[row["method"]][row["id"]]
@@ -332,12 +380,12 @@ def test_without_pyarrow_the_error_says_what_to_install(made, tmp_path, monkeypa
 
 def test_published_cases_give_other_peoples_summaries_the_same_scores(made):
     cases = json.loads(json.dumps(report.published_cases(made, "ft")))
-    assert [case["case_id"] for case in cases] == list(range(8)), "numbers, as released"
+    assert [case["case_id"] for case in cases] == list(range(N)), "numbers, as released"
     for case, record in zip(cases, DATA.records, strict=True):
         rewrite = case["requested_rewrite"]
         assert rewrite["prompt"].format(rewrite["subject"]) == record.probes[0].prompt
         assert rewrite["target_new"]["str"] == record.facts[0].target
-        assert case["time"] == 1.5
+        assert case["time"] == 1.5 * (1 + case["case_id"] / 100)
         for phase, label in (("pre", UNEDITED), ("post", "ft")):
             told, scores = case[phase], made.rows[label][record.id]
             probs = {
@@ -389,9 +437,9 @@ def test_only_counterfact_has_published_cases(made, tmp_path):
 def test_failures_are_the_answers_that_are_not_what_is_wanted(made):
     assert made.failures("rome") == []
     found = made.failures("ft", limit=99)
-    assert {each.record for each in found} == {"7"}
+    assert {each.record for each in found} == {str(N - 1)}
     assert [each.kind for each in found] == ["rewrite", "paraphrase", "attribute"]
-    first, fact = found[0], DATA.records[7].facts[0]
+    first, fact = found[0], DATA.records[N - 1].facts[0]
     assert (first.prompt, first.wanted) == (fact.prompt_text, fact.target)
     assert first.after == first.before == f" {fact.target_true} and"
     assert len(made.failures("memit", "paraphrase", limit=3)) == 3
@@ -407,7 +455,7 @@ def test_bars_are_the_scores_by_method(made):
         for group in axes.containers
         if hasattr(group, "patches")
     ]
-    assert heights == [[0, 100, 0, 87.5], [100] * 4]
+    assert heights == [[0, 100, 0, 95.833333], [100] * 4]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         UNEDITED,
         "rome",
@@ -430,7 +478,7 @@ def test_scores_against_the_layer_that_settings_name(tmp_path, made):
         line for line in axes.lines if len(line.get_xdata()) == 3 and line.get_marker() == "o"
     ]
     assert list(line.get_xdata()) == [1, 2, 3]
-    assert list(line.get_ydata()) == [0, 87.5, 100]
+    assert list(line.get_ydata()) == [0, pytest.approx(95.8, abs=0.1), 100]
     with pytest.raises(
         SettingError,
         match=r"results at layers \[\]; expected two or more, as by --method rome-1=rome",
@@ -531,10 +579,43 @@ def test_a_report_compares_shows_failures_and_draws(ran, tmp_path):
         "strong: prompts that fail after the edit",
         "wanted '",
         "picture: ",
+        "no verdicts: 4 records, at least 20 needed",
+        METRICS["EG"].meaning,
     ):
         assert shown in told
+    assert "beyond chance" not in told
     assert told.count("wanted '") == 4
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_words_of_a_report_are_explained(ran):
+    options, path = ran
+    run(*options)
+    told = run("report", str(path), "--explain").output
+    for metric in METRICS.values():
+        assert ("counterfact" in metric.forms) == bool(
+            re.search(rf"^{re.escape(metric.title)} .*{re.escape(metric.meaning)}", told, re.M)
+        )
+    assert "teacher-forced  " in told and "beyond chance  " in told
+    result = run("report", str(path), "--explain", "-f", "json")
+    assert json.loads(result.stdout) and METRICS["EG"].meaning in result.stderr
+
+
+def test_differences_in_json_are_one_document(ran, made):
+    options, path = ran
+    run(*options)
+    record = json.loads(run("report", str(path), "--compare", "-f", "json").stdout)
+    assert record["table"] == json.loads(report.as_json(report.table([Run.open(path)])))
+    (pair,) = record["differences"]
+    assert (pair["minuend"], pair["subtrahend"]) == ("ft", "strong")
+    assert pair["note"] == "no verdicts: 4 records, at least 20 needed"
+    assert pair["ES"]["count"] == 4 and pair["ES"]["beyond_chance"] is False
+    assert json.loads(run("report", str(path), "--compare", "--json").stdout) == record
+    (first, *_) = json.loads(run("report", str(made.path), "--compare", "--json").stdout)[
+        "differences"
+    ]
+    assert first["subtrahend"] == "memit" and first["note"].endswith("the interval is a point")
+    assert first["ES"]["mean"] == 1 and first["ES"]["beyond_chance"] is False
 
 
 def test_a_sweep_over_layers_is_drawn(tmp_path):

@@ -11,12 +11,16 @@ import pytest
 import torch
 
 import engram
-from engram import Fact, Receipt
+from engram import Fact, Receipt, pocket
 from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError, FactError
 from engram.evaluate.held_out import held_out_text
-from engram.evaluate.receipt import Thresholds
+from engram.evaluate.probe_rows import ProbeRows
+from engram.evaluate.probes import Probe
+from engram.evaluate.receipt import SCORES, Thresholds
+from engram.evaluate.words import PAGE, RECEIPT_WORDS
 from tests.helpers.edit_samples import random_edit
+from tests.helpers.paths import ROOT
 from tests.helpers.receipt_samples import GOOD, made
 from tests.helpers.tiny import tiny_lm
 
@@ -170,6 +174,107 @@ def test_a_receipt_is_kept_in_the_edit(lm, receipt, tmp_path):
     assert json.loads(json.dumps(receipt.to_dict()))["passed"] == receipt.passed
 
 
+# --- what the model says --------------------------------------------------------------------------
+
+
+def greedy(lm, prompt, tokens):
+    ids = lm.cloze(prompt).ids
+    for _ in range(tokens):
+        (logits,) = lm.logits_at([ids], [[len(ids) - 1]])
+        ids = [*ids, int(logits.argmax())]
+    return ids[-tokens:]
+
+
+def test_a_receipt_has_what_greedy_decoding_says_before_and_after(lm, receipt):
+    edit = edit_of(lm)
+    for answer in receipt.answers:
+        ids = lm.cloze(answer.prompt, answer.wanted).answer
+        phases = [greedy(lm, answer.prompt, len(ids))]
+        with edit.applied(lm):
+            phases.append(greedy(lm, answer.prompt, len(ids)))
+        assert [answer.says_before, answer.says_after] == [ids == written for written in phases]
+        for text, written in zip(answer.said, phases, strict=True):
+            whole = lm.tokenizer.decode(written)
+            assert text and (whole.strip().startswith(text) or text in answer.unwanted)
+
+
+@pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
+def test_what_a_model_says_is_found_by_its_tokens():
+    lm = engram.load("pocket")
+    fact = pocket.evidence_for(pocket.fact_about("Louvre", "Rome"))
+    receipt = engram.verify(lm, engram.rewrite(lm, fact, "ft"), continuation_tokens=0)
+    assert receipt.says("rewrite", "before") == (0, 1) and receipt.says("rewrite") == (1, 1)
+    near = receipt.says("neighbourhood", "before")
+    assert near == (len(fact.neighbours),) * 2
+    for answer in receipt.of("paraphrase") + receipt.of("rewrite"):
+        text = lm.generate(answer.prompt, 3).removeprefix(answer.prompt)
+        assert text.strip().startswith(answer.said[0]) and answer.said[0] == "Paris"
+
+
+def test_what_is_said_costs_no_forward_pass(lm, monkeypatch):
+    calls = []
+    forward = lm.model.forward
+    monkeypatch.setattr(lm.model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    lm_receipt = engram.verify(lm, edit_of(lm), continuation_tokens=0)
+    pieces = len(lm.tokens.pieces(held_out_text(), lm.max_tokens))
+    probes = [[Probe("rewrite", answer.prompt, answer.wanted) for answer in lm_receipt.answers]]
+    assert len(calls) == 2 * (pieces + len(list(ProbeRows(lm, probes).batches())))
+
+
+def test_what_the_model_says_is_counted_beside_the_comparison():
+    receipt = made(
+        {**GOOD, "neighbourhood+": [(True, True)] * 5},
+        says={
+            "rewrite": [(False, True)],
+            "paraphrase": [(True, True)] + [(False, True)] + [(False, False)] * 3,
+            "neighbourhood": [(True, True)] * 3 + [(True, False), (False, False)],
+            "neighbourhood+": [(False, False)] * 5,
+        },
+    )
+    assert receipt.says("paraphrase") == (2, 5) and receipt.says("neighbourhood") == (3, 4)
+    lines = str(receipt).splitlines()
+    assert (
+        "the model says the new object: edit prompts 1 of 1, paraphrases 2 of 5; "
+        "before the edit on 1 of them"
+    ) in lines
+    assert "neighbours that said their own still do: 3 of 4" in lines
+    assert lines.count("  'p' → 'the', not 'new'") == 3 and "  and 1 more" in lines
+    assert receipt.verdict == "PASSED"
+
+
+def test_an_edit_that_wins_the_comparison_and_is_never_said_does_not_simply_pass():
+    says = {
+        "rewrite": [(False, False)],
+        "paraphrase": [(False, False)] * 5,
+        "neighbourhood": [(False, False)] * 5,
+    }
+    receipt = made(GOOD, says)
+    verdict = "PASSED, but the model itself says the new object on 0 of 1 prompts"
+    assert receipt.passed and receipt.verdict == verdict and str(receipt).endswith(verdict)
+    assert "no neighbour said its own object before" in str(receipt)
+    assert replace(receipt, frame="Q: {}\nA:").verdict == "PASSED", "it may answer in a sentence"
+
+
+def test_a_receipt_of_an_older_engram_loads(receipt):
+    record = json.loads(json.dumps(receipt.to_dict()))
+    del record["verdict"]
+    for answer in record["answers"]:
+        for name in ("said", "says_before", "says_after"):
+            del answer[name]
+    old = Receipt.from_dict(record)
+    assert old.says("rewrite") is None and old.passed == receipt.passed
+    assert "the model says" not in str(old)
+    assert Receipt.from_dict(json.loads(json.dumps(old.to_dict()))) == old
+
+
+def test_every_word_of_a_receipt_is_explained(receipt):
+    names = [*SCORES.values(), *(check.name.replace("_", " ") for check in receipt.checks())]
+    assert set(names) <= RECEIPT_WORDS.keys()
+    assert all("\n" not in meaning for meaning in RECEIPT_WORDS.values())
+    assert f"engram verify --explain, or {PAGE}" in str(receipt)
+    assert (ROOT / PAGE).exists()
+
+
 # --- the verdict ----------------------------------------------------------------------------------
 
 
@@ -196,6 +301,36 @@ def test_each_limit_can_fail_an_edit(right, numbers, failing):
     receipt = made({**GOOD, **right}, **numbers)
     assert [check.name for check in receipt.checks() if check.passed is False] == [failing]
     assert not receipt.passed and str(receipt).endswith("FAILED")
+
+
+LOST, KEPT, WRONG, GAINED = (True, False), (True, True), (False, False), (False, True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "overruns"),
+    [
+        ([LOST] * 6 + [WRONG] * 4, True),  # 60 % to 0 %
+        ([LOST] * 3 + [WRONG] * 2, True),
+        ([LOST] * 6 + [KEPT] * 4, True),
+        ([LOST] * 5 + [KEPT] * 5, False),  # half
+        ([LOST] * 6 + [KEPT] * 4 + [GAINED] * 1, False),  # net of what became right
+        ([LOST] * 2, False),  # too few to tell
+        ([WRONG] * 10, False),
+        ([], False),
+    ],
+)
+def test_an_edit_that_overruns_its_neighbours_says_so_in_its_verdict(rows, overruns):
+    receipt = made({**GOOD, "neighbourhood+": rows})
+    expected = "PASSED" + ", but overruns its neighbours when its own sentence stands in front" * (
+        overruns
+    )
+    assert receipt.passed and receipt.verdict == expected
+    assert str(receipt).splitlines()[-1] == expected
+    record = json.loads(json.dumps(receipt.to_dict()))
+    assert record["passed"] is True and record["verdict"] == expected
+    failed = replace(receipt, norm_ratio=20.0)
+    assert failed.verdict.startswith("FAILED") and not failed.passed
+    assert ("overruns its neighbours" in failed.verdict) == overruns
 
 
 def test_neighbours_that_were_wrong_before_do_not_count_as_lost():

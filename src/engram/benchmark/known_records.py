@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Literal
 
 from engram.benchmark.data.records import Dataset, Record
-from engram.benchmark.metrics.scores import begins
 from engram.checks import one_of
 from engram.errors import FactError, SettingError
+from engram.evaluate.answers import begins
 from engram.facts import Fact
 from engram.knowledge.knows import knows
 from engram.model.generation import Writing, normalised_text, write

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, combinations, count
 from pathlib import Path
@@ -19,11 +19,15 @@ from typing import Any
 from engram.benchmark.data.records import Form
 from engram.benchmark.data.write import case_id
 from engram.benchmark.metrics.summary import Estimate, paired
-from engram.benchmark.metrics.table import HARMONIC, METRICS
+from engram.benchmark.metrics.table import HARMONIC, METRICS, of_form
 from engram.benchmark.results import UNEDITED, Run
 from engram.bootstrap import DEFAULT, Bootstrap
 from engram.editors.methods import METHODS
 from engram.errors import MissingExtraError, SettingError
+from engram.evaluate.words import REPORT_WORDS
+
+# With fewer records a few of them decide, and a percentile bootstrap makes intervals too narrow.
+LEAST_RECORDS = 20
 
 Scores = dict[str, dict[str, float | None]]  # id of a record -> its scores
 
@@ -35,14 +39,16 @@ class ScoreTable:
     Attributes:
         form, columns: what is reported, in this order.
         rows: name -> number of records and metric -> estimate; the unedited model first.
-        best: metric -> the method whose lead over every other one is beyond chance (the paired
-            interval excludes 0); metrics without such a method are absent.
+        best: metric -> the method whose lead over every other one is beyond chance, see
+            `beyond_chance`; metrics without such a method are absent.
+        note: why no method is the best, where that is for want of evidence.
     """
 
     form: Form
     columns: tuple[str, ...]
     rows: dict[str, tuple[int, dict[str, Estimate]]]
     best: dict[str, str]
+    note: str | None = None
 
 
 def table(
@@ -66,7 +72,10 @@ def table(
     columns = tuple(
         name for name in METRICS if name in measured and (all_metrics or METRICS[name].headline)
     )
-    return ScoreTable(form, columns, estimates, _best(rows, form, columns, bootstrap))
+    differences = _differences(_methods(rows), form, bootstrap)
+    best = _best(rows, differences, columns)
+    note = None if best else no_verdicts(list(differences.values()), columns)
+    return ScoreTable(form, columns, estimates, best, note)
 
 
 def compare(
@@ -149,9 +158,10 @@ def _unused(start: str, names: Container[str]) -> str:
 
 
 def _best(
-    rows: dict[str, tuple[Run, str]], form: Form, columns: Sequence[str], bootstrap: Bootstrap
+    rows: dict[str, tuple[Run, str]],
+    differences: dict[tuple[str, str], dict[str, Estimate]],
+    columns: Sequence[str],
 ) -> dict[str, str]:
-    differences = _differences(_methods(rows), form, bootstrap)
     best = {}
     for metric in columns:
         # "neither": no method leads in a number that no editor aims at, such as AS.
@@ -170,8 +180,47 @@ def _best(
 
 
 def _beyond(difference: Estimate | None, sign: int) -> bool:
-    """Tell whether the interval of a difference, times `sign`, is above 0."""
-    return difference is not None and (difference.low if sign > 0 else -difference.high) > 0
+    """Return whether a difference, times `sign`, is above 0 beyond chance."""
+    return difference is not None and beyond_chance(difference) and sign * difference.mean > 0
+
+
+def beyond_chance(difference: Estimate) -> bool:
+    """Return whether the 95 % interval of a difference excludes 0, and says something about chance:
+    it is of at least `LEAST_RECORDS` records, and not a point.
+    """
+    return why_open(difference) is None and not difference.low <= 0 <= difference.high
+
+
+def why_open(difference: Estimate) -> str | None:
+    """Return why no verdict can be given on a difference, whatever its size; None if one can."""
+    if difference.count < LEAST_RECORDS:
+        return f"{difference.count} records, at least {LEAST_RECORDS} needed"
+    # Means of equal numbers differ by rounding.
+    if difference.high - difference.low <= 1e-9 * abs(difference.mean):
+        return "every record differs by as much, so the interval is a point"
+    return None
+
+
+def no_verdicts(
+    differences: Sequence[Mapping[str, Estimate]], columns: Sequence[str]
+) -> str | None:
+    """Return why nothing can be called beyond chance, as a line for the reader; None where
+    something could.
+
+    Args:
+        differences: metric -> difference, of each pair of methods.
+        columns: the metrics that are shown.
+    """
+    shown = [[pair[metric] for metric in columns if metric in pair] for pair in differences]
+    if not any(shown):
+        return None  # a method alone: nobody expects a verdict
+    # Of the pair with the fewest: a method leads if it leads every other one.
+    records = min(max(difference.count for difference in pair) for pair in shown if pair)
+    if records < LEAST_RECORDS:
+        return f"no verdicts: {records} records, at least {LEAST_RECORDS} needed"
+    reasons = [why_open(difference) for pair in shown for difference in pair if difference.mean]
+    # Methods that are equal on every record need no reason.
+    return f"no verdicts: {reasons[0]}" if reasons and None not in reasons else None
 
 
 # -- how tables are written ------------------------------------------------------------------------
@@ -198,7 +247,24 @@ def shown(estimate: Estimate | None, metric: str, *, interval: bool = True) -> s
     return f"{mean} ({half * scale:.{digits}f})" if interval else mean
 
 
+def meanings(scores: ScoreTable) -> dict[str, str]:
+    """Return what the heads of a table mean, in its order."""
+    return {METRICS[name].title: METRICS[name].described for name in scores.columns}
+
+
+def all_meanings(form: Form) -> dict[str, str]:
+    """Return what the words of a benchmark's reports mean, and each of its numbers."""
+    return REPORT_WORDS | {metric.title: metric.described for metric in of_form(form).values()}
+
+
 def markdown(scores: ScoreTable) -> str:
+    """Return `markdown_table`, and under it what its heads mean and why nothing is bold."""
+    notes = [f"- **{_in_markdown(head)}**: {text}" for head, text in meanings(scores).items()]
+    why = [scores.note, ""] if scores.note else []
+    return "\n".join([markdown_table(scores), "", *why, *notes])
+
+
+def markdown_table(scores: ScoreTable) -> str:
     """Return a table in GitHub's markdown; leads beyond chance are bold."""
     heads = [
         METRICS[name].title + {"up": " ↑", "down": " ↓", "neither": ""}[METRICS[name].better]
@@ -216,7 +282,10 @@ def markdown(scores: ScoreTable) -> str:
 
 
 def latex(scores: ScoreTable) -> str:
-    """Return a table for LaTeX with booktabs; leads beyond chance are bold."""
+    """Return a table for LaTeX with booktabs; leads beyond chance are bold.
+
+    Under it is a paragraph about what its heads mean, and why nothing is bold.
+    """
     arrows = {"up": r" $\uparrow$", "down": r" $\downarrow$", "neither": ""}
     heads = [
         _in_latex(METRICS[name].title) + arrows[METRICS[name].better] for name in scores.columns
@@ -238,7 +307,13 @@ def latex(scores: ScoreTable) -> str:
         lines.append(f"{_in_latex(name)} & {records} & {' & '.join(cells)} \\\\")
         if name.endswith(UNEDITED):
             lines.append(r"\midrule")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+    notes = [
+        rf"\textbf{{{_in_latex(head)}}}: {_in_latex(text)}."
+        for head, text in meanings(scores).items()
+    ]
+    why = [f"{_in_latex(scores.note)}."] if scores.note else []
+    lines += [r"\bottomrule", r"\end{tabular}", "", r"\smallskip\noindent{\footnotesize"]
+    return "\n".join([*lines, *why, *notes, r"\par}"])
 
 
 _LATEX = {
@@ -247,6 +322,7 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
     "×": r"$\times$",
+    "−": "$-$",
 }
 
 
@@ -283,10 +359,16 @@ def as_csv(scores: ScoreTable) -> str:
 
 
 def as_json(scores: ScoreTable) -> str:
-    """Return method -> metric -> its estimate, not scaled, as JSON."""
+    """Return method -> metric -> its estimate, not scaled, as JSON.
+
+    Besides metrics a method has its number of "records", "best", the metrics in which it leads
+    beyond chance, and "note", why no method leads where that is for want of evidence.
+    """
     rows = {
         name: {
             "records": records,
+            "best": [metric for metric, best in scores.best.items() if best == name],
+            "note": scores.note,
             **{
                 metric: asdict(estimate)
                 for metric, estimate in summary.items()

@@ -15,11 +15,12 @@ from typing import Any, cast
 
 from engram.benchmark.data.records import Form, Record, digest_of
 from engram.benchmark.metrics.outcomes import Measured, Outcome
-from engram.benchmark.metrics.scores import begins, of_measured
+from engram.benchmark.metrics.scores import of_measured
 from engram.benchmark.metrics.summary import Estimate, summarise
 from engram.benchmark.store import RunStore
 from engram.bootstrap import DEFAULT, Bootstrap
 from engram.errors import EngramFileError, SettingError
+from engram.evaluate.answers import begins
 from engram.evaluate.probes import ProbeKind
 
 UNEDITED = "unedited"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engram.cli.options import AsJson, ModelOptions, Seed, WorkerOptions, parse_settings
+from engram.cli.options import AsJson, Explain, ModelOptions, Seed, WorkerOptions, parse_settings
 
 if TYPE_CHECKING:
     from engram.benchmark.data.records import Dataset
@@ -226,6 +226,7 @@ def report(
         int, typer.Option(help="Show N prompts of each method that fail after its edits.", min=0)
     ] = 0,
     pictures: PictureOptions,
+    explain: Explain = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write to; default: the terminal.")
     ] = None,
@@ -241,6 +242,8 @@ def report(
     from engram.errors import SettingError
 
     opened = [Run.open(path) for path in runs]
+    if explain and (as_json or format is not Format.terminal or out is not None):
+        show.show_words(reports.all_meanings(opened[0].form), err=True)
     if as_json:
         if out is not None or format is not Format.terminal:
             raise SettingError("--json prints the table: leave out --format and --out")
@@ -255,10 +258,11 @@ def report(
         reports.write_parquet(opened, out)
         typer.echo(f"written: {out}")
     elif format is Format.terminal and out is None:
-        show.show_runs(opened, all_metrics=all_metrics)
+        show.show_runs(opened, all_metrics=all_metrics, explain=explain)
     else:
-        _write(_formatted(opened, format, all_metrics), out)
-    if compare:
+        _write(_formatted(opened, format, all_metrics, compare), out)
+    # JSON has them inside: a text after it would be no JSON.
+    if compare and format is not Format.json:
         show.show_differences(opened)
     if failures:
         show.show_failures(opened, failures)
@@ -273,13 +277,16 @@ def _document(
 
     from engram.benchmark import report as reports
 
-    table = reports.as_json(reports.table(runs, all_metrics=all_metrics))
-    document: dict[str, Any] = {"table": json.loads(table)}
+    scores = reports.table(runs, all_metrics=all_metrics)
+    document: dict[str, Any] = {"table": json.loads(reports.as_json(scores))}
     if compare:
         document["differences"] = [
-            {"minuend": a, "subtrahend": b}
-            | {metric: asdict(difference) for metric, difference in differences.items()}
-            for (a, b), differences in reports.compare(runs).items()
+            {"minuend": a, "subtrahend": b, "note": reports.no_verdicts([of_pair], scores.columns)}
+            | {
+                metric: asdict(difference) | {"beyond_chance": reports.beyond_chance(difference)}
+                for metric, difference in of_pair.items()
+            }
+            for (a, b), of_pair in reports.compare(runs).items()
         ]
     if failures:
         document["failures"] = [
@@ -291,7 +298,7 @@ def _document(
     return document
 
 
-def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:
+def _formatted(runs: list[Run], format: Format, all_metrics: bool, compare: bool) -> str:
     from engram.benchmark import report as reports
 
     if format is Format.card:
@@ -304,6 +311,8 @@ def _formatted(runs: list[Run], format: Format, all_metrics: bool) -> str:
             for label in run.measured
         }
         return json.dumps(cases, ensure_ascii=False)
+    if format is Format.json and compare:
+        return json.dumps(_document(runs, all_metrics, compare), indent=1, ensure_ascii=False)
     writers = {
         "markdown": reports.markdown,
         "latex": reports.latex,

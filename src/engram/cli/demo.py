@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engram.cli.options import AsJson
+from engram.cli.options import AsJson, Explain
 
 if TYPE_CHECKING:
     from engram.edit.edit import Edit
@@ -35,6 +35,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")
     ] = Path("engram-demo"),
+    explain: Explain = False,
     as_json: AsJson = False,
 ) -> None:
     """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, undo.
@@ -54,7 +55,7 @@ def demo(
     with terminal.no_results(as_json):
         _introduce(lm, fact)
         _locate(lm, fact, picture)
-        edit = _rewrite(lm, fact)
+        edit = _rewrite(lm, fact, explain)
         undone = _keep(lm, fact, edit, folder)
         _say(
             f"\npicture {picture}, edit {folder}, {time.monotonic() - began:.0f} s. "
@@ -101,10 +102,11 @@ def _locate(lm: LanguageModel, fact: Fact, picture: Path) -> None:
     trace.plot().savefig(picture)
 
 
-def _rewrite(lm: LanguageModel, fact: Fact) -> Edit:
+def _rewrite(lm: LanguageModel, fact: Fact, explain: bool) -> Edit:
     """Return the edit, with its receipt."""
     import engram
     from engram.cli import show, terminal
+    from engram.evaluate.words import RECEIPT_WORDS
 
     _say(
         f"\n[bold]3. Rewrite it[/]  {fact.target_true} becomes {fact.target}: "
@@ -114,6 +116,8 @@ def _rewrite(lm: LanguageModel, fact: Fact) -> Edit:
         edit = engram.rewrite(lm, fact, progress=progress)
         receipt = engram.verify(lm, edit, progress=progress)
     show.show_receipt(receipt)
+    if explain:
+        show.show_words(RECEIPT_WORDS)
     return edit.with_receipt(receipt)
 
 

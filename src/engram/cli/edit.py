@@ -16,6 +16,7 @@ from engram.cli.options import (
     Chat,
     Corpus,
     EditFolder,
+    Explain,
     Model,
     ModelOptions,
     Out,
@@ -111,6 +112,7 @@ def edit(
             "--chat", help="Edit for chat too; adds a receipt taken through the chat template."
         ),
     ] = False,
+    explain: Explain = False,
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
@@ -122,6 +124,7 @@ def edit(
     """
     import engram
     from engram.cli import show, terminal
+    from engram.evaluate.words import RECEIPT_WORDS
 
     facts, settings = fact_options.read(), method_options.settings()
     method = method_options.method
@@ -147,6 +150,8 @@ def edit(
     else:
         for receipt in receipts:
             show.show_receipt(receipt)
+    if explain:
+        show.show_words(RECEIPT_WORDS, err=as_json)
     if out is not None:
         terminal.written("edit", f"{out} ({terminal.size(out)})", as_json)
 
@@ -164,6 +169,7 @@ def verify(
         bool, typer.Option("--store", help="Save the receipt in the edit's folder.")
     ] = False,
     chat: Chat = False,
+    explain: Explain = False,
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
@@ -174,6 +180,7 @@ def verify(
     import engram
     from engram.cli import show, terminal
     from engram.errors import EngramError
+    from engram.evaluate.words import RECEIPT_WORDS
 
     edit = _loaded(edits)  # before the model: a wrong folder is reported at once
     if store and len(edits) > 1:
@@ -192,6 +199,8 @@ def verify(
         terminal.print_json(receipt.to_dict())
     else:
         show.show_receipt(receipt)
+    if explain:
+        show.show_words(RECEIPT_WORDS, err=as_json)
     if not receipt.passed:
         raise typer.Exit(1)  # 2 is a user's mistake: scripts can tell the two apart
 

@@ -80,6 +80,9 @@ Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Explain the words of the output, one line each.")
+]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
 ]

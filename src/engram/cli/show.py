@@ -5,7 +5,7 @@ Knows rich and the library's values; computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
@@ -167,15 +167,26 @@ def show_receipt(receipt: Receipt) -> None:
         terminal.console.print(f"   before {escape(_one_line(before))}")
         terminal.console.print(f"   after  {escape(_one_line(after))}")
     terminal.console.print()
-    for line in str(receipt).splitlines():
-        style = (
-            "green"
-            if line.endswith("ok") or line == "PASSED"
-            else "red"
-            if line.endswith("FAILED")
-            else ""
-        )
+    *lines, verdict = str(receipt).splitlines()
+    for line in lines:
+        style = "green" if line.endswith("ok") else "red" if line.endswith("FAILED") else ""
         terminal.console.print(Text(line, style))
+    colour = ("yellow" if receipt.cautions() else "green") if receipt.passed else "red"
+    terminal.console.print(Text(verdict, colour))
+
+
+def show_words(words: Mapping[str, str], *, err: bool = False) -> None:
+    """Print what words mean, one line each.
+
+    Args:
+        err: on stderr, where stdout has to be JSON and nothing else.
+    """
+    from engram.evaluate.words import explained
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True) if err else terminal.console
+    console.print()
+    for line in explained(words):
+        console.print(Text(line, "dim"))
 
 
 def show_knowledge(knowledge: Knowledge, seed: int) -> None:
@@ -252,8 +263,13 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def show_runs(runs: list[Run], *, all_metrics: bool = False) -> None:
-    """Print the table of runs: a row per method, the best score of each column in bold."""
+def show_runs(runs: list[Run], *, all_metrics: bool = False, explain: bool = False) -> None:
+    """Print the table of runs: a row per method, the best score of each column in bold; under it
+    what the columns mean.
+
+    Args:
+        explain: what all numbers of the benchmark mean.
+    """
     from engram.benchmark import report as reports
     from engram.benchmark.metrics.table import METRICS
 
@@ -274,11 +290,9 @@ def show_runs(runs: list[Run], *, all_metrics: bool = False) -> None:
     # A table wider than the terminal is of more use than one that is cut.
     needed = 15 + max(map(len, scores.rows)) + 9 * len(scores.columns)
     Console(width=max(terminal.console.width, needed), highlight=False).print(table)
-    terminal.console.print(
-        "EG PG NG and SG: what the model says by itself; the others compare probabilities of given"
-        " answers.",
-        style="dim",
-    )
+    if scores.note:
+        terminal.console.print(Text(scores.note, "yellow"))
+    show_words(reports.all_meanings(scores.form) if explain else reports.meanings(scores))
 
 
 def show_differences(runs: list[Run]) -> None:
@@ -286,20 +300,22 @@ def show_differences(runs: list[Run]) -> None:
     from engram.benchmark import report as reports
     from engram.benchmark.metrics.table import METRICS
 
+    headline = [name for name, metric in METRICS.items() if metric.headline]
     for (a, b), differences in reports.compare(runs).items():
         terminal.console.print(f"\n{a} minus {b}", markup=False)
-        for metric, difference in differences.items():
-            if not METRICS[metric].headline:
+        for metric in headline:
+            if (difference := differences.get(metric)) is None:
                 continue
             scale = METRICS[metric].scale
             low, high = difference.low * scale, difference.high * scale
-            # An interval without 0, as everywhere in a report.
-            verdict = "" if low <= 0 <= high else "  beyond chance"
+            verdict = "  beyond chance" if reports.beyond_chance(difference) else ""
             terminal.console.print(
                 f"  {METRICS[metric].title:<12}{difference.mean * scale:+9.2f}"
                 f"   [{low:+.2f}, {high:+.2f}]   {difference.count} records{verdict}",
                 markup=False,
             )
+        if note := reports.no_verdicts([differences], headline):
+            terminal.console.print(Text(f"  {note}", "yellow"))
 
 
 def show_failures(runs: list[Run], limit: int) -> None:

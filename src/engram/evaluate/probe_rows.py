@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engram.batching import batches
+from engram.engine.shared_prompts import Ids
 from engram.evaluate.probes import Probe, Reading
 from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
 from engram.model.language_model import LanguageModel
@@ -69,7 +70,9 @@ class ProbeRows:
         groups: the probes, such as those of one record each.
         rows: see `ProbeRow`.
         answers: probe -> numbers of its answers, the wanted one first.
-        sizes: tokens of each answer.
+        sizes: number of tokens of each answer.
+        ids: the tokens of each answer.
+        cloze: puts prompts and answers to the model.
     """
 
     def __init__(self, lm: LanguageModel, groups: Sequence[Sequence[Probe]]) -> None:
@@ -77,9 +80,10 @@ class ProbeRows:
         self.rows: list[ProbeRow] = []
         self.answers: dict[ProbeRef, list[int]] = {}
         self.sizes: list[int] = []
+        self.ids: list[Ids] = []
         self._tokens = _TOKENS if lm.device.type == "cpu" else 4 * _TOKENS
         self._vocabulary = int(lm.model.config.get_text_config().vocab_size)
-        cloze = ClozeRows(lm)
+        self.cloze = ClozeRows(lm)
         for group, probes in enumerate(groups):
             of_prompt: dict[str, list[int]] = {}
             for number, probe in enumerate(probes):
@@ -87,10 +91,11 @@ class ProbeRows:
             # Never across groups: a row carries the edit of one record, even if another record has
             # the same prompt.
             for prompt, numbers in of_prompt.items():
-                self._add(cloze, prompt, [(group, number) for number in numbers])
+                self._add(prompt, [(group, number) for number in numbers])
 
-    def _add(self, cloze: ClozeRows, prompt: str, refs: Sequence[ProbeRef]) -> None:
+    def _add(self, prompt: str, refs: Sequence[ProbeRef]) -> None:
         """Add the rows of one prompt, which all these probes have."""
+        cloze = self.cloze
         probes = [(ref, self.groups[ref[0]][ref[1]]) for ref in refs]
         answers = [
             (ref, cloze.tokens(prompt, answer)) for ref, probe in probes for answer in probe.answers
@@ -105,6 +110,7 @@ class ProbeRows:
             rows[row].needs.extend(Need(i, token, number) for i, token in enumerate(tokens))
             self.answers.setdefault(ref, []).append(number)
             self.sizes.append(len(tokens))
+            self.ids.append(tokens)
         self.rows += rows
 
     def batches(self) -> Iterator[list[ProbeRow]]:
@@ -133,6 +139,8 @@ class AnswerScores:
         # they share a row, which is exact under a causal mask and half the work.
         self.log_p = torch.zeros(len(rows.sizes), dtype=torch.float64)
         self.hits = torch.zeros(len(rows.sizes), dtype=torch.float64)
+        # The most probable token at each place of an answer, the answer's own tokens before it.
+        self.best: list[list[int]] = [[] for _ in rows.sizes]
         self.kl: dict[ProbeRef, float] = {}
 
     @classmethod
@@ -179,9 +187,13 @@ class AnswerScores:
         ]
         if lookups:
             position, token, answer = torch.tensor(lookups).unbind(1)
+            best = best_p[position.to(best_p.device)].cpu()
+            self.hits.index_add_(0, answer, (best == token).double())
+            # A row's needs come in the order of an answer's tokens, and an answer has one row.
+            for number, most_probable in zip(answer.tolist(), best.tolist(), strict=True):
+                self.best[number].append(most_probable)
             position, token = position.to(log_p_pv.device), token.to(log_p_pv.device)
             self.log_p.index_add_(0, answer, log_p_pv[position, token].cpu().double())
-            self.hits.index_add_(0, answer, (best_p[position] == token).cpu().double())
         compared = {
             ref: log_p_pv[start]
             for row, start in zip(batch, starts, strict=True)
@@ -200,6 +212,31 @@ class AnswerScores:
     def log_probs(self, ref: ProbeRef) -> list[float]:
         """Return the log-probability of each answer of a probe as a whole, the wanted one first."""
         return [float(self.log_p[answer]) for answer in self.of.answers[ref]]
+
+    def says(self, ref: ProbeRef) -> bool:
+        """Return whether greedy decoding writes what a probe wants: each of its tokens is the most
+        probable one after those before it.
+        """
+        wanted = self.of.answers[ref][0]
+        return int(self.hits[wanted]) == self.of.sizes[wanted]
+
+    def said(self, ref: ProbeRef) -> str:
+        """Return the beginning of what greedy decoding writes after a probe's prompt: one of the
+        probe's answers, or the tokens up to the first that is in none of them.
+
+        It costs nothing: no token is read that the answers' probabilities do not need as well.
+
+        Example: the answers are " Rome" and " New York", and the most probable tokens are
+
+            " New" after the prompt, " Orleans" after " New"   -> "New Orleans"
+            " the" after the prompt                            -> "the"
+        """
+        texts = [
+            self.of.cloze.top_answer(self.of.ids[answer], tuple(self.best[answer]))
+            for answer in self.of.answers[ref]
+        ]
+        # Each is a beginning of the same text, read up to where the model leaves that answer.
+        return max(texts, key=len)
 
     def readings(self, answers: Mapping[ProbeRef, str] | None = None) -> list[tuple[Reading, ...]]:
         """Return a reading for each probe of each group.

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from engram.evaluate.probes import ProbeKind
+from engram.evaluate.words import PAGE
 
 SCORES: dict[ProbeKind, str] = {  # kind of prompt -> name of the share of successes
     "rewrite": "efficacy",
@@ -21,6 +22,17 @@ SCORES: dict[ProbeKind, str] = {  # kind of prompt -> name of the share of succe
     "neighbourhood": "neighbourhood",
     "neighbourhood+": "neighbourhood+",
 }
+
+When = Literal["before", "after"]
+
+# A limit for "neighbourhood+" would fail good edits: a sentence in front sways the unedited model
+# too (NS+ 52.5 for GPT-2 XL, from 78.4). What passes with the rest may still lose most of what was
+# right there, and then the verdict says so. With fewer than 3 a single sentence would decide.
+OVERRUN_SHARE = 0.5  # lost, of the neighbours that were right before with the sentence in front
+OVERRUN_LEAST = 3  # and this many of them
+_OVERRUNS = "overruns its neighbours when its own sentence stands in front"
+_DERIVED = ("passed", "verdict")  # in a record for its readers; computed again
+_SHOWN = 3  # prompts on which the model says something else that are shown in full
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,6 @@ class Thresholds:
         max_rounding: share of the change that the model's dtype cannot hold.
     """
 
-    # "neighbourhood+" has no limit: a sentence in front sways the unedited model too (NS+ 52.5 for
-    # GPT-2 XL, from 78.4).
     min_efficacy: float | None = 1.0
     min_paraphrase: float | None = 0.8
     min_neighbourhood: float | None = 0.8
@@ -57,6 +67,10 @@ class Answer:
             own answer and the edit's object on neighbours.
         before, after: probabilities (wanted, unwanted) of the whole texts.
         right_before, right_after: whether `wanted` has the larger mean log-probability per token.
+        said: the beginning of what the model says by itself, (before, after): `wanted`, `unwanted`,
+            or up to the first token that is in neither.
+        says_before, says_after: whether greedy decoding writes `wanted`; these three are None in a
+            receipt of an engram that did not measure them.
     """
 
     kind: ProbeKind
@@ -68,6 +82,9 @@ class Answer:
     after: tuple[float, float]
     right_before: bool
     right_after: bool
+    said: tuple[str, str] | None = None
+    says_before: bool | None = None
+    says_after: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ class Receipt:
     def of(self, kind: ProbeKind) -> list[Answer]:
         return [answer for answer in self.answers if answer.kind == kind]
 
-    def share(self, kind: ProbeKind, when: Literal["before", "after"] = "after") -> float | None:
+    def share(self, kind: ProbeKind, when: When = "after") -> float | None:
         """Return the share of a kind's prompts on which the wanted answer is the more probable one.
 
         None without such prompts.
@@ -142,6 +159,54 @@ class Receipt:
         # NS of a benchmark counts all, so GPT-2 XL starts at 78.
         right = [answer for answer in self.of("neighbourhood") if answer.right_before]
         return fmean(answer.right_after for answer in right) if right else None
+
+    def says(self, kind: ProbeKind, when: When = "after") -> tuple[int, int] | None:
+        """Return (on how many of a kind's prompts greedy decoding writes the wanted answer, of how
+        many).
+
+        Of neighbours, those count that said their own answer before the edit. None without such
+        prompts, or in a receipt of an engram that did not measure it.
+        """
+        rows = [a for a in self.of(kind) if a.says_after is not None]
+        if not rows:
+            return None
+        if kind.startswith("neighbourhood"):
+            rows = [a for a in rows if a.says_before]
+        return sum(bool(a.says_after if when == "after" else a.says_before) for a in rows), len(
+            rows
+        )
+
+    def overruns(self) -> bool:
+        """Return whether the edit spreads to its neighbours once its own sentence is in front.
+
+        More than `OVERRUN_SHARE` of those that were right there before are lost, at least
+        `OVERRUN_LEAST`; those that became right are subtracted.
+        """
+        rows = self.of("neighbourhood+")
+        before = sum(a.right_before for a in rows)
+        lost = before - sum(a.right_after for a in rows)
+        return lost >= OVERRUN_LEAST and lost > OVERRUN_SHARE * before
+
+    def cautions(self) -> list[str]:
+        """Return what a reader should know besides the checks, such as that the model never says
+        the new object by itself.
+        """
+        texts = []
+        said = self.says("rewrite")
+        # In a frame, such as a chat's, an answer may come in a sentence of its own.
+        if said is not None and self.frame is None and 2 * said[0] < said[1]:
+            texts.append(f"the model itself says the new object on {said[0]} of {said[1]} prompts")
+        if self.overruns():
+            texts.append(_OVERRUNS)
+        return texts
+
+    @property
+    def verdict(self) -> str:
+        """PASSED or FAILED, and the cautions."""
+        texts = self.cautions()
+        if self.passed:
+            return f"PASSED, but {' and '.join(texts)}" if texts else "PASSED"
+        return "; ".join(["FAILED", *texts])
 
     def margins(self) -> tuple[float | None, float | None, float | None]:
         """Return the mean probability of the wanted minus the unwanted answer after the edit.
@@ -186,17 +251,14 @@ class Receipt:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the receipt as JSON holds it, with the verdict."""
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "verdict": self.verdict}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Receipt:
         """Return the receipt of which `to_dict` gave this record."""
-        given = {name: value for name, value in record.items() if name != "passed"}
+        given = {name: value for name, value in record.items() if name not in _DERIVED}
         # JSON has no tuples, and a receipt that was read has to equal the one that was written.
-        answers = tuple(
-            Answer(**{**answer, "before": tuple(answer["before"]), "after": tuple(answer["after"])})
-            for answer in given.pop("answers")
-        )
+        answers = tuple(_answer(answer) for answer in given.pop("answers"))
         return cls(
             answers=answers,
             continuations=tuple(tuple(texts) for texts in given.pop("continuations")),
@@ -212,6 +274,27 @@ class Receipt:
         if self.frame is not None:
             yield f"prompts are wrapped in {self.frame!r}"
             yield ""
+        yield from self._of_prompts()
+        if self.says("rewrite") is not None:
+            yield from self._of_answers()
+        yield ""
+        yield f"{'check':<18}{'measured':>10}{'required':>10}"
+        for check in self.checks():
+            verdict = {True: "ok", False: "FAILED", None: ""}[check.passed]
+            measured = "—" if check.value is None else f"{check.value:.3f}"
+            sign = "≥" if check.at_least else "≤"
+            required = "—" if check.limit is None else f"{sign} {check.limit:g}"
+            yield f"{check.name.replace('_', ' '):<18}{measured:>10}{required:>10}   {verdict}"
+        if self.how == "beside":
+            yield (
+                f"attached beside {self.quantised or 'offloaded'} weights: "
+                "none is touched, nothing is rounded"
+            )
+        yield f"what these words mean: engram verify --explain, or {PAGE}"
+        yield self.verdict
+
+    def _of_prompts(self) -> Iterator[str]:
+        """Yield the table of comparisons, a line for each kind of prompt."""
         yield (
             f"{'prompts':<16}{'count':>6}{'right before':>14}{'right after':>13}"
             f"{'p(wanted)':>18}{'p(unwanted)':>18}"
@@ -227,17 +310,43 @@ class Receipt:
             )
             before, after = self.share(kind, "before"), self.share(kind)
             yield f"{name:<16}{len(rows):>6}{before:>14.0%}{after:>13.0%}{wanted:>18}{unwanted:>18}"
+
+    def _of_answers(self) -> Iterator[str]:
+        """Yield what the model says by itself: counts, and the first prompts on which it says
+        something else.
+        """
+
+        def counts(kinds: dict[ProbeKind, str]) -> list[str]:
+            said = {text: self.says(kind) for kind, text in kinds.items()}
+            return [f"{text}{on[0]} of {on[1]}" for text, on in said.items() if on and on[1]]
+
+        new: dict[ProbeKind, str] = {"rewrite": "edit prompts ", "paraphrase": "paraphrases "}
+        already = sum(bool(a.says_before) for kind in new for a in self.of(kind))
         yield ""
-        yield f"{'check':<18}{'measured':>10}{'required':>10}"
-        for check in self.checks():
-            verdict = {True: "ok", False: "FAILED", None: ""}[check.passed]
-            measured = "—" if check.value is None else f"{check.value:.3f}"
-            sign = "≥" if check.at_least else "≤"
-            required = "—" if check.limit is None else f"{sign} {check.limit:g}"
-            yield f"{check.name.replace('_', ' '):<18}{measured:>10}{required:>10}   {verdict}"
-        if self.how == "beside":
+        yield (
+            f"the model says the new object: {', '.join(counts(new))}"
+            + f"; before the edit on {already} of them" * bool(already)
+        )
+        if self.says("neighbourhood") is not None:
+            near = counts({"neighbourhood": "", "neighbourhood+": "with the edit in front "})
             yield (
-                f"attached beside {self.quantised or 'offloaded'} weights: "
-                "none is touched, nothing is rounded"
+                f"neighbours that said their own still do: {', '.join(near)}"
+                if near
+                else "no neighbour said its own object before"
             )
-        yield "PASSED" if self.passed else "FAILED"
+        missed = [
+            a
+            for a in self.answers
+            if a.said is not None
+            and not a.says_after
+            and (a.says_before or a.kind in ("rewrite", "paraphrase"))
+        ]
+        for a in missed[:_SHOWN]:
+            yield f"  {a.prompt!r} → {a.said[1]!r}, not {a.wanted.strip()!r}"  # type: ignore[index]
+        if len(missed) > _SHOWN:
+            yield f"  and {len(missed) - _SHOWN} more"
+
+
+def _answer(record: Mapping[str, Any]) -> Answer:
+    pairs = {name: tuple(record[name]) for name in ("before", "after", "said") if record.get(name)}
+    return Answer(**{**record, **pairs})

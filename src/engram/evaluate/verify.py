@@ -178,28 +178,32 @@ def _openings(fact: Fact) -> list[str]:
 def _answers(
     probes: Sequence[Sequence[Probe]], before: AnswerScores, after: AnswerScores
 ) -> Iterable[Answer]:
-    """Yield each probe's probabilities in both phases, fact by fact."""
+    """Yield what each probe shows in both phases, fact by fact."""
     for fact, of_fact in enumerate(probes):
         for number, probe in enumerate(of_fact):
+            ref = fact, number
             phases = []
             for scores in (before, after):
-                wanted, unwanted = scores.log_probs((fact, number))
-                sizes = [scores.of.sizes[answer] for answer in scores.of.answers[fact, number]]
+                wanted, unwanted = scores.log_probs(ref)
+                sizes = [scores.of.sizes[answer] for answer in scores.of.answers[ref]]
                 # By the mean per token, as ES is; the probabilities beside it are of whole texts,
                 # since these are what a reader takes them for.
                 right = wanted / sizes[0] > unwanted / sizes[1]
                 phases.append(((exp(wanted), exp(unwanted)), right))
             (p_before, right_before), (p_after, right_after) = phases
             yield Answer(
-                probe.kind,
-                fact,
-                probe.prompt,
-                probe.wanted,
-                str(probe.unwanted),
-                p_before,
-                p_after,
-                right_before,
-                right_after,
+                kind=probe.kind,
+                fact=fact,
+                prompt=probe.prompt,
+                wanted=probe.wanted,
+                unwanted=str(probe.unwanted),
+                before=p_before,
+                after=p_after,
+                right_before=right_before,
+                right_after=right_after,
+                said=(before.said(ref), after.said(ref)),
+                says_before=before.says(ref),
+                says_after=after.says(ref),
             )
 
 

@@ -11,8 +11,9 @@ import pytest
 from engram import Fact
 from engram.benchmark.data.records import FORMS, Record
 from engram.benchmark.metrics.outcomes import Measured, Outcome
-from engram.benchmark.metrics.scores import begins, contains, of_measured, of_prompts, scores
+from engram.benchmark.metrics.scores import of_measured, of_prompts, scores
 from engram.benchmark.metrics.table import HARMONIC, METRICS, of_form
+from engram.evaluate.answers import begins, contains
 from engram.evaluate.probes import KINDS, Probe, Reading
 
 FACT = Fact("Louvre", "The {} is in", "Rome", "Paris")

@@ -7,16 +7,14 @@ were not measured.
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from math import exp
 from statistics import fmean
 
 from engram.benchmark.data.records import Record
 from engram.benchmark.metrics.outcomes import Measured, Outcome
+from engram.evaluate.answers import begins, contains
 from engram.evaluate.probes import Probe, ProbeKind, Reading
 
 _Score = Callable[
@@ -237,34 +235,3 @@ def _tests(record: Record, kind: ProbeKind) -> list[list[int]]:
     # groupby needs equal neighbours. A probe without a test has its own place in the key, so that
     # two of them never form one group.
     return [list(group) for _, group in groupby(sorted(places, key=test), key=test)]
-
-
-# -- greedy answers --------------------------------------------------------------------------------
-
-
-def begins(text: str, answers: Sequence[str]) -> bool:
-    """Tell whether a text begins with one of the answers, as words.
-
-    "Paris, of course" begins with "Paris"; "Parisian" and "the Paris" do not. Leading space is
-    ignored; capitals matter, since a name in other letters is seldom the name; characters that
-    Unicode calls compatible are equal, however they are composed.
-    """
-    text = _folded(text).lstrip()
-    return any(_pattern(answer).match(text) for answer in answers)
-
-
-def contains(text: str, answers: Sequence[str]) -> bool:
-    """Tell whether one of the answers occurs anywhere in a text, as words; see `begins`."""
-    text = _folded(text)
-    return any(_pattern(answer).search(text) for answer in answers)
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
-
-
-@lru_cache(4096)
-def _pattern(answer: str) -> re.Pattern[str]:
-    # A combining mark that NFKC could not compose continues the word like a letter does; \w does
-    # not match it.
-    return re.compile(rf"(?<!\w){re.escape(_folded(answer).strip())}(?![\w\u0300-\u036f])")

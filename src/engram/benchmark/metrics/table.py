@@ -51,6 +51,12 @@ class Metric:
     scale: float = 100.0
     headline: bool = True
 
+    @property
+    def described(self) -> str:
+        """What it is and its unit, in one line."""
+        known = self.unit == "%" or self.unit in self.meaning
+        return self.meaning if known else f"{self.meaning} ({self.unit})"
+
 
 def _more(
     title: str,
@@ -98,7 +104,7 @@ METRICS: dict[str, Metric] = {
         "the greedy answer to the rewrite prompt begins with the new object",
         OURS,
     ),
-    "PG": Metric("PG", FACTS, "the same to paraphrases", OURS),
+    "PG": Metric("PG", FACTS, "EG on paraphrases", OURS),
     "NG": Metric("NG", FACTS, "the greedy answer to neighbours begins with their own object", OURS),
     "kept": _more(
         "kept",
@@ -119,13 +125,13 @@ METRICS: dict[str, Metric] = {
         f"rewrite prompt: the new object is likelier than the true one; {_LAST}",
         ROME,
     ),
-    "EM": _margin("EM", "by how much: geometric mean token probability, new minus true", ROME),
+    "EM": _margin("EM", "margin of ES: geometric mean token probability, new minus true", ROME),
     "PS": Metric("PS", COUNTERFACT, "ES on paraphrases", ROME),
     "PM": _margin("PM", "EM on paraphrases", ROME),
     "NS": Metric(
         "NS", COUNTERFACT, "neighbours: their true object is likelier than the new one", ROME
     ),
-    "NM": _margin("NM", "by how much, true minus new", ROME),
+    "NM": _margin("NM", "margin of NS: geometric mean token probability, true minus new", ROME),
     "GE": Metric(
         "GE",
         COUNTERFACT,
@@ -148,7 +154,7 @@ METRICS: dict[str, Metric] = {
         "neither",
     ),
     "AM": Metric(
-        "AM", COUNTERFACT, "EM on the same prompts", ROME, "neither", "points", headline=False
+        "AM", COUNTERFACT, "EM on the prompts of AS", ROME, "neither", "points", headline=False
     ),
     "EA": _more(
         "EA",
@@ -164,7 +170,7 @@ METRICS: dict[str, Metric] = {
     "essence-published": _more(
         "essence (published)",
         COUNTERFACT,
-        "the same, divided by one token too many as in the released code",
+        "essence, divided by one token too many as in the released code",
         ROME,
         "down",
         "perplexity",
@@ -184,7 +190,7 @@ METRICS: dict[str, Metric] = {
     # times 50,257 for GPT-2.
     "NKL": _nats("NKL", FACTS, "KL(edited, unedited) of the next token at neighbours", PLUS),
     "NKL+": _nats(
-        "NKL+", COUNTERFACT, "the same with the edit's own sentence in front of the prompt", PLUS
+        "NKL+", COUNTERFACT, "NKL with the edit's own sentence in front of the prompt", PLUS
     ),
     # zsRE
     "Efficacy": Metric(
@@ -193,10 +199,10 @@ METRICS: dict[str, Metric] = {
         f"share of the answer's tokens that are the most probable one; {_LAST}",
         ROME,
     ),
-    "Paraphrase": Metric("Paraphrase", ZSRE, "the same on the rephrased question", ROME),
+    "Paraphrase": Metric("Paraphrase", ZSRE, "Efficacy on the rephrased question", ROME),
     # Against the gold answer, as released. Other work compares with the unedited model: "kept".
     "Specificity": Metric(
-        "Specificity", ZSRE, "the same on an unrelated question, against its gold answer", ROME
+        "Specificity", ZSRE, "Efficacy on an unrelated question, against its gold answer", ROME
     ),
     # the flattened form of CounterFact
     "rewrite-said": Metric(
@@ -205,7 +211,7 @@ METRICS: dict[str, Metric] = {
         "the greedy answer to the rewrite prompt begins with the new object",
         OURS,
     ),
-    "rephrase-said": Metric("rephrase, said", FLAT, "the same to the rephrased prompt", OURS),
+    "rephrase-said": Metric("rephrase, said", FLAT, "rewrite, said on the rephrased prompt", OURS),
     "locality-said": Metric(
         "locality, said",
         FLAT,
@@ -213,7 +219,10 @@ METRICS: dict[str, Metric] = {
         OURS,
     ),
     "locality-kept": Metric(
-        "locality, kept", FLAT, "that answer is the unedited model's, to the letter", OURS
+        "locality, kept",
+        FLAT,
+        "the greedy answer to the unrelated prompt is the unedited model's, to the letter",
+        OURS,
     ),
     "rewrite": Metric(
         "rewrite",
@@ -224,13 +233,15 @@ METRICS: dict[str, Metric] = {
     "rephrase": Metric(
         "rephrase",
         FLAT,
-        "the same on the rephrased prompt, which is no paraphrase of CounterFact",
+        "rewrite on the rephrased prompt, which is no paraphrase of CounterFact",
         OURS,
     ),
     "locality": Metric(
-        "locality", FLAT, "the same on the one neighbour, against its gold answer", OURS
+        "locality", FLAT, "rewrite on the one neighbour, against its gold answer", OURS
     ),
-    "locality-KL": _nats("locality KL", FLAT, "KL(edited, unedited) of the next token there", OURS),
+    "locality-KL": _nats(
+        "locality KL", FLAT, "KL(edited, unedited) of the next token at the unrelated prompt", OURS
+    ),
     # MQuAKE
     "multi-hop": Metric(
         "multi-hop",
