@@ -135,7 +135,8 @@ def drawn_list(dice: random.Random, zoo: Zoo) -> list[str]:
     for parameter in COMMANDS[verb].params:
         if parameter.name == "help":
             continue
-        wanted = 0.97 if parameter.required else 0.18
+        likely = verb == "edit" and parameter.name in ("subject", "prompt", "target")
+        wanted = 0.97 if parameter.required or likely else 0.18
         if parameter.name in ("plot", "plot_layers", "device_map"):
             wanted = 0.05
         times = 1 + (dice.random() < 0.2 and (parameter.multiple or parameter.nargs == -1))
@@ -202,7 +203,7 @@ def drawn_output(dice: random.Random, zoo: Zoo) -> str:
         dice.choice(
             [
                 *(out / new, out / f"{dice.random()}", out / f"{dice.random()}.png") * 3,
-                *(Path(new), Path(""), Path("no\nne"), zoo.home / "deep/er" / new, Path("/dev/null")),
+                *(Path(new), Path(), Path("no\nne"), zoo.home / "deep/er" / new, Path("/dev/null")),
                 *(zoo.home / "edit" / "x", zoo.home / ("y" * 300), dice.choice(zoo.every)),
             ]
         )
@@ -272,7 +273,7 @@ def ended(args: list[str], monkeypatch: pytest.MonkeyPatch) -> Ended:
         code = "hang: " + traceback.format_exc().strip().splitlines()[-3]
     except BaseException as error:
         # The kind: what was raised and where, the last place of ours.
-        places = [frame for frame in traceback.extract_tb(error.__traceback__)]
+        places = list(traceback.extract_tb(error.__traceback__))
         ours = [f"{Path(f.filename).name}:{f.name}" for f in places if "/engram/" in f.filename]
         code = f"{type(error).__name__}: {str(error)[:150]} in {ours[-1] if ours else ''}"
     finally:
@@ -305,7 +306,7 @@ def complaints(args: list[str], end: Ended, zoo: Zoo) -> Iterator[str]:
         yield f"not quiet: {end.stderr[:200]!r}"
     inside = (str(zoo.home), "/dev")  # /dev/null is given as an output
     for path in end.written:
-        whole = os.path.abspath(os.path.join(zoo.home, path))
+        whole = os.path.normpath(zoo.home / path)
         # Caches of Python and of matplotlib's first import are where they always are.
         if not whole.startswith(inside) and "__pycache__" not in whole:
             yield f"wrote {whole}"
@@ -357,10 +358,10 @@ def test_any_arguments_end_well(chunk, shut_in, monkeypatch):
         if any("\0" in word for word in args):
             continue  # no process can be given a zero byte
         if os.environ.get("ENGRAM_FUZZ_SHOW"):
-            print(number, args, file=sys.__stderr__, flush=True)  # noqa: T201
+            print(number, args, file=sys.__stderr__, flush=True)
         end = ended(args, monkeypatch)
         if os.environ.get("ENGRAM_FUZZ_SHOW"):
-            print("   ", end.code, end.stderr[-300:].strip(), file=sys.__stderr__, flush=True)  # noqa: T201
+            print("   ", end.code, end.stderr[-300:].strip(), file=sys.__stderr__, flush=True)
         failures += [f"{number} {args}\n   {one}" for one in complaints(args, end, shut_in)]
         if sentinel(shut_in.victims) != before:
             failures.append(f"{number} {args}\n   changed a victim")

@@ -227,7 +227,7 @@ def _add_wrong(zoo: Zoo) -> None:
     (wrong / "folder").mkdir()
     (wrong / "weird \n\x1b[31m‮ [bold] 名.json").write_text("{}")
     (wrong / os.fsdecode(b"not-\xff-utf8.json")).write_text("{}")
-    here = os.getcwd()  # a socket's name may have a hundred characters
+    here = Path.cwd()  # a socket's name may have a hundred characters
     os.chdir(wrong)
     try:
         with socket.socket(socket.AF_UNIX) as listener:
