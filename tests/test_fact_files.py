@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,10 @@ def test_a_file_that_cannot_be_read(tmp_path):
     refused(tmp_path, "no facts could be read from")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     refused(tmp_path / "binary", "no facts could be read from")
+
+
+def test_a_pipe_or_a_folder_is_no_file_of_facts(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "missing"):
+        with pytest.raises(FactError, match="no facts could be read from"):
+            read_facts(path)

@@ -29,6 +29,13 @@ def test_a_fact_survives_a_round_trip_through_a_dict():
     assert Fact.from_dict(fact.to_dict()) == fact
 
 
+def test_lists_become_tuples():
+    for neighbours in ([["q", "r"]], (["q", "r"],), [("q", "r")]):
+        fact = Fact("a", "{} is", "b", "c", ["p"], neighbours)
+        assert fact == Fact("a", "{} is", "b", "c", ("p",), (("q", "r"),))
+        assert len({fact}) == 1
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -37,6 +44,21 @@ def test_a_fact_survives_a_round_trip_through_a_dict():
         (("a", "{} and {}", "b"), "2 places for the subject"),
         (("a", "{} is", " "), "target=' ' is empty"),
         (("a", "{} is", "b", " b"), "equals target_true"),
+        ((3, "{} is", "b"), "subject=3: expected a text"),
+        ((None, "{} is", "b"), "subject=None: expected a text"),
+        (("a", b"{} is", "b"), "prompt=b'{} is': expected a text"),
+        (("a", "{} is", ["b"]), "target=.*'b'.*: expected a text"),
+        (("a", "{} is", float("nan")), "target=nan: expected a text"),
+        (("a", "{} is", "\ud800"), "is no text that a file can hold"),
+        (("a", "{} is", "b", None, (), (("q", "\udcff"),)), "is no text that a file can hold"),
+        (("a", "{} is", "b", True), "target_true=True: expected a text"),
+        (("a", "{} is", "b", "c", "texts"), "paraphrases='texts': expected a list"),
+        (("a", "{} is", "b", "c", (1,)), r"paraphrases\[0\]=1: expected a text"),
+        (("a", "{} is", "b", "c", None), "paraphrases=None: expected a list"),
+        (("a", "{} is", "b", "c", (), ("pq",)), r"neighbours\[0\]='pq': expected a list"),
+        (("a", "{} is", "b", "c", (), (("q",),)), r"neighbours\[0\]"),
+        (("a", "{} is", "b", "c", (), 3), "neighbours=3: expected a list"),
+        (("a", "{} is", "b", "c", (), (), 3), "relation=3: expected a text"),
     ],
 )
 def test_a_fact_that_cannot_be_meant_is_refused(parts, message):

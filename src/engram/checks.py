@@ -43,7 +43,7 @@ def one_of(
         raise error(f"{name}={briefly(value)}: expected {alternatives(known)}{more}{hint}")
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: Any, error: type[EngramError] = SettingError) -> None:
     """Raise unless every field of a frozen dataclass is of its annotated type and range.
 
     The annotations are the one place that says what a field may be. Strict: no text is taken for a
@@ -51,7 +51,8 @@ def check_fields(config: Any) -> None:
     Python's, and lists become tuples where a tuple is annotated.
 
     Raises:
-        SettingError: names the field, its value and what was expected.
+        SettingError: or another `error`; it names the field, its value and what was expected.
+
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def check_fields(config: Any) -> None:
         engram.errors.SettingError: steps=1.5: expected a whole number
     """
     for name, hint in _hints(config.__class__).items():
-        object.__setattr__(config, name, checked(name, getattr(config, name), hint))
+        object.__setattr__(config, name, checked(name, getattr(config, name), hint, error))
 
 
 def checked(name: str, value: Any, hint: Any, error: type[EngramError] = SettingError) -> Any:

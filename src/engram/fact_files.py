@@ -16,9 +16,10 @@ from typing import Any
 
 from engram import pocket
 from engram.checks import did_you_mean
-from engram.errors import FactError
+from engram.errors import EngramFileError, FactError
 from engram.facts import Fact
 from engram.files.json_records import is_text, json_records, shown, writable
+from engram.files.names import read_text
 
 _EXPECTED: dict[str, str] = {  # field -> what it holds
     "subject": "the subject's name as text",
@@ -61,8 +62,8 @@ def read_facts(source: str | Path) -> list[Fact]:
         return [_pocket_fact(known) for known in pocket.facts()]
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except (OSError, EngramFileError) as error:
         raise FactError(
             f"no facts could be read from {str(path)!r}: {error}. Expected 'pocket', or a file: a "
             "JSON list, JSON lines, or CSV"

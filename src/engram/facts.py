@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from engram.checks import briefly, check_fields
 from engram.errors import FactError
+from engram.files.json_records import writable
 
 Occurrence = Literal["first", "last", "all"]
 
@@ -33,8 +35,8 @@ class Fact:
         relation: a name shared by facts that have the same objects to choose from, e.g. "city" or
             "P159".
     Raises:
-        FactError: an empty part, a prompt without exactly one `{}`, or a target equal to
-            `target_true`.
+        FactError: a part that is no text or empty, a prompt without exactly one `{}`, or a target
+            equal to `target_true`.
     Example:
         >>> tower = engram.Fact("Space Needle", "The {} is located in the city of", "Paris")
         >>> tower.prompt_text
@@ -50,10 +52,19 @@ class Fact:
     relation: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.neighbours, tuple):  # of pairs that may be lists, as JSON gives them
+            object.__setattr__(self, "neighbours", list(self.neighbours))
+        check_fields(self, FactError)  # lists become tuples: with a list in it, it had no hash
         if not self.subject.strip():
             raise FactError(
                 f"subject={self.subject!r} is empty; give the words that name the subject"
             )
+        pairs = [text for pair in self.neighbours for text in pair]
+        texts = [self.subject, self.prompt, self.target, *self.paraphrases, *pairs]
+        texts += [text for text in (self.target_true, self.relation) if text is not None]
+        if not writable("".join(texts)):  # at once: facts come in tens of thousands
+            strange = next(text for text in texts if not writable(text))
+            raise FactError(f"{briefly(strange)} is no text that a file can hold; write it again")
         if self.prompt.count("{}") != 1:
             raise FactError(
                 f"prompt={self.prompt!r} has {self.prompt.count('{}')} places for the subject, "
@@ -69,11 +80,6 @@ class Fact:
             raise FactError(
                 f"target={self.target!r} equals target_true: there is nothing to rewrite"
             )
-        # Tuples, also of the lists that JSON gives: a fact with a list in it would have no hash.
-        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
-        object.__setattr__(
-            self, "neighbours", tuple((text, answer) for text, answer in self.neighbours)
-        )
 
     @property
     def prompt_text(self) -> str:
