@@ -17,6 +17,9 @@ from engram.locate.average import TOKEN_ROLES, AverageTrace
 from engram.locate.trace import CausalTrace
 
 
+HEADING = 2 * 0.14  # inches of two lines
+
+
 @pytest.fixture
 def trace():
     generator = torch.Generator().manual_seed(0)
@@ -45,13 +48,15 @@ def maps(figure):
     return [ax for ax in figure.axes if ax.get_title()[:9] == "Restoring"]
 
 
-def test_three_sites_side_by_side(trace):
-    figure = trace.plot()
+@pytest.mark.parametrize("shared", [True, False])
+def test_three_sites_side_by_side_on_one_scale_or_each_on_its_own(trace, shared):
+    figure = trace.plot(shared_scale=shared)
     assert len(maps(figure)) == 3
+    strongest = max(float(scores.max()) for scores in trace.scores.values())
     for ax, (_, scores) in zip(maps(figure), trace.scores.items(), strict=True):
-        mesh = ax.collections[0]
+        mesh, highest = ax.collections[0], strongest if shared else float(scores.max())
         assert np.array_equal(mesh.get_array().reshape(4, 48), scores.numpy())
-        assert mesh.get_clim() == (trace.low_score, pytest.approx(float(scores.max())))
+        assert mesh.get_clim() == (trace.low_score, pytest.approx(highest))
         assert ax.yaxis_inverted(), "the first token is on top"
 
 
@@ -59,7 +64,8 @@ def test_one_site(trace):
     figure = trace.plot("mlp")
     (ax,) = maps(figure)
     assert ax.get_xlabel() == "centre of 10 restored MLP layers"
-    assert figure.get_size_inches().tolist() == [3.5, 2.0] and figure.dpi == 200
+    assert figure.get_size_inches().tolist() == [3.5, pytest.approx(2.0 + HEADING)]
+    assert figure.dpi == 200
 
 
 def test_subject_tokens_carry_a_star_and_layers_are_counted_from_zero(trace):
@@ -267,7 +273,8 @@ def titles(figure):
 
 def test_the_average_has_six_rows_and_one_scale(average):
     figure = average.plot()
-    assert figure.get_size_inches().tolist() == [10.5, 2.0] and figure.dpi == 200
+    assert figure.get_size_inches().tolist() == [10.5, pytest.approx(2.0 + HEADING)]
+    assert figure.dpi == 200
     top = float(average.effects("residual").mean.max())
     for ax, (site, colours) in zip(
         panels(figure),
@@ -327,7 +334,8 @@ def test_a_role_that_no_fact_has_is_grey_and_has_no_line(average):
 @pytest.mark.parametrize("interval", ["bootstrap", "reference"])
 def test_lines_are_means_with_their_bands(average, interval):
     figure = average.plot_lines(interval)
-    assert figure.get_size_inches().tolist() == [13.0, 3.5] and len(panels(figure)) == 3
+    assert figure.get_size_inches().tolist() == [13.0, pytest.approx(3.5 + 9 / 7 * HEADING)]
+    assert len(panels(figure)) == 3
     tab10 = matplotlib.colormaps["tab10"].colors
     for ax, site in zip(panels(figure), TOPS, strict=True):
         curves = average.effects(site, interval)

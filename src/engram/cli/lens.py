@@ -228,9 +228,6 @@ def _ink(probability: float, settled: bool) -> Any:
 
 
 def _visible(token: str) -> str:
-    return (
-        "".join(
-            letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token
-        ).strip(" ")
-        or "␣"
-    )
+    from engram.cli import terminal
+
+    return terminal.printable(token).strip(" ") or "␣"

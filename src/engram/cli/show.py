@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
@@ -37,40 +38,46 @@ _INK = {
 }  # legible on dark and light
 
 
-def heat_maps(trace: CausalTrace) -> Columns:
+def heat_maps(trace: CausalTrace, *, shared_scale: bool = True) -> Columns:
     """Return the tables of a trace, side by side where the terminal is wide enough.
 
     Tokens run down and layers across; for heads, layers run down and heads across, at the token
-    with the largest effect. Neurons have no map.
+    with the largest effect. Neurons have no map. All maps have one scale, unless each is to have
+    its own.
     """
-    names = [label.replace("\n", "⏎") for label in trace.labels()]
-    sign = -1 if trace.settings.get("direction") == "noise" else 1
+    names = [terminal.printable(label) for label in trace.labels()]
+    sites = [site for site in trace.scores if site.partition(",")[0] != "neuron"]
     maps = []
-    for site in trace.scores:
+    for site in sites:
         effects, look = trace.effects(site), site.partition(",")[0]
+        peak = trace.scale(sites if shared_scale else [site])
         if look == "head":
             row = trace.best(site)[0]
             layers = [f"layer {layer}" for layer in range(effects.shape[1])]
-            maps.append(_heat_map(f"{site} at {names[row].strip()}", effects[row], layers, sign))
-        elif look != "neuron":
-            maps.append(_heat_map(site, effects, names, sign))
+            title = f"{site} at {names[row].strip()}"
+            maps.append(_heat_map(title, effects[row], layers, trace.sign, peak))
+        else:
+            maps.append(_heat_map(site, effects, names, trace.sign, peak))
     return Columns(maps, padding=(0, 1))
 
 
-def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
-    """Return a heat map in characters, darker for larger effects, or negative ones if `sign` is -1.
+def _heat_map(title: str, effects: Tensor, names: list[str], sign: int, peak: float) -> Text:
+    """Return a heat map in characters, darkest for effects of `peak`, or of -`peak` if `sign` is
+    -1.
 
     A column is two characters wide for up to 16 layers, otherwise one.
     """
     layers = effects.shape[1]
     wide = 2 if layers <= 16 else 1  # GPT-2 XL's 48 layers and a margin fit into 80 columns
     effects = (sign * effects).nan_to_num()
-    peak = max(float(effects.max()), 1e-9)  # a site without any effect: no division by 0
-    margin = min(22, max(map(len, names)))
+    # cells, not letters: Chinese and emoji take two
+    margin = min(22, max(map(cell_len, names)))
     picture = Text()
     picture.append(f"{title}, strongest {sign * float(effects.max()):+.2g}\n", Style(bold=True))
     for name, row in zip(names, effects.tolist(), strict=True):
-        picture.append(f"{name[-margin:]:>{margin}} ")
+        while cell_len(name) > margin:
+            name = f"…{name[2:]}"
+        picture.append(" " * (margin - cell_len(name)) + f"{name} ")
         for effect in row:
             depth = min(1.0, max(0.0, effect / peak))
             picture.append(
@@ -78,26 +85,36 @@ def _heat_map(title: str, effects: Tensor, names: list[str], sign: int) -> Text:
                 _INK.get(title.partition(",")[0], "cyan"),
             )
         picture.append("\n")
-    last = str(layers - 1)
-    return picture.append(
-        " " * (margin + 1) + "0" + last.rjust(layers * wide - 1) + "\n", Style(dim=True)
-    )
+    return picture.append(" " * (margin + 1) + _ticks(layers, wide) + "\n", Style(dim=True))
 
 
-def show_trace(trace: CausalTrace) -> None:
+def _ticks(layers: int, wide: int) -> str:
+    """Return the numbers below a map: as in "0    5    10", each where its column begins."""
+    step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * wide > len(str(layers - 1)))
+    numbers = "".join(str(layer).ljust(step * wide) for layer in range(0, layers, step))
+    last = (layers - 1) // step * step
+    # the last number may need more room than its columns have
+    return numbers[: max(layers * wide, last * wide + len(str(last)))].rstrip()
+
+
+def show_trace(trace: CausalTrace, *, shared_scale: bool = True) -> None:
     """Print the heat maps of a trace, and where the strongest effects are."""
     metric = trace.settings.get("metric", "probability").replace("_", " ")
+    prompt, subject = terminal.printable(trace.prompt), terminal.printable(trace.subject)
     terminal.console.print(
-        f"{escape(trace.prompt)} →[bold]{escape(trace.answer.replace(chr(10), '⏎'))}[/]"
+        f"{escape(prompt).replace(escape(subject), f'[underline]{escape(subject)}[/]', 1)} →"
+        f"[bold]{escape(terminal.printable(trace.answer))}[/]"
     )
     terminal.console.print(
         f"{metric} {trace.high_score:.3f}; with the subject corrupted {trace.low_score:.3f}"
     )
+    if trace.caveat:
+        terminal.console.print(f"[bold red]{escape(trace.caveat)}[/]")
     if trace.method != "exact":
         terminal.console.print(
             "[yellow]estimates[/], to first order" + (f"; {_exact(trace)}" if trace.exact else "")
         )
-    terminal.console.print(heat_maps(trace))
+    terminal.console.print(heat_maps(trace, shared_scale=shared_scale))
     margin = max(map(len, trace.scores))
     for site in trace.scores:
         at = trace.best(site)
@@ -121,7 +138,7 @@ def _exact(trace: CausalTrace) -> str:
     return f"{cells} of {sum(table.numel() for table in trace.exact.values())} cells are exact"
 
 
-def show_average(average: AverageTrace) -> None:
+def show_average(average: AverageTrace, *, shared_scale: bool = True) -> None:
     """Print average effects by role of the token, and the total effect with its interval."""
     from engram.locate.average import TOKEN_ROLES
 
@@ -132,6 +149,8 @@ def show_average(average: AverageTrace) -> None:
         f"clean {average.clean:.3f}, corrupted {average.corrupted:.3f}: "
         f"total effect {ate:.3f} (95 %: {low:.3f} to {high:.3f})"
     )
+    if average.caveat:
+        terminal.console.print(f"[bold red]{escape(average.caveat)}[/]")
     if average.traces[0].method != "exact":
         terminal.console.print(
             "[yellow]estimates[/], to first order"
@@ -139,7 +158,13 @@ def show_average(average: AverageTrace) -> None:
         )
     sign = average.traces[0].sign
     maps = [
-        _heat_map(site, average.effects(site).mean, list(TOKEN_ROLES), sign)
+        _heat_map(
+            site,
+            average.effects(site).mean,
+            list(TOKEN_ROLES),
+            sign,
+            average.scale(average.layered if shared_scale else [site]),
+        )
         for site in average.layered
     ]
     if maps:

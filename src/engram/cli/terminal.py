@@ -52,6 +52,12 @@ def note(text: str) -> None:
     messages.print(f"engram: {text}", markup=False)
 
 
+def printable(text: str) -> str:
+    """Return text on one line that commands no terminal: a line's end is ⏎, a tab ⇥, others �."""
+    marks = {"\n": "⏎", "\t": "⇥"}
+    return "".join(one if one.isprintable() else marks.get(one, "�") for one in text)
+
+
 def print_json(value: Any) -> None:
     """Print a result as one strict JSON document; NaN and infinity, which JSON lacks, are null."""
     # As ASCII: any terminal can write it.

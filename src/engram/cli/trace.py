@@ -113,6 +113,15 @@ class TraceOptions:
         }
 
 
+OwnScales = Annotated[
+    bool,
+    typer.Option(
+        "--own-scales",
+        help="Darkest colour of each panel: its own strongest effect, not that of all.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class PromptOptions:
     """What one prompt is about."""
@@ -139,6 +148,7 @@ class TraceOutput:
         Path | None, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")
     ] = None
     save: Annotated[Path | None, typer.Option(help="File for the numbers: .safetensors.")] = None
+    own_scales: OwnScales = False
     as_json: AsJson = False
 
 
@@ -165,8 +175,10 @@ def trace(
     def show_result() -> None:
         if output.as_json:
             terminal.print_json(result.to_dict())
+            if result.caveat:
+                terminal.note(result.caveat)
         else:
-            show.show_trace(result)
+            show.show_trace(result, shared_scale=not output.own_scales)
 
     picture = outputs.picture(output.out)
     numbers = outputs.Output("numbers", output.save, "numbers")
@@ -185,7 +197,9 @@ def trace(
                 **settings,
             )
         writers: outputs.Writers = {
-            picture: partial(outputs.draw, result.plot),
+            picture: partial(
+                outputs.draw, partial(result.plot, shared_scale=not output.own_scales)
+            ),
             numbers: result.save,
         }
         written.finish(show_result, writers, as_json=output.as_json)
@@ -223,6 +237,7 @@ def average(
         typer.Option("--out", "-o", help="Folder of the run; an existing run is resumed."),
     ] = None,
     workers: WorkerOptions,
+    own_scales: OwnScales = False,
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
@@ -238,8 +253,10 @@ def average(
     def show_result() -> None:
         if as_json:
             terminal.print_json(result.summary())
+            if result.caveat:
+                terminal.note(result.caveat)
         else:
-            show.show_average(result)
+            show.show_average(result, shared_scale=not own_scales)
 
     files = {
         name: outputs.Output(name, out and out / name, parents=True, said=False)
@@ -268,7 +285,7 @@ def average(
                 progress=progress,
                 **settings,
             )
-        pictures = _pictures(result, settings)
+        pictures = _pictures(result, settings, shared_scale=not own_scales)
         writers: outputs.Writers = {files[SUMMARY]: partial(outputs.write_json, result.summary())}
         writers |= {files[name]: partial(outputs.draw, plot) for name, plot in pictures.items()}
         written.finish(show_result, writers, as_json=as_json)
@@ -276,10 +293,15 @@ def average(
         terminal.written(str(out), ", ".join([TRACES, SUMMARY, *pictures]), as_json)
 
 
-def _pictures(result: AverageTrace, settings: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
+def _pictures(
+    result: AverageTrace, settings: dict[str, Any], *, shared_scale: bool
+) -> dict[str, Callable[[], Figure]]:
     # Roles such as "first subject token" need every position; a run may have traced the last alone.
     every_position = result.layered and settings.get("positions", "all") == "all"
-    pictures = {HEATMAPS: result.plot, LINES: result.plot_lines} if every_position else {}
+    maps: Callable[[], Figure] = partial(result.plot, shared_scale=shared_scale)
+    pictures: dict[str, Callable[[], Figure]] = {}
+    if every_position:
+        pictures = {HEATMAPS: maps, LINES: result.plot_lines}
     return pictures | ({SEVERED: result.plot_severed} if result.severed else {})
 
 

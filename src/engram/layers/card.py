@@ -341,6 +341,10 @@ class LayerCard:
                 f"Edits by {self.method} at one layer, {facts} fact{'s' * (facts != 1)}",
             ),
             model=PurePath(self.model).name,
+            heading=(
+                f"Which layer of {PurePath(self.model).name} to edit: {self.best}, by "
+                f"{facts} fact{'s' * (facts != 1)} that it knows",
+            ),
         )
 
     def _curve(self, name: str, label: str, colour: str, style: str = "-") -> Curve | None:

@@ -270,33 +270,55 @@ class AverageTrace:
             about["sites"][site] = peaks
         return about
 
-    def plot(self) -> Figure:
+    @property
+    def caveat(self) -> str:
+        """What to know before the means are read: that there is no effect; else empty."""
+        return self.traces[0].captions.caveat(self.corrupted, self.clean, "these facts")
+
+    def heading(self) -> tuple[str, str]:
+        """Return two lines above a picture: how many facts and what is scored; then the model and
+        the scores.
+        """
+        trace = self.traces[0]
+        n, scored = len(self.traces), trace.captions.score_label("answer")
+        first = f"{n} fact{'s' * (n != 1)}, such as {trace.heading()[0]}"
+        return first, trace.captions.heading(f"average {scored}", self.corrupted, self.clean)
+
+    def scale(self, sites: Sequence[str]) -> float:
+        """Return how far the colours of these sites reach from no effect: to the strongest mean
+        among them, and not less than effects that mean anything.
+        """
+        sign = self.traces[0].sign
+        strongest = max(float((sign * self.effects(s).mean).nan_to_num().max()) for s in sites)
+        return max(strongest, self.traces[0].captions.smallest_scale)
+
+    def plot(self, *, shared_scale: bool = True) -> Figure:
         """Draw heat maps by role and layer, as in the paper's Figure 2: one colour scale, that of
         the first table; negative effects are white.
 
         In the other direction, where effects are negative, their size is shown.
+
+        Args:
+            shared_scale: False: the strongest mean of each panel is its darkest.
         """
         from engram.plots.heat_maps import HeatMap, in_lines, plot_heat_maps
 
         trace, sites = self.traces[0], self._drawable()
         tables = {site: (trace.sign * self.effects(site).mean).clamp(min=0) for site in sites}
-        # one scale for all panels, or a site without effect would look as strong as the others
-        top = max(float(tables[sites[0]].nan_to_num().max()), 1e-6)
         title = trace.captions.average_title()
-        return plot_heat_maps(
-            [
-                HeatMap(
-                    table.numpy(),
-                    colours(site),
-                    (0, top),
-                    in_lines(f"{title} of {replaced(site)}", f"over {len(self.traces)} prompts"),
-                    trace.captions.average_bar(),
-                    trace.captions.layer_label(site),
-                    rows=list(_ROLE_LABELS),
-                )
-                for site, table in tables.items()
-            ]
-        )
+        panels = [
+            HeatMap(
+                table.numpy(),
+                colours(site),
+                (0, self.scale([sites[0] if shared_scale else site])),
+                in_lines(f"{title} of {replaced(site)}", f"over {len(self.traces)} prompts"),
+                trace.captions.average_bar(),
+                trace.captions.layer_label(site),
+                rows=list(_ROLE_LABELS),
+            )
+            for site, table in tables.items()
+        ]
+        return plot_heat_maps(panels, self.heading(), self.caveat)
 
     def plot_lines(self, interval: Interval = "bootstrap") -> Figure:
         """Draw a line and its 95 % band for each role, a panel for each site, as in the paper's
@@ -319,7 +341,7 @@ class AverageTrace:
                     curves, len(layers), f"{title} of {replaced(site)}", captions.layer_label(site)
                 )
             )
-        return plot_curves(panels, title)
+        return plot_curves(panels, title, self.heading(), self.caveat)
 
     def plot_severed(self, role: str = "last subject") -> Figure:
         """Draw bars at each layer: the effect as it is, and with attention or MLP severed, as in
@@ -333,7 +355,7 @@ class AverageTrace:
         for site in self.layered if self.severed else ():
             mean, low, high = self.effects(site).of_role(at)
             tables[site] = (mean, low, high) if several else (mean, None, None)
-        return severed_bars(tables, self.traces[0].model, role)
+        return severed_bars(tables, self.traces[0].model, role, self.heading(), self.caveat)
 
     def _drawable(self) -> list[str]:
         """Return the tables of one value a layer; heads and neurons have no line over layers."""

@@ -9,6 +9,7 @@ Source: Meng et al. 2022, arXiv:2202.05262, Sec. 2; indices from 0 as in the rel
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from engram.errors import EngramFileError, SettingError
 from engram.files.atomic import atomic_file
-from engram.locate.captions import Captions, colours, severed_bars
+from engram.locate.captions import LETTERS, Captions, colours, marked, severed_bars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,27 +126,59 @@ class CausalTrace:
         """The words around its pictures."""
         return Captions(self.settings, self.method, self.window, self.model)
 
-    def plot(self, site: str | None = None) -> Figure:
+    @property
+    def caveat(self) -> str:
+        """What to know before the tables are read: that there is no effect; else empty."""
+        return self.captions.caveat(self.low_score, self.high_score)
+
+    def heading(self, letters: int = 2 * LETTERS) -> tuple[str, str]:
+        """Return two lines above a picture: prompt, subject in brackets and answer; then the model
+        and the scores. The first has at most that many letters.
+        """
+        captions = self.captions
+        last = self.settings.get("occurrence") == "last"
+        scored = captions.score_label(self.answer.strip())
+        return (
+            marked(self.prompt, self.subject, self.answer, letters, last=last),
+            captions.heading(scored, self.low_score, self.high_score),
+        )
+
+    def scale(self, sites: Sequence[str]) -> float:
+        """Return how far the colours of these sites reach from the baseline: to the strongest
+        effect among them, and not less than effects that mean anything.
+        """
+        strongest = max(
+            float((self.sign * self.effects(site)).nan_to_num().max()) for site in sites
+        )
+        return max(strongest, self.captions.smallest_scale)
+
+    def plot(self, site: str | None = None, *, shared_scale: bool = True) -> Figure:
         """Draw the paper's heat maps (Fig. 1), tokens down and layers across: all sites side by
         side, or one of them.
 
         Heads are shown at the token where one of them has the largest effect, layers down and
-        heads across.
+        heads across. Where there is no effect, a warning says so, and the colours stay pale.
+
+        Args:
+            shared_scale: use the same colours for the same effect in all panels; False: the
+                strongest effect of each panel is its darkest.
         """
         from engram.plots.heat_maps import plot_heat_maps
 
-        return plot_heat_maps([self._panel(s) for s in (self.scores if site is None else [site])])
+        sites = list(self.scores) if site is None else [site]
+        shared = self.scale(sites) if shared_scale else None
+        panels = [self._panel(name, shared or self.scale([name])) for name in sites]
+        return plot_heat_maps(panels, self.heading(LETTERS * len(panels)), self.caveat)
 
-    def _panel(self, site: str) -> HeatMap:
+    def _panel(self, site: str, scale: float) -> HeatMap:
         from engram.plots.heat_maps import HeatMap, in_lines
-        from engram.plots.style import plain
 
         values, captions = self.scores[site], self.captions
         rows: list[str] | None = self.labels()
         columns, at, x_label, y_label = None, "", captions.layer_label(site), ""
         if values.dim() == 3:
             row = self.best(site)[0]
-            at = f", at {plain(self.labels()[row].strip())}"
+            at = f", at {self.labels()[row].strip()}"
             values, rows = values[row], None
             x_label, y_label = f"head of {captions.model_name}", "layer"
         elif site == "neuron":
@@ -153,16 +186,15 @@ class CausalTrace:
             x_label = f"layer.neuron of {captions.model_name}"
         shades, low, high = colours(site), self.baseline, self.baseline
         if captions.inserts:  # what is inserted lowers the score: the lowest is the darkest
-            shades, low = f"{shades}_r", min(float(values.min()), self.baseline - 1e-6)
+            shades, low = f"{shades}_r", self.baseline - scale
         else:
-            # without any effect a scale of equal ends would show rounding as strong colours
-            high = max(float(values.max()), self.baseline + 1e-6)
+            high = self.baseline + scale
         return HeatMap(
             values.numpy(),
             shades,
             (low, high),
             in_lines(*captions.title(site, at)),
-            plain(captions.score_label(self.answer.strip())),
+            captions.score_label(self.answer.strip()),
             x_label,
             y_label,
             rows,
@@ -187,7 +219,8 @@ class CausalTrace:
         # in double precision: an effect is a small difference of two probabilities
         effects = {s: (t.double() - self.baseline)[row].numpy() for s, t in self.scores.items()}
         tables = {site: (mean, None, None) for site, mean in effects.items()}
-        return severed_bars(tables, self.model, "last subject")
+        heading = self.heading(2 * LETTERS)
+        return severed_bars(tables, self.model, "last subject", heading, self.caveat)
 
     def to_bytes(self) -> bytes:
         """Return a safetensors file: tables are tensors, everything else is in its header."""

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
-from engram.plots.style import STYLE, layer_ticks
+from engram.plots.style import STYLE, add_heading, fitted, layer_ticks
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,14 @@ def tab10(number: int) -> Any:
     return colormaps["tab10"].colors[number]  # type: ignore[attr-defined]
 
 
-def plot_curves(panels: Sequence[CurvePanel], y_label: str) -> Figure:
-    """Draw panels side by side on one vertical axis: a line and a band for each curve."""
+def plot_curves(
+    panels: Sequence[CurvePanel], y_label: str, heading: Sequence[str] = (), warning: str = ""
+) -> Figure:
+    """Draw panels side by side on one vertical axis: a line and a band for each curve.
+
+    Args:
+        heading: lines above all panels; warning: below them.
+    """
     # `Figure` and not pyplot: no window, no global list of figures that is never emptied
     with rc_context({**STYLE, "font.size": 9, "axes.titlesize": 10}):
         figure = Figure(figsize=(13 / 3 * len(panels), 3.5), dpi=200, layout="constrained")
@@ -63,16 +69,27 @@ def plot_curves(panels: Sequence[CurvePanel], y_label: str) -> Figure:
                 ax.plot(curve.layers, curve.mean, **line)
                 band: Any = {"color": curve.colour, "alpha": 0.3, "linewidth": 0}
                 ax.fill_between(curve.layers, curve.low, curve.high, **band)
-            ax.set_title(panel.title)
-            ax.set_xlabel(panel.x_label)
+            ax.set_title(fitted(panel.title, 3.8, 10))
+            ax.set_xlabel(fitted(panel.x_label, 3.8, 9))
             ax.set_xticks(list(layer_ticks(panel.n_layers)))
         axes[0].set_ylabel(y_label)
         axes[len(axes) // 2].legend(frameon=False, fontsize=8)
+        add_heading(figure, heading, warning)
     return figure
 
 
-def plot_bars(curves: Sequence[Curve], x_label: str, y_label: str) -> Figure:
-    """Draw a bar for each curve at every layer, side by side, with whiskers for intervals."""
+def plot_bars(
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    heading: Sequence[str] = (),
+    warning: str = "",
+) -> Figure:
+    """Draw a bar for each curve at every layer, side by side, with whiskers for intervals.
+
+    Args:
+        heading: lines above the axes; warning: below them.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(6.5, 2.5), dpi=200, layout="constrained")
         ax = figure.subplots()
@@ -90,7 +107,8 @@ def plot_bars(curves: Sequence[Curve], x_label: str, y_label: str) -> Figure:
         # small effects stay small: 2.5 is the least upper end, as in the paper's figure
         ax.set_ylim(min(0.0, ax.get_ylim()[0]), max(2.5, 1.05 * highest))
         ax.set_xticks(list(layer_ticks(len(curves[0].layers))))
-        ax.set_xlabel(x_label)
+        ax.set_xlabel(fitted(x_label, 6.2))
         ax.set_ylabel(y_label)
         ax.legend(frameon=False)
+        add_heading(figure, heading, warning)
     return figure

@@ -6,6 +6,7 @@ Source of the geometry: the figures of Meng et al. 2022, arXiv:2202.05262, Fig. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engram.plots.style import STYLE, font, layer_ticks, plain
+from engram.plots.style import STYLE, add_heading, fitted, font, layer_ticks, plain
+from engram.plots.words import shorten
 
+_HIGHEST = 60.0  # inches; 12,000 dots, which every viewer opens
+_LONGEST_ROW = 24  # letters of a row's name
 _LINE = 52  # letters of a title above one panel
 _UNDERNEATH = 11  # letters that fit below a colour bar; a longer label goes beside it
 
@@ -26,7 +30,8 @@ class HeatMap:
 
     Attributes:
         values: [rows, columns]; NaN is drawn grey.
-        colours, limits: a matplotlib colour map and the values at its two ends.
+        colours, limits: a matplotlib colour map and the values at its two ends; values beyond them
+            get the colours at the ends, which the colour bar then shows as an arrow.
         bar_label: what the colours measure.
         rows, columns: names of the cells; None: they are layers or heads, numbered from 0.
         bar_beside: write `bar_label` beside the bar even where it would fit below.
@@ -44,18 +49,25 @@ class HeatMap:
     bar_beside: bool = False
 
 
-def plot_heat_maps(panels: Sequence[HeatMap]) -> Figure:
+def plot_heat_maps(
+    panels: Sequence[HeatMap], heading: Sequence[str] = (), warning: str = ""
+) -> Figure:
     """Draw the panels side by side, the first row of each table on top.
 
     The figure is as high as the longest list of row names needs, and 2 inches at least.
+
+    Args:
+        heading: lines above all panels; warning: below them.
     """
     # 0.13 inches are a line of 7 point type; 0.8 hold the title and the axis below
-    height = max(2.0, 0.13 * max(len(panel.rows or ()) for panel in panels) + 0.8)
+    height = 0.13 * max(len(panel.rows or ()) for panel in panels) + 0.8
+    height = min(max(2.0, height), _HIGHEST)
     with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * len(panels), height), dpi=200, layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, panel in zip(axes, panels, strict=True):
-            _draw(ax, panel)
+            _draw(ax, panel, height)
+        add_heading(figure, heading, warning)
     return figure
 
 
@@ -64,7 +76,7 @@ def in_lines(first: str, second: str) -> str:
     return f"{first} {second}" if len(first) + len(second) < _LINE else f"{first}\n{second}"
 
 
-def _draw(ax: Axes, panel: HeatMap) -> None:
+def _draw(ax: Axes, panel: HeatMap, height: float) -> None:
     ax.set_facecolor("0.9")  # shows where values are masked: "not measured" is no effect of zero
     values, (low, high) = np.ma.masked_invalid(panel.values), panel.limits
     mesh = ax.pcolormesh(values, cmap=panel.colours, vmin=low, vmax=high)
@@ -73,20 +85,29 @@ def _draw(ax: Axes, panel: HeatMap) -> None:
     if panel.rows is None:
         ax.set_yticks(*_numbers(rows))
     else:
-        names = [plain(name) for name in panel.rows]
-        ax.set_yticks(_centres(range(rows)), names, fontproperties=font(panel.rows))
+        # of a text that is longer than a picture can be, every second or third token is named
+        named = range(0, rows, math.ceil(0.13 * rows / (height - 0.7)))
+        names = [plain(shorten(panel.rows[row], _LONGEST_ROW)) for row in named]
+        ax.set_yticks(_centres(named), names, fontproperties=font(panel.rows))
     if panel.columns is None:
         ax.set_xticks(*_numbers(columns))
     else:
-        ax.set_xticks(_centres(range(columns)), panel.columns, rotation=90)
-    ax.set_title(panel.title)
-    ax.set_xlabel(panel.x_label)
+        named = range(0, columns, math.ceil(columns / 25))
+        ax.set_xticks(_centres(named), [panel.columns[at] for at in named], rotation=90)
+    lines = [fitted(line, 3.1) for line in panel.title.split("\n")]
+    ax.set_title("\n".join(lines), fontproperties=font(lines))
+    ax.set_xlabel(fitted(panel.x_label, 3.3))
     ax.set_ylabel(panel.y_label)
-    bar = ax.figure.colorbar(mesh, ax=ax)
+    # values a little beyond an end are seldom worth an arrow: effects scatter around none
+    slack = 0.05 * (high - low)
+    below, above = bool((values < low - slack).any()), bool((values > high + slack).any())
+    extend = {(0, 1): "max", (1, 0): "min", (1, 1): "both"}.get((below, above), "neither")
+    bar = ax.figure.colorbar(mesh, ax=ax, extend=extend)
+    label = fitted(panel.bar_label, height - 0.7)
     if len(panel.bar_label) <= _UNDERNEATH and not panel.bar_beside:  # as in the paper
-        bar.ax.set_title(panel.bar_label, y=0, pad=-15, va="top", fontsize=7)
+        bar.ax.set_title(label, y=0, pad=-15, va="top", fontproperties=font([label]))
     else:
-        bar.set_label(panel.bar_label, fontsize=7)
+        bar.set_label(label, fontproperties=font([label]))
 
 
 def _numbers(cells: int) -> tuple[list[float], list[str]]:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engram.plots.curves import Curve
-from engram.plots.style import STYLE, layer_ticks, plain
+from engram.plots.style import STYLE, add_heading, fitted, layer_ticks
 
 _BEST = "#7261ab"
 
@@ -36,12 +36,14 @@ def plot_layer_card(
     *,
     titles: tuple[str, str],
     model: str,
+    heading: Sequence[str] = (),
 ) -> Figure:
     """Draw effects of tracing by layer on the left, scores of edits by layer on the right.
 
     Args:
         titles: of the two panels.
         model: name below both axes.
+        heading: lines above both panels.
     """
     with rc_context({**STYLE, "font.size": 8, "axes.titlesize": 8.5}):
         figure = Figure(figsize=(7.5, 2.7), dpi=200, layout="constrained")
@@ -52,7 +54,7 @@ def plot_layer_card(
         for ax, curves, title in ((left, effects, titles[0]), (right, edits, titles[1])):
             for curve in curves:
                 _draw(ax, curve)
-            ax.set_title(plain(title))
+            ax.set_title(fitted(title, 3.4, 8.5))
             if curves:
                 ax.legend(frameon=False)
             for layer in choice.tied:
@@ -60,11 +62,12 @@ def plot_layer_card(
             ax.axvline(choice.best, color=_BEST, linewidth=0.8, linestyle=":")
             ax.set_xlim(-0.5, choice.n_layers - 0.5)
             ax.set_xticks(list(layer_ticks(choice.n_layers)))
-            ax.set_xlabel(f"layer of {plain(model)}")
+            ax.set_xlabel(fitted(f"layer of {model}", 3.2, 8))
             ax.spines[["top", "right"]].set_visible(False)
         # after the curves: an earlier line would count as data when the axis is scaled
         left.axhline(0, color="0.8", linewidth=0.6, zorder=0)
         right.set_ylim(-0.03, 1.03)
+        add_heading(figure, heading)
     return figure
 
 

@@ -18,10 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from engram.plots.style import STYLE, font, layer_ticks, plain
+from engram.plots.style import STYLE, add_heading, fitted, font, layer_ticks, plain
+from engram.plots.words import shorten
 
 Scale = Literal["share", "linear", "rank", "root"]
 
+_WIDEST = 250.0  # inches of a table, 50,000 dots; matplotlib draws no more than 65,536
 _LEGEND: Any = {
     "frameon": False,
     "borderpad": 0,
@@ -50,6 +52,7 @@ class TokenTable:
         rows: names of the rows; row 0 and `layer_ticks` of the others are written.
         below, above: a token for each column.
         x_label: below the columns; bar_label: beside the colour bar.
+        heading: lines above everything.
         colours, scale: a matplotlib colour map and its scale: "share" from 0 to 1, "linear" from 0,
             "rank" in logarithms from 1; "root": square root, where small differences stay visible
             next to a large one.
@@ -66,14 +69,20 @@ class TokenTable:
     bar_label: str
     colours: str = "Purples"
     scale: Scale = "share"
+    heading: Sequence[str] = ()
 
 
 def plot_token_table(table: TokenTable) -> Figure:
     """Draw the table; the type shrinks until every token fits into its cell."""
-    cells = [[plain(_short(token)) for token in row] for row in table.cells]
-    below, above = ([plain(_short(token)) for token in row] for row in (table.below, table.above))
+    widest = _WIDEST / len(table.below)
+    # of a very long text, as much of a token as can be read in its column
+    letters = max(1, min(14, int((widest - 0.05) * 72 / (0.62 * 3))))
+    cells = [[plain(_short(token, letters)) for token in row] for row in table.cells]
+    below, above = (
+        [plain(_short(token, letters)) for token in row] for row in (table.below, table.above)
+    )
     longest = max(len(text) for row in (*cells, below, above) for text in row)
-    width = min(0.95, max(0.42, 0.055 * longest + 0.08))
+    width = min(0.95, max(0.42, 0.055 * longest + 0.08), widest)
     with rc_context(STYLE):
         size = (width * len(below) + 1.3, 0.22 * len(cells) + 1.0)
         figure = Figure(figsize=(max(3.2, size[0]), size[1]), dpi=200, layout="constrained")
@@ -108,6 +117,7 @@ def plot_token_table(table: TokenTable) -> Figure:
         top.set_xlabel("next token")
         ax.set_xlabel(plain(table.x_label))
         figure.colorbar(mesh, ax=ax, pad=0.01, aspect=30, label=table.bar_label)
+        add_heading(figure, table.heading)
     return figure
 
 
@@ -120,11 +130,11 @@ def _norm(scale: Scale, values: np.ndarray) -> Normalize:
     )
 
 
-def _short(token: str) -> str:
-    """Return a token as written in a cell: without its leading space, 14 letters at most."""
+def _short(token: str, letters: int = 14) -> str:
+    """Return a token as written in a cell: without its leading space, shortened."""
     # a token of spaces only would be an empty cell, which looks as if nothing was predicted
     text = token.strip(" ") or "␣" * len(token)
-    return text if len(text) <= 14 else text[:13] + "…"
+    return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
 
 
 def _fitting(text: str, width: float) -> float:
@@ -155,6 +165,7 @@ class StreamWords:
     title: str
     changes_title: str
     x_label: str
+    heading: Sequence[str] = ()
 
 
 def plot_streams(
@@ -167,7 +178,7 @@ def plot_streams(
         changes: "attention", "both" and "MLP", each [n_layers], shares of the positions.
     """
     layers = len(rank.leaving)
-    answer = plain(words.answer)
+    answer = plain(shorten(words.answer, 16))
     with rc_context(STYLE):
         figure = Figure(
             figsize=(max(3.6, min(8.0, 0.18 * layers + 2.2)), 4.6), dpi=200, layout="constrained"
@@ -177,7 +188,7 @@ def plot_streams(
         _draw_stream(ranks, rank)
         chances.set_ylim(-0.03, 1.03)
         chances.set_ylabel(f"p({answer})", fontproperties=font([answer]))
-        title = plain(words.title)
+        title = fitted(words.title, figure.get_figwidth() / 2)
         chances.set_title(title, loc="left", fontproperties=font([title]))
         ranks.set_yscale("log")
         ranks.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -193,6 +204,7 @@ def plot_streams(
             ax.legend(loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=3, **_LEGEND)
         for ax in (chances, ranks, bars):
             ax.spines[["top", "right"]].set_visible(False)
+        add_heading(figure, words.heading)
     return figure
 
 
@@ -226,13 +238,19 @@ def _draw_changes(ax: Axes, changes: Mapping[str, np.ndarray]) -> None:
 
 
 def plot_memories(
-    neurons: Mapping[int, float], tokens: Sequence[Sequence[str]], *, title: str, y_label: str
+    neurons: Mapping[int, float],
+    tokens: Sequence[Sequence[str]],
+    *,
+    title: str,
+    y_label: str,
+    heading: Sequence[str] = (),
 ) -> Figure:
     """Draw bars of strength with their sign, the first neuron on top, and tokens beside each.
 
     Args:
         neurons: number -> strength, negative where the neuron's value vector is subtracted.
         tokens: those to write beside each bar.
+        heading: lines above everything.
     """
     texts = ["   ".join(plain(_short(token)) for token in row) for row in tokens]
     names, strengths = [str(neuron) for neuron in neurons], list(neurons.values())
@@ -260,4 +278,5 @@ def plot_memories(
         ax.set_title("pushes towards", loc="left")
         for row, text in enumerate(texts):
             ax.text(0, row, text, va="center", fontproperties=font([text]))
+        add_heading(figure, heading)
     return figure

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
+from matplotlib.textpath import TextPath
+
+from engram.plots.words import shorten
 
 STYLE: Any = {
     "font.family": "serif",
@@ -16,6 +21,7 @@ STYLE: Any = {
     "axes.unicode_minus": False,
 }
 
+_SIGNS = "→…–×"  # of ours, which the serif font has
 _MANY_LETTERS = (  # for letters that matplotlib's own fonts lack, where one of them is installed
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
@@ -44,8 +50,39 @@ def plain(text: str) -> str:
 
 def font(texts: Iterable[str], size: float = 7, weight: str = "normal") -> FontProperties:
     """Return a serif font, or the sans-serif with more letters where a text needs them."""
-    western = all(ord(letter) < 0x250 for text in texts for letter in text)
+    western = all(ord(letter) < 0x250 or letter in _SIGNS for text in texts for letter in text)
     return FontProperties(family="serif" if western else _families(), size=size, weight=weight)
+
+
+def fitted(text: str, inches: float, size: float = 7) -> str:
+    """Return a text in `plain` words, shortened in its middle until it is no wider than that."""
+    letters = len(text)
+    while letters > 8:
+        shown = plain(shorten(text, letters))
+        width = TextPath((0, 0), shown, size, font([text], size)).get_extents().width / 72
+        if width <= inches:
+            return shown
+        # at least one letter less; the width says about how many
+        letters = max(8, min(letters - 1, int(1.05 * letters * inches / width)))
+    return plain(shorten(text, letters))
+
+
+def add_heading(figure: Figure, lines: Sequence[str], warning: str = "") -> None:
+    """Write lines above everything else, and a warning below it; the figure grows by them.
+
+    Each line is shortened to the figure's width.
+    """
+    width, height = figure.get_size_inches()
+    size = float(rcParams["font.size"])  # of this kind of picture
+    lines = [line for line in lines if line]
+    figure.set_size_inches(width, height + size / 50 * (len(lines) + bool(warning)))
+    if lines:
+        text = "\n".join(fitted(line, width - 0.3, size) for line in lines)
+        figure.suptitle(text, fontproperties=font(lines, size))
+    if warning:
+        text = fitted(warning, width - 0.3, size)
+        bold = font([warning], size, "bold")
+        figure.supxlabel(text, color="#b00020", fontproperties=bold)
 
 
 def layer_ticks(layers: int) -> range:

@@ -30,6 +30,7 @@ from engram.locate.lenses.vocabulary import (
     settled,
 )
 from engram.model.language_model import LanguageModel
+from engram.plots.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,6 +190,10 @@ class LogitLens:
                 bar_label=bar_label,
                 colours=colours,
                 scale=scale,
+                heading=(
+                    f"{shorten(self.text, 300)} → {shorten(self.answers[-1].strip(), 40)}",
+                    f"{name}: the most probable next token of each state",
+                ),
             )
         )
 

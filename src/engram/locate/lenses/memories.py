@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from engram.locate.lenses.vocabulary import require_causal, require_finite
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
 from engram.modules.weights import as_linear, linear_shape
+from engram.plots.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,6 +143,10 @@ class Memories:
             [[token for token, _ in m.pushes[:7]] for m in self.neurons],
             title=f"at token {self.token!r}{self.note()}",
             y_label=f"neuron of layer {self.layer}",
+            heading=(
+                shorten(self.text, 300),
+                f"{PurePath(self.model).name}: neurons that fire, and what they promote",
+            ),
         )
 
 

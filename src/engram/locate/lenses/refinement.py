@@ -30,6 +30,7 @@ from engram.locate.lenses.vocabulary import (
 )
 from engram.model.language_model import LanguageModel
 from engram.modules.hooks import record
+from engram.plots.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,6 +186,10 @@ class Refinement:
                 f"at token {self.tokens[at]!r}",
                 f"at all {len(self.tokens)} positions",
                 f"layer of {PurePath(self.model).name}",
+                (
+                    f"{shorten(self.text, 300)} → {shorten(self.answers[at].strip(), 40)}",
+                    f"{PurePath(self.model).name}: who makes the prediction",
+                ),
             ),
         )
 
