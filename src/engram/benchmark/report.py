@@ -25,6 +25,7 @@ from engram.bootstrap import DEFAULT, Bootstrap
 from engram.editors.methods import METHODS
 from engram.errors import MissingExtraError, SettingError
 from engram.evaluate.words import REPORT_WORDS
+from engram.files.atomic import atomic_file
 
 # With fewer records a few of them decide, and a percentile bootstrap makes intervals too narrow.
 LEAST_RECORDS = 20
@@ -403,10 +404,9 @@ def write_parquet(runs: Sequence[Run], path: str | Path) -> None:
     # Spelt out: a column of None alone would be of type null, and two such files do not
     # concatenate.
     types = {name: pa.float64() for name in names}
-    pq.write_table(
-        pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()}),
-        Path(path),
-    )
+    table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
+    with atomic_file(path) as fresh:
+        pq.write_table(table, fresh)
 
 
 def published_cases(run: Run, label: str) -> list[dict[str, Any]]:

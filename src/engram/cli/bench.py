@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Explain, ModelOptions, Seed, WorkerOptions, parse_settings
 
 if TYPE_CHECKING:
@@ -137,36 +139,55 @@ def bench(
 
     Example: engram bench --method rome --method memit --limit 50 -o run.sqlite
     """
-    from engram.benchmark.metrics.outcomes import MeasureConfig
-    from engram.benchmark.run import bench as run_benchmark
     from engram.cli import show, terminal
 
-    # Records and settings before the model: their mistakes are reported without its loading time.
-    dataset = records.read(measures.texts)
-    config = MeasureConfig(
-        answer_tokens=measures.answer_tokens,
-        texts=measures.texts,
-        drift_every=measures.drift_every,
-        seed=measures.seed,
-    )
-    lm = model_options.load(model)
-    with terminal.progress() as progress:
-        run = run_benchmark(
-            lm,
-            dataset,
-            methods_options.methods(),
-            out,
-            limit=records.limit,
-            config=config,
-            records_per_batch=measures.records_per_batch,
-            workers=workers.open(),
-            progress=progress,
+    file = outputs.Output("run", out, "a run", parents=True)
+    with outputs.tried(file, reads=[records.dataset], cached=lambda: _kept(out)):
+        from engram.benchmark.metrics.outcomes import MeasureConfig
+        from engram.benchmark.run import bench as run_benchmark
+        from engram.benchmark.store import RunStore
+
+        RunStore.check(out)
+        # Records and settings before the model: their mistakes are reported without its loading
+        # time.
+        dataset = records.read(measures.texts)
+        config = MeasureConfig(
+            answer_tokens=measures.answer_tokens,
+            texts=measures.texts,
+            drift_every=measures.drift_every,
+            seed=measures.seed,
         )
+        lm = model_options.load(model)
+        with terminal.progress() as progress:
+            run = run_benchmark(
+                lm,
+                dataset,
+                methods_options.methods(),
+                out,
+                limit=records.limit,
+                config=config,
+                records_per_batch=measures.records_per_batch,
+                workers=workers.open(),
+                progress=progress,
+            )
     if as_json:
         terminal.print_json({"run": out} | _document([run]))
         return
     show.show_runs([run])
     typer.echo(f"run: {out}    (see engram report --help for other tables of it)")
+
+
+def _kept(out: Path) -> str:
+    """Return how much of a run that was stopped is in its file."""
+    from engram.benchmark.store import RunStore
+
+    if not out.exists():
+        return ""
+    with RunStore.reading(out) as store:
+        done = {label: len(store.done(label)) for label in store.methods()}
+        total = len(store.records())
+    counts = ", ".join(f"{count} of {total} records of {label}" for label, count in done.items())
+    return f"{counts or 'no records'} are kept in {out}; {outputs.RESUME}"
 
 
 class Format(StrEnum):
@@ -180,6 +201,18 @@ class Format(StrEnum):
     cases = "cases"
 
 
+_KINDS = {
+    Format.terminal: "markdown",
+    Format.markdown: "markdown",
+    Format.latex: "LaTeX",
+    Format.csv: "CSV",
+    Format.json: "JSON",
+    Format.parquet: "parquet",
+    Format.card: "JSON",
+    Format.cases: "JSON",
+}
+
+
 @dataclass(frozen=True)
 class PictureOptions:
     """Which pictures are drawn."""
@@ -190,17 +223,20 @@ class PictureOptions:
         typer.Option(help="Picture of the scores by layer, of runs with --set LABEL:layer=N."),
     ] = None
 
-    def draw(self, runs: list[Run], as_json: bool = False) -> None:
-        """Draw and save them."""
-        if self.plot is None and self.plot_layers is None:
-            return
-        from engram.benchmark import plots
-        from engram.cli import terminal
+    def names(self) -> tuple[outputs.Output, outputs.Output]:
+        """Return their names."""
+        return outputs.picture(self.plot), outputs.picture(self.plot_layers)
 
-        for path, draw in ((self.plot, plots.plot_scores), (self.plot_layers, plots.plot_layers)):
-            if path is not None:
-                draw(runs).savefig(path, dpi=200)
-                terminal.written("picture", path, as_json)
+    def writers(self, runs: list[Run]) -> outputs.Writers:
+        """Return what draws them."""
+        from engram.benchmark import plots
+
+        draws = (plots.plot_scores, plots.plot_layers)
+        return {
+            output: partial(outputs.draw, partial(draw, runs), dpi=200)
+            for output, draw in zip(self.names(), draws, strict=True)
+            if output.path is not None
+        }
 
 
 def report(
@@ -236,37 +272,46 @@ def report(
 
     Example: engram report run.sqlite --all --compare --plot scores.png
     """
-    from engram.benchmark import report as reports
-    from engram.benchmark.results import Run
     from engram.cli import show, terminal
     from engram.errors import SettingError
 
-    opened = [Run.open(path) for path in runs]
-    if explain and (as_json or format is not Format.terminal or out is not None):
-        show.show_words(reports.all_meanings(opened[0].form), err=True)
-    if as_json:
-        if out is not None or format is not Format.terminal:
-            raise SettingError("--json prints the table: leave out --format and --out")
-        pictures.draw(opened, as_json)
-        terminal.print_json(_document(opened, all_metrics, compare, failures))
-        return
+    if as_json and (out is not None or format is not Format.terminal):
+        raise SettingError("--json prints the table: leave out --format and --out")
     # Parquet is binary and cannot go to the terminal; the terminal's table cannot go to a file
     # (it has colours): there, markdown takes its place.
-    if format is Format.parquet:
-        if out is None:
-            raise SettingError("--format parquet writes a file: give -o FILE.parquet")
-        reports.write_parquet(opened, out)
-        typer.echo(f"written: {out}")
-    elif format is Format.terminal and out is None:
-        show.show_runs(opened, all_metrics=all_metrics, explain=explain)
-    else:
-        _write(_formatted(opened, format, all_metrics, compare), out)
-    # JSON has them inside: a text after it would be no JSON.
-    if compare and format is not Format.json:
-        show.show_differences(opened)
-    if failures:
-        show.show_failures(opened, failures)
-    pictures.draw(opened)
+    if format is Format.parquet and out is None:
+        raise SettingError("--format parquet writes a file: give -o FILE.parquet")
+
+    def show_result() -> None:
+        if explain and (as_json or format is not Format.terminal or out is not None):
+            show.show_words(reports.all_meanings(opened[0].form), err=True)
+        if as_json:
+            terminal.print_json(_document(opened, all_metrics, compare, failures))
+            return
+        if out is None and format is Format.terminal:
+            show.show_runs(opened, all_metrics=all_metrics, explain=explain)
+        elif out is None:
+            typer.echo(_formatted(opened, format, all_metrics, compare))
+        # JSON has them inside: a text after it would be no JSON.
+        if compare and format is not Format.json:
+            show.show_differences(opened)
+        if failures:
+            show.show_failures(opened, failures)
+
+    def write(path: Path) -> None:
+        if format is Format.parquet:
+            reports.write_parquet(opened, path)
+        else:
+            outputs.write_text(_formatted(opened, format, all_metrics, compare), path)
+
+    table = outputs.Output("written", out, _KINDS[format])
+    with outputs.tried(table, *pictures.names(), reads=runs) as written:
+        from engram.benchmark import report as reports
+        from engram.benchmark.results import Run
+
+        opened = [Run.open(path) for path in runs]
+        writers: outputs.Writers = {table: write, **pictures.writers(opened)}
+        written.finish(show_result, writers, as_json=as_json)
 
 
 def _document(
@@ -321,11 +366,3 @@ def _formatted(runs: list[Run], format: Format, all_metrics: bool, compare: bool
     }
     # Format.terminal with -o: see `report`.
     return writers.get(format.value, reports.markdown)(reports.table(runs, all_metrics=all_metrics))
-
-
-def _write(text: str, out: Path | None) -> None:
-    if out is None:
-        typer.echo(text)
-    else:
-        out.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf8")
-        typer.echo(f"written: {out}")

@@ -5,12 +5,13 @@ Options are the library's arguments; the output is what the library returns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import (
     AsJson,
     Chat,
@@ -126,34 +127,37 @@ def edit(
     from engram.cli import show, terminal
     from engram.evaluate.words import RECEIPT_WORDS
 
-    facts, settings = fact_options.read(), method_options.settings()
-    method = method_options.method
-    if out is None:
-        terminal.note("the edit will not be kept, only its receipt shown; -o FOLDER keeps it")
-    lm = model_options.load(model)
-    frames = [None, engram.chat_frame(lm)] if chat else [None]
-    # These three methods have no setting `contexts`.
-    if chat and "contexts" not in settings and method not in ("ultraedit", "in-context", "ike"):
-        settings["contexts"] = engram.chat_contexts(lm, seed=method_options.seed)
-    # Before the work, and on stderr: a user who lacks the memory can stop here.
-    terminal.show_plan_if_large(lm, len(facts), method, settings)
-    with terminal.progress() as progress:
-        change = engram.rewrite(lm, facts, method, **settings, progress=progress)
-        receipts = [engram.verify(lm, change, frame=frame, progress=progress) for frame in frames]
-    if out is not None:
-        # Before anything is printed: a closed pipe ends the command there.
+    def show_receipts() -> None:
+        if as_json:
+            records = [receipt.to_dict() for receipt in receipts]
+            terminal.print_json({"plain": records[0], "chat": records[1]} if chat else records[0])
+        else:
+            for receipt in receipts:
+                show.show_receipt(receipt)
+        if explain:
+            show.show_words(RECEIPT_WORDS, err=as_json)
+
+    folder = outputs.edit_folder(out)
+    with outputs.tried(folder, cached=outputs.in_cache) as written:
+        facts, settings = fact_options.read(), method_options.settings()
+        method = method_options.method
+        if out is None:
+            terminal.note("the edit will not be kept, only its receipt shown; -o FOLDER keeps it")
+        lm = model_options.load(model)
+        frames = [None, engram.chat_frame(lm)] if chat else [None]
+        # These three methods have no setting `contexts`.
+        if chat and "contexts" not in settings and method not in ("ultraedit", "in-context", "ike"):
+            settings["contexts"] = engram.chat_contexts(lm, seed=method_options.seed)
+        # Before the work, and on stderr: a user who lacks the memory can stop here.
+        terminal.show_plan_if_large(lm, len(facts), method, settings)
+        with terminal.progress() as progress:
+            change = engram.rewrite(lm, facts, method, **settings, progress=progress)
+            receipts = [
+                engram.verify(lm, change, frame=frame, progress=progress) for frame in frames
+            ]
         # The chat's receipt where there is one: that is how the model will be used.
-        change.with_receipt(receipts[-1]).save(out)
-    if as_json:
-        records = [receipt.to_dict() for receipt in receipts]
-        terminal.print_json({"plain": records[0], "chat": records[1]} if chat else records[0])
-    else:
-        for receipt in receipts:
-            show.show_receipt(receipt)
-    if explain:
-        show.show_words(RECEIPT_WORDS, err=as_json)
-    if out is not None:
-        terminal.written("edit", f"{out} ({terminal.size(out)})", as_json)
+        edited = change.with_receipt(receipts[-1])
+        written.finish(show_receipts, {folder: edited.save}, as_json=as_json)
 
 
 def verify(
@@ -188,19 +192,23 @@ def verify(
             f"--store keeps the receipt of one edit, {len(edits)} were given; "
             "verify them one by one"
         )
-    lm = model_options.load(model)
-    with terminal.progress() as progress:
-        receipt = engram.verify(
-            lm, edit, frame=engram.chat_frame(lm) if chat else None, progress=progress
-        )
-    if store:
-        edit.with_receipt(receipt).save(edits[0])
-    if as_json:
-        terminal.print_json(receipt.to_dict())
-    else:
-        show.show_receipt(receipt)
-    if explain:
-        show.show_words(RECEIPT_WORDS, err=as_json)
+
+    def show_receipt() -> None:
+        if as_json:
+            terminal.print_json(receipt.to_dict())
+        else:
+            show.show_receipt(receipt)
+        if explain:
+            show.show_words(RECEIPT_WORDS, err=as_json)
+
+    folder = replace(outputs.edit_folder(edits[0] if store else None), said=False)
+    with outputs.tried(folder) as written:
+        lm = model_options.load(model)
+        with terminal.progress() as progress:
+            receipt = engram.verify(
+                lm, edit, frame=engram.chat_frame(lm) if chat else None, progress=progress
+            )
+        written.finish(show_receipt, {folder: edit.with_receipt(receipt).save}, as_json=as_json)
     if not receipt.passed:
         raise typer.Exit(1)  # 2 is a user's mistake: scripts can tell the two apart
 
@@ -232,7 +240,8 @@ def apply(
     from engram.cli import terminal
     from engram.edit.edit import Edit
 
-    written = Edit.load(edit).to_checkpoint(model, out, force=force, dtype=dtype)
+    with outputs.tried(outputs.checkpoint(out)):
+        written = Edit.load(edit).to_checkpoint(model, out, force=force, dtype=dtype)
     terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
@@ -254,7 +263,8 @@ def export(
     from engram.cli import terminal
     from engram.edit.edit import Edit
 
-    written = Edit.load(edit).to_peft(peft)
+    with outputs.tried(outputs.adapter(peft)):
+        written = Edit.load(edit).to_peft(peft)
     terminal.print_path("adapter", "adapter", written, as_json)
 
 
@@ -276,7 +286,8 @@ def revert(
     from engram.edit.checkpoint import revert_checkpoint
     from engram.edit.edit import Edit
 
-    written = revert_checkpoint(checkpoint, out, Edit.load(edit) if edit else None)
+    with outputs.tried(outputs.checkpoint(out)):
+        written = revert_checkpoint(checkpoint, out, Edit.load(edit) if edit else None)
     what = f"checkpoint without {'the edit' if edit else 'edits'}"
     terminal.print_path(what, "checkpoint", written, as_json)
 

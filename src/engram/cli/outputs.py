@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from engram.checks import alternatives
 from engram.cli.ending import kept
 from engram.errors import EngramFileError
@@ -61,13 +59,13 @@ class Output:
     parents: bool = False
     said: bool = True
 
-    @property
-    def line(self) -> str:
-        if self.folder and self.path is not None:
-            from engram.cli import terminal
+    def say(self, as_json: bool) -> None:
+        """Say that it was written."""
+        from engram.cli import terminal  # not at the top: rich takes 0.1 s
 
-            return f"{self.what}: {self.path} ({terminal.size(self.path)})"
-        return f"{self.what}: {self.path}"
+        if self.said and self.path is not None:
+            size = f" ({terminal.size(self.path)})" if self.folder else ""
+            terminal.written(self.what, f"{self.path}{size}", as_json)
 
 
 Writers = dict[Output, Callable[[Path], object]]  # each writes its output, given the path
@@ -113,6 +111,12 @@ class Outputs:
                 )
             )
 
+    def write(self, output: Output, write: Callable[[Path], object]) -> None:
+        """Write one output before the others, if it is wanted."""
+        if output.path is not None:
+            write(output.path)
+            self.written.append(output)
+
     def finish(
         self, show: Callable[[], object], writers: Writers, *, as_json: bool = False
     ) -> None:
@@ -123,24 +127,15 @@ class Outputs:
         Args:
             as_json: stdout is JSON and nothing else, and such lines go to stderr.
         """
-        from engram.cli import terminal  # not at the top: rich takes 0.1 s
-
         failed: EngramFileError | OSError | None = None
         for output, write in writers.items():
-            if output.path is None:
-                continue
             try:
-                write(output.path)
+                self.write(output, write)
             except (EngramFileError, OSError) as error:
                 failed = failed or error
-            else:
-                self.written.append(output)
         show()
         for output in self.written:
-            if output.said and as_json:
-                terminal.note(output.line)
-            elif output.said:
-                typer.echo(output.line)
+            output.say(as_json)
         if failed is not None:
             failed.add_note(self.cached() or "The result is printed, and not lost")
             raise failed
@@ -148,7 +143,7 @@ class Outputs:
     def state(self) -> str:
         """Return what there is when the command is stopped."""
         written = ", ".join(str(output.path) for output in self.written)
-        return self.cached() or (f"{written} written" if written else "nothing was written")
+        return f"{written} was written" if written else self.cached() or "nothing was written"
 
 
 @contextmanager
@@ -174,11 +169,26 @@ def tried(
             yield result
 
 
+def edit_folder(path: Path | None) -> Output:
+    """Return the output of an edit, which replaces another one."""
+    return Output("edit", path, folder=True, replaces="edit.json")
+
+
+def checkpoint(path: Path) -> Output:
+    """Return the output of a checkpoint, which replaces nothing."""
+    return Output("checkpoint", path, folder=True)
+
+
+def adapter(path: Path) -> Output:
+    """Return the output of a LoRA adapter, which replaces another one."""
+    return Output("adapter", path, folder=True, replaces="adapter_config.json")
+
+
 def in_cache() -> str:
     """Return that what was measured so far is in the cache."""
     from engram.files.cache_folder import cache_folder
 
-    return f"what was measured is kept in {cache_folder('').absolute()}; {RESUME}"
+    return f"what was measured so far is kept in {cache_folder('').absolute()}; {RESUME}"
 
 
 def picture(path: Path | None) -> Output:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Corpus, Model, ModelOptions, Seed, WorkerOptions
 
 
@@ -48,48 +49,58 @@ def stats(
     Example: engram stats pocket --layer 3 --corpus text.txt
     """
     from engram.cli import terminal
-    from engram.editors.second_moments.corpora import DataSet
-    from engram.editors.second_moments.measure import second_moments
     from engram.errors import EngramError
 
     if text.corpus and text.data_set:
         raise EngramError(
             "--corpus and --data-set both say where the text comes from; give one of them"
         )
-    lm = model_options.load(model)
-    # As in `datasets.load_dataset(name, config)`; a name itself has no colon.
-    name, _, config = (text.data_set or "").partition(":")
-    with terminal.progress() as progress:
-        moments = second_moments(
-            lm,
-            layers or range(lm.n_layers),
-            DataSet(name, config or None) if text.data_set else text.corpus,
-            text.tokens,
-            seed=text.seed,
-            workers=workers.open(),
-            progress=progress,
-        )
-    rows = []
-    for layer, moment in moments.items():
-        file = None if out is None else out / f"layer{layer}.safetensors"
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            moment.save(file)
-        rows.append(
+
+    def show() -> None:
+        rows = [
             {
                 "layer": layer,
                 "d_ff": len(moment.matrix_ff),
                 "tokens": moment.count,
                 "condition": moment.condition(),
-                "file": file,
+                "file": files[layer].path,
             }
-        )
-    if as_json:
-        terminal.print_json(rows)
-        return
-    typer.echo(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
-    for row in rows:
-        typer.echo("{layer:>5} {d_ff:>6} {tokens:>9} {condition:>10.1e}".format_map(row))
+            for layer, moment in moments.items()
+        ]
+        if as_json:
+            terminal.print_json(rows)
+            return
+        typer.echo(f"{'layer':>5} {'d_ff':>6} {'tokens':>9} {'condition':>10}")
+        for row in rows:
+            typer.echo("{layer:>5} {d_ff:>6} {tokens:>9} {condition:>10.1e}".format_map(row))
+
+    # Which layers a model has is known once it is loaded; whether the folder can be written, now.
+    folder = outputs.Output("folder", out and out / "layers", parents=True)
+    with outputs.tried(folder, cached=outputs.in_cache) as written:
+        from engram.editors.second_moments.corpora import DataSet
+        from engram.editors.second_moments.measure import second_moments
+
+        lm = model_options.load(model)
+        wanted = layers or list(range(lm.n_layers))
+        files = {
+            layer: outputs.Output("moment", out and out / f"layer{layer}.safetensors", said=False)
+            for layer in wanted
+        }
+        widths = [lm.parts.mlp_width(layer) for layer in wanted if 0 <= layer < lm.n_layers]
+        written.reserve(*files.values(), needs=8 * sum(width**2 for width in widths))  # float64
+        # As in `datasets.load_dataset(name, config)`; a name itself has no colon.
+        name, _, config = (text.data_set or "").partition(":")
+        with terminal.progress() as progress:
+            moments = second_moments(
+                lm,
+                wanted,
+                DataSet(name, config or None) if text.data_set else text.corpus,
+                text.tokens,
+                seed=text.seed,
+                workers=workers.open(),
+                progress=progress,
+            )
+        written.finish(show, {files[layer]: moment.save for layer, moment in moments.items()})
 
 
 def plan(

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from engram.checks import alternatives
 from engram.errors import EngramFileError
 from engram.files.locks import locked
@@ -24,6 +26,7 @@ from engram.files.locks import locked
 log = logging.getLogger(__name__)
 
 _WAIT_S = 60.0  # for another writer of the same name to finish
+_FAILED = (OSError, SafetensorError)  # what writers raise on a full disk
 _TEMPORARY = ".{name}.new-"  # and random letters
 _reservations: dict[Path, int] = {}  # name -> the thread of this process that holds it
 
@@ -103,7 +106,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             _sync(fresh)
             fresh.replace(path)
             _sync(path.parent)
-        except OSError as error:
+        except _FAILED as error:
             raise _unwritable(path, error) from error
         finally:
             fresh.unlink(missing_ok=True)
@@ -142,7 +145,7 @@ def atomic_folder(folder: str | Path, replaces: str | None = None) -> Iterator[P
             for path in [*fresh.rglob("*"), fresh]:
                 _sync(path)
             _replace(folder, fresh)
-        except OSError as error:
+        except _FAILED as error:
             raise _unwritable(folder, error) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -271,7 +274,7 @@ def _umask() -> int:
     return mask
 
 
-def _unwritable(path: Path, error: OSError) -> EngramFileError:
+def _unwritable(path: Path, error: Exception) -> EngramFileError:
     return EngramFileError(
         f"could not write {path}: {error}. What was there before is unchanged; free some space, or "
         "choose a folder that exists and that you may write to"

@@ -8,7 +8,8 @@ Source: Meng et al. 2022, arXiv:2202.05262, released data.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,14 +20,34 @@ from engram.benchmark.data.counterfact import counterfact_record
 from engram.benchmark.data.fields import Fields
 from engram.benchmark.data.records import Dataset, Record, References, without_evidence
 from engram.errors import FactError
-from engram.files.atomic import atomic_file
+from engram.files.atomic import atomic_file, reserved
 
 _PROMPTS = {
     "paraphrase_prompts": "paraphrase",
     "neighborhood_prompts": "neighbourhood",
     "attribute_prompts": "attribute",
 }
-_TEXTS = "attribute_snippets.json"
+_REFERENCES = _TEXTS, _VOCABULARY, _IDF = ("attribute_snippets.json", "tfidf_vocab.json", "idf.npy")
+
+
+@contextmanager
+def reserved_dataset(path: Path, *, references: bool) -> Iterator[None]:
+    """Try the names of all files of a data set, and hold them; see `reserved`.
+
+    Raises:
+        FactError: the folder has the texts of another data set. EngramFileError: one file cannot be
+            written.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(reserved(path))
+        for name in _REFERENCES if references else ():
+            stack.enter_context(reserved(path.with_name(name)))
+        if references and path.with_name(_TEXTS).exists() and not path.exists():
+            raise FactError(
+                f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of "
+                f"its own for {path.name}"
+            )
+        yield
 
 
 def write_dataset(dataset: Dataset, path: str | Path) -> Path:
@@ -42,9 +63,11 @@ def write_dataset(dataset: Dataset, path: str | Path) -> Path:
     """
     path = Path(path)
     cases = [_case(record) for record in dataset.records]
-    if dataset.references is not None:
-        _write_references(dataset.references, dataset.records, path)
-    _write_json(path, cases)
+    references = dataset.references
+    with reserved_dataset(path, references=references is not None):
+        if references is not None:
+            _write_references(references, dataset.records, path)
+        _write_json(path, cases)
     return path
 
 
@@ -106,14 +129,9 @@ def _write_references(references: References, records: tuple[Record, ...], path:
                 "samples": samples,
             }
         )
-    if path.with_name(_TEXTS).exists() and not path.exists():
-        raise FactError(
-            f"{path.parent} holds the texts of another data set ({_TEXTS}); choose a folder of its "
-            f"own for {path.name}"
-        )
     _write_json(path.with_name(_TEXTS), entries)
-    _write_json(path.with_name("tfidf_vocab.json"), dict(references.tfidf.vocabulary))
-    _write(path.with_name("idf.npy"), lambda file: np.save(file, references.tfidf.idf))
+    _write_json(path.with_name(_VOCABULARY), dict(references.tfidf.vocabulary))
+    _write(path.with_name(_IDF), lambda file: np.save(file, references.tfidf.idf))
 
 
 def _write_json(path: Path, value: Any) -> None:
