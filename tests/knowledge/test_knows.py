@@ -566,7 +566,9 @@ def test_a_damaged_file_is_refused(tmp_path, text):
     (tmp_path / "x").write_text(text)
     with pytest.raises(
         EngramFileError,
-        match=r"format 9, expected 1" if "9" in text else r"no file that Knowledge\.save wrote",
+        match="format=9, this"
+        if "9" in text
+        else r"the knowledge file .*x (is damaged|has format=None)",
     ):
         Knowledge.load(tmp_path / "x")
 

@@ -160,10 +160,10 @@ def test_a_card_of_a_large_model_is_small():
     ("text", "told"),
     [
         (None, "No such file"),
-        ("{", "Expecting property name"),
-        ("[]", "not a layer card"),
+        ("{", "no JSON that can be read"),
+        ("[]", "expected an object"),
         ('{"format_version": 2}', "format_version=2, this engram reads 1"),
-        ('{"format_version": 1}', "'model'"),
+        ('{"format_version": 1}', "model is missing"),
     ],
 )
 def test_a_file_that_is_no_card(text, told, tmp_path):
@@ -172,7 +172,7 @@ def test_a_file_that_is_no_card(text, told, tmp_path):
         path.write_text(text)
     with pytest.raises(EngramFileError, match=told) as error:
         LayerCard.load(path)
-    assert "make one with engram.layer_card" in str(error.value)
+    assert "Make one with engram.layer_card" in str(error.value)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -63,6 +63,11 @@ def verified(record: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != FIELD}
 
 
+_noted: set[str] = set()  # a run file of an older engram has thousands of rows
+
+
 def note_unchecked(where: str | Path) -> None:
-    """Log that a file is of an older engram, which wrote no checksum."""
-    log.warning("%s has no checksum (an older engram wrote it): not checked for damage", where)
+    """Log, once a file, that it is of an older engram, which wrote no checksum."""
+    if str(where) not in _noted:
+        _noted.add(str(where))
+        log.warning("%s has no checksum (an older engram wrote it): not checked for damage", where)

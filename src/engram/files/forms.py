@@ -107,11 +107,12 @@ def read_record(
     record: dict[str, Any] = parsed(dict[str, Any], text, where, advice=advice)
     # The version before anything else: another format's fields would be reported as damage.
     number = record.get(version_field)
-    if version_field in record and number != version:
+    if number != version:
         newer = isinstance(number, int) and number > version
         raise EngramFileError(
             f"{where} has {version_field}={briefly(number)}, this engram reads {version}"
-            + ("; pip install --upgrade engram" if newer else f". {advice}")
+            + ("; pip install --upgrade engram" if newer else "")
+            + f". {advice}"
         )
     # the form before the checksum, since its error names the field
     value: Form = parsed(form, text, where, advice=advice)

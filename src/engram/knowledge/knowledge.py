@@ -12,22 +12,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, MinLen
 from torch import Tensor
 
-from engram.errors import EngramFileError, SettingError
+from engram.errors import SettingError
 from engram.facts import Fact
 from engram.files.atomic import atomic_file
+from engram.files.checksums import stamped
+from engram.files.forms import read_record
 
 Aggregate = Literal["first", "best", "mean"]
 Length = Literal["sum", "mean"]
+Rank = Annotated[int, Ge(1)]
+Among = Literal["vocabulary", "relation"] | Annotated[tuple[str, ...], MinLen(1)]
 
 _FORMAT = 1
 _NAN = float("nan")
@@ -51,7 +56,7 @@ class Reply:
 
     prompt: str
     answer: str
-    rank: int
+    rank: Rank
     log_prob: float
 
     @property
@@ -66,9 +71,9 @@ class KnownRecord:
     """
 
     fact: Fact
-    replies: tuple[Reply, ...]
+    replies: Annotated[tuple[Reply, ...], MinLen(1)]
     answer: str
-    rank: int
+    rank: Rank
     log_prob: float
 
     @property
@@ -121,11 +126,11 @@ class Knowledge:
         model: the model's name.
     """
 
-    records: tuple[KnownRecord, ...]
-    candidates: str | tuple[str, ...]
+    records: Annotated[tuple[KnownRecord, ...], MinLen(1)]
+    candidates: Among
     aggregate: Aggregate
     length: Length
-    k: int
+    k: Rank
     model: str
 
     def known(self) -> list[Fact]:
@@ -278,23 +283,9 @@ class Knowledge:
             "records": [asdict(record) for record in self.records],
         }
 
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Knowledge:
-        """Return what `to_dict` was given; the means are computed from the records."""
-        # The means in the file are for its readers; here they would be a second truth.
-        records = []
-        for fields in record["records"]:
-            fact = Fact.from_dict(fields["fact"])
-            replies = tuple(Reply(**reply) for reply in fields["replies"])
-            records.append(KnownRecord(**{**fields, "fact": fact, "replies": replies}))
-        given = {name: record[name] for name in ("candidates", "aggregate", "length", "k", "model")}
-        if not isinstance(given["candidates"], str):
-            given["candidates"] = tuple(given["candidates"])
-        return cls(records=tuple(records), **given)
-
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
-        text = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
+        text = json.dumps(stamped(self.to_dict()), ensure_ascii=False) + "\n"
         with atomic_file(path) as fresh:
             fresh.write_text(text, encoding="utf8")
 
@@ -305,20 +296,12 @@ class Knowledge:
         Raises:
             EngramFileError: no such file, not one of ours, or damaged.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf8"))
-            if record["format"] != _FORMAT:
-                raise EngramFileError(
-                    f"{path} has format {record['format']!r}, expected {_FORMAT}; measure again "
-                    "with 'engram knows'"
-                )
-            return cls.from_dict(record)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, EngramFileError):
-                raise
-            raise EngramFileError(
-                f"{path} is no file that Knowledge.save wrote: {type(error).__name__}: {error}"
-            ) from error
+        # The means in the file are for its readers; here they would be a second truth.
+        advice = "Measure again with 'engram knows'"
+        knowledge: Knowledge = read_record(
+            path, cls, "knowledge file", version=_FORMAT, version_field="format", advice=advice
+        )
+        return knowledge
 
     def _means(self, rows: Sequence[KnownRecord]) -> Scores:
         return _scores(self._values(rows).nanmean(0))

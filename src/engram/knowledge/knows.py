@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from engram.engine.shared_prompts import Ids
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
 from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
-from engram.knowledge.knowledge import Aggregate, Knowledge, KnownRecord, Length, Reply
+from engram.knowledge.knowledge import Aggregate, Among, Knowledge, KnownRecord, Length, Reply
 from engram.model.language_model import LanguageModel
 from engram.progress import Progress, no_progress
 
@@ -88,10 +88,11 @@ def knows(
         (1, 'Paris')
     """
     facts = [facts] if isinstance(facts, Fact) else list(facts)
-    among: str | tuple[str, ...] = (
+    among = cast(
+        "Among",
         candidates
         if isinstance(candidates, str)
-        else tuple(dict.fromkeys(text.strip() for text in candidates))
+        else tuple(dict.fromkeys(text.strip() for text in candidates)),
     )
     _check(facts, among, aggregate, length, paraphrases, k)
     world = _World([*facts] if table is None else [*table], among)

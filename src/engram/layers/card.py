@@ -14,20 +14,24 @@ arXiv:2301.04213.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePath
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le, Predicate
+from typing_extensions import TypedDict
 
 from engram.bootstrap import DEFAULT, Array, Mean, means, spearman
 from engram.edit.recipe import library_versions
 from engram.errors import EngramFileError, SettingError
 from engram.facts import Fact
 from engram.files.atomic import atomic_file
+from engram.files.checksums import stamped
+from engram.files.forms import read_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,16 +47,19 @@ _SHARES = {  # of a score, in pictures: colour, line and marker
 }
 
 
+Share = Annotated[float, Ge(0), Le(1)]
+
+
 @dataclass(frozen=True)
 class EditOutcome:
     """The result of one edit at one layer: shares of its prompts, and one number (see
     `evidence.receipt_score`).
     """
 
-    score: float
-    efficacy: float | None = None
-    paraphrase: float | None = None
-    neighbourhood: float | None = None
+    score: Share
+    efficacy: Share | None = None
+    paraphrase: Share | None = None
+    neighbourhood: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,14 @@ class LayerCard:
             raise SettingError(
                 "a layer card compares layers: every fact has to be edited at the same ones"
             )
+        if not set(self.layers_tested) <= set(range(self.n_layers)):
+            raise SettingError(f"edits at layers {self.layers_tested} of {self.n_layers}")
+        window = self.traces.get("window")
+        if type(window) is not int or window < 1:
+            raise SettingError(f"traces.window={window!r}, expected the number of layers restored")
+        curves = (curve for fact in self.evidence for curve in (fact.trace, fact.attribution))
+        if any(curve is not None and len(curve) != self.n_layers for curve in curves):
+            raise SettingError(f"a trace needs an effect for each of {self.n_layers} layers")
 
     # -- what follows ------------------------------------------------------------------------------
 
@@ -288,7 +303,7 @@ class LayerCard:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        return json.dumps(stamped(self.to_dict()), ensure_ascii=False)
 
     def save(self, path: str | Path) -> Path:
         """Write to one JSON file, whole or not at all."""
@@ -304,19 +319,16 @@ class LayerCard:
         Raises:
             EngramFileError: missing, damaged, or of another format version.
         """
+        advice = "Make one with engram.layer_card, or delete it"
+        record: _CardForm = read_record(
+            path, _CardForm, "layer card", version=FORMAT_VERSION, advice=advice
+        )
+        # Only its own fields: what follows from them is computed again and not believed.
+        own: dict[str, Any] = {field.name: record[field.name] for field in fields(cls)}  # type: ignore[literal-required]
         try:
-            record = json.loads(Path(path).read_text(encoding="utf8"))
-            version = record.get("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format_version={version!r}, this engram reads {FORMAT_VERSION}")
-            # Only its own fields: what follows from them is computed again and not believed.
-            own = {field.name: record[field.name] for field in fields(cls)}
-            return cls(**own | {"evidence": tuple(map(_from_record, own["evidence"]))})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise EngramFileError(
-                f"{str(path)!r} is not a layer card that can be read ({error}); make one with "
-                "engram.layer_card, or delete it"
-            ) from error
+            return cls(**own | {"evidence": tuple(map(_from_record, record["evidence"]))})
+        except SettingError as error:
+            raise EngramFileError(f"the layer card {path} is damaged: {error}. {advice}") from error
 
     def plot(self) -> Figure:
         """Draw two panels over layers: mean effects of tracing, and the mean score of edits with
@@ -427,10 +439,34 @@ def _to_record(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _from_record(record: Mapping[str, Any]) -> Evidence:
-    curves = {
-        name: tuple(record[name]) if record[name] is not None else None
-        for name in ("trace", "attribution")
-    }
+_Outcome = tuple[Share, Share | None, Share | None, Share | None]
+
+
+class _EvidenceForm(TypedDict):
+    subject: str
+    prompt: str
+    target: str
+    target_true: str | None
+    trace: tuple[float, ...] | None
+    attribution: tuple[float, ...] | None
+    edits: dict[Annotated[str, Predicate(str.isdecimal)], _Outcome]
+
+
+class _CardForm(TypedDict):
+    """What a file says itself; see `LayerCard`."""
+
+    model: str
+    identity: str
+    n_layers: Annotated[int, Ge(1), Le(1 << 16)]
+    method: str
+    settings: dict[str, Any]
+    traces: dict[str, Any]
+    evidence: list[_EvidenceForm]
+    seconds: Annotated[float, Ge(0)]
+    versions: dict[str, str]
+
+
+def _from_record(record: _EvidenceForm) -> Evidence:
     edits = {int(layer): EditOutcome(*values) for layer, values in record["edits"].items()}
-    return Evidence(Fact(*(record[name] for name in _FACT)), **curves, edits=edits)
+    fact = Fact(record["subject"], record["prompt"], record["target"], record["target_true"])
+    return Evidence(fact, record["trace"], record["attribution"], edits)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from engram.editors.second_moments.corpora import Bundled, Corpus, as_corpus
 from engram.errors import EngramFileError, FactError
 from engram.evaluate.verify import true_answer
 from engram.facts import Fact
-from engram.files.cache_folder import cache_folder, sha256_of
+from engram.files.cache_folder import cache_folder, sha256_of, written_if_possible
 from engram.layers.candidates import as_edits, bundled_edits, known
 from engram.layers.card import FORMAT_VERSION, LayerCard
 from engram.layers.evidence import Budget, EditRecipe, Measurements, measure, trace_settings
@@ -118,7 +119,7 @@ def layer_card(
     if not measured:
         raise FactError(_no_facts(lm, facts))
     partial = path.with_suffix(".partial")
-    with Measurements.writing(partial, {}) as file:  # its name says what it is about
+    with _measurements(partial) as file:
         evidence = tuple(measure(lm, measured, budget, recipe, file, progress))
         seconds = round(file.seconds(), 1)
     # as a file gives it back, so that a measured card equals its loaded self
@@ -126,9 +127,22 @@ def layer_card(
     card = LayerCard(
         lm.name, model_id, lm.n_layers, method, about, traced, evidence, seconds, versions
     )
-    card.save(path)  # before the measurements go: a kill in between leaves a file too many
-    partial.unlink(missing_ok=True)
+    with written_if_possible(path.parent):
+        card.save(path)  # before the measurements go: a kill in between leaves a file too many
+        partial.unlink(missing_ok=True)
     return card
+
+
+@contextmanager
+def _measurements(partial: Path) -> Iterator[Measurements]:
+    """Open the file of measurements, whose name says what they are about; one in memory where it
+    cannot be used.
+    """
+    with ExitStack() as stack:
+        file = None
+        with written_if_possible(partial.parent):
+            file = stack.enter_context(Measurements.writing(partial, {}))
+        yield file or stack.enter_context(Measurements.writing(None, {}))
 
 
 def choose_layers(
@@ -197,11 +211,9 @@ def find_card(
 
 def _load(path: Path) -> LayerCard | None:
     """Load a cached card; log and ignore a damaged file."""
-    if not path.exists():
-        return None
     try:
-        return LayerCard.load(path)
-    except EngramFileError as error:
+        return LayerCard.load(path) if path.exists() else None
+    except (EngramFileError, OSError) as error:
         log.warning("%s", error)
         return None
 

@@ -14,21 +14,26 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from annotated_types import Ge, Len
 
 from engram.editors.contexts import sample_contexts
 from engram.editors.methods import METHODS, method_named
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import second_moments
-from engram.errors import EngramError, NonFiniteError, SettingError
+from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
 from engram.evaluate.receipt import Receipt
 from engram.evaluate.verify import verify
 from engram.facts import Fact
+from engram.files.cache_folder import written_if_possible
+from engram.files.forms import parsed
 from engram.files.run_file import RunFile
 from engram.layers.card import EditOutcome, Evidence
 from engram.locate.settings import TraceConfig, default_window
@@ -38,6 +43,8 @@ from engram.model.language_model import LanguageModel
 from engram.progress import Progress
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,29 +156,60 @@ class EditRecipe:
         return settings
 
 
+class _NumbersRow(NamedTuple):
+    value: str
+    seconds: Annotated[float, Ge(0)]
+
+
 class Measurements(RunFile):
-    """The file of a run that is not finished: numbers by name. Made by `writing`."""
+    """The file of a run that is not finished: numbers by name. Made by `writing`.
+
+    A cache: numbers that are damaged are measured again, and those that cannot be written are used.
+    """
 
     what, made_by = "measurements of a layer card", "engram.layer_card"
     tables = "CREATE TABLE numbers (name TEXT PRIMARY KEY, value TEXT, seconds REAL)"
     mark = "numbers"
 
-    def get(self, name: str) -> Any:
-        """Return the numbers of that name, None where they are not measured yet."""
-        query = "SELECT value FROM numbers WHERE name = ?"
-        row = self._connection.execute(query, (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        super().__init__(connection, path)
+        self._unwritten: dict[str, tuple[Any, float]] = {}
+
+    def get(self, name: str, form: type[T] | Any) -> T | None:
+        """Return the numbers of that name as a value of `form`, None where they are not measured
+        yet.
+        """
+        if name in self._unwritten:
+            value: T = parsed(form, json.dumps(self._unwritten[name][0]), name)
+            return value
+        query = "SELECT value, seconds FROM numbers WHERE name = ?"
+        try:
+            for row in self._rows(_NumbersRow, "numbers", query, (name,)):
+                stored: T = parsed(form, row.value, f"{self.path}, {name},")
+                return stored
+        except (EngramFileError, sqlite3.Error) as error:
+            log.warning("%s; measuring it again", error)
+        return None
+
+    def measured(self, name: str, form: type[T] | Any) -> T:
+        """Return the numbers of that name, which are measured."""
+        value: T | None = self.get(name, form)
+        assert value is not None, f"{name} is measured"
+        return value
 
     def put(self, name: str, value: Any, seconds: float) -> None:
         """Write numbers, and how long measuring them took."""
-        with self._connection:
+        self._unwritten[name] = value, seconds
+        with written_if_possible(self.path.parent), self._connection:
             row = (name, json.dumps(value), seconds)
             self._connection.execute("INSERT OR REPLACE INTO numbers VALUES (?, ?, ?)", row)
+            del self._unwritten[name]
 
     def seconds(self) -> float:
         """Return how long all measurements took, those of earlier processes included."""
         query = "SELECT TOTAL(seconds) FROM numbers"
-        return float(self._connection.execute(query).fetchone()[0])
+        written = float(self._connection.execute(query).fetchone()[0])
+        return written + sum(seconds for _, seconds in self._unwritten.values())
 
 
 def measure(
@@ -230,11 +268,12 @@ def _traces(
 ) -> list[tuple[float, ...]]:
     """Return effects by layer, one row for each fact."""
     what = {"exact": "tracing", "attribution": "estimating traces"}[method]
+    effects_form = Annotated[tuple[float, ...], Len(lm.n_layers, lm.n_layers)]
     # a finished trace comes back with its prompt and subject, not with its fact's index
     missing = {
         (fact.prompt_text, fact.subject): i
         for i, fact in enumerate(facts)
-        if file.get(f"{method} {i}") is None
+        if file.get(f"{method} {i}", effects_form) is None
     }
     prompts = [
         TracePrompt(
@@ -255,7 +294,7 @@ def _traces(
         file.put(f"{method} {missing[trace.prompt, trace.subject]}", effects, now - last)
         done, last = done + 1, now
         progress(what, done, len(facts))
-    return [tuple(file.get(f"{method} {i}")) for i in range(len(facts))]
+    return [file.measured(f"{method} {i}", effects_form) for i in range(len(facts))]
 
 
 def _edit_at(
@@ -269,7 +308,7 @@ def _edit_at(
     """Return the result of editing each fact at each layer, by (fact, layer)."""
     # fact by fact, so that a run that is cut short has whole facts
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
-    missing = [(i, layer) for i, layer in todo if file.get(f"edit {i} {layer}") is None]
+    missing = [at for at in todo if file.get("edit {} {}".format(*at), EditOutcome) is None]
     last = time.monotonic()  # before what edits share, so that its time counts for the first one
     shared = recipe.shared(lm, layers, progress) if missing else {}
     done = len(todo) - len(missing)
@@ -280,7 +319,7 @@ def _edit_at(
         file.put(f"edit {i} {layer}", asdict(outcome), now - last)
         done, last = done + 1, now
     progress("editing", done, len(todo))
-    return {(i, layer): EditOutcome(**file.get(f"edit {i} {layer}")) for i, layer in todo}
+    return {(i, layer): file.measured(f"edit {i} {layer}", EditOutcome) for i, layer in todo}
 
 
 def _outcome(lm: LanguageModel, fact: Fact, method: str, **settings: Any) -> EditOutcome:

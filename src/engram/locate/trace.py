@@ -12,22 +12,62 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from annotated_types import Ge, Le, Len, MinLen
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from engram.errors import EngramFileError, SettingError
 from engram.files.atomic import atomic_file
+from engram.files.forms import parsed
+from engram.files.names import read_bytes
 from engram.locate.captions import LETTERS, Captions, colours, marked, severed_bars
+from engram.modules.tensor_files import tensors_from_bytes, tensors_to_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from engram.plots.heat_maps import HeatMap
+
+_KIND = "engram.trace"
+_EXACT = "exact: "  # before the names of `exact` in a file
+# A number of a token; no prompt is as long, and ranges of roles are walked through.
+_Token = Annotated[int, Ge(0), Le(1 << 20)]
+
+
+class _AboutForm(TypedDict):
+    """What a file says of a trace beside its tables."""
+
+    prompt: str
+    subject: str
+    answer: str
+    tokens: Annotated[list[str], MinLen(1)]
+    positions: list[_Token]
+    subject_range: tuple[_Token, _Token]
+    corrupted: list[_Token]
+    low_score: float
+    high_score: float
+    window: Annotated[int, Ge(1)]
+    samples: Annotated[int, Ge(1)]
+    model: str
+    last: Annotated[int, Ge(-1), Le(1 << 20)]
+    settings: dict[str, Any]
+    method: Literal["exact", "attribution", "screened"]
+    tables: Annotated[list[str], MinLen(1)]
+
+
+class _SettingsForm(TypedDict, total=False):
+    """The settings that pictures and averages read; see `trace_tables.described`."""
+
+    corruption: str
+    direction: Literal["denoise", "noise"]
+    effect: Literal["indirect", "direct"]
+    metric: Literal["probability", "log_probability", "logit_difference"]
+    neurons: list[Annotated[list[Annotated[int, Ge(0)]], Len(2, 2)]]
+    foil: str | None
+    other_subject: str | None
 
 
 @dataclass(frozen=True)
@@ -228,9 +268,8 @@ class CausalTrace:
             "tables": list(self.scores)
         }
         tables = {k: v.contiguous() for k, v in self.scores.items()}
-        tables |= {f"exact: {k}": v.contiguous() for k, v in self.exact.items()}
-        # one entry: safetensors writes several in any order, and equal traces have equal bytes
-        return save_tensors(tables, {"engram.trace": json.dumps(about)})
+        tables |= {_EXACT + k: v.contiguous() for k, v in self.exact.items()}
+        return tensors_to_bytes(tables, _KIND, about)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -244,20 +283,19 @@ class CausalTrace:
         Raises:
             EngramFileError: not such data; the message calls it `name`.
         """
-        try:
-            # safetensors.torch.load drops the header, which is a length and JSON
-            size = int.from_bytes(data[:8], "little")
-            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["engram.trace"])
-            tables = load_tensors(data)
-            scores = {site: tables[site] for site in about.pop("tables")}
-        except (SafetensorError, KeyError, ValueError, OverflowError) as error:
-            raise EngramFileError(
-                f"{name!r} is not a saved causal trace ({error}); make one with CausalTrace.save"
-            ) from error
-        exact = {k.removeprefix("exact: "): v for k, v in tables.items() if k.startswith("exact: ")}
-        return cls(
-            **{**about, "subject_range": tuple(about["subject_range"])}, scores=scores, exact=exact
-        )
+        what = "a saved causal trace; make one with CausalTrace.save"
+        about: _AboutForm
+        tensors, about = tensors_from_bytes(data, _KIND, _AboutForm, name, what)
+        parsed(_SettingsForm, json.dumps(about["settings"]), f"{name}, settings,")
+        own: dict[str, Any] = dict(about)
+        tables = own.pop("tables")
+        exact = {k.removeprefix(_EXACT): v for k, v in tensors.items() if k.startswith(_EXACT)}
+        if set(tensors) != {*tables, *(_EXACT + site for site in exact)}:
+            raise EngramFileError(f"{name} is damaged: its tables are {', '.join(tensors)}")
+        scores = {site: tensors[site] for site in tables}
+        if fault := _fault(about, scores, exact):
+            raise EngramFileError(f"{name} is damaged: {fault}")
+        return cls(**own, scores=scores, exact=exact)
 
     @classmethod
     def load(cls, path: str | Path) -> CausalTrace:
@@ -267,7 +305,29 @@ class CausalTrace:
             EngramFileError: not such a file.
         """
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
+            data = read_bytes(path)
+        except (OSError, EngramFileError) as error:
             raise EngramFileError(f"{str(path)!r} is not a saved causal trace ({error})") from error
         return cls.from_bytes(data, str(path))
+
+
+def _fault(about: _AboutForm, scores: dict[str, Tensor], exact: dict[str, Tensor]) -> str | None:
+    """Return what of a file's trace does not fit the rest of it; None if all does."""
+    rows, (first, end) = len(about["tokens"]), about["subject_range"]
+    if len(about["positions"]) != rows:
+        return f"{len(about['positions'])} positions of {rows} tokens"
+    if first >= end:
+        return f"subject_range={[first, end]}, expected a first token and the one after the last"
+    for site, table in scores.items():
+        if table.dtype != torch.float32 or table.dim() not in (2, 3) or len(table) != rows:
+            kind = f"{list(table.shape)} {table.dtype}"
+            return f"table {site!r} is {kind}, expected a row of float32 for each of {rows} tokens"
+        if not table.numel() or not table.isfinite().all():
+            return f"table {site!r} is empty, or holds NaN or infinity"
+    neurons = about["settings"].get("neurons", ())
+    if "neuron" in scores and scores["neuron"].shape[1:] != (len(neurons),):
+        return f"table 'neuron' has {list(scores['neuron'].shape)} of {len(neurons)} neurons"
+    for site, table in exact.items():
+        if site not in scores or table.shape != scores[site].shape or table.dtype != torch.bool:
+            return f"table 'exact: {site}' is not of the cells of a table {site!r}"
+    return None

@@ -7,7 +7,9 @@ Knows keys and bytes. Refuses to know how such a file is created and opened: see
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
+
+from annotated_types import Ge
 
 from engram.files.run_file import RunFile
 from engram.locate.trace import CausalTrace
@@ -36,6 +38,24 @@ class StoredRow(NamedTuple):
     trace: CausalTrace | None
 
 
+class _KeyRow(NamedTuple):
+    key: str
+
+
+class _TraceRow(NamedTuple):
+    key: str
+    number: Annotated[int, Ge(0)]
+    prompt: str
+    trace: bytes
+
+
+class _SkippedRow(NamedTuple):
+    key: str
+    number: Annotated[int, Ge(0)]
+    prompt: str
+    skipped: str
+
+
 class TraceStore(RunFile):
     """An open file of a run, from `writing` or `reading`."""
 
@@ -45,7 +65,7 @@ class TraceStore(RunFile):
 
     def keys(self) -> set[str]:
         """Return the keys of finished facts, skipped ones included."""
-        return {key for (key,) in self._connection.execute("SELECT key FROM facts")}
+        return {row.key for row in self._rows(_KeyRow, "facts", "SELECT key FROM facts")}
 
     def add(self, rows: Iterable[StoredRow]) -> None:
         """Write rows, all of them or none.
@@ -63,20 +83,18 @@ class TraceStore(RunFile):
         """Return the traces of these facts, in this order; default: all, in the order of their
         list.
         """
-        rows = self._connection.execute(
-            "SELECT key, trace FROM facts WHERE skipped IS NULL ORDER BY number, rowid"
-        )
+        query = f"{_SELECT} trace FROM facts WHERE skipped IS NULL ORDER BY number, rowid"
+        rows = ((row.key, row.trace) for row in self._rows(_TraceRow, "facts", query))
         return [CausalTrace.from_bytes(data, str(self.path)) for data in _chosen(rows, keys)]
 
     def skipped(self, keys: Sequence[str] | None = None) -> list[tuple[str, str]]:
         """Return (prompt, reason) of the facts that were left out, ordered as `traces` are."""
-        rows = self._connection.execute(
-            "SELECT key, prompt, skipped FROM facts WHERE skipped IS NOT NULL "
-            "ORDER BY number, rowid"
-        )
-        return _chosen(((key, (prompt, why)) for key, prompt, why in rows), keys)
+        query = f"{_SELECT} skipped FROM facts WHERE skipped IS NOT NULL ORDER BY number, rowid"
+        rows = self._rows(_SkippedRow, "facts", query)
+        return _chosen(((row.key, (row.prompt, row.skipped)) for row in rows), keys)
 
 
+_SELECT = "SELECT key, number, prompt,"
 T = TypeVar("T")
 
 

@@ -185,7 +185,7 @@ def test_save_and_load(tmp_path):
         {"corpus": "x"},
     )
     (tmp_path / "junk").write_text("junk")
-    with pytest.raises(EngramFileError, match="does not hold a second moment"):
+    with pytest.raises(EngramFileError, match="is not a saved second moment"):
         SecondMoment.load(tmp_path / "junk")
 
 

@@ -133,7 +133,7 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
     lm = tiny_lm("gpt2")
     moments_of(lm, [1], 50, tmp_path)
     (path,) = tmp_path.rglob("*.safetensors")
-    SecondMoment.from_matrix(torch.eye(3), 7).save(path)
+    SecondMoment.from_matrix(torch.eye(48), 7).save(path)
     assert moments_of(lm, [1], 50, tmp_path)[1].count == 7
     path.unlink()
     assert moments_of(lm, [1], 50, tmp_path)[1].count == 50

@@ -8,58 +8,76 @@ layer, clamp and case number, and returns stale values when anything else change
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
 from engram.editors.closed_form.values import Value, ValueSearch
-from engram.errors import EngramError
+from engram.errors import EngramError, EngramFileError
 from engram.facts import Fact
-from engram.files.cache_folder import cache_folder, sha256_of
+from engram.files.cache_folder import cache_folder, sha256_of, written_if_possible
+from engram.files.forms import parsed, parsed_row
+from engram.files.names import check_regular
 from engram.model.language_model import LanguageModel
+from engram.modules.tensor_files import tensors_from_bytes, tensors_to_bytes
 from engram.runs.identity import identity
+
+log = logging.getLogger(__name__)
+
+_KIND = "engram.value"
+_Loss = tuple[float, float, float, float]
+
+
+class _Row(NamedTuple):
+    losses: str
+    tensors: bytes
+
+
+class _AboutForm(TypedDict, total=False):
+    name: str  # of the row, so that rows are not exchanged
+    losses: str  # their sha256
 
 
 class ValueStore:
     """A file of values; use it as a context manager.
 
+    A value that cannot be written is used all the same, with a warning.
+
     Args:
         path: of the file; None keeps nothing.
         lm: the model, with the weights that values are found on.
+        cache: whether nobody named the file: then one that cannot be used is passed over, and a
+            damaged value is found again, with a warning.
     Raises:
-        EngramError: the file cannot be read or written, here or later.
+        EngramError: the file that was named cannot be used, here or later.
     """
 
-    def __init__(self, path: Path | None, lm: LanguageModel) -> None:
-        self._lm, self._path, self._file = lm, path, None
+    def __init__(self, path: Path | None, lm: LanguageModel, *, cache: bool = False) -> None:
+        self._lm, self._path, self._cache = lm, path, cache
+        self._file: sqlite3.Connection | None = None
         if path is None:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # SQLite, since several processes write one file: a lock is waited for, a killed writer
-            # leaves no half value, and nothing is rewritten as the file grows.
-            self._file = sqlite3.connect(path, timeout=60)
-            self._file.execute(
-                "CREATE TABLE IF NOT EXISTS found "
-                "(name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID"
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from error
+            self._file = self._opened(path)
+        except (OSError, sqlite3.Error, EngramFileError) as error:
+            if not cache:
+                raise self._unusable(error) from error
+            with written_if_possible(path.parent):
+                raise self._unusable(error) from error
 
     @classmethod
     def of(cls, given: str | Path | bool, lm: LanguageModel) -> ValueStore:
         """Open a file, the cache folder's (True), or none (False)."""
-        if isinstance(given, bool):
-            return cls(cache_folder("values") / "values.sqlite" if given else None, lm)
-        return cls(Path(given), lm)
+        if not isinstance(given, bool):
+            return cls(Path(given), lm)
+        return cls(cache_folder("values") / "values.sqlite" if given else None, lm, cache=True)
 
     def __enter__(self) -> ValueStore:
         return self
@@ -85,31 +103,50 @@ class ValueStore:
 
     def get(self, names: Sequence[str]) -> list[Value | None]:
         """Return the stored values, None for each that is missing."""
-        rows = [
-            self._run("SELECT losses, tensors FROM found WHERE name = ?", name) for name in names
-        ]
-        try:
-            return [None if row is None else _value(*row) for row in rows]
-        except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise self._unusable(error) from error
+        return [self._get(name) for name in names]
 
     def put(self, name: str, value: Value) -> None:
-        """Keep a value; when this returns it is on disk."""
+        """Keep a value, if the file can be written; when this returns it is on disk."""
+        if self._file is None or self._path is None:
+            return
         losses = json.dumps([value.losses, value.delta_norms])
-        tensors = safetensors.torch.save(
-            {"start": value.start_d.cpu(), "delta": value.delta_d.cpu().contiguous()}
-        )
-        self._run("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", name, losses, tensors)
+        tensors = {"start": value.start_d.cpu(), "delta": value.delta_d.cpu().contiguous()}
+        about = {"name": name, "losses": sha256_of(losses)}
+        row = (name, losses, tensors_to_bytes(tensors, _KIND, about))
+        with written_if_possible(self._path), self._file:
+            self._file.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?)", row)
 
-    def _run(self, statement: str, *values: str | bytes) -> Any:
-        """Return the first row of a statement's result; None without a row or without a file."""
+    def _opened(self, path: Path) -> sqlite3.Connection:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir():  # of a folder SQLite itself says that it is none
+            check_regular(path)
+        # SQLite, since several processes write one file: a lock is waited for, a killed writer
+        # leaves no half value, and nothing is rewritten as the file grows.
+        file = sqlite3.connect(path, timeout=60)
+        try:
+            file.execute("PRAGMA trusted_schema = OFF")
+            file.execute(
+                "CREATE TABLE IF NOT EXISTS found "
+                "(name TEXT PRIMARY KEY, losses TEXT, tensors BLOB) WITHOUT ROWID"
+            )
+            file.execute("SELECT losses, tensors FROM found LIMIT 1").fetchone()
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _get(self, name: str) -> Value | None:
         if self._file is None:
             return None
+        query = "SELECT losses, tensors FROM found WHERE name = ?"
         try:
-            with self._file:
-                return self._file.execute(statement, values).fetchone()
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
+            row = self._file.execute(query, (name,)).fetchone()
+            return None if row is None else _value(name, row, str(self._path))
+        except (sqlite3.Error, EngramFileError) as error:
+            if not self._cache:
+                raise self._unusable(error) from error
+            log.warning("%s; the value is found again", error)
+            return None
 
     def _unusable(self, error: Exception) -> EngramError:
         return EngramError(
@@ -118,10 +155,25 @@ class ValueStore:
         )
 
 
-def _value(losses: str, tensors: bytes) -> Value:
-    states: dict[str, torch.Tensor] = safetensors.torch.load(tensors)
-    terms, norms = json.loads(losses)
-    nothing = states["start"].new_zeros(0, 0)
-    return Value(
-        states["start"], states["delta"], nothing, nothing, [tuple(step) for step in terms], norms
-    )
+def _value(name: str, row: Sequence[Any], where: str) -> Value:
+    """Return the value of a row.
+
+    Raises:
+        EngramFileError: damaged.
+    """
+    stored: _Row = parsed_row(_Row, row, where)
+    losses, what = stored.losses, "a file of values"
+    about: _AboutForm
+    states, about = tensors_from_bytes(stored.tensors, _KIND, _AboutForm, where, what, older=True)
+    if about and about != {"name": name, "losses": sha256_of(losses)}:
+        raise EngramFileError(f"{where} is damaged: its losses or its name are of another value")
+    terms: list[_Loss]
+    norms: list[float]
+    terms, norms = parsed(tuple[list[_Loss], list[float]], losses, where)
+    start_d, delta_d = states.get("start"), states.get("delta")
+    if start_d is None or delta_d is None or start_d.dim() != 1 or start_d.shape != delta_d.shape:
+        raise EngramFileError(f"{where} is damaged: expected two states, 'start' and 'delta'")
+    if not (start_d.isfinite().all() and delta_d.isfinite().all()):
+        raise EngramFileError(f"{where} is damaged: it holds NaN or infinity")
+    nothing = start_d.new_zeros(0, 0)
+    return Value(start_d, delta_d, nothing, nothing, terms, norms)

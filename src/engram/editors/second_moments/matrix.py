@@ -9,21 +9,21 @@ Source: Meng et al. 2022, arXiv:2202.05262, Eq. 2; null space: Fang et al. 2024,
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from annotated_types import Ge
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
-from engram.files.atomic import atomic_file
+from engram.files.names import open_regular
+from engram.modules.tensor_files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,17 @@ _RIDGES = (1e-9, 1e-7, 1e-5, 1e-3)  # tried in turn where C has no Cholesky fact
 # d_ff from which an eigendecomposition is worth a file: it takes 0.3 s there, and eight times as
 # long at each doubling
 _KEPT_FROM = 1024
+_KIND, _EIGEN = "engram.second_moment", "engram.eigen"
+WHAT = "a saved second moment"
+
+
+class _AboutForm(TypedDict):
+    count: Annotated[int, Ge(0)]
+    source: dict[str, Any]
+
+
+class _EigenForm(TypedDict):
+    of: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,10 +250,10 @@ class SecondMoment:
                 write_tensors(
                     self.file.with_suffix(".eigen"),
                     tensors,
-                    "engram.eigen",
+                    _EIGEN,
                     {"of": _digest(self.matrix_ff)},
                 )
-            except (EngramFileError, SafetensorError) as error:  # a full disk stops no edit
+            except EngramError as error:  # a full disk stops no edit
                 log.warning(
                     "the eigendecomposition could not be written, the next process computes it "
                     "again: %s",
@@ -255,21 +266,25 @@ class SecondMoment:
         if self.file is None or not (path := self.file.with_suffix(".eigen")).exists():
             return None
         try:
-            tensors, about = read_tensors(path, "engram.eigen")
+            about: _EigenForm
+            tensors, about = read_tensors(path, _EIGEN, _EigenForm, "an eigendecomposition")
         except EngramFileError as error:
             log.warning("%s; computing it again", error)
             return None
         # a file beside another C (measured again under the same name) is of no use
-        same = about["of"] == _digest(self.matrix_ff)
-        return (tensors["eigenvalues"], tensors["eigenvectors"]) if same else None
+        if about["of"] != _digest(self.matrix_ff):
+            return None
+        eigen = tensors.get("eigenvalues"), tensors.get("eigenvectors")
+        fits = [None if part is None else part.shape for part in eigen]
+        if fits != [self.matrix_ff.shape[:1], self.matrix_ff.shape]:
+            log.warning("%s is not of its second moment; computing it again", path)
+            return None
+        return cast("tuple[Tensor, Tensor]", eigen)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, whole or not at all."""
         write_tensors(
-            path,
-            {"matrix": self.matrix_ff},
-            "engram.second_moment",
-            {"count": self.count, "source": self.source},
+            path, {"matrix": self.matrix_ff}, _KIND, {"count": self.count, "source": self.source}
         )
 
     @classmethod
@@ -279,8 +294,16 @@ class SecondMoment:
         Raises:
             EngramFileError: not such a file.
         """
-        tensors, about = read_tensors(path, "engram.second_moment")
-        return cls(tensors["matrix"], about["count"], about["source"])
+        about: _AboutForm
+        tensors, about = read_tensors(path, _KIND, _AboutForm, WHAT)
+        matrix_ff = tensors.get("matrix", torch.empty(0))
+        square = matrix_ff.dim() == 2 and matrix_ff.shape[0] == matrix_ff.shape[1] > 0
+        if not square or matrix_ff.dtype != torch.float64 or not matrix_ff.isfinite().all():
+            raise EngramFileError(
+                f"{str(path)!r} is not {WHAT} (its matrix is {list(matrix_ff.shape)} "
+                f"{matrix_ff.dtype}; expected a finite one of float64, [d_ff, d_ff])"
+            )
+        return cls(matrix_ff, about["count"], about["source"])
 
 
 def load_npz(path: str | Path) -> SecondMoment:
@@ -291,43 +314,16 @@ def load_npz(path: str | Path) -> SecondMoment:
         EngramFileError: not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            total, count = arrays["mom2.mom2"], int(arrays["mom2.count"])
-    except (OSError, KeyError, ValueError) as error:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+            total, count = arrays["mom2.mom2"].astype(np.float64), int(arrays["mom2.count"])
+        if count < 1:
+            raise ValueError(f"mom2.count={count}, expected at least 1")
+        source = {"npz": Path(path).name, "tokens": count}
+        return SecondMoment.from_matrix(total / count, count, source)
+    except Exception as error:  # zip, zlib and numpy's header, which is parsed as Python: anything
         raise EngramFileError(
             f"{str(path)!r} is not a statistics file of the released code ({error}); expected "
             "mom2.mom2 and mom2.count"
-        ) from error
-    return SecondMoment.from_matrix(
-        total.astype(np.float64) / count, count, {"npz": Path(path).name, "tokens": count}
-    )
-
-
-def write_tensors(
-    path: str | Path, tensors: dict[str, Tensor], kind: str, about: Mapping[str, Any]
-) -> None:
-    """Write one safetensors file, whole or not at all, with `about` as JSON in its header.
-
-    Args:
-        kind: key of `about` in the header, by which `read_tensors` recognises the file.
-    """
-    with atomic_file(path) as fresh:
-        save_file(tensors, fresh, {kind: json.dumps(about)})
-
-
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and `about` that `write_tensors` wrote.
-
-    Raises:
-        EngramFileError: not such a file.
-    """
-    try:
-        with safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {})[kind])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise EngramFileError(
-            f"{str(path)!r} does not hold a second moment ({error}); delete it to measure again"
         ) from error
 
 

@@ -27,17 +27,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 from engram.editors.second_moments.corpora import Corpus, SampledText, as_corpus
 from engram.editors.second_moments.corpus_pass import NAME, MomentPass, Sums
-from engram.editors.second_moments.matrix import SecondMoment, load_npz, read_tensors, write_tensors
+from engram.editors.second_moments.matrix import WHAT, SecondMoment, load_npz
 from engram.engine.recording import base_model
 from engram.errors import EngramFileError
-from engram.files.cache_folder import cache_folder, sha256_of
+from engram.files.cache_folder import cache_folder, sha256_of, written_if_possible
 from engram.model.language_model import LanguageModel
 from engram.model.pace import seconds_per_token
 from engram.modules.fingerprints import fingerprints
+from engram.modules.tensor_files import read_tensors, write_tensors
 from engram.progress import Progress, Work, announce, no_progress
 from engram.runs.identity import identity_of
 from engram.runs.workers import Workers
@@ -106,13 +110,17 @@ def second_moments(
     folder = cache_folder("second_moments", cache_dir)
     stems = _names(lm, measured, source)
     paths = {layer: folder / f"{stems[layer]}-{tokens}.safetensors" for layer in measured}
-    moments = {layer: _read(path) for layer, path in paths.items() if path.exists()}
+    moments = {}
+    for layer, path in paths.items():
+        if (moment := _read(path, lm.parts.mlp_width(layer))) is not None:
+            moments[layer] = moment
     missing = [layer for layer in measured if layer not in moments]
     if missing:
         # named by all that is missing: another set of layers is another pass
         partial = folder / f"{sha256_of(*(paths[layer].stem for layer in missing))}.partial"
-        sums = _unfinished(partial)
-        sums = sums or _shorter(folder, {layer: stems[layer] for layer in missing}, tokens)
+        widths = {layer: lm.parts.mlp_width(layer) for layer in missing}
+        sums = _unfinished(partial, widths)
+        sums = sums or _shorter(folder, {layer: stems[layer] for layer in missing}, tokens, widths)
         sums = sums or Sums.zero(lm, missing)
         work = _work(lm, sums, tokens, text, seconds_per_token(lm, progress))
         work.kept = f"kept in {folder}; a stopped measurement is resumed"
@@ -125,11 +133,13 @@ def second_moments(
         about = {**source, "tokens": tokens, "documents": sums.documents, "offset": sums.offset}
         for layer in missing:
             moments[layer] = SecondMoment(sums.mean(layer), sums.count, about, paths[layer])
-            moments[layer].save(paths[layer])
-            _remember(paths[layer], moments[layer])
+            with written_if_possible(folder):
+                moments[layer].save(paths[layer])
+                _remember(paths[layer], moments[layer])
             work.did("files")
         progress(NAME, tokens, tokens)
-        partial.unlink(missing_ok=True)
+        with written_if_possible(folder):
+            partial.unlink(missing_ok=True)
     return {layer: moments[layer] for layer in layers}
 
 
@@ -137,10 +147,20 @@ def second_moments(
 _MEMORY: OrderedDict[tuple[str, int, int], SecondMoment] = OrderedDict()
 
 
-def _read(path: Path) -> SecondMoment:
-    """Return a cached file's moment, from memory where the same file was read before."""
-    moment = _MEMORY.get(_version(path)) or replace(SecondMoment.load(path), file=path)
-    _remember(path, moment)
+def _read(path: Path, width: int) -> SecondMoment | None:
+    """Return a cached file's moment, from memory where the same file was read before; None where
+    there is none, or a damaged one.
+    """
+    try:
+        moment = _MEMORY.get(_version(path)) or replace(SecondMoment.load(path), file=path)
+        if len(moment.matrix_ff) != width:
+            raise EngramFileError(f"{path} is not {WHAT} of [{width}, {width}]")
+        _remember(path, moment)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (EngramFileError, OSError) as error:
+        log.warning("%s; measuring it again", error)
+        return None
     return moment
 
 
@@ -157,17 +177,33 @@ def _version(path: Path) -> tuple[str, int, int]:
     return str(path), stat.st_mtime_ns, stat.st_size
 
 
-def _unfinished(partial: Path) -> Sums | None:
-    """Return the sums that an interrupted pass saved."""
-    if not partial.exists():
-        return None
+class _PartialForm(TypedDict):
+    count: Annotated[int, Ge(1)]
+    documents: Annotated[int, Ge(0)]
+    offset: Annotated[int, Ge(0)]
+
+
+def _unfinished(partial: Path, widths: Mapping[int, int]) -> Sums | None:
+    """Return the sums that an interrupted pass saved.
+
+    Args:
+        widths: layer -> d_ff of the layers that are to be measured.
+    """
+    about: _PartialForm
     try:
-        totals, about = read_tensors(partial, "engram.partial")
-    except EngramFileError as error:
+        if not partial.exists():
+            return None
+        totals, about = read_tensors(partial, "engram.partial", _PartialForm, "a state of a pass")
+        if {name: total.shape for name, total in totals.items()} != {
+            str(layer): (width, width) for layer, width in widths.items()
+        }:
+            raise EngramFileError(f"{partial} has sums of other layers")
+    except (EngramFileError, OSError) as error:
         log.warning("%s; measuring from the start", error)
         return None
     log.info("resuming after %d tokens", about["count"])
-    return Sums({int(layer): total for layer, total in totals.items()}, **about)
+    place = (about["count"], about["documents"], about["offset"])
+    return Sums({int(layer): total for layer, total in totals.items()}, *place)
 
 
 def _work(lm: LanguageModel, sums: Sums, tokens: int, corpus: Corpus, pace: float) -> Work:
@@ -198,36 +234,41 @@ def _every(seconds: float, partial: Path) -> Callable[[Sums], None]:
         if time.monotonic() - written > seconds:
             totals = {str(layer): total for layer, total in sums.totals.items()}
             place = {"count": sums.count, "documents": sums.documents, "offset": sums.offset}
-            write_tensors(partial, totals, "engram.partial", place)
+            with written_if_possible(partial.parent):
+                write_tensors(partial, totals, "engram.partial", place)
             written = time.monotonic()  # after the write, so that a slow disk is not always busy
 
     return pause
 
 
-def _shorter(folder: Path, stems: Mapping[int, str], tokens: int) -> Sums | None:
+def _shorter(
+    folder: Path, stems: Mapping[int, str], tokens: int, widths: Mapping[int, int]
+) -> Sums | None:
     """Return the sums of the longest measurement with fewer tokens of the same text that all these
     layers have.
     """
-    counts = [
-        {int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{stem}-*.safetensors")}
-        for stem in stems.values()
-    ]
+    counts = []
+    for stem in stems.values():
+        ends = (path.stem.rpartition("-")[2] for path in folder.glob(f"{stem}-*.safetensors"))
+        counts.append({int(end) for end in ends if end.isdecimal()})
     shorter = [count for count in set.intersection(*counts) if count < tokens]
     if not shorter:
         return None
-    try:
-        moments = {
-            layer: SecondMoment.load(folder / f"{stem}-{max(shorter)}.safetensors")
-            for layer, stem in stems.items()
-        }
-    except EngramFileError as error:
-        log.warning("%s; measuring from the start", error)
+    paths = {layer: folder / f"{stem}-{max(shorter)}.safetensors" for layer, stem in stems.items()}
+    moments = {layer: _read(path, widths[layer]) for layer, path in paths.items()}
+    found = {layer: moment for layer, moment in moments.items() if moment is not None}
+    # one pass measured all layers, so they agree on where in the corpus it stopped
+    places = {(m.count, m.source.get("documents"), m.source.get("offset")) for m in found.values()}
+    count, documents, offset = places.pop() if places else (0, None, None)
+    if len(found) < len(moments) or places or type(documents) is not int or type(offset) is not int:
+        log.warning("the second moments of %d tokens: measuring from the start", max(shorter))
         return None
     log.info("continuing the second moments of %d tokens", max(shorter))
-    # one pass measured all layers, so they agree on where in the corpus it stopped
-    (about,) = {(m.count, m.source["documents"], m.source["offset"]) for m in moments.values()}
     return Sums(
-        {layer: moment.matrix_ff.mul_(moment.count) for layer, moment in moments.items()}, *about
+        {layer: moment.matrix_ff * count for layer, moment in found.items()},
+        count,
+        documents,
+        offset,
     )
 
 
