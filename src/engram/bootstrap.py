@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engram.errors import SettingError
+from engram.checks import Count, Seed, check_fields
 
 _AT_ONCE = 64  # resamples, so that weights of twenty thousand rows stay small
 _LEAST_SPREAD = 1e-6  # below, there is nothing to correlate
@@ -37,14 +37,11 @@ class Bootstrap:
         SettingError: no resamples.
     """
 
-    seed: int = 0
-    resamples: int = 1000
+    seed: Seed = 0
+    resamples: Count = 1000
 
     def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise SettingError(
-                f"resamples={self.resamples}: a bootstrap needs at least 1, usual are 1000"
-            )
+        check_fields(self)
 
     def means(self, values_nl: Array) -> Array:
         """Return the means [resamples, l] of the rows of each draw.

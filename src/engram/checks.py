@@ -6,14 +6,30 @@ Refuses to know any setting by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial, wraps
+from inspect import signature, unwrap
 from json import loads
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engram.errors import EngramError, SettingError
+
+# Ranges that many settings have. NaN and infinity are refused everywhere, see `check_fields`.
+Natural = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1)]  # steps, samples, tokens, rows
+NonNegative = Annotated[float, Ge(0)]  # weights of penalties
+Positive = Annotated[float, Gt(0)]  # rates and lengths
+Share = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]  # what the generators of torch and numpy take
+Texts = Annotated[tuple[str, ...], MinLen(1)]
+Layers = Annotated[Sequence[int], MinLen(1)]  # numbers of blocks, from 0
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def one_of(
@@ -66,6 +82,46 @@ def check_fields(config: Any, error: type[EngramError] = SettingError) -> None:
     """
     for name, hint in _hints(config.__class__).items():
         object.__setattr__(config, name, checked(name, getattr(config, name), hint, error))
+
+
+def checked_call(function: _Function) -> _Function:
+    """Return a public function that first checks its arguments by their annotations.
+
+    Settings that it hands on (`**settings`) are checked where they are annotated. A missing or
+    unknown argument is Python's own TypeError.
+
+    Example:
+        >>> @checked_call
+        ... def take(rows: int, *, rate: Positive = 0.5) -> None: ...
+        >>> take(3, rate=-1)
+        Traceback (most recent call last):
+        engram.errors.SettingError: rate=-1: expected above 0
+    """
+    parameters = signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **settings: Any) -> Any:
+        try:
+            bound = parameters.bind(*args, **settings)
+        except TypeError:
+            return function(*args, **settings)  # which says it with the function's name
+        check_arguments(function, bound.arguments)
+        return function(*bound.args, **bound.kwargs)
+
+    return cast("_Function", call)
+
+
+def check_arguments(function: Callable[..., Any], given: MutableMapping[str, Any]) -> None:
+    """Raise unless `given` are of the types that a function annotates; put them right in place.
+
+    Args:
+        given: arguments by name; those that the function does not name are left alone.
+    Raises:
+        SettingError: names the argument, its value and what was expected.
+    """
+    for name, hint in _argument_hints(function).items():
+        if name in given:
+            given[name] = checked(name, given[name], hint)
 
 
 def checked(name: str, value: Any, hint: Any, error: type[EngramError] = SettingError) -> Any:
@@ -121,6 +177,22 @@ def _hints(config: type[Any]) -> dict[str, Any]:
 
 
 @cache
+def _argument_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    while isinstance(function, partial):
+        function = function.func
+    # What it returns, `self` and the names of `**settings` are no arguments to check.
+    named = {
+        name: parameter.annotation
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.annotation is not parameter.empty
+    }
+    return get_type_hints(
+        SimpleNamespace(__annotations__=named), unwrap(function).__globals__, include_extras=True
+    )
+
+
+@cache
 def _model(hint: Any) -> Any:
     from pydantic import ConfigDict, RootModel
 
@@ -133,7 +205,9 @@ def _model(hint: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()  # layers may come from an array
+    return tuple(map(_tuples, value)) if isinstance(value, list | range) else value
 
 
 # pydantic's kinds of errors in our words; others keep pydantic's
@@ -158,7 +232,9 @@ _WORDS = {
     "less_than_equal": "at most {le:g}",
     "less_than": "below {lt:g}",
     "literal_error": "{expected}",
-    "is_instance_of": "{class}",
+    "is_instance_of": "an instance of {class}",
+    "dataclass_exact_type": "an instance of {class_name}",
+    "callable_type": "a function",
     "too_short": "at least {min_length} of them",
     "too_long": "at most {max_length} of them",
 }
@@ -193,7 +269,8 @@ def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
 def _expected(one: Mapping[str, Any]) -> str:
     if one["type"] in _WORDS:
         words = _WORDS[one["type"]].format_map(one.get("ctx", {}))
-        return {"Sequence": "a list", "Mapping": "an object"}.get(words, words)
+        kinds = {"an instance of Sequence": "a list", "an instance of Mapping": "an object"}
+        return kinds.get(words, words)
     text = str(one["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return " ".join(text.split())
 

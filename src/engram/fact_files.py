@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engram import pocket
-from engram.checks import did_you_mean
+from engram.checks import checked_call, did_you_mean
 from engram.errors import EngramFileError, FactError
 from engram.facts import Fact
 from engram.files.json_records import is_text, json_records, shown, writable
@@ -36,6 +36,7 @@ _KNOWN_FACTS = ("subject", "attribute", "template", "prompt", "relation_id")
 _CSV = tuple(name for name in _EXPECTED if name != "neighbours")
 
 
+@checked_call
 def read_facts(source: str | Path) -> list[Fact]:
     """Read facts from a file or by name, in the file's order.
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal, overload
 
+from engram.checks import checked_call
 from engram.edit.base import describe_base
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
@@ -53,6 +54,7 @@ def rewrite(
 ) -> Edit: ...
 
 
+@checked_call
 def rewrite(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -93,6 +95,7 @@ def rewrite(
     function = method_named(method)
     for edit in past:
         check_changes_weights(edit)
+    METHODS[method].check_settings(settings, method, lm.name)
     with in_force(past, lm):
         _check_not_said(lm, facts)
     settings = _with_numbered_layers(lm, facts, method, settings)
@@ -110,6 +113,7 @@ def rewrite(
     return replace(computed, base=describe_base(lm, computed.deltas))
 
 
+@checked_call
 def rewrite_each(
     lm: LanguageModel, groups: Sequence[Sequence[Fact]], method: str = "rome", **settings: Any
 ) -> list[Edit | PromptEdit | EngramError]:
@@ -127,6 +131,7 @@ def rewrite_each(
             that the method does not have.
     """
     function, batch_function = method_named(method), METHODS[method].load_batch()
+    METHODS[method].check_settings(settings, method, lm.name)
     settings = _with_numbered_layers(
         lm, [fact for facts in groups for fact in facts], method, settings
     )

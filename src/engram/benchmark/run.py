@@ -25,6 +25,7 @@ from engram.benchmark.measure import Unit, measure
 from engram.benchmark.metrics.outcomes import MeasureConfig, Measured
 from engram.benchmark.results import Run
 from engram.benchmark.store import RunStore
+from engram.checks import Count, checked_call
 from engram.editors.methods import METHODS, method_named
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
@@ -68,15 +69,16 @@ class _Method:
         return METHODS[self.name].depends_on_batch
 
 
+@checked_call
 def bench(
     model: LanguageModel | str,
     dataset: Dataset,
     methods: Methods,
     out: str | Path,
     *,
-    limit: int | None = None,
+    limit: Count | None = None,
     config: MeasureConfig | None = None,
-    records_per_batch: int = 32,
+    records_per_batch: Count = 32,
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Run:
@@ -110,11 +112,7 @@ def bench(
         ['ft', 'unedited']
     """
     config = config or MeasureConfig()
-    labelled = _labelled(methods)
-    if records_per_batch < 1 or (limit is not None and limit < 1):
-        raise SettingError(
-            f"records_per_batch={records_per_batch}, limit={limit}: expected 1 or more of each"
-        )
+    labelled = _labelled(methods, model if isinstance(model, str) else model.name)
     records = dataset.records[:limit]
     lm = load(model) if isinstance(model, str) else model
     # What may not change between two sessions: numbers of another model, dtype or config would end
@@ -194,11 +192,11 @@ def _units(
     return units
 
 
-def _labelled(methods: Methods) -> list[_Method]:
+def _labelled(methods: Methods, model: str) -> list[_Method]:
     """Return the methods by their labels.
 
     Raises:
-        SettingError: no methods, or settings that a file cannot hold.
+        SettingError: no methods, or settings that a method refuses or a file cannot hold.
         EngramError: a method that does not exist.
     """
     labelled = []
@@ -209,6 +207,7 @@ def _labelled(methods: Methods) -> list[_Method]:
         # All labels are checked before the first record: a misspelt last method is reported now,
         # not after hours of work by the others.
         method_named(name)
+        METHODS[name].check_settings(settings, name, model)
         try:
             json.dumps(settings)
         except (TypeError, ValueError) as error:

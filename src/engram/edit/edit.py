@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from engram.checks import checked
+from engram.checks import checked, checked_call
 from engram.edit import applied as in_memory
 from engram.edit import checkpoint, folder_format, lora_export
 from engram.edit import keys as fact_keys
@@ -271,6 +271,7 @@ def load_edit(folder: str | Path) -> Edit | PromptEdit:
         return (Edit if contents.deltas else PromptEdit).from_contents(contents)
 
 
+@checked_call
 def compose(edits: Sequence[Edit]) -> Edit:
     """Return one edit that does what all of them do: deltas add, facts are joined in order.
 

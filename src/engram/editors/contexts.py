@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engram.checks import Seed, checked_call
 from engram.model.chat import Style, chat_frame
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
@@ -45,10 +46,11 @@ def sample_contexts(
     return "{}", *(text.replace("{", "(").replace("}", ")") + ". {}" for text in texts)
 
 
+@checked_call
 def chat_contexts(
     lm: LanguageModel,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     styles: Sequence[Style] = ("continue",),
     system: str | None = None,
 ) -> tuple[str, ...]:

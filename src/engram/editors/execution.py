@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from engram.checks import Seed, check_fields
 from engram.engine.replayable import Engine
 from engram.progress import Progress, no_progress
 from engram.runs.workers import Workers
@@ -26,8 +27,11 @@ class Execution:
 
     engine: Engine = "auto"
     workers: Workers | None = None
-    seed: int = 0
+    seed: Seed = 0
     progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def pop(cls, settings: dict[str, Any]) -> Execution:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
-from engram.checks import check_fields
+from engram.checks import Count, Natural, Seed, check_fields, checked_call
 from engram.edit.prompt_edit import PromptEdit, Wording
-from engram.errors import FactError, SettingError
+from engram.errors import FactError
 from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
@@ -50,16 +50,12 @@ class InContextConfig:
         reserve: tokens of the model's context that stay free for the answer.
     """
 
-    most: int = 4
+    most: Count = 4
     otherwise: Literal["nearest", "nothing"] = "nearest"
-    reserve: int = 24
+    reserve: Count = 24
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.most < 1 or self.reserve < 1:
-            raise SettingError(
-                f"most={self.most}, reserve={self.reserve}: both have to be 1 or more"
-            )
 
 
 @dataclass(frozen=True)
@@ -70,21 +66,17 @@ class IkeConfig(InContextConfig):
         k: demonstrations before a fact, or those that fit; 16 as in EasyEdit, 32 in the paper.
     """
 
-    most: int = 1
-    k: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 0:
-            raise SettingError(f"k={self.k}: expected a number of demonstrations, 0 or more")
+    most: Count = 1
+    k: Natural = 16
 
 
+@checked_call
 def in_context(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
     encoder: str | Encoder = "hidden",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> PromptEdit:
@@ -113,13 +105,14 @@ def in_context(
     )
 
 
+@checked_call
 def ike(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
     demonstrations: Sequence[Fact] | str | Path | None = None,
     encoder: str | Encoder = "hidden",
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> PromptEdit:

@@ -7,17 +7,16 @@ be within a factor of two. Refuses to know how an edit is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from engram.checks import one_of
+from engram.checks import Count, Layers, checked_call, one_of
 from engram.editors.closed_form.mass_settings import MASS_METHODS
 from engram.editors.presets import preset, preset_layers
 from engram.editors.second_moments.measure import TOKENS_PER_KEY
-from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 from engram.modules.weights import linear_shape
 
@@ -98,16 +97,17 @@ class _Shapes:
     target_tokens: int
 
 
+@checked_call
 def memory_plan(
     lm: LanguageModel,
-    n_facts: int = 1,
+    n_facts: Count = 1,
     method: str = "rome",
     *,
-    layers: Sequence[int] | None = None,
-    contexts: int | None = None,
-    row_tokens: int = 24,
-    target_tokens: int = 2,
-    facts_per_batch: int = 32,
+    layers: Layers | None = None,
+    contexts: Count | None = None,
+    row_tokens: Count = 24,
+    target_tokens: Count = 2,
+    facts_per_batch: Count = 32,
 ) -> MemoryPlan:
     """Estimate from shapes what rewriting `n_facts` facts will take; no weight is read.
 
@@ -128,15 +128,6 @@ def memory_plan(
         True
     """
     one_of("method", method, PLANNED)
-    numbers = {
-        "n_facts": n_facts,
-        "facts_per_batch": facts_per_batch,
-        "row_tokens": row_tokens,
-        "target_tokens": target_tokens,
-    }
-    for name, number in numbers.items():
-        if number < 1:
-            raise SettingError(f"{name}={number}: expected at least 1")
     mass = method in MASS_METHODS
     chosen = (
         preset_layers(preset(method, lm.name), lm.n_layers, "layers" if mass else "layer")

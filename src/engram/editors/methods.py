@@ -7,17 +7,19 @@ it uses. Refuses to know what a method computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
 from typing import Any, cast
 
-from engram.checks import one_of
+from engram.checks import check_arguments, one_of
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import EngramError
-from engram.settings import check_names
+from engram.settings import read
+
+_NO_SETTINGS = {"lm", "facts", "method", "settings"}  # what a call names itself
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Method:
             alone. None: the edits are computed one by one.
         depends_on_batch: True if an edit of `batch_function` depends on which other facts are in
             the batch, so that it differs from what `function` returns.
-        config: "module:name" of the dataclass of its settings, for methods whose layer a card can
-            choose: a misspelt setting is then an error before anything is measured.
+        config: "module:name" of the dataclass of its settings: wrong ones are then an error before
+            anything is measured.
     """
 
     function: str | Callable[..., Edit | PromptEdit]
@@ -56,18 +58,35 @@ class Method:
             return None
         return cast("Callable[..., list[Edit]]", _imported(self.batch_function))
 
-    def check_settings(self, names: Iterable[str], method: str) -> None:
-        """Raise an error for a setting that neither the function nor its config has.
+    def check_settings(self, settings: Mapping[str, Any], method: str, model: str) -> None:
+        """Raise an error for settings that the method refuses, before anything is computed.
 
+        Args:
+            settings: as `rewrite` takes them, layer="auto" too.
+            method: its name in the table.
+            model: name of the model, whose preset gives the other settings.
         Raises:
-            SettingError: the message calls the method `method`.
+            SettingError: a setting that it does not have, of another type or range, or a
+                combination that means nothing.
         """
+        from engram.editors.closed_form.mass_settings import settings_of  # imports torch
+
+        takes: set[str] = set()
+        for function in filter(None, (self.load(), self.load_batch())):
+            takes |= set(signature(function).parameters) - _NO_SETTINGS
+            given = {name: value for name, value in settings.items() if not _is_auto(name, value)}
+            check_arguments(function, given)
         if self.config is not None:
-            # what a call names itself is not a setting; `depth` is how presets say a layer
-            takes = {*signature(self.load()).parameters, "depth"}
-            others = sorted(takes - {"lm", "facts", "method", "settings"})
+            takes |= {"depth"}  # how presets say a layer
+            own = {name: settings[name] for name in settings if name not in takes}
+            usual = settings_of(method, model, own)
             config = cast("type[Any]", _imported(self.config))
-            check_names(config, set(names) - takes, method, ", ".join(others))
+            usual = {name: value for name, value in usual.items() if name not in takes}
+            read(config, usual, method, ", ".join(sorted(takes)))
+
+
+def _is_auto(name: str, value: Any) -> bool:
+    return name in ("layer", "layers") and isinstance(value, str) and value == "auto"
 
 
 def _imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +97,7 @@ def _imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 _MASS = "engram.editors.closed_form.mass_settings:MassConfig"
+_TUNED = "engram.editors.training.fine_tuning:FineTuningConfig"
 METHODS: dict[str, Method] = {  # a new method is one file and one entry here
     "rome": Method(
         "engram.editors.closed_form.rome:rome",
@@ -125,26 +145,31 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "engram.editors.training.fine_tuning:ft",
         "fine-tune one MLP output matrix on the facts",
         "Zhu et al. 2020, arXiv:2012.00363",
+        config=_TUNED,
     ),
     "ft-l": Method(
         "engram.editors.training.fine_tuning:ft_l",
         "fine-tune one MLP output matrix, no entry further than norm_constraint",
         "Zhu et al. 2020, arXiv:2012.00363",
+        config=_TUNED,
     ),
     "ft-w": Method(
         "engram.editors.training.fine_tuning:ft_w",
         "fine-tune one MLP output matrix with weight decay",
         "Meng et al. 2023, arXiv:2210.07229",
+        config=_TUNED,
     ),
     "locft-bf": Method(
         "engram.editors.training.fine_tuning:locft_bf",
         "fine-tune one MLP output matrix in epochs of mini-batches over all facts",
         "Yang et al. 2025, arXiv:2509.22072",
+        config=_TUNED,
     ),
     "lora": Method(
         "engram.editors.training.lora:lora",
         "train low-rank adapters of a few matrices on the facts",
         "Hu et al. 2021, arXiv:2106.09685",
+        config="engram.editors.training.lora:LoraEditConfig",
     ),
     "ultraedit": Method(
         "engram.editors.training.ultraedit:ultraedit",
@@ -152,16 +177,19 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
         "Gu et al. 2025, arXiv:2505.14679",
         batch_function="engram.editors.training.ultraedit:ultraedit_each",
         depends_on_batch=True,
+        config="engram.editors.training.ultraedit:UltraEditConfig",
     ),
     "in-context": Method(
         "engram.editors.in_context:in_context",
         "the facts stated in front of the prompts they are relevant to; no weights",
         "the plain baseline of Zheng et al. 2023, arXiv:2305.12740",
+        config="engram.editors.in_context:InContextConfig",
     ),
     "ike": Method(
         "engram.editors.in_context:ike",
         "the same after demonstrations of what follows from a new fact and what does not",
         "Zheng et al. 2023, arXiv:2305.12740",
+        config="engram.editors.in_context:IkeConfig",
     ),
 }
 

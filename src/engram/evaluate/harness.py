@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from engram.checks import one_of
+from engram.checks import Count, checked_call
 from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import MissingExtraError, SettingError
@@ -20,6 +20,7 @@ from engram.model.language_model import LanguageModel
 Mode = Literal["beside", "weights"]
 
 
+@checked_call
 def harness(
     lm: LanguageModel,
     tasks: Sequence[str],
@@ -27,7 +28,7 @@ def harness(
     edit: Edit | PromptEdit | None = None,
     mode: Mode = "beside",
     include_path: str | Path | None = None,
-    rows_per_batch: int = 8,
+    rows_per_batch: Count = 8,
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness on a model, edited or not.
@@ -57,7 +58,6 @@ def harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtraError("lm-eval", "harness") from error
-    one_of("mode", mode, get_args(Mode))
     if edit is not None and not edit.changes_weights:
         raise SettingError(
             f"{edit!r} is a text in front of prompts, and the harness puts its own prompts to the "

@@ -14,6 +14,7 @@ from math import exp
 import torch
 
 from engram import pocket
+from engram.checks import Natural, checked_call
 from engram.edit.applied import can_write
 from engram.edit.base import linear_module_of
 from engram.edit.edit import Edit
@@ -33,6 +34,7 @@ _CONTINUED = 3  # prompts that are continued before and after
 _CANDIDATES = 8  # next tokens among which the model's own answer is looked for
 
 
+@checked_call
 def verify(
     lm: LanguageModel,
     edit: Edit | PromptEdit,
@@ -40,7 +42,7 @@ def verify(
     frame: Frame | None = None,
     thresholds: Thresholds | None = None,
     text: str | None = None,
-    continuation_tokens: int = 16,
+    continuation_tokens: Natural = 16,
     progress: Progress = no_progress,
 ) -> Receipt:
     """Measure what an edit does: on its prompts, paraphrases and neighbours, on free text and on

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engram.batching import batches
-from engram.checks import one_of
+from engram.checks import Count, checked_call, one_of
 from engram.engine.shared_prompts import Ids
 from engram.errors import FactError, SettingError
 from engram.facts import Fact
@@ -33,6 +33,7 @@ _IN_CACHE = 1 << 19  # of them compared at once: 2 MB
 _SCORES = 1 << 18  # scores of candidates held at once
 
 
+@checked_call
 def knows(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -41,7 +42,7 @@ def knows(
     aggregate: Aggregate = "first",
     length: Length = "sum",
     paraphrases: bool = True,
-    k: int = 10,
+    k: Count = 10,
     table: Sequence[Fact] | None = None,
     progress: Progress = no_progress,
 ) -> Knowledge:
@@ -221,8 +222,6 @@ def _check(
         if isinstance(value, str):
             more = ", or a list of texts" if name == "candidates" else ""
             one_of(name, value, allowed, more=more)
-    if k < 1:
-        raise SettingError(f"k={k}: P@k needs k of at least 1")
     if aggregate != "first" and not paraphrases:
         raise SettingError(
             f"aggregate={aggregate!r} is over a fact's paraphrases, and paraphrases=False "

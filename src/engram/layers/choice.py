@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram import pocket
-from engram.checks import one_of
+from engram.checks import Count, Natural, Seed, checked_call
 from engram.edit.recipe import library_versions
+from engram.editors.methods import METHODS
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, as_corpus
 from engram.errors import EngramFileError, FactError
@@ -38,20 +39,21 @@ log = logging.getLogger(__name__)
 _QUICK_FACTS, _QUICK_LAYERS = 4, 8
 
 
+@checked_call
 def layer_card(
     lm: LanguageModel,
     facts: Sequence[Fact] | None = None,
     *,
     keep: Literal["known", "all"] = "known",
-    edits: int = 20,
-    traces: int = 20,
-    estimates: int = 40,
-    layer_step: int | None = None,
+    edits: Count = 20,
+    traces: Natural = 20,
+    estimates: Natural = 40,
+    layer_step: Count | None = None,
     refine: bool = True,
     method: str = "rome",
     corpus: Corpus | str | Path | Sequence[str] | None = None,
-    tokens: int | None = None,
-    seed: int = 0,
+    tokens: Count | None = None,
+    seed: Seed = 0,
     cache_dir: str | Path | None = None,
     progress: Progress = no_progress,
     **settings: Any,
@@ -97,11 +99,12 @@ def layer_card(
         [0, 7]
     """
     budget = Budget(edits, traces, estimates, layer_step, refine)
-    one_of("keep", keep, ("known", "all"))
     settings = {name: value for name, value in settings.items() if value is not None}
     if corpus is None:  # the model's, whatever the method: other presets have none
         corpus = preset("rome", lm.name).get("corpus")
     recipe = EditRecipe(method, settings, corpus, tokens, seed)
+    # here and not by the first edit, which comes after all traces
+    METHODS[method].check_settings(settings, method, lm.name)
     lm.parts.mlp_out_name(0)  # a family that cannot be edited raises before anything is measured
     about = _recorded_settings(lm, recipe)
     model_id, versions, traced = identity(lm), library_versions(), trace_settings(lm)
@@ -252,10 +255,7 @@ def _recorded_settings(lm: LanguageModel, recipe: EditRecipe) -> dict[str, Any]:
     """Return all settings of a card's edits: the preset's for this model, but for the layer, with
     the caller's.
     """
-    try:
-        published = preset(recipe.method, lm.name)
-    except FileNotFoundError:  # a method without published numbers
-        published = {}
+    published = preset(recipe.method, lm.name)
     for name in ("layer", "layers", "depth", "corpus"):
         published.pop(name, None)
     text = as_corpus(recipe.corpus, recipe.seed).digest()

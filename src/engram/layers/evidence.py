@@ -24,8 +24,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from annotated_types import Ge, Len
 
+from engram.checks import Count, Natural, Seed, check_fields
 from engram.editors.contexts import sample_contexts
-from engram.editors.methods import METHODS, method_named
+from engram.editors.methods import method_named
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import second_moments
 from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
@@ -62,23 +63,14 @@ class Budget:
         SettingError: no edits, or a negative number.
     """
 
-    edits: int = 20
-    traces: int = 20
-    estimates: int = 40
-    layer_step: int | None = None
+    edits: Count = 20
+    traces: Natural = 20
+    estimates: Natural = 40
+    layer_step: Count | None = None
     refine: bool = True
 
     def __post_init__(self) -> None:
-        if (
-            self.edits < 1
-            or min(self.traces, self.estimates) < 0
-            or (self.layer_step is not None and self.layer_step < 1)
-        ):
-            raise SettingError(
-                f"edits={self.edits}, traces={self.traces}, estimates={self.estimates}, "
-                f"layer_step={self.layer_step}: a card needs at least one edited fact and a step "
-                "of at least one layer; facts to trace may be 0"
-            )
+        check_fields(self)
 
     @property
     def facts(self) -> int:
@@ -114,15 +106,14 @@ class EditRecipe:
     method: str
     settings: dict[str, Any]
     corpus: Corpus | str | Path | Sequence[str] | None = None
-    tokens: int | None = None
-    seed: int = 0
-    _takes: frozenset[str] = field(init=False, repr=False)
+    tokens: Count | None = None
+    seed: Seed = 0
+    _takes: frozenset[str] = field(init=False, repr=False, default=frozenset())
 
     def __post_init__(self) -> None:
+        check_fields(self)
         parameters = inspect.signature(method_named(self.method)).parameters
-        # a method such as `ft` hands **settings on to a function that takes a layer
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if not {"layer", "layers"} & set(parameters) and not open_ended:
+        if not {"layer", "layers"} & set(parameters):
             raise SettingError(
                 f"method={self.method!r} has no setting layer or layers, so it has no layer to "
                 "choose"
@@ -131,8 +122,6 @@ class EditRecipe:
             raise SettingError(
                 f"{' and '.join(given)} is what a layer card is to find; leave it out"
             )
-        # here and not by the first edit, which comes after all traces
-        METHODS[self.method].check_settings(self.settings, self.method)
         object.__setattr__(self, "_takes", frozenset(parameters))
 
     def at(self, layer: int) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from engram.checks import one_of
+from engram.checks import Count, checked_call
 from engram.errors import EngramError, FactError, SettingError
 from engram.facts import Fact
 from engram.files.cache_folder import sha256_of
@@ -44,6 +44,7 @@ ScoredAnswer = Literal["model", "object"]
 _FACTS_AT_ONCE = 256  # facts that are tokenised, filtered and ordered by length together
 
 
+@checked_call
 def average_trace(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -51,7 +52,7 @@ def average_trace(
     out: str | Path | None = None,
     keep: Keep = "known",
     answer: ScoredAnswer = "model",
-    facts_per_batch: int | None = None,
+    facts_per_batch: Count | None = None,
     workers: Workers | None = None,
     progress: Progress = no_progress,
     **settings: Any,
@@ -93,12 +94,6 @@ def average_trace(
         >>> len(average.traces) + len(average.skipped)
         4
     """
-    one_of("keep", keep, get_args(Keep))
-    one_of("answer", answer, get_args(ScoredAnswer))
-    if facts_per_batch is not None and facts_per_batch < 1:
-        raise SettingError(
-            f"facts_per_batch={facts_per_batch}: at least one fact is recorded at a time"
-        )
     # a mistake in the settings is reported before there is a file
     run = _Run(lm, _config(facts, settings), keep, answer, facts)
     keys = _keys(facts)

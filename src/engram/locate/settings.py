@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from annotated_types import Ge, Lt
 from torch import Tensor
 
-from engram.checks import check_fields
+from engram.checks import Count, Natural, NonNegative, Texts, check_fields
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Occurrence
@@ -61,21 +62,17 @@ class SubjectCorruption:
 
     corruption: Corruption = "noise"
     # as published; one standard deviation leaves too small a total effect to see anything
-    noise: str | float | Tensor = "s3"
+    noise: str | NonNegative | Tensor = "s3"
     noise_subjects: Sequence[str] | None = None
     replace: bool = False
-    samples: int = 10  # as published
-    seed: int = 1  # the released code's
-    extra_tokens: int = 0
+    samples: Count = 10  # as published
+    # the released code's; the noise is of numpy's older generator, whose seeds are shorter
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 1
+    extra_tokens: Natural = 0
     occurrence: Occurrence = "first"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.samples < 1 or self.extra_tokens < 0:
-            raise SettingError(
-                f"samples={self.samples}, extra_tokens={self.extra_tokens}: samples has to be at "
-                "least 1, extra_tokens at least 0"
-            )
         if self.replace and self.corruption != "noise":
             raise SettingError(
                 f"replace=True is about noise, but corruption={self.corruption!r} replaces the "
@@ -125,40 +122,27 @@ class Patching:
         arXiv:2106.06087.
     """
 
-    sites: str | Sequence[str] | None = None
-    neurons: Sequence[tuple[int, int]] = ()
-    window: int | None = None
-    positions: str | Sequence[int] = "all"
+    sites: str | Texts | None = None
+    neurons: tuple[tuple[Natural, Natural], ...] = ()
+    window: Count | None = None
+    positions: Literal["all", "subject_last", "last"] | tuple[int, ...] = "all"
     direction: Direction = "denoise"
     effect: Effect = "indirect"
-    severed: str | Sequence[str] = ()
+    severed: str | tuple[str, ...] = ()
     frozen_noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         sites = (self.sites,) if isinstance(self.sites, str) else self.sites
-        severed = (self.severed,) if isinstance(self.severed, str) else tuple(self.severed)
-        neurons = tuple((int(layer), int(index)) for layer, index in self.neurons)
+        severed = (self.severed,) if isinstance(self.severed, str) else self.severed
         # as tuples: configs of equal settings compare equal, whether a name or a list was given
-        for name, value in (("sites", sites), ("severed", severed), ("neurons", neurons)):
+        for name, value in (("sites", sites), ("severed", severed)):
             object.__setattr__(self, name, value)
-        if self.window is not None and self.window < 1:
-            raise SettingError(f"window={self.window}: window has to be at least 1")
-        named = isinstance(self.positions, str) and self.positions in _POSITIONS
-        if not named and (
-            isinstance(self.positions, str) or not isinstance(self.positions, Sequence)
-        ):
-            raise SettingError(
-                f"positions={self.positions!r} does not exist; expected 'all', 'subject_last', "
-                "'last' or token numbers"
-            )
-        self._check_sites(SITES if sites is None else tuple(sites))
+        self._check_sites(SITES if sites is None else sites)
         if severed:
-            self._check_severed(None if sites is None else tuple(sites), severed)
+            self._check_severed(sites, severed)
 
     def _check_sites(self, sites: tuple[str, ...]) -> None:
-        if not sites:
-            raise SettingError("sites is empty: name at least one, such as 'residual'")
         if ("neuron" in sites) != bool(self.neurons):
             raise SettingError(
                 "sites=['neuron'] and neurons=[(layer, index), ...] go together: a model has too "
@@ -215,14 +199,14 @@ class Estimation:
 
     method: TraceMethod = "exact"
     correction: Correction = "none"
-    screen: int | None = None
+    screen: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.screen is not None and (self.method == "attribution" or self.screen < 1):
+        if self.screen is not None and self.method == "attribution":
             raise SettingError(
-                f"screen={self.screen} computes that many cells exactly (at least 1), "
-                "method='attribution' none: choose one"
+                f"screen={self.screen} computes that many cells exactly, method='attribution' "
+                "none: choose one"
             )
         if self.correction != "none" and not self.needed:
             raise SettingError(
@@ -266,15 +250,11 @@ class TraceConfig:
     patching: Patching = field(default_factory=Patching)
     estimation: Estimation = field(default_factory=Estimation)
     metric: Metric = "probability"
-    rows_per_batch: int | None = None
+    rows_per_batch: Count | None = None
     engine: Engine = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.rows_per_batch is not None and self.rows_per_batch < 1:
-            raise SettingError(
-                f"rows_per_batch={self.rows_per_batch}: at least one row is computed at a time"
-            )
         # the groups cannot see each other, so that what two of them exclude is checked here
         sites = SITES if self.patching.sites is None else self.patching.sites
         if self.patching.severed and self.estimation.needed:
@@ -309,7 +289,6 @@ class TraceConfig:
 
 
 _NAME, _ALSO = "causal tracing", "target, foil, other_subject, progress"
-_POSITIONS = ("all", "subject_last", "last")
 _FROZEN_NOISE = (
     "frozen_noise is the noise of the run that severed modules are frozen to: it needs "
     "severed=..., corruption='noise' and direction='denoise'"

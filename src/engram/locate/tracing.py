@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engram.batching import batches
+from engram.checks import checked_call
 from engram.engine.replayable import use_replay
 from engram.errors import SettingError
 from engram.locate.attribution import estimate
@@ -157,6 +158,7 @@ def _cells(runs: Recorded, group: Group) -> int:
     return sum(suffix_length(runs, token) for token in group.tokens) * len(group.patches)
 
 
+@checked_call
 def trace(
     lm: LanguageModel,
     prompt: str,

@@ -5,9 +5,9 @@ Knows templates. Refuses to know facts and tokens: what a frame does is language
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
-from engram.checks import one_of
+from engram.checks import checked_call
 from engram.errors import UnsupportedModelError
 from engram.model.chat_template import PLACEHOLDER, render, turn
 from engram.model.language_model import LanguageModel
@@ -18,6 +18,7 @@ Style = Literal["answer", "continue"]
 REQUEST = "State a fact in one short sentence."
 
 
+@checked_call
 def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None = None) -> str:
     """Return the chat template of a model's tokenizer as a frame: a text with one {}.
 
@@ -38,7 +39,6 @@ def chat_frame(lm: LanguageModel, style: Style = "answer", *, system: str | None
         'Q: {} A:'
         >>> lm.tokenizer.chat_template = None
     """
-    one_of("style", style, get_args(Style))
     turns = [] if system is None else [turn("system", system)]
     if style == "answer":
         turns += [turn("user", PLACEHOLDER)]

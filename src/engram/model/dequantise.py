@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from engram.checks import checked_call
 from engram.model.language_model import LanguageModel
 from engram.modules.resolve import resolve
 from engram.modules.weights import quantisation, values
@@ -23,6 +24,7 @@ from engram.modules.weights import quantisation, values
 _SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
+@checked_call
 @contextmanager
 def dequantised(lm: LanguageModel, layer: int) -> Iterator[LanguageModel]:
     """Unpack one block's MLP output matrix within the `with` block: plain floating point with the

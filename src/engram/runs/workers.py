@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from engram.checks import Count, NonNegative, check_fields
 from engram.edit.in_force import attached_to, edited
 from engram.errors import EngramError, MissingExtraError, SettingError
 
@@ -36,6 +37,7 @@ class Job(Protocol):
         """Return the result of one unit."""
 
 
+@runtime_checkable  # so that an argument can be checked
 class Workers(Protocol):
     """Somewhere that jobs are done."""
 
@@ -135,17 +137,14 @@ class RayWorkers:
         SettingError: fewer than one worker or try; MissingExtraError: Ray is not installed.
     """
 
-    num_workers: int = 2
+    num_workers: Count = 2
     address: str | None = None
-    threads: int | None = None
-    gpus: float = 0
-    tries: int = 3
+    threads: Count | None = None
+    gpus: NonNegative = 0
+    tries: Count = 3
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1 or self.tries < 1:
-            raise SettingError(
-                f"num_workers={self.num_workers}, tries={self.tries}: expected 1 or more of each"
-            )
+        check_fields(self)
         _ray()
 
     def run(self, job: Job, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from engram.benchmark.data.fields import Fields
 from engram.benchmark.data.records import Dataset, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
-from engram.errors import FactError, SettingError
+from engram.checks import Count, Natural, Seed, check_fields, checked_call
+from engram.errors import FactError
 from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from engram.files.json_records import json_records
@@ -44,17 +45,16 @@ class Sizes:
         SettingError: a negative number.
     """
 
-    paraphrases: int = 2
-    neighbours: int = 10
-    attributes: int = 10
-    generations: int = 10
+    paraphrases: Natural = 2
+    neighbours: Natural = 10
+    attributes: Natural = 10
+    generations: Natural = 10
 
     def __post_init__(self) -> None:
-        for kind, size in vars(self).items():
-            if size < 0:
-                raise SettingError(f"{kind}={size}: expected 0 or more")
+        check_fields(self)
 
 
+@checked_call
 def build_counterfact(
     facts: Sequence[Association],
     templates: Mapping[str, Sequence[str]],
@@ -64,8 +64,8 @@ def build_counterfact(
     openings: Sequence[str] = (),
     held_out: Callable[[Association], Sequence[str]] | None = None,
     sizes: Sizes | None = None,
-    seed: int = 0,
-    limit: int | None = None,
+    seed: Seed = 0,
+    limit: Count | None = None,
     name: str = "built",
 ) -> Dataset:
     """Build counterfactual records, one for each fact, in an order that the seed fixes.
@@ -100,8 +100,6 @@ def build_counterfact(
         >>> len(dataset.records), dataset.records[0].facts[0].relation
         (4, 'city')
     """
-    if limit is not None and limit < 1:
-        raise SettingError(f"limit={limit}: expected 1 or more")
     sizes, table = sizes or Sizes(), _Table(facts, templates, generation or {})
     records: list[Record] = []
     skipped: list[str] = []

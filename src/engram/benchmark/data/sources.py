@@ -20,8 +20,8 @@ from engram.benchmark.data.mquake import mquake_record
 from engram.benchmark.data.records import FORMS, Dataset, Form, Record
 from engram.benchmark.data.ripple import ripple_record
 from engram.benchmark.data.zsre import zsre_record
-from engram.checks import did_you_mean, one_of
-from engram.errors import EngramError, FactError, SettingError
+from engram.checks import Count, checked_call, did_you_mean, one_of
+from engram.errors import EngramError, FactError
 from engram.fact_files import fact_of, raw_records
 from engram.files.cache_folder import cache_folder
 from engram.files.json_records import shown
@@ -114,11 +114,12 @@ _MARKS: dict[str, Form] = {  # field -> the form that has it and no other, the s
 }
 
 
+@checked_call
 def read_dataset(
     name: str | Path,
     *,
     form: Form | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     skip_malformed: bool = False,
     references: bool | Literal["if there"] = False,
     progress: Progress = no_progress,
@@ -152,8 +153,6 @@ def read_dataset(
     """
     if form is not None:
         one_of("form", form, FORMS, more=", or None to find it out")
-    if limit is not None and limit < 1:
-        raise SettingError(f"limit={limit}: expected 1 or more")
     # Imported late: building needs the bundled table, which other data sets do not.
     if str(name) == "pocket":
         from engram.benchmark.data.pocket_benchmark import pocket_benchmark

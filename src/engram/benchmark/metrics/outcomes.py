@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from engram.errors import SettingError
+from engram.checks import Natural, Seed, check_fields
 from engram.evaluate.probes import Reading
 from engram.files.forms import Overflowing
 
@@ -33,17 +33,15 @@ class MeasureConfig:
         SettingError: a negative number.
     """
 
-    answer_tokens: int = 5
+    answer_tokens: Natural = 5
     texts: bool = False
-    text_tokens: int = 100
-    drift_every: int = 10
-    seed: int = 0
+    text_tokens: Natural = 100
+    drift_every: Natural = 10
+    seed: Seed = 0
     reference: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("answer_tokens", "text_tokens", "drift_every"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"{name}={getattr(self, name)}: expected 0 or more")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.checks import Count, Seed, check_fields
 from engram.edit.edit import Edit
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment, second_moments
@@ -38,9 +39,12 @@ class MomentSource:
     """
 
     corpus: Corpus | str | Path | Sequence[str] | None = None
-    tokens: int | None = None
+    tokens: Count | None = None
     given: Mapping[int, SecondMoment | Tensor] | None = None
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def pop(cls, settings: dict[str, Any], seed: int) -> MomentSource:
@@ -82,28 +86,12 @@ _OPTIONAL = ("layer", "layers", "contexts", "second_moments", "corpus", "tokens"
 
 
 def settings_given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a caller gave, which go over a preset.
-
-    Raises:
-        SettingError: a layer that is no number, such as "auto", or no layers.
-    """
-    given = {
+    """Return the settings that a caller gave, which go over a preset."""
+    return {
         name: value
         for name, value in settings.items()
         if value is not None or name not in _OPTIONAL
     }
-    if isinstance(given.get("layer"), str):
-        raise SettingError(
-            f"layer={given['layer']!r}: expected a block's number, from 0; only "
-            "engram.rewrite(lm, facts, method, layer='auto') chooses one"
-        )
-    layers = given.get("layers", [0])
-    if isinstance(layers, str | int) or not len(layers):
-        raise SettingError(
-            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5]; only "
-            "engram.rewrite(lm, facts, method, layers='auto') chooses some"
-        )
-    return given
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engram.checks import Count, Layers, Seed, checked_call
 from engram.edit.applied import applied
 from engram.edit.base import describe_base
 from engram.edit.changes import WeightChanges
@@ -202,21 +203,22 @@ def _prepare(
     )
 
 
+@checked_call
 def mass_edit(
     lm: LanguageModel,
     facts: Sequence[Fact],
     method: str,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
-    tokens: int | None = None,
+    tokens: Count | None = None,
     past: Sequence[Edit] = (),
-    facts_per_batch: int = 32,
+    facts_per_batch: Count = 32,
     store: str | Path | bool = True,
     workers: Workers | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
     **settings: Any,
@@ -271,12 +273,13 @@ def mass_edit(
     return setup.edit(facts, values, targets_nd, changes)
 
 
+@checked_call
 def mass_each(
     lm: LanguageModel,
     facts: Sequence[Fact],
     method: str,
     *,
-    facts_per_batch: int = 32,
+    facts_per_batch: Count = 32,
     store: str | Path | bool = True,
     **settings: Any,
 ) -> list[Edit]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from engram.checks import check_fields
+from annotated_types import Gt, Lt
+
+from engram.checks import NonNegative, Positive, check_fields
 from engram.editors.closed_form.shifted_rows import Site
 from engram.editors.closed_form.values import ValueConfig
 from engram.editors.presets import overridden, preset
@@ -43,12 +45,12 @@ class MassConfig:
         reference: the released code's order of operations: one LU per layer, no cached factors.
     """
 
-    preservation: float | None = None
-    relative_preservation: float = 1.0
-    slack: float = 1.0
-    ridge: float = 0.0
-    null_energy: float | None = None
-    null_threshold: float | None = None
+    preservation: NonNegative | None = None
+    relative_preservation: NonNegative = 1.0
+    slack: NonNegative = 1.0
+    ridge: NonNegative = 0.0
+    null_energy: Annotated[float, Gt(0), Lt(1)] | None = None
+    null_threshold: Positive | None = None
     share: Literal["even", "root", "all"] = "even"
     site: Site = "block"
     keys: Literal["halves", "mean", "both"] = "halves"
@@ -58,10 +60,6 @@ class MassConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if min(self.preservation or 0, self.relative_preservation, self.slack, self.ridge) < 0:
-            raise SettingError(
-                "preservation, relative_preservation, slack and ridge have to be 0 or more"
-            )
         if self.null_energy is not None and self.null_threshold is not None:
             raise SettingError(
                 f"null_energy={self.null_energy}, null_threshold={self.null_threshold}: give one "
@@ -124,8 +122,12 @@ MASS_METHODS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(method: str, model: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the method's row, overridden by the model's preset, overridden by what is given."""
-    usual = overridden(MASS_METHODS[method], preset(method, model))
+    """Return the method's row, overridden by the model's preset, overridden by what is given.
+
+    Of a method without a row, the preset overridden by what is given.
+    """
+    usual = overridden(MASS_METHODS.get(method, {}), preset(method, model))
     if given.get("reference"):
-        usual["keys"] = "halves"  # the preset's own choice gives way to the released one
+        for name in ("keys", "variant"):  # the preset's own choice gives way to the released one
+            usual.pop(name, None)
     return overridden(usual, given)

@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checks import check_fields
+from engram.checks import Count, NonNegative, Seed, check_fields, checked_call
 from engram.edit.applied import applied
 from engram.edit.base import describe_base
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.closed_form.inputs import MomentSource, in_force, settings_given
+from engram.editors.closed_form.mass_settings import settings_of
 from engram.editors.closed_form.solver import solve_each
 from engram.editors.closed_form.values import (
     Value,
@@ -35,7 +36,7 @@ from engram.editors.closed_form.values import (
 )
 from engram.editors.contexts import sample_contexts
 from engram.editors.execution import Execution
-from engram.editors.presets import overridden, preset, preset_layers
+from engram.editors.presets import preset_layers
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import SecondMoment
 from engram.engine.replayable import Engine
@@ -69,7 +70,7 @@ class RomeConfig:
 
     variant: Variant = "r-rome"
     residual: Literal["mean_output", "delta"] = "mean_output"
-    ridge: float = 0.0
+    ridge: NonNegative = 0.0
     reference: bool = False
     value: ValueConfig = field(default_factory=ValueConfig)
 
@@ -253,11 +254,7 @@ def _prepare(
     lm: LanguageModel, facts: Sequence[Fact], given: dict[str, Any], how: Execution
 ) -> _Setup:
     """Check the settings and facts of a call, and compute what all its facts share."""
-    given = settings_given(given)
-    usual = preset("rome", lm.name)
-    if given.get("reference"):
-        usual.pop("variant", None)  # the preset's own choice gives way to the released one
-    settings = overridden(usual, given)
+    settings = settings_of("rome", lm.name, settings_given(given))
     (layer,) = preset_layers(settings, lm.n_layers, "layer")
     source, contexts = MomentSource.pop(settings, how.seed), settings.pop("contexts", None)
     config = read(
@@ -273,6 +270,7 @@ def _prepare(
     return _Setup(weight, config, search, moment, describe_base(lm, [weight]), how)
 
 
+@checked_call
 def rome(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -281,9 +279,9 @@ def rome(
     contexts: Sequence[str] | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
-    tokens: int | None = None,
+    tokens: Count | None = None,
     past: Sequence[Edit] = (),
-    seed: int = 0,
+    seed: Seed = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
     **settings: Any,
@@ -329,6 +327,7 @@ def rome(
     return setup.edit(facts, updates)
 
 
+@checked_call
 def rome_each(
     lm: LanguageModel,
     facts: Sequence[Fact],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engram.batching import batches
-from engram.checks import check_fields
+from engram.checks import Count, NonNegative, Positive, check_fields
 from engram.editors.closed_form.shifted_rows import (
     ShiftedRows,
     Site,
@@ -60,23 +60,17 @@ class ValueConfig:
             "adaptive": PMET's rule, which then weighs the NLL a tenth and waits for the KL.
     """
 
-    steps: int = 20
-    learning_rate: float = 0.5
-    weight_decay: float = 0.5
-    kl_weight: float = 0.0625
+    steps: Count = 20
+    learning_rate: Positive = 0.5
+    weight_decay: NonNegative = 0.5
+    kl_weight: NonNegative = 0.0625
     kl_position: Literal["lookup", "last"] = "lookup"
-    clamp: float = 4.0
+    clamp: Positive = 4.0
     stop: Literal["loss", "argmax", "adaptive"] = "loss"
-    stop_loss: float = 0.05
+    stop_loss: NonNegative = 0.05
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.steps < 1:
-            raise SettingError(f"steps={self.steps}: at least one forward pass is needed")
-        if self.clamp <= 0 or self.learning_rate <= 0:
-            raise SettingError(
-                f"clamp={self.clamp}, learning_rate={self.learning_rate}: both have to be above 0"
-            )
 
 
 @dataclass(frozen=True)

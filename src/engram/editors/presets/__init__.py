@@ -75,5 +75,8 @@ def published(method: str) -> list[str]:
 
 def _tables(method: str) -> dict[str, Any]:
     """Return the tables of a method's file, or of the file that it is `like`."""
-    tables = tomllib.loads((files(__name__) / f"{method}.toml").read_text())
+    file = files(__name__) / f"{method}.toml"
+    if not file.is_file():  # a method without published numbers
+        return {"default": {}}
+    tables = tomllib.loads(file.read_text())
     return _tables(tables["like"]) if "like" in tables else tables

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from engram import pocket
+from engram.checks import Count, Seed, check_fields
 from engram.errors import EngramError, MissingExtraError
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
 
 
+@runtime_checkable  # so that an argument can be checked
 class Corpus(Protocol):
     """What second moments need from a corpus."""
 
@@ -41,6 +43,9 @@ class Texts:
     """Given texts, each a document."""
 
     texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def digest(self) -> str:
         return "texts " + _sha256("\0".join(self.texts).encode())
@@ -92,7 +97,10 @@ class DataSet:
     config: str | None = None
     split: str = "train"
     field: str = "text"
-    seed: int = 1
+    seed: Seed = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def digest(self) -> str:
         part = f"{self.name} {self.config} {self.split} {self.field} {self.seed}"
@@ -126,9 +134,12 @@ class SampledText:
     model's own measure.
     """
 
-    seed: int = 0
-    tokens: int = 100  # tokens of a document
-    rows_per_batch: int = 64
+    seed: Seed = 0
+    tokens: Count = 100  # tokens of a document
+    rows_per_batch: Count = 64
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def digest(self) -> str:
         return f"sampled {self.seed} {self.tokens} {self.rows_per_batch}"
@@ -138,8 +149,9 @@ class SampledText:
         length = min(self.tokens, lm.max_tokens - 1)
         number = start // self.rows_per_batch
         while True:
-            # no batch shares its seed with one of another corpus seed (up to 2^24 batches)
-            generator = torch.Generator().manual_seed((self.seed << 24) + number)
+            # no batch shares its seed with one of another corpus seed (up to 2^24 batches, and
+            # seeds below 2^39)
+            generator = torch.Generator().manual_seed(((self.seed << 24) + number) % 2**63)
             texts = sample_texts(lm, self.rows_per_batch, length, generator)
             # a pass that resumes within a batch samples all of it and skips the beginning
             yield from (
@@ -156,7 +168,10 @@ class Bundled:
     a download.
     """
 
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def digest(self) -> str:
         return f"bundled {_sha256_of_sentences(self.seed)}"

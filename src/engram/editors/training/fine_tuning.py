@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from engram.checks import Positive, Seed, check_fields, checked_call
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
@@ -27,7 +29,6 @@ from engram.editors.presets import preset, preset_layers
 from engram.editors.training.loop import TrainingLoop, TuningConfig
 from engram.editors.training.target_rows import fact_rows, published_rows, target_row
 from engram.engine.replayable import Engine
-from engram.errors import SettingError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.frozen import frozen
@@ -50,19 +51,17 @@ class FineTuningConfig:
             which stays unchanged here.
     """
 
-    norm_constraint: float | None = None
+    norm_constraint: Positive | None = None
     reference: bool = False
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
-        if self.norm_constraint is not None and self.norm_constraint <= 0:
-            raise SettingError(
-                f"norm_constraint={self.norm_constraint}: has to be above 0, or None"
-            )
+        check_fields(self)
         if self.reference:
             object.__setattr__(self, "tuning", replace(self.tuning, stop="loss"))
 
 
+@checked_call
 def fine_tune(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -70,7 +69,7 @@ def fine_tune(
     method: str = "ft",
     layer: int | None = None,
     locality: Sequence[tuple[str, str]] = (),
-    seed: int = 0,
+    seed: Seed = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
     **settings: Any,
@@ -97,11 +96,6 @@ def fine_tune(
     config = read(FineTuningConfig, settings, method, "layer, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
     layer = usual if layer is None else layer
-    if isinstance(layer, str):
-        raise SettingError(
-            f"layer={layer!r}: {method} takes a block's number, from 0; 'auto' is for rome and the "
-            "mass editors"
-        )
     weight = f"{lm.parts.mlp_out_name(layer)}.weight"
     module, tuning = lm.parts.mlp_out(layer), config.tuning
     if config.reference:
@@ -151,21 +145,7 @@ def fine_tune(
     )
 
 
-def ft(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """Run FT: `fine_tune` without bounds."""
-    return fine_tune(lm, facts, method="ft", **settings)
-
-
-def ft_l(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """Run FT+L: `fine_tune` with every entry of the change within `norm_constraint`."""
-    return fine_tune(lm, facts, method="ft-l", **settings)
-
-
-def ft_w(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """Run FT-W: `fine_tune` with weight decay, as in Meng et al. 2023 (MEMIT)."""
-    return fine_tune(lm, facts, method="ft-w", **settings)
-
-
-def locft_bf(lm: LanguageModel, facts: Sequence[Fact], **settings: Any) -> Edit:
-    """Run LocFT-BF: `fine_tune` in epochs of mini-batches over all facts, breadth first."""
-    return fine_tune(lm, facts, method="locft-bf", **settings)
+ft = partial(fine_tune, method="ft")  # without bounds
+ft_l = partial(fine_tune, method="ft-l")  # every entry of the change within `norm_constraint`
+ft_w = partial(fine_tune, method="ft-w")  # with weight decay, as in Meng et al. 2023 (MEMIT)
+locft_bf = partial(fine_tune, method="locft-bf")  # epochs of mini-batches over all facts

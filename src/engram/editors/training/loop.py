@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from engram.checks import check_fields
+from engram.checks import Count, Natural, NonNegative, Positive, check_fields
 from engram.editors.contexts import sample_contexts
 from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of
 from engram.engine.recording import record_run
 from engram.engine.replayable import Engine, use_replay
 from engram.engine.suffix import Suffix
-from engram.errors import FactError, NonFiniteError, SettingError
+from engram.errors import FactError, NonFiniteError
 from engram.model.language_model import LanguageModel
 from engram.progress import Progress, no_progress
 
@@ -56,31 +56,19 @@ class TuningConfig:
         locality_weight: factor of that.
     """
 
-    epochs: int = 25
-    rows_per_batch: int = 64
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.0
+    epochs: Count = 25
+    rows_per_batch: Count = 64
+    learning_rate: Positive = 5e-4
+    weight_decay: NonNegative = 0.0
     stop: Literal["argmax", "loss", "never"] = "argmax"
-    stop_loss: float = 0.01
-    contexts: tuple[str, ...] | str = ("{}",)
-    train_paraphrases: int = 0
+    stop_loss: NonNegative = 0.01
+    contexts: tuple[str, ...] | Literal["sampled"] = ("{}",)
+    train_paraphrases: Natural = 0
     locality_loss: Literal["kl", "ce"] = "kl"
-    locality_weight: float = 1.0
+    locality_weight: NonNegative = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.epochs < 1 or self.rows_per_batch < 1:
-            raise SettingError(
-                f"epochs={self.epochs}, rows_per_batch={self.rows_per_batch}: both have to be at "
-                "least 1"
-            )
-        if self.learning_rate <= 0:
-            raise SettingError(f"learning_rate={self.learning_rate}: has to be above 0")
-        if isinstance(self.contexts, str) and self.contexts != "sampled":
-            raise SettingError(
-                f"contexts={self.contexts!r}: expected 'sampled' or a list of templates such as "
-                "'{}'"
-            )
 
     def settled(self, lm: LanguageModel, seed: int) -> TuningConfig:
         """Return the same settings with the contexts written out.

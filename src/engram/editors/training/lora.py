@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from engram.checks import Count, Positive, Seed, Texts, check_fields, checked_call
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
@@ -28,7 +30,7 @@ from engram.errors import SettingError, UnsupportedModelError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.frozen import frozen
-from engram.modules.weights import is_transposed
+from engram.modules.weights import is_transposed, linear_shape
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
 
@@ -47,31 +49,26 @@ class LoraEditConfig:
         targets: which matrices of a block, see `matrix_names`.
     """
 
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("mlp_out",)
+    rank: Count = 8
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    targets: str | Texts = ("mlp_out",)
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", targets)
-        if self.rank < 1 or not targets:
-            raise SettingError(
-                f"rank={self.rank}, targets={targets}: need a rank of at least 1, and at least one "
-                "target"
-            )
-        if not 0 <= self.dropout < 1:
-            raise SettingError(f"dropout={self.dropout}: expected a share from 0 to below 1")
+        check_fields(self)
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", (self.targets,))
 
 
+@checked_call
 def lora(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
     layers: Layers | None = None,
     locality: Sequence[tuple[str, str]] = (),
-    seed: int = 0,
+    seed: Seed = 0,
     engine: Engine = "auto",
     progress: Progress = no_progress,
     **settings: Any,
@@ -99,6 +96,11 @@ def lora(
     config = read(LoraEditConfig, settings, "lora", "layers, locality, seed, engine, progress")
     config = replace(config, tuning=config.tuning.settled(lm, seed))
     names = matrix_names(lm, layers, config.targets)
+    sides = min(min(linear_shape(lm.model.get_submodule(name))) for name in names)
+    if config.rank > sides:
+        raise SettingError(
+            f"rank={config.rank}: expected at most {sides}, the smaller side of the smallest matrix"
+        )
     # what is below the lowest adapted block is computed once for each batch
     lowest = 0 if layers == "all" else min(layers)
     rows = fact_rows(lm, facts, config.tuning.contexts, config.tuning.train_paraphrases)

@@ -5,17 +5,18 @@ Knows names. Refuses to know what is done with the matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from engram import checks
 from engram.checks import did_you_mean
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 
-Layers = Sequence[int] | Literal["all"]
+Layers = checks.Layers | Literal["all"]
 
 
 def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> list[str]:
@@ -30,15 +31,9 @@ def matrix_names(lm: LanguageModel, layers: Layers, targets: Iterable[str]) -> l
             of a matrix's own name in the family, such as "q_proj".
     Raises:
         UnsupportedModelError: a layer or a role that the model does not have.
-        SettingError: no layers, or a target that names no matrix of the block.
+        SettingError: a target that names no matrix of the block.
     """
-    if isinstance(layers, str | int) and layers != "all":
-        raise SettingError(
-            f"layers={layers!r}: expected numbers of blocks, from 0, such as [3, 4, 5], or 'all'"
-        )
     chosen = range(lm.n_layers) if layers == "all" else sorted(set(layers))
-    if not chosen:
-        raise SettingError("layers is empty; name at least one block to change")
     # each name once: a target can be given by its role and by its own name
     return list(
         dict.fromkeys(

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.checks import Count, Positive, Seed, Texts, check_fields, checked_call
 from engram.edit.base import describe_base
 from engram.edit.delta import Delta
 from engram.edit.edit import Edit
 from engram.editors.presets import preset, preset_layers
 from engram.editors.training.matrices import Layers, matrix_names
 from engram.editors.training.target_rows import TargetBatch, batches_of, fact_rows
-from engram.errors import EngramError, NonFiniteError, SettingError
+from engram.errors import EngramError, NonFiniteError
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
 from engram.modules.frozen import frozen
@@ -54,19 +55,14 @@ class UltraEditConfig:
         rows_per_batch: rows of a forward pass; bounds memory and changes no result.
     """
 
-    learning_rate: float = 1e-6
-    targets: tuple[str, ...] = ("mlp_out",)
-    rows_per_batch: int = 64
+    learning_rate: Positive = 1e-6
+    targets: str | Texts = ("mlp_out",)
+    rows_per_batch: Count = 64
 
     def __post_init__(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", targets)
-        if self.learning_rate <= 0 or self.rows_per_batch < 1 or not targets:
-            raise SettingError(
-                f"learning_rate={self.learning_rate}, rows_per_batch={self.rows_per_batch}, "
-                f"targets={targets}: expected a rate above 0, a size of at least 1, and at least "
-                "one target"
-            )
+        check_fields(self)
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", (self.targets,))
 
 
 @dataclass
@@ -195,13 +191,14 @@ def _scored_tokens(
     return _Tokens(config, recipe, inputs, tokens, facts_n, now)
 
 
+@checked_call
 def ultraedit(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
     layers: Layers | None = None,
     statistics: Statistics | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Edit:
@@ -227,11 +224,12 @@ def ultraedit(
     return edit
 
 
+@checked_call
 def ultraedit_each(
     lm: LanguageModel,
     facts: Sequence[Fact],
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> list[Edit]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from engram.checks import one_of, position_in
+from engram.checks import checked_call, one_of, position_in
 from engram.errors import SettingError
 from engram.locate.lenses.vocabulary import (
     answers_at,
@@ -198,6 +198,7 @@ class LogitLens:
         )
 
 
+@checked_call
 @torch.no_grad()
 def lens(
     lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None, k: int = 5

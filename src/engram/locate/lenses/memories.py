@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engram.checks import position_in
+from engram.checks import checked_call, position_in
 from engram.engine.recording import base_model
 from engram.errors import SettingError
 from engram.locate.lenses.vocabulary import require_causal, require_finite
@@ -150,6 +150,7 @@ class Memories:
         )
 
 
+@checked_call
 @torch.no_grad()
 def memories(
     lm: LanguageModel,
@@ -218,6 +219,7 @@ def memories(
     )
 
 
+@checked_call
 @torch.no_grad()
 def promotes(
     lm: LanguageModel, layer: int, neuron: int, k: int = 10, *, norm: bool = True

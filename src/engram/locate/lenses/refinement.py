@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engram.checks import position_in
+from engram.checks import checked_call, position_in
 from engram.engine.recording import base_model
 from engram.errors import UnsupportedModelError
 from engram.locate.lenses.vocabulary import (
@@ -194,6 +194,7 @@ class Refinement:
         )
 
 
+@checked_call
 @torch.no_grad()
 def refinement(
     lm: LanguageModel, text: str, *, norm: bool = True, target: str | None = None
