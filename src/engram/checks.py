@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from functools import cache, partial, wraps
 from inspect import signature, unwrap
 from json import loads
+from re import findall
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -20,8 +21,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from engram.errors import EngramError, SettingError
 
 # Ranges that many settings have. NaN and infinity are refused everywhere, see `check_fields`.
-Natural = Annotated[int, Ge(0)]
-Count = Annotated[int, Ge(1)]  # steps, samples, tokens, rows
+Natural = Annotated[int, Ge(0), Lt(2**31)]
+Count = Annotated[int, Ge(1), Lt(2**31)]  # steps, samples, tokens, rows
 NonNegative = Annotated[float, Ge(0)]  # weights of penalties
 Positive = Annotated[float, Gt(0)]  # rates and lengths
 Share = Annotated[float, Ge(0), Le(1)]
@@ -210,6 +211,20 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | range) else value
 
 
+_KINDS = {
+    "an instance of Sequence": "a list",
+    "an instance of Mapping": "an object",
+    "an instance of Path": "a path",
+}
+_RANGES = {
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+    "finite_number",
+    "too_short",
+}
+
 # pydantic's kinds of errors in our words; others keep pydantic's
 _WORDS = {
     "int_type": "a whole number",
@@ -223,14 +238,15 @@ _WORDS = {
     "string_type": "a text",
     "list_type": "a list",
     "tuple_type": "a list",
+    "sequence_str": "a list",
     "dict_type": "an object",
     "mapping_type": "an object",
     "dataclass_type": "an object",
     "none_required": "nothing",
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "above {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "below {lt:g}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
     "literal_error": "{expected}",
     "is_instance_of": "an instance of {class}",
     "dataclass_exact_type": "an instance of {class_name}",
@@ -256,8 +272,12 @@ def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
     path = _path(value, first["loc"], first["type"])
     # A field of several types has one error for each of them.
     same = [one for one in errors if _path(value, one["loc"], one["type"]) == path]
+    # Of a right type and out of its range: the other types do not help.
+    same = [one for one in same if one["type"] in _RANGES] or same
     label = _label(name, path)
     expected = " or ".join(dict.fromkeys(map(_expected, same)))
+    if first["type"] == "literal_error":
+        expected += did_you_mean(first["input"], findall(r"'(.*?)'", first["ctx"]["expected"]))
     if first["type"] == "missing":
         return f"{label} is missing"
     if first["type"] in ("value_error", "assertion_error"):
@@ -268,9 +288,12 @@ def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
 
 def _expected(one: Mapping[str, Any]) -> str:
     if one["type"] in _WORDS:
-        words = _WORDS[one["type"]].format_map(one.get("ctx", {}))
-        kinds = {"an instance of Sequence": "a list", "an instance of Mapping": "an object"}
-        return kinds.get(words, words)
+        about = {
+            name: f"{value:g}" if isinstance(value, float) else value
+            for name, value in one.get("ctx", {}).items()
+        }
+        words = _WORDS[one["type"]].format_map(about)
+        return _KINDS.get(words, words)
     text = str(one["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return " ".join(text.split())
 

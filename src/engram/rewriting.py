@@ -19,7 +19,7 @@ from engram.edit.edit import Edit
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import check_changes_weights
 from engram.editors.closed_form.inputs import in_force
-from engram.editors.methods import METHODS, method_named
+from engram.editors.methods import METHODS, check_method, method_named
 from engram.editors.presets import preset, preset_layers
 from engram.errors import EngramError, FactError, SettingError
 from engram.evaluate.answers import says_objects
@@ -95,7 +95,7 @@ def rewrite(
     function = method_named(method)
     for edit in past:
         check_changes_weights(edit)
-    METHODS[method].check_settings(settings, method, lm.name)
+    check_method(method, settings, lm.name)
     with in_force(past, lm):
         _check_not_said(lm, facts)
     settings = _with_numbered_layers(lm, facts, method, settings)
@@ -131,7 +131,7 @@ def rewrite_each(
             that the method does not have.
     """
     function, batch_function = method_named(method), METHODS[method].load_batch()
-    METHODS[method].check_settings(settings, method, lm.name)
+    check_method(method, settings, lm.name)
     settings = _with_numbered_layers(
         lm, [fact for facts in groups for fact in facts], method, settings
     )

@@ -412,9 +412,9 @@ def test_an_edited_model_is_another_model(lm, copy):
     [
         ({"methods": []}, "methods is empty; name at least one"),
         ({"methods": ["roem"]}, r"method='roem': expected .* \(did you mean 'rome'\?\)"),
-        ({"records_per_batch": 0}, "records_per_batch=0.*expected 1 or more"),
-        ({"limit": 0}, "limit=0: expected 1 or more"),
-        ({"limit": -1}, "limit=-1: expected 1 or more"),
+        ({"records_per_batch": 0}, "records_per_batch=0: expected at least 1"),
+        ({"limit": 0}, "limit=0: expected at least 1"),
+        ({"limit": -1}, "limit=-1: expected at least 1"),
         ({"methods": {"ft": {"epochs": {3}}}}, r"settings of 'ft'.*JSON"),
     ],
 )

@@ -95,8 +95,7 @@ def test_refinement_and_memories_speak_of_the_position_asked_for(model, tmp_path
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["lens", "--shade", "loss", "-o", "x.png"], "shade='loss': expected"),
-        (["lens", "-k", "0"], "k=0: the number of tokens"),
+        (["lens", "-k", "999999"], "k=999999: the number of tokens"),
         (["lens", "--target", " "], "target=' ' is empty"),
         (["refinement", "-p", "99"], "position=99: the text has"),
         (["memories", "-l", "9"], "layer=9 does not exist"),

@@ -423,7 +423,7 @@ def test_perplexity_is_that_of_the_same_pieces_without_and_with_the_fact_before_
 
 def test_settings_are_checked(lm):
     for settings, message in (
-        ({"most": 0}, "most=0, reserve=24: both have to be 1 or more"),
+        ({"most": 0}, "most=0: expected at least 1"),
         ({"otherwise": "all"}, "otherwise='all': expected 'nearest' or 'nothing'"),
         ({"moist": 3}, r"in-context has no setting 'moist' \(did you mean 'most'\?\)"),
         ({"layer": 3}, "in-context has no setting 'layer'"),

@@ -584,7 +584,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
             FACTS,
             {"candidates": "relations"},
             SettingError,
-            r"expected .* or a list of texts \(did you mean 'relation'\?\)",
+            r"expected .* or a list \(did you mean 'relation'\?\)",
         ),
         (
             FACTS,
@@ -593,7 +593,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
             "aggregate='oracle': expected 'first', 'best' or 'mean'",
         ),
         (FACTS, {"length": "total"}, SettingError, "length='total': expected"),
-        (FACTS, {"k": 0}, SettingError, "k=0: P@k needs k of at least 1"),
+        (FACTS, {"k": 0}, SettingError, "k=0: expected at least 1"),
         (
             FACTS,
             {"aggregate": "best", "paraphrases": False},

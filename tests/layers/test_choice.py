@@ -221,7 +221,7 @@ def test_facts_without_which_there_is_no_choice(lm, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"edits": 0}, "edits=0, .*at least one edited fact"),
+        ({"edits": 0}, "edits=0: expected at least 1"),
         ({"layer_step": 0}, "layer_step=0"),
         ({"keep": "some"}, "keep='some': expected 'known' or 'all'"),
         ({"layer": 1}, "layer is what a layer card is to find"),

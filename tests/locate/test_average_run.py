@@ -858,7 +858,7 @@ def test_a_file_that_was_begun_and_not_written(lm, tmp_path):
             "noise as a tensor fits subjects of one length",
         ),
         ({"noise": "loud"}, FactError, "noise='loud' is not a rule"),
-        ({"facts_per_batch": 0}, SettingError, "facts_per_batch=0: at least one"),
+        ({"facts_per_batch": 0}, SettingError, "facts_per_batch=0: expected at least 1"),
         ({"site": ["mlp"]}, SettingError, "did you mean 'sites'"),
     ],
 )

@@ -26,7 +26,7 @@ from engram.benchmark.metrics.outcomes import MeasureConfig, Measured
 from engram.benchmark.results import Run
 from engram.benchmark.store import RunStore
 from engram.checks import Count, checked_call
-from engram.editors.methods import METHODS, method_named
+from engram.editors.methods import METHODS, check_method
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 from engram.model.loading import load
@@ -206,15 +206,14 @@ def _labelled(methods: Methods, model: str) -> list[_Method]:
         name = settings.pop("method", label)
         # All labels are checked before the first record: a misspelt last method is reported now,
         # not after hours of work by the others.
-        method_named(name)
-        METHODS[name].check_settings(settings, name, model)
         try:
             json.dumps(settings)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise SettingError(
                 f"settings of {label!r} are kept with the run, so they have to be values of JSON: "
                 f"{error}"
             ) from error
+        check_method(name, settings, model)
         labelled.append(_Method(label, name, settings))
     if not labelled:
         raise SettingError("methods is empty; name at least one, such as 'rome'")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.checks import briefly
 from engram.cli import outputs
 from engram.cli.options import AsJson, Explain, ModelOptions, Seed, WorkerOptions, parse_settings
 
@@ -45,14 +46,17 @@ class MethodsOptions:
             # "memit" is its own label; "strong=memit" lets one method run twice.
             label, _, name = text.partition("=")
             methods[label] = {"method": name or label}
+        settings: dict[str, list[str]] = {label: [] for label in methods}
         for pair in self.setting or []:
             label, colon, rest = pair.partition(":")
             if not colon or label not in methods:
                 raise SettingError(
-                    f"--set {pair!r}: expected LABEL:NAME=VALUE with one of "
+                    f"--set {briefly(pair)}: expected LABEL:NAME=VALUE with one of "
                     f"{', '.join(methods)} as label"
                 )
-            methods[label] |= parse_settings([rest])
+            settings[label].append(rest)
+        for label, pairs in settings.items():
+            methods[label] |= parse_settings(pairs, ("method",))
         return methods
 
 
@@ -140,6 +144,7 @@ def bench(
     Example: engram bench --method rome --method memit --limit 50 -o run.sqlite
     """
     from engram.cli import show, terminal
+    from engram.editors.methods import check_method
 
     file = outputs.Output("run", out, "a run", parents=True)
     with outputs.tried(file, reads=[records.dataset], cached=lambda: _kept(out)):
@@ -150,6 +155,10 @@ def bench(
         RunStore.check(out)
         # Records and settings before the model: their mistakes are reported without its loading
         # time.
+        methods = methods_options.methods()
+        for label, settings in methods.items():
+            own = {name: settings[name] for name in settings if name != "method"}
+            check_method(settings.get("method", label), own, model)
         dataset = records.read(measures.texts)
         config = MeasureConfig(
             answer_tokens=measures.answer_tokens,
@@ -162,7 +171,7 @@ def bench(
             run = run_benchmark(
                 lm,
                 dataset,
-                methods_options.methods(),
+                methods,
                 out,
                 limit=records.limit,
                 config=config,

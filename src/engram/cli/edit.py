@@ -91,7 +91,8 @@ class MethodOptions:
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `engram.rewrite`."""
-        settings = parse_settings(self.setting) | {"seed": self.seed}
+        options = ("method", "layer", "layers", "corpus", "seed")
+        settings = parse_settings(self.setting, options) | {"seed": self.seed}
         if self.corpus is not None:
             settings["corpus"] = self.corpus
         if self.layer is not None:
@@ -125,6 +126,7 @@ def edit(
     """
     import engram
     from engram.cli import show, terminal
+    from engram.editors.methods import check_method
     from engram.evaluate.words import RECEIPT_WORDS
 
     def show_receipts() -> None:
@@ -141,6 +143,8 @@ def edit(
     with outputs.tried(folder, cached=outputs.in_cache) as written:
         facts, settings = fact_options.read(), method_options.settings()
         method = method_options.method
+        # now, and not when editing begins: the model takes long to load
+        check_method(method, settings, model)
         if out is None:
             terminal.note("the edit will not be kept, only its receipt shown; -o FOLDER keeps it")
         lm = model_options.load(model)
@@ -302,6 +306,14 @@ class SamplingOptions:
     ] = 0.0
     seed: Seed = 0
 
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `LanguageModel.generate`."""
+        from engram.checks import NonNegative, checked
+
+        if not checked("--temperature", self.temperature, NonNegative):
+            return {}
+        return {"do_sample": True, "temperature": self.temperature}
+
 
 def generate(
     model: Model,
@@ -327,12 +339,10 @@ def generate(
     from engram.cli import terminal
     from engram.model.chat import chat_frame
 
+    settings = sampling.settings()
     lm = model_options.load(model)
     # transformers samples from the global generators; it takes no generator of its own.
     set_seed(sampling.seed)
-    settings: dict[str, Any] = {}
-    if sampling.temperature:
-        settings = {"do_sample": True, "temperature": sampling.temperature}
     # The frame first: an in-context edit puts its text into the prompt, inside the template.
     with ExitStack() as stack:
         if chat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,21 +31,22 @@ class ScoreOptions:
     """How an answer is scored."""
 
     candidates: Annotated[
-        str,
+        Literal["vocabulary", "relation"],
         typer.Option(
             help="Rank the object among: vocabulary, or relation (the file's objects of it)."
         ),
     ] = "vocabulary"
     paraphrases: Annotated[
-        str,
+        Literal["first", "best", "mean", "none"],
         typer.Option(
             help="Prompt that counts: first, best (oracle), mean (of log-probs); none: first alone."
         ),
     ] = "first"
     length: Annotated[
-        str, typer.Option(help="Log-probability of objects of several tokens: sum or mean.")
+        Literal["sum", "mean"],
+        typer.Option(help="Log-probability of objects of several tokens: sum or mean."),
     ] = "sum"
-    k: Annotated[int, typer.Option("-k", help="The k of P@k.")] = 10
+    k: Annotated[int, typer.Option("-k", help="The k of P@k.", min=1)] = 10
 
 
 def knows(
@@ -83,8 +84,8 @@ def knows(
                 lm,
                 facts,
                 candidates=scores.candidates,
-                aggregate="first" if scores.paraphrases == "none" else scores.paraphrases,  # type: ignore[arg-type]
-                length=scores.length,  # type: ignore[arg-type]
+                aggregate="first" if scores.paraphrases == "none" else scores.paraphrases,
+                length=scores.length,
                 paraphrases=scores.paraphrases != "none",
                 k=scores.k,
                 # Candidates are the objects of the whole file: ranks would be better among fewer.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,13 +24,21 @@ class EvidenceOptions:
             help="File of facts (JSON, JSON lines, CSV); default: bundled facts the model knows."
         ),
     ] = None
-    keep: Annotated[str, typer.Option(help="Facts of the file that count: known or all.")] = "known"
-    edits: Annotated[int, typer.Option(help="Number of facts edited at each tested layer.")] = 20
-    traces: Annotated[int, typer.Option(help="Number of facts traced exactly.")] = 20
-    estimates: Annotated[int, typer.Option(help="Number of facts whose trace is estimated.")] = 40
+    keep: Annotated[Literal["known", "all"], typer.Option(help="Facts of the file that count.")] = (
+        "known"
+    )
+    edits: Annotated[
+        int, typer.Option(help="Number of facts edited at each tested layer.", min=1)
+    ] = 20
+    traces: Annotated[int, typer.Option(help="Number of facts traced exactly.", min=0)] = 20
+    estimates: Annotated[
+        int, typer.Option(help="Number of facts whose trace is estimated.", min=0)
+    ] = 40
     layer_step: Annotated[
         int | None,
-        typer.Option(help="Test every Nth layer first; default: all, or 12 of a deeper model."),
+        typer.Option(
+            help="Test every Nth layer first; default: all, or 12 of a deeper model.", min=1
+        ),
     ] = None
     refine: Annotated[
         bool, typer.Option(help="Then test the skipped layers on both sides of the best.")
@@ -71,6 +79,7 @@ def layers(
     """
     import engram
     from engram.cli import show, terminal
+    from engram.editors.methods import check_method
 
     def show_result() -> None:
         if as_json:
@@ -83,14 +92,15 @@ def layers(
     with outputs.tried(json_file, picture, reads=reads, cached=outputs.in_cache) as written:
         facts = None if evidence.facts is None else engram.read_facts(evidence.facts)
         # Files and settings before the model, whose loading takes longest.
-        settings = parse_settings(editing.setting)
+        options = {field.name for group in (evidence, editing) for field in fields(group)}
+        settings = parse_settings(editing.setting, options)
+        check_method(editing.method, settings, model)
         lm = model_options.load(model)
         with terminal.progress() as progress:
             card = engram.layer_card(
                 lm,
                 facts,
-                # Any text: `layer_card` checks it, and its message names near words.
-                keep=evidence.keep,  # type: ignore[arg-type]
+                keep=evidence.keep,
                 edits=evidence.edits,
                 traces=evidence.traces,
                 estimates=evidence.estimates,

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -86,9 +86,10 @@ def lens(
     text: Prompt,
     lens_options: LensOptions,
     *,
-    k: Annotated[int, typer.Option("-k", help="Tokens kept for each state, in --json.")] = 5,
+    k: Annotated[int, typer.Option("-k", help="Tokens kept for each state, in --json.", min=1)] = 5,
     shade: Annotated[
-        str, typer.Option(help="Colours of the picture: probability, answer, rank, entropy or kl.")
+        Literal["probability", "answer", "rank", "entropy", "kl"],
+        typer.Option(help="Colours of the picture."),
     ] = "probability",
     output: LensOutput,
     model_options: ModelOptions,
@@ -108,7 +109,7 @@ def lens(
         result = engram.lens(
             model_options.load(model), text, norm=lens_options.norm, target=lens_options.target, k=k
         )
-        output.write(written, result, lambda: result.plot(shade), show)  # type: ignore[arg-type]
+        output.write(written, result, lambda: result.plot(shade), show)
 
 
 def refinement(
@@ -143,12 +144,12 @@ def refinement(
 class NeuronOptions:
     """Which neurons are shown, and at which token."""
 
-    layer: Annotated[int, typer.Option("--layer", "-l", help="Block, from 0.")]
+    layer: Annotated[int, typer.Option("--layer", "-l", help="Block, from 0.", min=0)]
     position: Position = -1
     neurons: Annotated[
-        int, typer.Option("--neurons", "-n", help="Number of neurons, strongest first.")
+        int, typer.Option("--neurons", "-n", help="Number of neurons, strongest first.", min=1)
     ] = 10
-    k: Annotated[int, typer.Option("-k", help="Tokens of each neuron.")] = 8
+    k: Annotated[int, typer.Option("-k", help="Tokens of each neuron.", min=1)] = 8
 
 
 def memories(

@@ -7,14 +7,16 @@ typer one option per field, and hands the command the group. Knows typer and no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
+
+from engram.checks import briefly
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -86,7 +88,7 @@ Explain = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.", min=0, max=2**63 - 1)]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="NAME=VALUE, any other setting of the method; repeat."),
@@ -121,7 +123,7 @@ class WorkerOptions:
     """Where the work is done: in this process, or spread over processes with a model each."""
 
     workers: Annotated[
-        str | None,
+        Literal["ray"] | None,
         typer.Option("--workers", help="'ray': spread the work over processes with a model each."),
     ] = None
     num_workers: Annotated[int, typer.Option(help="Number of worker processes.", min=1)] = 2
@@ -133,37 +135,41 @@ class WorkerOptions:
     ] = None
 
     def open(self) -> Workers | None:
-        """Return the workers, or None for this process.
-
-        Raises:
-            SettingError: `workers` is neither None nor 'ray'.
-        """
-        from engram.errors import SettingError
-
+        """Return the workers, or None for this process."""
         if self.workers is None:
             return None
-        if self.workers != "ray":
-            raise SettingError(f"--workers {self.workers!r}: expected 'ray', or leave it out")
         from engram.runs.workers import RayWorkers
 
         return RayWorkers(self.num_workers, address=self.ray_address)
 
 
-def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+def parse_settings(
+    pairs: list[str] | None, options: Iterable[str] = (), example: str = "steps=30"
+) -> dict[str, Any]:
     """Return NAME=VALUE pairs as settings; a value that is JSON is read as JSON.
 
+    Args:
+        options: names of settings that the command has options of their own for.
     Raises:
-        SettingError: a pair without an equals sign.
+        SettingError: a pair without an equals sign, a name twice, one that has an option, or a
+            value that is nested too deep.
     """
     from engram.errors import SettingError
 
-    settings = {}
+    settings: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
-        if not equals:
-            raise SettingError(f"--set {pair!r}: expected NAME=VALUE, such as --set steps=30")
+        given = f"--set {briefly(pair)}"
+        if not (equals and name.isidentifier()):
+            raise SettingError(f"{given}: expected NAME=VALUE, such as --set {example}")
+        if name in settings:
+            raise SettingError(f"{given}: expected one value of {name}, this is the second")
+        if name in options:
+            raise SettingError(f"{given}: {name} has an option of its own, see --help")
         try:
             settings[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or a number of thousands of digits
             settings[name] = value  # so that texts need no quotes: --set stop=argmax
+        except RecursionError:
+            raise SettingError(f"{given}: expected a plain value, not one nested deep") from None
     return settings

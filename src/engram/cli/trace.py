@@ -6,10 +6,10 @@ Their settings are those of `TraceConfig`, which checks them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,9 +46,11 @@ class TraceOptions:
     ] = None
     window: Annotated[
         int | None,
-        typer.Option(help="MLP or attention layers restored together; default: 10, or a third."),
+        typer.Option(
+            help="MLP or attention layers restored together; default: 10, or a third.", min=1
+        ),
     ] = None
-    samples: Annotated[int, typer.Option(help="Number of noise samples.")] = 10
+    samples: Annotated[int, typer.Option(help="Number of noise samples.", min=1)] = 10
     noise: Annotated[
         str,
         typer.Option(
@@ -56,26 +58,30 @@ class TraceOptions:
         ),
     ] = "s3"
     corruption: Annotated[
-        str, typer.Option(help="How the subject is corrupted: noise, zeros, mean or subject.")
+        Literal["noise", "zeros", "mean", "subject"],
+        typer.Option(help="How the subject is corrupted."),
     ] = "noise"
     direction: Annotated[
-        str,
+        Literal["denoise", "noise"],
         typer.Option(help="denoise: put clean states into the corrupted run; noise: the reverse."),
     ] = "denoise"
     effect: Annotated[
-        str, typer.Option(help="indirect; or direct: exchange everything but the state.")
+        Literal["indirect", "direct"],
+        typer.Option(help="indirect; or direct: exchange everything but the state."),
     ] = "indirect"
     metric: Annotated[
-        str, typer.Option(help="probability, log_probability or logit_difference.")
+        Literal["probability", "log_probability", "logit_difference"],
+        typer.Option(help="What is read at the end."),
     ] = "probability"
     method: Annotated[
-        str, typer.Option(help="exact; or attribution: a first-order estimate, much faster.")
+        Literal["exact", "attribution"],
+        typer.Option(help="exact; or attribution: a first-order estimate, much faster."),
     ] = "exact"
     screen: Annotated[
         int | None, typer.Option(help="Estimate all cells, then compute the N best exactly.", min=1)
     ] = None
     occurrence: Annotated[
-        str, typer.Option(help="Which occurrence of the subject: first, last or all.")
+        Literal["first", "last", "all"], typer.Option(help="Which occurrence of the subject.")
     ] = "first"
     setting: Annotated[
         list[str] | None,
@@ -87,14 +93,13 @@ class TraceOptions:
         """Return the keyword arguments of `engram.trace` and `engram.average_trace`.
 
         Raises:
-            SettingError: a name in `--set` that no trace has.
+            SettingError: a setting that no trace has, or of another type or range.
         """
         from engram.locate.settings import TraceConfig
 
-        others = parse_settings(self.setting)
-        # Here, and not when tracing begins: the model is loaded in between.
-        TraceConfig.check_names(others)
-        return {
+        options = {field.name for field in fields(self)} - {"setting"}
+        others = parse_settings(self.setting, options, "extra_tokens=1")
+        settings = {
             # typer gives an empty list for an option that is left out.
             "sites": self.sites or None,
             "severed": self.severed or (),
@@ -111,6 +116,8 @@ class TraceOptions:
             "seed": self.seed,
             **others,
         }
+        TraceConfig.of(**settings)  # now, and not when tracing begins: the model takes long to load
+        return settings
 
 
 OwnScales = Annotated[
@@ -220,10 +227,12 @@ class FactsOptions:
         int | None, typer.Option(help="Number of facts, drawn at random; default: all.", min=1)
     ] = None
     keep: Annotated[
-        str, typer.Option(help="Facts that count: known, exact (as published) or all.")
+        Literal["known", "exact", "all"],
+        typer.Option(help="Facts that count: known, exact (as published) or all."),
     ] = "known"
     answer: Annotated[
-        str, typer.Option(help="What is scored: model (its own next token) or object.")
+        Literal["model", "object"],
+        typer.Option(help="What is scored: model (its own next token) or object."),
     ] = "model"
 
 
@@ -279,8 +288,8 @@ def average(
                 lm,
                 facts,
                 out=out and out / TRACES,
-                keep=facts_options.keep,  # type: ignore[arg-type]
-                answer=facts_options.answer,  # type: ignore[arg-type]
+                keep=facts_options.keep,
+                answer=facts_options.answer,
                 workers=workers.open(),
                 progress=progress,
                 **settings,

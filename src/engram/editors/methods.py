@@ -194,6 +194,18 @@ METHODS: dict[str, Method] = {  # a new method is one file and one entry here
 }
 
 
+def check_method(name: str, settings: Mapping[str, Any], model: str) -> None:
+    """Raise an error for a method that does not exist, or settings that it refuses.
+
+    Args:
+        settings, model: see `Method.check_settings`.
+    Raises:
+        EngramError: no method has that name; SettingError: see `Method.check_settings`.
+    """
+    method_named(name)
+    METHODS[name].check_settings(settings, name, model)
+
+
 def method_named(name: str) -> Callable[..., Edit | PromptEdit]:
     """Return the function of a method.
 

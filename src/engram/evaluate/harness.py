@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
 
 from engram.checks import Count, checked_call
 from engram.edit.edit import Edit
@@ -23,7 +25,7 @@ Mode = Literal["beside", "weights"]
 @checked_call
 def harness(
     lm: LanguageModel,
-    tasks: Sequence[str],
+    tasks: Annotated[Sequence[str], MinLen(1)],
     *,
     edit: Edit | PromptEdit | None = None,
     mode: Mode = "beside",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from engram import pocket
 from engram.checks import Count, Natural, Seed, checked_call
 from engram.edit.recipe import library_versions
-from engram.editors.methods import METHODS
+from engram.editors.methods import check_method
 from engram.editors.presets import preset
 from engram.editors.second_moments.corpora import Bundled, Corpus, as_corpus
 from engram.errors import EngramFileError, FactError
@@ -104,7 +104,7 @@ def layer_card(
         corpus = preset("rome", lm.name).get("corpus")
     recipe = EditRecipe(method, settings, corpus, tokens, seed)
     # here and not by the first edit, which comes after all traces
-    METHODS[method].check_settings(settings, method, lm.name)
+    check_method(method, settings, lm.name)
     lm.parts.mlp_out_name(0)  # a family that cannot be edited raises before anything is measured
     about = _recorded_settings(lm, recipe)
     model_id, versions, traced = identity(lm), library_versions(), trace_settings(lm)

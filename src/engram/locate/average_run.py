@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from annotated_types import MinLen
 from torch import Tensor
 
 from engram.checks import Count, checked_call
@@ -47,7 +48,7 @@ _FACTS_AT_ONCE = 256  # facts that are tokenised, filtered and ordered by length
 @checked_call
 def average_trace(
     lm: LanguageModel,
-    facts: Sequence[Fact],
+    facts: Annotated[Sequence[Fact], MinLen(1)],
     *,
     out: str | Path | None = None,
     keep: Keep = "known",

@@ -8,7 +8,7 @@ layers and heads: `tables` turns the settings into the list of patches that the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,7 +63,7 @@ class SubjectCorruption:
     corruption: Corruption = "noise"
     # as published; one standard deviation leaves too small a total effect to see anything
     noise: str | NonNegative | Tensor = "s3"
-    noise_subjects: Sequence[str] | None = None
+    noise_subjects: Texts | None = None
     replace: bool = False
     samples: Count = 10  # as published
     # the released code's; the noise is of numpy's older generator, whose seeds are shorter

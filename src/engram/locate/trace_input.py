@@ -93,6 +93,7 @@ def prepare(
         # a search would find the same letters inside an earlier, longer word
         starts = [prompt.start]
     spans = [token_span(cloze.offsets, at, at + len(prompt.subject)) for at in starts]
+    _check_extra(config.subject.extra_tokens, spans, cloze, prompt)
     corrupted = _widened(
         spans, config.subject.extra_tokens, cloze.offsets[: cloze.tokens], len(prompt.text)
     )
@@ -153,6 +154,19 @@ def _rows(config: TraceConfig, tokens: int, span: tuple[int, int], read: list[in
     if not rows or any(not 0 <= at < tokens for at in rows):
         raise SettingError(f"positions={rows}: the prompt has tokens 0 to {tokens - 1}")
     return rows
+
+
+def _check_extra(
+    extra: int, spans: list[tuple[int, int]], cloze: Cloze, prompt: TracePrompt
+) -> None:
+    """Raise unless the prompt has that many tokens after its last mention of the subject."""
+    end = max(end for _, end in spans)
+    after = [a for a, b in cloze.offsets[end : cloze.tokens] if b > a and a < len(prompt.text)]
+    if extra > len(after):
+        raise FactError(
+            f"extra_tokens={extra}: expected at most {len(after)}, as many tokens of the prompt "
+            f"follow the subject {prompt.subject!r}"
+        )
 
 
 def _widened(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engram.batching import batches
+from engram.checks import Count, Positive, checked, checked_call
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.cloze import (
     Cloze,
@@ -389,7 +390,8 @@ class LanguageModel:
         """
         return [float(log_probs.sum().exp()) for log_probs in self.log_probs(pairs)]
 
-    def next_tokens(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
+    @checked_call
+    def next_tokens(self, prompt: str, k: Count = 5) -> list[tuple[str, float]]:
         """Return the k most probable next tokens after `prompt`, or in its blank: pairs of the
         decoded token and its probability.
 
@@ -401,7 +403,8 @@ class LanguageModel:
         top = logits[0].softmax(-1).topk(k)
         return list(zip(self.token_strings(top.indices.tolist()), top.values.tolist(), strict=True))
 
-    def perplexity(self, text: str, *, after: str = "", tokens: int | None = None) -> float:
+    @checked_call
+    def perplexity(self, text: str, *, after: str = "", tokens: Count | None = None) -> float:
         """Return exp of the mean negative log-probability per token of `text`, its first token not
         counted.
 
@@ -453,8 +456,9 @@ class LanguageModel:
             count += len(piece) - 1
         return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
+    @checked_call
     @torch.no_grad()
-    def generate(self, prompt: str, max_new_tokens: int = 20, **settings: Any) -> str:
+    def generate(self, prompt: str, max_new_tokens: Count = 20, **settings: Any) -> str:
         """Return `prompt` and its continuation, greedy unless `settings` say otherwise; of an
         encoder-decoder model, its answer alone.
 
@@ -481,6 +485,8 @@ class LanguageModel:
             whole, ids = prompt, list(self.tokenizer(prompt)["input_ids"])
         ids_bt = torch.tensor([ids], device=self.device)
         settings.setdefault("do_sample", False)
+        if settings.get("temperature") is not None:
+            checked("temperature", settings["temperature"], Positive)
         # Named, since transformers warns at every call of a model without a pad token.
         pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         settings.setdefault("pad_token_id", pad)

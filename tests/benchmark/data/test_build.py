@@ -350,12 +350,12 @@ def test_a_fact_with_an_empty_part_is_an_error(fact):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_an_error(limit):
-    with pytest.raises(SettingError, match=f"limit={limit}: expected 1 or more"):
+    with pytest.raises(SettingError, match=f"limit={limit}: expected at least 1"):
         built(limit=limit)
 
 
 def test_a_negative_size_is_an_error():
-    with pytest.raises(SettingError, match="neighbours=-1: expected 0 or more"):
+    with pytest.raises(SettingError, match="neighbours=-1: expected at least 0"):
         replace(Sizes(), neighbours=-1)
 
 

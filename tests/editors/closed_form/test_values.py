@@ -507,8 +507,8 @@ def test_a_text_longer_than_the_model_takes_is_refused_before_it_runs():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps=0: at least one forward pass"),
-        ({"clamp": 0.0}, r"clamp=0\.0, learning_rate=0\.5: both have to be above 0"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"clamp": 0.0}, r"clamp=0\.0: expected above 0"),
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0"),
         ({"stop": "never"}, "stop='never': expected 'loss', 'argmax' or 'adaptive'"),
         ({"kl_position": "first"}, "kl_position='first': expected 'lookup' or 'last'"),

@@ -237,7 +237,7 @@ def test_half_precision_models_train_in_float32():
     ("settings", "error", "message"),
     [
         ({"epoch": 3}, SettingError, r"ft has no setting 'epoch' \(did you mean 'epochs'\?\)"),
-        ({"norm_constraint": 0.0}, SettingError, "norm_constraint=0.0: has to be above 0"),
+        ({"norm_constraint": 0.0}, SettingError, "norm_constraint=0.0: expected above 0"),
         (
             {"layer": 9},
             UnsupportedModelError,

@@ -233,11 +233,11 @@ def test_a_model_held_still_gets_its_flags_and_modes_back(error):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs=0, rows_per_batch=64: both"),
+        ({"epochs": 0}, "epochs=0: expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"stop": "soon"}, "stop='soon': expected 'argmax'"),
         ({"locality_loss": "l2"}, "locality_loss='l2': expected 'kl'"),
-        ({"contexts": "some"}, "contexts='some': expected 'sampled'"),
+        ({"contexts": "some"}, "contexts='some': expected a list or 'sampled'"),
     ],
 )
 def test_mistakes_are_explained(settings, message):
