@@ -642,7 +642,7 @@ def test_labels_are_shown_as_they_are(odd):
         (["--set", "epochs=3"], r"--set 'epochs=3': expected LABEL:NAME=VALUE"),
         (["--method", "roem"], r"method='roem': expected .* \(did you mean 'rome'\?\)"),
         (["--seed", "3"], r"was begun with config="),
-        (["--workers", "dask"], r"--workers: 'dask' is not one of 'ray'"),
+        (["--workers", "dask"], r"--workers='dask': expected 'ray'"),
     ],
 )
 def test_a_mistake_in_a_benchmark_ends_with_a_line(ran, monkeypatch, capsys, more, message):

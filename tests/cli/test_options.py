@@ -81,10 +81,8 @@ def test_no_option_is_without_help():
     assert silent == []
 
 
-def test_workers_are_ray_or_none():
+def test_no_workers_are_the_default():
     assert WorkerOptions().open() is None
-    with pytest.raises(SettingError, match="--workers 'threads': expected 'ray', or leave it out"):
-        WorkerOptions("threads").open()
     assert ModelOptions() == ModelOptions(dtype=None, device_map=None)
 
 
@@ -95,5 +93,23 @@ def test_settings_are_json_or_text():
         "layers": [1, 2],
         "text": "a=b",
     }
-    with pytest.raises(SettingError, match="--set 'steps': expected NAME=VALUE"):
-        parse_settings(["steps"])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["steps"], "--set 'steps': expected NAME=VALUE"),
+        (["=3"], "--set '=3': expected NAME=VALUE"),
+        (["a b=3"], "--set 'a b=3': expected NAME=VALUE"),
+        (["steps=3", "steps=4"], "--set 'steps=4': expected one value of steps"),
+        (["seed=3"], "--set 'seed=3': seed has an option of its own"),
+        (["steps=" + "[" * 100_000], r"--set 'steps=\[\[.*: expected a plain value"),
+    ],
+)
+def test_pairs_that_are_no_settings_are_refused(pairs, message):
+    with pytest.raises(SettingError, match=message):
+        parse_settings(pairs, ["seed"])
+
+
+def test_a_number_of_thousands_of_digits_is_a_text():
+    assert parse_settings(["steps=" + "9" * 5000]) == {"steps": "9" * 5000}

@@ -5,6 +5,7 @@ Knows typer and no command of ours.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from engram.checks import problem
+from engram.checks import alternatives, briefly, did_you_mean, problem
 from engram.cli.ending import say
 from engram.cli.options import expand_groups
 
@@ -94,4 +95,9 @@ def _worded(error: Any) -> str:
     if parameter is None or not hasattr(invalid, "errors"):  # typer parses values by pydantic
         return error.format_message()
     name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name
-    return problem(invalid, invalid.errors()[0]["input"], name).replace(", expected", ": expected")
+    first = invalid.errors()[0]
+    if choices := re.fullmatch(r"Value error, .* is not one of ('.*')\.", first["msg"]):
+        known = re.findall("'(.*?)'", choices[1])
+        hint = did_you_mean(first["input"], known)
+        return f"{name}={briefly(first['input'])}: expected {alternatives(known)}{hint}"
+    return problem(invalid, first["input"], name).replace(", expected", ": expected")
