@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import engram
 from engram import Fact
+from engram.benchmark.data.write import write_dataset
 from tests.helpers.bench_samples import dataset
 from tests.helpers.edit_samples import random_edit
 from tests.helpers.tiny import TEXT, tiny_folder
@@ -44,6 +45,11 @@ class Zoo:
     texts: list[Path] = field(default_factory=list)
     templates: list[Path] = field(default_factory=list)
     wrong: list[Path] = field(default_factory=list)
+
+    @property
+    def data_set(self) -> Path:
+        """Return a file of records."""
+        return self.home / "records.json"
 
     @property
     def every(self) -> list[Path]:
@@ -166,6 +172,7 @@ def _add_ledgers(zoo: Zoo) -> None:
 
 def _add_tables(zoo: Zoo) -> None:
     lm = engram.load(zoo.models[0])
+    write_dataset(dataset(3), zoo.data_set)
     run = zoo.home / "run.sqlite"
     engram.bench(lm, dataset(1), {"ft": {"method": "ft", "epochs": 1}}, run)
     damaged = zoo.home / "run-damaged.sqlite"
