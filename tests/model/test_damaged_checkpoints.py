@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -41,12 +42,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+class Late(BaseException):
+    """No Exception: what turns those of other libraries into lines must not catch it."""
+
+
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
     """Fail where the block waits without end."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
+        raise Late(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
@@ -302,6 +307,37 @@ def test_a_number_of_layers_that_is_none_is_refused(
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": value}))
     refused(folder, "n_layer")
+
+
+HUGE: dict[str, tuple[str, dict[str, Any], str]] = {
+    # what a config may ask transformers to make, before it is compared with any weight
+    "positions times positions": ("gpt_neo", {"max_position_embeddings": 10**6}, "wpe.weight"),
+    "angles of positions": ("gptj", {"n_positions": 10**9}, "n_positions|64 GB of tables"),
+    "angles of a head": ("llama", {"head_dim": 10**9}, "k_proj.weight"),
+    "kinds of attention": (
+        "gpt_neo",
+        {"attention_types": [[["global"], 10**9]]},
+        "attention_types",
+    ),
+    "layers": ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+    "layers of the decoder": ("t5", {"num_decoder_layers": 10**9}, "num_decoder_layers"),
+    "labels": ("gpt2", {"num_labels": 10**9}, "num_labels=1000000000"),
+    "experts": ("mixtral", {"num_local_experts": 10**9}, "1000000000 x 32 x 48 in the config"),
+    "buckets": ("t5", {"relative_attention_num_buckets": 10**9}, "1000000000 x 4 in the config"),
+    "an epsilon of NaN": ("gpt2", {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
+    "other weights": ("gpt2", {"transformers_weights": "../a.safetensors"}, "transformers_weights"),
+    "no such activation": ("gpt2", {"activation_function": "a"}, "activation_function='a'"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_a_config_that_asks_for_too_much_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    family, changes, match = HUGE[case]
+    folder = tiny_folder(tmp_path, family)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    line = outcome(folder)
+    assert isinstance(line, str) and re.search(match, line), line
 
 
 # --- and at random

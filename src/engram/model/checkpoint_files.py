@@ -7,8 +7,10 @@ Knows file names and headers. Refuses to know models and tokenizers.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from engram.checks import briefly
 from engram.errors import EngramFileError
-from engram.files.forms import read_json
+from engram.files.forms import parsed, read_json
 from engram.files.names import check_regular, inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,6 +28,8 @@ CONVERT = (
     "Convert them, if you trust their author: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 )
+MOST_LAYERS = 10_000  # more would take minutes to build, and no model has them
+_COUNTS = re.compile(r"^n_layers?$|layers$|^num_labels$|^attention_types$")
 _AGAIN = "Download the checkpoint again"
 _READ = {".jinja", ".json", ".model", ".py", ".safetensors", ".txt"}  # what transformers may open
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -75,7 +79,10 @@ def check_folder(
     for path in (folder / name for name in _OBJECTS):
         if path.exists():
             read_json(path, dict[str, Any], advice=_AGAIN)
-    _check_config(folder / "config.json")
+    path = folder / "config.json"
+    if not path.exists():
+        raise EngramFileError(f"{path} is missing; expected a checkpoint that transformers saved")
+    check_config(read_json(path, dict[str, Any], advice=_AGAIN), path)
     if not weights and not any((folder / name).exists() for name in _names(variant)):
         return {}
     homes: dict[str, Path] = {}
@@ -117,22 +124,50 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return shards
 
 
-def _check_config(path: Path) -> None:
-    if not path.exists():
-        raise EngramFileError(f"{path} is missing; expected a checkpoint that transformers saved")
-    config: _Config = read_json(path, _Config, advice=_AGAIN)
-    if config.transformers_weights is not None:
+def check_config(config: Mapping[str, Any], where: str | Path) -> None:
+    """Raise where a config.json names something that must not reach transformers.
+
+    It makes lists as long as some of the numbers say while it reads a config.
+
+    Args:
+        config: the contents of config.json.
+        where: the file, for the message.
+    Raises:
+        EngramFileError: names the field.
+    """
+    form: _Config = parsed(_Config, json.dumps(config), where, advice=_AGAIN)
+    if form.transformers_weights is not None:
         raise EngramFileError(
-            f"{path} has transformers_weights={briefly(config.transformers_weights)}, a file of "
+            f"{where} has transformers_weights={briefly(form.transformers_weights)}, a file of "
             "weights by another name than transformers gives them; expected no such field"
         )
-    for field, dtype in (("dtype", config.dtype), ("torch_dtype", config.torch_dtype)):
+    for field, dtype in (("dtype", form.dtype), ("torch_dtype", form.torch_dtype)):
         known = getattr(torch, str(dtype).removeprefix("torch."), None)
         if isinstance(dtype, str) and not getattr(known, "is_floating_point", False):
             raise EngramFileError(
-                f"{path} has {field}={briefly(dtype)}; expected a floating point of torch such as "
+                f"{where} has {field}={briefly(dtype)}; expected a floating point of torch such as "
                 "'float32'"
             )
+    for field, value in _leaves("", config):
+        expected = None
+        if isinstance(value, float) and value != value:
+            expected = "a number"
+        elif isinstance(value, int) and value > MOST_LAYERS and _COUNTS.search(field):
+            expected = f"at most {MOST_LAYERS}"
+        if expected:
+            raise EngramFileError(f"{where} has {field}={value}; expected {expected}. {_AGAIN}")
+
+
+def _leaves(field: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the plain values of nested JSON, each with the name of the nearest field."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(str(name), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(field, inner)
+    else:
+        yield field, value
 
 
 def _names(variant: str | None) -> tuple[str, str]:

@@ -20,13 +20,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from engram.checks import checked, one_of
 from engram.errors import EngramError, EngramFileError, SettingError, UnsupportedModelError
-from engram.model.checkpoint_files import CONVERT, check_folder
+from engram.model.checkpoint_files import CONVERT, MOST_LAYERS, check_config, check_folder
 from engram.model.language_model import LanguageModel
 from engram.model.load_settings import (
     check_device_map,
@@ -43,8 +44,8 @@ from engram.modules.weights import keep_differentiable, quantisation
 
 log = logging.getLogger(__name__)
 
-_MOST_LAYERS = 10_000  # more would take minutes to build, and no model has them
 _COUNTS = ("vocab_size", "hidden_size", "num_attention_heads")
+_MOST_TABLES = 1 << 30  # bytes, beside as many as the weights have
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 _REMOTE = (
     "refused. If you trust its author and have read it, pass allow_remote_code=True to engram.load"
@@ -155,7 +156,9 @@ class _Source:
     @property
     def is_plain(self) -> bool:
         """Return whether the stored weights have the names and shapes of the model's."""
-        return getattr(self.config, "quantization_config", None) is None
+        packing = getattr(self.config, "quantization_config", None)
+        # a way of packing that transformers does not know, it ignores
+        return packing is None or not AutoHfQuantizer.supports_quant_method(packing)
 
     def read(self, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Return the model with its weights, and transformers' report about them."""
@@ -186,6 +189,9 @@ def _opened(
     if folder.is_dir():
         folder = folder / settings.get("subfolder", "")
         dtypes = check_folder(folder, weights=weights, variant=settings.get("variant"))
+    else:
+        stored, _ = PreTrainedConfig.get_config_dict(path, **of_place(settings))
+        check_config(stored, f"config.json of {name}")
     config = AutoConfig.from_pretrained(path, **place)
     if changes := of_config(settings, {*config.to_dict(), *config.attribute_map}):
         config = AutoConfig.from_pretrained(path, **place, **changes)
@@ -200,16 +206,25 @@ def _opened(
 
 def _checked_shapes(source: _Source, name: str) -> PreTrainedModel:
     """Return the model on the meta device, where its names and shapes are those of the files."""
-    model, info = source.read(device_map="meta", ignore_mismatched_sizes=True)
+    # Also what a model computes when it is made, such as a mask of all positions by all positions.
+    with torch.device("meta"):
+        model, info = source.read(device_map="meta", ignore_mismatched_sizes=True)
     check_names(info, name)
     check_dtypes(model, source.dtypes, name)
+    tables = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    if tables > _MOST_TABLES + sum(weight.nbytes for weight in model.parameters()):
+        raise EngramFileError(
+            f"config.json of {name} asks for {tables / 1e9:.0f} GB of tables beside the weights, "
+            "such as those of positions; expected less than the weights themselves. Download the "
+            "checkpoint again"
+        )
     return model
 
 
 def _check_config(config: Any, tensors: int, name: str) -> None:
     """Raise where a config asks for a model that cannot be built, or not in any reasonable time."""
     config = config.get_text_config()
-    most = min(tensors or _MOST_LAYERS, _MOST_LAYERS)
+    most = min(tensors or MOST_LAYERS, MOST_LAYERS)
     for field in (*_COUNTS, *_LAYERS):
         value = getattr(config, field, None)
         limit = most if field in _LAYERS else None
@@ -280,7 +295,9 @@ def _not_loaded(name: str, part: str, error: Exception) -> EngramError:
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = TypeError(f"config.json: {error.__cause__}")  # it has the same once more around it
     reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")  # they write paragraphs
-    if not isinstance(error, OSError | TypeError | ValueError) or not reason:
+    if isinstance(error, KeyError):
+        reason = f"no such name: {reason}"
+    elif not isinstance(error, OSError | TypeError | ValueError) or not reason:
         reason = f"{type(error).__name__}: {reason}"
     reason = part + reason
     if "trust_remote_code" in str(error):
