@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,10 @@ from engram.edit.delta import Delta, add
 from engram.edit.edit import Edit, compose
 from engram.errors import BaseMismatchError, EngramError, FactError, NonFiniteError
 from tests.helpers.edit_samples import fact, random_delta, random_edit, tiny, weight_name
+
+EDIT = random_edit(tiny())
+BASE = EDIT.base
+((NAME, WEIGHT),) = BASE["tensors"].items()
 
 
 @given(
@@ -174,3 +181,50 @@ def test_a_contradiction_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     b = Edit((other,), "random", {}, {name: random_delta(lm, weight_name(lm, 1), 1, 7)}, a.base)
     compose([a, b])
     assert "neither may win" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": 3}, "method=3: expected a text"),
+        ({"method": None}, "method=None: expected a text"),
+        ({"seed": "1"}, "seed='1': expected a whole number"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number"),
+        ({"seed": True}, "seed=True: expected a whole number"),
+        ({"seed": -1}, "seed=-1: expected at least 0"),
+        ({"facts": ("a",)}, r"facts\[0\]='a': expected an instance of Fact"),
+        ({"settings": [1]}, "settings=.*: expected an object"),
+        ({"settings": {"a": {1}}}, "settings of an edit has to be numbers, strings"),
+        ({"settings": {"a": "\ud800"}}, "settings of an edit has to be numbers, strings"),
+        ({"diagnostics": None}, "diagnostics=None: expected an object"),
+        ({"receipt": "passed"}, "receipt='passed': expected an object"),
+        ({"versions": {"torch": 2}}, "versions.torch=2: expected a text"),
+        ({"deltas": {NAME: 3}}, "deltas.*=3: expected an instance of Delta"),
+        ({"keys": {NAME: 3}}, "keys.*=3: expected"),
+        ({"base": {**BASE, "model": 3}}, "base.model=3: expected a text"),
+        ({"base": {**BASE, "tensors": {NAME: {}}}}, f"base.tensors.{NAME}.sha256 is missing"),
+        (
+            {"base": {**BASE, "tensors": {NAME: {**WEIGHT, "dtype": "save"}}}},
+            "dtype='save': expected 'float16'",
+        ),
+        (
+            {"base": {**BASE, "tensors": {NAME: {**WEIGHT, "shape": [1.5, 2]}}}},
+            r"shape\[0\]=1.5: expected a whole number",
+        ),
+        (
+            {"base": {**BASE, "tensors": {NAME: {**WEIGHT, "transposed": 1}}}},
+            "transposed=1: expected true or false",
+        ),
+    ],
+)
+def test_an_edit_of_the_wrong_types_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngramError, match=message):
+        replace(EDIT, **change)
+
+
+def test_settings_nested_without_end_are_refused() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(EngramError, match="settings of an edit has to be numbers"):
+        replace(EDIT, settings={"a": nested})

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,153 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "tensors of no delta: more",
     ),
 }
+
+
+def _weight(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return lambda folder: _rewritten(folder, lambda r: change(r["base"]["tensors"][NAME]))
+
+
+def _field(**values: Any) -> Callable[[Path], object]:
+    return lambda folder: _rewritten(folder, lambda recipe: recipe.update(values))
+
+
+def _pipe(name: str) -> Callable[[Path], object]:
+    def replaced(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replaced
+
+
+def _link(name: str, target: str) -> Callable[[Path], object]:
+    def replaced(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(target.format(home=folder.parent, name=name))
+
+    return replaced
+
+
+LIST = r"expected a list"
+DAMAGE |= {
+    "version true": (_field(format_version=True), "format_version=True, this engram reads 1"),
+    "version 1.0": (_field(format_version=1.0), "format_version=1.0, this engram reads 1"),
+    "version text": (_field(format_version="1"), "format_version='1', this engram reads 1"),
+    "kind": (_field(kind="weights"), "kind='weights', expected 'prompt'"),
+    "method": (_field(method=3), "method=3, expected a text"),
+    "method null": (_field(method=None), "method=None, expected a text"),
+    "seed text": (_field(seed="1"), "seed='1', expected a whole number"),
+    "seed fraction": (_field(seed=1.5), "seed=1.5, expected a whole number"),
+    "seed true": (_field(seed=True), "seed=True, expected a whole number"),
+    "seed negative": (_field(seed=-1), "seed=-1, expected at least 0"),
+    "seed infinite": (_field(seed=float("inf")), "seed=.*expected"),
+    "settings": (_field(settings=[]), r"settings=\[\], expected an object"),
+    "diagnostics": (_field(diagnostics="none"), "diagnostics='none', expected an object"),
+    "receipt": (_field(receipt=[1]), r"receipt=\[1\], expected an object"),
+    "versions": (_field(versions={"torch": 2}), "versions.torch=2, expected a text"),
+    "facts text": (_field(facts="all"), f"facts='all', {LIST}"),
+    "facts none": (_field(facts=[]), r"facts=\[\], expected at least 1"),
+    "fact of numbers": (_field(facts=[{"subject": 1}]), r"facts\[0\].subject=1, expected a text"),
+    "fact too short": (_field(facts=[{"subject": "a"}]), r"facts\[0\].prompt is missing"),
+    "fact null": (_field(facts=[None]), r"facts\[0\]=None, expected an object"),
+    "fact with more": (
+        lambda f: _rewritten(f, lambda r: r["facts"][0].update(more=1)),
+        "unexpected keyword argument 'more'",
+    ),
+    "owners text": (_field(owners="all"), "owners='all', expected an object"),
+    "owners flat": (_field(owners={NAME: [0]}), rf"owners.{NAME}\[0\]=0, {LIST}"),
+    "owners negative": (_field(owners={NAME: [[-1]]}), r"\[0\]\[0\]=-1, expected at least 0"),
+    "owners out of range": (_field(owners={NAME: [[9]]}), r"columns of facts \[9\]; there are 1"),
+    "owners of nobody": (_field(owners={NAME: [[]]}), "expected at least 1"),
+    "owners of another": (_field(owners={"other": [[0]]}), "no entry 'other.left'"),
+    "sha256": (_field(sha256=3), "sha256=3, expected a text"),
+    "base model": (
+        lambda f: _rewritten(f, lambda r: r["base"].update(model=None)),
+        "base.model=None, expected a text",
+    ),
+    "base tensors": (
+        lambda f: _rewritten(f, lambda r: r["base"].update(tensors=[])),
+        r"base.tensors=\[\], expected an object",
+    ),
+    "weight dtype": (_weight(lambda w: w.update(dtype="save")), "dtype='save', expected 'float16'"),
+    "weight shape": (_weight(lambda w: w.update(shape=[16])), "shape=.*expected at least 2"),
+    "weight shape huge": (_weight(lambda w: w.update(shape=[2**60, 2**60])), "its weight is"),
+    "weight transposed": (_weight(lambda w: w.update(transposed=1)), "expected true or false"),
+    "deep": (
+        lambda f: (f / "edit.json").write_text('{"format_version": 1, "settings": ' + "[" * 10**5),
+        "no JSON that can be read, recursion limit",
+    ),
+    "no text": (lambda f: (f / "edit.json").write_bytes(b"\xff{}"), "no JSON that can be read"),
+    "pipe for a recipe": (_pipe("edit.json"), "edit.json is a pipe; expected a regular file"),
+    "pipe for factors": (_pipe("deltas.safetensors"), "is a pipe; expected a regular file"),
+    "recipe elsewhere": (_link("edit.json", "{home}/{name}"), "is a link that leaves its folder"),
+    "factors elsewhere": (_link("deltas.safetensors", "../{name}"), "link that leaves its folder"),
+    "a device": (_link("deltas.safetensors", "/dev/zero"), "is a link that leaves its folder"),
+    "a link to itself": (_link("edit.json", "{name}"), "edit.json"),
+    "no safetensors": (lambda f: _raw(f, b"no tensors"), "header"),
+    "a header of 2^60 bytes": (lambda f: _raw(f, struct.pack("<Q", 2**60) + b"{}"), "header"),
+    "factors of whole numbers": (
+        lambda f: _factors(f, lambda t: t.update({f"{NAME}.left": torch.ones(16, 1).int()})),
+        "expected a matrix in float32 or float64",
+    ),
+}
+
+
+def _raw(folder: Path, raw: bytes) -> None:
+    (folder / "deltas.safetensors").write_bytes(raw)
+    _rewritten(folder, lambda recipe: recipe.update(sha256=hashlib.sha256(raw).hexdigest()))
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a letter of the target": lambda r: r["facts"][0].update(target="Citz 10"),
+    "a digit of the receipt": lambda r: r["receipt"].update(efficacy=0.91),
+    "the receipt": lambda r: r.update(receipt=None),
+    "a setting": lambda r: r["settings"].update(rank=2),
+    "the seed": lambda r: r.update(seed=2),
+    "a diagnostic": lambda r: r["diagnostics"].update(rho=0.51),
+    "the model": lambda r: r["base"].update(model="another"),
+    "the weights": lambda r: r["base"]["tensors"][NAME].update(sha256="0" * 64),
+    "the dtype": lambda r: r["base"]["tensors"][NAME].update(dtype="float16"),
+    "a version": lambda r: r["versions"].update(torch="0"),
+    "a field more": lambda r: r.update(more=1),
+    "the checksum": lambda r: r.update(checksum="0" * 64),
+    "the checksum's type": lambda r: r.update(checksum=None),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_since_the_save_is_noticed(tmp_path: Path, kind: str) -> None:
+    folder = random_edit(LM).with_receipt({"efficacy": 0.9}).save(tmp_path / "edit")
+    recipe = json.loads((folder / "edit.json").read_text())
+    CHANGES[kind](recipe)
+    (folder / "edit.json").write_text(json.dumps(recipe, indent=1))
+    with pytest.raises(EngramFileError, match=r"edit.json is damaged: .* \(another checksum\)"):
+        Edit.load(folder)
+
+
+def test_the_same_contents_in_other_words_are_the_same_edit(tmp_path: Path) -> None:
+    edit = random_edit(LM)
+    path = edit.save(tmp_path / "edit") / "edit.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    assert Edit.load(tmp_path / "edit") == edit
+
+
+def test_an_edit_of_an_older_engram_is_loaded_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit = random_edit(LM)
+    path = edit.save(tmp_path / "edit") / "edit.json"
+    recipe = json.loads(path.read_text())
+    del recipe["checksum"]
+    path.write_text(json.dumps(recipe))
+    assert Edit.load(tmp_path / "edit") == edit
+    assert "edit.json has no checksum (an older engram wrote it)" in caplog.text
+
+
+def test_a_folder_that_is_a_link_is_followed(tmp_path: Path) -> None:
+    edit = random_edit(LM)
+    edit.save(tmp_path / "edit")
+    (tmp_path / "link").symlink_to(tmp_path / "edit")
+    assert Edit.load(tmp_path / "link") == edit
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

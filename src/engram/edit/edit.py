@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from engram.checks import checked, checked_call
+from engram.checks import check_fields, checked, checked_call
 from engram.edit import applied as in_memory
 from engram.edit import checkpoint, folder_format, lora_export
 from engram.edit import keys as fact_keys
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta, add, same_tensors
-from engram.edit.forms import ComposedForm
+from engram.edit.forms import BaseForm, ComposedForm, Natural
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import BaseMismatchError, EngramError, EngramFileError, SettingError
@@ -70,7 +70,7 @@ class Edit:
     settings: dict[str, Any]
     deltas: dict[str, Delta]
     base: dict[str, Any]
-    seed: int | None = None
+    seed: Natural | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] | None = None
@@ -86,6 +86,8 @@ class Edit:
             )
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
+        check_fields(self, EngramError)
+        checked("base", self.base, BaseForm, EngramError)
         WeightChanges(self.deltas, self.base)  # checks that they fit each other
         object.__setattr__(
             self, "deltas", {name: self._owned(name, delta) for name, delta in self.deltas.items()}

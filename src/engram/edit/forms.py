@@ -21,7 +21,7 @@ class WeightForm(TypedDict):
     """A weight on which a change was computed, see `base.describe_base`."""
 
     sha256: str
-    dtype: Dtype
+    dtype: Dtype | Literal["float8_e4m3fn", "float8_e5m2"]
     shape: Annotated[list[Natural], Len(2, 2)]
     transposed: bool
     quantised: NotRequired[str]

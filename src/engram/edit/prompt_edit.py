@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from engram.checks import check_fields, checked
 from engram.edit import folder_format
 from engram.edit.applied import How
+from engram.edit.forms import ModelForm, Natural
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import EngramError, EngramFileError, FactError
 from engram.facts import Fact
@@ -75,7 +77,7 @@ class PromptEdit:
     wordings: tuple[Wording, ...]
     opening: str
     base: dict[str, Any]
-    seed: int | None = None
+    seed: Natural | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] | None = None
@@ -91,6 +93,8 @@ class PromptEdit:
             )
         for name in ("settings", "base", "versions", "diagnostics", "receipt"):
             object.__setattr__(self, name, plain(name, getattr(self, name)))
+        check_fields(self, EngramError)
+        checked("base", self.base, ModelForm, EngramError)
 
     def __repr__(self) -> str:
         return f"PromptEdit({len(self.facts)} facts, {self.method!r}, no weights)"
