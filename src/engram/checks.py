@@ -81,8 +81,15 @@ def check_fields(config: Any, error: type[EngramError] = SettingError) -> None:
         Traceback (most recent call last):
         engram.errors.SettingError: steps=1.5: expected a whole number
     """
-    for name, hint in _hints(config.__class__).items():
-        object.__setattr__(config, name, checked(name, getattr(config, name), hint, error))
+    hints = _hints(config.__class__)
+    values = {name: getattr(config, name) for name in hints}
+    # All fields in one pass: a quarter of the time, and CounterFact has half a million probes. One
+    # by one after a failure, for the words of the message and for values that are converted first.
+    values = _valid(config.__class__, values) or {
+        name: checked(name, values[name], hint, error) for name, hint in hints.items()
+    }
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
 
 
 def checked_call(function: _Function) -> _Function:
@@ -175,6 +182,24 @@ def _hints(config: type[Any]) -> dict[str, Any]:
     names = {field.name for field in fields(config)}
     hints = get_type_hints(config, include_extras=True)
     return {name: hint for name, hint in hints.items() if name in names}
+
+
+def _valid(config: type[Any], values: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the values of all fields of a dataclass; None where one of them is not valid."""
+    from pydantic import ValidationError
+
+    try:
+        return dict(_form(config).model_validate(values).root)  # type: ignore[arg-type]
+    except (ValidationError, RecursionError):
+        return None
+
+
+@cache
+def _form(config: type[Any]) -> Any:
+    from typing_extensions import TypedDict  # typing's has no types at run time before 3.12
+
+    typed_dict: Any = TypedDict
+    return _model(typed_dict(config.__name__, _hints(config)))  # type: ignore[arg-type]
 
 
 @cache

@@ -5,7 +5,7 @@ shows.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,12 +13,13 @@ import torch
 import engram
 from engram import Fact, Receipt, pocket
 from engram.edit.edit import Edit, compose
-from engram.errors import BaseMismatchError, FactError
+from engram.errors import BaseMismatchError, EngramFileError, FactError, SettingError
 from engram.evaluate.held_out import held_out_text
 from engram.evaluate.probe_rows import ProbeRows
 from engram.evaluate.probes import Probe
 from engram.evaluate.receipt import SCORES, Thresholds
 from engram.evaluate.words import PAGE, RECEIPT_WORDS
+from engram.files.forms import parsed
 from tests.helpers.edit_samples import random_edit
 from tests.helpers.paths import ROOT
 from tests.helpers.receipt_samples import GOOD, made
@@ -152,7 +153,7 @@ def test_facts_of_a_data_set_bring_their_paraphrases_and_neighbours(lm, tmp_path
     kinds = [answer.kind for answer in receipt.answers]
     assert kinds == ["rewrite", "paraphrase", "neighbourhood", "neighbourhood+"]
     assert receipt.of("neighbourhood")[0].wanted == "London"
-    assert type(record).from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert parsed(type(record), json.dumps(record.to_dict()), "the record") == record
 
 
 def test_a_receipt_says_which_prompts_the_facts_do_not_have(lm):
@@ -273,6 +274,101 @@ def test_every_word_of_a_receipt_is_explained(receipt):
     assert all("\n" not in meaning for meaning in RECEIPT_WORDS.values())
     assert f"engram verify --explain, or {PAGE}" in str(receipt)
     assert (ROOT / PAGE).exists()
+
+
+# --- records that somebody else wrote -------------------------------------------------------------
+
+
+def places(value, path=()):
+    """Yield the path of every value in a record, the record itself left out."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, key))
+
+
+WRONG_VALUES = [None, True, "x", -1, 1.5, float("nan"), [], {}, [[]], 10**400, "\x00"]
+
+
+def test_a_value_of_a_wrong_type_in_a_receipt_is_one_line_or_harmless(receipt):
+    record = json.loads(json.dumps(receipt.to_dict()))
+    messages = []
+    for path in places(record):
+        for wrong in WRONG_VALUES:
+            damaged = json.loads(json.dumps(record))
+            *outer, last = path
+            inner = damaged
+            for key in outer:
+                inner = inner[key]
+            inner[last] = wrong
+            try:
+                text = str(Receipt.from_dict(damaged))
+            except EngramFileError as error:
+                messages.append(str(error))
+            else:
+                assert text.splitlines()[-1].startswith(("PASSED", "FAILED"))
+    assert len(messages) > 500
+    for message in messages:
+        assert message.startswith("the receipt is damaged: ")
+        assert "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("answers", 0, "right_after"), 1, r"answers\[0\].right_after=1, expected true or false"),
+        (("answers", 0, "after"), [0.5], r"answers\[0\].after\[1\] is missing"),
+        (("answers", 0, "before", 0), -0.1, r"answers\[0\].before\[0\]=-0.1, expected at least 0"),
+        (("answers", 0, "kind"), "x", r"answers\[0\].kind='x', expected 'rewrite', "),
+        (("perplexity", 0), 0, r"perplexity\[0\]=0, expected above 0"),
+        (("thresholds", "min_efficacy"), -1, "thresholds.min_efficacy=-1, expected at least 0"),
+        (("thresholds", "min_rho"), float("nan"), "thresholds.min_rho=nan, expected a finite"),
+        (("model",), None, "model=None, expected a text"),
+    ],
+)
+def test_a_damaged_receipt_names_field_value_and_expectation(receipt, path, value, message):
+    record = inner = json.loads(json.dumps(receipt.to_dict()))
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(EngramFileError, match="^the receipt is damaged: " + message):
+        Receipt.from_dict(record)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Thresholds)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", True, [0.5], {}])
+def test_a_limit_that_is_no_number_is_refused(name, value):
+    with pytest.raises(SettingError, match=f"^{name}="):
+        Thresholds(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_efficacy", 2), ("max_norm_ratio", -1)])
+def test_a_limit_out_of_its_range_is_refused(name, value):
+    with pytest.raises(SettingError, match=f"^{name}={value}: expected a"):
+        Thresholds(**{name: value})
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Probe)])
+def test_a_probe_takes_values_of_its_types_only(field):
+    given = {"kind": "rewrite", "prompt": "The tower is in", "wanted": "Paris"}
+    wrong = [3, 1.5, [3], {}, b"x"] + (["yes", None] if field in ("joined", "condition") else [])
+    for value in wrong:
+        with pytest.raises(FactError, match=f"^{field}"):
+            Probe(**given | {field: value})
+    assert Probe(**given, aliases=["City of Light"]).aliases == ("City of Light",)
+
+
+def test_an_edit_that_makes_the_model_compute_nan_fails(lm):
+    lm = tiny_lm("gpt2", torch.float32)
+    edit = edit_of(lm)
+    (name,) = edit.deltas
+    delta = edit.deltas[name]
+    huge = replace(edit, deltas={name: engram.Delta(delta.left * 3e38, delta.right, delta.owners)})
+    receipt = engram.verify(lm, huge, continuation_tokens=0)
+    assert not receipt.passed and receipt.verdict.startswith("FAILED")
+    assert receipt.share("rewrite") == 0 and receipt.perplexity[1] == float("inf")
+    assert Receipt.from_dict(json.loads(json.dumps(receipt.to_dict()))) == receipt
 
 
 # --- the verdict ----------------------------------------------------------------------------------

@@ -486,10 +486,20 @@ def test_limits_of_a_ledger_are_kept(watched):
 
 
 def test_impossible_limits_are_refused():
-    with pytest.raises(
-        SettingError, match="max_norm_ratio=0: expected a number above 0, or None not to measure it"
-    ):
-        Canary(max_norm_ratio=0)
+    for name in ("max_norm_ratio", "max_perplexity_ratio"):
+        for value, expected in (
+            (0, "above 0"),
+            (-1.0, "above 0"),
+            (float("nan"), "a finite number"),
+            (float("inf"), "a finite number"),
+            ("1", "a number"),
+            (True, "a number"),
+            ([1.0], "a number"),
+        ):
+            with pytest.raises(SettingError, match=rf"^{name}=.*: expected {expected}$"):
+                Canary(**{name: value})
+    with pytest.raises(SettingError, match="text=3: expected a text"):
+        Canary(text=3)
     with pytest.raises(SettingError, match="text=' ' is empty"):
         Canary(text=" ")
 

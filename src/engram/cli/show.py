@@ -195,7 +195,7 @@ def show_receipt(receipt: Receipt) -> None:
     *lines, verdict = str(receipt).splitlines()
     for line in lines:
         style = "green" if line.endswith("ok") else "red" if line.endswith("FAILED") else ""
-        terminal.console.print(Text(line, style))
+        terminal.console.print(Text(_printable(line), style))
     colour = ("yellow" if receipt.cautions() else "green") if receipt.passed else "red"
     terminal.console.print(Text(verdict, colour))
 
@@ -285,7 +285,12 @@ def _bar(share: float, width: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(_printable(text).split())
+
+
+def _printable(text: str) -> str:
+    """Return a text that a model or a file gave, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def show_runs(runs: list[Run], *, all_metrics: bool = False, explain: bool = False) -> None:

@@ -5,14 +5,20 @@ Knows held-out text and norms. Refuses to know facts: whether an edit works is w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Gt
+
+from engram.checks import check_fields
 from engram.edit.edit import Edit
 from engram.errors import SettingError
 from engram.evaluate.held_out import held_out_text
 from engram.evaluate.receipt import Check, Thresholds
 from engram.evaluate.verify import norm_ratio
 from engram.model.language_model import LanguageModel
+
+Limit = Annotated[float, Gt(0)]
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,12 @@ class Canary:
         SettingError: a limit that is not above 0, or a text without words.
     """
 
-    max_perplexity_ratio: float | None = Thresholds.max_perplexity_ratio
-    max_norm_ratio: float | None = 10.0
+    max_perplexity_ratio: Limit | None = Thresholds.max_perplexity_ratio
+    max_norm_ratio: Limit | None = 10.0
     text: str | None = None
 
     def __post_init__(self) -> None:
-        # `not value > 0` also catches NaN, with which no comparison would ever fail.
-        for limit in fields(self)[:2]:
-            value = getattr(self, limit.name)
-            if value is not None and not value > 0:
-                raise SettingError(
-                    f"{limit.name}={value!r}: expected a number above 0, or None not to measure it"
-                )
+        check_fields(self)
         if self.text is not None and not self.text.strip():
             raise SettingError(
                 f"text={self.text!r} is empty; give prose that the model reads well, or None for "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from engram.checks import one_of
+from engram.checks import check_fields
 from engram.errors import FactError
 
 ProbeKind = Literal[
@@ -49,7 +49,8 @@ class Probe:
         condition: the probe only decides whether its test counts: it does if the unedited model
             answers all its conditions.
     Raises:
-        FactError: an unknown kind, an empty text, or `wanted` equal to `unwanted`.
+        FactError: a field of another type, an unknown kind, an empty text, or `wanted` equal to
+            `unwanted`.
     """
 
     kind: ProbeKind
@@ -62,7 +63,7 @@ class Probe:
     condition: bool = False
 
     def __post_init__(self) -> None:
-        one_of("kind", self.kind, KINDS, error=FactError)
+        check_fields(self, FactError)
         if not self.prompt.strip() or not self.wanted.strip():
             raise FactError(
                 f"probe with prompt={self.prompt!r} and wanted={self.wanted!r}: "
@@ -77,7 +78,6 @@ class Probe:
                 f"unwanted={self.unwanted!r}: expected words other than those of "
                 f"wanted={self.wanted!r}, or None"
             )
-        object.__setattr__(self, "aliases", tuple(self.aliases))
 
     @property
     def answers(self) -> tuple[str, ...]:

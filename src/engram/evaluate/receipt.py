@@ -8,13 +8,18 @@ sentence that states the edit CounterFact+'s (Hoelscher-Obermaier et al. 2023, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le
+
+from engram.checks import check_fields
 from engram.evaluate.probes import ProbeKind
 from engram.evaluate.words import PAGE
+from engram.files.forms import Overflowing, parsed
 
 SCORES: dict[ProbeKind, str] = {  # kind of prompt -> name of the share of successes
     "rewrite": "efficacy",
@@ -23,6 +28,10 @@ SCORES: dict[ProbeKind, str] = {  # kind of prompt -> name of the share of succe
     "neighbourhood+": "neighbourhood+",
 }
 
+Share = Annotated[float, Ge(0), Le(1)]
+Probability = Annotated[float, Ge(0)]  # above 1 by rounding at times
+Probabilities = tuple[Probability, Probability]
+Perplexity = Annotated[Overflowing, Gt(0)]
 When = Literal["before", "after"]
 
 # A limit for "neighbourhood+" would fail good edits: a sentence in front sways the unedited model
@@ -31,7 +40,6 @@ When = Literal["before", "after"]
 OVERRUN_SHARE = 0.5  # lost, of the neighbours that were right before with the sentence in front
 OVERRUN_LEAST = 3  # and this many of them
 _OVERRUNS = "overruns its neighbours when its own sentence stands in front"
-_DERIVED = ("passed", "verdict")  # in a record for its readers; computed again
 _SHOWN = 3  # prompts on which the model says something else that are shown in full
 
 
@@ -47,15 +55,21 @@ class Thresholds:
         max_norm_ratio: ||change|| / ||weight||; edits that destroy a model are far above it.
         min_rho: see rome: near 0 the update explodes (Gupta et al. 2024).
         max_rounding: share of the change that the model's dtype cannot hold.
+    Raises:
+        SettingError: a limit that is no number, such as NaN, against which nothing fails, or out of
+            its range.
     """
 
-    min_efficacy: float | None = 1.0
-    min_paraphrase: float | None = 0.8
-    min_neighbourhood: float | None = 0.8
-    max_perplexity_ratio: float | None = 1.05
-    max_norm_ratio: float | None = 2.0
+    min_efficacy: Share | None = 1.0
+    min_paraphrase: Share | None = 0.8
+    min_neighbourhood: Share | None = 0.8
+    max_perplexity_ratio: Annotated[float, Gt(0)] | None = 1.05
+    max_norm_ratio: Annotated[float, Gt(0)] | None = 2.0
     min_rho: float | None = 0.2
-    max_rounding: float | None = 0.25
+    max_rounding: Annotated[float, Ge(0)] | None = 0.25
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -74,12 +88,12 @@ class Answer:
     """
 
     kind: ProbeKind
-    fact: int
+    fact: Annotated[int, Ge(0)]
     prompt: str
     wanted: str
     unwanted: str
-    before: tuple[float, float]
-    after: tuple[float, float]
+    before: Probabilities
+    after: Probabilities
     right_before: bool
     right_after: bool
     said: tuple[str, str] | None = None
@@ -127,10 +141,10 @@ class Receipt:
 
     answers: tuple[Answer, ...]
     continuations: tuple[tuple[str, str, str], ...]
-    perplexity: tuple[float, float]
-    norm_ratio: float | None
+    perplexity: tuple[Perplexity, Perplexity]
+    norm_ratio: Overflowing | None
     rho: float | None
-    rounding: float | None
+    rounding: Overflowing | None
     model: str
     dtype: str
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -172,9 +186,8 @@ class Receipt:
             return None
         if kind.startswith("neighbourhood"):
             rows = [a for a in rows if a.says_before]
-        return sum(bool(a.says_after if when == "after" else a.says_before) for a in rows), len(
-            rows
-        )
+        says = [a.says_after if when == "after" else a.says_before for a in rows]
+        return sum(map(bool, says)), len(rows)
 
     def overruns(self) -> bool:
         """Return whether the edit spreads to its neighbours once its own sentence is in front.
@@ -255,17 +268,15 @@ class Receipt:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Receipt:
-        """Return the receipt of which `to_dict` gave this record."""
-        given = {name: value for name, value in record.items() if name not in _DERIVED}
-        # JSON has no tuples, and a receipt that was read has to equal the one that was written.
-        answers = tuple(_answer(answer) for answer in given.pop("answers"))
-        return cls(
-            answers=answers,
-            continuations=tuple(tuple(texts) for texts in given.pop("continuations")),
-            perplexity=tuple(given.pop("perplexity")),
-            thresholds=Thresholds(**given.pop("thresholds")),
-            **given,
-        )
+        """Return the receipt of which `to_dict` gave this record.
+
+        Raises:
+            EngramFileError: the record is damaged; one line that names the field and its value.
+        """
+        # Through JSON: it has no tuples, and a receipt that was read has to equal the one that was
+        # written. Fields that are no part of it, such as the verdict, are computed again.
+        receipt: Receipt = parsed(cls, json.dumps(record), "the receipt")
+        return receipt
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -345,8 +356,3 @@ class Receipt:
             yield f"  {a.prompt!r} → {a.said[1]!r}, not {a.wanted.strip()!r}"  # type: ignore[index]
         if len(missed) > _SHOWN:
             yield f"  and {len(missed) - _SHOWN} more"
-
-
-def _answer(record: Mapping[str, Any]) -> Answer:
-    pairs = {name: tuple(record[name]) for name in ("before", "after", "said") if record.get(name)}
-    return Answer(**{**record, **pairs})

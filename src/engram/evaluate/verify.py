@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf, isnan
 
 import torch
 
@@ -25,6 +25,7 @@ from engram.evaluate.probe_rows import AnswerScores, ProbeRows
 from engram.evaluate.probes import Probe
 from engram.evaluate.receipt import Answer, Receipt, Thresholds
 from engram.facts import Fact
+from engram.knowledge.cloze_rows import check_not_nan
 from engram.model.frames import BARE, Frame, name_of
 from engram.model.language_model import LanguageModel
 from engram.modules.weights import as_linear, quantisation
@@ -62,6 +63,8 @@ def verify(
     Raises:
         BaseMismatchError: `lm` is not what the edit was made on.
         FactError: a neighbour whose answer is the edit's target.
+        NonFiniteError: the model computes NaN without the edit. With it, every prompt counts as
+            failed.
     Example:
         >>> receipt = engram.verify(lm, edit)
         >>> receipt.share("rewrite")
@@ -90,9 +93,11 @@ def verify(
         scores, _ = AnswerScores.read(lm, ProbeRows(lm, probes))
         progress(what, 1, 2)
         continuations = [_continuation(lm, prompt, continuation_tokens) for prompt in openings]
-        return _Measured(scores, continuations, perplexity(lm, edit, text, edited=edited))
+        of_text = perplexity(lm, edit, text, edited=edited)
+        return _Measured(scores, continuations, inf if isnan(of_text) else of_text)
 
     before = measure("before the edit", False)
+    check_not_nan(before.scores.log_p)
     with edit.applied(lm):
         after = measure("after the edit", True)
     progress("after the edit", 2, 2)
@@ -186,7 +191,10 @@ def _answers(
             ref = fact, number
             phases = []
             for scores in (before, after):
-                wanted, unwanted = scores.log_probs(ref)
+                # A model that an edit has ruined may compute NaN; it says nothing, and never.
+                wanted, unwanted = (
+                    -inf if isnan(log_p) else log_p for log_p in scores.log_probs(ref)
+                )
                 sizes = [scores.of.sizes[answer] for answer in scores.of.answers[ref]]
                 # By the mean per token, as ES is; the probabilities beside it are of whole texts,
                 # since these are what a reader takes them for.
