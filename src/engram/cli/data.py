@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, ModelOptions, Seed
 from engram.cli.usage import Commands
+
+if TYPE_CHECKING:
+    from engram.benchmark.data.records import Dataset
 
 app = Commands(help="Benchmarks: those that are published, and those that you build.")
 
@@ -63,8 +69,9 @@ def get(
     """
     from engram.benchmark.data.sources import download
     from engram.cli import terminal
+    from engram.cli.ending import kept
 
-    with terminal.progress() as progress:
+    with kept(f"what was fetched is kept; {outputs.RESUME}"), terminal.progress() as progress:
         files = download(name, references=references, progress=progress)
     if as_json:
         terminal.print_json([{"file": file, "bytes": file.stat().st_size} for file in files])
@@ -105,6 +112,30 @@ class TextFiles:
         ),
     ] = None
 
+    def given(self) -> list[Path | None]:
+        """Return the files that are read."""
+        return [self.templates, self.generation, self.references, self.openings, self.held_out]
+
+    def build(self, facts: Path, **settings: Any) -> Dataset:
+        """Return the benchmark of these wordings and of a file of facts."""
+        from engram.benchmark.data.build import (
+            build_counterfact,
+            read_associations,
+            read_lines,
+            read_snippets,
+        )
+
+        held_out = None if self.held_out is None else _texts(self.held_out)
+        return build_counterfact(
+            read_associations(facts),
+            _texts(self.templates),
+            generation=None if self.generation is None else _texts(self.generation),
+            texts=None if self.references is None else read_snippets(self.references),
+            openings=() if self.openings is None else read_lines(self.openings),
+            held_out=None if held_out is None else lambda fact: held_out.get(fact.relation, []),
+            **settings,
+        )
+
 
 @app.command()
 def build(
@@ -129,35 +160,28 @@ def build(
 
     Example: engram data build --facts facts.csv --templates templates.json -o mine.json
     """
-    from engram.benchmark.data.build import (
-        build_counterfact,
-        read_associations,
-        read_lines,
-        read_snippets,
-    )
-    from engram.benchmark.data.write import write_dataset
-    from engram.benchmark.known_records import known_records
     from engram.cli import terminal
 
-    held_out = None if files.held_out is None else _texts(files.held_out)
-    dataset = build_counterfact(
-        read_associations(facts),
-        _texts(files.templates),
-        generation=None if files.generation is None else _texts(files.generation),
-        texts=None if files.references is None else read_snippets(files.references),
-        openings=() if files.openings is None else read_lines(files.openings),
-        held_out=None if held_out is None else lambda fact: held_out.get(fact.relation, []),
-        seed=seed,
-        # With --known-to the limit counts known records, so it is applied below.
-        limit=limit if known_to is None else None,
-        name=out.stem,
-    )
-    skipped = dataset.skipped  # of the building; `known_records` returns another data set
-    if known_to is not None:
-        lm = model_options.load(known_to)
-        with terminal.progress() as progress:
-            dataset = known_records(lm, dataset, limit=limit, progress=progress)
-    write_dataset(dataset, out)
+    with (
+        outputs.tried(outputs.Output("records", out, "JSON"), reads=[facts, *files.given()]),
+        _reserved(out, files.references is not None),
+    ):
+        from engram.benchmark.data.write import write_dataset
+        from engram.benchmark.known_records import known_records
+
+        dataset = files.build(
+            facts,
+            seed=seed,
+            # With --known-to the limit counts known records, so it is applied below.
+            limit=limit if known_to is None else None,
+            name=out.stem,
+        )
+        skipped = dataset.skipped  # of the building; `known_records` returns another data set
+        if known_to is not None:
+            lm = model_options.load(known_to)
+            with terminal.progress() as progress:
+                dataset = known_records(lm, dataset, limit=limit, progress=progress)
+        write_dataset(dataset, out)
     if as_json:
         count = len(dataset.records)
         terminal.print_json({"file": out, "records": count, "left_out": skipped})
@@ -194,23 +218,28 @@ def filter(
 
     Example: engram data filter pocket --known-to pocket --limit 100 -o known.json
     """
-    from engram.benchmark.data.sources import read_dataset
-    from engram.benchmark.data.write import write_dataset
-    from engram.benchmark.known_records import known_records
     from engram.cli import terminal
 
-    lm = model_options.load(known_to)
-    with terminal.progress() as progress:
-        records = read_dataset(dataset, references=references, progress=progress)
-        tested = 0  # with --limit, testing stops early: the share known is of these
+    with (
+        outputs.tried(outputs.Output("records", out, "JSON"), reads=[dataset]),
+        _reserved(out, references),
+    ):
+        from engram.benchmark.data.sources import read_dataset
+        from engram.benchmark.data.write import write_dataset
+        from engram.benchmark.known_records import known_records
 
-        def count(what: str, done: int, total: int) -> None:
-            nonlocal tested
-            tested = done
-            progress(what, done, total)
+        lm = model_options.load(known_to)
+        with terminal.progress() as progress:
+            records = read_dataset(dataset, references=references, progress=progress)
+            tested = 0  # with --limit, testing stops early: the share known is of these
 
-        known = known_records(lm, records, rule.value, limit=limit, progress=count)
-    write_dataset(known, out)
+            def count(what: str, done: int, total: int) -> None:
+                nonlocal tested
+                tested = done
+                progress(what, done, total)
+
+            known = known_records(lm, records, rule.value, limit=limit, progress=count)
+        write_dataset(known, out)
     if as_json:
         terminal.print_json(
             {"file": out, "records": len(known.records), "tested": tested, "rule": rule.value}
@@ -220,6 +249,18 @@ def filter(
         f"{len(known.records)} of the first {tested} records are known "
         f"by the rule {rule.value!r}: {out}"
     )
+
+
+@contextmanager
+def _reserved(out: Path, references: bool) -> Iterator[None]:
+    """Try the files beside a data set, which its reference texts are written to."""
+    if not references:
+        yield
+        return
+    from engram.benchmark.data.write import reserved_dataset
+
+    with reserved_dataset(out, references=True):
+        yield
 
 
 def _texts(path: Path) -> dict[str, Any]:

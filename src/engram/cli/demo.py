@@ -7,11 +7,13 @@ function, and docs/index.md shows the same calls in Python.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engram.cli import outputs
 from engram.cli.options import AsJson, Explain
 
 if TYPE_CHECKING:
@@ -50,12 +52,15 @@ def demo(
     began = time.monotonic()
     # Before torch is imported: a misspelt subject is reported at once.
     fact = pocket.fact_about(subject, target)
-    lm = terminal.load("pocket")
     picture, folder = out / "trace.png", out / "edit"
-    with terminal.no_results(as_json):
+    # The edit's name first: its folder is made for both.
+    names = outputs.edit_folder(folder), outputs.picture(picture)
+    with outputs.tried(*names) as written, terminal.no_results(as_json):
+        lm = terminal.load("pocket")
         _introduce(lm, fact)
-        _locate(lm, fact, picture)
+        written.write(names[1], partial(_locate, lm, fact))
         edit = _rewrite(lm, fact, explain)
+        written.write(names[0], edit.save)
         undone = _keep(lm, fact, edit, folder)
         _say(
             f"\npicture {picture}, edit {folder}, {time.monotonic() - began:.0f} s. "
@@ -98,8 +103,7 @@ def _locate(lm: LanguageModel, fact: Fact, picture: Path) -> None:
     )
     trace = engram.trace(lm, fact.prompt_text, subject=fact.subject)
     show.show_trace(trace)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    trace.plot().savefig(picture)
+    outputs.draw(trace.plot, picture)
 
 
 def _rewrite(lm: LanguageModel, fact: Fact, explain: bool) -> Edit:
@@ -122,13 +126,12 @@ def _rewrite(lm: LanguageModel, fact: Fact, explain: bool) -> Edit:
 
 
 def _keep(lm: LanguageModel, fact: Fact, edit: Edit, folder: Path) -> bool:
-    """Save the edit, apply it as loaded, undo it; return whether every bit is as it was."""
+    """Apply the edit that was saved, undo it; return whether every bit is as it was."""
     import engram
     from engram.cli import terminal
     from engram.modules.fingerprints import fingerprints
 
     before = fingerprints(lm.model)
-    edit.save(folder)
     _say(f"\n[bold]4. Keep it[/]  {edit!r}")
     weights = sum(parameter.numel() for parameter in lm.model.parameters())
     _say(f"   {folder}: {terminal.size(folder)}; the model has {weights / 1e6:.1f} million weights")

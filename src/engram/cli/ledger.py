@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engram.cli import outputs
+from engram.cli.ending import kept
 from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out
 from engram.cli.usage import Commands
 
 if TYPE_CHECKING:
-    from engram.ledger.history import Entry
+    from engram.ledger.history import Entry, Event
 
 app = Commands(
     help="Keep the edits of one model in a folder: add, list, remove exactly, apply all of them."
 )
+_WHOLE = "the ledger is whole, and 'engram ledger history' shows what is done"
 Book = Annotated[
     Path,
     typer.Argument(
@@ -58,13 +61,15 @@ def create(
     """
     import engram
     from engram.cli import terminal
-    from engram.evaluate.canary import Canary
 
     # Options that were not given are left out, so that `Canary` alone says the defaults.
     given = {"max_perplexity_ratio": max_perplexity_ratio, "max_norm_ratio": max_norm_ratio}
     limits = {name: value for name, value in given.items() if value is not None}
-    canary = Canary(**limits, text=text.read_text(encoding="utf8") if text else None)
-    new = engram.Ledger.create(ledger, model_options.load(model), canary=canary)
+    with outputs.tried(outputs.Output("ledger", ledger, folder=True)):
+        from engram.evaluate.canary import Canary
+
+        canary = Canary(**limits, text=text.read_text(encoding="utf8") if text else None)
+        new = engram.Ledger.create(ledger, model_options.load(model), canary=canary)
     if as_json:
         terminal.print_json({"ledger": new.folder, "model": new.base["model"]})
     else:
@@ -108,24 +113,25 @@ def add(
     book = engram.Ledger.open(ledger)
     # All of them before the first is added: a wrong folder leaves the ledger as it was.
     loaded = [Edit.load(folder) for folder in edits]
-    # Without a canary nothing has to run, and adding takes no model. The dtype is the ledger's: its
-    # fingerprints are of weights in that dtype.
-    lm = (
-        terminal.load(model or str(book.base["model"]), book.dtype, device_map)
-        if canary or model
-        else None
-    )
-    events = []
-    try:
-        for edit in loaded:
-            book.add(edit, lm, replace=replace)
-            events.append(book.history()[-1])
-            if not as_json:
-                # At once, not at the end: a later edit may be rolled back with an error.
-                typer.echo(str(events[-1]))
-    finally:
-        if as_json:  # what was added stays, even if a later edit is rolled back
-            terminal.print_json([event.to_dict() for event in events])
+    events: list[Event] = []
+    with kept(lambda: f"{len(events)} of {len(loaded)} edits were added; {_WHOLE}"):
+        # Without a canary nothing has to run, and adding takes no model. The dtype is the ledger's:
+        # its fingerprints are of weights in that dtype.
+        lm = (
+            terminal.load(model or str(book.base["model"]), book.dtype, device_map)
+            if canary or model
+            else None
+        )
+        try:
+            for edit in loaded:
+                book.add(edit, lm, replace=replace)
+                events.append(book.history()[-1])
+                if not as_json:
+                    # At once, not at the end: a later edit may be rolled back with an error.
+                    typer.echo(str(events[-1]))
+        finally:
+            if as_json:  # what was added stays, even if a later edit is rolled back
+                terminal.print_json([event.to_dict() for event in events])
 
 
 @app.command("list")  # the function has another name: `list` is a type in this module
@@ -167,20 +173,22 @@ def show(
     from engram.cli import show, terminal
     from engram.evaluate.receipt import Receipt
 
-    book = engram.Ledger.open(ledger)
-    edit = book.show(number)
-    entry = next(entry for entry in book.list(everything=True) if entry.number == number)
-    saved = None if out is None else edit.save(out)
-    if as_json:
-        terminal.print_json({**_entry_dict(entry), "receipt": edit.receipt})
-    else:
+    def show_entry() -> None:
+        if as_json:
+            terminal.print_json({**_entry_dict(entry), "receipt": edit.receipt})
+            return
         typer.echo(f"{entry}\nadded {entry.when}, {edit!r}")
         for name, value in entry.canary.items():
             typer.echo(f"{name.replace('_', ' ')} with everything in force then: {value:.3f}")
         if edit.receipt is not None:
             show.show_receipt(Receipt.from_dict(edit.receipt))
-    if saved is not None:
-        terminal.written("edit", saved, as_json)
+
+    folder = outputs.edit_folder(out)
+    with outputs.tried(folder) as written:
+        book = engram.Ledger.open(ledger)
+        edit = book.show(number)
+        entry = next(entry for entry in book.list(everything=True) if entry.number == number)
+        written.finish(show_entry, {folder: edit.save}, as_json=as_json)
 
 
 @app.command()
@@ -200,7 +208,8 @@ def remove(
     from engram.cli import terminal
 
     book = engram.Ledger.open(ledger)
-    book.remove(*names)
+    with kept(_WHOLE):
+        book.remove(*names)
     event = book.history()[-1]
     if as_json:
         terminal.print_json(event.to_dict())
@@ -265,7 +274,8 @@ def apply(
     import engram
     from engram.cli import terminal
 
-    written = engram.Ledger.open(ledger).materialise(out, model)
+    with outputs.tried(outputs.checkpoint(out)):
+        written = engram.Ledger.open(ledger).materialise(out, model)
     terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
@@ -285,7 +295,8 @@ def export(
     import engram
     from engram.cli import terminal
 
-    written = engram.Ledger.open(ledger).to_peft(peft)
+    with outputs.tried(outputs.adapter(peft)):
+        written = engram.Ledger.open(ledger).to_peft(peft)
     terminal.print_path("adapter", "adapter", written, as_json)
 
 
@@ -295,7 +306,8 @@ def prune(ledger: Book, as_json: AsJson = False) -> None:
     import engram
     from engram.cli import terminal
 
-    gone = engram.Ledger.open(ledger).prune()
+    with kept(_WHOLE):
+        gone = engram.Ledger.open(ledger).prune()
     if as_json:
         terminal.print_json({"deleted": gone})
         return
