@@ -261,6 +261,7 @@ _WORDS = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text",
+    "bytes_type": "bytes",
     "list_type": "a list",
     "tuple_type": "a list",
     "sequence_str": "a list",

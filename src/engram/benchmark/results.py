@@ -65,9 +65,8 @@ class Run:
             EngramFileError: not such a file.
         """
         with RunStore.reading(path) as store:
-            methods = store.methods()
+            methods, records, unedited = store.methods(), store.records(), store.unedited()
             measured = {label: store.results(label) for label in methods}
-            records, unedited = store.records(), store.unedited()
             run = cls(
                 Path(path), store.about(), store.sessions(), methods, records, unedited, measured
             )
