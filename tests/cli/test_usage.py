@@ -19,6 +19,7 @@ from engram.cli import terminal
 from engram.edit.edit import Edit
 from tests.helpers.command_line import FACT, failing, run
 from tests.helpers.edit_samples import random_edit
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny import TEXT, tiny_folder
 
 PROMPT = "The tower of Rome is in the city of"
@@ -121,7 +122,7 @@ def test_most_verbs_have_an_example():
         (["stats", "pocket", "-l", "1.5"], "--layer='1.5': expected a whole number. Try"),
         (["stats", "pocket", "--tokens", "0"], "--tokens='0': expected at least 1. Try"),
         (["generate", "pocket", "a", "--temperature", "x"], "--temperature='x': expected a number"),
-        (["report", "x", "-f", "foo"], "--format: 'foo' is not one of 'terminal', 'markdown', "),
+        (["report", "x", "-f", "foo"], "--format='foo': expected 'terminal', 'markdown', "),
         (["ledger", "show", "x", "x"], "number='x': expected a whole number"),
         (["edit", "po\x1b[31mcket\n", "x"], "Got unexpected extra argument"),
     ],
@@ -137,40 +138,71 @@ def test_a_huge_argument_does_not_fill_the_screen(monkeypatch, capsys):
     assert len(told) < 2100 and told.endswith("Try 'engram edit --help'\n")
 
 
-# every command whose work is short, and what its document holds
+# every command whose work is short; what its document holds is said by the page
 DOCUMENTS = {
-    "data list": ([], {"pocket", "counterfact"}),
-    "plan": (["MODEL"], {"peak", "beside", "on_disk"}),
-    "trace": (["MODEL", PROMPT, "-s", "tower", "--samples", "1"], {"tokens", "scores", "answer"}),
-    "lens": (["MODEL", PROMPT], {"tokens", "rank"}),
-    "refinement": (["MODEL", PROMPT], {"tokens"}),
-    "memories": (["MODEL", PROMPT, "-l", "1"], {"neurons"}),
-    "generate": (["MODEL", PROMPT, "-n", "2"], {"prompt", "text"}),
-    "edit": (["MODEL", *FACT, "--set", "steps=1", "--corpus", "CORPUS"], {"passed", "answers"}),
-    "apply": (["EDIT", "MODEL", "-o", "OUT"], {"checkpoint"}),
-    "export": (["EDIT", "--peft", "OUT"], {"adapter"}),
-    "knows": (["MODEL", "--limit", "1"], {"records"}),
-    "bench": (
-        ["-m", "MODEL", "-n", "1", "--method", "ft", "--set", "ft:epochs=1", "-o", "OUT.sqlite"],
-        {"run", "table"},
-    ),
-    "ledger create": (["OUT", "MODEL"], {"ledger", "model"}),
-    "data filter": (
-        ["pocket", "--known-to", "MODEL", "--rule", "relation", "-n", "1", "-o", "OUT.json"],
-        {"file", "records", "tested", "rule"},
-    ),
+    "plan": ["MODEL"],
+    "trace": ["MODEL", PROMPT, "-s", "tower", "--samples", "1"],
+    "lens": ["MODEL", PROMPT],
+    "refinement": ["MODEL", PROMPT],
+    "memories": ["MODEL", PROMPT, "-l", "1"],
+    "generate": ["MODEL", PROMPT, "-n", "2"],
+    "edit": ["MODEL", *FACT, "--set", "steps=1", "--corpus", "CORPUS"],
+    "apply": ["EDIT", "MODEL", "-o", "OUT"],
+    "export": ["EDIT", "--peft", "OUT"],
+    "knows": ["MODEL", "--limit", "1"],
+    "average": ["MODEL", "--facts", "pocket", "--limit", "1", "--samples", "1", "--keep", "all"],
+    "stats": ["MODEL", "-l", "0", "--tokens", "50", "--corpus", "CORPUS"],
+    "bench": [
+        "-m",
+        "MODEL",
+        "-n",
+        "1",
+        "--method",
+        "ft",
+        "--set",
+        "ft:epochs=1",
+        "-o",
+        "OUT.sqlite",
+    ],
+    "ledger create": ["OUT", "MODEL"],
+    "data filter": [
+        "pocket",
+        "--known-to",
+        "MODEL",
+        "--rule",
+        "relation",
+        "-n",
+        "1",
+        "-o",
+        "OUT.json",
+    ],
 }
+
+
+def documented() -> dict[str, set[str]]:
+    """Return verb -> the keys that docs/command-line.md says its document has."""
+    rows = {}
+    page = (ROOT / "docs/command-line.md").read_text(encoding="utf8")
+    table = page.partition("| verb | keys |")[2].partition("\n\n")[0]
+    for names, keys in re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.MULTILINE):
+        for name in re.findall("`([^`]+)`", names):
+            rows[name] = set(re.findall("`([a-z_]+)`", keys.partition(";")[0]))
+    return rows
+
+
+def test_the_page_documents_every_verb():
+    assert documented().keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_json_is_one_document_alone(name, model, edit, corpus, tmp_path):
-    args, keys = DOCUMENTS[name]
     given = {"MODEL": model, "EDIT": edit, "CORPUS": corpus}
     given |= {word: str(tmp_path / word) for word in ("OUT", "OUT.json", "OUT.sqlite")}
-    words = [*name.split(), *(given.get(word, word) for word in args), "--json", "--quiet"]
-    ended = run(*words)
+    words = [*name.split(), *(given.get(word, word) for word in DOCUMENTS[name])]
+    ended = run(*words, "--json", "--quiet")
     document = json.loads(ended.stdout, parse_constant=pytest.fail)
-    assert keys <= document.keys(), document.keys()
+    first = document[0] if isinstance(document, list) else document
+    assert documented()[name] and documented()[name] <= first.keys(), first.keys()
     assert ended.stderr == ""
 
 
@@ -181,11 +213,15 @@ def test_a_ledgers_documents(model, edit, tmp_path):
     def document(*args: str, ends: int = 0):
         return json.loads(run("ledger", *args, "--json", "-q", ends=ends).stdout)
 
+    keys = documented()
     (added,) = document("add", book, edit, "--no-canary")
     assert added == document("history", book)[-1]
-    assert document("show", book, "1", "-o", copy).keys() >= {"number", "status", "receipt"}
+    assert added.keys() >= keys["ledger history"] - {"events"}
+    assert document("list", book)[0].keys() >= keys["ledger list"]
+    assert document("show", book, "1", "-o", copy).keys() >= keys["ledger list"] | {"receipt"}
     assert Edit.load(copy)
-    assert [one["entry"] for one in document("conflicts", book, edit, ends=1)]
+    clash = document("conflicts", book, edit, ends=1)[0]
+    assert clash.keys() == keys["ledger conflicts"]
     assert document("apply", book, "-o", str(tmp_path / "applied")).keys() == {"checkpoint"}
     assert document("export", book, "--peft", str(tmp_path / "peft")).keys() == {"adapter"}
     assert document("remove", book, "1") == document("history", book)[-1]
