@@ -18,6 +18,7 @@ import transformers
 from transformers.utils import logging as reports
 
 import engram
+from engram import pocket
 from engram.edit.safetensors_layout import tensor_locations
 from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
 from engram.model import loading
@@ -88,6 +89,13 @@ def test_a_config_of_another_model_is_refused_with_the_names(case: str, folder: 
     configured(folder, **changes)
     refused(folder, f"config.json of .*{match}.*download the checkpoint again", EngramFileError)
     with pytest.raises(EngramFileError, match=match):
+        load_shapes(folder)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(folder: Path) -> None:
+    shutil.copy(pocket.PATH / "tokenizer.json", folder / "tokenizer.json")
+    refused(folder, r"tokenizer of .* knows \d+ tokens and config.json has vocab_size=320")
+    with pytest.raises(EngramFileError, match="vocab_size=320"):
         load_shapes(folder)
 
 

@@ -200,6 +200,7 @@ def _opened(
         raise SettingError(f"config.json names {attention!r}, code of the hub: {_REMOTE}")
     with _errors_of(name, "its tokenizer: "):
         tokenizer = AutoTokenizer.from_pretrained(path, **place)
+    _check_tokenizer(tokenizer, config, name)
     model_class = getattr(transformers, AUTO_CLASSES[kind_of(config)])
     return _Source(path, tokenizer, config, model_class, dtypes, place, of_loader(settings))
 
@@ -242,6 +243,17 @@ def _check_config(config: Any, tensors: int, name: str) -> None:
         value = getattr(config, field, None)
         if isinstance(value, str):
             one_of(f"config.json of {name} has {field}", value, ACT2FN, error=EngramFileError)
+
+
+def _check_tokenizer(tokenizer: Any, config: Any, name: str) -> None:
+    """Raise where a tokenizer gives tokens that the model does not have."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    # of its own tokens: added ones may be beyond, such as that for images of a model without them
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        raise EngramFileError(
+            f"the tokenizer of {name} knows {tokenizer.vocab_size} tokens and config.json has "
+            f"vocab_size={rows}; expected the tokenizer that was saved with the model"
+        )
 
 
 def _resolved(
