@@ -495,6 +495,10 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
             "Expected 'pocket', or a file: a JSON list",
         ),
         (["verify", "MODEL", "/no/such/edit"], "/no/such/edit"),
+        (
+            ["generate", "MODEL", "a", "--temperature", "1e-320"],
+            "temperature=1e-320: expected at least 0.0001",
+        ),
         (["stats", "MODEL", "--corpus", "/no/such/text"], "cannot be read as a text file"),
         (["stats", "MODEL", "--corpus", "a", "--data-set", "b"], "give one of them"),
         (

@@ -223,7 +223,7 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
         flags = args[2] if isinstance(args[2], int) else 0
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             _watched.append(os.fsdecode(args[0]))
-    elif event in _EVENTS:
+    elif event in _EVENTS and not (event == "os.mkdir" and Path(os.fsdecode(args[0])).is_dir()):
         _watched.extend(os.fsdecode(one) for one in args[:2] if isinstance(one, str | bytes))
 
 

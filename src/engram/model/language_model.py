@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engram.batching import batches
-from engram.checks import Count, Positive, checked, checked_call
+from engram.checks import Count, checked, checked_call
 from engram.errors import FactError, SettingError, UnsupportedModelError
 from engram.model.cloze import (
     Cloze,
@@ -36,6 +37,7 @@ from engram.modules.layouts import ModelKind
 from engram.modules.parts import Parts, takes
 from engram.modules.resolve import resolve
 
+_Temperature = Annotated[float, Ge(1e-4)]  # logits divided by less overflow
 _TOKENS_PER_BATCH = 4096  # tokens in one scoring forward
 _LOGITS_PER_BATCH = 1 << 27  # float32 logits held at once: half a gigabyte
 
@@ -486,7 +488,7 @@ class LanguageModel:
         ids_bt = torch.tensor([ids], device=self.device)
         settings.setdefault("do_sample", False)
         if settings.get("temperature") is not None:
-            checked("temperature", settings["temperature"], Positive)
+            checked("temperature", settings["temperature"], _Temperature)
         # Named, since transformers warns at every call of a model without a pad token.
         pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         settings.setdefault("pad_token_id", pad)
