@@ -384,6 +384,12 @@ def test_a_wrong_setting_is_refused_before_any_weight_is_read(
         refused("nowhere/at-all", match, SettingError, **settings)
 
 
+def test_settings_of_a_place_may_be_none(folder: Path) -> None:
+    engram.load(folder, revision=None, subfolder=None, token=None, cache_dir=None, variant=None)
+    inner = Path(shutil.copytree(folder, folder.parent / "outer" / "inner"))
+    assert engram.load(inner.parent, subfolder="inner").n_layers == 4
+
+
 def test_a_device_map_that_fits_is_taken(folder: Path) -> None:
     whole = (
         "cpu",

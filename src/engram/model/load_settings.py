@@ -29,8 +29,8 @@ _HUB = {
     "force_download": bool,
     "local_files_only": bool,
     "proxies": dict[str, str] | None,
-    "revision": str,
-    "subfolder": str,
+    "revision": str | None,
+    "subfolder": str | None,
     "token": str | bool | None,
 }
 _LOADER = {
@@ -118,7 +118,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def of_place(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that say where the files of a model are."""
-    return {name: value for name, value in settings.items() if name in _HUB}
+    return {name: settings[name] for name in _HUB if settings.get(name) is not None}
 
 
 def of_loader(settings: Mapping[str, Any]) -> dict[str, Any]:

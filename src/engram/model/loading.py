@@ -187,7 +187,7 @@ def _opened(
         # transformers would load the model that the adapter names, from wherever that is
         raise EngramFileError(f"{path} is an adapter ({adapter}); load the model it belongs to")
     if folder.is_dir():
-        folder = folder / settings.get("subfolder", "")
+        folder = folder / place.get("subfolder", "")
         dtypes = check_folder(folder, weights=weights, variant=settings.get("variant"))
     else:
         stored, _ = PreTrainedConfig.get_config_dict(path, **of_place(settings))
