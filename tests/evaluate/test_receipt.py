@@ -250,7 +250,7 @@ def test_an_edit_that_wins_the_comparison_and_is_never_said_does_not_simply_pass
         "neighbourhood": [(False, False)] * 5,
     }
     receipt = made(GOOD, says)
-    verdict = "PASSED, but the model itself says the new object on 0 of 1 prompts"
+    verdict = "PASSED, but the model itself says the new object on 0 of 1 edit prompts"
     assert receipt.passed and receipt.verdict == verdict and str(receipt).endswith(verdict)
     assert "no neighbour said its own object before" in str(receipt)
     assert replace(receipt, frame="Q: {}\nA:").verdict == "PASSED", "it may answer in a sentence"

@@ -208,7 +208,9 @@ class Receipt:
         said = self.says("rewrite")
         # In a frame, such as a chat's, an answer may come in a sentence of its own.
         if said is not None and self.frame is None and 2 * said[0] < said[1]:
-            texts.append(f"the model itself says the new object on {said[0]} of {said[1]} prompts")
+            texts.append(
+                f"the model itself says the new object on {said[0]} of {said[1]} edit prompts"
+            )
         if self.overruns():
             texts.append(_OVERRUNS)
         return texts

@@ -22,7 +22,7 @@ RECEIPT_WORDS: dict[str, str] = {
         "share of prompts about other subjects that are right; the check counts those that were "
         "right before"
     ),
-    "neighbourhood+": "the same prompts, with the edit's own sentence in front of each",
+    "neighbourhood+": "neighbourhood, with the edit's own sentence in front of each prompt",
     "says": "greedy decoding, which always takes the most probable token, writes the wanted answer",
     "overruns its neighbours": (
         "with the edit's own sentence in front, more than half of the neighbours that were right "
