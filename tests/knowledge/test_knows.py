@@ -17,6 +17,7 @@ from engram.engine.shared_prompts import shared_logits
 from engram.errors import EngramFileError, FactError, NonFiniteError, SettingError
 from engram.knowledge.cloze_rows import ClozeRows
 from engram.knowledge.knowledge import KnownRecord, Reply
+from tests.helpers.damage import check_equal_or_refused, damaged_texts, flipped
 from tests.helpers.paths import SHARED
 from tests.helpers.tiny import ENCODER_DECODER, FAMILIES, MASKED, STATE_SPACE, tiny_lm
 
@@ -571,6 +572,25 @@ def test_a_damaged_file_is_refused(tmp_path, text):
         else r"the knowledge file .*x (is damaged|has format=None)",
     ):
         Knowledge.load(tmp_path / "x")
+
+
+def test_any_value_of_a_file_may_be_wrong(tmp_path):
+    path = tmp_path / "known.json"
+    HAND.save(path)
+    data = path.read_bytes()
+    for how, text in damaged_texts(json.loads(data)):
+        path.write_text(text, encoding="utf8")
+        check_equal_or_refused(lambda: Knowledge.load(path), HAND, path, how)
+    for changed in flipped(data, 300):
+        path.write_bytes(changed)
+        check_equal_or_refused(lambda: Knowledge.load(path), HAND, path, "flipped")
+
+
+def test_a_file_of_an_older_engram_is_read_with_a_note(tmp_path, caplog):
+    path = tmp_path / "known.json"
+    path.write_text(json.dumps(HAND.to_dict()), encoding="utf8")
+    assert Knowledge.load(path) == HAND
+    assert "has no checksum" in caplog.text
 
 
 # -- what is refused -------------------------------------------------------------------------------

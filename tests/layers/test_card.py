@@ -15,6 +15,7 @@ from engram.bootstrap import Mean, spearman
 from engram.cli import show
 from engram.errors import EngramFileError, SettingError
 from engram.layers.card import EditOutcome, Evidence, ranges
+from tests.helpers.damage import check_equal_or_refused, damaged_texts, flipped
 from tests.helpers.layer_samples import FACT, card
 
 # --- what follows from the numbers ----------------------------------------------------------------
@@ -173,6 +174,42 @@ def test_a_file_that_is_no_card(text, told, tmp_path):
     with pytest.raises(EngramFileError, match=told) as error:
         LayerCard.load(path)
     assert "Make one with engram.layer_card" in str(error.value)
+
+
+def test_any_value_of_a_card_may_be_wrong(tmp_path):
+    made, path = card([[0.5, 0.9]], [[0.3, 0.2, 0.1]], layers=[0, 2]), tmp_path / "card.json"
+    made.save(path)
+    for how, text in damaged_texts(json.loads(path.read_text(encoding="utf8"))):
+        path.write_text(text, encoding="utf8")
+        check_equal_or_refused(lambda: LayerCard.load(path), made, path, how)
+    data = (made.to_json() + "\n").encode()
+    for changed in flipped(data, 300):
+        path.write_bytes(changed)
+        check_equal_or_refused(lambda: LayerCard.load(path), made, path, "flipped")
+
+
+def test_a_card_of_an_older_engram_is_read_with_a_note(tmp_path, caplog):
+    made, path = card([[0.5, 0.9]]), tmp_path / "card.json"
+    path.write_text(json.dumps(made.to_dict()), encoding="utf8")
+    assert LayerCard.load(path) == made
+    assert "has no checksum" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"n_layers": 2}, r"edits at layers \[0, 2\] of 2"),
+        ({"n_layers": 4}, r"a trace needs an effect for each of 4 layers"),
+        ({"traces": {}}, r"traces.window=None, expected the number of layers"),
+        ({"evidence": []}, r"at least one fact that was edited"),
+        ({"seconds": -1}, r"seconds=-1, expected at least 0"),
+    ],
+)
+def test_parts_of_a_card_fit_each_other(fields, told, tmp_path):
+    made, path = card([[0.5, 0.9]], [[0.3, 0.2, 0.1]], layers=[0, 2]), tmp_path / "card.json"
+    path.write_text(json.dumps(made.to_dict() | fields), encoding="utf8")
+    with pytest.raises(EngramFileError, match=told):
+        LayerCard.load(path)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -16,7 +16,6 @@ from engram.errors import SettingError
 from engram.locate.average import TOKEN_ROLES, AverageTrace
 from engram.locate.trace import CausalTrace
 
-
 HEADING = 2 * 0.14  # inches of two lines
 
 

@@ -4,6 +4,7 @@ it another name.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from engram import Fact
 from engram.editors.closed_form import value_search
 from engram.editors.closed_form.value_store import ValueStore
 from engram.editors.closed_form.values import ValueConfig, ValueSearch, optimise_values
 from engram.errors import EngramError
+from engram.files import cache_folder
 from tests.helpers.mass_samples import FACTS, rewrite
 from tests.helpers.rewrite_samples import CONTEXTS
 from tests.helpers.tiny import tiny_lm
@@ -259,3 +263,77 @@ def test_a_damaged_store_is_explained(damage, tmp_path):
     ):
         rewrite(lm, store=path)
     assert before is None or path.read_bytes() == before, "it is not ours to delete"
+
+
+@pytest.mark.parametrize("damage", ["a digit", "exchanged", "losses", "no bytes", "NaN"])
+def test_a_damaged_value_of_the_cache_is_found_again(damage, asked, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
+    lm, path = tiny_lm("gpt2"), tmp_path / "values" / "values.sqlite"
+    first = rewrite(lm, store=True)
+    with closing(sqlite3.connect(path)) as file, file:
+        (one, losses, data), (two, _, other) = file.execute("SELECT * FROM found LIMIT 2")
+        tensors = load_tensors(data)
+        if damage == "a digit":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        elif damage == "exchanged":
+            data = other
+        elif damage == "losses":
+            losses = losses.replace("1", "2", 1)
+        elif damage == "no bytes":
+            data = "text"
+        else:  # as an older engram wrote it, without a checksum
+            data = save_tensors({"start": tensors["start"], "delta": tensors["delta"] / 0})
+        file.execute("UPDATE found SET losses = ?, tensors = ? WHERE name = ?", (losses, data, one))
+    asked.clear()
+    assert rewrite(lm, store=True) == first
+    assert [len(facts) for facts in asked] == [1] and "the value is found again" in caplog.text
+    asked.clear()
+    assert rewrite(lm, store=True) == first and not asked, "it was written again"
+
+
+def test_a_value_of_an_older_engram_is_read_with_a_note(asked, tmp_path, caplog):
+    lm, path = tiny_lm("gpt2"), tmp_path / "values"
+    first = rewrite(lm, store=path)
+    with closing(sqlite3.connect(path)) as file, file:
+        for name, data in file.execute("SELECT name, tensors FROM found").fetchall():
+            old = save_tensors(load_tensors(data))
+            file.execute("UPDATE found SET tensors = ? WHERE name = ?", (old, name))
+    asked.clear()
+    assert rewrite(lm, store=path) == first and not asked
+    assert caplog.text.count("has no checksum") == 1
+
+
+@pytest.mark.parametrize("place", ["a device", "a file", "no database", "a pipe"])
+def test_a_cache_that_cannot_be_used_costs_time_only(place, tmp_path, monkeypatch, caplog):
+    folder = Path("/dev/null") if place == "a device" else tmp_path / "cache"
+    if place == "a file":
+        folder.write_text("mine")
+    elif place in ("no database", "a pipe"):
+        (folder / "values").mkdir(parents=True)
+        path = folder / "values" / "values.sqlite"
+        os.mkfifo(path) if place == "a pipe" else path.write_bytes(b"mine" * 1000)
+    monkeypatch.setenv("ENGRAM_CACHE", str(folder))
+    cache_folder._reported.clear()
+    lm = tiny_lm("gpt2")
+    expected = rewrite(lm, store=False)
+    assert rewrite(lm, store=True) == expected and rewrite(lm, store=True) == expected
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_full_disk_loses_no_value(tmp_path, caplog):
+    lm, config = tiny_lm("gpt2"), ValueConfig(steps=1)
+    search = ValueSearch(1, CONTEXTS, config)
+    values = dict(optimise_values(lm, FACTS, search))
+    cache_folder._reported.clear()
+    with ValueStore(tmp_path / "values", lm) as store:
+        assert store._file is not None
+        store._file.execute("PRAGMA max_page_count = 1")
+        for number in range(200):
+            store.put(str(number), values[0])
+    assert caplog.text.count("is full") == 1
+
+
+def test_a_pipe_as_a_store_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "values")
+    with pytest.raises(EngramError, match=r"kept in .*expected a regular file"):
+        rewrite(tiny_lm("gpt2"), store=tmp_path / "values")
