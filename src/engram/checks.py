@@ -295,9 +295,12 @@ def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
         return f"no JSON that can be read, {first['ctx']['error']}"
     if json:
         value = loads(value)  # pydantic has read it: it is JSON, and not deep
-    path = _path(value, first["loc"], first["type"])
-    # A field of several types has one error for each of them.
-    same = [one for one in errors if _path(value, one["loc"], one["type"]) == path]
+    paths = [_path(value, one["loc"], one["type"]) for one in errors]
+    # A field of several types has one error for each of them. Of a list that is none of the other
+    # types, the item that is wrong says more: facts[1]='Rome', for a fact or several.
+    path = max((one for one in paths if one[: len(paths[0])] == paths[0]), key=len)
+    same = [one for one, where in zip(errors, paths, strict=True) if where == path]
+    first = same[0]
     # Of a right type and out of its range: the other types do not help.
     same = [one for one in same if one["type"] in _RANGES] or same
     label = _label(name, path)
@@ -308,7 +311,7 @@ def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
         return f"{label} is missing"
     if first["type"] in ("value_error", "assertion_error"):
         return f"{label}: {expected}" if label else expected
-    given = briefly(first["input"])
+    given = briefly(_at(value, path))
     return f"{f'{label}={given}' if label else given}, expected {expected}"
 
 
@@ -335,6 +338,12 @@ def _path(value: Any, loc: Sequence[int | str], kind: str) -> tuple[int | str, .
             continue
         path.append(item)
     return tuple(path)
+
+
+def _at(value: Any, path: Sequence[int | str]) -> Any:
+    for item in path:
+        value = value[item]
+    return value
 
 
 def _label(name: str, path: Sequence[int | str]) -> str:

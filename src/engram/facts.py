@@ -57,7 +57,7 @@ class Fact:
         check_fields(self, FactError)  # lists become tuples: with a list in it, it had no hash
         if not self.subject.strip():
             raise FactError(
-                f"subject={self.subject!r} is empty; give the words that name the subject"
+                f"subject={briefly(self.subject)} is empty; give the words that name the subject"
             )
         pairs = [text for pair in self.neighbours for text in pair]
         texts = [self.subject, self.prompt, self.target, *self.paraphrases, *pairs]
@@ -67,18 +67,17 @@ class Fact:
             raise FactError(f"{briefly(strange)} is no text that a file can hold; write it again")
         if self.prompt.count("{}") != 1:
             raise FactError(
-                f"prompt={self.prompt!r} has {self.prompt.count('{}')} places for the subject, "
-                "expected exactly one "
-                "'{}', as in 'The {} is located in the city of'"
+                f"prompt={briefly(self.prompt)} has {self.prompt.count('{}')} places for the "
+                "subject, expected exactly one '{}', as in 'The {} is located in the city of'"
             )
         if not self.target.strip():
             raise FactError(
-                f"target={self.target!r} is empty; give the object the model shall say, such as "
-                "'Paris'"
+                f"target={briefly(self.target)} is empty; give the object the model shall say, "
+                "such as 'Paris'"
             )
         if self.target_true is not None and self.target_true.strip() == self.target.strip():
             raise FactError(
-                f"target={self.target!r} equals target_true: there is nothing to rewrite"
+                f"target={briefly(self.target)} equals target_true: there is nothing to rewrite"
             )
 
     @property
@@ -128,7 +127,8 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
     """
     if not subject.strip():
         raise FactError(
-            f"subject={subject!r} is empty; give the words of the prompt that name the subject"
+            f"subject={briefly(subject)} is empty; give the words of the prompt that name the "
+            "subject"
         )
     # Every place, overlapping ones too, which `str.count` and `re.finditer` pass over.
     starts = [at for at in range(len(text)) if text.startswith(subject, at)]
@@ -136,8 +136,8 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
         near = text.lower().find(subject.lower())
         hint = f"; did you mean {text[near : near + len(subject)]!r}?" if near >= 0 else ""
         raise FactError(
-            f"subject {subject!r} is not in the prompt {text!r}{hint} It has to stand there letter "
-            "by letter."
+            f"subject {briefly(subject)} is not in the prompt {briefly(text, 200)}{hint} It has to "
+            "stand there letter by letter."
         )
     return {"first": starts[:1], "last": starts[-1:], "all": starts}[occurrence]
 

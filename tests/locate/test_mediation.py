@@ -377,7 +377,7 @@ def test_what_fits_one_prompt_only_is_refused_over_many(lm, settings, message):
             "positions='first': expected 'all', 'subject_last' or 'last' or a list",
         ),
         ({"positions": [99]}, r"positions=\[99\]: the prompt has tokens 0 to"),
-        ({"sites": []}, "sites=\\(\\): expected at least 1"),
+        ({"sites": []}, r"sites=\[\]: expected at least 1"),
         ({"sites": ["mlp"], "severed": "mlp"}, "the same output cannot be both"),
         ({"sites": ["head"], "severed": "attention"}, "the same output cannot be both"),
         ({"severed": "mlp"}, r"say sites=\['residual'\]"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from engram.checks import Count, Natural, NonNegative, Texts, check_fields
+from engram.checks import Count, Natural, NonNegative, Texts, briefly, check_fields
 from engram.engine.replayable import Engine
 from engram.errors import SettingError
 from engram.facts import Occurrence
@@ -154,7 +154,7 @@ class Patching:
     def _check_severed(self, sites: tuple[str, ...] | None, severed: tuple[str, ...]) -> None:
         if unknown := [name for name in severed if name not in WINDOWED]:
             raise SettingError(
-                f"severed={unknown} cannot be severed; expected 'mlp', 'attention' or both"
+                f"severed={briefly(unknown)} cannot be severed; expected 'mlp', 'attention' or both"
             )
         if sites is None:
             raise SettingError(

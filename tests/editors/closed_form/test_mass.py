@@ -737,7 +737,7 @@ def test_what_a_caller_says_outranks_the_presets_other_way_of_saying_it(
         ({"null_energy": 1.5, "ridge": 1.0}, SettingError, "null_energy=1.5: expected below 1"),
         ({"steps": 0}, SettingError, "steps=0"),
         ({"facts_per_batch": 0}, SettingError, "facts_per_batch=0"),
-        ({"layers": []}, SettingError, r"layers=\(\): expected at least 1 of them"),
+        ({"layers": []}, SettingError, r"layers=\[\]: expected at least 1 of them"),
         ({"layers": 3}, SettingError, "layers=3: expected a list"),
         ({"layers": "all"}, SettingError, "layers='all': expected a list"),
         (
