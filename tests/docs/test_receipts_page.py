@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from page_tables import current_table
 from tools.words_table import MADE_BY, PAGE, TABLES, table
 
 from engram.evaluate import words
+from page_tables import current_table
 
 
 @pytest.mark.parametrize("name", TABLES)
