@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engram import read_dataset
+from engram.benchmark.data import download as module
 from engram.benchmark.data import sources
 from engram.benchmark.data.download import fetched
 from engram.cli import app
@@ -220,6 +221,30 @@ def test_a_file_that_was_changed_afterwards_is_told(server, tmp_path):
         fetched(f"{server.url}/a.json", tmp_path)
     path.unlink()
     assert fetched(f"{server.url}/a.json", tmp_path) == path and path.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_file_larger_than_any_data_set_is_not_fetched(server, tmp_path, monkeypatch, sized):
+    monkeypatch.setattr(module, "_LARGEST", 1000)
+    server.sized = sized
+    with pytest.raises(EngramError, match=r"a.json has over 0 GB, more than any published data"):
+        fetched(f"{server.url}/a.json", tmp_path)
+    assert not (tmp_path / "a.json").exists() and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("end", ["..", "", "..\\victim"])
+def test_a_name_that_leaves_the_folder_is_refused(server, tmp_path, end):
+    with pytest.raises(EngramError, match="no name of a file inside"):
+        fetched(f"{server.url}/{end}", tmp_path / "new")
+    assert not server.asked
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_fetched(server, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (Path("/dev/null/data"), tmp_path / "file" / "data"):
+        with pytest.raises(EngramError, match=r"a.json cannot be kept: .*set ENGRAM_CACHE to a"):
+            fetched(f"{server.url}/a.json", folder)
+    assert not server.asked
 
 
 def test_without_a_network_the_address_is_told_and_that_a_path_will_do(closed, tmp_path):

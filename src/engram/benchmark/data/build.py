@@ -23,10 +23,11 @@ from engram.benchmark.data.fields import Fields
 from engram.benchmark.data.records import Dataset, Record, References, Snippet
 from engram.benchmark.data.tfidf import TfIdf
 from engram.checks import Count, Natural, Seed, check_fields, checked_call
-from engram.errors import FactError
+from engram.errors import EngramFileError, FactError
 from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from engram.files.json_records import json_records
+from engram.files.names import read_text
 
 
 class Association(NamedTuple):
@@ -343,6 +344,6 @@ def read_lines(path: str | Path) -> list[str]:
 def _read(path: Path) -> str:
     try:
         # -sig: spreadsheets put a byte order mark in front, which would be part of the first field.
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, encoding="utf-8-sig")
+    except (OSError, EngramFileError) as error:
         raise FactError(f"{str(path)!r} could not be read: {error}") from error

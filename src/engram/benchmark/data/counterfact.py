@@ -23,6 +23,7 @@ from engram.errors import FactError
 from engram.evaluate.probes import Probe
 from engram.facts import Fact
 from engram.files.json_records import is_text
+from engram.files.names import open_regular, read_text
 
 
 def counterfact_record(fields: Fields, number: int) -> Record:
@@ -140,7 +141,7 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
         return TfIdf.fit(snippet.text for value in snippets.values() for snippet in value)
     words = _json(vocabulary)
     try:
-        with idf.open("rb") as file:
+        with open_regular(idf) as file:
             # Without pickle: a file from elsewhere must not run code.
             weights = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # the header is parsed as Python: a damaged one may raise anything
@@ -153,7 +154,7 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
         and weights.dtype.kind == "f"
         # ln((1 + documents) / (1 + those with the word)) + 1
         and bool(np.all((weights >= 1) & (weights < 1000)))
-        and all(isinstance(column, int) and 0 <= column < len(weights) for column in words.values())
+        and all(type(column) is int and 0 <= column < len(weights) for column in words.values())
     )
     if not fits:
         raise FactError(
@@ -165,7 +166,7 @@ def _tfidf(folder: Path, snippets: Mapping[str, Sequence[Snippet]]) -> TfIdf:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise FactError(
             f"{path} could not be read: {error}; expected the published JSON file"

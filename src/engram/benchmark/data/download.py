@@ -15,10 +15,12 @@ from http.client import HTTPException
 from pathlib import Path
 
 from engram.errors import EngramError
+from engram.files.names import inside, read_text
 from engram.progress import Progress, no_progress
 
 _TRIES = 4
 _CHUNK = 1 << 20
+_LARGEST = 1 << 33  # bytes; the largest published file has half a gigabyte
 
 
 def fetched(
@@ -32,10 +34,16 @@ def fetched(
     Raises:
         EngramError: it could not be fetched, or is not what it was.
     """
-    path = folder / url.rpartition("/")[2]
+    path = inside(folder, url.rpartition("/")[2])
     noted = path.with_name(path.name + ".sha256")
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngramError(
+                f"{path.name} cannot be kept: {error}; set ENGRAM_CACHE to a folder that you may "
+                "write to"
+            ) from error
         part = path.with_name(path.name + ".part")
         _download(url, part, path.name, progress)
         # Of the whole file on disk, not summed up while it came: a resumed part came in another
@@ -52,7 +60,7 @@ def fetched(
         noted.write_text(digest + "\n", encoding="utf8")
         part.replace(path)
         return path
-    expected = sha256 or (noted.read_text(encoding="utf8").strip() if noted.is_file() else None)
+    expected = sha256 or (read_text(noted).strip() if noted.is_file() else None)
     if expected is not None and (digest := file_sha256(path)) != expected:
         raise EngramError(
             f"{path} has sha256 {digest}, expected {expected}: it was changed. Delete it, and it "
@@ -83,7 +91,7 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
         # Without If-Range a server whose file has changed would send the rest of the new one, and
         # the two halves would be joined.
         if have and version.is_file():
-            headers["If-Range"] = version.read_text(encoding="utf8")
+            headers["If-Range"] = read_text(version)
         request = urllib.request.Request(url, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
@@ -92,10 +100,12 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
                     _note(version, answer.headers)
                 # 0 without the header (chunked answers): then whatever came counts as all.
                 total = have + int(answer.headers.get("Content-Length") or 0)
+                _check_size(url, total)
                 with part.open("ab" if have else "wb") as file:
                     while chunk := answer.read(_CHUNK):
                         file.write(chunk)
                         have += len(chunk)
+                        _check_size(url, have)
                         progress(name, have, max(total, have))
             # A connection that breaks off ends the loop above without an error, so the length
             # decides.
@@ -114,6 +124,14 @@ def _download(url: str, part: Path, name: str, progress: Progress) -> None:
         f"{url} could not be fetched: {last or 'no answer'}. Try again (what came is kept), or "
         "download it by other means and give its path"
     )
+
+
+def _check_size(url: str, size: int) -> None:
+    if size > _LARGEST:
+        raise EngramError(
+            f"{url} has over {_LARGEST / 1e9:.0f} GB, more than any published data set; the "
+            "rest was not fetched"
+        )
 
 
 def _note(version: Path, headers: Message) -> None:

@@ -10,6 +10,7 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,14 @@ from engram.errors import EngramError, FactError
 from engram.fact_files import fact_of, raw_records
 from engram.files.cache_folder import cache_folder
 from engram.files.json_records import shown
+from engram.files.names import read_bytes
 from engram.progress import Progress, no_progress
 
 # Addresses only: none of these sites publishes checksums, see download.
 _ROME = "https://rome.baulab.info/data/dsets"
 _MQUAKE = "https://raw.githubusercontent.com/princeton-nlp/MQuAKE/main/datasets"
 _RIPPLE = "https://raw.githubusercontent.com/edenbiran/RippleEdits/main/data/benchmark"
+_LARGEST = 1 << 30  # bytes of an unpacked file; the published ones have half of that
 _BESIDE = ("attribute_snippets.json", "idf.npy", "tfidf_vocab.json")
 
 
@@ -219,14 +222,23 @@ def _read_file(
 
 def _given(path: Path) -> Iterator[tuple[Any, str]]:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         # By its first bytes: files are renamed, and browsers unpack without renaming.
         if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+            data = _unpacked(data)
         text = data.decode("utf-8-sig")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
     return raw_records(text, str(path))
+
+
+def _unpacked(data: bytes) -> bytes:
+    """Return what gzip packed; a few bytes may unpack to more than the memory holds."""
+    with gzip.GzipFile(fileobj=BytesIO(data)) as file:
+        contents = file.read(_LARGEST + 1)
+    if len(contents) > _LARGEST:
+        raise ValueError(f"it unpacks to more than {_LARGEST / 1e6:,.0f} MB")
+    return contents
 
 
 def _unreadable(path: Path, error: Exception) -> FactError:

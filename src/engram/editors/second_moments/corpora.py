@@ -20,9 +20,12 @@ import torch
 
 from engram import pocket
 from engram.checks import Count, Seed, check_fields
-from engram.errors import EngramError, MissingExtraError
+from engram.errors import EngramError, EngramFileError, MissingExtraError
+from engram.files.names import read_text
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
+
+_LARGEST = 1 << 34  # bytes of a text file, which is read whole
 
 
 @runtime_checkable  # so that an argument can be checked
@@ -63,8 +66,8 @@ class TextFile:
 
     def __init__(self, path: str | Path) -> None:
         try:
-            text = Path(path).read_text(encoding="utf8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, limit=_LARGEST).strip()
+        except (OSError, EngramFileError) as error:
             raise EngramError(
                 f"corpus {str(path)!r} cannot be read as a text file: {error}"
             ) from error
