@@ -292,6 +292,27 @@ def test_a_missing_file_is_refused(name: str, whole: dict[str, Path], tmp_path: 
     refused(folder, name.removesuffix(".json"))
 
 
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "beams": ("generation_config.json", {"num_beams": "a"}),
+    "end": ("generation_config.json", {"eos_token_id": "a"}),
+    "penalty": ("generation_config.json", {"repetition_penalty": -5}),
+    "length": ("tokenizer_config.json", {"model_max_length": "a"}),
+    "template": ("tokenizer_config.json", {"chat_template": 5}),
+    "pad": ("tokenizer_config.json", {"pad_token": 5}),
+    "class": ("tokenizer_config.json", {"tokenizer_class": ["a"]}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_field_of_the_wrong_type_is_refused(
+    case: str, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole["gpt2"], tmp_path / HOME))
+    name, changes = WRONG[case]
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    refused(folder, name.removesuffix("_config.json"))
+
+
 VALUES = ("a", -1, 0, 1.5, 10**9, 2**70, None, True, [], {}, [[1]], "[" * 1000)
 
 

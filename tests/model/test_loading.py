@@ -164,6 +164,36 @@ def test_names_without_the_base_models_prefix_are_known(folder: Path) -> None:
     assert all(torch.equal(got[name], plain[name]) for name in plain)
 
 
+def test_old_names_of_norms_are_known(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "bert")
+    plain = engram.load(folder).model.state_dict()
+
+    def old(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            new = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            weights[new.replace("LayerNorm.bias", "LayerNorm.beta")] = weights.pop(name)
+
+    reweighted(folder, old)  # as BERT is released
+    got = engram.load(folder).model.state_dict()
+    assert all(torch.equal(got[name], plain[name]) for name in plain)
+
+
+def test_a_weight_under_two_names_is_refused(folder: Path) -> None:
+    def twice(weights: dict[str, torch.Tensor]) -> None:
+        weights["h.0.ln_1.weight"] = 2 * weights["transformer.h.0.ln_1.weight"]
+
+    reweighted(folder, twice)
+    refused(folder, r"h\.0\.ln_1\.weight and \S*h\.0\.ln_1\.weight of .* are one weight")
+
+
+def test_whole_numbers_for_a_weight_are_refused(folder: Path) -> None:
+    def rounded(weights: dict[str, torch.Tensor]) -> None:
+        weights["h.0.ln_1.bias"] = weights.pop("transformer.h.0.ln_1.bias").to(torch.int8)
+
+    reweighted(folder, rounded)
+    refused(folder, r"^h\.0\.ln_1\.bias of .* is stored as I8; expected floating point")
+
+
 # --- the numbers are finite
 
 
@@ -364,6 +394,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a text as flag": ({"local_files_only": "yes"}, "local_files_only='yes': expected true or fal"),
     "a text as memory": ({"max_memory": "lots"}, "max_memory='lots': expected an object"),
     "a text as quantisation": ({"quantization_config": "4bit"}, "quantization_config='4bit'"),
+    "no size of memory": (
+        {"max_memory": {"cpu": "lots"}},
+        r"max_memory=\{'cpu': 'lots'\}: .*not in a valid format",
+    ),
+    "no quantisation": ({"quantization_config": {}}, "quantization_config={}: .*quant_method"),
+    "no such quantisation": ({"quantization_config": {"quant_method": "z"}}, "quantization.*got z"),
+    "no such experts": ({"experts_implementation": "z"}, "experts_implementation='z': expected"),
     "no such attention": ({"attn_implementation": "eagre"}, "did you mean 'eager'"),
     "attention of the hub": ({"attn_implementation": "a/b"}, "attn_implementation='a/b': expected"),
     "a typo": ({"revison": "main"}, "revison='main': not a setting.*did you mean 'revision'"),

@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from safetensors import SafetensorError, safe_open
 
 from engram.checks import briefly
@@ -33,13 +34,6 @@ _COUNTS = re.compile(r"^n_layers?$|layers$|^num_labels$|^attention_types$")
 _AGAIN = "Download the checkpoint again"
 _READ = {".jinja", ".json", ".model", ".py", ".safetensors", ".txt"}  # what transformers may open
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# small files, some of which transformers ignores where they are damaged; it parses tokenizer.json
-_OBJECTS = (
-    "added_tokens.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,39 @@ class _Index:
     weight_map: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _TokenizerConfig:
+    """What transformers does not check itself before it is used; so of `_Generation`."""
+
+    model_max_length: int | float | None = None
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Generation:
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | list[int] | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    min_length: int | None = None
+    no_repeat_ngram_size: int | None = None
+    num_beams: Annotated[int, Ge(1)] | None = None
+    repetition_penalty: Annotated[float, Gt(0)] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    suppress_tokens: list[int] | None = None
+
+
+# small files, some of which transformers ignores where they are damaged; it parses tokenizer.json
+_FORMS: dict[str, Any] = {
+    "added_tokens.json": dict[str, int],
+    "generation_config.json": _Generation,
+    "special_tokens_map.json": dict[str, Any],
+    "tokenizer_config.json": _TokenizerConfig,
+}
+
+
 def check_folder(
     folder: Path, *, weights: bool = True, variant: str | None = None
 ) -> dict[str, str]:
@@ -76,9 +103,9 @@ def check_folder(
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         if path.suffix in _READ:
             check_regular(inside(folder, path.relative_to(folder).as_posix()))
-    for path in (folder / name for name in _OBJECTS):
-        if path.exists():
-            read_json(path, dict[str, Any], advice=_AGAIN)
+    for name, form in _FORMS.items():
+        if (folder / name).exists():
+            read_json(folder / name, form, advice=_AGAIN)
     path = folder / "config.json"
     if not path.exists():
         raise EngramFileError(f"{path} is missing; expected a checkpoint that transformers saved")

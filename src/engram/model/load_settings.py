@@ -7,12 +7,17 @@ Refuses to know checkpoints.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engram.checks import alternatives, briefly, checked, did_you_mean, one_of
@@ -111,9 +116,29 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise SettingError(f"{name}={briefly(value)}: not a setting of load: {_INSTEAD[name]}")
         if name in _HUB or name in _LOADER:
             checked(name, value, {**_HUB, **_LOADER}[name])
-    attention = settings.get("attn_implementation")
-    if attention is not None:
-        one_of("attn_implementation", attention, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()])
+    implementations = {
+        "attn_implementation": ALL_ATTENTION_FUNCTIONS,
+        "experts_implementation": ALL_EXPERTS_FUNCTIONS,
+    }
+    for name, known in implementations.items():
+        if settings.get(name) is not None:
+            one_of(name, settings[name], ["eager", *known.valid_keys()])
+    with _wrong("max_memory", settings):
+        for size in (settings.get("max_memory") or {}).values():
+            convert_file_size_to_int(size)
+    with _wrong("quantization_config", settings):
+        if isinstance(packing := settings.get("quantization_config"), dict):
+            AutoQuantizationConfig.from_dict(packing)
+
+
+@contextmanager
+def _wrong(name: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what other libraries say of a setting's value into a line."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = shorten(str(error), 200, placeholder=" ...")
+        raise SettingError(f"{name}={briefly(settings[name])}: {reason}") from error
 
 
 def of_place(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from engram.model.load_settings import (
     of_loader,
     of_place,
 )
-from engram.model.whole_weights import check_dtypes, check_finite, check_names
+from engram.model.whole_weights import check_finite, check_names, check_stored
 from engram.modules.layouts import AUTO_CLASSES
 from engram.modules.resolve import kind_of
 from engram.modules.weights import keep_differentiable, quantisation
@@ -211,7 +211,7 @@ def _checked_shapes(source: _Source, name: str) -> PreTrainedModel:
     with torch.device("meta"):
         model, info = source.read(device_map="meta", ignore_mismatched_sizes=True)
     check_names(info, name)
-    check_dtypes(model, source.dtypes, name)
+    check_stored(model, source.dtypes, name)
     tables = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     if tables > _MOST_TABLES + sum(weight.nbytes for weight in model.parameters()):
         raise EngramFileError(

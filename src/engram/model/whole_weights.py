@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engram.errors import EngramFileError, NonFiniteError
 from engram.modules.weights import numbers
 
+_AGAIN = "Download the checkpoint again"
 # Names in a checkpoint that never matter, beside those that transformers' model classes list
 # themselves (`_keys_to_ignore_on_load_unexpected`, and tied weights, which it knows).
 _UNUSED = re.compile(
@@ -64,27 +66,31 @@ def check_names(info: dict[str, Any], name: str) -> None:
         )
 
 
-def check_dtypes(model: nn.Module, dtypes: Mapping[str, str], name: str) -> None:
-    """Raise where the files store whole numbers for a weight that is none.
+def check_stored(model: PreTrainedModel, dtypes: Mapping[str, str], name: str) -> None:
+    """Raise where the files store a weight twice, or whole numbers for it.
 
-    transformers converts them: their bits are another model.
+    transformers takes the last of two names, and converts whole numbers: either is another model.
 
     Args:
         model: may be on the meta device.
         dtypes: of the tensors in the files, as safetensors calls them.
+        name: of the model, for the message.
     Raises:
-        EngramFileError: names the tensor.
+        EngramFileError: names the tensors.
     """
-    wanted = model.state_dict()
+    weights, prefix = model.state_dict(), f"{model.base_model_prefix}."
+    homes: dict[str, str] = {}
     for stored, dtype in dtypes.items():
-        if dtype.startswith(("F", "BF")) or _UNUSED.search(stored):
+        # checkpoints may lack the base model's prefix, such as "transformer.", or have one more
+        names = (stored, prefix + stored, stored.removeprefix(prefix))
+        weight = next((one for one in names if one in weights), None)
+        if weight is None:
             continue
-        # checkpoints may lack the base model's prefix, such as "transformer."
-        same = [key for key in wanted if key == stored or key.endswith(f".{stored}")]
-        if any(wanted[key].is_floating_point() for key in same):
+        if (other := homes.setdefault(weight, stored)) != stored:
+            raise EngramFileError(f"{other} and {stored} of {name} are one weight. {_AGAIN}")
+        if weights[weight].is_floating_point() and not dtype.startswith(("F", "BF")):
             raise EngramFileError(
-                f"{stored} of {name} is stored as {dtype}; expected floating point. Download the "
-                "checkpoint again"
+                f"{stored} of {name} is stored as {dtype}; expected floating point. {_AGAIN}"
             )
 
 
