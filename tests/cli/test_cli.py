@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from rich.console import Console
 
 import engram
 from engram import cli, pocket
+from engram.cli import show
 from engram.edit.edit import Edit
+from engram.evaluate.receipt import Receipt
+from engram.evaluate.words import RECEIPT_WORDS
 from engram.locate import average_run as experiment
 from engram.locate.average import AverageTrace
 from engram.locate.trace import CausalTrace
@@ -380,6 +384,34 @@ def test_verify_ends_with_one_where_an_edit_fails(model, edited):
     record = Edit.load(edited).receipt
     told = run("verify", model, edited, "--json", ends=0 if record["passed"] else 1)
     assert json.loads(told.stdout)["answers"] == record["answers"]
+    assert json.loads(told.stdout)["verdict"] == record["verdict"]
+
+
+def test_verify_explains_its_words_on_request(model, edited):
+    ends = 0 if Edit.load(edited).receipt["passed"] else 1
+    plain = run("verify", model, edited, ends=ends).output
+    told = run("verify", model, edited, "--explain", ends=ends).output
+    in_json = run("verify", model, edited, "--explain", "--json", ends=ends)
+    for word, meaning in RECEIPT_WORDS.items():
+        line = re.compile(rf"^{re.escape(word)} +{re.escape(meaning)}$", re.MULTILINE)
+        assert line.search(told) and line.search(in_json.stderr) and not line.search(plain)
+    assert json.loads(in_json.stdout)["verdict"] in told
+    assert "engram verify --explain" in plain and "the model says the new object" in plain
+
+
+def test_what_a_file_holds_is_no_command_to_the_terminal(model, edited, tmp_path, capsys):
+    receipt = Receipt.from_dict(Edit.load(edited).receipt)
+    prompt, before, _ = receipt.continuations[0]
+    hostile = replace(
+        receipt,
+        continuations=((f"\x1b[2J{prompt}", before, "\x1b]0;title\x07[red]"),),
+        quantised="\x1b[8m",
+        how="beside",
+    )
+    show.show_receipt(hostile)
+    told = capsys.readouterr().out
+    assert "\x1b[2J" not in told and "\x1b]" not in told and "\x1b[8m" not in told
+    assert "[red]" in told
 
 
 def test_stats_measures_layers_and_keeps_them(model, corpus, tmp_path):
@@ -523,6 +555,22 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130 and "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
+def test_the_demo_explains_its_words_on_request(tmp_path):
+    told = run("demo", "-o", str(tmp_path / "demo"), "--explain").output
+    assert all(meaning in told for meaning in RECEIPT_WORDS.values())
+
+
+@pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
+def test_what_the_model_says_already_is_no_edit(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "edit"
+    fact = ["-s", "Louvre", "-p", "The {} is located in the city of", "-t", "Paris"]
+    message = failing(monkeypatch, capsys, "edit", "pocket", *fact, "-o", str(out))
+    assert "there is nothing to rewrite: the model says ' Paris' already after" in message
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def _peak(average: AverageTrace, site: str, about: dict[str, Any]) -> str:
 def show_receipt(receipt: Receipt) -> None:
     """Print continuations before and after the edit, then the numbers of a receipt."""
     for prompt, before, after in receipt.continuations:
-        terminal.console.print(f"[bold]{escape(prompt)}[/]")
+        terminal.console.print(f"[bold]{escape(_printable(prompt))}[/]")
         terminal.console.print(f"   before {escape(_one_line(before))}")
         terminal.console.print(f"   after  {escape(_one_line(after))}")
     terminal.console.print()
@@ -305,7 +305,8 @@ def show_runs(runs: list[Run], *, all_metrics: bool = False, explain: bool = Fal
 
     scores = reports.table(runs, all_metrics=all_metrics)
     table = Table(
-        title=escape(f"{runs[0].about['dataset']}, {runs[0].about['model']}"), title_justify="left"
+        title=escape(_printable(f"{runs[0].about['dataset']}, {runs[0].about['model']}")),
+        title_justify="left",
     )
     table.add_column("", no_wrap=True)
     table.add_column("n", justify="right")
@@ -316,7 +317,7 @@ def show_runs(runs: list[Run], *, all_metrics: bool = False, explain: bool = Fal
         for metric in scores.columns:
             cell = reports.shown(summary.get(metric), metric, interval=False)
             cells.append(f"[bold]{cell}[/bold]" if scores.best.get(metric) == method else cell)
-        table.add_row(escape(method), str(count), *cells)
+        table.add_row(escape(_printable(method)), str(count), *cells)
     # A table wider than the terminal is of more use than one that is cut.
     needed = 15 + max(map(len, scores.rows)) + 9 * len(scores.columns)
     Console(width=max(terminal.console.width, needed), highlight=False).print(table)
@@ -332,7 +333,7 @@ def show_differences(runs: list[Run]) -> None:
 
     headline = [name for name, metric in METRICS.items() if metric.headline]
     for (a, b), differences in reports.compare(runs).items():
-        terminal.console.print(f"\n{a} minus {b}", markup=False)
+        terminal.console.print(f"\n{_printable(a)} minus {_printable(b)}", markup=False)
         for metric in headline:
             if (difference := differences.get(metric)) is None:
                 continue
