@@ -100,6 +100,10 @@ class Work:
         part.spent += now - self._marked
         self._marked = now
 
+    def done(self, kind: str) -> float:
+        """Return how many units of a kind are done."""
+        return self._parts[kind].done if kind in self._parts else 0.0
+
     def finish(self, kind: str) -> None:
         """Expect no more units of a kind than are done."""
         part = self._parts.setdefault(kind, _Part(0.0, 0.0))
@@ -125,8 +129,12 @@ class Work:
             part.left * (part.spent / part.taken if part.done else part.guess * slower)
             for part in self._parts.values()
         )
-        # the unit at work has taken some of it
-        return max(0.0, seconds - (self._clock() - self._marked))
+        if not seconds:
+            return 0.0
+        # the unit at work has taken some of it; one that takes longer than all that was expected
+        # takes longer still, by as much as it is late
+        running = self._clock() - self._marked
+        return seconds - running if running < seconds else max(0.1 * seconds, running - seconds)
 
     def units(self, first: int, total: int) -> int:
         """Return `share` as a number of units: those between `first`, done before, and `total`.

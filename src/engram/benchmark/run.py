@@ -30,7 +30,8 @@ from engram.editors.methods import METHODS, check_method
 from engram.errors import SettingError
 from engram.model.language_model import LanguageModel
 from engram.model.loading import load
-from engram.progress import Progress, no_progress
+from engram.model.pace import seconds_per_token
+from engram.progress import Progress, Work, announce, no_progress
 from engram.runs.identity import identity
 from engram.runs.workers import Here, ModelJob, Workers, model_for
 
@@ -141,15 +142,38 @@ def bench(
             generated = store.has_unedited() if config.texts else set()
             done = store.done(method.label)
             units = _units(method, records, records_per_batch, done, generated)
-            finished = len(records) - sum(len(unit.records) for unit in units)
+            left = sum(len(unit.records) for unit in units)
+            finished, work = len(records) - left, _work(method, lm, units, out, progress)
             for number, results in (workers or Here()).run(job, units):
                 unit = units[number]
                 measured = zip((at for at, _ in unit.records), results, strict=True)
                 store.add(unit.label, measured, texts=unit.unedited_texts)
                 finished += len(results)
+                work.did("later" if number else "first", len(results))
                 progress(unit.label, finished, len(records))
     # Read from the file: a resumed run returns the same object as an uninterrupted one.
     return Run.open(out)
+
+
+def _work(
+    method: _Method, lm: LanguageModel, units: Sequence[Unit], out: str | Path, progress: Progress
+) -> Work:
+    """Return the work of one method, announced.
+
+    The first records are counted apart: what all of them share is measured with them.
+    """
+    counts = [len(unit.records) for unit in units] or [0]
+    work = Work(
+        method.label,
+        f"editing and measuring {sum(counts):,} records by {method.label}",
+        f"kept in {out}; a stopped run is resumed",
+    )
+    # about 20 steps of 20 contexts of 12 tokens, back and forth, and some hundred probes
+    guess = 20_000 * seconds_per_token(lm, progress)
+    work.expect("first", counts[0], guess)
+    work.expect("later", sum(counts[1:]), guess)
+    announce(progress, work)
+    return work
 
 
 def _units(

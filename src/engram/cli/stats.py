@@ -100,6 +100,9 @@ def stats(
                 workers=workers.open(),
                 progress=progress,
             )
+            for done, moment in enumerate(moments.values()):  # kept for the table; takes long
+                progress("condition numbers", done, len(moments))
+                moment.condition()
         written.finish(show, {files[layer]: moment.save for layer, moment in moments.items()})
 
 

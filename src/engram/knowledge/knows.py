@@ -26,7 +26,8 @@ from engram.facts import Fact
 from engram.knowledge.cloze_rows import ClozeRow, ClozeRows, check_not_nan
 from engram.knowledge.knowledge import Aggregate, Among, Knowledge, KnownRecord, Length, Reply
 from engram.model.language_model import LanguageModel
-from engram.progress import Progress, no_progress
+from engram.model.pace import seconds_per_token
+from engram.progress import Progress, Work, announce, no_progress
 
 _LOGITS = 1 << 24  # log-probabilities held at once: 64 MB in float32
 _IN_CACHE = 1 << 19  # of them compared at once: 2 MB
@@ -110,12 +111,17 @@ def knows(
     size = lm.model.config.get_text_config().vocab_size
     cloze, done, total = ClozeRows(lm), 0, sum(len(question.prompts) for question in questions)
     records: dict[int, KnownRecord] = {}
+    work = Work("prompts", f"testing {len(facts):,} facts by {total:,} prompts")
+    tokens = [question.tokens() for question in questions]
+    work.expect("tokens", sum(tokens), seconds_per_token(lm, progress))
+    announce(progress, work)
     # Blocks bound what is held at once; within one, rows of all its questions share batches.
     for block in _blocks(questions, size if among == "vocabulary" else None):
         judged = judge(cloze, [questions[i] for i in block], length, aggregate == "mean")
         for i, (judgements, averaged) in zip(block, judged, strict=True):
             records[i] = _record(questions[i], judgements, averaged, aggregate)
             done += len(judgements)
+        work.did("tokens", sum(tokens[i] for i in block))
         progress("prompts", done, total)
     # Blocks come by length of prompt; the caller's order is put back.
     in_order = tuple(records[i] for i in range(len(facts)))
@@ -162,6 +168,11 @@ class _Question:
     @property
     def target(self) -> str:
         return self.fact.target.strip()
+
+    def tokens(self) -> float:
+        """Return about how many tokens are run: of each prompt, and of each candidate after it."""
+        answers = max(1, len(self.candidates))
+        return sum(4 + len(prompt) / 4 + 3 * answers for prompt in self.prompts)
 
 
 class _World:

@@ -28,7 +28,7 @@ from engram.checks import Count, Natural, Seed, check_fields
 from engram.editors.contexts import sample_contexts
 from engram.editors.methods import method_named
 from engram.editors.second_moments.corpora import Corpus
-from engram.editors.second_moments.measure import second_moments
+from engram.editors.second_moments.measure import TOKENS_PER_KEY, second_moments
 from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
 from engram.evaluate.receipt import Receipt
 from engram.evaluate.verify import verify
@@ -41,7 +41,8 @@ from engram.locate.settings import TraceConfig, default_window
 from engram.locate.trace_input import TracePrompt
 from engram.locate.tracing import trace_prompts
 from engram.model.language_model import LanguageModel
-from engram.progress import Progress
+from engram.model.pace import seconds_per_token
+from engram.progress import Progress, Work, announce
 
 log = logging.getLogger(__name__)
 
@@ -214,18 +215,22 @@ def measure(
     Args:
         facts: edits, with the true object; each purpose takes the first ones.
     """
-    exact = _traces(lm, facts[: budget.traces], "exact", file, progress)
-    estimated = _traces(lm, facts[: budget.estimates], "attribution", file, progress)
     edited = facts[: budget.edits]
+    work = _work(lm, facts, budget, recipe, file, progress)
+    exact = _traces(lm, facts[: budget.traces], "exact", file, progress, work)
+    estimated = _traces(lm, facts[: budget.estimates], "attribution", file, progress, work)
     # Estimates before edits: they are cheap, and a run that is cut short then has all of them.
     coarse = budget.coarse(lm.n_layers)
-    outcomes = _edit_at(lm, edited, coarse, recipe, file, progress)
+    outcomes = _edit_at(lm, edited, coarse, recipe, file, progress, work)
     # by mean score, as the card decides; of equal layers the first
     best = max(
         coarse, key=lambda layer: fmean(outcomes[i, layer].score for i in range(len(edited)))
     )
     refined = budget.between(coarse, best, lm.n_layers)
-    outcomes |= _edit_at(lm, edited, refined, recipe, file, progress)
+    work.finish("editing")
+    work.expect("editing", work.done("editing") + len(edited) * len(refined), 0.0)
+    outcomes |= _edit_at(lm, edited, refined, recipe, file, progress, work)
+    work.finish("editing")
     # with the coarse and the refined layers together, every fact has the same ones
     layers = sorted({layer for _, layer in outcomes})
     return [
@@ -237,6 +242,43 @@ def measure(
         )
         for i, fact in enumerate(facts[: budget.facts])
     ]
+
+
+def _work(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    budget: Budget,
+    recipe: EditRecipe,
+    file: Measurements,
+    progress: Progress,
+) -> Work:
+    """Return what is left to do for a card, announced."""
+    coarse = budget.coarse(lm.n_layers)
+    edited = range(len(facts[: budget.edits]))
+    effects_form = _effects_form(lm)
+    exact, estimated = (
+        sum(file.get(f"{method} {i}", effects_form) is None for i in range(len(facts[:count])))
+        for method, count in (("exact", budget.traces), ("attribution", budget.estimates))
+    )
+    todo = [f"edit {i} {layer}" for i in edited for layer in coarse]
+    editing = sum(file.get(name, EditOutcome) is None for name in todo)
+    work = Work(
+        "layer card",
+        f"tracing {max(exact, estimated)} facts, and editing {len(edited)} at {len(coarse)} layers",
+        "kept in the cache; a stopped measurement is resumed",
+    )
+    pace = seconds_per_token(lm, progress)
+    # ten samples of each prompt through half of the blocks for every layer; a pass and its gradient
+    work.expect("tracing", exact, 10 * lm.n_layers * 4 * pace)
+    work.expect("estimating traces", estimated, 400 * pace)
+    tokens = recipe.tokens or TOKENS_PER_KEY * lm.parts.mlp_width(0)
+    work.expect("what edits share", 1, 2.5 * tokens * pace)
+    # with the layers on both sides of the best, which are edited after the others. An edit takes
+    # about 20 steps of 20 contexts of 12 tokens, back and forth, and its receipt
+    gap = coarse[1] - coarse[0] - 1 if budget.refine and len(coarse) > 1 else 0
+    work.expect("editing", editing + 2 * gap * len(edited), 17_000 * pace)
+    announce(progress, work)
+    return work
 
 
 def trace_settings(lm: LanguageModel) -> dict[str, Any]:
@@ -252,12 +294,22 @@ def trace_settings(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
+def _effects_form(lm: LanguageModel) -> Any:
+    """Return the form of a stored trace: one number a layer."""
+    return Annotated[tuple[float, ...], Len(lm.n_layers, lm.n_layers)]
+
+
 def _traces(
-    lm: LanguageModel, facts: Sequence[Fact], method: str, file: Measurements, progress: Progress
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    method: str,
+    file: Measurements,
+    progress: Progress,
+    work: Work,
 ) -> list[tuple[float, ...]]:
     """Return effects by layer, one row for each fact."""
     what = {"exact": "tracing", "attribution": "estimating traces"}[method]
-    effects_form = Annotated[tuple[float, ...], Len(lm.n_layers, lm.n_layers)]
+    effects_form = _effects_form(lm)
     # a finished trace comes back with its prompt and subject, not with its fact's index
     missing = {
         (fact.prompt_text, fact.subject): i
@@ -282,6 +334,7 @@ def _traces(
         now = time.monotonic()
         file.put(f"{method} {missing[trace.prompt, trace.subject]}", effects, now - last)
         done, last = done + 1, now
+        work.did(what)
         progress(what, done, len(facts))
     return [file.measured(f"{method} {i}", effects_form) for i in range(len(facts))]
 
@@ -293,13 +346,16 @@ def _edit_at(
     recipe: EditRecipe,
     file: Measurements,
     progress: Progress,
+    work: Work,
 ) -> dict[tuple[int, int], EditOutcome]:
     """Return the result of editing each fact at each layer, by (fact, layer)."""
     # fact by fact, so that a run that is cut short has whole facts
     todo = [(i, layer) for i in range(len(facts)) for layer in layers]
     missing = [at for at in todo if file.get("edit {} {}".format(*at), EditOutcome) is None]
     last = time.monotonic()  # before what edits share, so that its time counts for the first one
-    shared = recipe.shared(lm, layers, progress) if missing else {}
+    # `work` counts it, so that nothing else is announced
+    shared = recipe.shared(lm, layers, lambda *report: progress(*report)) if missing else {}
+    work.did("what edits share")
     done = len(todo) - len(missing)
     for i, layer in missing:
         progress("editing", done, len(todo))
@@ -307,6 +363,7 @@ def _edit_at(
         now = time.monotonic()
         file.put(f"edit {i} {layer}", asdict(outcome), now - last)
         done, last = done + 1, now
+        work.did("editing")
     progress("editing", done, len(todo))
     return {(i, layer): file.measured(f"edit {i} {layer}", EditOutcome) for i, layer in todo}
 

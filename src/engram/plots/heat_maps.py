@@ -15,11 +15,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engram.plots.style import STYLE, add_heading, fitted, font, layer_ticks, plain
-from engram.plots.words import shorten
+from engram.plots.style import STYLE, add_heading, fitted, font, layer_ticks, plain, width_of
 
 _HIGHEST = 60.0  # inches; 12,000 dots, which every viewer opens
-_LONGEST_ROW = 24  # letters of a row's name
+_WIDTH = 3.5  # inches of a panel
 _LINE = 52  # letters of a title above one panel
 _UNDERNEATH = 11  # letters that fit below a colour bar; a longer label goes beside it
 
@@ -63,7 +62,7 @@ def plot_heat_maps(
     height = 0.13 * max(len(panel.rows or ()) for panel in panels) + 0.8
     height = min(max(2.0, height), _HIGHEST)
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.5 * len(panels), height), dpi=200, layout="constrained")
+        figure = Figure(figsize=(_WIDTH * len(panels), height), dpi=200, layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, panel in zip(axes, panels, strict=True):
             _draw(ax, panel, height)
@@ -82,13 +81,15 @@ def _draw(ax: Axes, panel: HeatMap, height: float) -> None:
     mesh = ax.pcolormesh(values, cmap=panel.colours, vmin=low, vmax=high)
     ax.invert_yaxis()  # pcolormesh puts row 0 at the bottom, a prompt is read from the top
     rows, columns = values.shape
+    beside = 0.0  # inches that the names of rows take
     if panel.rows is None:
         ax.set_yticks(*_numbers(rows))
     else:
         # of a text that is longer than a picture can be, every second or third token is named
         named = range(0, rows, math.ceil(0.13 * rows / (height - 0.7)))
-        names = [plain(shorten(panel.rows[row], _LONGEST_ROW)) for row in named]
-        ax.set_yticks(_centres(named), names, fontproperties=font(panel.rows))
+        names = [_name(panel.rows[row]) for row in named]
+        beside = max(map(width_of, sorted(names, key=len)[-3:]))
+        ax.set_yticks(_centres(named), names, fontproperties=font(names))
     if panel.columns is None:
         ax.set_xticks(*_numbers(columns))
     else:
@@ -96,7 +97,8 @@ def _draw(ax: Axes, panel: HeatMap, height: float) -> None:
         ax.set_xticks(_centres(named), [panel.columns[at] for at in named], rotation=90)
     lines = [fitted(line, 3.1) for line in panel.title.split("\n")]
     ax.set_title("\n".join(lines), fontproperties=font(lines))
-    ax.set_xlabel(fitted(panel.x_label, 3.3))
+    x_label = fitted(panel.x_label, 2.4)
+    ax.set_xlabel(x_label, fontproperties=font([x_label]))
     ax.set_ylabel(panel.y_label)
     # values a little beyond an end are seldom worth an arrow: effects scatter around none
     slack = 0.05 * (high - low)
@@ -104,10 +106,19 @@ def _draw(ax: Axes, panel: HeatMap, height: float) -> None:
     extend = {(0, 1): "max", (1, 0): "min", (1, 1): "both"}.get((below, above), "neither")
     bar = ax.figure.colorbar(mesh, ax=ax, extend=extend)
     label = fitted(panel.bar_label, height - 0.7)
-    if len(panel.bar_label) <= _UNDERNEATH and not panel.bar_beside:  # as in the paper
+    # below the bar, as in the paper, where it does not reach the label of the axis
+    reach = (_WIDTH - beside - 0.9) / 2 + 0.25
+    fits = (width_of(x_label) + width_of(label)) / 2 < reach and len(label) <= _UNDERNEATH
+    if fits and not panel.bar_beside:
         bar.ax.set_title(label, y=0, pad=-15, va="top", fontproperties=font([label]))
     else:
         bar.set_label(label, fontproperties=font([label]))
+
+
+def _name(token: str) -> str:
+    """Return the name of a row, short enough to leave room for the map."""
+    name = plain(token)
+    return name if len(name) <= 24 else fitted(token, 1.25)
 
 
 def _numbers(cells: int) -> tuple[list[float], list[str]]:

@@ -54,7 +54,7 @@ def plot_layer_card(
         for ax, curves, title in ((left, effects, titles[0]), (right, edits, titles[1])):
             for curve in curves:
                 _draw(ax, curve)
-            ax.set_title(fitted(title, 3.4, 8.5))
+            ax.set_title(fitted(title, 3.1, 8.5))
             if curves:
                 ax.legend(frameon=False)
             for layer in choice.tied:
@@ -62,7 +62,7 @@ def plot_layer_card(
             ax.axvline(choice.best, color=_BEST, linewidth=0.8, linestyle=":")
             ax.set_xlim(-0.5, choice.n_layers - 0.5)
             ax.set_xticks(list(layer_ticks(choice.n_layers)))
-            ax.set_xlabel(fitted(f"layer of {model}", 3.2, 8))
+            ax.set_xlabel(fitted(f"layer of {model}", 3.0, 8))
             ax.spines[["top", "right"]].set_visible(False)
         # after the curves: an earlier line would count as data when the axis is scaled
         left.axhline(0, color="0.8", linewidth=0.6, zorder=0)

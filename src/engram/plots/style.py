@@ -59,12 +59,17 @@ def fitted(text: str, inches: float, size: float = 7) -> str:
     letters = len(text)
     while letters > 8:
         shown = plain(shorten(text, letters))
-        width = TextPath((0, 0), shown, size, font([text], size)).get_extents().width / 72
+        width = width_of(shown, size)
         if width <= inches:
             return shown
         # at least one letter less; the width says about how many
         letters = max(8, min(letters - 1, int(1.05 * letters * inches / width)))
     return plain(shorten(text, letters))
+
+
+def width_of(text: str, size: float = 7) -> float:
+    """Return how many inches wide a text in `plain` words is."""
+    return float(TextPath((0, 0), text, size, font([text], size)).get_extents().width) / 72
 
 
 def add_heading(figure: Figure, lines: Sequence[str], warning: str = "") -> None:

@@ -15,6 +15,8 @@ from engram.editors.closed_form.values import Value, ValueSearch, optimise_value
 from engram.editors.execution import Execution
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
+from engram.model.pace import seconds_per_token
+from engram.progress import Work, announce
 from engram.runs.workers import Here, ModelJob, model_for
 
 
@@ -54,6 +56,17 @@ def find_values(
         missing = [i for i, value in values.items() if value is None]
         done = len(facts) - len(missing)
         how.progress("value", done, len(facts))
+        work = Work(
+            "value",
+            f"finding the values of {len(missing):,} facts",
+            "kept in the cache; a stopped search is resumed" if store else "",
+        )
+        # each context is run some 20 times, back and forth
+        rows = 3 * 20 * (len(search.contexts) + 1)
+        lengths = [rows * (8 + len(fact.prompt_text) / 4) for fact in facts]
+        tokens = sum(lengths[i] for i in missing)
+        work.expect("tokens", tokens, seconds_per_token(lm, how.progress))
+        announce(how.progress, work)
         batches = value_batches(lm, [facts[i] for i in missing], search, facts_per_batch)
         job = ValuesJob(model_for(how.workers, lm), search)
         units = [tuple(facts[missing[at]] for at in batch) for batch in batches]
@@ -63,5 +76,6 @@ def find_values(
                 # At once, not at the end: what is done when a run is killed is not done again.
                 file.put(names[missing[at]], value)
                 done += 1
+                work.did("tokens", lengths[missing[at]])
                 how.progress("value", done, len(facts))
     return [value for value in values.values() if value is not None]
