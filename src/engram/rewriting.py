@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from engram.checks import checked_call
 from engram.edit.base import describe_base
@@ -60,7 +60,7 @@ def rewrite(
     facts: Fact | Sequence[Fact],
     method: str = "rome",
     *,
-    past: Sequence[Edit] = (),
+    past: Sequence[Edit | PromptEdit] = (),
     **settings: Any,
 ) -> Edit | PromptEdit:
     """Compute the edit that makes a model state new objects. The model itself is not changed.
@@ -95,6 +95,7 @@ def rewrite(
     function = method_named(method)
     for edit in past:
         check_changes_weights(edit)
+    past = cast("Sequence[Edit]", past)
     check_method(method, settings, lm.name)
     with in_force(past, lm):
         _check_not_said(lm, facts)

@@ -9,7 +9,7 @@ import torch
 
 import engram
 from engram.engine.replayable import replayable
-from engram.errors import UnsupportedModelError
+from engram.errors import FactError, UnsupportedModelError
 from tests.helpers import naive
 from tests.helpers.tiny import ENCODER_DECODER, MASKED, STATE_SPACE, crossed, tiny_lm
 
@@ -196,16 +196,11 @@ def test_they_run_through_whole_forward_passes(family):
 def test_tokens_behind_the_subject_are_the_prompts_own(family):
     """Neither the blank, nor what stands behind it, nor specials are corrupted."""
     lm = tiny_lm(family)
-    trace = engram.trace(
-        lm,
-        PROMPT,
-        subject="in",
-        occurrence="last",
-        noise=1.0,
-        samples=1,
-        extra_tokens=9,
-        sites="residual",
-    )
+    settings = {"subject": "in", "occurrence": "last", "noise": 1.0, "samples": 1}
+    with pytest.raises(FactError, match=r"^extra_tokens=9: expected at most \d, as many") as raised:
+        engram.trace(lm, PROMPT, **settings, extra_tokens=9)
+    most = int(str(raised.value).partition("at most ")[2][0])
+    trace = engram.trace(lm, PROMPT, **settings, extra_tokens=most, sites="residual")
     words = [trace.tokens[trace.positions.index(at)] for at in trace.corrupted]
     assert "".join(words).replace("▁", " ").replace("##", "").replace(" ", "").endswith("the")
 

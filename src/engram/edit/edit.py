@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -274,7 +274,7 @@ def load_edit(folder: str | Path) -> Edit | PromptEdit:
 
 
 @checked_call
-def compose(edits: Sequence[Edit]) -> Edit:
+def compose(edits: Sequence[Edit | PromptEdit]) -> Edit:
     """Return one edit that does what all of them do: deltas add, facts are joined in order.
 
     The edits have to be computed on the same base, each as if it were alone. Receipts are not
@@ -292,9 +292,10 @@ def compose(edits: Sequence[Edit]) -> Edit:
     if not edits:
         raise EngramError("compose needs at least one edit, got an empty list")
     if len(edits) == 1:
-        return edits[0]
+        return cast("Edit", edits[0])
     for edit in edits:
         check_changes_weights(edit)
+    edits = cast("Sequence[Edit]", edits)
     facts = tuple(fact for edit in edits for fact in edit.facts)
     terms: dict[str, list[Delta]] = {}
     # Compared weight by weight, so that edits of different layers compose, too.
