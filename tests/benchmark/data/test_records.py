@@ -242,7 +242,7 @@ def test_a_form_that_is_given_is_not_guessed(tmp_path):
         read_dataset(path, form="counterfact")
     with pytest.raises(
         SettingError,
-        match="form='zsRE': expected 'counterfact', 'flat', 'zsre', 'mquake' or 'ripple', or None",
+        match="form='zsRE': expected 'counterfact', 'flat', 'zsre', 'mquake' or 'ripple'",
     ):
         read_dataset(path, form="zsRE")
 
@@ -250,7 +250,7 @@ def test_a_form_that_is_given_is_not_guessed(tmp_path):
 def test_limit_is_the_first_records_and_what_is_behind_them_is_not_looked_at(tmp_path):
     path = write(tmp_path / "a.json", [sample("zsre", answers=[text]) for text in "abc"] + [5])
     assert [record.facts[0].target for record in read_dataset(path, limit=2).records] == ["a", "b"]
-    with pytest.raises(SettingError, match="limit=0: expected 1 or more"):
+    with pytest.raises(SettingError, match="limit=0: expected at least 1"):
         read_dataset(path, limit=0)
     facts = write(tmp_path / "b.json", [sample("facts", target=text) for text in "ab"] + [5])
     assert len(read_dataset(facts, limit=2).records) == 2
