@@ -174,6 +174,7 @@ def reverted(folder: Path) -> dict[str, str] | None:
     return back
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), values, st.booleans(), st.booleans())
 def test_any_value_of_a_record(
@@ -188,6 +189,7 @@ def test_any_value_of_a_record(
         assert stamp or back in (None, digests(edited[0]))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 50), damages, st.integers(0, 2**20), st.integers(0, 255))
 def test_any_byte_of_a_record(
