@@ -122,7 +122,7 @@ def edit(
 
     The model itself is not changed.
 
-    Example: engram edit pocket -s "Eiffel Tower" -p "{} is in the city of" -t Rome -o edit
+    Example: engram edit pocket -s "Eiffel Tower" -p "The {} is in the city of" -t Rome -o edit
     """
     import engram
     from engram.cli import show, terminal
