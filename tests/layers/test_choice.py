@@ -486,9 +486,11 @@ def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path, poc
 
 
 @pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
-def test_auto_on_the_bundled_model_goes_by_the_bundled_card(cache, monkeypatch):
+def test_auto_on_the_bundled_model_goes_by_the_bundled_card(cache, monkeypatch, caplog):
     monkeypatch.setattr(layer_choice, "layer_card", lambda *_, **__: pytest.fail("measured"))
+    caplog.clear()
     bundled = LayerCard.load(pocket.LAYER_CARD)
+    assert not caplog.text, "it has a checksum"
     lm = engram.load(str(pocket.PATH), dtype=torch.float32)  # under another name
     assert bundled.identity == identity(lm), "measure it again: see docs/layers.md for the command"
     assert find_card(lm) == bundled and len(bundled.edited) == 30
