@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engram
@@ -139,7 +140,10 @@ def main() -> None:
     given = parser.parse_args()
     # where there is `Work`: a version of engram without it has counts only
     if (work := getattr(engram.progress, "Work", None)) is not None:
+        from engram.model import pace
+
         work.__init__.__kwdefaults__["clock"] = clock
+        pace.time = SimpleNamespace(monotonic=clock)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ENGRAM_CACHE"] = folder
