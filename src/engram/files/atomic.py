@@ -275,7 +275,9 @@ def _umask() -> int:
 
 
 def _unwritable(path: Path, error: Exception) -> EngramFileError:
+    # The words alone: names in them are those of locks and temporary files.
+    why = getattr(error, "strerror", None) or error
     return EngramFileError(
-        f"could not write {path}: {error}. What was there before is unchanged; free some space, or "
+        f"could not write {path}: {why}. What was there before is unchanged; free some space, or "
         "choose a folder that exists and that you may write to"
     )

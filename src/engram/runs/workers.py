@@ -8,9 +8,10 @@ which order makes no difference.
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -217,6 +218,7 @@ class RayWorkers:
         own: dict[str, Any] = {}
         if self.address is None:  # a cluster of one's own has the size that is needed
             own = {"num_cpus": self.num_workers, "include_dashboard": False}
+        terminating = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=self.address or "local",
             log_to_driver=False,
@@ -224,6 +226,8 @@ class RayWorkers:
             configure_logging=False,
             **own,
         )
+        with suppress(ValueError):  # not the main thread, where Ray sets none
+            signal.signal(signal.SIGTERM, terminating)  # Ray's own handler ends without a word
         try:
             yield ray
         finally:
