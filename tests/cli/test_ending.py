@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import engram
 from engram import cli
@@ -213,7 +214,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         (["trace", "MODEL", PROMPT, *SUBJECT, "--samples", "1", "--save", "a"], "probability"),
         (["lens", "MODEL", PROMPT, "-o", "a.png"], "layer"),
         (["knows", "MODEL", "--limit", "2", "-o", "a.json"], "all facts"),
-        (["edit", "MODEL", *FACT, "--method", "ft", "--set", "epochs=1", "-o", "a"], "rewrite"),
+        (
+            ["edit", "MODEL", *FACT, "--method", "ft", "--set", "epochs=1", "-o", "a"],
+            "FAILED; the model",
+        ),
     ],
 )
 def test_a_disk_that_becomes_full_costs_the_file_and_not_the_result(
@@ -241,6 +245,7 @@ def test_a_disk_that_becomes_full_costs_the_file_and_not_the_result(
     out, err = capsys.readouterr()
     assert end.value.code == 2 and shown in out, err
     line = err.splitlines()[-1]
+    assert re.search(r"\. (The result is printed|What was measured so far is kept)", line), line
     assert line.startswith("engram: could not write ") and "No space left on device" in line
     assert {path.name for path in disk.iterdir()} - {"a"} == {"ballast", "kept"}
     assert not (disk / "a").exists() or not any((disk / "a").iterdir())
@@ -281,3 +286,37 @@ def test_letters_that_stdout_lacks_are_written_all_the_same() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     code, err = ended(start("data", "list", env=environment))
     assert (code, err) == (0, "")
+
+
+SAVES = """
+import sys
+from pathlib import Path
+from matplotlib.figure import Figure
+from engram.cli import outputs
+text, picture = map(Path, sys.argv[1:])
+print("ready", flush=True)
+for number in range(10**9):
+    outputs.write_text(f"{number % 10}" * 100_000, text)
+    outputs.draw(lambda: Figure(figsize=(1 + number % 3, 1)), picture)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_writer_leaves_whole_files_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from engram.cli import outputs
+
+    text, picture = tmp_path / "a.txt", tmp_path / "a.png"
+    for attempt in range(4):
+        command = [sys.executable, "-c", SAVES, str(text), str(picture)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(1 + 0.137 * attempt)
+            process.kill()
+        assert not text.exists() or re.fullmatch(r"(\d)\1{99999}\n", text.read_text())
+        if picture.exists():
+            Image.open(picture).load()
+    outputs.write_text("new", text)
+    outputs.draw(Figure, picture)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt"]

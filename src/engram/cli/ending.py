@@ -78,7 +78,7 @@ def _end(error: BaseException) -> int:
         return 0  # `engram ... | head` has read enough
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    notes = getattr(error, "__notes__", [])
+    notes = [note[:1].upper() + note[1:] for note in getattr(error, "__notes__", [])]
     if isinstance(error, EngramError):
         say(". ".join([str(error), *notes]))
     elif isinstance(error, OSError):
