@@ -527,6 +527,7 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
             "Expected 'pocket', or a file: a JSON list",
         ),
         (["verify", "MODEL", "/no/such/edit"], "/no/such/edit"),
+        (["lens", "MODEL", "a \udcff"], "'a \\udcff' is no text that a model can read"),
         (
             ["generate", "MODEL", "a", "--temperature", "1e-320"],
             "temperature=1e-320: expected at least 0.0001",

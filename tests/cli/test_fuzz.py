@@ -293,7 +293,8 @@ def complaints(args: list[str], end: Ended, zoo: Zoo) -> Iterator[str]:
     if end.code == 2:
         if not lines or not lines[-1].startswith("engram: "):
             yield f"no line of ours: {end.stderr[-300:]!r}"
-        if len(lines) > LINES or max(map(len, lines), default=0) > 2200:
+        many = len(lines) > LINES and "--explain" not in args
+        if many or max(map(len, lines), default=0) > 2200:
             yield f"long: {len(lines)} lines {end.stderr[:300]!r}"
         if any(not letter.isprintable() for letter in (lines or [""])[-1]):
             yield f"control characters: {lines[-1]!r}"

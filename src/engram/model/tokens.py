@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engram.checks import briefly
 from engram.errors import FactError, UnsupportedModelError
+from engram.files.json_records import writable
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Tokens:
         Raises:
             FactError: no token is left, or more than the model takes.
         """
-        batch = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        batch = self._tokenised(text, return_offsets_mapping=True, return_special_tokens_mask=True)
         ids = list(batch["input_ids"])
         offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
         special = list(batch["special_tokens_mask"])
@@ -74,15 +77,20 @@ class Tokens:
         self.check_length(ids, text)
         return Encoding(text, ids, offsets)
 
+    def _tokenised(self, text: str, **options: Any) -> Any:
+        if not writable(text):  # letters of an argument or of JSON that are none
+            raise FactError(f"{briefly(text)} is no text that a model can read; write it again")
+        return self.tokenizer(text, **options)
+
     def encode_all(self, text: str) -> Encoding:
         """Return the tokens of `text` with every special token, of any length."""
-        batch = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        batch = self._tokenised(text, return_offsets_mapping=True, verbose=False)
         offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
         return Encoding(text, list(batch["input_ids"]), offsets)
 
     def bare_ids(self, text: str) -> list[int]:
         """Return the tokens of `text` without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._tokenised(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def check_length(self, ids: Sequence[int], text: str) -> None:
         """Raise where `text` has more tokens than the model takes."""
@@ -119,7 +127,7 @@ class Tokens:
 
     def pieces(self, text: str, size: int) -> list[list[int]]:
         """Return the ids of a text of any length in pieces of `size`; one token is no piece."""
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        ids = list(self._tokenised(text, verbose=False)["input_ids"])
         # A last piece of one token has nothing to predict.
         return [part for at in range(0, len(ids), size) if len(part := ids[at : at + size]) > 1]
 
