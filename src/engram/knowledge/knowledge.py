@@ -23,6 +23,7 @@ import torch
 from annotated_types import Ge, MinLen
 from torch import Tensor
 
+from engram.checks import checked_call
 from engram.errors import SettingError
 from engram.facts import Fact
 from engram.files.atomic import atomic_file
@@ -149,6 +150,7 @@ class Knowledge:
             for name in ordered
         }
 
+    @checked_call
     def scores(self, relation: str | None = None) -> Scores:
         """Return means over all facts (micro), or over those of one relation.
 
@@ -169,6 +171,7 @@ class Knowledge:
         means = [self._values(rows).nanmean(0) for rows in self.by_relation().values()]
         return _scores(torch.stack(means).nanmean(0))
 
+    @checked_call
     def intervals(
         self, seed: int | torch.Generator = 0, *, samples: int = 1000, level: float = 0.95
     ) -> dict[Literal["micro", "macro"], tuple[Scores, Scores]]:
@@ -218,6 +221,7 @@ class Knowledge:
 
     # -- as text and as a file ---------------------------------------------------------------------
 
+    @checked_call
     def table(
         self, *, seed: int | torch.Generator = 0, samples: int = 1000, level: float = 0.95
     ) -> str:

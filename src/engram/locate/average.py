@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from engram.checks import one_of
+from engram.checks import checked_call, one_of
 from engram.errors import EngramError, SettingError
 from engram.locate.captions import Array, colours, replaced, severed_bars
 from engram.locate.settings import PARTS
@@ -125,6 +125,7 @@ class AverageTrace:
         """Tables with severed modules."""
         return [site for site in self.sites if site.endswith(" severed")]
 
+    @checked_call
     def effects(
         self,
         site: str,
@@ -212,6 +213,7 @@ class AverageTrace:
             1, drawn, torch.ones_like(drawn, dtype=torch.float64)
         )
 
+    @checked_call
     def total_effect(
         self, level: float = 0.95, resamples: int = 2000
     ) -> tuple[float, float, float]:
@@ -320,6 +322,7 @@ class AverageTrace:
         ]
         return plot_heat_maps(panels, self.heading(), self.caveat)
 
+    @checked_call
     def plot_lines(self, interval: Interval = "bootstrap") -> Figure:
         """Draw a line and its 95 % band for each role, a panel for each site, as in the paper's
         Appendix B.
@@ -343,6 +346,7 @@ class AverageTrace:
             )
         return plot_curves(panels, title, self.heading(), self.caveat)
 
+    @checked_call
     def plot_severed(self, role: str = "last subject") -> Figure:
         """Draw bars at each layer: the effect as it is, and with attention or MLP severed, as in
         the paper's Figure 3.

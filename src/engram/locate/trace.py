@@ -19,6 +19,7 @@ from annotated_types import Ge, Le, Len, MinLen
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from engram.checks import checked_call
 from engram.errors import EngramFileError, SettingError
 from engram.files.atomic import atomic_file
 from engram.files.forms import parsed
@@ -127,12 +128,14 @@ class CausalTrace:
         """Metric of the clean run minus that of the corrupted run."""
         return self.high_score - self.low_score
 
+    @checked_call
     def effects(self, site: str) -> Tensor:
         """Return effects, shaped as `scores[site]`: the score minus the baseline. They are indirect
         unless the settings say effect="direct".
         """
         return self.scores[site] - self.baseline
 
+    @checked_call
     def best(self, site: str) -> tuple[int, ...]:
         """Return the indices, such as (row, layer), of the largest effect; in the other direction,
         of the most negative.
@@ -192,6 +195,7 @@ class CausalTrace:
         )
         return max(strongest, self.captions.smallest_scale)
 
+    @checked_call
     def plot(self, site: str | None = None, *, shared_scale: bool = True) -> Figure:
         """Draw the paper's heat maps (Fig. 1), tokens down and layers across: all sites side by
         side, or one of them.

@@ -95,6 +95,7 @@ class LogitLens:
         """Return a name for each row: "in" for the embedding, then the number of the block left."""
         return ["in", *map(str, range(self.n_layers))]
 
+    @checked_call
     def top(self, row: int, position: int = -1) -> list[tuple[str, float]]:
         """Return the k most probable tokens of one state with their probabilities."""
         position = position_in(position, len(self.tokens))
@@ -104,6 +105,7 @@ class LogitLens:
         )
         return [(self.top_tokens[i], p) for i, p in zip(ids, probabilities, strict=True)]
 
+    @checked_call
     def table(self, position: int = -1) -> str:
         """Return one position as text, the embedding first: its best token, the answer."""
         lines = [
@@ -146,6 +148,7 @@ class LogitLens:
             plain.pop(name)
         return {**plain, "rows": self.labels(), "top": top}
 
+    @checked_call
     def plot(self, shade: Shade = "probability", positions: Sequence[int] | None = None) -> Figure:
         """Draw a heat map: tokens across, layers up, each state's most probable token in its cell.
 

@@ -102,12 +102,14 @@ class Refinement:
         }
         return {name: table.double().mean(1).tolist() for name, table in tables.items()}
 
+    @checked_call
     def top(self, point: str, layer: int, position: int = -1) -> str:
         """Return the most probable token at one point."""
         return self.top_tokens[
             int(self.top_ids[point][layer, position_in(position, len(self.tokens))])
         ]
 
+    @checked_call
     def table(self, position: int = -1) -> str:
         """Return one position as text, block by block: the top token at each point, and the
         answer's probability after the block.
@@ -142,6 +144,7 @@ class Refinement:
     def __str__(self) -> str:
         return self.describe()
 
+    @checked_call
     def describe(self, position: int = -1) -> str:
         """Return `table` of one position, then `summary` over all."""
         position = position_in(position, len(self.tokens))
@@ -162,6 +165,7 @@ class Refinement:
         }
         return {**plain, "shares": self.shares()}
 
+    @checked_call
     def plot(self, position: int = -1) -> Figure:
         """Draw the answer's probability and rank along the residual stream at one position, and
         who changed the top token at all positions, block by block.
