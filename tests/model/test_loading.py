@@ -22,6 +22,7 @@ from engram import pocket
 from engram.edit.safetensors_layout import tensor_locations
 from engram.errors import EngramError, EngramFileError, NonFiniteError, SettingError
 from engram.model import loading
+from engram.model.load_settings import check_device_map
 from engram.model.loading import load_shapes
 from engram.runs.workers import ByName
 from tests.helpers.tiny import EVERY, make_model, mostly_slow, tiny_folder
@@ -437,6 +438,17 @@ def test_a_device_map_that_fits_is_taken(folder: Path) -> None:
     )
     for places in whole:
         engram.load(folder, device_map=places)
+
+
+def test_accelerators_are_known_by_name_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for places in ("cuda", "cuda:1", 0, 1, {"": 1}, {"a": "cuda:0", "b": "disk", "c": "cpu"}):
+        check_device_map(places)
+    for places in ("cuda:2", "xpu", 2, -1, {"": 2}, {"a": "disc"}, "cpu:1"):
+        with pytest.raises(SettingError, match=r"no such device here; .* cpu:0, cuda:0"):
+            check_device_map(places)
 
 
 @pytest.mark.parametrize("name", ["", "no/such/model", "/nowhere", 5, None, "../..", "a b", "\0"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from textwrap import shorten
 from typing import Any
 
@@ -171,25 +171,18 @@ def of_config(settings: Mapping[str, Any], known: Iterable[str]) -> dict[str, An
 
 
 def _check_device(name: str, device: object) -> None:
-    here = _devices()
-    try:
-        if isinstance(device, bool):
-            raise TypeError
-        place = torch.device(device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError, ValueError):
-        place = None
+    here = ["cpu:0"]
+    if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()):
+        here += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
+    place = None
+    if isinstance(device, str | torch.device):
+        with suppress(RuntimeError):  # no name of a device
+            place = torch.device(device)
+    elif isinstance(device, int) and not isinstance(device, bool) and 0 <= device < len(here) - 1:
+        place = torch.device(here[1 + device])  # a number is an accelerator's
     if place is None or f"{place.type}:{place.index or 0}" not in here:
         automatic = f"; or {alternatives(_AUTOMATIC)}" if name == "device_map" else ""
         raise SettingError(
             f"{name}={briefly(device)}: no such device here; expected one of {', '.join(here)}"
             f"{automatic}"
         )
-
-
-def _devices() -> list[str]:
-    """Return the devices of this machine."""
-    devices = ["cpu:0"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        devices += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
-    return devices
