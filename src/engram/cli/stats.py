@@ -131,6 +131,7 @@ def plan(
     from engram.cli import terminal
     from engram.model.loading import load_shapes
 
+    terminal.avoid_hub_without_network(model)
     memory = engram.memory_plan(
         load_shapes(model, dtype=dtype),  # on the meta device: no ModelOptions, nothing is placed
         facts,

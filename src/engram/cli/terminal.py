@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,6 +101,27 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def avoid_hub_without_network(name: str) -> None:
+    """Let the hub's library look into its cache only, if its server has no address from here.
+
+    It would try five times, wait half a minute in all, and print a page of warnings. Behind a proxy
+    no address is needed.
+    """
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    if name == "pocket" or getproxies():
+        return
+    from huggingface_hub import constants
+
+    try:
+        if Path(name).exists():
+            return
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
     """Call `engram.load`, without the progress bars of other libraries."""
     with messages.status(Text(f"loading {name}")):
@@ -107,6 +129,7 @@ def load(name: str, dtype: str | None = None, device_map: str | None = None) -> 
 
         import engram
 
+        avoid_hub_without_network(name)
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         return engram.load(name, dtype=dtype, device_map=device_map)
