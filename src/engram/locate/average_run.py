@@ -251,7 +251,8 @@ class _Tally:
         self.run, self.facts, self.work, self.pace = run, len(facts), work, pace
         self.checked = self.counted = 0
         self.tokens = 0.0  # that the traces run of the facts that count
-        guess = max(map(self._tokens_guessed, facts[:: max(1, len(facts) // 8)]), default=0.0)
+        some = [*map(self._tokens_guessed, facts[:: max(1, len(facts) // 8)])] or [0.0]
+        guess = sum(some) / len(some)
         work.expect("checks", len(facts), 0.0 if run.keep == "all" else 20 * pace)
         work.expect("traces", guess * len(facts), pace)
 
