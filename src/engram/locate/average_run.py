@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from annotated_types import MinLen
 from torch import Tensor
 
 from engram.checks import Count, checked_call
@@ -48,7 +47,7 @@ _FACTS_AT_ONCE = 256  # facts that are tokenised, filtered and ordered by length
 @checked_call
 def average_trace(
     lm: LanguageModel,
-    facts: Annotated[Sequence[Fact], MinLen(1)],
+    facts: Sequence[Fact],
     *,
     out: str | Path | None = None,
     keep: Keep = "known",
@@ -95,6 +94,8 @@ def average_trace(
         >>> len(average.traces) + len(average.skipped)
         4
     """
+    if not facts:
+        raise FactError("no facts were given; expected at least one Fact(subject, prompt, target)")
     # a mistake in the settings is reported before there is a file
     run = _Run(lm, _config(facts, settings), keep, answer, facts)
     keys = _keys(facts)
