@@ -112,10 +112,8 @@ class Captions:
             return f"no effect: the model does not know {facts} (p {high:.3f})"
         if high - low < self._threshold:
             name = "p" if probability else "the score"
-            return (
-                f"no effect: {name} is {high:.3f}, and {low:.3f} with the subject corrupted; the "
-                "colours are noise"
-            )
+            # 80 columns of a terminal
+            return f"no effect: {name} is {high:.3f}, and {low:.3f} with the subject corrupted"
         return ""
 
     def heading(self, scored: str, low: float, high: float) -> str:
