@@ -104,7 +104,7 @@ def _finite(value: Any) -> Any:
 def avoid_hub_without_network(name: str) -> None:
     """Let the hub's library look into its cache only, if its server has no address from here.
 
-    It would try five times, wait half a minute in all, and print a page of warnings. Behind a proxy
+    It would try five times, wait half a minute in all, and print a page of warnings. With a proxy
     no address is needed.
     """
     from urllib.parse import urlsplit
