@@ -236,3 +236,10 @@ def test_a_result_that_cannot_be_written_is_shown_all_the_same(tmp_path: Path) -
         run()
     assert error.value.__notes__ == ["The result is printed, and not lost"]
     assert shown == ["result"] and (tmp_path / "b").read_text() == "b", "as much as can be"
+
+
+def test_nothing_is_said_to_be_kept_in_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    assert outputs.in_cache().startswith("what was measured so far is kept in ")
+    monkeypatch.setenv("ENGRAM_CACHE", "/dev/null")
+    assert outputs.in_cache() == "nothing was kept, since /dev/null cannot be written"

@@ -8,6 +8,7 @@ is written to them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -185,10 +186,13 @@ def adapter(path: Path) -> Output:
 
 
 def in_cache() -> str:
-    """Return that what was measured so far is in the cache."""
+    """Return that what was measured so far is in the cache, if it can be written."""
     from engram.files.cache_folder import cache_folder
 
-    return f"what was measured so far is kept in {cache_folder('').absolute()}; {RESUME}"
+    folder = cache_folder("").absolute()
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        return f"nothing was kept, since {folder} cannot be written"
+    return f"what was measured so far is kept in {folder}; {RESUME}"
 
 
 def picture(path: Path | None) -> Output:
