@@ -93,6 +93,10 @@ class Work:
         part = self._parts.setdefault(kind, _Part(units, guess))
         part.units, part.guess, part.lot = units, guess, lot
 
+    def amount(self, kind: str, units: float) -> None:
+        """Say again how many units of a kind there are in all, now that more is known."""
+        self._parts[kind].units = units
+
     def did(self, kind: str, units: float = 1.0) -> None:
         """Count units that are done; they took the time since anything was counted before."""
         now, part = self._clock(), self._parts.setdefault(kind, _Part(0.0, 0.0))

@@ -61,8 +61,9 @@ def find_values(
             f"finding the values of {len(missing):,} facts",
             "kept in the cache; a stopped search is resumed" if store else "",
         )
-        # each context is run some 20 times, back and forth
-        rows = 3 * 20 * (len(search.contexts) + 1)
+        # Each context is run some 10 times, back and forth, until the object is certain; a token
+        # of a large batch takes a third of one in the run that is timed.
+        rows = 10 * (len(search.contexts) + 1)
         lengths = [rows * (8 + len(fact.prompt_text) / 4) for fact in facts]
         tokens = sum(lengths[i] for i in missing)
         work.expect("tokens", tokens, seconds_per_token(lm, how.progress))

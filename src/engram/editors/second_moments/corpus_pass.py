@@ -87,7 +87,7 @@ class MomentPass:
         tokens: number of tokens in all.
         tokens_per_document: longer documents are cut.
         tokens_per_batch: tokens in one forward pass.
-        work: counts the tokens that were read ("text") and summed ("passes").
+        work: counts the documents that were read ("text") and the tokens summed ("passes").
     """
 
     lm: LanguageModel
@@ -97,6 +97,7 @@ class MomentPass:
     tokens_per_batch: int = 4096
     work: Work = field(default_factory=lambda: Work(NAME))
     _modules: dict[int, nn.Module] = field(init=False)
+    _tokens_read: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._modules = {layer: self.lm.parts.mlp_out(layer) for layer in sorted(self.sums.totals)}
@@ -195,8 +196,12 @@ class MomentPass:
             start, end = sums.offset, min(len(ids), sums.offset + left)
             if end > start:
                 rows.append((ids[:end], start))
-                self.work.did("text", end - start)
             left -= end - start
+            self.work.did("text")
+            self._tokens_read += end - start
+            if self._tokens_read:  # as many tokens in each document that is left
+                documents = self.work.done("text")
+                self.work.amount("text", documents * (1 + left / self._tokens_read))
             if end < len(ids):  # enough: this text counts in part
                 sums.offset = end
                 break

@@ -215,9 +215,12 @@ def _work(lm: LanguageModel, sums: Sums, tokens: int, corpus: Corpus, pace: floa
     """
     left, widths = tokens - sums.count, [lm.parts.mlp_width(layer) for layer in sums.totals]
     work = Work(NAME, f"measuring {NAME} of {len(widths)} layers on {left:,} tokens")
-    # a tenth of sampled text is lost when it is encoded again
-    lot = 0.9 * corpus.rows_per_batch * corpus.tokens if isinstance(corpus, SampledText) else 0.0
-    work.expect("text", left, 1.5 * pace if lot else 1e-3 * pace, lot)
+    # Documents, of which a batch is sampled at once. A tenth of their tokens is lost when the text
+    # is encoded again, by a guess that the pass corrects.
+    length, step, lot = 1000.0, 1e-3 * pace, 0
+    if isinstance(corpus, SampledText):
+        length, step, lot = 0.9 * corpus.tokens, 1.5 * pace, corpus.rows_per_batch
+    work.expect("text", left / length, length * step, lot)
     weights = sum(p.numel() for p in lm.model.parameters()) or 1
     products = sum(width**2 for width in widths) / (2 * weights)
     work.expect("passes", left, (1 + products) * pace)
