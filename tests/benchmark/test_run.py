@@ -475,7 +475,7 @@ def test_a_file_of_something_else_is_left_alone(lm, tmp_path):
 def test_a_place_that_cannot_be_written_to(lm, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "run", tmp_path / "folder"):
+    for path in (tmp_path / "file" / "run", tmp_path / "folder", ""):
         with pytest.raises(
             EngramFileError,
             match=r"cannot be used for a run of a benchmark: .*a folder that you may write to",

@@ -8,6 +8,7 @@ average traces (locate/trace_store).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -133,6 +134,8 @@ class RunFile:
     def _alone(cls, path: Path) -> AbstractContextManager[None]:
         if not cls.alone or path == _MEMORY:
             return nullcontext()
+        if not path.name:  # "" and "." are this folder: a lock beside it would be outside of it
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         advice = "Wait until it is done, or write to another file"
         return locked(path.with_name(path.name + ".lock"), 0, path, advice)
 
