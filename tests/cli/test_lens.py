@@ -62,7 +62,7 @@ def test_tokens_without_a_picture_stay_on_their_line():
         "⏎",
         "␣",
         "␣",
-        "a�b",
+        "a⇥b",
         "中",
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import wraps
 from statistics import fmean
 
 import pytest
@@ -135,11 +136,13 @@ def test_ultraedits_sequence_keeps_its_statistics(lm, monkeypatch):
     monkeypatch.setattr(methods_table, "BATCH", 2)
     given = []
 
+    original = METHODS["ultraedit"].load()
+
+    @wraps(original)  # its signature says which settings there are
     def spy(lm, facts, *, statistics=None, **rest):
         given.append((id(statistics), statistics.count))
         return original(lm, facts, statistics=statistics, **rest)
 
-    original = METHODS["ultraedit"].load()
     monkeypatch.setitem(METHODS, "ultraedit", replace(METHODS["ultraedit"], function=spy))
     methods_table.sequential(lm, "ultraedit", methods_table.facts_of(lm, 4, 0))
     assert len({which for which, _ in given}) == 1

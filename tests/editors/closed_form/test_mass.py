@@ -813,7 +813,9 @@ def test_the_released_order_of_operations_is_to_be_had_whatever_a_preset_says(mo
         "preset",
         lambda method, model: {"depth": [0.3, 0.3], "keys": "both", "clamp": 1.0},
     )
-    assert settings_of("memit", "tiny", {"reference": True})["keys"] == "halves"
+    assert settings_of("memit", "tiny", {})["keys"] == "both"
+    assert "keys" not in settings_of("memit", "tiny", {"reference": True})  # MassConfig's own
+    assert MassConfig(reference=True).keys == "halves"
 
 
 def test_a_published_table_replaces_the_default_s_other_form_of_a_setting():
