@@ -215,9 +215,9 @@ def test_there_is_nothing_to_fetch_of_the_bundled_one():
 @pytest.mark.parametrize(
     ("option", "text", "said"),
     [
-        ("--templates", "[]", "expected relation -> list of texts"),
-        ("--templates", "{", "could not be read"),
-        ("--generation", "city = 3", "expected relation -> list of texts"),
+        ("--templates", "[]", "expected an object. Expected relation -> list of texts"),
+        ("--templates", "{", "no JSON that can be read"),
+        ("--generation", "city = 3", "city=3, expected a list"),
         ("--facts", "[]", "holds no facts"),
         ("--references", "[]", "expected an object"),
     ],

@@ -119,13 +119,21 @@ class MeasureOptions:
     seed: Seed = 0
 
 
-def bench(
+@dataclass(frozen=True)
+class RunOutput:
+    """Where a run is written, and how it is shown."""
+
     out: Annotated[
         Path,
         typer.Option(
             "--out", "-o", help="Run file; an existing run is resumed.", show_default=False
         ),
-    ],
+    ]
+    as_json: AsJson = False
+
+
+def bench(
+    output: RunOutput,
     *,
     model: Annotated[
         str, typer.Option("--model", "-m", help="'pocket', a folder, or a model of the hub.")
@@ -133,7 +141,6 @@ def bench(
     methods_options: MethodsOptions,
     records: RecordsOptions,
     measures: MeasureOptions,
-    as_json: AsJson = False,
     workers: WorkerOptions,
     model_options: ModelOptions,
 ) -> None:
@@ -146,6 +153,7 @@ def bench(
     from engram.cli import show, terminal
     from engram.editors.methods import check_method
 
+    out = output.out
     file = outputs.Output("run", out, "a run", parents=True)
     with outputs.tried(file, reads=[records.dataset], cached=lambda: _kept(out)):
         from engram.benchmark.metrics.outcomes import MeasureConfig
@@ -179,7 +187,7 @@ def bench(
                 workers=workers.open(),
                 progress=progress,
             )
-    if as_json:
+    if output.as_json:
         terminal.print_json({"run": out} | _document([run]))
         return
     show.show_runs([run])
@@ -248,11 +256,10 @@ class PictureOptions:
         }
 
 
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Files that 'engram bench' wrote.", show_default=False)
-    ],
-    *,
+@dataclass(frozen=True)
+class TableOptions:
+    """What of the runs is shown."""
+
     format: Annotated[
         Format,
         typer.Option(
@@ -260,16 +267,24 @@ def report(
             "-f",
             help="Format of the table; card: how it was run; cases: as the released code writes.",
         ),
-    ] = Format.terminal,
+    ] = Format.terminal
     all_metrics: Annotated[
         bool, typer.Option("--all", help="Show all metrics, not only the headline ones.")
-    ] = False,
+    ] = False
     compare: Annotated[
         bool, typer.Option("--compare", help="Show differences of methods on the same records.")
-    ] = False,
+    ] = False
     failures: Annotated[
         int, typer.Option(help="Show N prompts of each method that fail after its edits.", min=0)
-    ] = 0,
+    ] = 0
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Files that 'engram bench' wrote.", show_default=False)
+    ],
+    *,
+    shown: TableOptions,
     pictures: PictureOptions,
     explain: Explain = False,
     out: Annotated[
@@ -284,6 +299,8 @@ def report(
     from engram.cli import show, terminal
     from engram.errors import SettingError
 
+    format, all_metrics, compare = shown.format, shown.all_metrics, shown.compare
+    failures = shown.failures
     if as_json and (out is not None or format is not Format.terminal):
         raise SettingError("--json prints the table: leave out --format and --out")
     # Parquet is binary and cannot go to the terminal; the terminal's table cannot go to a file

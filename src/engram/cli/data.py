@@ -137,6 +137,15 @@ class TextFiles:
         )
 
 
+@dataclass(frozen=True)
+class WantedRecords:
+    """Which of the records that can be built are kept."""
+
+    known_to: KnownTo = None
+    limit: Limit = None
+    seed: Seed = 0
+
+
 @app.command()
 def build(
     facts: Annotated[
@@ -148,9 +157,7 @@ def build(
     files: TextFiles,
     *,
     out: OutFile,
-    known_to: KnownTo = None,
-    limit: Limit = None,
-    seed: Seed = 0,
+    wanted: WantedRecords,
     as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
@@ -171,16 +178,16 @@ def build(
 
         dataset = files.build(
             facts,
-            seed=seed,
+            seed=wanted.seed,
             # With --known-to the limit counts known records, so it is applied below.
-            limit=limit if known_to is None else None,
+            limit=wanted.limit if wanted.known_to is None else None,
             name=out.stem,
         )
         skipped = dataset.skipped  # of the building; `known_records` returns another data set
-        if known_to is not None:
-            lm = model_options.load(known_to)
+        if wanted.known_to is not None:
+            lm = model_options.load(wanted.known_to)
             with terminal.progress() as progress:
-                dataset = known_records(lm, dataset, limit=limit, progress=progress)
+                dataset = known_records(lm, dataset, limit=wanted.limit, progress=progress)
         write_dataset(dataset, out)
     if as_json:
         count = len(dataset.records)
@@ -193,20 +200,27 @@ def build(
         typer.echo(f"  and {len(skipped) - 5} more")
 
 
-@app.command()
-def filter(
-    dataset: Annotated[str, typer.Argument(help="Name, or file.", show_default=False)],
-    *,
+@dataclass(frozen=True)
+class KnownRule:
+    """Who has to know a fact, and what counts as knowing it."""
+
     known_to: Annotated[
         str, typer.Option(help="Keep the records whose true object this model knows.")
-    ],
-    out: OutFile,
+    ]
     rule: Annotated[
         Rule,
         typer.Option(
             help="greedy: it says the object; relation: the object is likeliest of its relation."
         ),
-    ] = Rule.greedy,
+    ] = Rule.greedy
+
+
+@app.command()
+def filter(
+    dataset: Annotated[str, typer.Argument(help="Name, or file.", show_default=False)],
+    *,
+    known: KnownRule,
+    out: OutFile,
     references: Annotated[
         bool, typer.Option("--references", help="Keep the reference texts of generated text too.")
     ] = False,
@@ -228,7 +242,7 @@ def filter(
         from engram.benchmark.data.write import write_dataset
         from engram.benchmark.known_records import known_records
 
-        lm = model_options.load(known_to)
+        lm = model_options.load(known.known_to)
         with terminal.progress() as progress:
             records = read_dataset(dataset, references=references, progress=progress)
             tested = 0  # with --limit, testing stops early: the share known is of these
@@ -238,16 +252,16 @@ def filter(
                 tested = done
                 progress(what, done, total)
 
-            known = known_records(lm, records, rule.value, limit=limit, progress=count)
-        write_dataset(known, out)
+            kept = known_records(lm, records, known.rule.value, limit=limit, progress=count)
+        write_dataset(kept, out)
     if as_json:
         terminal.print_json(
-            {"file": out, "records": len(known.records), "tested": tested, "rule": rule.value}
+            {"file": out, "records": len(kept.records), "tested": tested, "rule": known.rule.value}
         )
         return
     typer.echo(
-        f"{len(known.records)} of the first {tested} records are known "
-        f"by the rule {rule.value!r}: {out}"
+        f"{len(kept.records)} of the first {tested} records are known by the rule "
+        f"{known.rule.value!r}: {out}"
     )
 
 
@@ -266,17 +280,18 @@ def _reserved(out: Path, references: bool) -> Iterator[None]:
 def _texts(path: Path) -> dict[str, Any]:
     """Read relation -> texts from a JSON or TOML file."""
     from engram.errors import FactError
+    from engram.files.forms import parsed
+    from engram.files.names import read_text
 
     try:
-        text = path.read_text(encoding="utf8")
-        texts = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+        text = read_text(path)
+        if path.suffix == ".toml":
+            text = json.dumps(
+                tomllib.loads(text), default=str
+            )  # TOML has dates, which are no texts
+    except (OSError, ValueError, RecursionError) as error:
         raise FactError(
             f"{path} could not be read: {error}; expected JSON or TOML, relation -> list of texts"
         ) from error
-    if not isinstance(texts, dict) or not all(
-        isinstance(entry, list) and all(isinstance(text, str) for text in entry)
-        for entry in texts.values()
-    ):
-        raise FactError(f"{path}: expected relation -> list of texts")
-    return texts
+    advice = "Expected relation -> list of texts"
+    return parsed(dict[str, list[str]], text, path, error=FactError, advice=advice)

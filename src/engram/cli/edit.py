@@ -100,6 +100,14 @@ class MethodOptions:
         return settings
 
 
+@dataclass(frozen=True)
+class ShownOptions:
+    """How a receipt is shown."""
+
+    explain: Explain = False
+    as_json: AsJson = False
+
+
 def edit(
     model: Model,
     fact_options: FactOptions,
@@ -114,8 +122,7 @@ def edit(
             "--chat", help="Edit for chat too; adds a receipt taken through the chat template."
         ),
     ] = False,
-    explain: Explain = False,
-    as_json: AsJson = False,
+    shown: ShownOptions,
     model_options: ModelOptions,
 ) -> None:
     """Rewrite a fact, take the receipt, and save the edit as a small folder.
@@ -130,14 +137,14 @@ def edit(
     from engram.evaluate.words import RECEIPT_WORDS
 
     def show_receipts() -> None:
-        if as_json:
+        if shown.as_json:
             records = [receipt.to_dict() for receipt in receipts]
             terminal.print_json({"plain": records[0], "chat": records[1]} if chat else records[0])
         else:
             for receipt in receipts:
                 show.show_receipt(receipt)
-        if explain:
-            show.show_words(RECEIPT_WORDS, err=as_json)
+        if shown.explain:
+            show.show_words(RECEIPT_WORDS, err=shown.as_json)
 
     folder = outputs.edit_folder(out)
     with outputs.tried(folder, cached=outputs.in_cache) as written:
@@ -161,7 +168,7 @@ def edit(
             ]
         # The chat's receipt where there is one: that is how the model will be used.
         edited = change.with_receipt(receipts[-1])
-        written.finish(show_receipts, {folder: edited.save}, as_json=as_json)
+        written.finish(show_receipts, {folder: edited.save}, as_json=shown.as_json)
 
 
 def verify(

@@ -67,8 +67,9 @@ def create(
     limits = {name: value for name, value in given.items() if value is not None}
     with outputs.tried(outputs.Output("ledger", ledger, folder=True)):
         from engram.evaluate.canary import Canary
+        from engram.files.names import read_text
 
-        canary = Canary(**limits, text=text.read_text(encoding="utf8") if text else None)
+        canary = Canary(**limits, text=read_text(text) if text else None)
         new = engram.Ledger.create(ledger, model_options.load(model), canary=canary)
     if as_json:
         terminal.print_json({"ledger": new.folder, "model": new.base["model"]})

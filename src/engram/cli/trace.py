@@ -236,18 +236,25 @@ class FactsOptions:
     ] = "model"
 
 
+@dataclass(frozen=True)
+class AverageOutput:
+    """Where an average is written, and how it is shown."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run; an existing run is resumed."),
+    ] = None
+    own_scales: OwnScales = False
+    as_json: AsJson = False
+
+
 def average(
     model: Model,
     facts_options: FactsOptions,
     trace_options: TraceOptions,
     *,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder of the run; an existing run is resumed."),
-    ] = None,
+    output: AverageOutput,
     workers: WorkerOptions,
-    own_scales: OwnScales = False,
-    as_json: AsJson = False,
     model_options: ModelOptions,
 ) -> None:
     """Find which states carry facts on average over a file of facts (causal tracing).
@@ -259,13 +266,15 @@ def average(
     from engram.errors import EngramFileError
     from engram.facts import sample_facts
 
+    out, as_json, shared_scale = output.out, output.as_json, not output.own_scales
+
     def show_result() -> None:
         if as_json:
             terminal.print_json(result.summary())
             if result.caveat:
                 terminal.note(result.caveat)
         else:
-            show.show_average(result, shared_scale=not own_scales)
+            show.show_average(result, shared_scale=shared_scale)
 
     files = {
         name: outputs.Output(name, out and out / name, parents=True, said=False)
@@ -294,7 +303,7 @@ def average(
                 progress=progress,
                 **settings,
             )
-        pictures = _pictures(result, settings, shared_scale=not own_scales)
+        pictures = _pictures(result, settings, shared_scale=shared_scale)
         writers: outputs.Writers = {files[SUMMARY]: partial(outputs.write_json, result.summary())}
         writers |= {files[name]: partial(outputs.draw, plot) for name, plot in pictures.items()}
         written.finish(show_result, writers, as_json=as_json)

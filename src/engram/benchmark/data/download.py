@@ -15,7 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from engram.errors import EngramError
-from engram.files.names import inside, read_text
+from engram.files.names import inside, open_regular, read_text
 from engram.progress import Progress, no_progress
 
 _TRIES = 4
@@ -71,7 +71,7 @@ def fetched(
 
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
