@@ -173,7 +173,8 @@ def rows(path: Path, table: str) -> int:
 @pytest.mark.parametrize("workers", [[], ["--workers", "ray"]])
 def test_a_run_that_is_stopped_says_how_much_is_kept(workers: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run.sqlite"
-    options = ["bench", "--method", "ft", "-n", "400", "-o", str(run), *workers]
+    small = ["-n", "400", "--records-per-batch", "2"]  # the first records are kept soon
+    options = ["bench", "--method", "ft", *small, "-o", str(run), *workers]
     code, err = stopped(start(*options), lambda: rows(run, "results") > 0)
     assert code == 130
     match = re.fullmatch(
