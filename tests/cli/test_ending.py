@@ -32,7 +32,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_folder(tmp_path_factory.mktemp("models")))
 
 
+def heed_signals() -> None:
+    """Undo that whoever runs the tests in the background has us ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*args: str, **settings) -> subprocess.Popen:
+    settings.setdefault("preexec_fn", heed_signals)
     return subprocess.Popen(
         [*COMMAND, *args],
         stdout=settings.pop("stdout", subprocess.PIPE),
@@ -113,6 +119,7 @@ def waiting(patch: str, *args: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     assert process.stderr is not None and process.stderr.readline() == "waiting\n"
     return process

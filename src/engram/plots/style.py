@@ -94,7 +94,10 @@ def layer_ticks(layers: int) -> range:
     """Return the layers that get a number: all of a small model, every fifth of a large one as in
     the paper.
     """
-    return range(0, max(1, layers - 6), 5) if layers > 12 else range(layers)
+    if layers > 12:
+        return range(0, max(1, layers - 6), 5)
+    # "10" and "11" beside each other have no room where names of tokens are wide
+    return range(0, layers, 1 if layers <= 10 else 2)
 
 
 # reading a font's table takes long, and fonts do not come and go while a process runs
