@@ -223,6 +223,14 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
+def test_a_circle_of_links_cannot_be_written(tmp_path: Path) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(EngramFileError, match="circle"), reserved(circle, folder=True):
+        pass
+    assert circle.is_symlink()
+
+
 def test_a_link_to_a_file_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("victim")
     (tmp_path / "link").symlink_to(tmp_path / "victim")

@@ -12,6 +12,7 @@ Refuses to know modules and tokenizers.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,7 +165,8 @@ def _rebuild(
     dtype: str | None = None,
 ) -> Path:
     """Copy `source` to `folder`, with `edits` applied to the original weights."""
-    if folder.resolve().is_relative_to(source.resolve()):
+    # `realpath`, and not `resolve`, which raises at a circle of links: the writer refuses it.
+    if Path(os.path.realpath(folder)).is_relative_to(source.resolve()):
         raise EngramFileError(
             f"{folder} is the checkpoint {source} itself or inside of it; choose a folder beside it"
         )

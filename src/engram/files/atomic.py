@@ -76,7 +76,7 @@ def reserved(
             _refuse_strangers(path, folder, replaces)
             stack.enter_context(_one_writer(path, wait))
             _check_space(path, needs)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # `resolve` of a circle of links raises the latter
             raise _unwritable(path, error) from error
         yield path
 
