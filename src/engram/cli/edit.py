@@ -21,6 +21,7 @@ from engram.cli.options import (
     Model,
     ModelOptions,
     Out,
+    Peft,
     Seed,
     Setting,
     parse_settings,
@@ -256,17 +257,7 @@ def apply(
     terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
-def export(
-    edit: EditFolder,
-    peft: Annotated[
-        Path,
-        typer.Option(
-            help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced.",
-            show_default=False,
-        ),
-    ],
-    as_json: AsJson = False,
-) -> None:
+def export(edit: EditFolder, peft: Peft, as_json: AsJson = False) -> None:
     """Write an edit for other libraries, to be used with the unedited model.
 
     Example: engram export edit --peft adapter

@@ -10,7 +10,7 @@ import typer
 
 from engram.cli import outputs
 from engram.cli.ending import kept
-from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out
+from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out, Peft
 from engram.cli.usage import Commands
 
 if TYPE_CHECKING:
@@ -281,17 +281,7 @@ def apply(
 
 
 @app.command()
-def export(
-    ledger: Book,
-    peft: Annotated[
-        Path,
-        typer.Option(
-            help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced.",
-            show_default=False,
-        ),
-    ],
-    as_json: AsJson = False,
-) -> None:
+def export(ledger: Book, peft: Peft, as_json: AsJson = False) -> None:
     """Write everything in force for other libraries, to be used with the unedited model."""
     import engram
     from engram.cli import terminal

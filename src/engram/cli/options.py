@@ -81,6 +81,13 @@ EditFolder = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)
 ]
+Peft = Annotated[
+    Path,
+    typer.Option(
+        help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Explain = Annotated[
     bool, typer.Option("--explain", help="Explain the words of the output, one line each.")
