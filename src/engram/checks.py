@@ -143,22 +143,24 @@ def checked(name: str, value: Any, hint: Any, error: type[EngramError] = Setting
         return value
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()  # the index of a largest effect is a number of numpy
-
-    def worded(text: str) -> EngramError:
-        return error(text.replace(", expected", ": expected", 1))
-
-    return validated(hint, value, worded, name=name)
+    return validated(hint, value, error, name=name, joint=": ")
 
 
 def validated(
-    hint: Any, value: Any, error: Callable[[str], Exception], *, name: str = "", json: bool = False
+    hint: Any,
+    value: Any,
+    error: Callable[[str], Exception],
+    *,
+    name: str = "",
+    json: bool = False,
+    joint: str = ", ",
 ) -> Any:
     """Return `value` as `hint` annotates it.
 
     Args:
         value: a Python value, or JSON text with `json`.
         error: makes the exception from one line about the first problem.
-        name: of the value, for that line.
+        name: of the value, for that line; joint: what stands between it and what was expected.
     """
     from pydantic import ValidationError  # not at the top: it takes 0.1 s, and `--help` needs none
 
@@ -172,9 +174,9 @@ def validated(
             # Settings files have lists only. Strict tuples refuse them; what is in them counts.
             return model.model_validate(_tuples(value)).root
     except ValidationError as invalid:
-        raise error(problem(invalid, value, name, json)) from None
+        raise error(problem(invalid, value, name, json, joint)) from None
     except RecursionError:
-        raise error(f"{name or 'it'} is nested too deep, expected a plain value") from None
+        raise error(f"{name or 'it'} is nested too deep{joint}expected a plain value") from None
 
 
 @cache
@@ -282,12 +284,13 @@ _WORDS = {
 }
 
 
-def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
+def problem(invalid: Any, value: Any, name: str, json: bool = False, joint: str = ", ") -> str:
     """Return one line about the first problem that pydantic found.
 
     Args:
         invalid: its ValidationError.
         value: what was validated: a Python value, or JSON text with `json`.
+        joint: stands between what was given and what was expected.
     """
     errors = invalid.errors(include_url=False)
     first = errors[0]
@@ -312,7 +315,7 @@ def problem(invalid: Any, value: Any, name: str, json: bool = False) -> str:
     if first["type"] in ("value_error", "assertion_error"):
         return f"{label}: {expected}" if label else expected
     given = briefly(_at(value, path))
-    return f"{f'{label}={given}' if label else given}, expected {expected}"
+    return f"{f'{label}={given}' if label else given}{joint}expected {expected}"
 
 
 def _expected(one: Mapping[str, Any]) -> str:

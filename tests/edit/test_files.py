@@ -27,6 +27,7 @@ from engram.edit.edit import Edit, compose
 from engram.errors import EngramFileError
 from engram.facts import Fact
 from engram.files.checksums import stamped
+from tests.helpers.dying import DYING
 from tests.helpers.edit_samples import FAMILIES, random_edit, tiny
 
 LM = tiny()
@@ -388,23 +389,14 @@ def test_a_killed_save_leaves_the_old_edit_or_the_new_one(tmp_path: Path) -> Non
     assert Edit.load(tmp_path / "edit") == edits[0]
 
 
-DIES = """
+DIES = (
+    DYING
+    + """
 import os, pathlib, shutil, sys, tempfile
 from engram import Edit
 old, new, folder = Edit.load(sys.argv[1]), Edit.load(sys.argv[2]), sys.argv[3]
-calls, killed_at = 0, 0
-def dying(function):
-    def call(*args, **options):
-        global calls
-        calls += 1
-        if calls == killed_at:
-            os.kill(os.getpid(), 9)
-        return function(*args, **options)
-    return call
-for owner, names in {tempfile: ["mkdtemp"], os: ["fsync", "rename", "rmdir", "unlink"],
-                     pathlib.Path: ["write_bytes", "write_text", "chmod"]}.items():
-    for name in names:
-        setattr(owner, name, dying(getattr(owner, name)))
+let_die({tempfile: ["mkdtemp"], os: ["fsync", "rename", "rmdir", "unlink"],
+         pathlib.Path: ["write_bytes", "write_text", "chmod"]})
 for step in range(1, 60):
     old.save(folder)
     pid = os.fork()
@@ -418,6 +410,7 @@ for step in range(1, 60):
     if status == 0:
         break
 """
+)
 
 
 @pytest.mark.slow

@@ -16,9 +16,12 @@ import torch
 
 import engram
 from tests.edit.test_checkpoint import digests, stored
+from tests.helpers.dying import DYING
 from tests.helpers.edit_samples import random_edit, tiny
 
-DIES = """
+DIES = (
+    DYING
+    + """
 import hashlib, os, pathlib, shutil, sys, tempfile
 from engram import Edit
 from engram.edit.checkpoint import revert_checkpoint
@@ -40,22 +43,11 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file()
     } if folder.exists() else None
-calls, killed_at = 0, 0
-def dying(function):
-    def call(*args, **options):
-        global calls
-        calls += 1
-        if calls == killed_at:
-            os.kill(os.getpid(), 9)
-        return function(*args, **options)
-    return call
 write(home / "whole")
 old, new = contents(out), contents(home / "whole")
-for owner, names in {tempfile: ["mkdtemp"], shutil: ["copyfile"],
-                     os: ["fsync", "rename", "rmdir", "unlink", "mkdir", "open"],
-                     pathlib.Path: ["write_bytes", "write_text", "chmod", "open"]}.items():
-    for name in names:
-        setattr(owner, name, dying(getattr(owner, name)))
+let_die({tempfile: ["mkdtemp"], shutil: ["copyfile"],
+         os: ["fsync", "rename", "rmdir", "unlink", "mkdir", "open"],
+         pathlib.Path: ["write_bytes", "write_text", "chmod", "open"]})
 for step in range(1, 400):
     pid = os.fork()
     if pid == 0:
@@ -74,6 +66,7 @@ for step in range(1, 400):
         shutil.rmtree(out)
 print(sorted(path.name for path in home.iterdir()))
 """
+)
 
 
 @pytest.mark.slow

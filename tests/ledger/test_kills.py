@@ -16,6 +16,7 @@ import engram
 from engram.errors import EngramError, EngramFileError
 from engram.files.locks import locked
 from engram.ledger import Ledger
+from tests.helpers.dying import DYING
 from tests.helpers.edit_samples import random_edit, tiny
 
 LM = tiny()
@@ -42,21 +43,11 @@ def whole(book):
 
 AT_EVERY_STEP = (
     PREAMBLE
+    + DYING
     + """
-def dying(function):
-    def call(*args, **options):
-        global calls
-        calls += 1
-        if calls == killed_at:
-            os.kill(os.getpid(), 9)
-        return function(*args, **options)
-    return call
-calls = killed_at = 0
-for owner, names in {tempfile: ["mkdtemp"], shutil: ["rmtree"],
-                     os: ["open", "fsync", "rename", "rmdir", "unlink", "truncate"],
-                     pathlib.Path: ["write_bytes", "write_text", "chmod", "open"]}.items():
-    for name in names:
-        setattr(owner, name, dying(getattr(owner, name)))
+let_die({tempfile: ["mkdtemp"], shutil: ["rmtree"],
+         os: ["open", "fsync", "rename", "rmdir", "unlink", "truncate"],
+         pathlib.Path: ["write_bytes", "write_text", "chmod", "open"]})
 book = Ledger.open(folder)
 does = {
     "add": lambda book: book.add(edits[1]),

@@ -100,4 +100,4 @@ def _worded(error: Any) -> str:
         known = re.findall("'(.*?)'", choices[1])
         hint = did_you_mean(first["input"], known)
         return f"{name}={briefly(first['input'])}: expected {alternatives(known)}{hint}"
-    return problem(invalid, first["input"], name).replace(", expected", ": expected")
+    return problem(invalid, first["input"], name, joint=": ")

@@ -23,7 +23,7 @@ from engram.edit import checkpoint, folder_format, lora_export
 from engram.edit import keys as fact_keys
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta, add, same_tensors
-from engram.edit.forms import BaseForm, ComposedForm, Natural
+from engram.edit.forms import BaseForm, ComposedForm, Unsigned
 from engram.edit.prompt_edit import PromptEdit
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import BaseMismatchError, EngramError, EngramFileError, SettingError
@@ -70,7 +70,7 @@ class Edit:
     settings: dict[str, Any]
     deltas: dict[str, Delta]
     base: dict[str, Any]
-    seed: Natural | None = None
+    seed: Unsigned | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from engram.facts import Fact
 
-Natural = Annotated[int, Ge(0)]
+Unsigned = Annotated[int, Ge(0)]  # of any size, unlike checks.Natural: seeds, offsets
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 
 
@@ -22,7 +22,7 @@ class WeightForm(TypedDict):
 
     sha256: str
     dtype: Dtype | Literal["float8_e4m3fn", "float8_e5m2"]
-    shape: Annotated[list[Natural], Len(2, 2)]
+    shape: Annotated[list[Unsigned], Len(2, 2)]
     transposed: bool
     quantised: NotRequired[str]
 
@@ -45,7 +45,7 @@ class _Made(TypedDict):
 
     facts: Annotated[list[Fact], MinLen(1)]
     method: str
-    seed: Natural | None
+    seed: Unsigned | None
     versions: dict[str, str]
     diagnostics: dict[str, Any]
     receipt: dict[str, Any] | None
@@ -56,7 +56,7 @@ class WeightEditForm(_Made):
 
     settings: dict[str, Any]
     base: BaseForm
-    owners: dict[str, list[Annotated[list[Natural], MinLen(1)]]]
+    owners: dict[str, list[Annotated[list[Unsigned], MinLen(1)]]]
     sha256: str
     keys_sha256: NotRequired[str]
 
@@ -69,7 +69,7 @@ class _WordingForm(TypedDict):
 class _PromptSettings(TypedDict):
     most: Annotated[int, Ge(1)]
     otherwise: Literal["nearest", "nothing"]
-    reserve: Natural
+    reserve: Unsigned
     encoder: str
 
 
@@ -88,7 +88,7 @@ class PartForm(TypedDict):
 
     method: str
     settings: dict[str, Any]
-    seed: Natural | None
+    seed: Unsigned | None
     versions: dict[str, str]
     diagnostics: dict[str, Any]
     facts: Annotated[int, Ge(1)]

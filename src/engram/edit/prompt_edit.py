@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from engram.checks import check_fields, checked
 from engram.edit import folder_format
 from engram.edit.applied import How
-from engram.edit.forms import ModelForm, Natural
+from engram.edit.forms import ModelForm, Unsigned
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import EngramError, EngramFileError, FactError
 from engram.facts import Fact
@@ -77,7 +77,7 @@ class PromptEdit:
     wordings: tuple[Wording, ...]
     opening: str
     base: dict[str, Any]
-    seed: Natural | None = None
+    seed: Unsigned | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from engram.checks import checked
-from engram.edit.forms import Natural
+from engram.edit.forms import Unsigned
 from engram.errors import EngramFileError, UnsupportedModelError
 from engram.files.names import check_regular, inside, open_regular
 from engram.model.checkpoint_files import weight_files
@@ -32,8 +32,8 @@ _AGAIN = "Download the checkpoint once more"
 
 class _Entry(TypedDict):
     dtype: str
-    shape: list[Natural]
-    data_offsets: Annotated[list[Natural], Len(2, 2)]
+    shape: list[Unsigned]
+    data_offsets: Annotated[list[Unsigned], Len(2, 2)]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt
 
-from engram.checks import check_fields
+from engram.checks import NonNegative, Positive, Share, check_fields
 from engram.evaluate.probes import ProbeKind
 from engram.evaluate.words import PAGE
 from engram.files.forms import Overflowing, parsed
@@ -28,8 +28,7 @@ SCORES: dict[ProbeKind, str] = {  # kind of prompt -> name of the share of succe
     "neighbourhood+": "neighbourhood+",
 }
 
-Share = Annotated[float, Ge(0), Le(1)]
-Probability = Annotated[float, Ge(0)]  # above 1 by rounding at times
+Probability = NonNegative  # above 1 by rounding at times
 Probabilities = tuple[Probability, Probability]
 Perplexity = Annotated[Overflowing, Gt(0)]
 When = Literal["before", "after"]
@@ -63,10 +62,10 @@ class Thresholds:
     min_efficacy: Share | None = 1.0
     min_paraphrase: Share | None = 0.8
     min_neighbourhood: Share | None = 0.8
-    max_perplexity_ratio: Annotated[float, Gt(0)] | None = 1.05
-    max_norm_ratio: Annotated[float, Gt(0)] | None = 2.0
+    max_perplexity_ratio: Positive | None = 1.05
+    max_norm_ratio: Positive | None = 2.0
     min_rho: float | None = 0.2
-    max_rounding: Annotated[float, Ge(0)] | None = 0.25
+    max_rounding: NonNegative | None = 0.25
 
     def __post_init__(self) -> None:
         check_fields(self)

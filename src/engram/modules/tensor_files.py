@@ -42,10 +42,7 @@ def write_tensors(
 ) -> None:
     """Write `tensors_to_bytes` to a file, whole or not at all."""
     with atomic_file(path) as fresh:
-        try:
-            save_file(dict(tensors), fresh, _metadata(tensors, kind, about))
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error)) from error
+        save_file(dict(tensors), fresh, _metadata(tensors, kind, about))
 
 
 def tensors_from_bytes(
