@@ -218,18 +218,31 @@ def test_a_sum_that_overflows_is_no_fault(folder: Path) -> None:
     engram.load(folder)
 
 
-def test_a_weight_that_is_offloaded_is_checked_too(folder: Path, tmp_path: Path) -> None:
-    reweighted(folder, lambda weights: weights["transformer.h.3.ln_1.bias"].fill_(float("nan")))
+def offloaded_to(folder: Path) -> dict[str, Any]:
+    """Return settings that put two of four blocks on the disk."""
     places: dict[str, Any] = {f"transformer.h.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
     names = ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head")
     places |= dict.fromkeys(names, "cpu")
-    refused(
-        folder,
-        r"^transformer\.h\.3\.ln_1\.bias of",
-        NonFiniteError,
-        device_map=places,
-        offload_folder=tmp_path / "offloaded",
+    return {"device_map": places, "offload_folder": folder / "offloaded"}
+
+
+def test_a_weight_that_is_offloaded_is_checked_too(folder: Path, tmp_path: Path) -> None:
+    reweighted(folder, lambda weights: weights["transformer.h.3.ln_1.bias"].fill_(float("nan")))
+    match = r"^transformer\.h\.3\.ln_1\.bias of"
+    refused(folder, match, NonFiniteError, **offloaded_to(tmp_path))
+
+
+def test_every_weight_is_checked_and_a_tied_one_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Offloaded weights are in memory one module after another: one may get the id of another.
+    labels: list[str] = []
+    monkeypatch.setattr(
+        "engram.model.whole_weights.check_numbers",
+        lambda tensor, name: labels.append(name.partition(" of ")[0]),
     )
+    lm = engram.load(folder, **offloaded_to(tmp_path))
+    assert sorted(labels) == sorted(name for name, _ in lm.model.named_parameters())
 
 
 # --- pickled weights, and code

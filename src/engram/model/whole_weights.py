@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -121,11 +122,13 @@ def check_numbers(tensor: Tensor, name: str) -> None:
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()  # tied weights are one tensor
+    # Tied weights are one tensor. By weak references: an offloaded weight is gone after its module,
+    # and the next one may get its id.
+    seen: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
     for prefix, module in model.named_modules():
         for label, tensor in numbers(module):
             if id(tensor) not in seen and tensor.is_floating_point():
-                seen.add(id(tensor))
+                seen[id(tensor)] = tensor
                 yield f"{prefix}.{label}".lstrip("."), tensor.detach()
 
 
