@@ -134,7 +134,7 @@ def subject_starts(text: str, subject: str, occurrence: Occurrence = "first") ->
     starts = [at for at in range(len(text)) if text.startswith(subject, at)]
     if not starts:
         near = text.lower().find(subject.lower())
-        hint = f"; did you mean {text[near : near + len(subject)]!r}?" if near >= 0 else ""
+        hint = f"; did you mean {text[near : near + len(subject)]!r}?" if near >= 0 else "."
         raise FactError(
             f"subject {briefly(subject)} is not in the prompt {briefly(text, 200)}{hint} It has to "
             "stand there letter by letter."
