@@ -96,7 +96,7 @@ def test_no_more_text_is_sampled_than_is_summed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         corpora, "sample_texts", lambda *given: calls.append(given) or sample(*given)
     )
-    second_moments(tiny_lm(), [1], tokens=500, cache_dir=tmp_path)
+    second_moments(tiny_lm(), [1], "sampled", tokens=500, cache_dir=tmp_path)
     assert len(calls) == 1
 
 

@@ -102,7 +102,10 @@ Setting = Annotated[
 ]
 Corpus = Annotated[
     Path | None,
-    typer.Option(help="Text file for second moments; default: text that the model samples."),
+    typer.Option(
+        help="Text for second moments: wikipedia, bundled, sampled (by the model), or a text file; "
+        "default: the preset's, or wikipedia."
+    ),
 ]
 
 

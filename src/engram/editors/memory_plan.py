@@ -160,7 +160,7 @@ def memory_plan(
         f"{lm.name}: {facts} by {method} at {blocks} {', '.join(map(str, chosen))}; {_name(lm)}, "
         f"d_model {d}, d_ff {f}"
     )
-    samples = "corpus" not in preset(method, lm.name)
+    samples = preset(method, lm.name).get("corpus") == "sampled"
     return MemoryPlan((Part("model", "throughout", stored), *_parts(shapes, mass, samples)), about)
 
 

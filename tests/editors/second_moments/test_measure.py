@@ -415,12 +415,19 @@ def test_sampled_text_can_begin_at_any_document():
     assert len(set(whole)) > 5
 
 
-def test_the_model_samples_its_own_text_where_none_is_given(tmp_path):
+@pytest.mark.parametrize(("corpus", "digest"), [(None, "wikipedia"), ("sampled", "sampled 0")])
+def test_text_in_the_package_is_measured_where_none_is_given(tmp_path, corpus, digest):
     lm = tiny_lm("llama")
-    moment = second_moments(lm, [1], tokens=200, cache_dir=tmp_path)[1]
-    assert moment.count == 200 and moment.source["corpus"].startswith("sampled 0")
+    moment = second_moments(lm, [1], corpus, 200, cache_dir=tmp_path)[1]
+    assert moment.count == 200 and moment.source["corpus"].startswith(digest)
+
+
+def test_twenty_tokens_a_neuron_are_measured_by_default(tmp_path, caplog):
     default = second_moments(tiny_lm("gpt2"), [1], DOCUMENTS * 20, cache_dir=tmp_path)[1]
     assert default.count == 20 * len(default.matrix_ff)
+
+    short = second_moments(tiny_lm("gpt2"), [1], ["Rome is in"], cache_dir=tmp_path)[1]
+    assert short.count < default.count and "ended after" not in caplog.text  # nobody asked for more
 
 
 def test_a_corpus_that_ends_early_says_so(tmp_path, caplog):

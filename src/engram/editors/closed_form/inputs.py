@@ -31,11 +31,11 @@ class MomentSource:
     """Where second moments come from.
 
     Args:
-        corpus: a text file, texts, or one of `corpora`; None: text that the model samples.
+        corpus: a name of `corpora.CORPORA`, a text file, texts, or a corpus; None: "wikipedia".
         tokens: how many are measured; None: 20 x d_ff.
         given: layer -> C [f, f]; None: they are measured on the corpus, or read where they were
             measured before.
-        seed: of sampled text.
+        seed: of the text, where it is drawn.
     """
 
     corpus: Corpus | str | Path | Sequence[str] | None = None

@@ -298,8 +298,8 @@ def rome(
             with `seed`.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and
             cached.
-        corpus: a text file, a data set or texts (see corpora); default: the preset's, or text that
-            the model itself samples.
+        corpus: a name of `corpora.CORPORA`, a text file, texts, or a corpus; default: the preset's,
+            or "wikipedia".
         past: earlier edits of the same base, in force while this one is computed.
         engine: "replay", "whole" forward passes, or by itself.
         progress: called with (what is done, done, total).

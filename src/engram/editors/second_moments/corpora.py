@@ -1,5 +1,5 @@
-"""The text on which second moments are measured: a file, a data set, given texts, or samples of the
-model itself.
+"""The text on which second moments are measured: one that the package brings, a file, a data set,
+given texts, or samples of the model itself.
 
 A corpus yields documents in an order that never changes, and names them by a digest, which becomes
 part of a cache key. Knows text only.
@@ -7,11 +7,13 @@ part of a cache key. Knows text only.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -183,14 +185,39 @@ class Bundled:
         return islice(pocket.sentences(self.seed), start, None)
 
 
+@dataclass(frozen=True)
+class Wikipedia:
+    """5,142 sentences of Wikipedia that the package brings, joined to documents of about 100 words.
+
+    None mentions a subject of CounterFact, neither of a record nor of its neighbours: neighbours
+    that had been in C would be spared because of that. tools/select_wikipedia.py chose them; their
+    licence is in wikipedia.NOTICE.
+    """
+
+    def digest(self) -> str:
+        return f"wikipedia {_sha256(_wikipedia())}"
+
+    def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
+        return iter(_wikipedia().decode().split("\n")[start:])
+
+
+# Corpora by name; each takes the seed of what is drawn for it.
+CORPORA: Mapping[str, Callable[[int], Corpus]] = {
+    "wikipedia": lambda seed: Wikipedia(),
+    "bundled": Bundled,
+    "sampled": SampledText,
+}
+DEFAULT = "wikipedia"  # of models whose preset names no other
+
+
 def as_corpus(given: Corpus | str | Path | Sequence[str] | None, seed: int) -> Corpus:
-    """Return a corpus: a path means a text file, "bundled" the bundled sentences, a list its texts,
-    None what the model samples.
+    """Return a corpus: a name of `CORPORA`, a path of a text file, or a list of texts; None means
+    the default.
     """
     if given is None:
-        return SampledText(seed)
-    if given == "bundled":
-        return Bundled(seed)
+        given = DEFAULT
+    if isinstance(given, str | Path) and (named := CORPORA.get(str(given))) is not None:
+        return named(seed)
     if isinstance(given, str | Path):
         return TextFile(given)
     if isinstance(given, Sequence):
@@ -203,6 +230,11 @@ def shuffled(count: int, seed: int) -> list[int]:
     indices = list(range(count))
     random.Random(seed).shuffle(indices)
     return indices
+
+
+@cache
+def _wikipedia() -> bytes:
+    return gzip.decompress((files(__package__) / "wikipedia.txt.gz").read_bytes())
 
 
 @cache

@@ -131,8 +131,6 @@ class MomentPass:
         work.finish("passes")
         if not self.sums.count:
             raise EngramError("the corpus has no text to measure second moments on")
-        if self.sums.count < self.tokens:
-            log.warning("the corpus ended after %d of %d tokens", self.sums.count, self.tokens)
         return self.sums
 
     def run_on(self, workers: Workers, corpus: Corpus, progress: Progress) -> Sums:

@@ -76,11 +76,12 @@ def second_moments(
 
     Args:
         layers: blocks, from 0.
-        corpus: a text file, texts, or one of `corpora`; default: text that the model samples.
-        tokens: number of tokens measured; default 20 x d_ff. Every token of a document counts, as
+        corpus: a name of `corpora.CORPORA`, a text file, texts, or a corpus; default: "wikipedia".
+        tokens: number of tokens measured; default 20 x d_ff, or all that the
+            corpus has. Every token of a document counts, as
             in the released code. Where fewer tokens of the same text were measured before, only the
             others are run.
-        seed: of sampled text.
+        seed: of the text, where it is drawn.
         tokens_per_document: longer documents are cut, so that more documents contribute.
         tokens_per_batch: tokens in one forward pass; bounds memory.
         cache_dir: folder for results; default: $ENGRAM_CACHE, or ~/.cache/engram.
@@ -104,7 +105,10 @@ def second_moments(
     measured = sorted(set(layers))
     for layer in measured:
         lm.parts.mlp_out_name(layer)  # raises with the reason where there is none
-    tokens = tokens or TOKENS_PER_KEY * max(lm.parts.mlp_width(layer) for layer in measured)
+    asked, tokens = (
+        tokens,
+        tokens or TOKENS_PER_KEY * max(lm.parts.mlp_width(layer) for layer in measured),
+    )
     text = as_corpus(corpus, seed)
     source = {"corpus": text.digest(), "tokens_per_document": tokens_per_document}
     folder = cache_folder("second_moments", cache_dir)
@@ -130,6 +134,8 @@ def second_moments(
             sums = corpus_pass.run(text, progress, _every(save_every, partial))
         else:
             sums = corpus_pass.run_on(workers, text, progress)
+        if asked and sums.count < asked:
+            log.warning("the corpus ended after %d of %d tokens", sums.count, asked)
         about = {**source, "tokens": tokens, "documents": sums.documents, "offset": sums.offset}
         for layer in missing:
             moments[layer] = SecondMoment(sums.mean(layer), sums.count, about, paths[layer])
