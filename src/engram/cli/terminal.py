@@ -110,12 +110,15 @@ def avoid_hub_without_network(name: str) -> None:
     from urllib.parse import urlsplit
     from urllib.request import getproxies
 
-    if name == "pocket" or getproxies():
+    from engram.model.named_models import place_of
+
+    path = Path(place_of(name).path)
+    if getproxies():
         return
     from huggingface_hub import constants
 
     try:
-        if Path(name).exists():
+        if path.exists():
             return
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:

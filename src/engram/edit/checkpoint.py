@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engram import pocket
+from engram.checks import alternatives
 from engram.edit.applied import applied
 from engram.edit.changes import WeightChanges
 from engram.edit.checkpoint_record import (
@@ -42,6 +43,8 @@ from engram.edit.stored_dtype import growth, rewrite, widened
 from engram.errors import BaseMismatchError, EngramFileError, NonFiniteError
 from engram.files.atomic import atomic_folder, recover_folder, reserved
 from engram.files.names import check_regular, inside
+from engram.model.dequantised_gguf import checkpoint_of
+from engram.model.named_models import NAMED_MODELS, place_of
 from engram.model.whole_weights import check_numbers
 
 if TYPE_CHECKING:
@@ -78,7 +81,8 @@ def apply_to_checkpoint(
     of their composition.
 
     Args:
-        source: a folder with safetensors weights, a name on the Hugging Face hub, or "pocket".
+        source: a folder with safetensors weights, a name on the Hugging Face hub, a short name such
+            as "pocket", or a GGUF file, of which the copy holds the dequantised weights.
         folder: the copy; must not exist, or be empty.
         force: apply also to weights on which the edit was not computed; their shape has to fit.
         dtype: in which to write all weights, such as "float32"; it has to hold each of them
@@ -94,12 +98,11 @@ def apply_to_checkpoint(
         SettingError: a dtype that would round the weights.
     """
     check_changes_weights(edit)
-    if str(source) == "pocket":
-        dtype = dtype or "float32"
-    source = _local(source)
-    record = read_edits(source)
-    edits = [*record.edits, AppliedEdit(edit.contents(), force)]
-    return _rebuild(source, Path(folder), edits, record, dtype)
+    dtype = dtype or place_of(source).dtype
+    with _local(source) as home:
+        record = read_edits(home)
+        edits = [*record.edits, AppliedEdit(edit.contents(), force)]
+        return _rebuild(home, Path(folder), edits, record, dtype)
 
 
 def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | None = None) -> Path:
@@ -116,26 +119,8 @@ def revert_checkpoint(source: str | Path, folder: str | Path, edit: Storable | N
         BaseMismatchError: the weights were changed by something else since, or another edit was
             made on top of `edit`.
     """
-    source = _local(source)
-    record = read_edits(source)
-    if not record.edits:
-        raise EngramFileError(
-            f"{source} has no edits to take out: there is no {HOME}/{NAME} that "
-            "apply_to_checkpoint wrote"
-        )
-    rest: list[AppliedEdit] = []
-    if edit is not None:
-        gone = change_identity(edit.contents().deltas)
-        # By the change itself: a receipt or a fact's neighbours may have come since.
-        identities = [change_identity(one.edit.deltas) for one in record.edits]
-        if gone not in identities:
-            raise EngramFileError(
-                f"{source} does not hold {edit!r}; it holds {[one.edit for one in record.edits]}"
-            )
-        # An edit may be in force twice; the later one goes, since others may rest on the earlier.
-        last = len(identities) - 1 - identities[::-1].index(gone)
-        rest = [*record.edits[:last], *record.edits[last + 1 :]]
-    return _rebuild(source, Path(folder), rest, record)
+    with _local(source) as home:
+        return _rebuild_without(edit, home, Path(folder))
 
 
 def save_edited(
@@ -155,6 +140,29 @@ def save_edited(
             raise OSError(str(error)) from error
         lm.tokenizer.save_pretrained(fresh)
     return Path(folder)
+
+
+def _rebuild_without(edit: Storable | None, source: Path, folder: Path) -> Path:
+    """Write `source` to `folder` without one of its edits, or without any."""
+    record = read_edits(source)
+    if not record.edits:
+        raise EngramFileError(
+            f"{source} has no edits to take out: there is no {HOME}/{NAME} that "
+            "apply_to_checkpoint wrote"
+        )
+    rest: list[AppliedEdit] = []
+    if edit is not None:
+        gone = change_identity(edit.contents().deltas)
+        # By the change itself: a receipt or a fact's neighbours may have come since.
+        identities = [change_identity(one.edit.deltas) for one in record.edits]
+        if gone not in identities:
+            raise EngramFileError(
+                f"{source} does not hold {edit!r}; it holds {[one.edit for one in record.edits]}"
+            )
+        # An edit may be in force twice; the later one goes, since others may rest on the earlier.
+        last = len(identities) - 1 - identities[::-1].index(gone)
+        rest = [*record.edits[:last], *record.edits[last + 1 :]]
+    return _rebuild(source, folder, rest, record)
 
 
 def _rebuild(
@@ -266,22 +274,25 @@ def _copy(source: Path, fresh: Path, names: Sequence[str]) -> None:
         shutil.copyfile(source / name, fresh / name)
 
 
-def _local(source: str | Path) -> Path:
-    """Return the folder of a checkpoint; fetch it from the hub (PyTorch's files only) if it is not
-    a folder.
+@contextmanager
+def _local(source: str | Path) -> Iterator[Path]:
+    """Give the folder of a checkpoint; dequantise a GGUF file, and fetch from the hub (PyTorch's
+    files only) what is neither.
     """
-    if str(source) == "pocket":
-        return Path(pocket.PATH)
-    if (folder := recover_folder(source)).is_dir():
-        return folder
+    with checkpoint_of(place_of(source).path) as path:
+        folder = recover_folder(path)
+        yield folder if folder.is_dir() else _fetched(path)
+
+
+def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), ignore_patterns=_OTHER_FRAMEWORKS))
+        return Path(snapshot_download(name, ignore_patterns=_OTHER_FRAMEWORKS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EngramFileError(
-            f"{str(source)!r} is neither a folder nor a model that the Hugging Face hub gives us "
-            f"({type(error).__name__}). Expected a checkpoint's folder, a hub name such as "
-            "'openai-community/gpt2', or 'pocket'"
+            f"{name!r} is neither a folder nor a model that the Hugging Face hub gives us "
+            f"({type(error).__name__}). Expected a checkpoint's folder, a GGUF file, a hub name "
+            f"such as 'openai-community/gpt2', or {alternatives(NAMED_MODELS)}"
         ) from error

@@ -19,6 +19,7 @@ from torch import Tensor
 from engram.edit.changes import WeightChanges
 from engram.errors import UnsupportedModelError
 from engram.files.atomic import atomic_folder, reserved
+from engram.model.named_models import NAMED_MODELS
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -76,6 +77,8 @@ def _public_name(base: Mapping[str, Any]) -> str:
     """
     # "openai-community/gpt2", "pocket"
     model = str(base["model"])
+    if (named := NAMED_MODELS.get(model)) and named.hub:
+        return named.hub
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) and not Path(model).is_dir():
         return model
     folders = [part for part in re.split(r"[/\\]", model) if part.strip("~.")]

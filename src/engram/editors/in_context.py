@@ -31,6 +31,7 @@ from engram.errors import FactError
 from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.model.language_model import LanguageModel
+from engram.model.named_models import canonical_name
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
@@ -203,7 +204,7 @@ def _demonstrated(
                 "none"
             )
         return listed
-    if lm.name.rpartition("/")[2].lower() != "pocket":
+    if canonical_name(lm.name) != "pocket":
         raise FactError(
             f"ike shows demonstrations, and for {lm.name} there is no table to take them from: "
             "give demonstrations=, facts (or a file of them) with paraphrases and neighbours that "

@@ -108,7 +108,9 @@ def check_folder(
             read_json(folder / name, form, advice=_AGAIN)
     path = folder / "config.json"
     if not path.exists():
-        raise EngramFileError(f"{path} is missing; expected a checkpoint that transformers saved")
+        raise EngramFileError(
+            f"{path} is missing; expected a checkpoint that transformers saved{_gguf_in(folder)}"
+        )
     check_config(read_json(path, dict[str, Any], advice=_AGAIN), path)
     if not weights and not any((folder / name).exists() for name in _names(variant)):
         return {}
@@ -225,4 +227,13 @@ def _no_weights(folder: Path, single: str, index: str) -> str:
             f"{folder} has its weights as pickle ({', '.join(pickled[:3])}), which engram does not "
             f"open, since they may run any code. {CONVERT}"
         )
-    return f"{folder} holds no {single} or {index}; expected a checkpoint that transformers saved"
+    return (
+        f"{folder} holds no {single} or {index}; expected a checkpoint that transformers saved"
+        f"{_gguf_in(folder)}"
+    )
+
+
+def _gguf_in(folder: Path) -> str:
+    """Return a hint at a GGUF file in a folder, which is loaded by its own name."""
+    files = sorted(folder.glob("*.gguf"))
+    return f". To load the GGUF file that it holds, name it: {files[0]}" if files else ""

@@ -1,4 +1,4 @@
-"""Load a language model: from a folder, from the Hugging Face hub, or the bundled pocket model.
+"""Load a language model: by a short name, from a folder, a GGUF file, or the Hugging Face hub.
 
 What is loaded is what was asked for, or an error: files are checked before they are opened, weights
 against the config, and numbers for being finite. Knows transformers' loaders and their errors.
@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -21,13 +22,15 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.activations import NewGELUActivation
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from engram.checks import checked, one_of
+from engram.checks import alternatives, checked
 from engram.errors import EngramError, EngramFileError, SettingError, UnsupportedModelError
-from engram.model.checkpoint_files import CONVERT, MOST_LAYERS, check_config, check_folder
+from engram.model.checkpoint_files import CONVERT, check_config, check_folder
+from engram.model.config_limits import check_sizes, check_tables, check_tokenizer
+from engram.model.dequantised_gguf import checkpoint_of
 from engram.model.language_model import LanguageModel
 from engram.model.load_settings import (
     check_device_map,
@@ -37,6 +40,8 @@ from engram.model.load_settings import (
     of_loader,
     of_place,
 )
+from engram.model.named_models import NAMED_MODELS, Place, place_of
+from engram.model.quiet import quietly
 from engram.model.whole_weights import check_finite, check_names, check_stored
 from engram.modules.layouts import AUTO_CLASSES
 from engram.modules.resolve import kind_of
@@ -44,14 +49,9 @@ from engram.modules.weights import keep_differentiable, quantisation
 
 log = logging.getLogger(__name__)
 
-_COUNTS = ("vocab_size", "hidden_size", "num_attention_heads")
-_MOST_TABLES = 1 << 30  # bytes, beside as many as the weights have
-_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 _REMOTE = (
     "refused. If you trust its author and have read it, pass allow_remote_code=True to engram.load"
 )
-_ACTIVATIONS = ("activation_function", "hidden_act", "hidden_activation")
-_LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
 def load(
@@ -65,8 +65,10 @@ def load(
     """Load a language model by name.
 
     Args:
-        name: "pocket" (the bundled model), a local folder, or a causal, masked or encoder-decoder
-            model of the Hugging Face hub; its config says which of them it is.
+        name: "pocket" (the bundled model), "smollm2" (a real one, see docs/real-models.md), a local
+            folder, a GGUF file, or a causal, masked or encoder-decoder model of the Hugging Face
+            hub; its config says which of them it is. A GGUF file is dequantised once, into the
+            cache, and loaded from there in float32.
         dtype: e.g. torch.bfloat16 or "bfloat16"; default: as the checkpoint stores it (pocket:
             float32).
         device_map: passed on to transformers, e.g. "auto" or "cuda:0"; default: the CPU.
@@ -85,8 +87,8 @@ def load(
     checked("allow_remote_code", allow_remote_code, bool)
     check_settings(settings)
     check_device_map(device_map)
-    path, name, dtype = _resolved(name, dtype)
-    with _errors_of(name), _quietly():
+    place, name, dtype = _resolved(name, dtype)
+    with _errors_of(name, advice=place.advice), quietly(), checkpoint_of(place.path) as path:
         source = _opened(path, name, settings, allow_remote_code)
         if source.is_plain:
             # Names and shapes first, on the meta device: transformers makes up what is missing, in
@@ -126,8 +128,9 @@ def load_shapes(
         EngramError: as for `load`.
     """
     checked("allow_remote_code", allow_remote_code, bool)
-    path, name, dtype = _resolved(name, dtype)
-    with _errors_of(name), _quietly():
+    place, name, dtype = _resolved(name, dtype)
+    shapes_of = partial(checkpoint_of, weights=False)
+    with _errors_of(name, advice=place.advice), quietly(), shapes_of(place.path) as path:
         source = _opened(path, name, {}, allow_remote_code, weights=False)
         if source.dtypes and source.is_plain:
             _checked_shapes(source, name)
@@ -195,12 +198,12 @@ def _opened(
     config = AutoConfig.from_pretrained(path, **place)
     if changes := of_config(settings, {*config.to_dict(), *config.attribute_map}):
         config = AutoConfig.from_pretrained(path, **place, **changes)
-    _check_config(config, len(dtypes), name)
+    check_sizes(config, len(dtypes), f"config.json of {name}")
     if not allow_remote_code and "/" in str(attention := config._attn_implementation):
         raise SettingError(f"config.json names {attention!r}, code of the hub: {_REMOTE}")
     with _errors_of(name, "its tokenizer: "):
         tokenizer = AutoTokenizer.from_pretrained(path, **place)
-    _check_tokenizer(tokenizer, config, name)
+    check_tokenizer(tokenizer, config, name)
     model_class = getattr(transformers, AUTO_CLASSES[kind_of(config)])
     return _Source(path, tokenizer, config, model_class, dtypes, place, of_loader(settings))
 
@@ -212,98 +215,31 @@ def _checked_shapes(source: _Source, name: str) -> PreTrainedModel:
         model, info = source.read(device_map="meta", ignore_mismatched_sizes=True)
     check_names(info, name)
     check_stored(model, source.dtypes, name)
-    tables = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
-    if tables > _MOST_TABLES + sum(weight.nbytes for weight in model.parameters()):
-        raise EngramFileError(
-            f"config.json of {name} asks for {tables / 1e9:.0f} GB of tables beside the weights, "
-            "such as those of positions; expected less than the weights themselves. Download the "
-            "checkpoint again"
-        )
+    check_tables(model, f"config.json of {name}")
     return model
-
-
-def _check_config(config: Any, tensors: int, name: str) -> None:
-    """Raise where a config asks for a model that cannot be built, or not in any reasonable time."""
-    config = config.get_text_config()
-    most = min(tensors or MOST_LAYERS, MOST_LAYERS)
-    for field in (*_COUNTS, *_LAYERS):
-        value = getattr(config, field, None)
-        limit = most if field in _LAYERS else None
-        if isinstance(value, int) and not 1 <= value <= (limit or value):
-            expected = "at least 1"
-            if limit:
-                expected += f" and at most {limit}"
-            if limit == tensors:
-                expected += ", the number of weights in the files"
-            raise EngramFileError(
-                f"config.json of {name} has {config.attribute_map.get(field, field)}={value}; "
-                f"expected {expected}. Download the checkpoint again"
-            )
-    for field in _ACTIVATIONS:
-        value = getattr(config, field, None)
-        if isinstance(value, str):
-            one_of(f"config.json of {name} has {field}", value, ACT2FN, error=EngramFileError)
-
-
-def _check_tokenizer(tokenizer: Any, config: Any, name: str) -> None:
-    """Raise where a tokenizer gives tokens that the model does not have."""
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    # of its own tokens: added ones may be beyond, such as that for images of a model without them
-    if isinstance(rows, int) and tokenizer.vocab_size > rows:
-        raise EngramFileError(
-            f"the tokenizer of {name} knows {tokenizer.vocab_size} tokens and config.json has "
-            f"vocab_size={rows}; expected the tokenizer that was saved with the model"
-        )
 
 
 def _resolved(
     name: str | Path, dtype: torch.dtype | str | None
-) -> tuple[str, str, torch.dtype | None]:
+) -> tuple[Place, str, torch.dtype | None]:
     """Return where a model is, what it is called, and its dtype."""
     checked("name", name, str | os.PathLike)
-    wanted = check_dtype(dtype)
-    if str(name) != "pocket":
-        return str(name), str(name), wanted
-    from engram import pocket
-
-    # Stored in a smaller dtype to keep the package small; computed in float32.
-    return str(pocket.PATH), "pocket", wanted or torch.float32
+    place = place_of(name)
+    return place, str(name), check_dtype(dtype) or check_dtype(place.dtype)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers from reporting, drawing bars and converting for the length of the block."""
-    from transformers.utils import logging as reports
-
-    verbosity = reports.get_verbosity()
-    # Otherwise weights that are pickled are looked for in an unmerged request of a robot.
-    converting = os.environ.get(_NO_CONVERSION)
-    hook = reports.set_tqdm_hook(lambda bar, given, how: bar(*given, **{**how, "disable": True}))
-    try:
-        reports.set_verbosity(logging.CRITICAL)
-        os.environ[_NO_CONVERSION] = "1"
-        yield
-    finally:
-        reports.set_verbosity(verbosity)
-        reports.set_tqdm_hook(hook)
-        if converting is None:
-            del os.environ[_NO_CONVERSION]
-        else:
-            os.environ[_NO_CONVERSION] = converting
-
-
-@contextmanager
-def _errors_of(name: str, part: str = "") -> Iterator[None]:
+def _errors_of(name: str, part: str = "", advice: str = "") -> Iterator[None]:
     """Turn whatever the libraries of a loader raise into one line about the model, or a part."""
     try:
         yield
     except (EngramError, MemoryError):
         raise
     except Exception as error:  # their parsers raise errors of every kind on damaged files
-        raise _not_loaded(name, part, error) from error
+        raise _not_loaded(name, part, advice, error) from error
 
 
-def _not_loaded(name: str, part: str, error: Exception) -> EngramError:
+def _not_loaded(name: str, part: str, advice: str, error: Exception) -> EngramError:
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = TypeError(f"config.json: {error.__cause__}")  # it has the same once more around it
     reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")  # they write paragraphs
@@ -325,9 +261,10 @@ def _not_loaded(name: str, part: str, error: Exception) -> EngramError:
         )
     return EngramError(
         f"no causal language model found as {name!r}, nor a masked or encoder-decoder one: "
-        f"{reason}. Expected 'pocket', a folder with config.json and safetensors weights, or a "
-        "name on the Hugging Face hub such as 'openai-community/gpt2-xl' (the hub needs a network "
-        "connection the first time)"
+        f"{reason}. Expected {alternatives(NAMED_MODELS)}, a folder with config.json and "
+        "safetensors weights, a GGUF file, or a name on the Hugging Face hub such as "
+        "'openai-community/gpt2-xl' (the hub needs a network connection the first time)"
+        + (f". Or bring it here: {advice}" if advice else "")
     )
 
 

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, Literal
 
+from engram.model.named_models import canonical_name
+
 
 def preset(method: str, model: str) -> dict[str, Any]:
     """Return the settings of `method` for a model: the file's defaults, overridden by the model's
     own table where it has one.
 
     Args:
-        model: a hub name, a folder or "pocket"; its last part is looked up, in lower case.
+        model: any name that a model is loaded by; `canonical_name` of it is looked up.
     """
     tables = _tables(method)
-    name = model.rstrip("/").rpartition("/")[2].lower()
-    return overridden(tables["default"], tables.get(name, {}))
+    return overridden(tables["default"], tables.get(canonical_name(model), {}))
 
 
 # Pairs of settings that say the same thing in two units; at most one of each pair is in force.
