@@ -136,7 +136,7 @@ def bench(
     output: RunOutput,
     *,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="'pocket', a folder, or a model of the hub.")
+        str, typer.Option("--model", "-m", help="'pocket', 'smollm2', a folder, ...")
     ] = "pocket",
     methods_options: MethodsOptions,
     records: RecordsOptions,

@@ -230,7 +230,8 @@ def apply(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint to edit: a folder, a hub name or 'pocket'.", show_default=False
+            help="Checkpoint to edit: a folder, a GGUF file, a hub name, 'smollm2' or 'pocket'.",
+            show_default=False,
         ),
     ],
     out: Out,
@@ -251,9 +252,13 @@ def apply(
     """
     from engram.cli import terminal
     from engram.edit.edit import Edit
+    from engram.model.gguf_header import is_gguf
+    from engram.model.named_models import place_of
 
     with outputs.tried(outputs.checkpoint(out)):
         written = Edit.load(edit).to_checkpoint(model, out, force=force, dtype=dtype)
+    if is_gguf(place_of(model).path):
+        terminal.note(f"{model} is a GGUF file: the copy has its dequantised weights in float32")
     terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 

@@ -72,7 +72,8 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="'pocket', a folder, or a model of the Hugging Face hub.", show_default=False
+        help="'pocket', 'smollm2', a folder, a GGUF file, or a model of the Hugging Face hub.",
+        show_default=False,
     ),
 ]
 EditFolder = Annotated[

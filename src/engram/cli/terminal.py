@@ -125,6 +125,17 @@ def avoid_hub_without_network(name: str) -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def _note_dequantising(name: str) -> None:
+    """Say before the seconds that it takes that a GGUF file is dequantised, the first time."""
+    from engram.model.dequantised_gguf import is_kept
+    from engram.model.gguf_header import is_gguf
+    from engram.model.named_models import place_of
+
+    path = Path(place_of(name).path)
+    if path.is_file() and is_gguf(path) and not is_kept(path):
+        note(f"{path.name} is dequantised into the cache, which is needed once")
+
+
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
     """Call `engram.load`, without the progress bars of other libraries."""
     with messages.status(Text(f"loading {name}")):
@@ -133,6 +144,7 @@ def load(name: str, dtype: str | None = None, device_map: str | None = None) -> 
         import engram
 
         avoid_hub_without_network(name)
+        _note_dequantising(name)
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         return engram.load(name, dtype=dtype, device_map=device_map)

@@ -35,17 +35,9 @@ _LINK = "model.gguf"
 _WAIT_S = 3600.0  # for another process that unpacks the same file
 # Positions scaled for long contexts, as llama.cpp takes them; no weights of the model.
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# `tokenizer.ggml.pre` of vocabularies that take every digit for itself; transformers splits them as
-# GPT-2 does, which is another thing after several spaces or lines: "\n\n1" is two tokens and not three.
-_DIGIT_BY_DIGIT = {
-    "codeshell",
-    "command-r",
-    "exaone",
-    "minerva-7b",
-    "refact",
-    "smollm",
-    "starcoder",
-}
+# `tokenizer.ggml.pre` of vocabularies that take every digit for itself. transformers splits them as
+# GPT-2 does, which differs after several spaces or lines: "\n\n1" is then three tokens, not two.
+_DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 _AS_GPT2 = {"default", "gpt-2", "gpt2", "jais", "mpt", "olmo", "phi-2"}
 
 
@@ -82,8 +74,9 @@ def dequantised(path: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         if not home.is_dir():
             gguf = _Gguf(path)
+            needs = gguf.size  # reads the header: outside of `try`, which is about the cache
             try:
-                stack.enter_context(reserved(home, folder=True, needs=gguf.size, wait=_WAIT_S))
+                stack.enter_context(reserved(home, folder=True, needs=needs, wait=_WAIT_S))
             except EngramError as error:
                 # unless another process wrote it since we looked
                 if not home.is_dir():
@@ -144,6 +137,12 @@ class _Gguf:
                 f"{self.path} has general.type={briefly(kind)}; expected a model. An adapter is "
                 "used on the model that it was made for"
             )
+        for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens"):
+            if not header.fields.get(name, ""):
+                raise EngramFileError(
+                    f"{self.path} has no {name}; expected a GGUF file that llama.cpp's converter "
+                    "wrote, with a tokenizer"
+                )
         if (parts := header.fields.get("split.count", 1)) != 1:
             raise EngramFileError(
                 f"{self.path} is one of {parts} parts; merge them first with llama-gguf-split "
@@ -220,7 +219,7 @@ class _Gguf:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_LINK)
         backend = tokenizer.backend_tokenizer
         split = str(self.header.fields.get("tokenizer.ggml.pre", "default"))
-        if split in _DIGIT_BY_DIGIT:
+        if split in _DIGITS_APART:
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Digits(individual_digits=True),
@@ -281,6 +280,7 @@ class _Gguf:
             config=copy.deepcopy(config),
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_names` lists them
             **how,
         )
         check_names(info, str(self.path))

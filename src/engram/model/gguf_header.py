@@ -34,6 +34,7 @@ _TEXT, _LIST = 8, 9
 # the longest that we know, has 515,000.
 _MOST_ITEMS = 1 << 21
 _MOST_DIMENSIONS = 4
+LISTED = "a list"  # in the place of a list's value
 _ALIGNMENT = 32  # bytes; where general.alignment gives no other
 
 
@@ -53,7 +54,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says about itself, lists left out."""
+    """What a GGUF file says about itself; the value of a list is `LISTED`."""
 
     fields: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
@@ -122,7 +123,7 @@ class _Reader:
             found[name] = self.value(name, self.number("<I"))
         described = tuple(self.tensor() for _ in range(tensors))
         self.check_places(described, found.get("general.alignment", _ALIGNMENT))
-        return GgufHeader({name: v for name, v in found.items() if v is not _LISTED}, described)
+        return GgufHeader(found, described)
 
     def wrong(self, what: str) -> EngramFileError:
         return EngramFileError(f"{self.path} cannot be read as GGUF: it has {what}. {_AGAIN}")
@@ -131,8 +132,8 @@ class _Reader:
         """Raise unless `size` bytes are left."""
         if size > len(self.data) - self.at:
             raise EngramFileError(
-                f"{self.path} is cut or damaged: {what} need {size:,} bytes at byte {self.at:,}, "
-                f"and the file has {len(self.data):,} in all. {_AGAIN}"
+                f"{self.path} is cut or damaged: at byte {self.at:,} it announces {size:,} bytes "
+                f"for {what}, and it has {len(self.data):,} in all. {_AGAIN}"
             )
 
     def number(self, form: str) -> Any:
@@ -173,7 +174,7 @@ class _Reader:
                 self.at += length
         else:
             self.at += count * size
-        return _LISTED
+        return LISTED
 
     def tensor(self) -> GgufTensor:
         name = self.text("name of a tensor")
@@ -203,6 +204,3 @@ class _Reader:
             self.fits(end, f"the tensors up to {name}")
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise self.wrong("two tensors of one name")
-
-
-_LISTED = object()  # in the place of a list's value

@@ -26,7 +26,7 @@ from transformers.activations import NewGELUActivation
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from engram.checks import alternatives, checked
+from engram.checks import checked
 from engram.errors import EngramError, EngramFileError, SettingError, UnsupportedModelError
 from engram.model.checkpoint_files import CONVERT, check_config, check_folder
 from engram.model.config_limits import check_sizes, check_tables, check_tokenizer
@@ -261,7 +261,7 @@ def _not_loaded(name: str, part: str, advice: str, error: Exception) -> EngramEr
         )
     return EngramError(
         f"no causal language model found as {name!r}, nor a masked or encoder-decoder one: "
-        f"{reason}. Expected {alternatives(NAMED_MODELS)}, a folder with config.json and "
+        f"{reason}. Expected {', '.join(map(repr, NAMED_MODELS))}, a folder with config.json and "
         "safetensors weights, a GGUF file, or a name on the Hugging Face hub such as "
         "'openai-community/gpt2-xl' (the hub needs a network connection the first time)"
         + (f". Or bring it here: {advice}" if advice else "")
