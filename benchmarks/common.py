@@ -214,23 +214,34 @@ def _shown(result: dict[str, Any]) -> str:
     )
 
 
-def save(name: str, given: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Write the record with machine and versions."""
-    machine = {
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Return what a record says about the machine, and the versions."""
+    facts = {
         "processor": _processor(),
         "cpus": os.cpu_count(),
-        "threads": given.threads,
+        "threads": threads,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         **{p: version(p) for p in ("engram", "torch", "transformers")},
     }
-    if given.device != "cpu":
-        machine["accelerator"] = torch.cuda.get_device_name()
+    if device != "cpu":
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts
+
+
+def save(name: str, given: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Write the record with machine and versions."""
     RESULTS.mkdir(exist_ok=True)
     path = given.out or RESULTS / f"{name}-{given.shape}-{given.device}.json"
     path.write_text(
         json.dumps(
-            {"benchmark": name, "shape": given.shape, "machine": machine, **record}, indent=1
+            {
+                "benchmark": name,
+                "shape": given.shape,
+                "machine": machine(given.threads, given.device),
+                **record,
+            },
+            indent=1,
         )
         + "\n"
     )

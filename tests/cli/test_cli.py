@@ -353,10 +353,26 @@ def test_export_writes_an_adapter_that_names_its_base(edited, model, tmp_path, m
     assert "--peft" in failing(monkeypatch, capsys, "export", edited)
 
 
+def test_export_writes_one_adapter_at_a_time(edited, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    file, folder = str(tmp_path / "edit.gguf"), str(tmp_path / "adapter")
+    assert run("export", edited, "--gguf", file).output == f"adapter: {file}\n"
+    for words, message in (
+        ([], "give one of --peft FOLDER and --gguf FILE"),
+        (["--gguf", file, "--peft", folder], "give one of --peft FOLDER and --gguf FILE"),
+        (["--peft", folder, "--base", file], "--base is read for --gguf FILE"),
+        (["--gguf", file, "--base", file], "is read by this command and would be lost"),
+        (["--gguf", str(tmp_path / "b.gguf"), "--base", edited], "--base"),
+    ):
+        assert message in failing(monkeypatch, capsys, "export", edited, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["edit.gguf"]
+
+
 def test_a_prompt_edit_cannot_be_exported_or_applied(model, tmp_path, monkeypatch, capsys):
     run("edit", model, *FACT, "--method", "in-context", "-o", str(tmp_path / "e"))
     for command in (
         ["export", str(tmp_path / "e"), "--peft", str(tmp_path / "adapter")],
+        ["export", str(tmp_path / "e"), "--gguf", str(tmp_path / "edit.gguf")],
         ["apply", str(tmp_path / "e"), model, "-o", str(tmp_path / "edited")],
     ):
         assert "a text in front of prompts, which changes no weights" in failing(

@@ -106,6 +106,7 @@ FILES = {  # name of a parameter -> list of the zoo
     "facts": "facts",
     "dataset": "facts",
     "corpus": "texts",
+    "base": "texts",
     "openings": "texts",
     "text": "texts",
     "templates": "templates",
@@ -113,7 +114,7 @@ FILES = {  # name of a parameter -> list of the zoo
     "held_out": "templates",
     "references": "templates",
 }
-OUTPUTS = ("out", "plot", "plot_layers", "save", "peft")
+OUTPUTS = ("out", "plot", "plot_layers", "save", "peft", "gguf")
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

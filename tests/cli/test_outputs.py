@@ -39,6 +39,7 @@ OUTPUTS = {
     "apply -o": (["apply", "no-such-edit", MODEL, "-o"], "/"),
     "revert -o": (["revert", "no-such-checkpoint", "-o"], "/"),
     "export --peft": (["export", "no-such-edit", "--peft"], "/"),
+    "export --gguf": (["export", "no-such-edit", "--gguf"], ".gguf"),
     "stats -o": (["stats", MODEL, "-o"], "/*"),
     "bench -o": (["bench", "-m", MODEL, "-o"], ".sqlite"),
     "report -o": (["report", "no-such-run", "-o"], ".md"),
@@ -53,6 +54,7 @@ OUTPUTS = {
     "ledger show -o": (["ledger", "show", "no-such-ledger", "1", "-o"], "/"),
     "ledger apply": (["ledger", "apply", "no-such-ledger", "-o"], "/"),
     "ledger export": (["ledger", "export", "no-such-ledger", "--peft"], "/"),
+    "ledger export --gguf": (["ledger", "export", "no-such-ledger", "--gguf"], ".gguf"),
 }
 FILES = [option for option, (_, kind) in OUTPUTS.items() if "/" not in kind]
 FOLDERS = [option for option, (_, kind) in OUTPUTS.items() if kind == "/"]
@@ -160,7 +162,9 @@ def test_every_output_of_the_command_line_is_in_these_tests() -> None:
         for name, sub in getattr(command, "commands", {}).items():
             yield from written(sub, (*verb, name))
         for parameter in command.params:
-            if {"--out", "--save", "--plot", "--plot-layers", "--peft"} & {*parameter.opts}:
+            if {"--out", "--save", "--plot", "--plot-layers", "--peft", "--gguf"} & {
+                *parameter.opts
+            }:
                 yield verb
 
     tested = [args for args, _ in OUTPUTS.values()]

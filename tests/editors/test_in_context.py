@@ -360,6 +360,7 @@ def test_there_are_no_weights_to_add_write_or_export(lm, tmp_path):
     for wanted in (
         lambda: compose([weights, edit]),
         lambda: edit.to_peft(tmp_path / "x"),
+        lambda: edit.to_gguf(tmp_path / "x"),
         lambda: edit.to_checkpoint(lm, tmp_path / "x"),
         lambda: edit.to_checkpoint("pocket", tmp_path / "x"),
     ):

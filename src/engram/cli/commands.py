@@ -57,6 +57,7 @@ for title, commands in {
         edit.apply,
         edit.revert,
         edit.export,
+        edit.push,
         stats.stats,
         stats.plan,
     ),

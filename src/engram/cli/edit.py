@@ -13,6 +13,7 @@ import typer
 
 from engram.cli import outputs
 from engram.cli.options import (
+    AdapterOptions,
     AsJson,
     Chat,
     Corpus,
@@ -21,7 +22,6 @@ from engram.cli.options import (
     Model,
     ModelOptions,
     Out,
-    Peft,
     Seed,
     Setting,
     parse_settings,
@@ -262,17 +262,50 @@ def apply(
     terminal.print_path("edited checkpoint", "checkpoint", written, as_json)
 
 
-def export(edit: EditFolder, peft: Peft, as_json: AsJson = False) -> None:
+def export(edit: EditFolder, *, adapter: AdapterOptions, as_json: AsJson = False) -> None:
     """Write an edit for other libraries, to be used with the unedited model.
 
-    Example: engram export edit --peft adapter
+    Example: engram export edit --gguf edit.gguf
     """
-    from engram.cli import terminal
     from engram.edit.edit import Edit
 
-    with outputs.tried(outputs.adapter(peft)):
-        written = Edit.load(edit).to_peft(peft)
-    terminal.print_path("adapter", "adapter", written, as_json)
+    adapter.write(lambda: Edit.load(edit), as_json)
+
+
+def push(
+    edit: EditFolder,
+    repo: Annotated[
+        str, typer.Argument(help="Repository of the hub, as OWNER/NAME.", show_default=False)
+    ],
+    *,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Who sees a repository that is made; default: as the hub makes it, mostly public.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an edit to the Hugging Face hub, with a model card made from its receipt.
+
+    Example: HF_TOKEN=... engram push edit me/tower-in-rome --private
+    """
+    from engram.cli import terminal
+    from engram.edit.edit import load_edit
+    from engram.evaluate import hub
+
+    edited = load_edit(edit)
+    if edited.receipt is None:
+        terminal.note(
+            "the edit has no receipt, and its card says so; 'engram verify --store' adds one"
+        )
+    with terminal.messages.status(f"uploading to {repo}"):
+        address = hub.push(edited, repo, private=private)
+    if as_json:
+        terminal.print_json({"url": address, "repo": repo})
+    else:
+        typer.echo(f"edit: {address}")
 
 
 def revert(

@@ -10,7 +10,7 @@ import typer
 
 from engram.cli import outputs
 from engram.cli.ending import kept
-from engram.cli.options import AsJson, EditFolder, Model, ModelOptions, Out, Peft
+from engram.cli.options import AdapterOptions, AsJson, EditFolder, Model, ModelOptions, Out
 from engram.cli.usage import Commands
 
 if TYPE_CHECKING:
@@ -281,14 +281,11 @@ def apply(
 
 
 @app.command()
-def export(ledger: Book, peft: Peft, as_json: AsJson = False) -> None:
+def export(ledger: Book, *, adapter: AdapterOptions, as_json: AsJson = False) -> None:
     """Write everything in force for other libraries, to be used with the unedited model."""
     import engram
-    from engram.cli import terminal
 
-    with outputs.tried(outputs.adapter(peft)):
-        written = engram.Ledger.open(ledger).to_peft(peft)
-    terminal.print_path("adapter", "adapter", written, as_json)
+    adapter.write(lambda: engram.Ledger.open(ledger), as_json)
 
 
 @app.command()

@@ -19,6 +19,8 @@ import typer
 from engram.checks import briefly
 
 if TYPE_CHECKING:
+    from engram.edit.edit import Edit
+    from engram.ledger.book import Ledger
     from engram.model.language_model import LanguageModel
     from engram.runs.workers import Workers
 
@@ -82,13 +84,6 @@ EditFolder = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder to write; must not exist.", show_default=False)
 ]
-Peft = Annotated[
-    Path,
-    typer.Option(
-        help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced.",
-        show_default=False,
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Explain = Annotated[
     bool, typer.Option("--explain", help="Explain the words of the output, one line each.")
@@ -127,6 +122,53 @@ class ModelOptions:
         from engram.cli import terminal
 
         return terminal.load(model, self.dtype, self.device_map)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """For which library an adapter is written."""
+
+    peft: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write a LoRA adapter of the peft library in; an adapter is replaced."
+        ),
+    ] = None
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write a LoRA adapter of llama.cpp in (--lora); an adapter is replaced."
+        ),
+    ] = None
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --gguf: the base's GGUF file, to check that the adapter fits it.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None
+
+    def write(self, read: Callable[[], Edit | Ledger], as_json: bool) -> None:
+        """Write the adapter of what `read` returns.
+
+        Raises:
+            SettingError: neither of two outputs is named, or both.
+        """
+        from engram.cli import outputs, terminal
+        from engram.errors import SettingError
+
+        if self.base is not None and self.gguf is None:
+            raise SettingError("--base is read for --gguf FILE, and of no use without it")
+        if self.peft is not None and self.gguf is None:
+            with outputs.tried(outputs.adapter(self.peft)):
+                written = read().to_peft(self.peft)
+        elif self.gguf is not None and self.peft is None:
+            with outputs.tried(outputs.adapter_file(self.gguf), reads=[self.base]):
+                written = read().to_gguf(self.gguf, base=self.base)
+        else:
+            raise SettingError("give one of --peft FOLDER and --gguf FILE: what is to be written")
+        terminal.print_path("adapter", "adapter", written, as_json)
 
 
 @dataclass(frozen=True)

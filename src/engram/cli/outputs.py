@@ -37,6 +37,7 @@ _KINDS = {
     "markdown": (".md",),
     "parquet": (".parquet",),
     "a run": (".sqlite", ".db"),
+    "an adapter": (".gguf",),
 }
 
 
@@ -183,6 +184,11 @@ def checkpoint(path: Path) -> Output:
 def adapter(path: Path) -> Output:
     """Return the output of a LoRA adapter, which replaces another one."""
     return Output("adapter", path, folder=True, replaces="adapter_config.json")
+
+
+def adapter_file(path: Path) -> Output:
+    """Return the output of a LoRA adapter of llama.cpp."""
+    return Output("adapter", path, "an adapter")
 
 
 def in_cache() -> str:

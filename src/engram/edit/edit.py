@@ -3,7 +3,7 @@ was computed.
 
 Knows facts, deltas and their recipe, and how edits add and subtract. How an edit is applied to a
 model: applied.py; how it is stored: folder_format.py; how it changes a checkpoint on disk:
-checkpoint.py; how it becomes an adapter: lora_export.py.
+checkpoint.py; how it becomes an adapter: lora_export.py, gguf_export.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engram.checks import check_fields, checked, checked_call
 from engram.edit import applied as in_memory
-from engram.edit import checkpoint, folder_format, lora_export
+from engram.edit import checkpoint, folder_format, gguf_export, lora_export
 from engram.edit import keys as fact_keys
 from engram.edit.changes import WeightChanges
 from engram.edit.delta import Delta, add, same_tensors
@@ -239,6 +239,10 @@ class Edit:
     def to_peft(self, folder: str | Path) -> Path:
         """Write the edit as a LoRA adapter. See `lora_export.to_peft`."""
         return lora_export.to_peft(self.changes, folder)
+
+    def to_gguf(self, path: str | Path, *, base: str | Path | None = None) -> Path:
+        """Write the edit as a LoRA adapter of llama.cpp. See `gguf_export.to_gguf`."""
+        return gguf_export.to_gguf(self.changes, path, base=base)
 
     def to_checkpoint(
         self,

@@ -41,16 +41,14 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
     """
     from peft import LoraConfig
 
-    # One rank for all: a rank per module would need peft's `rank_pattern` of regular expressions.
-    factors = {name: delta.low_rank() for name, delta in changes.deltas.items()}
-    rank = max(left.shape[1] for left, _ in factors.values())
+    factors, rank = padded_factors(changes)
     tensors: dict[str, Tensor] = {}
-    for name, (left, right) in factors.items():
+    for name, (right, left) in factors.items():
         module = f"base_model.model.{_module(name)}"
-        tensors[f"{module}.lora_A.weight"] = _padded(right.float(), rank, dim=0)
-        tensors[f"{module}.lora_B.weight"] = _padded(left.float(), rank, dim=1)
+        tensors[f"{module}.lora_A.weight"] = right
+        tensors[f"{module}.lora_B.weight"] = left
     config = LoraConfig(
-        base_model_name_or_path=_public_name(changes.base),
+        base_model_name_or_path=public_name(changes.base),
         task_type="CAUSAL_LM",
         inference_mode=True,
         r=rank,
@@ -71,7 +69,20 @@ def to_peft(changes: WeightChanges, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _public_name(base: Mapping[str, Any]) -> str:
+def padded_factors(changes: WeightChanges) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
+    """Return (parameter name -> (A [rank, in], B [out, rank]) in float32, the largest rank)."""
+    # One rank for all: a rank per module would need peft's `rank_pattern` of regular expressions,
+    # and llama.cpp's files have one alpha.
+    factors = {name: delta.low_rank() for name, delta in changes.deltas.items()}
+    rank = max(left.shape[1] for left, _ in factors.values())
+    padded = {
+        name: (_padded(right.float(), rank, dim=0), _padded(left.float(), rank, dim=1))
+        for name, (left, right) in factors.items()
+    }
+    return padded, rank
+
+
+def public_name(base: Mapping[str, Any]) -> str:
     """Return the name by which others find a base model: as on the hub, never a path of this
     machine.
     """

@@ -250,6 +250,10 @@ class PromptEdit:
         """Raise EngramError: there are no weights to export."""
         self._refuse()
 
+    def to_gguf(self, path: str | Path, *, base: str | Path | None = None) -> NoReturn:
+        """Raise EngramError: there are no weights to export."""
+        self._refuse()
+
     def to_checkpoint(
         self, source: Any, folder: str | Path, *, force: bool = False, dtype: str | None = None
     ) -> NoReturn:

@@ -225,6 +225,10 @@ class Ledger:
         """Write everything in force as one LoRA adapter for the base."""
         return self.edit().to_peft(folder)
 
+    def to_gguf(self, path: str | Path, *, base: str | Path | None = None) -> Path:
+        """Write everything in force as one LoRA adapter of llama.cpp. See `Edit.to_gguf`."""
+        return self.edit().to_gguf(path, base=base)
+
     # -- changing it -------------------------------------------------------------------------------
 
     def add(
