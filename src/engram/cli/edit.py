@@ -291,11 +291,14 @@ def push(
 
     Example: HF_TOKEN=... engram push edit me/tower-in-rome --private
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from engram.cli import terminal
     from engram.edit.edit import load_edit
     from engram.evaluate import hub
 
     edited = load_edit(edit)
+    disable_progress_bars()  # of the hub's library
     if edited.receipt is None:
         terminal.note(
             "the edit has no receipt, and its card says so; 'engram verify --store' adds one"

@@ -157,8 +157,8 @@ def _architecture(model_type: str, reader: Any) -> str:
         name = given
     if name not in known:
         raise UnsupportedModelError(
-            f"llama.cpp has no architecture for model_type={model_type!r} as far as the package "
-            "gguf knows; export the edit with to_peft, or apply it to a checkpoint"
+            f"the package gguf knows no architecture of llama.cpp for model_type={model_type!r}; "
+            "export the edit with to_peft, or apply it to a checkpoint"
         )
     return name
 

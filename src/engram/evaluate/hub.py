@@ -37,7 +37,6 @@ def push(edit: Edit | PromptEdit, repo: str, *, private: bool | None = None) -> 
         EngramError: no token, no connection, or the hub refuses.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import disable_progress_bars
 
     token = get_token()
     if token is None:
@@ -47,7 +46,6 @@ def push(edit: Edit | PromptEdit, repo: str, *, private: bool | None = None) -> 
             "https://huggingface.co/settings/tokens"
         )
     shared = _without_paths(edit)
-    disable_progress_bars()
     with tempfile.TemporaryDirectory() as temporary, _one_line(repo, token):
         folder = Path(temporary) / "edit"
         save(shared, folder)
@@ -89,10 +87,10 @@ def _without_paths(edit: Edit | PromptEdit) -> Edit | PromptEdit:
 @contextmanager
 def _one_line(repo: str, token: str) -> Iterator[None]:
     """Raise what the hub's library raises within the block as one line that says what to do."""
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,
+        HTTPError,  # of the library that it sends requests with
         OfflineModeIsEnabled,
     )
 
