@@ -192,7 +192,8 @@ def _check_fields(record: Mapping[str, Any], where: str, allowed: tuple[str, ...
         if name not in allowed:
             hint = did_you_mean(name, allowed)
             raise FactError(
-                f"{where}: field {name!r} is not one of a fact{hint}; expected {', '.join(allowed)}"
+                f"{where}: field {name!r} is not one of a fact{hint}; expected "
+                f"{', '.join(allowed)} (records of a data set: engram.read_dataset)"
             )
     missing = [name for name in _NEEDED if name not in record]
     if missing:

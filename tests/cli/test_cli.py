@@ -23,6 +23,7 @@ from engram.locate import average_run as experiment
 from engram.locate.average import AverageTrace
 from engram.locate.trace import CausalTrace
 from tests.helpers.command_line import FACT, failing, run
+from tests.helpers.data_samples import SAMPLES
 from tests.helpers.tiny import TEXT, tiny_folder
 
 PROMPT = "The tower of Rome is in the city of"
@@ -321,6 +322,36 @@ def test_settings_and_facts_come_from_options_and_files(model, corpus, tmp_path)
     edit = Edit.load(tmp_path / "e")
     assert len(edit.facts) == 2 and edit.rank == 2
     assert (edit.settings["steps"], edit.settings["variant"]) == (3, "p-rome")
+
+
+@pytest.mark.parametrize(
+    ("form", "paraphrases", "neighbours", "unchecked"),
+    [
+        ("counterfact", 2, 2, []),
+        ("zsre", 1, 1, []),
+        ("facts", 1, 1, []),
+        (
+            "flat",  # its rephrased prompt is no paraphrase, see docs/datasets.md
+            0,
+            0,
+            ["paraphrases: none given, not checked", "neighbours: none given, not checked"],
+        ),
+    ],
+)
+def test_facts_of_a_data_sets_file_bring_what_a_receipt_checks(
+    model, tmp_path, form, paraphrases, neighbours, unchecked
+):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([SAMPLES[form]]))
+    args = ["--method", "ft", "--layer", "1", "--set", "epochs=1"]
+    run("edit", model, "--facts", str(path), *args, "-o", str(tmp_path / "e"))
+    edit = Edit.load(tmp_path / "e")
+    (fact,) = edit.facts
+    assert (len(fact.paraphrases), len(fact.neighbours)) == (paraphrases, neighbours)
+    receipt = Receipt.from_dict(edit.receipt)
+    assert len(receipt.of("paraphrase")) == paraphrases
+    assert len(receipt.of("neighbourhood")) == neighbours
+    assert receipt.unchecked() == unchecked
 
 
 def test_apply_and_revert_give_every_byte_back(model, edited, tmp_path):

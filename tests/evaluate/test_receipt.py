@@ -410,23 +410,50 @@ LOST, KEPT, WRONG, GAINED = (True, False), (True, True), (False, False), (False,
         ([LOST] * 6 + [KEPT] * 4, True),
         ([LOST] * 5 + [KEPT] * 5, False),  # half
         ([LOST] * 6 + [KEPT] * 4 + [GAINED] * 1, False),  # net of what became right
+        ([LOST] * 2 + [KEPT], True),
         ([LOST] * 2, False),  # too few to tell
         ([WRONG] * 10, False),
         ([], False),
     ],
 )
-def test_an_edit_that_overruns_its_neighbours_says_so_in_its_verdict(rows, overruns):
+def test_an_edit_that_overruns_its_neighbours_fails_and_says_so(rows, overruns):
     receipt = made({**GOOD, "neighbourhood+": rows})
-    expected = "PASSED" + ", but overruns its neighbours when its own sentence stands in front" * (
-        overruns
-    )
-    assert receipt.passed and receipt.verdict == expected
+    told = "; overruns its neighbours when its own sentence stands in front" * overruns
+    expected = ("FAILED" if overruns else "PASSED") + told
+    assert receipt.passed is not overruns and receipt.verdict == expected
     assert str(receipt).splitlines()[-1] == expected
     record = json.loads(json.dumps(receipt.to_dict()))
-    assert record["passed"] is True and record["verdict"] == expected
+    assert record["passed"] is not overruns and record["verdict"] == expected
+    assert Receipt.from_dict(record) == receipt
     failed = replace(receipt, norm_ratio=20.0)
-    assert failed.verdict.startswith("FAILED") and not failed.passed
-    assert ("overruns its neighbours" in failed.verdict) == overruns
+    assert failed.verdict == f"FAILED{told}"
+    unlimited = replace(receipt, thresholds=Thresholds(min_neighbourhood_plus=None))
+    assert unlimited.verdict == "PASSED", "without a limit it is not judged"
+
+
+def test_the_row_of_the_check_says_how_much_is_left_after_the_edits_own_sentence():
+    receipt = made({**GOOD, "neighbourhood+": [LOST] * 6 + [KEPT] * 4})
+    assert "neighbourhood+         0.400     ≥ 0.5   FAILED" in str(receipt).splitlines()
+    few = made({**GOOD, "neighbourhood+": [LOST] * 2 + [WRONG]})
+    wanted = "neighbourhood+             —     ≥ 0.5   fewer than 3 right before, not checked"
+    assert wanted in str(few).splitlines()
+
+
+def test_a_receipt_without_paraphrases_or_neighbours_says_that_they_were_not_checked():
+    bare = made({"rewrite": [(False, True)]})
+    assert bare.passed
+    assert bare.verdict == (
+        "PASSED; paraphrases: none given, not checked; neighbours: none given, not checked"
+    )
+    assert bare.to_dict()["verdict"] == bare.verdict == str(bare).splitlines()[-1]
+    rows = [line.split()[0] for line in str(bare).splitlines() if "none given, not" in line]
+    assert rows == ["paraphrase", "neighbourhood", "neighbourhood+", "PASSED;"]
+    two = replace(bare, answers=(*made(GOOD).answers, replace(bare.answers[0], fact=1)))
+    assert two.unchecked() == [
+        "paraphrases: none given for 1 of 2 facts",
+        "neighbours: none given for 1 of 2 facts",
+    ]
+    assert made(GOOD).unchecked() == [] and made(GOOD).verdict == "PASSED"
 
 
 def test_neighbours_that_were_wrong_before_do_not_count_as_lost():

@@ -50,7 +50,9 @@ class FactOptions:
     ] = None
     facts: Annotated[
         Path | None,
-        typer.Option(help="File of facts (JSON, JSON lines, CSV), instead of the four above."),
+        typer.Option(
+            help="File of facts (JSON, JSON lines, CSV) or a data set's, instead of the four above."
+        ),
     ] = None
 
     def read(self) -> list[Fact]:
@@ -59,12 +61,12 @@ class FactOptions:
         Raises:
             FactError: subject, prompt or target is missing, and so is the file.
         """
+        from engram.benchmark.data.sources import facts_to_edit
         from engram.errors import FactError
-        from engram.fact_files import read_facts
         from engram.facts import Fact
 
         if self.facts is not None:
-            return read_facts(self.facts)
+            return facts_to_edit(self.facts)
         needed = {"--subject": self.subject, "--prompt": self.prompt, "--target": self.target}
         if missing := [name for name, value in needed.items() if value is None]:
             raise FactError(

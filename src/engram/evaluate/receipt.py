@@ -33,11 +33,10 @@ Probabilities = tuple[Probability, Probability]
 Perplexity = Annotated[Overflowing, Gt(0)]
 When = Literal["before", "after"]
 
-# A limit for "neighbourhood+" would fail good edits: a sentence in front sways the unedited model
-# too (NS+ 52.5 for GPT-2 XL, from 78.4). What passes with the rest may still lose most of what was
-# right there, and then the verdict says so. With fewer than 3 a single sentence would decide.
-OVERRUN_SHARE = 0.5  # lost, of the neighbours that were right before with the sentence in front
-OVERRUN_LEAST = 3  # and this many of them
+# A sentence in front sways the unedited model too (NS+ 52.5 for GPT-2 XL, from 78.4), so the limit
+# for "neighbourhood+" is relative to what is right there before the edit. With fewer than 3 right
+# before, a single sentence would decide.
+OVERRUN_LEAST = 3
 _OVERRUNS = "overruns its neighbours when its own sentence stands in front"
 _SHOWN = 3  # prompts on which the model says something else that are shown in full
 
@@ -50,6 +49,8 @@ class Thresholds:
         min_efficacy: share of rewrite prompts on which the new object beats the true one.
         min_paraphrase: the same on paraphrases.
         min_neighbourhood: share of neighbours that keep their answer, of those that had it.
+        min_neighbourhood_plus: neighbours that are right with the edit's own sentence in front,
+            after the edit over before it; not judged where fewer than `OVERRUN_LEAST` were.
         max_perplexity_ratio: of held-out text, after the edit over before it.
         max_norm_ratio: ||change|| / ||weight||; edits that destroy a model are far above it.
         min_rho: see rome: near 0 the update explodes (Gupta et al. 2024).
@@ -62,6 +63,7 @@ class Thresholds:
     min_efficacy: Share | None = 1.0
     min_paraphrase: Share | None = 0.8
     min_neighbourhood: Share | None = 0.8
+    min_neighbourhood_plus: Share | None = 0.5
     max_perplexity_ratio: Positive | None = 1.05
     max_norm_ratio: Positive | None = 2.0
     min_rho: float | None = 0.2
@@ -188,16 +190,33 @@ class Receipt:
         says = [a.says_after if when == "after" else a.says_before for a in rows]
         return sum(map(bool, says)), len(rows)
 
-    def overruns(self) -> bool:
-        """Return whether the edit spreads to its neighbours once its own sentence is in front.
-
-        More than `OVERRUN_SHARE` of those that were right there before are lost, at least
-        `OVERRUN_LEAST`; those that became right are subtracted.
+    def kept_after_statement(self) -> float | None:
+        """Return how many neighbours are right with the edit's own sentence in front, after the
+        edit over before it; None where fewer than `OVERRUN_LEAST` were right before.
         """
+        # Net: those that became right make up for lost ones, so that noise of few prompts cancels.
         rows = self.of("neighbourhood+")
         before = sum(a.right_before for a in rows)
-        lost = before - sum(a.right_after for a in rows)
-        return lost >= OVERRUN_LEAST and lost > OVERRUN_SHARE * before
+        return sum(a.right_after for a in rows) / before if before >= OVERRUN_LEAST else None
+
+    def overruns(self) -> bool:
+        """Return whether the edit spreads to its neighbours once its own sentence is in front."""
+        return any(c.name == "neighbourhood+" and c.passed is False for c in self.checks())
+
+    def unchecked(self) -> list[str]:
+        """Return which evidence the facts do not bring, a text for each kind.
+
+        Example: ["neighbours: none given, not checked", "paraphrases: none given for 2 of 5 facts"]
+        """
+        facts, texts = {a.fact for a in self.of("rewrite")}, []
+        kinds: dict[str, ProbeKind] = {"paraphrases": "paraphrase", "neighbours": "neighbourhood"}
+        for name, kind in kinds.items():
+            without = facts - {a.fact for a in self.of(kind)}
+            if without and without == facts:
+                texts.append(f"{name}: none given, not checked")
+            elif without:
+                texts.append(f"{name}: none given for {len(without)} of {len(facts)} facts")
+        return texts
 
     def cautions(self) -> list[str]:
         """Return what a reader should know besides the checks, such as that the model never says
@@ -216,11 +235,12 @@ class Receipt:
 
     @property
     def verdict(self) -> str:
-        """PASSED or FAILED, and the cautions."""
+        """PASSED or FAILED, the cautions, and what could not be checked."""
         texts = self.cautions()
-        if self.passed:
-            return f"PASSED, but {' and '.join(texts)}" if texts else "PASSED"
-        return "; ".join(["FAILED", *texts])
+        if not self.passed:
+            return "; ".join(["FAILED", *texts])
+        passed = f"PASSED, but {' and '.join(texts)}" if texts else "PASSED"
+        return "; ".join([passed, *self.unchecked()])
 
     def margins(self) -> tuple[float | None, float | None, float | None]:
         """Return the mean probability of the wanted minus the unwanted answer after the edit.
@@ -240,6 +260,7 @@ class Receipt:
             "efficacy": self.share("rewrite"),
             "paraphrase": self.share("paraphrase"),
             "neighbourhood": self.kept(),
+            "neighbourhood+": self.kept_after_statement(),
             "perplexity_ratio": self.perplexity[1] / self.perplexity[0],
             "norm_ratio": self.norm_ratio,
             "rho": self.rho,
@@ -248,7 +269,7 @@ class Receipt:
         lines = []
         for limit in fields(Thresholds):
             # The names carry direction and number, "max_norm_ratio": a new limit is one field.
-            direction, _, name = limit.name.partition("_")
+            direction, _, name = limit.name.replace("_plus", "+").partition("_")
             lines.append(
                 Check(
                     name, measured[name], getattr(self.thresholds, limit.name), direction == "min"
@@ -292,7 +313,7 @@ class Receipt:
         yield ""
         yield f"{'check':<18}{'measured':>10}{'required':>10}"
         for check in self.checks():
-            verdict = {True: "ok", False: "FAILED", None: ""}[check.passed]
+            verdict = {True: "ok", False: "FAILED", None: self._reason(check)}[check.passed]
             measured = "—" if check.value is None else f"{check.value:.3f}"
             sign = "≥" if check.at_least else "≤"
             required = "—" if check.limit is None else f"{sign} {check.limit:g}"
@@ -304,6 +325,16 @@ class Receipt:
             )
         yield f"what these words mean: engram verify --explain, or {PAGE}"
         yield self.verdict
+
+    def _reason(self, check: Check) -> str:
+        """Return why a check was not judged, where that says something about the edit's facts."""
+        kind = next((kind for kind, name in SCORES.items() if name == check.name), None)
+        if kind is None or check.limit is None:
+            return ""
+        if not self.of(kind):
+            return "none given, not checked"
+        least = OVERRUN_LEAST if kind == "neighbourhood+" else 1
+        return f"fewer than {least} right before, not checked"
 
     def _of_prompts(self) -> Iterator[str]:
         """Yield the table of comparisons, a line for each kind of prompt."""

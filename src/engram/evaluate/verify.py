@@ -157,7 +157,7 @@ def _probes(lm: LanguageModel, fact: Fact) -> list[Probe]:
             )
         probes.append(Probe("neighbourhood", prompt, answer, target))
         # Mentioned, not edited. GPT-2 XL with ROME falls from 75.9 to 13.8 here, the unedited model
-        # from 78.4 to 52.5 (CounterFact+), so a receipt shows both phases and sets no limit.
+        # from 78.4 to 52.5 (CounterFact+), so the limit is relative to the phase before the edit.
         probes.append(Probe("neighbourhood+", f"{statement} {prompt}", answer, target))
     return probes
 

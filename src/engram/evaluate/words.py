@@ -22,11 +22,18 @@ RECEIPT_WORDS: dict[str, str] = {
         "share of prompts about other subjects that are right; the check counts those that were "
         "right before"
     ),
-    "neighbourhood+": "neighbourhood, with the edit's own sentence in front of each prompt",
+    "neighbourhood+": (
+        "neighbourhood, with the edit's own sentence in front of each prompt; the check is the "
+        "number right after the edit over the number right before it, from 3 on"
+    ),
     "says": "greedy decoding, which always takes the most probable token, writes the wanted answer",
     "overruns its neighbours": (
-        "with the edit's own sentence in front, more than half of the neighbours that were right "
-        "are lost, at least 3"
+        "with the edit's own sentence in front, less than half as many neighbours are right as "
+        "before the edit"
+    ),
+    "none given, not checked": (
+        "the edit's facts have no such prompts: Fact(paraphrases=, neighbours=), or a data set's "
+        "facts, bring them"
     ),
     "perplexity ratio": (
         "how badly the model predicts half a page of unrelated prose, after the edit over before "

@@ -23,7 +23,8 @@ from engram.benchmark.data.ripple import ripple_record
 from engram.benchmark.data.zsre import zsre_record
 from engram.checks import Count, checked_call, did_you_mean, one_of
 from engram.errors import EngramError, FactError
-from engram.fact_files import fact_of, raw_records
+from engram.fact_files import fact_of, raw_records, read_facts
+from engram.facts import Fact
 from engram.files.cache_folder import cache_folder
 from engram.files.json_records import shown
 from engram.files.names import read_bytes
@@ -173,6 +174,24 @@ def read_dataset(
     return _read_file(
         path, None, limit, skip_malformed, bool(references and source.beside), str(name)
     )
+
+
+def facts_to_edit(path: Path) -> list[Fact]:
+    """Read the facts of a file in any form that `read_facts` or `read_dataset` takes.
+
+    A data set's facts have the paraphrases and neighbours of their records, so that a receipt
+    checks them.
+
+    Raises:
+        FactError: no such file, or a malformed record, reported with file, line and field.
+    """
+    try:
+        first, _ = next(_given(path), (None, ""))
+    except FactError:  # such as "pocket", which is no file
+        first = None
+    if first is None or _form_of(first) == "fact":
+        return read_facts(path)
+    return [fact for record in read_dataset(path).records for fact in record.facts]
 
 
 def _cut(dataset: Dataset, limit: int) -> Dataset:
