@@ -261,9 +261,9 @@ def _not_loaded(name: str, part: str, advice: str, error: Exception) -> EngramEr
         )
     return EngramError(
         f"no causal language model found as {name!r}, nor a masked or encoder-decoder one: "
-        f"{reason}. Expected {', '.join(map(repr, NAMED_MODELS))}, a folder with config.json and "
-        "safetensors weights, a GGUF file, or a name on the Hugging Face hub such as "
-        "'openai-community/gpt2-xl' (the hub needs a network connection the first time)"
+        f"{reason}. Expected 'pocket', a folder with config.json and safetensors weights, a GGUF "
+        f"file, a short name ({', '.join(NAMED_MODELS)}), or a name on the Hugging Face hub such "
+        "as 'openai-community/gpt2-xl' (the hub needs a network connection the first time)"
         + (f". Or bring it here: {advice}" if advice else "")
     )
 
