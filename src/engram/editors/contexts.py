@@ -1,20 +1,33 @@
 """Context templates: short texts that a model samples, put before a prompt so that an edit holds
 wherever the prompt occurs.
 
-Knows templates and sampling. Refuses to know what is optimised in them. Source: Meng et al. 2022,
-arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv:2210.07229; lengths as released.
+They are sampled once for a model and its settings, and read from the cache afterwards: every edit
+of a model takes the same ones.
+
+Knows templates, sampling and their files. Refuses to know what is optimised in them. Source: Meng
+et al. 2022, arXiv:2202.05262, Sec. 3.1 and Appendix E.5, and arXiv:2210.07229; lengths as released.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from engram.checks import Seed, checked_call
+from engram.errors import EngramFileError
+from engram.files.atomic import atomic_file
+from engram.files.cache_folder import cache_folder, written_if_possible
+from engram.files.forms import read_json
 from engram.model.chat import Style, chat_frame
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
+from engram.modules.fingerprints import fingerprints, quick_fingerprint
+from engram.runs.identity import identity_of
+
+log = logging.getLogger(__name__)
 
 # ROME's (tokens, number of texts); tokens count the start token too, so that 5 gives 4 new ones
 RELEASED = ((5, 10), (10, 10))
@@ -25,7 +38,7 @@ def sample_contexts(
     lm: LanguageModel, *, seed: int = 0, started: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Return templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5),
-    each ended by ". ".
+    each ended by ". "; read from the cache where the same model sampled them before.
 
     Braces in sampled text become parentheses, since a template has one place only.
 
@@ -33,6 +46,25 @@ def sample_contexts(
         started: words that a text each begins with, 10 tokens in all (MEMIT); default: ROME's
             texts, see `RELEASED`.
     """
+    about = json.dumps([seed, list(started), RELEASED])
+    prints = fingerprints(lm.model, of=quick_fingerprint)
+    path = cache_folder("contexts") / f"{identity_of(lm, prints, about)}.json"
+    try:
+        kept: list[str] = read_json(path, list[str])
+        if any(template.count("{}") != 1 for template in kept) or kept[:1] != ["{}"]:
+            raise EngramFileError(f"{path} does not hold templates with one {{}} each")
+        return tuple(kept)
+    except FileNotFoundError:
+        pass
+    except (EngramFileError, OSError) as error:
+        log.warning("%s; sampling contexts again", error)
+    contexts = _sampled(lm, seed, started)
+    with written_if_possible(path.parent), atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(contexts), encoding="utf-8")
+    return contexts
+
+
+def _sampled(lm: LanguageModel, seed: int, started: Sequence[str]) -> tuple[str, ...]:
     # a stream of the call's own. The released code samples once per process, without a seed, and
     # takes the same texts for whatever model is edited next
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from engram.edit.in_force import attached_to
@@ -37,7 +38,12 @@ def tokenizer_text(lm: LanguageModel) -> str:
     """Return the tokenizer as JSON without truncation and padding: every call sets them, and they
     stay set after it, so that they would make equal tokenizers differ.
     """
-    tokenizer = json.loads(lm.tokenizer.backend_tokenizer.to_str())
+    return _without_settings(lm.tokenizer.backend_tokenizer.to_str())
+
+
+@lru_cache(maxsize=2)  # of a vocabulary of 262,144 it takes half a second, for every layer of a C
+def _without_settings(text: str) -> str:
+    tokenizer = json.loads(text)
     return json.dumps(
         {name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")}
     )
