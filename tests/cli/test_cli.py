@@ -385,7 +385,7 @@ def test_export_writes_an_adapter_that_names_its_base(edited, model, tmp_path, m
 
 
 def test_export_writes_one_adapter_at_a_time(edited, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    pytest.importorskip("gguf", reason="needs the package gguf, see the extra of that name")
     file, folder = str(tmp_path / "edit.gguf"), str(tmp_path / "adapter")
     assert run("export", edited, "--gguf", file).output == f"adapter: {file}\n"
     for words, message in (

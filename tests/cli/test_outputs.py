@@ -56,6 +56,7 @@ OUTPUTS = {
     "ledger export": (["ledger", "export", "no-such-ledger", "--peft"], "/"),
     "ledger export --gguf": (["ledger", "export", "no-such-ledger", "--gguf"], ".gguf"),
 }
+NAMED = {"--out", "--save", "--plot", "--plot-layers", "--peft", "--gguf"}
 FILES = [option for option, (_, kind) in OUTPUTS.items() if "/" not in kind]
 FOLDERS = [option for option, (_, kind) in OUTPUTS.items() if kind == "/"]
 # name of a fault -> (where it may be, what the error says)

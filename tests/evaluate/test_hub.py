@@ -100,6 +100,10 @@ def test_the_head_is_for_the_hub() -> None:
     }
     assert "hf download me/tower --local-dir edit" in text
     assert "engram verify owner/model edit" in text
+    # a short name stays in the commands: the hub's weights may be others than the pip package's
+    head, text = head_and_text(model_card(of_model(edit, "smollm2"), "me/tower"))
+    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "engram verify smollm2 edit" in text
     # of a model that is not on the hub there is nothing to link to
     assert "base_model" not in head_and_text(model_card(of_model(edit, "pocket"), "me/tower"))[0]
 

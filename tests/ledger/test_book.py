@@ -533,10 +533,10 @@ def test_it_becomes_a_checkpoint_or_an_adapter(tmp_path):
         torch.testing.assert_close(adapted(ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_everything_in_force_is_one_file_for_llama_cpp(ledger, lm, tmp_path):
-    pytest.importorskip("gguf", reason="the package gguf is not installed")
+def test_everything_in_force_is_one_file_for_llama_cpp(ledger, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf, see the extra of that name")
     for seed in (1, 2):
-        ledger.add(random_edit(lm, seed=seed))
+        ledger.add(random_edit(LM, seed=seed))
     written = ledger.to_gguf(tmp_path / "book.gguf")
     assert written.read_bytes() == ledger.edit().to_gguf(tmp_path / "edit.gguf").read_bytes()
 

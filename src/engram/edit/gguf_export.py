@@ -26,7 +26,7 @@ from engram.errors import (
     UnsupportedModelError,
 )
 from engram.files.atomic import atomic_file, reserved
-from engram.files.names import check_regular
+from engram.model.gguf_header import GgufHeader, read_header
 from engram.modules.fingerprints import fingerprint
 
 log = logging.getLogger(__name__)
@@ -73,16 +73,16 @@ def to_gguf(changes: WeightChanges, path: str | Path, *, base: str | Path | None
             cannot be written.
     """
     gguf = _package()
-    reader = None if base is None else _opened(base)
-    architecture = _architecture(changes.base["model_type"], reader)
+    header = None if base is None else _header(base)
+    architecture = _architecture(changes.base["model_type"], header)
     names = _tensor_names(architecture, changes)
     factors, rank = lora_export.padded_factors(changes)
     tensors: dict[str, Tensor] = {}
     for name, (right, left) in factors.items():
         tensor = names[name]
-        order = _row_order(architecture, tensor, left.shape[0], reader)
-        if reader is not None:
-            _check_base(reader, base, tensor, order, changes.made_on(name))
+        order = _row_order(architecture, tensor, left.shape[0], header)
+        if base is not None:
+            _check_base(base, tensor, order, changes.made_on(name))
         tensors[f"{tensor}.lora_a"] = right
         tensors[f"{tensor}.lora_b"] = left if order is None else left[order]
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -125,30 +125,26 @@ def _package() -> Any:
     return gguf
 
 
-def _opened(path: str | Path) -> Any:
-    """Open a GGUF file; its tensors are read only where they are used."""
+def _header(path: str | Path) -> GgufHeader:
+    """Return the header of a GGUF file; its sizes are known to fit before another library reads it.
+
+    Raises:
+        EngramFileError: no GGUF, or damaged, or it cannot be read.
+    """
+    sizes = {int(kind): size for kind, size in _package().GGML_QUANT_SIZES.items()}
     try:
-        check_regular(path)
+        return read_header(Path(path), sizes)
     except OSError as error:
         raise EngramFileError(f"{path} cannot be read ({error.strerror})") from error
-    try:
-        return _package().GGUFReader(path)
-    except (ValueError, LookupError, OverflowError, TypeError) as error:
-        raise EngramFileError(f"{path} is no GGUF file, or is damaged: {error}") from error
 
 
-def _value(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
-def _architecture(model_type: str, reader: Any) -> str:
+def _architecture(model_type: str, header: GgufHeader | None) -> str:
     """Return llama.cpp's name of an architecture; that of the base's file, where there is one."""
     gguf = _package()
     known = gguf.MODEL_ARCH_NAMES.values()
     name = _ARCHITECTURES.get(model_type, model_type)
-    if reader is not None:
-        given = _value(reader, gguf.Keys.General.ARCHITECTURE)
+    if header is not None:
+        given = header.architecture
         if name in known and given != name:
             raise BaseMismatchError(
                 f"the base's file is of the architecture {given!r}, the edit is of {model_type!r}, "
@@ -182,7 +178,9 @@ def _tensor_names(architecture: str, changes: WeightChanges) -> dict[str, str]:
     return names
 
 
-def _row_order(architecture: str, tensor: str, rows: int, reader: Any) -> Tensor | None:
+def _row_order(
+    architecture: str, tensor: str, rows: int, header: GgufHeader | None
+) -> Tensor | None:
     """Return the order in which llama.cpp keeps a weight's rows; None: as transformers does.
 
     Of a head of 6 rows, 0 to 2 are rotated with 3 to 5 by transformers; llama.cpp keeps the pairs
@@ -197,8 +195,8 @@ def _row_order(architecture: str, tensor: str, rows: int, reader: Any) -> Tensor
             "edit another matrix, such as mlp_out, or apply the edit to a checkpoint"
         )
     key = f"{architecture}.attention.head_count" + "_kv" * (rotated[1] == "k")
-    heads = None if reader is None else _value(reader, key)
-    if not isinstance(heads, int):
+    heads = None if header is None else header.fields.get(key)
+    if not isinstance(heads, int) or not heads or rows % (2 * heads):
         raise UnsupportedModelError(
             f"llama.cpp reorders the rows of {tensor} by heads, and the edit does not say how many "
             "there are; give the base's GGUF file: base='model.gguf', or --base model.gguf"
@@ -207,7 +205,7 @@ def _row_order(architecture: str, tensor: str, rows: int, reader: Any) -> Tensor
 
 
 def _check_base(
-    reader: Any, path: Any, tensor: str, order: Tensor | None, made_on: Mapping[str, Any]
+    path: str | Path, tensor: str, order: Tensor | None, made_on: Mapping[str, Any]
 ) -> None:
     """Raise if the base's file lacks the weight; warn if its numbers are others.
 
@@ -215,7 +213,8 @@ def _check_base(
         BaseMismatchError: no such tensor, or of another shape.
     """
     gguf = _package()
-    found = next((one for one in reader.tensors if one.name == tensor), None)
+    tensors = gguf.GGUFReader(path).tensors  # its header was read, and the numbers are not
+    found = next((one for one in tensors if one.name == tensor), None)
     shape = made_on["shape"] if not made_on["transposed"] else made_on["shape"][::-1]
     given = None if found is None else [int(size) for size in reversed(found.shape)]
     if found is None or given != shape:
@@ -244,7 +243,7 @@ def _refuse_other_files(path: Path) -> None:
     """Raise if a file is at `path` that is no adapter: a base model has gigabytes."""
     if not path.exists():
         return
-    if _value(_opened(path), _package().Keys.General.TYPE) != "adapter":
+    if _header(path).fields.get("general.type") != "adapter":
         raise EngramFileError(
             f"{path} is a GGUF file, and no adapter; choose another name, or move it away"
         )

@@ -19,6 +19,7 @@ from engram.edit.lora_export import public_name
 from engram.edit.prompt_edit import PromptEdit
 from engram.errors import EngramError
 from engram.evaluate.model_card import model_card
+from engram.model.named_models import NAMED_MODELS
 
 _COMPUTED = ("base", "settings", "diagnostics")  # what an edit records besides facts and texts
 
@@ -71,7 +72,7 @@ def _without_paths(edit: Edit | PromptEdit) -> Edit | PromptEdit:
             return [cleaned(one) for one in value]
         if not isinstance(value, str):
             return value
-        if key == "model":
+        if key == "model" and value not in NAMED_MODELS:
             return public_name({"model": value, "model_type": edit.base["model_type"]})
         return Path(value).name if Path(value).is_absolute() else value
 

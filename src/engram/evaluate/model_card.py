@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from html import escape
 
 from engram.edit.edit import Edit
+from engram.edit.lora_export import public_name
 from engram.edit.prompt_edit import PromptEdit
 from engram.evaluate.receipt import Receipt
 
@@ -26,11 +27,11 @@ def model_card(edit: Edit | PromptEdit, repo: str) -> str:
     """
     from huggingface_hub import ModelCardData  # not at the top: it takes 0.1 s
 
-    model = str(edit.base["model"])
+    model, public = str(edit.base["model"]), public_name(edit.base)
     head = ModelCardData(
         # A name without an owner is a folder's, or of a bundled model: nothing to link to.
-        base_model=model if "/" in model else None,
-        base_model_relation="adapter" if "/" in model else None,
+        base_model=public if "/" in public else None,
+        base_model_relation="adapter" if "/" in public else None,
         library_name="engram",
         tags=["engram", "model-editing", "knowledge-editing", edit.method],
     )
