@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -237,6 +238,11 @@ class _FactTokens:
         return cls(ids, lookup, reads, targets, kl_row, kl_lookup)
 
     @property
+    def n_reads(self) -> int:
+        """Number of positions that are read, that of the KL penalty among them."""
+        return sum(map(len, self.reads)) + 1
+
+    @property
     def length(self) -> tuple[int, int]:
         """Positions from the subject's last token to the end, and in all, of the longest row."""
         suffixes = (len(row) - at for row, at in zip(self.rows, self.lookup, strict=True))
@@ -310,7 +316,7 @@ class _Batch:
 
     Attributes:
         active: numbers of the facts that are still optimised. All rows of `delta_nsd`, `size_ns`,
-            `original_nv`, `contexts` and `penalty` are of these, in this order.
+            `original_nv` and `rows` are of these, in this order.
         start_nsd: states of all facts before any change, [facts, shifted modules, d].
     """
 
@@ -319,28 +325,27 @@ class _Batch:
     ) -> None:
         self.facts, self.config = facts, search.config
         self.tokens = [_FactTokens.of(lm, fact, search) for fact in facts]
-        contexts = TokenRows(
-            [row for fact in self.tokens for row in fact.rows],
-            [at for fact in self.tokens for at in fact.lookup],
-            [reads for fact in self.tokens for reads in fact.reads],
-            [n for n, fact in enumerate(self.tokens) for _ in fact.rows],
-        )
-        penalty = TokenRows(
-            [fact.kl_row for fact in self.tokens],
-            [fact.kl_lookup for fact in self.tokens],
-            [[len(fact.kl_row) - 1] for fact in self.tokens],
-            list(range(len(self.tokens))),
+        # The penalty's row goes with the fact's contexts: alone, its few states would read every
+        # weight of the blocks and of the head once more, a quarter of the time of one fact.
+        rows = TokenRows(
+            [row for fact in self.tokens for row in (*fact.rows, fact.kl_row)],
+            [at for fact in self.tokens for at in (*fact.lookup, fact.kl_lookup)],
+            [reads for fact in self.tokens for reads in (*fact.reads, [len(fact.kl_row) - 1])],
+            [n for n, fact in enumerate(self.tokens) for _ in range(len(fact.rows) + 1)],
         )
         modules = site_modules(lm, search.site, search.layer)
         out = lm.parts.mlp_out_name(search.layer)
         # Keys and outputs come from the very run that is recorded for the replay: a value's delta
         # is relative to these states, and another run's rounding would be part of the residual.
-        at = (search.layer, shifted, search.engine)
-        self.contexts, seen = ShiftedRows.recorded(
-            lm, contexts, *at, {"key": (out, "in"), "out": (out, "out"), **modules}
+        self.rows, seen = ShiftedRows.recorded(
+            lm,
+            rows,
+            search.layer,
+            shifted,
+            search.engine,
+            {"key": (out, "in"), "out": (out, "out"), **modules},
         )
-        self.penalty, _ = ShiftedRows.recorded(lm, penalty, *at, {})
-        first, device = contexts.first_of_each(), seen["out"].device
+        first, device = rows.first_of_each(), seen["out"].device
         # Also of a bfloat16 model: in its 8 bits of mantissa most steps of Adam would be lost.
         precision = torch.float64 if lm.dtype == torch.float64 else torch.float32
         self.keys_bf, self.outputs_bd = seen["key"].to(precision), seen["out"].to(precision)
@@ -397,13 +402,13 @@ class _Batch:
             delta_nsd = adam.step(delta_nsd, gradient_nsd)
             largest_ns = config.clamp * self.size_ns
             delta_nsd = delta_nsd * (largest_ns / delta_nsd.norm(dim=-1)).clamp(max=1)[..., None]
-        of = len(self.tokens[0].rows)
+        of = len(self.tokens[0].rows) + 1  # and the penalty's, which gives no key
         return [
             Value(
                 self.start_nsd[n, -1],
                 deltas[n][-1],
-                self.keys_bf[n * of : (n + 1) * of],
-                self.outputs_bd[n * of : (n + 1) * of],
+                self.keys_bf[n * of : (n + 1) * of - 1],
+                self.outputs_bd[n * of : (n + 1) * of - 1],
                 losses[n],
                 norms[n],
             )
@@ -413,11 +418,11 @@ class _Batch:
     def _loss_terms(self, delta_nsd: Tensor) -> _LossTerms:
         """Run the rows with `delta_nsd` added and return the terms; gradients reach `delta_nsd`."""
         config = self.config
-        logits_pv = self.contexts.logits(delta_nsd).to(self.start_nsd)
-        nll_n, says_target_n = _nll(
-            logits_pv.log_softmax(-1), [self.tokens[n] for n in self.active]
-        )
-        log_p_nv = self.penalty.logits(delta_nsd).to(self.start_nsd).log_softmax(-1)
+        facts = [self.tokens[n] for n in self.active]
+        log_p_pv = self.rows.logits(delta_nsd).to(self.start_nsd).log_softmax(-1)
+        nll_n, says_target_n = _nll(log_p_pv, facts)
+        # A fact's last read is the penalty's.
+        log_p_nv = log_p_pv[[end - 1 for end in accumulate(fact.n_reads for fact in facts)]]
         if (
             self.original_nv is None
         ):  # delta is zero in the first pass: no pass of its own is needed
@@ -447,7 +452,7 @@ class _Batch:
         """Keep some of the active facts; the rows of the others are no longer computed."""
         assert self.original_nv is not None, "facts leave after a forward pass only"
         self.active = [self.active[row] for row in rows]
-        self.contexts, self.penalty = self.contexts.only(rows), self.penalty.only(rows)
+        self.rows = self.rows.only(rows)
         self.size_ns, self.original_nv = self.size_ns[rows], self.original_nv[rows]
 
     def _note(
@@ -479,8 +484,15 @@ def _nll(log_p_pv: Tensor, facts: Sequence[_FactTokens]) -> tuple[Tensor, Tensor
     whether every token of the target is the most probable one in every context.
 
     Rows of `log_p_pv` are the reads of all facts one after another: fact by fact, context by
-    context, token by token. A read counts 1 / (tokens of its target) / (contexts of its fact).
+    context, token by token, and then the fact's KL penalty, which is left out here. A read counts
+    1 / (tokens of its target) / (contexts of its fact).
     """
+    starts = accumulate((fact.n_reads for fact in facts), initial=0)
+    reads = [
+        start + i
+        for start, fact in zip(starts, facts, strict=False)
+        for i in range(fact.n_reads - 1)
+    ]
     targets = [target for fact in facts for target in fact.targets]
     labels = [token for target in targets for token in target]
     shares = [
@@ -489,10 +501,11 @@ def _nll(log_p_pv: Tensor, facts: Sequence[_FactTokens]) -> tuple[Tensor, Tensor
         for target in fact.targets
         for _ in target
     ]
-    sizes = [sum(map(len, fact.targets)) for fact in facts]
-    labels_p1 = torch.tensor(labels, device=log_p_pv.device)[:, None]
-    shares_p = torch.tensor(shares, dtype=log_p_pv.dtype, device=log_p_pv.device)
-    nll_p = -log_p_pv.gather(1, labels_p1)[:, 0] * shares_p
-    says_p = (log_p_pv.argmax(-1, keepdim=True) == labels_p1)[:, 0]
+    sizes = [fact.n_reads - 1 for fact in facts]
+    device = log_p_pv.device
+    reads_p, labels_p = torch.tensor(reads, device=device), torch.tensor(labels, device=device)
+    shares_p = torch.tensor(shares, dtype=log_p_pv.dtype, device=device)
+    nll_p = -log_p_pv[reads_p, labels_p] * shares_p
+    says_p = log_p_pv.argmax(-1)[reads_p] == labels_p
     nll_n = torch.stack([part.sum() for part in nll_p.split(sizes)])
     return nll_n, torch.stack([part.all() for part in says_p.split(sizes)])
