@@ -1,7 +1,8 @@
 """The localisation study's report: statistics, a picture, and the tables of
-docs/what-tracing-tells.md.
+docs/what-tracing-tells.md, and of docs/smollm2.md.
 
     python tools/localisation_report.py    # reads docs/data/localisation.jsonl, fills the page
+    python tools/localisation_report.py --model smollm2
 
 Knows facts x layers arrays of numbers; refuses to know models (see localisation_study, which
 measures). Intervals are percentiles of a bootstrap over facts. Source of the regressions: Hase et
@@ -27,11 +28,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engram.bootstrap import ranks
+from page_tables import DOCS, folder
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCORES = ("efficacy", "paraphrase", "neighbourhood")
 QUALITY = "all three"
 RESAMPLES = 1000
+WORKS = 0.8  # mean margin at the edit's own prompt from which on editing works at a layer
 LEAST_SPREAD = 0.001  # standard deviation over facts, of a probability or a score
 Array = NDArray[np.float64]
 
@@ -57,8 +59,9 @@ class Study:
         return len(self.scores[QUALITY])
 
     @property
-    def layers(self) -> int:
-        return self.scores[QUALITY].shape[1]
+    def layers(self) -> list[int]:
+        """The layers that were edited, a column each."""
+        return list(self.settings.get("layers", range(self.scores[QUALITY].shape[1])))
 
 
 def read(path: Path) -> Study:
@@ -198,12 +201,11 @@ def band(values_nl: Array) -> dict[str, list[float]]:
 def summary(study: Study) -> dict[str, Any]:
     """Every number of the page, as JSON."""
     score = study.scores[QUALITY]
-    works = [
-        layer for layer in range(study.layers) if study.scores["efficacy"][:, layer].mean() > 0.8
-    ]
+    columns = range(len(study.layers))
+    works = [at for at in columns if study.scores["efficacy"][:, at].mean() > WORKS]
     result: dict[str, Any] = {
         "facts": study.facts,
-        "layers": study.layers,
+        "layers": len(study.layers),
         "settings": study.settings,
         "clean": study.clean,
         "corrupted": study.corrupted,
@@ -214,26 +216,25 @@ def summary(study: Study) -> dict[str, Any]:
             for name, values in study.scores.items()
             if name != QUALITY
         },
-        "best layers": np.bincount(score.argmax(1), minlength=study.layers).tolist(),
+        "best layers": np.bincount(score.argmax(1), minlength=len(study.layers)).tolist(),
         "traced layers": {
-            name: np.bincount(values.argmax(1), minlength=study.layers).tolist()
+            name: np.bincount(values.argmax(1), minlength=len(study.layers)).tolist()
             for name, values in study.effects.items()
         },
-        "layers where editing works": works,
+        "layers where editing works": [study.layers[at] for at in works],
         "correlations": {},
         "explained": {},
         "choices": {},
     }
     for name, effect in study.effects.items():
-        columns = [(effect[:, layer], score[:, layer]) for layer in range(study.layers)]
+        pairs = [(effect[:, at], score[:, at]) for at in columns]
         result["correlations"][name] = {
-            "pearson": [pearson(e, s) for e, s in columns],
-            "spearman": [spearman(e, s) for e, s in columns],
+            "pearson": [pearson(e, s) for e, s in pairs],
+            "spearman": [spearman(e, s) for e, s in pairs],
         }
-        for where, chosen in (
-            ("all layers", list(range(study.layers))),
-            ("layers where editing works", works),
-        ):
+        for where, chosen in (("all layers", list(columns)), ("layers where editing works", works)):
+            if not chosen:
+                continue
             e, s = effect[:, chosen], score[:, chosen]
             gain = interval(lambda a, b: explained(a, b)["gain"], e, s)
             shares = explained(e, s) | {
@@ -261,7 +262,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """Return the page's tables by name, in markdown."""
-    layers = range(result["layers"])
+    layers = result["settings"].get("layers", range(result["layers"]))
     by_layer = [
         [f"effect: {name}", *map(number, b["mean"])] for name, b in result["effects"].items()
     ]
@@ -364,27 +365,28 @@ def picture(study: Study, result: dict[str, Any]) -> Figure:
     with rc_context(style):
         figure = Figure(figsize=(9.6, 3.0), dpi=150, layout="constrained")
         left, middle, right = figure.subplots(1, 3)
-        _lines(left, result["effects"], ("#6a51a3", "#74c476", "#006d2c"))
+        _lines(left, study.layers, result["effects"], ("#6a51a3", "#74c476", "#006d2c"))
         left.set(
             title="Restoring the subject's last token",
             xlabel="layer",
             ylabel="indirect effect (probability)",
         )
-        _lines(middle, result["scores"], ("#d95f02", "#e7298a", "#1f78b4", "#000000"))
+        _lines(middle, study.layers, result["scores"], ("#d95f02", "#e7298a", "#1f78b4", "#000000"))
         middle.set(
             title="Editing at that layer",
             xlabel="layer",
             ylabel="margin after the edit (all three: score)",
         )
-        layer_nl = np.tile(np.arange(study.layers), (study.facts, 1))
-        effect_nl, score_nl = study.effects["mlp, 3 layers"], study.scores[QUALITY]
+        layer_nl = np.tile(study.layers, (study.facts, 1))
+        window = list(study.effects)[-1]
+        effect_nl, score_nl = study.effects[window], study.scores[QUALITY]
         dots = right.scatter(effect_nl, score_nl, c=layer_nl, s=5, cmap="viridis", linewidths=0)
         right.set(
             title="Every fact at every layer",
-            xlabel="indirect effect, MLP, 3 layers",
+            xlabel=f"indirect effect, {window.replace('mlp', 'MLP')}",
             ylabel="score of the edit",
         )
-        figure.colorbar(dots, ax=right, label="layer", ticks=range(study.layers))
+        figure.colorbar(dots, ax=right, label="layer", ticks=study.layers)
     return figure
 
 
@@ -395,9 +397,13 @@ def save_small(figure: Figure, path: Path) -> None:
     Image.open(raw).convert("RGB").quantize(128).save(path, optimize=True)
 
 
-def _lines(ax: Axes, bands: dict[str, dict[str, list[float]]], colours: Sequence[str]) -> None:
+def _lines(
+    ax: Axes,
+    layers: Sequence[int],
+    bands: dict[str, dict[str, list[float]]],
+    colours: Sequence[str],
+) -> None:
     for (name, b), colour in zip(bands.items(), colours, strict=True):
-        layers = range(len(b["mean"]))
         ax.plot(layers, b["mean"], color=colour, label=name, linewidth=1.5)
         ax.fill_between(layers, b["low"], b["high"], color=colour, alpha=0.2, linewidth=0)
     ax.set_xticks(layers)
@@ -408,15 +414,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=DOCS / "data" / "localisation.jsonl")
-    parser.add_argument("--page", type=Path, default=DOCS / "what-tracing-tells.md")
+    parser.add_argument("--model", default="pocket")
     given = parser.parse_args()
-    study = read(given.data)
+    page, picture_file = DOCS / "what-tracing-tells.md", DOCS / "localisation.png"
+    if given.model != "pocket":
+        page, picture_file = DOCS / f"{given.model}.md", DOCS / f"{given.model}-localisation.png"
+    data = folder(given.model) / "localisation.jsonl"
+    study = read(data)
     result = summary(study)
-    given.data.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-    save_small(picture(study, result), given.page.with_name("localisation.png"))
+    data.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+    save_small(picture(study, result), picture_file)
     texts = tables(result)
-    given.page.write_text(put_tables(given.page.read_text(encoding="utf8"), texts), encoding="utf8")
+    page.write_text(put_tables(page.read_text(encoding="utf8"), texts), encoding="utf8")
     print("\n\n".join(texts.values()))
 
 

@@ -1,11 +1,13 @@
-"""Does causal tracing say where to edit? Per fact of the pocket model and per layer: indirect
-effects, and how well an edit at that layer works.
+"""Does causal tracing say where to edit? Per fact of a model and per layer: indirect effects, and
+how well an edit at that layer works.
 
     python tools/localisation_study.py --count 150 --out docs/data/localisation.jsonl
+    python tools/localisation_study.py --model smollm2 --layers 0 3 6 9 12 --window 6 \\
+        --facts ../shared/data/counterfact.jsonl.gz --out docs/data/smollm2/localisation.jsonl
 
 Facts that the model knows, in random order. Of each: the indirect effect of restoring the subject's
-last token at every layer (residual stream, MLP of one layer, MLP window of three), then one ROME
-edit to a counterfactual object at every layer, scored at its own prompt, at held-out paraphrases
+last token at every layer (residual stream, MLP of one layer, window of MLPs), then one ROME edit to
+a counterfactual object at every layer, scored at its own prompt, at held-out paraphrases
 and at neighbours. One line of JSON a fact, written when all its layers are done: kill it, start it
 again, nothing is measured twice. Refuses to know what the numbers mean: see localisation_report.
 
@@ -19,6 +21,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,34 +29,39 @@ from typing import Any
 import torch
 
 import engram
-from engram.editors.contexts import sample_contexts
-from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.model.language_model import LanguageModel
-from measure_pocket import sample
+from known_facts import add_options, source
+from measure_model import WINDOW, shared_settings, usual_corpus
 
 log = logging.getLogger("localisation_study")
 
-TRACES: dict[str, tuple[str, int]] = {  # name of the effect -> (site, window)
-    "residual": ("residual", 1),
-    "mlp": ("mlp", 1),
-    "mlp, 3 layers": ("mlp", 3),
-}
-SAMPLES, NOISE = 10, "s3"
+NOISE = "s3"
 
 
-def effects(lm: LanguageModel, fact: engram.Fact) -> dict[str, list[float]]:
+def traces(window: int) -> dict[str, tuple[str, int]]:
+    """Return the effects that are measured: name -> (site, layers restored together)."""
+    return {
+        "residual": ("residual", 1),
+        "mlp": ("mlp", 1),
+        f"mlp, {window} layers": ("mlp", window),
+    }
+
+
+def effects(
+    lm: LanguageModel, fact: engram.Fact, window: int, samples: int
+) -> dict[str, list[float]]:
     """Indirect effects by layer at the subject's last token, of the true object's probability."""
     curves: dict[str, list[float]] = {}
-    for window in sorted({window for _, window in TRACES.values()}):
-        wanted = {name: site for name, (site, w) in TRACES.items() if w == window}
+    for size in sorted({1, window}):
+        wanted = {name: site for name, (site, w) in traces(window).items() if w == size}
         trace = engram.trace(
             lm,
             fact.prompt_text,
             subject=fact.subject,
             target=fact.target_true,
             sites=list(dict.fromkeys(wanted.values())),
-            window=window,
-            samples=SAMPLES,
+            window=size,
+            samples=samples,
             noise=NOISE,
             positions="subject_last",
         )
@@ -95,20 +103,15 @@ def margins(answers: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, f
 
 
 def study(
-    lm: LanguageModel,
-    fact: engram.Fact,
-    moments: Mapping[int, SecondMoment],
-    contexts: Sequence[str],
+    lm: LanguageModel, fact: engram.Fact, given: argparse.Namespace, shared: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the record of one fact: effects by layer, margins before, and margins after the edit
     at each layer.
     """
-    traced = effects(lm, fact)
+    traced = effects(lm, fact, given.window, given.samples)
     edited = []
-    for layer in range(lm.n_layers):
-        edit = engram.rewrite(
-            lm, fact, method="rome", layer=layer, second_moments=moments, contexts=contexts
-        )
+    for layer in given.layers:
+        edit = engram.rewrite(lm, fact, method="rome", layer=layer, **shared)
         with edit.applied(lm):
             edited.append(margins(answered(lm, fact)))
     return {
@@ -118,7 +121,10 @@ def study(
         "target": fact.target,
         "clean": rounded(traced.pop("clean"))[0],
         "corrupted": rounded(traced.pop("corrupted"))[0],
-        "effects": {name: rounded(values) for name, values in traced.items()},
+        "effects": {
+            name: rounded([values[layer] for layer in given.layers])
+            for name, values in traced.items()
+        },
         "before": {
             name: rounded([value])[0] for name, value in margins(answered(lm, fact)).items()
         },
@@ -155,35 +161,47 @@ def resumed(path: Path, settings: Mapping[str, Any]) -> set[tuple[str, str]]:
     return {(record["subject"], record["prompt"]) for record in records}
 
 
+def settings_of(lm: LanguageModel, given: argparse.Namespace) -> dict[str, Any]:
+    """Return everything that a file of the study was made under."""
+    settings = {
+        "model": given.model,
+        "seed": given.seed,
+        "noise": NOISE,
+        "samples": given.samples,
+        "traces": {name: list(trace) for name, trace in traces(given.window).items()},
+        "method": "rome",
+        "corpus": usual_corpus(lm),
+        "torch": torch.__version__,
+    }
+    if given.dtype != "float32":
+        settings["dtype"] = given.dtype
+    if len(given.layers) < lm.n_layers:
+        settings["layers"] = given.layers
+    return settings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_options(parser)
     parser.add_argument("--count", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, nargs="+", help="that are edited; default: all")
+    parser.add_argument("--window", type=int, default=WINDOW, help="layers restored together")
+    parser.add_argument("--samples", type=int, default=10, help="draws of noise a fact")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    lm = engram.load("pocket", dtype=torch.float32)
-    settings = {
-        "model": "pocket",
-        "seed": given.seed,
-        "noise": NOISE,
-        "samples": SAMPLES,
-        "traces": {name: list(trace) for name, trace in TRACES.items()},
-        "method": "rome",
-        "corpus": "bundled",
-        "torch": torch.__version__,
-    }
-    done = resumed(given.out, settings)
-    layers = list(range(lm.n_layers))
-    moments, contexts = second_moments(lm, layers, "bundled"), sample_contexts(lm)
-    for i, (_, fact) in enumerate(sample(lm, given.count, given.seed)):
+    lm = engram.load(given.model, dtype=given.dtype)
+    given.layers = given.layers or list(range(lm.n_layers))
+    done = resumed(given.out, settings_of(lm, given))
+    shared = shared_settings(lm, given.layers, usual_corpus(lm))
+    for i, fact in enumerate(islice(source(given).facts(lm), given.count)):
         if (fact.subject, fact.prompt) in done:
             continue
         began = time.monotonic()
-        record = study(lm, fact, moments, contexts)
+        record = study(lm, fact, given, shared)
         with given.out.open("a", encoding="utf8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         log.info(

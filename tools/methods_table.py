@@ -1,15 +1,17 @@
-"""Every method on the pocket model: single edits, many facts in one edit, edits one after another.
-Makes the tables of docs/editors.md.
+"""Every method on a model: single edits, many facts in one edit, edits one after another. Makes the
+tables of docs/editors.md, of the pocket model, and those of many facts in docs/results.md.
 
     OMP_NUM_THREADS=1 python tools/methods_table.py > methods.log 2>&1    # resumes after a kill
     python tools/methods_table.py --only memit --settings mass:100        # some rows
     python tools/methods_table.py --again --only memit                    # measure them once more
     python tools/methods_table.py --table                                 # print, and fill the page
+    python tools/methods_table.py --model smollm2 --facts ../shared/data/counterfact.jsonl.gz \\
+        --settings mass:10 mass:100 mass:300 sequential:100
 
 Facts are counterfactual edits of what the model answers rightly, of different subjects; every
-method gets the first N of the same order, with its presets' settings for pocket and no others. A
+method gets the first N of the same order, with its presets' settings for the model and no others. A
 row is measured again when these settings change. What is measured and how it is scored is
-measure_pocket's; refuses to know how any method works.
+measure_model's; refuses to know how any method works.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ from typing import Any
 import torch
 
 import engram
-from engram import pocket
+from engram.benchmark.metrics.summary import Row as Scores
 from engram.editors.methods import METHODS, method_named
 from engram.editors.presets import preset
 from engram.editors.training.ultraedit import Statistics
 from engram.evaluate.held_out import held_out_text, perplexity
 from engram.model.language_model import LanguageModel
-from measure_pocket import averaged, sample, successes
-from page_tables import DOCS, put
+from known_facts import FactSource, add_options, source
+from measure_model import numbers, scored
+from page_tables import DOCS, folder, put
 
-DATA, PAGE = DOCS / "data/methods.jsonl", DOCS / "editors.md"
-MADE_BY = "tools/methods_table.py"
 SETTINGS = ("single:200", "mass:10", "mass:100", "mass:500", "sequential:200")
+KINDS = ("single", "mass", "sequential")
 LIMITS = {
     "rome": 100
 }  # facts at most; ROME takes five seconds of processor time for each, in any setting
@@ -55,18 +57,10 @@ IN_WORDS = (
 UNEDITED = "unedited"  # the row that the others are compared with
 # single edits: the first N are timed; perplexity is measured on every Nth
 TIMED, DRIFT = 5, 10
-COLUMNS = (
-    "method",
-    "facts",
-    "efficacy",
-    "paraphrase",
-    "neighbourhood",
-    "S",
-    "perplexity",
-    "seconds",
-    "CPU",
-    "MB",
-)
+OLD = {"efficacy": "ES", "paraphrase": "PS", "neighbourhood": "NS", "S": "S"}
+SAID = ("SG", "EG", "PG", "NG", "NG+", "S", "ES", "PS", "NS", "NS+")  # of rows with intervals
+COSTS = ("perplexity", "seconds", "CPU", "MB")
+ANSWER_TOKENS = 5  # of greedy answers
 BATCH = 10  # facts of each of the edits that follow one another
 
 AnyEdit = engram.Edit | engram.PromptEdit
@@ -78,12 +72,13 @@ class Row:
 
     Attributes:
         facts: how many were edited and measured.
-        efficacy, paraphrase, neighbourhood, score: percent, see `measure_pocket.successes`.
+        efficacy, paraphrase, neighbourhood, score: percent, see `measure_model.scored`.
         of: digest of everything that the row was made of but the code.
         perplexity: of held-out text, edited over unedited; of single edits the mean.
         seconds, cpu_seconds: of `rewrite`, on the wall and on the processor; of single edits the
             mean, otherwise in all.
         mb: megabytes of the edit as a saved folder; of single edits the mean.
+        estimates: name of a score -> mean, low, high; None in rows older than these.
     """
 
     method: str
@@ -99,17 +94,21 @@ class Row:
     cpu_seconds: float | None = None
     mb: float | None = None
     torch: str = torch.__version__
+    estimates: dict[str, tuple[float, float, float]] | None = None
 
 
-def digest(method: str, setting: str, seed: int) -> str:
-    """Return changes with the method's settings on pocket, the facts and their number."""
+def digest(
+    method: str, setting: str, seed: int, model: str = "pocket", dtype: str = "float32"
+) -> str:
+    """Return changes with the method's settings on the model, the facts and their number."""
     settings = (
-        preset(method, "pocket")
+        preset(method, model)
         if (files("engram.editors.presets") / f"{method}.toml").is_file()
         else {}
     )
+    more = [] if model == "pocket" else [model, dtype]
     return hashlib.sha256(
-        json.dumps([method, settings, setting, seed], sort_keys=True).encode()
+        json.dumps([method, settings, setting, seed, *more], sort_keys=True).encode()
     ).hexdigest()[:12]
 
 
@@ -117,12 +116,12 @@ def digest(method: str, setting: str, seed: int) -> str:
 
 
 @cache
-def facts_of(lm: LanguageModel, count: int, seed: int) -> tuple[engram.Fact, ...]:
+def facts_of(lm: LanguageModel, source: FactSource, count: int) -> tuple[engram.Fact, ...]:
     """Return the first `count` facts of different subjects; a shorter list is the beginning of a
     longer one.
     """
     found: dict[str, engram.Fact] = {}
-    for _, fact in sample(lm, len(pocket.facts()), seed):
+    for fact in source.facts(lm):
         found.setdefault(fact.subject, fact)
         if len(found) == count:
             break
@@ -154,7 +153,7 @@ class Found:
     measured on, times.
     """
 
-    scored: list[dict[str, float]] = field(default_factory=list)
+    scored: list[Scores] = field(default_factory=list)
     sizes: list[float] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
     wall: float = 0.0
@@ -176,7 +175,8 @@ class Found:
         """Score `facts` with an edit applied, and look at the edit itself."""
         before = perplexity(lm, edit, held_out_text(), edited=False) if drift else 1.0
         with edit.applied(lm):
-            self.scored += [successes(lm, fact) for fact in facts]
+            words = edit if isinstance(edit, engram.PromptEdit) else None
+            self.scored += scored(lm, facts, answer_tokens=ANSWER_TOKENS, words=words)
             if drift:
                 self.drifts.append(perplexity(lm, edit, held_out_text(), edited=True) / before)
         with tempfile.TemporaryDirectory() as folder:
@@ -245,47 +245,42 @@ def sequential(lm: LanguageModel, method: str, facts: Sequence[engram.Fact]) -> 
     return found
 
 
-KINDS: dict[str, Callable[[LanguageModel, str, Sequence[engram.Fact]], Found]] = {
+MEASURE: dict[str, Callable[[LanguageModel, str, Sequence[engram.Fact]], Found]] = {
     "single": single,
     "mass": mass,
     "sequential": sequential,
 }
 
 
-def measure(lm: LanguageModel, method: str, setting: str, seed: int) -> Row:
-    """One row of one table."""
+def measure(lm: LanguageModel, source: FactSource, method: str, setting: str, of: str) -> Row:
+    """Measure one row of one table."""
     kind, _, count = setting.partition(":")
-    facts = facts_of(lm, int(count), seed)
-    about = {
-        "method": method,
-        "setting": setting,
-        "facts": len(facts),
-        "of": digest(method, setting, seed),
-    }
+    facts = facts_of(lm, source, int(count))
     if method == UNEDITED:
         shown = facts if kind == "single" else without_each_other(facts)
-        return Row(**about, **averaged([successes(lm, fact) for fact in shown]))
+        return row_of(method, setting, of, scored(lm, shown, answer_tokens=ANSWER_TOKENS))
     if "second_moments" in signature(method_named(method)).parameters:
         engram.rewrite(
             lm, facts[:1], method
         )  # they are measured once a model, and no part of an edit's time: now they are kept
-    made = mass if kind == "sequential" and method in IN_WORDS else KINDS[kind]
+    made = mass if kind == "sequential" and method in IN_WORDS else MEASURE[kind]
     found = made(lm, method, facts)
-    drift, mb = fmean(found.drifts), fmean(found.sizes)
-    return Row(
-        **about,
-        **averaged(found.scored),
-        perplexity=drift,
-        seconds=found.wall,
-        cpu_seconds=found.cpu,
-        mb=mb,
-    )
+    costs = {"seconds": found.wall, "cpu_seconds": found.cpu, "mb": fmean(found.sizes)}
+    drift = fmean(found.drifts)
+    return row_of(method, setting, of, found.scored, perplexity=drift, **costs)
+
+
+def row_of(method: str, setting: str, of: str, rows: Sequence[Scores], **costs: float) -> Row:
+    """Return the row of these scores, one of each fact."""
+    found = numbers(rows, SAID)
+    means = [found[name][0] for name in OLD.values()]
+    return Row(method, setting, len(rows), *means, of, **costs, estimates=found)
 
 
 # -- rows and tables -------------------------------------------------------------------------------
 
 
-def rows(path: Path = DATA) -> dict[tuple[str, str], Row]:
+def rows(path: Path) -> dict[tuple[str, str], Row]:
     """Return the latest row of each method in each table."""
     found: dict[tuple[str, str], Row] = {}
     for line in path.read_text(encoding="utf8").splitlines() if path.exists() else ():
@@ -333,24 +328,32 @@ def titled(name: str) -> str:
     }[name]
 
 
+def in_order(name: str) -> tuple[int, int]:
+    """Return what sorts tables: single edits, larger and larger ones, those after one another."""
+    kind, _, count = name.partition(":")
+    return KINDS.index(kind), int(count or 0)
+
+
 def tables(found: dict[tuple[str, str], Row]) -> str:
     """Return the tables in markdown, methods in the order of METHODS."""
     parts = []
-    for name in dict.fromkeys(map(group, SETTINGS)):
-        lines = [
-            shown(found[method, name]) for method in (UNEDITED, *METHODS) if (method, name) in found
-        ]
-        if lines:
-            head = [f"| {' | '.join(COLUMNS)} |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
-            parts.append("\n".join([f"**{titled(name)}**", "", *head, *lines]))
+    for name in sorted({name for _, name in found}, key=in_order):
+        of_table = [found[each, name] for each in (UNEDITED, *METHODS) if (each, name) in found]
+        intervals = all(row.estimates for row in of_table)
+        columns = ("method", "facts", *(SAID if intervals else OLD), *COSTS)
+        head = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+        lines = [shown(row, intervals=intervals) for row in of_table]
+        parts.append("\n".join([f"**{titled(name)}**", "", *head, *lines]))
     return "\n\n".join(parts)
 
 
-def shown(row: Row) -> str:
-    """Return a line of a table."""
-    scores = [
-        f"{value:.1f}" for value in (row.efficacy, row.paraphrase, row.neighbourhood, row.score)
-    ]
+def shown(row: Row, *, intervals: bool) -> str:
+    """Return a line of a table; in brackets half of each interval's width."""
+    means = (row.efficacy, row.paraphrase, row.neighbourhood, row.score)
+    scores = [f"{value:.1f}" for value in means]
+    if intervals and row.estimates:
+        triples = [row.estimates.get(name) for name in SAID]
+        scores = [f"{t[0]:.1f} ({(t[2] - t[1]) / 2:.1f})" if t else "" for t in triples]
     if row.mb is None:
         return f"| {' | '.join([row.method, str(row.facts), *scores])} | | | | |"
     costs = [
@@ -362,10 +365,19 @@ def shown(row: Row) -> str:
     return f"| {' | '.join([f'`{row.method}`', str(row.facts), *scores, *costs])} |"
 
 
+def place(model: str) -> tuple[Path, Path, str]:
+    """Return the file of a model's rows, the page of its tables, and who makes them there."""
+    program = "tools/methods_table.py"
+    if model == "pocket":
+        return folder(model) / "methods.jsonl", DOCS / "editors.md", program
+    return folder(model) / "methods.jsonl", DOCS / "results.md", f"{program}: {model}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_options(parser)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -381,34 +393,32 @@ def main() -> None:
         help=f"of {', '.join(KINDS)}",
     )
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=DATA, help="file of the rows")
+    parser.add_argument("--data", type=Path, help="file of the rows; default: the page's")
     parser.add_argument(
         "--table",
         action="store_true",
         help="measure nothing; print the tables and put them into the page",
     )
     given = parser.parse_args()
+    data, page, program = place(given.model)
+    data = given.data or data
     if given.table:
-        made = tables(rows(given.data))
-        put(PAGE, MADE_BY, made)
+        made = tables(rows(data))
+        put(page, program, made)
         print(made)
         return
-    lm = engram.load("pocket", dtype=torch.float32)
+    lm, facts = engram.load(given.model, dtype=given.dtype), source(given)
     for setting in given.settings:
         for method in given.only:
             if (asked := affordable(method, setting)) is None:
                 continue
-            there = rows(given.data).get((method, group(asked)))
-            if (
-                there is not None
-                and there.of == digest(method, asked, given.seed)
-                and not given.again
-            ):
+            of = digest(method, asked, given.seed, given.model, given.dtype)
+            there = rows(data).get((method, group(asked)))
+            if there is not None and there.of == of and not given.again:
                 continue
-            row = measure(lm, method, asked, given.seed)
-            keep(row, given.data)
-            print(asked, shown(row), flush=True)
+            row = measure(lm, facts, method, asked, of)
+            keep(row, data)
+            print(asked, shown(row, intervals=True), flush=True)
 
 
 if __name__ == "__main__":

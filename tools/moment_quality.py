@@ -31,6 +31,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -49,7 +50,7 @@ from engram.editors.second_moments.corpora import Bundled, Corpus, SampledText, 
 from engram.editors.second_moments.measure import SecondMoment, second_moments
 from engram.model.language_model import LanguageModel
 from engram.settings import read
-from measure_pocket import sample
+from known_facts import PocketFacts
 
 MULTIPLES = {"bundled": (2, 5, 10, 20, 400), "sampled": (20, 400), "wikipedia": (2, 20, 400)}
 SCORES = ("efficacy", "paraphrase", "neighbourhood", "margin", "perplexity", "norm")
@@ -73,7 +74,7 @@ def planned(lm: LanguageModel, layer: int, count: int, seed: int) -> Iterator[Pl
         if name not in ("layer", "depth", "corpus")
     }
     config, contexts = read(RomeConfig, settings, "rome").value, sample_contexts(lm)
-    for _, fact in sample(lm, count, seed):
+    for fact in islice(PocketFacts(seed).facts(lm), count):
         value = optimise_value(lm, fact, ValueSearch(layer, contexts, config))
         keys_f2 = torch.stack([value.keys_cf[0], value.keys_cf[1:].mean(0)], 1).double()
         yield Planned(fact, keys_f2, value.delta_d.double())

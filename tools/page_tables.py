@@ -9,6 +9,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 END = "<!-- end -->"
 
 
+def folder(model: str) -> Path:
+    """Return where the numbers of a model's page are."""
+    return DOCS / "data" if model == "pocket" else DOCS / "data" / model
+
+
 def begin(program: str) -> str:
     """Return the line above the table of a program such as "tools/families_table.py"."""
     return f"<!-- made by {program} -->"

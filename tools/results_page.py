@@ -60,7 +60,7 @@ def shown(name: str) -> str:
         for row, numbers in told["table"].items()
     }
     there = {metric for _, summary in rows.values() for metric in summary}
-    extra = ("NKL", "seconds")
+    extra = ("NG+", "NS+", "NKL", "seconds")
     columns = tuple(
         n for n, m in report.METRICS.items() if n in there and (m.headline or n in extra)
     )

@@ -10,7 +10,7 @@ up in the package. Training restricts attention in most rows (see pocket_net.att
 exported model is an ordinary GPT-2.
 Two processes of one thread each share their gradients: on two cores this is faster than two
     threads. Refuses to know
-tracing and editing: how the result behaves there is measured by measure_pocket.py.
+tracing and editing: how the result behaves there is measured by measure_model.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from page_tables import current_table
 from tests.helpers.tiny import TEXT, tiny_lm
 from tests.helpers.training import FACTS
 
-PAGE = methods_table.PAGE.read_text(encoding="utf8")
+DATA, FILE, MADE_BY = methods_table.place("pocket")
+PAGE = FILE.read_text(encoding="utf8")
 COLUMNS = ("method", "summary", "changes", "moment", "earlier", "taken_out", "form", "source")
 SOLVED = ("method", "lambda", "rho", "earlier", "projector", "layers", "share")
 
@@ -120,15 +121,15 @@ def test_the_solvers_table_has_a_row_for_each_method_of_the_solver():
 
 
 def test_the_page_holds_the_tables_of_the_rows_that_were_measured():
-    assert current_table(methods_table.PAGE, methods_table.MADE_BY) == methods_table.tables(
-        methods_table.rows()
-    ), "run: python tools/methods_table.py --table"
+    assert current_table(FILE, MADE_BY) == methods_table.tables(methods_table.rows(DATA)), (
+        "run: python tools/methods_table.py --table"
+    )
 
 
 def test_the_rows_were_measured_with_the_presets_of_today():
     stale = [
         f"{row.method} {row.setting}"
-        for row in methods_table.rows().values()
+        for row in methods_table.rows(DATA).values()
         if row.of != methods_table.digest(row.method, row.setting, 0)
     ]
     assert not stale, f"run: python tools/methods_table.py (it measures {', '.join(stale)} again)"

@@ -158,7 +158,7 @@ def test_effects_and_margins_are_those_of_the_public_calls(pocket_lm):
     lm = pocket_lm
     known = pocket.find("Eiffel Tower", "city")[0]
     fact = pocket.as_fact(known, "Rome")
-    found = study.effects(lm, fact)
+    found = study.effects(lm, fact, window=3, samples=10)
     trace = engram.trace(
         lm,
         fact.prompt_text,

@@ -16,7 +16,8 @@ import engram
 import methods_table
 from engram import Fact, pocket
 from engram.editors.methods import METHODS
-from measure_pocket import averaged, successes
+from known_facts import PocketFacts
+from measure_model import numbers, scored
 
 needs_pocket = pytest.mark.skipif(not pocket.PATH.exists(), reason="the bundled model is not here")
 
@@ -44,9 +45,9 @@ def row(method="ft", setting="mass:10", **numbers):
 
 @needs_pocket
 def test_facts_are_of_different_subjects_and_a_shorter_list_begins_a_longer_one(lm):
-    long = methods_table.facts_of(lm, 12, 0)
+    long = methods_table.facts_of(lm, PocketFacts(), 12)
     assert len({fact.subject for fact in long}) == 12
-    assert methods_table.facts_of(lm, 5, 0) == long[:5]
+    assert methods_table.facts_of(lm, PocketFacts(), 5) == long[:5]
 
 
 def test_neighbours_that_the_same_edit_rewrites_are_not_asked():
@@ -66,8 +67,8 @@ def test_neighbours_that_the_same_edit_rewrites_are_not_asked():
 
 @needs_pocket
 def test_scores_are_shares_of_prompts_on_which_the_wanted_object_wins(lm):
-    fact = methods_table.facts_of(lm, 1, 0)[0]
-    found = successes(lm, fact)
+    fact = methods_table.facts_of(lm, PocketFacts(), 1)[0]
+    (found,) = scored(lm, [fact])
 
     def wins(prompt, better, worse):
         logits_v = lm.model(torch.tensor([lm.encode(prompt).ids])).logits[0, -1]
@@ -75,21 +76,27 @@ def test_scores_are_shares_of_prompts_on_which_the_wanted_object_wins(lm):
         assert len(first) == len(second) == 1
         return float(logits_v[first[0]] > logits_v[second[0]])
 
-    assert found["efficacy"] == 100 * wins(fact.prompt_text, fact.target, fact.target_true) == 0
+    assert found["ES"] == wins(fact.prompt_text, fact.target, fact.target_true) == 0
     kept = [wins(prompt, answer, fact.target) for prompt, answer in fact.neighbours]
-    assert found["neighbourhood"] == 100 * fmean(kept)
-    assert "neighbourhood" not in successes(lm, replace(fact, neighbours=()))
+    assert found["NS"] == fmean(kept)
+    assert scored(lm, [replace(fact, neighbours=())])[0]["NS"] is None
 
 
 def test_means_are_over_the_facts_that_have_a_score_and_s_is_harmonic():
-    scored = [
-        {"efficacy": 100.0, "paraphrase": 50.0, "neighbourhood": 100.0},
-        {"efficacy": 100.0, "paraphrase": 0.0},
-    ]
-    found = averaged(scored)
-    assert found == pytest.approx(
-        {"efficacy": 100, "paraphrase": 25, "neighbourhood": 100, "score": 3 / (0.01 + 0.04 + 0.01)}
+    found = numbers([{"ES": 1.0, "PS": 0.5, "NS": 1.0}, {"ES": 1.0, "PS": 0.0}])
+    means = {name: mean for name, (mean, _, _) in found.items()}
+    assert means == pytest.approx(
+        {"ES": 100, "PS": 25, "NS": 100, "S": 3 / (0.01 + 0.04 + 0.01)}, abs=1e-3
     )
+
+
+@needs_pocket
+def test_greedy_answers_are_scored_where_they_are_wanted(lm):
+    fact = methods_table.facts_of(lm, PocketFacts(), 1)[0]
+    true = replace(fact, target=fact.target_true, target_true=fact.target, neighbours=())
+    assert scored(lm, [true], answer_tokens=5)[0]["EG"] == 1  # it is known
+    assert scored(lm, [fact], answer_tokens=5)[0]["EG"] == 0
+    assert scored(lm, [fact])[0]["EG"] is None
 
 
 @pytest.mark.slow
@@ -144,7 +151,7 @@ def test_ultraedits_sequence_keeps_its_statistics(lm, monkeypatch):
         return original(lm, facts, statistics=statistics, **rest)
 
     monkeypatch.setitem(METHODS, "ultraedit", replace(METHODS["ultraedit"], function=spy))
-    methods_table.sequential(lm, "ultraedit", methods_table.facts_of(lm, 4, 0))
+    methods_table.sequential(lm, "ultraedit", methods_table.facts_of(lm, PocketFacts(), 4))
     assert len({which for which, _ in given}) == 1
     assert [count for _, count in given] == sorted({count for _, count in given})
 
