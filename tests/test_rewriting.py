@@ -52,7 +52,7 @@ def chosen(monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "name", "count", "layers"),
-    [("rome", "layer", 1, 2), ("memit", "layers", 2, [2, 3]), ("emmet", "layers", 1, [2])],
+    [("rome", "layer", 1, 2), ("memit", "layers", 1, [2]), ("emmet", "layers", 1, [2])],
 )
 def test_auto_asks_for_a_card_of_this_method_with_these_settings(
     method, name, count, layers, chosen

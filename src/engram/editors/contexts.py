@@ -1,7 +1,7 @@
-"""Context templates: short texts that a model samples, put before a prompt so that an edit holds
-wherever the prompt occurs.
+"""Context templates: short texts put before a prompt, so that an edit holds wherever the prompt
+occurs. Sentences that the package brings, or texts that the model samples.
 
-They are sampled once for a model and its settings, and read from the cache afterwards: every edit
+Texts are sampled once for a model and its settings, and read from the cache afterwards: every edit
 of a model takes the same ones.
 
 Knows templates, sampling and their files. Refuses to know what is optimised in them. Source: Meng
@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+import re
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from engram.checks import Seed, checked_call
+from engram.editors.second_moments.corpora import wikipedia_documents
 from engram.errors import EngramFileError
 from engram.files.atomic import atomic_file
 from engram.files.cache_folder import cache_folder, written_if_possible
@@ -32,6 +36,46 @@ log = logging.getLogger(__name__)
 # ROME's (tokens, number of texts); tokens count the start token too, so that 5 gives 4 new ones
 RELEASED = ((5, 10), (10, 10))
 STARTED = ("The", "Therefore", "Because", "I", "You")  # MEMIT's, each continued to 10 tokens
+SENTENCES = 10  # of ROME, where they stand in for its 20 samples
+_LENGTHS = range(25, 71)  # characters of such a sentence
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)]{2}\.) (?=[A-Z])")  # not after "St." or an initial
+_PLAIN = re.compile(r'[A-Z][^"{}]*\.')
+
+Source = Literal["wikipedia", "sampled"]
+
+
+def contexts_of(
+    lm: LanguageModel,
+    given: Sequence[str] | Source | None,
+    *,
+    seed: int = 0,
+    started: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Return templates with one `{}` each, the bare "{}" first.
+
+    Args:
+        given: the templates; "sampled" or None: `sample_contexts`; "wikipedia": `text_contexts`, as
+            many as are sampled of `started`, otherwise `SENTENCES`.
+        started: see `sample_contexts`.
+    """
+    if given == "wikipedia":
+        return text_contexts(len(started) or SENTENCES, seed)
+    if given is None or given == "sampled":
+        return sample_contexts(lm, seed=seed, started=started)
+    return tuple(given)
+
+
+def text_contexts(count: int, seed: int = 0) -> tuple[str, ...]:
+    """Return templates: the bare "{}", then it after short sentences of the corpus "wikipedia".
+
+    No model runs. A model whose texts begin without a start token samples little that is text: a
+    fragment of it before each prompt is no context in which anybody asks.
+    """
+    sentences = (
+        text for document in wikipedia_documents() for text in _SENTENCE_END.split(document)
+    )
+    short = [text for text in sentences if len(text) in _LENGTHS and _PLAIN.fullmatch(text)]
+    return "{}", *(f"{text} {{}}" for text in random.Random(seed).sample(short, count))
 
 
 def sample_contexts(

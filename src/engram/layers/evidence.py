@@ -25,7 +25,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from annotated_types import Ge, Len
 
 from engram.checks import Count, Natural, Seed, check_fields
-from engram.editors.contexts import sample_contexts
 from engram.editors.methods import method_named
 from engram.editors.second_moments.corpora import Corpus
 from engram.editors.second_moments.measure import TOKENS_PER_KEY, second_moments
@@ -132,13 +131,10 @@ class EditRecipe:
     def shared(
         self, lm: LanguageModel, layers: Sequence[int], progress: Progress
     ) -> dict[str, Any]:
-        """Return the settings of all edits, with what they share computed once: contexts, and
-        second moments of all layers in one pass.
+        """Return the settings of all edits, with the second moments of all layers, which one pass
+        computes.
         """
         settings = {**self.settings, "seed": self.seed}
-        if "contexts" in self._takes and settings.get("contexts") is None:
-            # sampled once: each edit would sample the same ones again from the same seed
-            settings["contexts"] = sample_contexts(lm, seed=self.seed)
         if "second_moments" in self._takes:
             settings["second_moments"] = second_moments(
                 lm, layers, self.corpus, self.tokens, seed=self.seed, progress=progress

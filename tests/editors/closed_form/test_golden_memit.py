@@ -96,6 +96,7 @@ def test_the_edit_as_a_whole(reference):
         preservation=100.0,
         steps=20,
         clamp=0.75,
+        keys="halves",
         reference=reference,
         store=False,
     )

@@ -99,6 +99,7 @@ def slow_edit(
         left = len(layers) - number
         share = {"even": 1 / left, "root": 1 / left**0.5, "all": 1.0}[config.share]
         c_ff, eye = moments(lm)[layer].matrix_ff, torch.eye(len(keys_fn), dtype=torch.float64)
+        ridge = config.ridge or config.relative_ridge * c_ff.diagonal().sum()
         kept_ff = keys_fn @ keys_fn.T
         if past:
             kept_ff = kept_ff + past[layer] @ past[layer].T
@@ -107,10 +108,10 @@ def slow_edit(
             rank = int((sizes_f.cumsum(0) <= (1 - config.null_energy) * sizes_f.sum()).sum())
             projector_ff = directions_ff[:, :rank] @ directions_ff[:, :rank].T
             solved_fn = torch.linalg.solve(
-                projector_ff @ kept_ff + config.ridge * eye, projector_ff @ keys_fn
+                projector_ff @ kept_ff + ridge * eye, projector_ff @ keys_fn
             )
         else:
-            held_ff = config.weight(len(keys_fn)) * c_ff + config.ridge * eye
+            held_ff = config.weight(len(keys_fn)) * c_ff + ridge * eye
             solved_fn = torch.linalg.solve(held_ff + kept_ff, keys_fn)
         changes.append(share * (targets_dn - states_dn) @ solved_fn.T)
         module = copy.parts.mlp_out(layer)
@@ -132,7 +133,7 @@ def test_a_row_of_the_table_is_the_slow_loop(family, method):
     and shared out.
     """
     lm = tiny_lm(family, torch.float64)
-    edit = rewrite(lm, method=method)
+    edit = rewrite(lm, method=method, keys="halves")
     config = read(MassConfig, knobs(edit), method)
     assert list(edit.deltas) == [weight(lm, layer) for layer in (0, 1, 2)]
     for delta, wanted_df in zip(
@@ -170,8 +171,9 @@ ROWS: dict[str, dict[str, Any]] = {  # what each method is, written out
         "preservation": 0.0,
         "share": "even",
         "site": "block",
-        "ridge": 10.0,
-        "null_energy": 0.98,
+        "ridge": 0.0,
+        "relative_ridge": 0.01,
+        "null_energy": 0.9,
         "stop": "loss",
     },
     "pmet": {
@@ -190,7 +192,7 @@ def test_what_makes_a_method(method):
     settings = rewrite(tiny_lm(), method=method, steps=1).settings
     assert {name: settings[name] for name in ROWS[method]} == ROWS[method]
     assert (
-        settings["keys"] == "halves" and not settings["norm_anchor"] and not settings["reference"]
+        settings["keys"] == "both" and not settings["norm_anchor"] and not settings["reference"]
     )
 
 
@@ -202,7 +204,7 @@ def test_shares_and_ridges_and_relative_preservation(share):
     wanted = slow_edit(lm, FACTS, [1, 2], config)
     assert config.weight(48) == 24
     for delta, wanted_df in zip(
-        rewrite(lm, layers=[2, 1], **given).deltas.values(), wanted, strict=True
+        rewrite(lm, layers=[2, 1], keys="halves", **given).deltas.values(), wanted, strict=True
     ):
         assert relative(delta.dense(), wanted_df) < 1e-8
 
@@ -210,7 +212,7 @@ def test_shares_and_ridges_and_relative_preservation(share):
 def test_reference_is_the_default_up_to_rounding():
     lm = tiny_lm("gpt2", torch.float64)
     for mine, published_one in zip(
-        rewrite(lm).deltas.values(), rewrite(lm, reference=True).deltas.values(), strict=True
+        rewrite(lm, keys="halves").deltas.values(), rewrite(lm, reference=True).deltas.values(), strict=True
     ):
         assert relative(mine.dense(), published_one.dense()) < 1e-9
 
@@ -299,12 +301,12 @@ def test_which_keys_are_sent_to_the_value(keys):
 
 def test_slack_leaves_the_share_that_leverage_says():
     lm = tiny_lm("gpt2", torch.float64)
-    edit = rewrite(lm, FACT, layers=[1], preservation=200.0)
+    edit = rewrite(lm, FACT, layers=[1], preservation=200.0, keys="halves")
     key_f = edit.keys[weight(lm, 1)][0]
     leverage = float(key_f @ torch.linalg.solve(moments(lm)[1].matrix_ff, key_f))
     (value,) = dict(
         optimise_values(
-            lm, [FACT], ValueSearch(1, CONTEXTS, ValueConfig(steps=3, clamp=0.75), site="block")
+            lm, [FACT], ValueSearch(1, CONTEXTS, ValueConfig(steps=3, clamp=2.0), site="block")
         )
     ).values()
     (delta,) = edit.deltas.values()
@@ -350,7 +352,7 @@ def test_what_is_left_without_a_fact_is_the_solution_in_which_its_key_stays():
     shall not move.
     """
     lm = tiny_lm("gpt2", torch.float64)
-    edit = rewrite(lm, layers=[1], preservation=50.0)
+    edit = rewrite(lm, layers=[1], preservation=50.0, keys="halves")
     keys_fn = edit.keys[weight(lm, 1)].T
     (delta,) = edit.deltas.values()
     held_ff = 50 * moments(lm)[1].matrix_ff + keys_fn[:, 1:2] @ keys_fn[:, 1:2].T
@@ -441,8 +443,8 @@ def test_methods_that_remember_solve_with_the_keys_of_earlier_edits(method):
     move.
     """
     lm = tiny_lm("gpt2", torch.float64)
-    first = rewrite(lm, method=method)
-    second = rewrite(lm, OTHERS, method=method, past=[first])
+    first = rewrite(lm, method=method, keys="halves")
+    second = rewrite(lm, OTHERS, method=method, past=[first], keys="halves")
     config = read(MassConfig, knobs(second), method)
     past = {layer: first.keys[weight(lm, layer)].T for layer in (0, 1, 2)}
     with first.applied(lm):
@@ -569,8 +571,8 @@ def test_an_anchor_that_is_not_there_is_a_mistake():
 
 
 def test_a_model_without_a_preset_is_edited_between_two_shares_of_its_depth():
-    assert rewrite(tiny_lm(), layers=None).settings["layers"] == [0, 1]
-    assert rewrite(tiny_lm(), layers=None, method="emmet").settings["layers"] == [0]
+    assert rewrite(tiny_lm(), layers=None, depth=[0.25, 0.6]).settings["layers"] == [1, 2]
+    assert rewrite(tiny_lm(), layers=None).settings["layers"] == [0]
     assert rewrite(tiny_lm(), layers=None, depth=[0.5, 0.8]).settings["layers"] == [2, 3]
 
 
@@ -699,6 +701,7 @@ def test_what_a_caller_says_outranks_the_presets_other_way_of_saying_it(
 ):
     settings = settings_of(method, model, given)
     preset_layers(settings, tiny_lm().n_layers, "layers")
+    settings.pop("contexts", None)
     config = read(MassConfig, settings, method)
     assert {name: getattr(config, name) for name in wanted} == wanted
 

@@ -52,7 +52,7 @@ from engram.editors.closed_form.solver import Preservation, solve, solve_as_publ
 from engram.editors.closed_form.subject_keys import SubjectStates
 from engram.editors.closed_form.value_search import find_values
 from engram.editors.closed_form.values import Value, ValueSearch
-from engram.editors.contexts import STARTED, sample_contexts
+from engram.editors.contexts import STARTED, Source, contexts_of
 from engram.editors.execution import Execution
 from engram.editors.presets import preset_layers
 from engram.editors.second_moments.corpora import Corpus
@@ -195,12 +195,9 @@ def _prepare(
             lm.name,
         )
     moments = source.moments(lm, layers, how.progress)
-    if contexts is None:
-        contexts = sample_contexts(lm, seed=how.seed, started=STARTED)
+    contexts = contexts_of(lm, contexts, seed=how.seed, started=STARTED)
     base = describe_base(lm, names.values())
-    return _Setup(
-        method, config, names, tuple(contexts), moments, old_keys, anchor, len(past), base, how
-    )
+    return _Setup(method, config, names, contexts, moments, old_keys, anchor, len(past), base, how)
 
 
 @checked_call
@@ -210,7 +207,7 @@ def mass_edit(
     method: str,
     *,
     layers: Layers | None = None,
-    contexts: Sequence[str] | None = None,
+    contexts: Sequence[str] | Source | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: Count | None = None,
@@ -233,8 +230,9 @@ def mass_edit(
         method: a row of `MASS_METHODS`.
         layers: blocks to edit, from 0; default: the preset's. `engram.rewrite` chooses some for
             "auto".
-        contexts: templates with one `{}` each, the bare "{}" first; default: five that the model
-            samples with `seed`.
+        contexts: templates with one `{}` each, the bare "{}" first; or "wikipedia" (five sentences
+            that the package brings) or "sampled" (five from the model), drawn with `seed`; default:
+            the preset's.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and
             cached.
         past: earlier edits of the same base, in force while this one is computed; the methods of
@@ -424,6 +422,7 @@ def _solved(
         solved_mf = solve_exactly(keys_mf.T, moment)
     else:
         weight = config.weight(keys_mf.shape[1])
-        preservation = Preservation(moment, weight, config.ridge, past_fp, basis_fr)
+        ridge = config.ridge or config.relative_ridge * float(moment.matrix_ff.trace())
+        preservation = Preservation(moment, weight, ridge, past_fp, basis_fr)
         solved_mf = (solve_as_published if config.reference else solve)(keys_mf.T, preservation)
     return (solved_mf[:n] + solved_mf[n:] if both else solved_mf), rank

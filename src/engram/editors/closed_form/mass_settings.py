@@ -29,7 +29,8 @@ class MassConfig:
             average.
         slack: EMMET's epsilon, which multiplies the weight. 0: every key is met exactly, and C only
             breaks ties.
-        ridge: weight of ||Delta||^2, absolute (AlphaEdit's L2).
+        ridge: weight of ||Delta||^2, absolute (AlphaEdit's L2). `relative_ridge` in its place: times
+            the mean squared length of a key, C's trace, which means the same for every model.
         null_energy, null_threshold: confine the change to C's null space, see
             `SecondMoment.null_space`. The published threshold is 2e-2; an energy means the same for
             every model.
@@ -49,6 +50,7 @@ class MassConfig:
     relative_preservation: NonNegative = 1.0
     slack: NonNegative = 1.0
     ridge: NonNegative = 0.0
+    relative_ridge: NonNegative = 0.0
     null_energy: Annotated[float, Gt(0), Lt(1)] | None = None
     null_threshold: Positive | None = None
     share: Literal["even", "root", "all"] = "even"
@@ -65,18 +67,24 @@ class MassConfig:
                 f"null_energy={self.null_energy}, null_threshold={self.null_threshold}: give one "
                 "of them, either says what the null space is"
             )
-        if self.projects and not (self.ridge or self.weight(1)):
+        if self.ridge and self.relative_ridge:
+            raise SettingError(
+                f"ridge={self.ridge}, relative_ridge={self.relative_ridge}: give one of them, "
+                "either says how strongly a change is held"
+            )
+        held = self.ridge or self.relative_ridge
+        if self.projects and not (held or self.weight(1)):
             raise SettingError(
                 "ridge=0: nothing would hold a change in the null space; set ridge above 0 "
                 "(published: 10)"
             )
-        if self.exact and self.ridge:
+        if self.exact and held:
             raise SettingError(
-                f"ridge={self.ridge} without slack or preservation: every key is met exactly, "
+                f"ridge={held} without slack or preservation: every key is met exactly, "
                 "which leaves nothing to weigh the change against; set both above 0, or ridge=0"
             )
         if self.reference and (
-            self.ridge or self.projects or self.slack != 1 or self.keys == "both"
+            held or self.projects or self.slack != 1 or self.keys == "both"
         ):
             raise SettingError(
                 "reference=True is MEMIT as released: without ridge, null space, slack and "
@@ -128,6 +136,6 @@ def settings_of(method: str, model: str, given: Mapping[str, Any]) -> dict[str, 
     """
     usual = overridden(MASS_METHODS.get(method, {}), preset(method, model))
     if given.get("reference"):
-        for name in ("keys", "variant"):  # the preset's own choice gives way to the released one
+        for name in ("keys", "variant", "contexts"):  # the preset's own choice gives way to the released one
             usual.pop(name, None)
     return overridden(usual, given)

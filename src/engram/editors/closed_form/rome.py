@@ -34,7 +34,7 @@ from engram.editors.closed_form.values import (
     optimise_value,
     optimise_values,
 )
-from engram.editors.contexts import sample_contexts
+from engram.editors.contexts import Source, contexts_of
 from engram.editors.execution import Execution
 from engram.editors.presets import preset_layers
 from engram.editors.second_moments.corpora import Corpus
@@ -265,8 +265,8 @@ def _prepare(
         lm.target_ids(fact.prompt_text, fact.target)
     # Always: EasyEdit's presets put the identity in C's place, which is not the published method.
     moment = source.moments(lm, [layer], how.progress)[layer]
-    contexts = sample_contexts(lm, seed=how.seed) if contexts is None else contexts
-    search = ValueSearch(layer, tuple(contexts), config.value, engine=how.engine)
+    contexts = contexts_of(lm, contexts, seed=how.seed)
+    search = ValueSearch(layer, contexts, config.value, engine=how.engine)
     return _Setup(weight, config, search, moment, describe_base(lm, [weight]), how)
 
 
@@ -276,7 +276,7 @@ def rome(
     facts: Sequence[Fact],
     *,
     layer: int | None = None,
-    contexts: Sequence[str] | None = None,
+    contexts: Sequence[str] | Source | None = None,
     second_moments: Mapping[int, SecondMoment | Tensor] | None = None,
     corpus: Corpus | str | Path | Sequence[str] | None = None,
     tokens: Count | None = None,
@@ -294,8 +294,9 @@ def rome(
     Args:
         layer: block to edit, from 0; default: the preset of this model. `engram.rewrite` chooses
             one for "auto".
-        contexts: templates with one `{}` each, the bare "{}" first; default: sampled from the model
-            with `seed`.
+        contexts: templates with one `{}` each, the bare "{}" first; or "wikipedia" (sentences that
+            the package brings) or "sampled" (from the model), drawn with `seed`; default: the
+            preset's.
         second_moments: layer -> C [f, f]; default: measured on `corpus` over `tokens` tokens and
             cached.
         corpus: a name of `corpora.CORPORA`, a text file, texts, or a corpus; default: the preset's,

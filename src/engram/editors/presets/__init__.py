@@ -16,17 +16,22 @@ from engram.model.named_models import canonical_name
 
 def preset(method: str, model: str) -> dict[str, Any]:
     """Return the settings of `method` for a model: the file's defaults, overridden by the model's
-    own table where it has one.
+    own table, or by the table "other" where it has none.
 
     Args:
         model: any name that a model is loaded by; `canonical_name` of it is looked up.
     """
     tables = _tables(method)
-    return overridden(tables["default"], tables.get(canonical_name(model), {}))
+    own = tables.get(canonical_name(model), tables.get("other", {}))
+    return overridden(tables["default"], own)
 
 
 # Pairs of settings that say the same thing in two units; at most one of each pair is in force.
-_SAME_THING = (("null_threshold", "null_energy"), ("preservation", "relative_preservation"))
+_SAME_THING = (
+    ("null_threshold", "null_energy"),
+    ("preservation", "relative_preservation"),
+    ("ridge", "relative_ridge"),
+)
 
 
 def overridden(usual: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def preset_layers(
 
 def published(method: str) -> list[str]:
     """Return the models that have a table of their own."""
-    return sorted(set(_tables(method)) - {"default"})
+    return sorted(set(_tables(method)) - {"default", "other"})
 
 
 def _tables(method: str) -> dict[str, Any]:

@@ -195,10 +195,10 @@ class Wikipedia:
     """
 
     def digest(self) -> str:
-        return f"wikipedia {_sha256(_wikipedia())}"
+        return f"wikipedia {_sha256(chr(10).join(wikipedia_documents()).encode())}"
 
     def documents(self, lm: LanguageModel, start: int) -> Iterator[str]:
-        return iter(_wikipedia().decode().split("\n")[start:])
+        return iter(wikipedia_documents()[start:])
 
 
 # Corpora by name; each takes the seed of what is drawn for it.
@@ -233,8 +233,10 @@ def shuffled(count: int, seed: int) -> list[int]:
 
 
 @cache
-def _wikipedia() -> bytes:
-    return gzip.decompress((files(__package__) / "wikipedia.txt.gz").read_bytes())
+def wikipedia_documents() -> tuple[str, ...]:
+    """Return the documents of `Wikipedia`."""
+    packed = (files(__package__) / "wikipedia.txt.gz").read_bytes()
+    return tuple(gzip.decompress(packed).decode().split("\n"))
 
 
 @cache
