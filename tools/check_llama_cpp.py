@@ -23,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 
@@ -102,6 +101,8 @@ def make_edits(lm: engram.LanguageModel, folder: Path) -> dict[str, Edit]:
 
 def write_unpacked(base: Path, path: Path) -> None:
     """Write a GGUF file with the same numbers in float32."""
+    import gguf
+
     reader = gguf.GGUFReader(base)
     writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
     for key, field in reader.fields.items():
@@ -176,6 +177,25 @@ def compared(
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return the page's table: a row an edit, largest differences in nats."""
+    plain, packed = result["float32 base"], result["packed base"]
+    lines = [
+        "| edit | moves log-probabilities by | float32 base: difference | same texts "
+        "| base as it is: difference | same first token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in plain.items():
+        other, count = packed[name], row["prompts"]
+        effect = f"{row['effect_of_the_edit']:.1f}" if name != "no edit" else "—"
+        lines.append(
+            f"| {name} | {effect} "
+            f"| {row['largest_difference']:.6f} | {row['same_texts']} of {count} "
+            f"| {other['largest_difference']:.2f} | {other['same_first_token']} of {count} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--library", type=Path, required=True, help="folder of node-llama-cpp")
@@ -226,10 +246,7 @@ def main() -> None:
                 for i, name in enumerate(["no edit", *edits])
             }
     given.out.write_text(json.dumps(result, indent=1) + "\n")
-    for what in ("float32 base", "packed base"):
-        print(what)
-        for name, row in result[what].items():
-            print(f"  {name:<28}", *(f"{key}={value:.3g}" for key, value in row.items()))
+    print(table(result))
 
 
 if __name__ == "__main__":
