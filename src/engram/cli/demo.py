@@ -1,4 +1,4 @@
-"""`engram demo`: find one fact of the bundled model, rewrite it, check, save and undo the edit.
+"""`engram demo`: find one fact of a small model, rewrite it, check, save and undo the edit.
 
 It is a script in four steps that print what they do. Refuses to compute: each step is a public
 function, and docs/index.md shows the same calls in Python.
@@ -31,32 +31,35 @@ def _say(text: str) -> None:
 
 def demo(
     subject: Annotated[
-        str, typer.Option("--subject", "-s", help="Subject that the bundled model knows.")
+        str, typer.Option("--subject", "-s", help="Subject that the model knows.")
     ] = "Eiffel Tower",
     target: Annotated[str, typer.Option("--target", "-t", help="New object.")] = "Rome",
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the picture and the edit.")
     ] = Path("engram-demo"),
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="'pocket', or 'smollm2': a real model, minutes.")
+    ] = "pocket",
     explain: Explain = False,
     as_json: AsJson = False,
 ) -> None:
     """See it all in a minute: trace a fact of the bundled model, rewrite it, check, save, undo.
 
-    No network is needed.
+    No network is needed. The same on a real model: --model smollm2.
 
     Example: engram demo -s "Eiffel Tower" -t Rome
     """
-    from engram import pocket
     from engram.cli import terminal
+    from engram.cli.demo_facts import demo_fact
 
     began = time.monotonic()
     # Before torch is imported: a misspelt subject is reported at once.
-    fact = pocket.fact_about(subject, target)
+    fact = demo_fact(model, subject, target)
     picture, folder = out / "trace.png", out / "edit"
     # The edit's name first: its folder is made for both.
     names = outputs.edit_folder(folder), outputs.picture(picture)
     with outputs.tried(*names) as written, terminal.no_results(as_json):
-        lm = terminal.load("pocket")
+        lm = terminal.load(model)
         _introduce(lm, fact)
         written.write(names[1], partial(_locate, lm, fact))
         edit = _rewrite(lm, fact, explain)
@@ -83,11 +86,12 @@ def demo(
 
 def _introduce(lm: LanguageModel, fact: Fact) -> None:
     from engram import pocket
+    from engram.model.named_models import canonical_name
 
-    _say(
-        f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, "
-        f"trained on {len(pocket.facts())} facts in {len(pocket.relations())} relations"
-    )
+    about = f"{sum(weight.numel() for weight in lm.model.parameters()) / 1e6:.0f} million weights"
+    if canonical_name(lm.name) == "pocket":
+        about = f"trained on {len(pocket.facts())} facts in {len(pocket.relations())} relations"
+    _say(f"[bold]1. The model[/]  {lm.name}: {lm.n_layers} layers of {lm.d_model}, {about}")
     for text in (fact.prompt_text, *fact.paraphrases[:2]):
         token, probability = lm.next_tokens(text, 1)[0]
         _say(f"   {text} →[bold]{token}[/] ({probability:.2f})")
@@ -95,13 +99,14 @@ def _introduce(lm: LanguageModel, fact: Fact) -> None:
 
 def _locate(lm: LanguageModel, fact: Fact, picture: Path) -> None:
     import engram
-    from engram.cli import show
+    from engram.cli import show, terminal
 
     _say(
         "\n[bold]2. Where is it?[/]  "
         "Corrupt the subject, restore one state at a time, watch the answer come back"
     )
-    trace = engram.trace(lm, fact.prompt_text, subject=fact.subject)
+    with terminal.progress() as progress:
+        trace = engram.trace(lm, fact.prompt_text, subject=fact.subject, progress=progress)
     show.show_trace(trace)
     outputs.draw(trace.plot, picture)
 
