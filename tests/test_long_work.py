@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import pytest
+import torch
 
 import engram
 from engram import Fact
@@ -63,7 +64,18 @@ VERBS = {
         store=folder / "values.sqlite",
         progress=p,
     ),
+    "a value": lambda lm, folder, p: rome(lm, progress=p),
+    "values of edits one by one": lambda lm, folder, p: engram.rewrite(
+        lm, FACTS, "memit", layers=[0, 1], second_moments=EQUAL, contexts=["{}"], progress=p
+    ),
+    "receipt": lambda lm, folder, p: engram.verify(lm, rome(lm), progress=p),
 }
+EQUAL = {layer: torch.eye(48) for layer in (0, 1)}
+
+
+def rome(lm, **settings):
+    settings = {"layer": 1, "contexts": ["{}"], "second_moments": EQUAL, **settings}
+    return engram.rewrite(lm, FACTS[:1], "rome", **settings)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -104,3 +116,52 @@ def test_nothing_is_measured_for_callbacks_that_show_no_time(monkeypatch):
     lm = tiny_lm()
     monkeypatch.setattr(type(lm), "logits_at", lambda *_: 1 / 0)
     assert seconds_per_token(lm, lambda *_: None) == 1.0
+
+
+def test_the_steps_of_a_value_are_counted():
+    states = []
+
+    class Steps(Shown):
+        def announce(self, work):
+            super().announce(work)
+            did = work.did
+            work.did = lambda *given: (did(*given), states.append((work.state, work.share())))
+
+    shown = Steps()
+    rome(tiny_lm(), steps=4, progress=shown)
+    # the state is set after its step is counted, so it lags by one
+    assert [state for state, _ in states] == ["", *(f"step {n} of 4" for n in (1, 2, 3)), ""]
+    shares = [share for _, share in states]
+    assert shares == sorted(shares) and 0 < shares[0] < 1 and shares[-1] == 1
+    assert shown.works[0].state == ""
+
+
+def test_contexts_are_announced_where_they_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
+    works = []
+    for _ in range(2):
+        shown = Shown()
+        rome(tiny_lm(), contexts="sampled", progress=shown)
+        works.append([work.what for work in shown.works])
+    assert works == [["contexts", "value"], ["value"]]
+
+
+def test_the_layers_after_the_values_are_part_of_the_time_left(tmp_path):
+    left = []
+
+    class AtValues(Shown):
+        def __call__(self, what, done, total):
+            if what == "layer":
+                left.append((self.works[0].over, self.works[0].left() > 0, done))
+
+    engram.rewrite(
+        tiny_lm(),
+        FACTS,
+        "memit",
+        layers=[0, 1],
+        second_moments=EQUAL,
+        contexts=["{}"],
+        store=False,
+        progress=AtValues(),
+    )
+    assert left == [(False, True, 0), (False, True, 1), (True, False, 2)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 Progress = Callable[[str, int, int], None]  # (what is done, units done, units in all)
@@ -57,6 +58,9 @@ class Work:
         what: name of its reports, such as "second moments".
         about: what is measured, such as "second moments of 30 layers on 30,720 tokens".
         kept: where the results stay and whether a stopped run resumes; empty: nowhere.
+    Attributes:
+        state: what a unit that takes long is at, such as "step 7 of 20"; the owner of the work sets
+            it.
     Example:
         >>> from engram.progress import Work
         >>> seconds = iter([0.0, 4.0, 4.0])
@@ -76,7 +80,7 @@ class Work:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.what, self.about, self.kept = what, about or what, kept
+        self.what, self.about, self.kept, self.state = what, about or what, kept, ""
         self._clock = clock
         self._parts: dict[str, _Part] = {}
         self._marked = self.began = clock()
@@ -96,6 +100,10 @@ class Work:
     def amount(self, kind: str, units: float) -> None:
         """Say again how many units of a kind there are in all, now that more is known."""
         self._parts[kind].units = units
+
+    def skip(self, kind: str, units: float) -> None:
+        """Expect fewer units of a kind than was said, by as many."""
+        self._parts[kind].units -= units
 
     def did(self, kind: str, units: float = 1.0) -> None:
         """Count units that are done; they took the time since anything was counted before."""
@@ -157,6 +165,14 @@ def announce(progress: Progress, work: Work) -> None:
     """Hand work to a progress that shows more than counts; any other callback ignores it."""
     if (show := getattr(progress, "announce", None)) is not None:
         show(work)
+
+
+@contextmanager
+def stage(progress: Progress, what: str, about: str = "") -> Iterator[None]:
+    """Report what is done within the block, whose time and parts nobody knows beforehand."""
+    announce(progress, Work(what, about))
+    yield
+    progress(what, 1, 1)
 
 
 def shows_time(progress: Progress) -> bool:

@@ -47,9 +47,9 @@ def test_long_work_is_announced_before_it_begins(log, clock):
 
 
 def test_short_work_is_not(log, clock):
-    work = moments(clock, 4)
+    work = moments(clock, 1.5)
     log.announce(work)
-    clock.now = 4
+    clock.now = 1.5
     work.did("tokens", 100)
     log("moments", 100, 100)
     log.tick()
@@ -59,6 +59,7 @@ def test_short_work_is_not(log, clock):
 def test_work_that_turns_out_to_take_long_is_announced_then(log, clock):
     work = moments(clock, 1)
     log.announce(work)
+    assert log.lines() == []
     clock.now = 2
     work.did("tokens", 2)
     log("moments", 2, 100)

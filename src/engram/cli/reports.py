@@ -17,7 +17,7 @@ from rich.text import Text
 
 from engram.progress import Work
 
-LONG = 5.0  # seconds; shorter work is not announced
+LONG = 2.0  # seconds; shorter work is not announced
 EVERY = 10.0  # seconds between two lines of a log
 
 
@@ -119,7 +119,7 @@ class Reports:
             return
         shown.said = True
         length = f"about {duration(work.left())}" if work.known else "the time is not known yet"
-        self._say(f"{work.about}: {length}" + (f"; {work.kept}" if work.kept else ""))
+        self._say("; ".join(filter(None, (f"{work.about}: {length}", work.kept))))
 
     def _in_all(self, running: list[_Shown]) -> str:
         left = sum(shown.work.left() for shown in running)
@@ -159,7 +159,8 @@ class _Shown:
 
     @property
     def counts(self) -> str:
-        return f"{self.done:,} of {self.total:,}" if self.total else ""
+        counts = f"{self.done:,} of {self.total:,}" if self.total > 1 else ""
+        return ", ".join(filter(None, (counts, self.work.state)))
 
     @property
     def time_left(self) -> str:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engram.cli.reports import Reports
+from engram.progress import stage
 
 if TYPE_CHECKING:
     from engram.model.language_model import LanguageModel
@@ -136,9 +137,20 @@ def _note_dequantising(name: str) -> None:
         note(f"{path.name} is dequantised into the cache, which is needed once")
 
 
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Say what is waited for within the block: beside a spinner, or in a log if it takes long."""
+    if messages.is_terminal:
+        with messages.status(Text(what)):
+            yield
+    else:
+        with progress() as reports, stage(reports, what):
+            yield
+
+
 def load(name: str, dtype: str | None = None, device_map: str | None = None) -> LanguageModel:
     """Call `engram.load`, without the progress bars of other libraries."""
-    with messages.status(Text(f"loading {name}")):
+    with _waiting(f"loading {name}"):
         from transformers.utils import logging as transformers_logging
 
         import engram

@@ -29,6 +29,7 @@ from engram.model.chat import Style, chat_frame
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
 from engram.modules.fingerprints import fingerprints, quick_fingerprint
+from engram.progress import Progress, no_progress, stage
 from engram.runs.identity import identity_of
 
 log = logging.getLogger(__name__)
@@ -50,18 +51,19 @@ def contexts_of(
     *,
     seed: int = 0,
     started: Sequence[str] = (),
+    progress: Progress = no_progress,
 ) -> tuple[str, ...]:
     """Return templates with one `{}` each, the bare "{}" first.
 
     Args:
         given: the templates; "sampled" or None: `sample_contexts`; "wikipedia": `text_contexts`, as
             many as are sampled of `started`, otherwise `SENTENCES`.
-        started: see `sample_contexts`.
+        started, progress: see `sample_contexts`.
     """
     if given == "wikipedia":
         return text_contexts(len(started) or SENTENCES, seed)
     if given is None or given == "sampled":
-        return sample_contexts(lm, seed=seed, started=started)
+        return sample_contexts(lm, seed=seed, started=started, progress=progress)
     return tuple(given)
 
 
@@ -79,7 +81,11 @@ def text_contexts(count: int, seed: int = 0) -> tuple[str, ...]:
 
 
 def sample_contexts(
-    lm: LanguageModel, *, seed: int = 0, started: Sequence[str] = ()
+    lm: LanguageModel,
+    *,
+    seed: int = 0,
+    started: Sequence[str] = (),
+    progress: Progress = no_progress,
 ) -> tuple[str, ...]:
     """Return templates with one `{}` each: the bare "{}", then texts that `lm` samples (top-k 5),
     each ended by ". "; read from the cache where the same model sampled them before.
@@ -89,6 +95,7 @@ def sample_contexts(
     Args:
         started: words that a text each begins with, 10 tokens in all (MEMIT); default: ROME's
             texts, see `RELEASED`.
+        progress: called with (what is done, done, total).
     """
     about = json.dumps([seed, list(started), RELEASED])
     prints = fingerprints(lm.model, of=quick_fingerprint)
@@ -102,7 +109,8 @@ def sample_contexts(
         pass
     except (EngramFileError, OSError) as error:
         log.warning("%s; sampling contexts again", error)
-    contexts = _sampled(lm, seed, started)
+    with stage(progress, "contexts", "sampling contexts"):
+        contexts = _sampled(lm, seed, started)
     with written_if_possible(path.parent), atomic_file(path) as temporary:
         temporary.write_text(json.dumps(contexts), encoding="utf-8")
     return contexts

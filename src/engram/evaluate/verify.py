@@ -28,8 +28,9 @@ from engram.facts import Fact
 from engram.knowledge.cloze_rows import check_not_nan
 from engram.model.frames import BARE, Frame, name_of
 from engram.model.language_model import LanguageModel
+from engram.model.pace import seconds_per_token
 from engram.modules.weights import as_linear, quantisation
-from engram.progress import Progress, no_progress
+from engram.progress import Progress, Work, announce, no_progress
 
 _CONTINUED = 3  # prompts that are continued before and after
 _CANDIDATES = 8  # next tokens among which the model's own answer is looked for
@@ -87,20 +88,31 @@ def verify(
     openings = list(dict.fromkeys(text for fact in facts for text in _openings(fact)))[:_CONTINUED]
     text = held_out_text() if text is None else text
 
+    work = _work(lm, probes, len(openings), continuation_tokens, progress)
+    total = 2 * (len(openings) + 2)
+
+    def did(kind: str) -> None:
+        work.did(kind)
+        progress(work.what, round(work.done("answers") + work.done("texts")), total)
+
     def measure(what: str, edited: bool) -> _Measured:
-        progress(what, 0, 2)
+        work.state = what
+        progress(work.what, round(work.done("answers") + work.done("texts")), total)
         # the rows of an edit of words differ from those before it: its text precedes every prompt
         scores, _ = AnswerScores.read(lm, ProbeRows(lm, probes))
-        progress(what, 1, 2)
-        continuations = [_continuation(lm, prompt, continuation_tokens) for prompt in openings]
+        did("answers")
+        continuations = []
+        for prompt in openings:
+            continuations.append(_continuation(lm, prompt, continuation_tokens))
+            did("texts")
         of_text = perplexity(lm, edit, text, edited=edited)
+        did("texts")
         return _Measured(scores, continuations, inf if isnan(of_text) else of_text)
 
     before = measure("before the edit", False)
     check_not_nan(before.scores.log_p)
     with edit.applied(lm):
         after = measure("after the edit", True)
-    progress("after the edit", 2, 2)
     packings = (quantisation(linear_module_of(lm, name)) for name in edit.deltas)
     return Receipt(
         answers=tuple(_answers(probes, before.scores, after.scores)),
@@ -116,6 +128,25 @@ def verify(
         quantised=next((packing for packing in packings if packing), None),
         frame=name_of(lm.frame) if lm.kind == "causal" and lm.frame != BARE else None,
     )
+
+
+def _work(
+    lm: LanguageModel,
+    probes: Sequence[Sequence[Probe]],
+    texts: int,
+    tokens: int,
+    progress: Progress,
+) -> Work:
+    """Return the work of a receipt, announced: the answers and texts of both phases."""
+    edits = f"{len(probes):,} facts" if len(probes) > 1 else "a fact"
+    work = Work("receipt", f"taking the receipt of {edits}")
+    pace = seconds_per_token(lm, progress)
+    asked = sum(len(probe.prompt) / 4 + 2 for of_fact in probes for probe in of_fact)
+    work.expect("answers", 2, 2 * asked * pace)
+    # word by word, each of which reads all weights, as twenty words do that are read together
+    work.expect("texts", 2 * (texts + 1), 20 * tokens * pace)
+    announce(progress, work)
+    return work
 
 
 @dataclass(frozen=True)

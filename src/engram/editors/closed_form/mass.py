@@ -50,7 +50,7 @@ from engram.editors.closed_form.mass_settings import (
 from engram.editors.closed_form.shifted_rows import mlp_shift_reaches_block_output
 from engram.editors.closed_form.solver import Preservation, solve, solve_as_published, solve_exactly
 from engram.editors.closed_form.subject_keys import SubjectStates
-from engram.editors.closed_form.value_search import find_values
+from engram.editors.closed_form.value_search import ValueWork, find_values
 from engram.editors.closed_form.values import Value, ValueSearch
 from engram.editors.contexts import STARTED, Source, contexts_of
 from engram.editors.execution import Execution
@@ -195,7 +195,7 @@ def _prepare(
             lm.name,
         )
     moments = source.moments(lm, layers, how.progress)
-    contexts = contexts_of(lm, contexts, seed=how.seed, started=STARTED)
+    contexts = contexts_of(lm, contexts, seed=how.seed, started=STARTED, progress=how.progress)
     base = describe_base(lm, names.values())
     return _Setup(method, config, names, contexts, moments, old_keys, anchor, len(past), base, how)
 
@@ -265,9 +265,11 @@ def mass_edit(
             shared[0],
         )
     with in_force(past, lm):
-        values = find_values(lm, facts, setup.search, how, facts_per_batch, store)
+        values, work = find_values(
+            lm, facts, setup.search, how, facts_per_batch, store, len(setup.names)
+        )
         targets_nd = setup.targets(values)
-        changes = _spread(lm, facts, targets_nd, setup)
+        changes = _spread(lm, facts, targets_nd, setup, work)
     return setup.edit(facts, values, targets_nd, changes)
 
 
@@ -292,7 +294,9 @@ def mass_each(
     """
     how = Execution.pop(settings)
     setup = _prepare(lm, facts, method, settings, (), how)
-    values = find_values(lm, facts, setup.search, how, facts_per_batch, store)
+    values, work = find_values(
+        lm, facts, setup.search, how, facts_per_batch, store, len(setup.names)
+    )
     targets_nd = setup.targets(values)
     states = setup.states(lm, facts)
     overlays: dict[nn.Module, tuple[Tensor, Tensor] | Tensor] = {}
@@ -311,6 +315,7 @@ def mass_each(
             torch.stack([left for left, _ in factors]),
             torch.stack([right for _, right in factors]),
         )
+        work.solved()
     how.progress("layer", len(setup.names), len(setup.names))
     return [
         setup.edit([fact], [values[i]], targets_nd[i : i + 1], changes[i])
@@ -344,7 +349,7 @@ def _anchor(past: Sequence[Edit]) -> float | None:
 
 
 def _spread(
-    lm: LanguageModel, facts: Sequence[Fact], targets_nd: Tensor, setup: _Setup
+    lm: LanguageModel, facts: Sequence[Fact], targets_nd: Tensor, setup: _Setup, work: ValueWork
 ) -> dict[int, _LayerChange]:
     """Solve layer by layer, each on the model with the changes below it, and return the changes.
 
@@ -363,6 +368,7 @@ def _spread(
             if layer != max(setup.names):
                 part = WeightChanges({name: changes[layer].delta}, setup.base)
                 edited.enter_context(applied(part, lm))
+            work.solved()
     progress("layer", len(setup.names), len(setup.names))
     return changes
 

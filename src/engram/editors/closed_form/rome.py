@@ -27,10 +27,13 @@ from engram.edit.edit import Edit
 from engram.editors.closed_form.inputs import MomentSource, in_force, settings_given
 from engram.editors.closed_form.mass_settings import settings_of
 from engram.editors.closed_form.solver import solve_each
+from engram.editors.closed_form.value_search import ValueWork
 from engram.editors.closed_form.values import (
+    OnStep,
     Value,
     ValueConfig,
     ValueSearch,
+    no_report,
     optimise_value,
     optimise_values,
 )
@@ -120,6 +123,7 @@ def rank_one_update(
     search: ValueSearch,
     moment: SecondMoment,
     config: RomeConfig | None = None,
+    on_step: OnStep = no_report,
 ) -> RankOne:
     """Return the change of one MLP output matrix that sends the subject's key to a new value.
 
@@ -129,12 +133,13 @@ def rank_one_update(
         search: the block, the contexts, and how the value is optimised.
         moment: C, uncentred second moment of the matrix's inputs, [f, f].
         config: which key and residual are used; its own `value` settings give way to `search`.
+        on_step: called after each step of the value's optimisation.
     Returns:
         The factors; the model is not changed.
     Raises:
         NonFiniteError: the update is not finite.
     """
-    value = optimise_value(lm, fact, search)
+    value = optimise_value(lm, fact, search, on_step)
     (update,) = _solve_updates(lm, [fact], search.layer, moment, config or RomeConfig(), [value])
     return update
 
@@ -265,7 +270,7 @@ def _prepare(
         lm.target_ids(fact.prompt_text, fact.target)
     # Always: EasyEdit's presets put the identity in C's place, which is not the published method.
     moment = source.moments(lm, [layer], how.progress)[layer]
-    contexts = contexts_of(lm, contexts, seed=how.seed)
+    contexts = contexts_of(lm, contexts, seed=how.seed, progress=how.progress)
     search = ValueSearch(layer, contexts, config.value, engine=how.engine)
     return _Setup(weight, config, search, moment, describe_base(lm, [weight]), how)
 
@@ -315,15 +320,21 @@ def rome(
     # base, are the same for every edit of a sequence, and so are read from the cache.
     setup = _prepare(lm, facts, given, Execution(engine, None, seed, progress))
     updates: list[RankOne] = []
+    work = ValueWork(lm, facts, setup.search, progress, 1)
     with in_force(past, lm), ExitStack() as edited:
         for i, fact in enumerate(facts):
             progress("value", i, len(facts))
-            update = rank_one_update(lm, fact, setup.search, setup.moment, setup.config)
+            update = rank_one_update(
+                lm, fact, setup.search, setup.moment, setup.config, work.begin([i])
+            )
+            work.finish([i])
+            work.solved()
             updates.append(update)
             if i + 1 < len(facts):  # nothing reads the model after the last one
                 step = Delta(update.left_d[:, None], update.right_f[None])
                 changes = WeightChanges({setup.weight: step}, setup.base)
                 edited.enter_context(applied(changes, lm))
+        work.found()
         progress("value", len(facts), len(facts))
     return setup.edit(facts, updates)
 

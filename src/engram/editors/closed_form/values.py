@@ -14,7 +14,7 @@ et al. 2024, arXiv:2308.08742 (PMET's two states); constants and order of operat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -119,14 +119,27 @@ class ValueSearch:
     engine: Engine = "auto"
 
 
-def optimise_value(lm: LanguageModel, fact: Fact, search: ValueSearch) -> Value:
+OnStep = Callable[[int, int], None]  # (step, from 0; facts that were optimised in it)
+
+
+def no_report(step: int, active: int) -> None:
+    """Ignore a step: the default of every `on_step`."""
+
+
+def optimise_value(
+    lm: LanguageModel, fact: Fact, search: ValueSearch, on_step: OnStep = no_report
+) -> Value:
     """Return one fact's value, see `optimise_values`."""
-    ((_, value),) = optimise_values(lm, [fact], search)
+    ((_, value),) = optimise_values(lm, [fact], search, on_step=on_step)
     return value
 
 
 def optimise_values(
-    lm: LanguageModel, facts: Sequence[Fact], search: ValueSearch, facts_per_batch: int = 32
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    search: ValueSearch,
+    facts_per_batch: int = 32,
+    on_step: OnStep = no_report,
 ) -> Iterator[tuple[int, Value]]:
     """Find for each fact the change at its subject that makes `fact.target` likely in all contexts.
 
@@ -138,6 +151,7 @@ def optimise_values(
 
     Args:
         facts_per_batch: facts in one batch, (contexts + 1) rows each, which bounds memory.
+        on_step: called after each forward pass of a batch.
     Yields:
         (index of a fact, its value), one batch after another and shorter texts first; float32
         (float64 for a float64 model).
@@ -165,7 +179,7 @@ def optimise_values(
         with frozen(lm.model):
             begun = _Batch(lm, batch, search, shifted)
             with short_attention_in_eager(lm):
-                values = begun.descend()
+                values = begun.descend(on_step)
         yield from zip(numbers, values, strict=True)
 
 
@@ -356,7 +370,7 @@ class _Batch:
         self.size_ns = self.start_nsd.norm(dim=-1)
         self.original_nv: Tensor | None = None
 
-    def descend(self) -> list[Value]:
+    def descend(self, on_step: OnStep) -> list[Value]:
         """Optimise every fact's delta and return its value.
 
         One step, in the released code's order, which decides the last bits and where a fact ends:
@@ -386,6 +400,7 @@ class _Batch:
             terms = self._loss_terms(delta_nsd)
             self._note(terms, delta_nsd, losses, norms)
             self._check_finite(terms.total, step)
+            on_step(step, len(self.active))
             done = self._is_done(terms, step)  # by this pass's losses, before any update
             leaving = zip(self.active, delta_nsd.detach(), done, strict=True)
             deltas |= {n: delta_sd for n, delta_sd, leaves in leaving if leaves}
