@@ -79,6 +79,23 @@ def test_the_pass_stops_at_the_deepest_layer(tmp_path):
     second_moments(lm, [0, 1], DOCUMENTS, 50, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_logits_are_computed_whatever_the_size_of_the_vocabulary(tmp_path, family):
+    lm = tiny_lm(family)
+    head = lm.model.get_output_embeddings()
+    head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    second_moments(lm, [0, lm.n_layers - 1], tokens=200, cache_dir=tmp_path)
+
+
+def test_several_layers_share_each_pass(tmp_path):
+    lm, passes = tiny_lm("gpt2"), []
+    lm.parts.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    second_moments(lm, [2], DOCUMENTS, 50, cache_dir=tmp_path / "one")
+    of_one = len(passes)
+    second_moments(lm, [0, 1, 2], DOCUMENTS, 50, cache_dir=tmp_path / "three")
+    assert of_one > 0 and len(passes) == 2 * of_one
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 
