@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from engram.editors.second_moments import corpora
 from engram.editors.second_moments.corpora import (
     CORPORA,
     Bundled,
@@ -60,7 +59,7 @@ def test_documents_are_some_sentences_long_and_begin_anywhere():
     ],
 )
 def test_no_subject_of_counterfact_or_its_neighbours_is_mentioned(subject):
-    text = corpora._wikipedia().decode()
+    text = "\n".join(Wikipedia().documents(tiny_lm("gpt2"), 0))
     assert not re.search(rf"\b{subject}\b", text, re.IGNORECASE)
 
 
