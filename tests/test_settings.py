@@ -226,7 +226,11 @@ class _Placeholder:
         ("rewrite", {"facts": FACT, "ridge": -1}, "^ridge=-1.*: expected at least 0$"),
         ("rewrite", {"facts": FACT, "tokens": 0}, "^tokens=0: expected at least 1$"),
         ("rewrite", {"facts": FACT, "stop_loss": math.nan}, "^stop_loss=nan: expected a finite"),
-        ("rewrite", {"facts": FACT, "contexts": "{}"}, "^contexts='{}': expected a list or 'wikipedia'"),
+        (
+            "rewrite",
+            {"facts": FACT, "contexts": "{}"},
+            "^contexts='{}': expected a list or 'wikipedia'",
+        ),
         ("rewrite", {"facts": FACT, "contexts": nested(100_000)}, "^contexts is nested too deep"),
         ("rewrite", {"facts": FACT, "method": "lora", "rank": 100_000}, "^rank=100000: .* at most"),
         ("rewrite", {"facts": FACT, "method": "lora", "layers": []}, r"^layers=\[\]: expected at"),

@@ -191,9 +191,7 @@ ROWS: dict[str, dict[str, Any]] = {  # what each method is, written out
 def test_what_makes_a_method(method):
     settings = rewrite(tiny_lm(), method=method, steps=1).settings
     assert {name: settings[name] for name in ROWS[method]} == ROWS[method]
-    assert (
-        settings["keys"] == "both" and not settings["norm_anchor"] and not settings["reference"]
-    )
+    assert settings["keys"] == "both" and not settings["norm_anchor"] and not settings["reference"]
 
 
 @pytest.mark.parametrize("share", ["even", "root", "all"])
@@ -212,7 +210,9 @@ def test_shares_and_ridges_and_relative_preservation(share):
 def test_reference_is_the_default_up_to_rounding():
     lm = tiny_lm("gpt2", torch.float64)
     for mine, published_one in zip(
-        rewrite(lm, keys="halves").deltas.values(), rewrite(lm, reference=True).deltas.values(), strict=True
+        rewrite(lm, keys="halves").deltas.values(),
+        rewrite(lm, reference=True).deltas.values(),
+        strict=True,
     ):
         assert relative(mine.dense(), published_one.dense()) < 1e-9
 

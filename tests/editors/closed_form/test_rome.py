@@ -413,7 +413,9 @@ def test_every_preset_makes_a_config():
 def test_a_model_without_a_preset_is_edited_at_a_share_of_its_depth():
     assert "layer" not in preset("rome", "tiny-gpt2")
     lm = tiny_lm("gpt2")
-    edit = engram.rewrite(lm, FACT, depth=0.35, contexts=CONTEXTS, second_moments={1: moment_of(lm)})
+    edit = engram.rewrite(
+        lm, FACT, depth=0.35, contexts=CONTEXTS, second_moments={1: moment_of(lm)}
+    )
     assert edit.settings["layer"] == math.floor(0.35 * 4)
     assert preset("rome", "tiny-gpt2")["depth"] == 0.17
 

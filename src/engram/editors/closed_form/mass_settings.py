@@ -83,9 +83,7 @@ class MassConfig:
                 f"ridge={held} without slack or preservation: every key is met exactly, "
                 "which leaves nothing to weigh the change against; set both above 0, or ridge=0"
             )
-        if self.reference and (
-            held or self.projects or self.slack != 1 or self.keys == "both"
-        ):
+        if self.reference and (held or self.projects or self.slack != 1 or self.keys == "both"):
             raise SettingError(
                 "reference=True is MEMIT as released: without ridge, null space, slack and "
                 "keys='both'"
@@ -136,6 +134,10 @@ def settings_of(method: str, model: str, given: Mapping[str, Any]) -> dict[str, 
     """
     usual = overridden(MASS_METHODS.get(method, {}), preset(method, model))
     if given.get("reference"):
-        for name in ("keys", "variant", "contexts"):  # the preset's own choice gives way to the released one
+        for name in (
+            "keys",
+            "variant",
+            "contexts",
+        ):  # the preset's own choice gives way to the released one
             usual.pop(name, None)
     return overridden(usual, given)
