@@ -29,8 +29,9 @@ class MassConfig:
             average.
         slack: EMMET's epsilon, which multiplies the weight. 0: every key is met exactly, and C only
             breaks ties.
-        ridge: weight of ||Delta||^2, absolute (AlphaEdit's L2). `relative_ridge` in its place: times
-            the mean squared length of a key, C's trace, which means the same for every model.
+        ridge: weight of ||Delta||^2, absolute (AlphaEdit's L2).
+        relative_ridge: in its place, the same as a multiple of the mean squared length of a key,
+            C's trace, which means the same for every model.
         null_energy, null_threshold: confine the change to C's null space, see
             `SecondMoment.null_space`. The published threshold is 2e-2; an energy means the same for
             every model.
