@@ -169,7 +169,7 @@ def test_a_bench_of_four_records_has_a_report(
     out = tmp_path / "run.sqlite"
     result = engram.bench(smollm2_lm, dataset, ["rome"], out, config=MeasureConfig(answer_tokens=1))
     scores = result.summary()
-    assert scores["unedited"]["efficacy"].mean < 50 < 90 < scores["rome"]["efficacy"].mean
+    assert scores["unedited"]["ES"].mean < 0.5 < 0.9 < scores["rome"]["ES"].mean
     told = run("report", str(out)).output
     assert "rome" in told and "unedited" in told
 
