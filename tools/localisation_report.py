@@ -425,6 +425,8 @@ def main() -> None:
     data.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     save_small(picture(study, result), picture_file)
     texts = tables(result)
+    if given.model != "pocket":  # whose page is there before its picture
+        texts["picture"] = f"![Effects by layer, edits by layer, both by fact]({picture_file.name})"
     page.write_text(put_tables(page.read_text(encoding="utf8"), texts), encoding="utf8")
     print("\n\n".join(texts.values()))
 

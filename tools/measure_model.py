@@ -4,7 +4,7 @@ docs/pocket.md and docs/smollm2.md.
     python tools/measure_model.py recall --out recall.json
     python tools/measure_model.py trace --count 200 --out trace.json
     python tools/measure_model.py rome --count 200 --layers 0 1 2 3 4 5 6 7 --out rome.json
-    python tools/measure_model.py rome --count 60 --layers 1 --at last --out control.json
+    python tools/measure_model.py control --count 30 --layers 1 --out control.json
     python tools/measure_model.py benchmark
     python tools/measure_model.py trace --run traces.sqlite --window 6 --samples 3 \\
         --model smollm2 --dtype bfloat16 --facts ../shared/data/counterfact.jsonl.gz
@@ -23,7 +23,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,7 +40,6 @@ from engram.benchmark.metrics.summary import Row, summarise
 from engram.benchmark.metrics.table import METRICS
 from engram.benchmark.phase import Phase
 from engram.edit.prompt_edit import PromptEdit
-from engram.editors.contexts import sample_contexts
 from engram.editors.presets import preset
 from engram.editors.second_moments.measure import second_moments
 from engram.evaluate.probe_rows import AnswerScores, ProbeRows
@@ -121,7 +120,6 @@ def average_trace(
         lm,
         known,
         out=given.run,
-        window=given.window,
         samples=given.samples,
         noise="s3",
         noise_subjects=facts.subjects,
@@ -154,7 +152,6 @@ def effects(average: AverageTrace) -> dict[str, Any]:
         "corrupted": average.corrupted,
         "total effect": [total, low, high],
         "window": average.traces[0].window,
-        "samples": average.traces[0].settings["samples"],
         "effects": sites,
     }
 
@@ -164,7 +161,7 @@ def precision(facts: FactSource, given: argparse.Namespace) -> dict[str, Any]:
     facts and draws of noise: cell by cell, and of the average by role.
     """
     full, other = (
-        average_trace(engram.load(given.model, dtype=dtype), facts, given)
+        average_trace(engram.load(given.model, dtype=dtype), facts, given, window=given.window)
         for dtype in ("float32", given.dtype)
     )
     sites = {}
@@ -252,9 +249,8 @@ def usual_corpus(lm: LanguageModel) -> str:
 
 
 def shared_settings(lm: LanguageModel, layers: Sequence[int], corpus: str) -> dict[str, Any]:
-    """Return what many edits by ROME share, computed once."""
-    moments = second_moments(lm, layers, corpus)
-    return {"second_moments": moments, "contexts": sample_contexts(lm)}
+    """Return what many edits by ROME share: C of all layers, of one pass over text."""
+    return {"second_moments": second_moments(lm, layers, corpus)}
 
 
 def rome(lm: LanguageModel, facts: FactSource, given: argparse.Namespace) -> dict[str, Any]:
@@ -265,14 +261,15 @@ def rome(lm: LanguageModel, facts: FactSource, given: argparse.Namespace) -> dic
     settings |= shared_settings(lm, given.layers, corpus)
     layers = []
     known = list(islice(facts.facts(lm), given.count))
-    for layer in given.layers:
+    places = ("subject", "last") if given.what == "control" else (given.at,)
+    for layer, at in product(given.layers, places):
         rows: list[Row] = []
         for fact in known:
-            asked = fact if given.at == "subject" else at_last_token(fact)
+            asked = fact if at == "subject" else at_last_token(fact)
             edit = engram.rewrite(lm, asked, method="rome", layer=layer, **settings)
             with edit.applied(lm):
                 rows += scored(lm, [fact])
-        layers.append({"layer": layer, "at": given.at, "facts": len(rows), **numbers(rows)})
+        layers.append({"layer": layer, "at": at, "facts": len(rows), **numbers(rows)})
     return {"layers": layers, "corpus": corpus, "settings": dict(given.set)}
 
 
@@ -301,6 +298,8 @@ def shown_recall(result: dict[str, Any]) -> str:
 def shown_trace(result: dict[str, Any]) -> str:
     """Return where each site is strongest at each role, and the curves of the two famous tokens."""
     total, low, high = result["total effect"]
+    # of severed paths only one token is traced: another role is that of subjects of one token
+    roles = TOKEN_ROLES if "last" in result["effects"]["residual"] else CURVES[:1]
     lines = [
         f"Clean {result['clean']:.3f}, corrupted {result['corrupted']:.3f}, total effect "
         f"{total:.3f} ({low:.3f} to {high:.3f}); {result['facts']} facts.",
@@ -309,7 +308,7 @@ def shown_trace(result: dict[str, Any]) -> str:
             ("strongest effect, at layer", *result["effects"]),
             [
                 (f"{role} token", *(_peak(by_role[role]) for by_role in result["effects"].values()))
-                for role in TOKEN_ROLES
+                for role in roles
                 if all(role in by_role for by_role in result["effects"].values())
             ],
         ),
@@ -383,6 +382,7 @@ SHOW = {
     "severed": shown_trace,
     "precision": shown_precision,
     "rome": shown_rome,
+    "control": shown_rome,  # the same at the subject's last token and at the prompt's
     "benchmark": shown_unedited,
 }
 
@@ -404,11 +404,12 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         return recall(lm, facts)
     if given.what == "benchmark":
         return unedited(lm)
-    if given.what == "rome":
+    if given.what in ("rome", "control"):
         return rome(lm, facts, given)
     paths = {
-        "trace": {},
+        "trace": {"window": given.window},
         "severed": {
+            "window": None,  # of single states
             "sites": ["residual"],
             "severed": ("mlp", "attention"),
             "positions": "subject_last",
@@ -424,7 +425,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         )
         for name, plot in drawn.items():
             plot().savefig(given.pictures / f"{name}.png")
-    return effects(average)
+    return {"samples": given.samples, **effects(average)}
 
 
 def main() -> None:

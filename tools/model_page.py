@@ -24,8 +24,7 @@ RESULTS = {  # a file in docs/data/MODEL, and a place in the page -> whose table
     "trace": "trace",
     "severed": "severed",
     "precision": "precision",
-    "rome": "rome",
-    "control": "rome",
+    "control": "control",
 }
 FACT = {  # the trace of the page and of the README
     "prompt": "The Eiffel Tower is located in the city of",
