@@ -27,6 +27,7 @@ from engram.evaluate.receipt import Answer, Receipt, Thresholds
 from engram.facts import Fact
 from engram.knowledge.cloze_rows import check_not_nan
 from engram.model.frames import BARE, Frame, name_of
+from engram.model.generation import continuations
 from engram.model.language_model import LanguageModel
 from engram.model.pace import seconds_per_token
 from engram.modules.weights import as_linear, quantisation
@@ -101,13 +102,13 @@ def verify(
         # the rows of an edit of words differ from those before it: its text precedes every prompt
         scores, _ = AnswerScores.read(lm, ProbeRows(lm, probes))
         did("answers")
-        continuations = []
-        for prompt in openings:
-            continuations.append(_continuation(lm, prompt, continuation_tokens))
+        # Together: each token that one text alone writes reads every weight of the model.
+        written = continuations(lm, openings, continuation_tokens)
+        for _ in openings:
             did("texts")
         of_text = perplexity(lm, edit, text, edited=edited)
         did("texts")
-        return _Measured(scores, continuations, inf if isnan(of_text) else of_text)
+        return _Measured(scores, written, inf if isnan(of_text) else of_text)
 
     before = measure("before the edit", False)
     check_not_nan(before.scores.log_p)
@@ -246,11 +247,6 @@ def _answers(
                 says_before=before.says(ref),
                 says_after=after.says(ref),
             )
-
-
-def _continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
-    room = min(tokens, lm.max_tokens - lm.cloze(prompt).tokens)
-    return lm.generate(prompt, room).removeprefix(prompt) if room > 0 else ""
 
 
 def _rounding(lm: LanguageModel, edit: Edit | PromptEdit) -> float | None:

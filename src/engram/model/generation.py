@@ -74,6 +74,39 @@ def write(
     return out
 
 
+def continuations(lm: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Return the greedy continuation of each prompt, without the prompt, up to an end of text: what
+    `lm.generate` writes, of all prompts together.
+
+    Args:
+        tokens: to write at most; a prompt that fills the context gets fewer, or none.
+    """
+    rows = [lm.prompt_ids(prompt) for prompt in prompts]
+    room = [min(tokens, lm.max_tokens - len(ids)) for ids in rows]
+    if lm.kind != "causal":  # its decoder writes; `write` continues rows
+        return [
+            lm.generate(prompt, new).removeprefix(prompt) if new > 0 else ""
+            for prompt, new in zip(prompts, room, strict=True)
+        ]
+    writings = {
+        i: Writing(tuple(ids), new)
+        for i, (ids, new) in enumerate(zip(rows, room, strict=True))
+        if new > 0
+    }
+    texts = [""] * len(prompts)
+    for i, new in zip(writings, write(lm, list(writings.values())), strict=True):
+        # What comes after an end belongs to another text; `write` writes a fixed number of tokens.
+        texts[i] = lm.with_answer(prompts[i], _up_to_end(lm, new)).removeprefix(prompts[i])
+    return texts
+
+
+def _up_to_end(lm: LanguageModel, new: list[int]) -> list[int]:
+    ends = getattr(lm.model.generation_config, "eos_token_id", None)
+    known = {ends} if isinstance(ends, int) else set(ends or ())
+    # With the end itself, as `generate` returns it: special tokens are not decoded.
+    return new[: next((i + 1 for i, token in enumerate(new) if token in known), len(new))]
+
+
 def _batches(writings: Sequence[Writing], limit: int, padded: bool) -> Iterator[list[int]]:
     """Split rows into batches of about one length, or of one length where none may be padded; those
     that write about as much are together.

@@ -480,11 +480,7 @@ class LanguageModel:
                 f"{self.name} is a masked model: it fills blanks and does not write on. Use "
                 "next_tokens, which asks it for one"
             )
-        if self.kind == "causal":
-            whole = framed(self.frame, prompt).text
-            ids = self.encode(whole).ids
-        else:
-            whole, ids = prompt, list(self.tokenizer(prompt)["input_ids"])
+        ids = self.prompt_ids(prompt)
         ids_bt = torch.tensor([ids], device=self.device)
         settings.setdefault("do_sample", False)
         if settings.get("temperature") is not None:
@@ -498,15 +494,32 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             **settings,
         )
-        text = self._plain(out[0])
+        # An encoder-decoder model returns its answer alone, others the prompt's tokens too.
+        new = out[0][len(ids) :] if self.kind == "causal" else out[0]
+        return self.with_answer(prompt, new.tolist())
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the tokens that `generate` continues: those of the prompt in its frame."""
+        if self.kind == "causal":
+            return self.encode(framed(self.frame, prompt).text).ids
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def with_answer(self, prompt: str, new: Sequence[int]) -> str:
+        """Return `prompt` and the text of the tokens `new` that were written after it; of an
+        encoder-decoder model, that text alone. See `generate`.
+        """
+        if self.kind != "causal":
+            return self._plain(list(new))
+        whole, ids = framed(self.frame, prompt).text, self.prompt_ids(prompt)
+        text = self._plain([*ids, *new])
         if whole == prompt:
             return text
         # Decoded alone, a first word would lose its space under some tokenizers.
         read = self._plain(ids)
-        new = text[len(read) :] if text.startswith(read) else self._plain(out[0][len(ids) :])
+        answer = text[len(read) :] if text.startswith(read) else self._plain(list(new))
         # In a turn of its own the answer has no space; after the prompt it would run into it.
-        apart = not (whole.endswith(prompt) or prompt[-1:].isspace() or new[:1].isspace())
-        return prompt + " " * apart + new
+        apart = not (whole.endswith(prompt) or prompt[-1:].isspace() or answer[:1].isspace())
+        return prompt + " " * apart + answer
 
     def _plain(self, ids: Any) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
