@@ -27,7 +27,7 @@ from engram.files.cache_folder import cache_folder
 from engram.layers import choice as layer_choice
 from engram.layers import evidence as layer_evidence
 from engram.layers.candidates import as_edits, bundled_edits, known
-from engram.layers.choice import choose_layers, find_card, layer_card
+from engram.layers.choice import SHIPPED, choose_layers, find_card, layer_card
 from engram.layers.evidence import Budget, receipt_score
 from engram.runs.identity import identity
 from tests.helpers.layer_samples import EDITS, card
@@ -489,7 +489,7 @@ def test_a_card_of_the_bundled_model_is_measured_on_facts_it_knows(tmp_path, poc
 def test_auto_on_the_bundled_model_goes_by_the_bundled_card(cache, monkeypatch, caplog):
     monkeypatch.setattr(layer_choice, "layer_card", lambda *_, **__: pytest.fail("measured"))
     caplog.clear()
-    bundled = LayerCard.load(pocket.LAYER_CARD)
+    bundled = LayerCard.load(SHIPPED / "pocket.json")
     assert not caplog.text, "it has a checksum"
     lm = engram.load(str(pocket.PATH), dtype=torch.float32)  # under another name
     assert bundled.identity == identity(lm), "measure it again: see docs/layers.md for the command"
@@ -498,7 +498,7 @@ def test_auto_on_the_bundled_model_goes_by_the_bundled_card(cache, monkeypatch, 
 
 
 def test_the_page_shows_the_bundled_card(capsys):
-    show.show_layer_card(LayerCard.load(pocket.LAYER_CARD))
+    show.show_layer_card(LayerCard.load(SHIPPED / "pocket.json"))
     page = (ROOT / "docs" / "layers.md").read_text(encoding="utf8")
     shown = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert all(f"    {line}" in page.splitlines() for line in shown), "\n".join(shown)

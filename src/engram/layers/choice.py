@@ -35,6 +35,7 @@ from engram.runs.identity import identity
 
 log = logging.getLogger(__name__)
 
+SHIPPED = Path(__file__).parent / "cards"  # cards of named models, a file each
 # size of the card that layer="auto" measures where there is none: half a minute on pocket
 _QUICK_FACTS, _QUICK_LAYERS = 4, 8
 
@@ -206,7 +207,8 @@ def find_card(
     """
     model_id = identity(lm)
     cached = sorted(cache_folder("layer_cards", cache_dir).glob(f"{model_id[:16]}-*.json"))
-    cards = [card for path in (*cached, pocket.LAYER_CARD) if (card := _load(path)) is not None]
+    paths = (*cached, *sorted(SHIPPED.glob("*.json")))
+    cards = [card for path in paths if (card := _load(path)) is not None]
     fitting = [card for card in cards if card.identity == model_id and card.method == method]
     # Not the newest: a quick card of four facts must not hide one of twenty.
     return max(fitting, key=lambda card: len(card.edited), default=None)

@@ -22,7 +22,6 @@ from engram.errors import EngramError, FactError
 from engram.facts import Fact
 
 __all__ = [
-    "LAYER_CARD",
     "PATH",
     "KnownFact",
     "as_fact",
@@ -38,8 +37,6 @@ __all__ = [
 
 _FOLDER = Path(__file__).parent
 PATH: Path = _FOLDER / "model"
-# which layer of the model to edit, see docs/layers.md; read by layers/choice.py
-LAYER_CARD: Path = _FOLDER / "layer_card.json"
 
 # Put before every other paraphrase, so that it is tested away from a text's start. No fact of the
 # table is in them.
