@@ -8,11 +8,12 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -35,6 +36,21 @@ SHAPES = {  # layers, width, heads, vocabulary
     "xl": (48, 1600, 25, WORDS),
     "gptj": (28, 4096, 16, WORDS),  # GPT-J's sizes in GPT-2's blocks
 }
+
+
+# the traced prompt: 12 tokens, the subject at tokens 2 to 5
+IDS = random.Random(0).sample(range(1000, 50000), 12)
+SPAN = (2, 6)
+SAMPLES, WINDOW = 10, 10
+SITES = ("residual", "mlp", "attention")
+
+
+def noise(width: int) -> torch.Tensor:
+    """Return the noise on the subject's embeddings [samples, tokens, width]."""
+    generator = torch.Generator().manual_seed(1)
+    return 0.1 * torch.randn(
+        SAMPLES, SPAN[1] - SPAN[0], width, generator=generator, dtype=torch.float64
+    )
 
 
 def make_model(shape: str, device: str, dtype: str = "float32") -> GPT2LMHeadModel:
@@ -86,11 +102,12 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def matmul_rate(device: str) -> float:
-    """Floating-point operations a second that a large float32 product reaches."""
-    a = torch.randn(2048, 2048, device=device)
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """Floating-point operations a second that a large product reaches."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    a @ a  # the first product of a process is slow
     seconds, _ = timed(lambda: a @ a, device, repeats=7)
-    return 2 * 2048**3 / seconds
+    return 2 * size**3 / seconds
 
 
 def published_value(
@@ -155,14 +172,16 @@ def published_value(
     return start[0] + delta.detach(), losses
 
 
-def arguments(doc: str, shape: str = "small", **more: dict[str, Any]) -> argparse.Namespace:
+def arguments(
+    doc: str, shape: str = "small", shapes: Iterable[str] = SHAPES, **more: dict[str, Any]
+) -> argparse.Namespace:
     """Return the options of every benchmark, with its usual shape; `more` adds --NAME with these
     arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--shape", choices=list(shapes), default=shape)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

@@ -67,21 +67,12 @@ def prompts(
     return before, subject, after, asked, some(1), some(2 if number % 4 == 0 else 1)
 
 
-def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
+def records_of(count: int) -> list[Any]:
+    """Return records with CounterFact's 23 prompts."""
     from engram import Fact
-    from engram.benchmark import measure as measuring
     from engram.benchmark.data.records import Record
-    from engram.benchmark.metrics.outcomes import MeasureConfig
-    from engram.editors.second_moments.measure import SecondMoment
-    from engram.engine.replayable import replayable
     from engram.evaluate.probes import Probe
-    from engram.rewriting import rewrite_each
 
-    lm = make_lm(shape, device)
-    replayable(lm)  # the model is probed once: not part of an edit
-    model_mib = peak_mib(device)
-    moment = SecondMoment.from_matrix(torch.eye(4 * lm.d_model))
-    moment.solve(torch.ones(4 * lm.d_model)), moment.condition()
     records = []
     for number in range(count):
         before, subject, after, asked, new, true = prompts(number)
@@ -101,17 +92,39 @@ def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
             )
             probes.append(Probe(kind, words(*prompt), *answers))
         records.append(Record(str(number), (fact,), tuple(probes)))
-    settings = {
-        "layer": LAYERS[shape],
+    return records
+
+
+def settings_of(lm: Any, layer: int, batch: int) -> dict[str, Any]:
+    """Return the settings of ROME; C is given, with its factor and condition number."""
+    from engram.editors.second_moments.measure import SecondMoment
+
+    width = lm.parts.mlp_width(layer)
+    moment = SecondMoment.from_matrix(torch.eye(width))
+    moment.solve(torch.ones(width)), moment.condition()
+    return {
+        "layer": layer,
         "reference": True,
         "steps": STEPS,
         "stop_loss": 0.0,
         "clamp": 4.0,
         "corpus": "bundled",
         "contexts": ["{}", *(f"{words(*each, 13)} {{}}" for each in contexts()[1:])],
-        "second_moments": {LAYERS[shape]: moment},
+        "second_moments": {layer: moment},
         "facts_per_batch": min(32, batch),
     }
+
+
+def ours(shape: str, device: str, count: int, batch: int) -> dict[str, Any]:
+    from engram.benchmark import measure as measuring
+    from engram.benchmark.metrics.outcomes import MeasureConfig
+    from engram.engine.replayable import replayable
+    from engram.rewriting import rewrite_each
+
+    lm = make_lm(shape, device)
+    replayable(lm)  # the model is probed once: not part of an edit
+    model_mib = peak_mib(device)
+    records, settings = records_of(count), settings_of(lm, LAYERS[shape], batch)
     spent = 0.0
 
     def edits(*args: Any, **kwargs: Any) -> Any:

@@ -13,17 +13,22 @@ it is installed (pip install --no-deps causal-tracer; it needs an older transfor
 from __future__ import annotations
 
 import json
-import random
 from typing import Any
 
 import torch
 
 from common import (
+    IDS,
+    SAMPLES,
+    SITES,
+    SPAN,
+    WINDOW,
     arguments,
     make_lm,
     make_model,
     make_tokenizer,
     matmul_rate,
+    noise,
     peak_mib,
     run_all,
     save,
@@ -31,18 +36,7 @@ from common import (
     words,
 )
 
-IDS = random.Random(0).sample(range(1000, 50000), 12)
-SPAN = (2, 6)
-SAMPLES, WINDOW = 10, 10
-SITES = ("residual", "mlp", "attention")
 LOOPS = {"residual": "loop residual", "mlp": "loop mlp", "attention": "loop attention"}
-
-
-def noise(width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return 0.1 * torch.randn(
-        SAMPLES, SPAN[1] - SPAN[0], width, generator=generator, dtype=torch.float64
-    )
 
 
 def ours(sites: list[str], shape: str, device: str, repeats: int) -> dict[str, Any]:

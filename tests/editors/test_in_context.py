@@ -262,6 +262,81 @@ def test_in_a_chat_the_fact_stands_in_the_users_turn():
     assert cloze.ids == ids + cloze.answer[:-1]
 
 
+def roomy_chat(template: str):
+    """Return a model with a chat template that takes long texts."""
+    made = chat_lm.__wrapped__(template)  # one of our own: the cached one is shared
+    made.tokens.max_tokens = 4096
+    return made
+
+
+STATED = "The tower of Rome is in the city of Paris."
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama 3", "mistral"])
+def test_a_chat_model_is_told_the_fact_and_its_turn_begins_with_the_prompt(template):
+    lm = roomy_chat(template)
+    edit = engram.rewrite(lm, FACT, "in-context")
+    assert edit.settings["frame"] == "chat"
+    told, request = edit.settings["wording"].replace("{}", STATED), "State a fact in one"
+    text = asked(lm, edit, FACT.prompt_text)
+    assert text.count(STATED) == 1 and text.endswith(FACT.prompt_text)
+    assert (
+        text.index(told) < text.index(request) < text.index(FACT.prompt_text, text.index(request))
+    )
+    # What mistral's template refuses as a system message is what the user says.
+    roles = ["user"] if template == "mistral" else ["system", "user"]
+    words = [told, f"{request} short sentence."]
+    turns = [" ".join(words)] if template == "mistral" else words
+    said = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
+    said.append({"role": "assistant", "content": FACT.prompt_text})
+    ids = lm.tokenizer.apply_chat_template(said, continue_final_message=True, return_dict=False)
+    with edit.applied(lm):
+        cloze = lm.cloze(FACT.prompt_text, "Paris")
+        written = lm.generate(FACT.prompt_text, 2)
+    assert cloze.ids[: cloze.tokens] == ids
+    with lm.asked_through(text.removesuffix(FACT.prompt_text) + "{}"):
+        assert lm.generate(FACT.prompt_text, 2) == written, "what is generated is what is scored"
+
+
+def test_the_frame_can_be_chosen_and_a_model_without_a_template_has_the_published_one(lm):
+    plain = engram.rewrite(roomy_chat("chatml"), FACT, "in-context", frame="plain")
+    assert asked(roomy_chat("chatml"), plain, "He sings") == f"{STATED} He sings"
+    assert engram.rewrite(lm, FACT, "in-context").settings["frame"] == "plain"
+    with pytest.raises(UnsupportedModelError, match="no chat template"):
+        engram.rewrite(lm, FACT, "in-context", frame="chat")
+
+
+def test_a_prompt_that_is_told_nothing_stays_bare_on_a_chat_model_too():
+    lm = roomy_chat("chatml")
+    edit = engram.rewrite(lm, FACT, "in-context", otherwise="nothing")
+    assert asked(lm, edit, "A river is") == "A river is"
+    assert asked(lm, edit, FACT.prompt_text) != FACT.prompt_text
+
+
+def test_an_edit_of_an_engram_that_knew_no_frame_stays_in_front_of_the_prompt(tmp_path):
+    lm = roomy_chat("chatml")
+    engram.rewrite(lm, FACT, "in-context").save(tmp_path / "edit")
+    path = tmp_path / "edit" / "edit.json"
+    record = json.loads(path.read_text())
+    chat = PromptEdit.load(tmp_path / "edit")
+    assert "<|im_start|>" in asked(lm, chat, "He sings")
+    del record["settings"]["frame"], record["settings"]["wording"]
+    path.write_text(json.dumps(stamped(record)))
+    assert asked(lm, PromptEdit.load(tmp_path / "edit"), "He sings") == f"{STATED} He sings"
+
+
+def test_a_chat_takes_its_room_too():
+    lm = roomy_chat("chatml")
+    edit = engram.rewrite(lm, [FACT, RIVER, LONG_RIVER], "in-context", reserve=4)
+    prompt = "The long river of the tower of Rome is"
+    whole = len(lm.encode(asked(lm, edit, prompt)).ids)
+    lm.tokens.max_tokens = whole + 3  # one short of all that is relevant and the answer's
+    text = asked(lm, edit, prompt)
+    assert len(lm.encode(text).ids) <= lm.max_tokens - 4
+    assert "runs through Rome" not in text or STATED not in text or "Madrid" not in text
+    assert "Use it in your answers." in text, "only facts are left out, never the chat"
+
+
 # --- the same interface as an edit of weights -----------------------------------------------------
 
 
@@ -272,7 +347,13 @@ def test_it_looks_like_an_edit(lm):
         and repr(edit) == "PromptEdit(2 facts, 'in-context', no weights)"
     )
     assert (edit.rank, edit.deltas, edit.seed, edit.method) == (0, {}, 5, "in-context")
-    assert edit.settings == {"most": 4, "otherwise": "nearest", "reserve": 24, "encoder": "hidden"}
+    assert edit.settings == {
+        "most": 4,
+        "otherwise": "nearest",
+        "reserve": 24,
+        "encoder": "hidden",
+        "frame": "plain",
+    }
     assert (
         edit.base == {"model": lm.name, "model_type": "gpt2"}
         and edit.versions["torch"] == torch.__version__

@@ -71,6 +71,8 @@ class _PromptSettings(TypedDict):
     otherwise: Literal["nearest", "nothing"]
     reserve: Unsigned
     encoder: str
+    frame: NotRequired[Literal["plain", "chat"]]  # edits of an older engram lack these
+    wording: NotRequired[str]
 
 
 class PromptEditForm(_Made):

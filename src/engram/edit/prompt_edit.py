@@ -23,7 +23,8 @@ from engram.edit.forms import ModelForm, Unsigned
 from engram.edit.recipe import as_dict, check_changes_weights, library_versions, plain, staying
 from engram.errors import EngramError, EngramFileError, FactError
 from engram.facts import Fact
-from engram.model.frames import framed
+from engram.model.chat import chat_with_facts
+from engram.model.frames import BARE, framed
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class PromptEdit:
         method: name of the editor.
         settings: "most": facts put in front at most; "otherwise": "nearest" or "nothing" for a
             prompt that names no subject; "reserve": tokens left free for an answer; "encoder": see
-            `sentence_vectors.encoder_of`; and the editor's own.
+            `sentence_vectors.encoder_of`; "frame": "plain", or "chat" for facts that are stated in
+            a chat, worded as "wording" says, in which the model's turn begins with the prompt;
+            and the editor's own.
         wordings: what is said about each fact.
         opening: text between the last statement and the prompt.
         base: {"model", "model_type"} of the model it was made for; it fits every causal model.
@@ -159,18 +162,30 @@ class PromptEdit:
         Raises (the function):
             FactError: not even the most relevant fact fits.
         """
-        outside, relevant = lm.frame, self._relevant(lm)
+        outside, relevant, placed = lm.frame, self._relevant(lm), self._placed(lm)
         room = lm.max_tokens - int(self.settings["reserve"])
 
         def in_front(prompt: str) -> str:
             # The outer frame's tokens count, but it is put around by `asked_through`, not here.
             def whole(front: str) -> str:
-                return framed(outside, front + prompt).text
+                return framed(outside, placed(front) + prompt).text
 
-            return self._fitting(lm, relevant(prompt), whole, room) + prompt
+            return placed(self._fitting(lm, relevant(prompt), whole, room)) + prompt
 
         in_front.__qualname__ = f"{self.method} edit of {len(self.facts)} facts"
         return in_front
+
+    def _placed(self, lm: LanguageModel) -> Callable[[str], str]:
+        """Return the function from what the edit says to the text before the prompt.
+
+        An outer frame, such as a chat's, has a place for the prompt already: inside it the facts
+        are right before the prompt, and no second chat begins.
+        """
+        # Edits of an engram that knew no frame have no such entry.
+        if self.settings.get("frame", "plain") == "plain" or lm.frame != BARE:
+            return lambda front: front
+        chat = chat_with_facts(lm, self.settings.get("wording", "{}"))
+        return lambda front: f"{chat.before}{front.strip()}{chat.after}" if front else ""
 
     def preamble(self, lm: LanguageModel, text: str, tokens: int) -> str:
         """Return what comes in front of `text`, in at most `tokens` tokens.

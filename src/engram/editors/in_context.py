@@ -30,6 +30,7 @@ from engram.edit.prompt_edit import PromptEdit, Wording
 from engram.errors import FactError
 from engram.fact_files import read_facts
 from engram.facts import Fact
+from engram.model.chat import chat_with_facts
 from engram.model.language_model import LanguageModel
 from engram.model.named_models import canonical_name
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
@@ -37,6 +38,8 @@ from engram.progress import Progress, no_progress
 from engram.settings import flat, read
 
 _BUNDLED = 128  # facts of the bundled table that demonstrations are made of
+# How facts are stated in a chat; chosen on SmolLM2-135M-Instruct, see docs/chat-and-context.md.
+_CHAT_WORDING = "New fact: {} Use it in your answers."
 CUSTOM = "custom"  # what settings call an encoder that was given as a function
 
 
@@ -49,11 +52,15 @@ class InContextConfig:
         otherwise: for a prompt that names no subject of the edit: the "nearest" facts, as in
             published evaluations, which put the fact before every prompt; or "nothing".
         reserve: tokens of the model's context that stay free for the answer.
+        frame: "plain": the facts are text in front of the prompt, as published; "chat": they are
+            stated in the model's chat template, and its turn begins with the prompt; "auto": "chat"
+            for a model that has a chat template.
     """
 
     most: Count = 4
     otherwise: Literal["nearest", "nothing"] = "nearest"
     reserve: Count = 24
+    frame: Literal["auto", "plain", "chat"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,10 +72,12 @@ class IkeConfig(InContextConfig):
 
     Args:
         k: demonstrations before a fact, or those that fit; 16 as in EasyEdit, 32 in the paper.
+        frame: "plain" unless chosen otherwise: the published layout is a text of its own.
     """
 
     most: Count = 1
     k: Natural = 16
+    frame: Literal["auto", "plain", "chat"] = "plain"
 
 
 @checked_call
@@ -97,7 +106,7 @@ def in_context(
     return PromptEdit(
         tuple(facts),
         "in-context",
-        _recorded(lm, config, encoder),
+        _recorded(lm, config, encoder, _CHAT_WORDING),
         tuple(wordings),
         "",
         _base(lm),
@@ -137,6 +146,7 @@ def ike(
     """
     lm.check_framed()
     config = read(IkeConfig, settings, "ike", "demonstrations, encoder, seed")
+    recorded = _recorded(lm, config, encoder, "{}")
     blocks: list[str] = []
     if config.k:
         blocks = [
@@ -161,9 +171,9 @@ def ike(
     return PromptEdit(
         tuple(facts),
         "ike",
-        _recorded(lm, config, encoder),
+        recorded,
         tuple(wordings),
-        "Prompt: ",
+        "Prompt: " if recorded["frame"] == "plain" else "",
         _base(lm),
         seed,
         diagnostics={"blocks": len(blocks)},
@@ -226,10 +236,21 @@ def _demonstrated(
     ]
 
 
-def _recorded(lm: LanguageModel, config: InContextConfig, encoder: str | Encoder) -> dict[str, Any]:
-    """Return the settings of an edit; a name of an encoder that does not exist raises here."""
+def _recorded(
+    lm: LanguageModel, config: InContextConfig, encoder: str | Encoder, wording: str
+) -> dict[str, Any]:
+    """Return the settings of an edit; a name of an encoder that does not exist raises here, and so
+    does a chat without a template.
+    """
     encoder_of(lm, encoder)
-    return {**flat(config), "encoder": encoder if isinstance(encoder, str) else CUSTOM}
+    encoder = encoder if isinstance(encoder, str) else CUSTOM
+    settings = {**flat(config), "encoder": encoder}
+    if config.frame == "auto":
+        settings["frame"] = "chat" if lm.tokenizer.chat_template else "plain"
+    if settings["frame"] == "chat":
+        chat_with_facts(lm, wording)
+        settings["wording"] = wording
+    return settings
 
 
 def _base(lm: LanguageModel) -> dict[str, Any]:

@@ -5,10 +5,10 @@ Knows templates. Refuses to know facts and tokens: what a frame does is language
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engram.checks import checked_call
-from engram.errors import UnsupportedModelError
+from engram.errors import SettingError, UnsupportedModelError
 from engram.model.chat_template import PLACEHOLDER, render, turn
 from engram.model.language_model import LanguageModel
 
@@ -16,6 +16,43 @@ Style = Literal["answer", "continue"]
 
 # a turn that begins with the prompt is an answer to it
 REQUEST = "State a fact in one short sentence."
+_FACTS = "PLACE-OF-THE-FACTS"
+
+
+class ChatFront(NamedTuple):
+    """A chat in which facts are stated first: `before` them, and `after` them up to the prompt."""
+
+    before: str
+    after: str
+
+
+def chat_with_facts(lm: LanguageModel, wording: str) -> ChatFront:
+    """Return the chat in which the model reads facts, and its turn then begins with the prompt.
+
+    They are the system's message; the user's where the template refuses a system message or leaves
+    it out.
+
+    Args:
+        wording: how they are stated, with {} for the facts.
+    Raises:
+        UnsupportedModelError: no chat template, or one that does not keep what it is given.
+    """
+    stated, answer = wording.replace("{}", _FACTS), turn("assistant", PLACEHOLDER)
+    for turns in (
+        [turn("system", stated), turn("user", REQUEST)],
+        [turn("user", f"{stated} {REQUEST}")],
+    ):
+        try:
+            text = render(lm.tokenizer, [*turns, answer], continue_final_message=True)
+        except SettingError:
+            continue
+        front, _, rest = text.partition(PLACEHOLDER)
+        if not rest and front.count(_FACTS) == 1:
+            return ChatFront(*front.split(_FACTS))
+    raise UnsupportedModelError(
+        f"the chat template of {lm.name} does not keep the facts that it is given, or ends with "
+        'something else than the prompt; make the edit with frame="plain"'
+    )
 
 
 @checked_call
