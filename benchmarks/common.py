@@ -137,7 +137,7 @@ def published_value(
     )
     at, number = torch.tensor(lookup, device=device), torch.arange(len(rows), device=device)
     last = torch.tensor(ends, device=device)
-    delta = torch.zeros(model.config.n_embd, device=device, requires_grad=True)
+    delta = torch.zeros(model.config.hidden_size, device=device, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=0.5)
     start: list[torch.Tensor] = []
     original: list[torch.Tensor] = []

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from common import (
+    SHAPES,
     arguments,
     make_lm,
     make_model,
@@ -32,7 +33,7 @@ from common import (
     words,
 )
 
-LAYERS = {"small": 5, "xl": 17}
+LAYERS = {"small": 5, "xl": 17}  # as published; of other shapes the usual share of the depth
 LENGTHS = {
     "short": (4, 1),
     "typical": (1, 3),
@@ -41,11 +42,18 @@ LENGTHS = {
 STEPS = 20
 
 
-def request(length: str) -> tuple[list[list[int]], list[int], list[int], list[int], list[int]]:
+def layer_of(shape: str) -> int:
+    return LAYERS.get(shape, SHAPES[shape][0] // 3)
+
+
+def request(
+    length: str, shape: str
+) -> tuple[list[list[int]], list[int], list[int], list[int], list[int]]:
     """Contexts, words before the subject, subject, words after it, target; numbers of words."""
     before, after = LENGTHS[length]
     draw = random.Random(after)
-    sample = lambda count: [draw.randrange(1000, 50000) for _ in range(count)]  # noqa: E731
+    top = min(50000, SHAPES[shape][3])
+    sample = lambda count: [draw.randrange(1000, top) for _ in range(count)]  # noqa: E731
     contexts = [[], *(sample(4) for _ in range(10)), *(sample(9) for _ in range(10))]
     return contexts, sample(before), sample(3), sample(after), sample(1)
 
@@ -60,10 +68,10 @@ def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
     lm = make_lm(shape, device)
     replayable(lm)  # the model is probed once: not part of an edit
     model_mib = peak_mib(device)
-    contexts, before, subject, after, target = request(length)
+    contexts, before, subject, after, target = request(length, shape)
     fact = Fact(words(*subject), f"{words(*before)} {{}} {words(*after)}", words(*target))
     templates = ["{}", *(f"{words(*context, 13)} {{}}" for context in contexts[1:])]
-    layer = LAYERS[shape]
+    layer = layer_of(shape)
     config = ValueConfig(stop_loss=0.0)
     seconds, value = timed(
         lambda: optimise_value(lm, fact, ValueSearch(layer, templates, config)), device, repeats
@@ -86,14 +94,14 @@ def ours(length: str, shape: str, device: str, repeats: int) -> dict[str, Any]:
 def full(length: str, shape: str, device: str) -> dict[str, Any]:
     model = make_model(shape, device).requires_grad_(False)
     model_mib = peak_mib(device)
-    contexts, before, subject, after, target = request(length)
+    contexts, before, subject, after, target = request(length, shape)
     prompts = [
         [*context, *([13] if context else []), *before, *subject, *after] for context in contexts
     ]
     rows = [*prompts, [*subject, 0, 0]]  # "<subject> is a": two words after the subject
     lookup = [len(row) - len(after) - 1 for row in prompts] + [len(subject) - 1]
     ends = [len(row) - 1 for row in prompts]
-    mlp = model.transformer.h[LAYERS[shape]].mlp
+    mlp = model.transformer.h[layer_of(shape)].mlp
 
     def optimise() -> list[float]:
         return published_value(

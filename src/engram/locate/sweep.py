@@ -41,6 +41,9 @@ from engram.locate.settings import Patch
 from engram.modules.hooks import substitute
 
 _BUDGET = 1 << 29  # bytes of the widest tensors of one batch of rows
+# Of a forward on a CPU, as in probe_rows: with more, what blocks pass on no longer fits the cache.
+_CPU_TOKENS = 1024
+_CPU_SCORED = 128  # rows whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,11 @@ def _sweep(runs: Recorded, group: Group) -> Tensor:
             if layer == last:  # like the rows that went through it, see `_Walk.through`
                 opened_nqd = opened_nqd[:, -walk.read :]
             table.append(opening, opened_nqd)
-    logits = runs.lm.parts.head(table.hidden_nqd)
-    scores = runs.scorer(logits, walk.facts.repeat(len(table.states)))
+    facts_n = walk.facts.repeat(len(table.states))
+    # Logits of all rows would be the largest tensor of the walk, several times over in the scorer.
+    at_once = _CPU_SCORED if table.hidden_nqd.device.type == "cpu" else len(facts_n)
+    parts = zip(table.hidden_nqd.split(at_once), facts_n.split(at_once), strict=True)
+    scores = torch.cat([runs.scorer(runs.lm.parts.head(part), facts) for part, facts in parts])
     scores = scores.view(len(table.states), len(group.tokens), runs.rows.samples).mean(2)
     index = {state: i for i, state in enumerate(table.states)}
     return scores[[index[_until(p, last)] for p in group.patches]].cpu()
@@ -185,10 +191,25 @@ class _Walk:
         self.length = suffix_length(runs, tokens[0])
         self.suffix = Suffix(runs.recording, by_row, self.length)
         self.alone = Suffix(runs.recording, by_row, 1) if self.length > 1 else self.suffix
+        # States whose rows go through a block together.
+        self.at_once = max(1, _CPU_TOKENS // (self.length * len(self.facts)))
+        if runs.lm.device.type != "cpu":
+            self.at_once = len(group.patches)
 
     def through(self, layer: int, hidden_nqd: Tensor, states: list[Patch]) -> Tensor:
-        """Run one block on all rows; windows that are still open and severed modules get their
-        recorded outputs.
+        """Run one block on all rows, see `_part_through`; on a CPU a few states at a time."""
+        starts = range(0, len(states), self.at_once)
+        parts = zip(hidden_nqd.split(self.at_once * len(self.facts)), starts, strict=True)
+        return torch.cat(
+            [
+                self._part_through(layer, part_nqd, states[start : start + self.at_once])
+                for part_nqd, start in parts
+            ]
+        )
+
+    def _part_through(self, layer: int, hidden_nqd: Tensor, states: list[Patch]) -> Tensor:
+        """Run one block; windows that are still open and severed modules get their recorded
+        outputs.
         """
         rows_n = self.rows["base"].repeat(len(states))
         if layer == self.runs.lm.n_layers - 1 and self.length > self.read:

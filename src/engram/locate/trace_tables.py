@@ -158,6 +158,8 @@ def described(config: TraceConfig, prompt: TracePrompt | None = None) -> dict[st
         "severed": list(patching.severed),
         "neurons": [list(pair) for pair in patching.neurons],
     }
+    if config.matmul != "float32":  # left out otherwise, as older runs have no such setting
+        about["matmul"] = config.matmul
     if prompt is not None:
         about |= {"foil": prompt.foil, "other_subject": prompt.other_subject}
     return about

@@ -14,6 +14,7 @@ import torch
 
 from engram.batching import batches
 from engram.checks import checked_call
+from engram.engine.precision import matmul_in
 from engram.engine.replayable import use_replay
 from engram.errors import SettingError
 from engram.locate.attribution import estimate
@@ -126,27 +127,30 @@ def trace_batch(
     tokens = sum(traced_tokens(lm, prompt, config) for prompt in inputs)
     work.expect("tokens", tokens, seconds_per_token(lm, progress))
     announce(progress, work)
-    runs = record_runs(PromptRows.of(lm, inputs, config), plan, replay)
-    filled = TraceTables(runs, plan)
-    if config.estimation.needed:
-        filled.add_estimates(estimate(runs, plan))
-    work.did("recording")
-    if config.estimation.method == "exact":
-        groups = filled.groups(config.estimation.screen)
-        done, total = 0, sum(len(group.tokens) * len(group.patches) for group in groups)
-        # a token's suffix is what its rows run: those of the first tokens take longest
-        cells = sum(_cells(runs, group) for group in groups)
-        for group in groups:
-            for part in chunks(runs, group, config.rows_per_batch):
-                if replay:
-                    scores_pt = sweep(runs, part)
-                else:
-                    columns = [whole(runs, traced.token, part.patches) for traced in part.tokens]
-                    scores_pt = torch.stack(columns, 1)
-                filled.add_exact(part, scores_pt)
-                done += scores_pt.numel()
-                work.did("tokens", tokens * _cells(runs, part) / cells)
-                progress("tracing", done, total)
+    with matmul_in(config.matmul):
+        runs = record_runs(PromptRows.of(lm, inputs, config), plan, replay)
+        filled = TraceTables(runs, plan)
+        if config.estimation.needed:
+            filled.add_estimates(estimate(runs, plan))
+        work.did("recording")
+        if config.estimation.method == "exact":
+            groups = filled.groups(config.estimation.screen)
+            done, total = 0, sum(len(group.tokens) * len(group.patches) for group in groups)
+            # a token's suffix is what its rows run: those of the first tokens take longest
+            cells = sum(_cells(runs, group) for group in groups)
+            for group in groups:
+                for part in chunks(runs, group, config.rows_per_batch):
+                    if replay:
+                        scores_pt = sweep(runs, part)
+                    else:
+                        columns = [
+                            whole(runs, traced.token, part.patches) for traced in part.tokens
+                        ]
+                        scores_pt = torch.stack(columns, 1)
+                    filled.add_exact(part, scores_pt)
+                    done += scores_pt.numel()
+                    work.did("tokens", tokens * _cells(runs, part) / cells)
+                    progress("tracing", done, total)
     work.finish("tokens")
     return filled.traces()
 

@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.engine.recording import Recording, base_model, record_run
 from engram.engine.replayable import Engine, use_replay
@@ -301,7 +301,16 @@ class ShiftedRows:
             hidden_bqd = self._suffix.at_columns(top, hidden_bqd, columns_br)
         else:
             slots = columns_br[self.read_rows, slots]
-        return self.lm.parts.head(hidden_bqd[self.read_rows, slots])
+        return self._head(hidden_bqd[self.read_rows, slots])
+
+    def _head(self, hidden_rd: Tensor) -> Tensor:
+        """Return the logits of these states."""
+        rows, padded = len(hidden_rd), hidden_rd
+        # The usual 11 reads of one fact: on a CPU, float32 products of 8 to 15 rows with SmolLM2's
+        # unembedding take 42 ms, those of 16 rows 25.
+        if hidden_rd.device.type == "cpu" and 8 <= rows < 16:
+            padded = nn.functional.pad(hidden_rd, (0, 0, 0, 16 - rows))
+        return self.lm.parts.head(padded)[:rows]
 
     # -- whole forward passes ----------------------------------------------------------------------
 
