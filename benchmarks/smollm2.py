@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.helpers import naive
 
 import engram
 from common import RESULTS, _processor, published_value
@@ -136,6 +135,8 @@ def loop_value(lm: Any, fact: Fact, block: Any, site: str, clamp: float, steps: 
 
 
 def traces(lm: Any, fact: Fact) -> dict[str, Any]:
+    from tests.helpers import naive
+
     noise = 0.1 * torch.randn(
         SAMPLES,
         len(lm.encode(" " + fact.subject).ids),
