@@ -20,6 +20,7 @@ from engram.benchmark.data.records import Dataset, Record
 from engram.benchmark.metrics.outcomes import MeasureConfig
 from engram.evaluate.probes import Probe
 from engram.modules.fingerprints import fingerprints
+from engram.rewriting import rewrite_each
 from tests.helpers.command_line import run
 
 PROMPT = "The {} is located in the city of"
@@ -116,7 +117,7 @@ def test_replay_gives_what_whole_passes_give(smollm2_lm: engram.LanguageModel) -
         for engine in ("replay", "whole")
     ]
     for site in ("mlp", "attention"):
-        assert both[0].effects(site).abs().max() > 0.01
+        assert both[0].effects(site).abs().max() > 1e-3, "nothing came back, so nothing is compared"
         torch.testing.assert_close(
             both[0].scores[site], both[1].scores[site], rtol=0, atol=1e-5, equal_nan=True
         )
@@ -125,7 +126,7 @@ def test_replay_gives_what_whole_passes_give(smollm2_lm: engram.LanguageModel) -
 def test_rome_rewrites_ten_facts_and_each_is_reverted_bit_for_bit(
     smollm2_lm: engram.LanguageModel,
 ) -> None:
-    edits = engram.rewrite_each(smollm2_lm, [[fact] for fact in FACTS])
+    edits = rewrite_each(smollm2_lm, [[fact] for fact in FACTS])
     assert all(isinstance(one, engram.Edit) for one in edits), edits
     check_edited(smollm2_lm, FACTS, edits)  # type: ignore[arg-type]
 
