@@ -291,7 +291,9 @@ def push(
 ) -> None:
     """Upload an edit to the Hugging Face hub, with a model card made from its receipt.
 
-    Example: HF_TOKEN=... engram push edit me/tower-in-rome --private
+    The token is read from HF_TOKEN, or is that of `hf auth login`.
+
+    Example: engram push edit me/tower-in-rome --private
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

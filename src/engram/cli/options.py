@@ -99,8 +99,7 @@ Setting = Annotated[
 Corpus = Annotated[
     Path | None,
     typer.Option(
-        help="Text for second moments: wikipedia, bundled, sampled (by the model), or a text file; "
-        "default: the preset's, or wikipedia."
+        help="Text of second moments: wikipedia, bundled, sampled or a file; default: the preset's"
     ),
 ]
 

@@ -28,7 +28,7 @@ from engram.files.forms import read_json
 from engram.model.chat import Style, chat_frame
 from engram.model.generation import sample_texts
 from engram.model.language_model import LanguageModel
-from engram.modules.fingerprints import fingerprints, quick_fingerprint
+from engram.modules.fingerprints import fingerprints
 from engram.progress import Progress, no_progress, stage
 from engram.runs.identity import identity_of
 
@@ -98,7 +98,7 @@ def sample_contexts(
         progress: called with (what is done, done, total).
     """
     about = json.dumps([seed, list(started), RELEASED])
-    prints = fingerprints(lm.model, of=quick_fingerprint)
+    prints = fingerprints(lm.model, quick=True)
     path = cache_folder("contexts") / f"{identity_of(lm, prints, about)}.json"
     try:
         kept: list[str] = read_json(path, list[str])

@@ -54,9 +54,7 @@ def quick_fingerprint(weight: Tensor) -> str:
 
 
 def fingerprints(
-    model: nn.Module,
-    wanted: Callable[[str], bool] = lambda name: True,
-    of: Callable[[Tensor], str] = fingerprint,
+    model: nn.Module, wanted: Callable[[str], bool] = lambda name: True, quick: bool = False
 ) -> dict[str, str]:
     """Return a digest of each tensor of `model.state_dict()`, by name; offloaded ones are
     brought into memory one by one.
@@ -67,8 +65,9 @@ def fingerprints(
 
     Args:
         wanted: whether the tensor of a name is hashed; default: all.
-        of: `fingerprint` or `quick_fingerprint`.
+        quick: by `quick_fingerprint`.
     """
+    of = quick_fingerprint if quick else fingerprint
     tensors = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
     with ThreadPoolExecutor() as threads:
         here = {

@@ -87,6 +87,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "clamp": 0.5,
             "stop": "argmax",
             "stop_loss": 0.1,
+            "matmul": "bfloat16",
         }.items()
     },
 }
