@@ -517,11 +517,10 @@ def test_settings_are_checked(lm):
         engram.rewrite(lm, FACT, "ike", k=-1, demonstrations=SHOWN)
 
 
-def test_ike_needs_demonstrations(lm, tmp_path):
-    with pytest.raises(
-        FactError, match="there is no table to take them from: give demonstrations="
-    ):
-        engram.rewrite(lm, FACT, "ike")
+def test_ike_shows_facts_of_the_bundled_table_or_given_ones(lm, tmp_path):
+    shown = engram.rewrite(lm, FACT, "ike").wordings[0].demonstrations
+    assert len(shown) == 16 and all(block.startswith("New Fact: ") for block in shown)
+    assert not any(FACT.subject in block for block in shown)
     with pytest.raises(FactError, match="demonstrations is empty"):
         engram.rewrite(lm, FACT, "ike", demonstrations=[])
     assert engram.rewrite(lm, FACT, "ike", k=0).wordings[0].demonstrations == ()

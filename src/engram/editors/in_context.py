@@ -32,7 +32,6 @@ from engram.fact_files import read_facts
 from engram.facts import Fact
 from engram.model.chat import chat_with_facts
 from engram.model.language_model import LanguageModel
-from engram.model.named_models import canonical_name
 from engram.model.sentence_vectors import Encoder, encoder_of, nearest
 from engram.progress import Progress, no_progress
 from engram.settings import flat, read
@@ -133,8 +132,8 @@ def ike(
 
     Args:
         demonstrations: facts, or a file of them (see `read_facts`), with paraphrases and
-            neighbours, that become demonstrations; default, for the bundled model only: facts of
-            its table about other subjects, each with another object.
+            neighbours, that become demonstrations; default: facts of the bundled table about
+            other subjects, each with another object.
         encoder: by which demonstrations are compared with a fact, and facts with a prompt that
             names no subject, see `sentence_vectors.encoder_of`.
         seed: of the choice from the bundled table.
@@ -151,7 +150,7 @@ def ike(
     if config.k:
         blocks = [
             block
-            for fact in _demonstrated(lm, facts, demonstrations, seed)
+            for fact in _demonstrated(facts, demonstrations, seed)
             for block in demonstrations_of(fact)
         ]
     encode = encoder_of(lm, encoder)
@@ -203,7 +202,7 @@ def _stated(fact: Fact) -> str:
 
 
 def _demonstrated(
-    lm: LanguageModel, facts: Sequence[Fact], given: Sequence[Fact] | str | Path | None, seed: int
+    facts: Sequence[Fact], given: Sequence[Fact] | str | Path | None, seed: int
 ) -> Sequence[Fact]:
     """Return the facts that become demonstrations."""
     if given is not None:
@@ -214,12 +213,6 @@ def _demonstrated(
                 "none"
             )
         return listed
-    if canonical_name(lm.name) != "pocket":
-        raise FactError(
-            f"ike shows demonstrations, and for {lm.name} there is no table to take them from: "
-            "give demonstrations=, facts (or a file of them) with paraphrases and neighbours that "
-            "are about other subjects; or k=0 for none"
-        )
     # a demonstration must not be about a subject that a receipt then asks about
     mentioned = " ".join(
         text
