@@ -208,7 +208,10 @@ def show_words(words: Mapping[str, str], *, err: bool = False) -> None:
     """
     from engram.evaluate.words import explained
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True) if err else terminal.console
+    console = terminal.console
+    if err:  # a note, which a quiet session does not print
+        quiet = terminal.messages.quiet
+        console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     console.print()
     for line in explained(words):
         console.print(Text(line, "dim"))

@@ -219,13 +219,19 @@ class RayWorkers:
         if self.address is None:  # a cluster of one's own has the size that is needed
             own = {"num_cpus": self.num_workers, "include_dashboard": False}
         terminating = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address=self.address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            **own,
-        )
+        try:
+            ray.init(
+                address=self.address or "local",
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+                **own,
+            )
+        except (ConnectionError, ValueError) as error:
+            raise SettingError(
+                f"no Ray cluster at {self.address!r}: {error}; expected 'auto', HOST:PORT or "
+                "ray://HOST:PORT, or no address, which starts one here"
+            ) from error
         with suppress(ValueError):  # not the main thread, where Ray sets none
             signal.signal(signal.SIGTERM, terminating)  # Ray's own handler ends without a word
         try:
