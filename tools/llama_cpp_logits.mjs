@@ -12,7 +12,7 @@ import path from "node:path";
 import {pathToFileURL} from "node:url";
 
 const plan = JSON.parse(fs.readFileSync(process.argv[2], "utf8"));
-const {getLlama} = await import(pathToFileURL(path.join(plan.library, "dist", "index.js")).href);
+const {getLlama} = await import(pathToFileURL(path.join(plan.package, "dist", "index.js")).href);
 const llama = await getLlama({gpu: false, build: "never", skipDownload: true, maxThreads: plan.threads, logLevel: "error"});
 const model = await llama.loadModel({modelPath: plan.model, gpuLayers: 0});
 const out = fs.openSync(plan.out, "w");

@@ -22,7 +22,7 @@ from engram.errors import (
     UnsupportedModelError,
 )
 from engram.modules.weights import is_transposed
-from tests.helpers.edit_samples import FAMILIES, fact, random_delta, random_edit, tiny, weight_name
+from tests.helpers.edit_samples import FAMILIES, edit_of_ranks, fact, random_edit, tiny, weight_name
 from tests.helpers.tiny import DENSE, tiny_lm
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf, see the extra of that name")
@@ -60,18 +60,13 @@ def test_the_file_holds_the_change(
     tmp_path: Path, family: str, d_ff: int, ranks: tuple[int, int]
 ) -> None:
     lm = tiny(family, d_ff=d_ff)
-    names = [weight_name(lm, layer) for layer in (1, 2)]
-    deltas = {
-        name: random_delta(lm, name, rank, seed)
-        for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))
-    }
-    edit = Edit(tuple(map(fact, range(3))), "m", {}, deltas, describe_base(lm, names))
+    edit = edit_of_ranks(lm, ranks)
     keys, tensors = read(edit.to_gguf(tmp_path / "edit.gguf"))
     assert tensors.keys() == {
         f"blk.{layer}.ffn_down.weight.lora_{side}" for layer in (1, 2) for side in "ab"
     }
-    rank = max(delta.low_rank()[0].shape[1] for delta in deltas.values())
-    for layer, delta in zip((1, 2), deltas.values(), strict=True):
+    rank = max(delta.low_rank()[0].shape[1] for delta in edit.deltas.values())
+    for layer, delta in zip((1, 2), edit.deltas.values(), strict=True):
         a, b = (tensors[f"blk.{layer}.ffn_down.weight.lora_{side}"] for side in "ab")
         assert a.dtype == b.dtype == torch.float32
         assert (b.shape, a.shape) == ((16, rank), (rank, d_ff))

@@ -12,19 +12,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from engram.edit.base import describe_base
-from engram.edit.edit import Edit, compose
+from engram.edit.edit import compose
 from engram.edit.lora_export import _module
 from engram.errors import EngramFileError, UnsupportedModelError
-from tests.helpers.edit_samples import (
-    FAMILIES,
-    fact,
-    random_delta,
-    random_edit,
-    tiny,
-    weight_name,
-    weights,
-)
+from tests.helpers.edit_samples import FAMILIES, edit_of_ranks, random_edit, tiny, weights
 
 IDS = torch.arange(20).reshape(2, 10) % 60
 
@@ -36,12 +27,7 @@ def test_the_adapter_gives_the_edited_logits(
     tmp_path: Path, family: str, d_ff: int, ranks: tuple[int, int]
 ) -> None:
     lm = tiny(family, d_ff=d_ff)
-    names = [weight_name(lm, layer) for layer in (1, 2)]
-    deltas = {
-        name: random_delta(lm, name, rank, seed)
-        for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))
-    }
-    edit = Edit(tuple(map(fact, range(3))), "m", {}, deltas, describe_base(lm, names))
+    edit = edit_of_ranks(lm, ranks)
     with edit.applied(lm), torch.no_grad():
         expected = lm.model(IDS).logits
     edit.to_peft(tmp_path / "adapter")
@@ -55,7 +41,7 @@ def test_the_adapter_gives_the_edited_logits(
     wrapped = {
         name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")
     }
-    assert wrapped == {f"base_model.model.{name.removesuffix('.weight')}" for name in names}
+    assert wrapped == {f"base_model.model.{name.removesuffix('.weight')}" for name in edit.deltas}
 
 
 def test_merging_the_adapter_gives_the_edited_weights(tmp_path: Path) -> None:

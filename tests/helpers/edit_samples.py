@@ -76,6 +76,16 @@ def random_delta(lm: Any, name: str, rank: int, seed: int, **options: Any) -> De
     return Delta(0.01 * left, right, **options)
 
 
+def edit_of_ranks(lm: Any, ranks: tuple[int, int]) -> Edit:
+    """Return an edit of layers 1 and 2 whose changes have these ranks; 0: a dense change."""
+    names = [weight_name(lm, layer) for layer in (1, 2)]
+    deltas = {
+        name: random_delta(lm, name, rank, seed)
+        for seed, (name, rank) in enumerate(zip(names, ranks, strict=True))
+    }
+    return Edit(tuple(map(fact, range(3))), "m", {}, deltas, describe_base(lm, names))
+
+
 def random_edit(
     lm: Any, layers: tuple[int, ...] = (1,), *, rank: int = 1, seed: int = 1, joint: bool = True
 ) -> Edit:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import yaml
+
+from tests.helpers import local_server
 
 TOKEN = "hf_" + "a" * 34
 
@@ -105,31 +106,17 @@ def serving() -> Iterator[FakeHub]:
     """Serve a hub within the block."""
     hub = FakeHub()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            body = self.rfile.read(length)
-            path = self.path.partition("?")[0]
-            status, record = hub.answer(path, self.headers.get("Authorization", ""), body)
-            answer = json.dumps(record).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        length = int(request.headers.get("Content-Length", 0))
+        body = request.rfile.read(length)
+        path = request.path.partition("?")[0]
+        status, record = hub.answer(path, request.headers.get("Authorization", ""), body)
+        said = json.dumps(record).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(said)))
+        request.end_headers()
+        request.wfile.write(said)
 
-        do_PUT = do_GET = do_POST  # noqa: N815
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{http.server_port}"
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with local_server.serving(do_POST=answer, do_PUT=answer, do_GET=answer) as hub.url:
         yield hub
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()

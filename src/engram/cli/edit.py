@@ -61,11 +61,12 @@ class FactOptions:
         Raises:
             FactError: subject, prompt or target is missing, and so is the file.
         """
-        from engram.benchmark.data.sources import facts_to_edit
         from engram.errors import FactError
         from engram.facts import Fact
 
         if self.facts is not None:
+            from engram.benchmark.data.sources import facts_to_edit
+
             return facts_to_edit(self.facts)
         needed = {"--subject": self.subject, "--prompt": self.prompt, "--target": self.target}
         if missing := [name for name, value in needed.items() if value is None]:

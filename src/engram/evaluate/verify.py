@@ -89,8 +89,8 @@ def verify(
     openings = list(dict.fromkeys(text for fact in facts for text in _openings(fact)))[:_CONTINUED]
     text = held_out_text() if text is None else text
 
-    work = _work(lm, probes, len(openings), continuation_tokens, progress)
-    total = 2 * (len(openings) + 2)
+    work = _work(lm, probes, continuation_tokens, progress)
+    total = 2 * 3
 
     def did(kind: str) -> None:
         work.did(kind)
@@ -104,8 +104,7 @@ def verify(
         did("answers")
         # Together: each token that one text alone writes reads every weight of the model.
         written = continuations(lm, openings, continuation_tokens)
-        for _ in openings:
-            did("texts")
+        did("texts")
         of_text = perplexity(lm, edit, text, edited=edited)
         did("texts")
         return _Measured(scores, written, inf if isnan(of_text) else of_text)
@@ -132,11 +131,7 @@ def verify(
 
 
 def _work(
-    lm: LanguageModel,
-    probes: Sequence[Sequence[Probe]],
-    texts: int,
-    tokens: int,
-    progress: Progress,
+    lm: LanguageModel, probes: Sequence[Sequence[Probe]], tokens: int, progress: Progress
 ) -> Work:
     """Return the work of a receipt, announced: the answers and texts of both phases."""
     edits = f"{len(probes):,} facts" if len(probes) > 1 else "a fact"
@@ -144,8 +139,9 @@ def _work(
     pace = seconds_per_token(lm, progress)
     asked = sum(len(probe.prompt) / 4 + 2 for of_fact in probes for probe in of_fact)
     work.expect("answers", 2, 2 * asked * pace)
-    # word by word, each of which reads all weights, as twenty words do that are read together
-    work.expect("texts", 2 * (texts + 1), 20 * tokens * pace)
+    # The continuations together and the page of text. Word by word each reads all weights, as
+    # twenty words do that are read together.
+    work.expect("texts", 2 * 2, 20 * tokens * pace)
     announce(progress, work)
     return work
 

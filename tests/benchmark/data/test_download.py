@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -22,6 +20,7 @@ from engram.benchmark.data import sources
 from engram.benchmark.data.download import fetched
 from engram.cli import app
 from engram.errors import EngramError, FactError
+from tests.helpers import local_server
 from tests.helpers.data_samples import SAMPLES, write
 
 BODY = bytes(range(256)) * 1000
@@ -75,22 +74,8 @@ class Server:
 @pytest.fixture
 def server() -> Iterator[Server]:
     served = Server({"/a.json": BODY})
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            served.answer(self)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{http.server_port}"
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    yield served
-    http.shutdown()
-    thread.join()
-    http.server_close()
+    with local_server.serving(do_GET=served.answer) as served.url:
+        yield served
 
 
 @pytest.fixture

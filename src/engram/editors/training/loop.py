@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from engram.checks import Count, Natural, NonNegative, Positive, check_fields
-from engram.editors.contexts import sample_contexts
+from engram.editors.contexts import contexts_of
 from engram.editors.training.target_rows import TargetBatch, TargetRow, batches_of
 from engram.engine.recording import record_run
 from engram.engine.replayable import Engine, use_replay
@@ -76,9 +76,7 @@ class TuningConfig:
         Raises:
             FactError: a context without a place for the prompt.
         """
-        contexts = (
-            sample_contexts(lm, seed=seed) if self.contexts == "sampled" else tuple(self.contexts)
-        )
+        contexts = contexts_of(lm, self.contexts, seed=seed)
         if not contexts or any(context.count("{}") != 1 for context in contexts):
             raise FactError(
                 f"contexts={list(contexts)[:3]}: expected templates with exactly one '{{}}' each"
